@@ -1,0 +1,118 @@
+"""Decides what is compiled: whether CUDA sources can be built, for which architectures, and with how many jobs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
+MEMORY_PER_JOB = 2 << 30  # bytes; one compiler process on a file that includes torch headers stays below this
+
+
+class CudaUnavailable(Exception):
+    """Says in one clause why CUDA sources are not compiled."""
+
+
+@dataclass(frozen=True)
+class CudaPlan:
+    """``home`` is the toolkit to compile with, or None for a CPU-only build; ``message`` says which and why."""
+
+    home: Path | None
+    architectures: tuple[str, ...]
+    message: str
+
+
+def plan_cuda(sources: Sequence[str], torch_cuda: str | None, environment: Mapping[str, str]) -> CudaPlan:
+    """Choose between a CUDA and a CPU-only build.
+
+    ``sources`` are the .cu files, ``torch_cuda`` is ``torch.version.cuda``. Raises SystemExit with the reason when
+    FORCE_CUDA=1 asks for what cannot be built.
+    """
+    try:
+        if not sources:
+            raise CudaUnavailable("CUDA kernels are not part of this release")
+        if torch_cuda is None:
+            raise CudaUnavailable("the installed torch is built without CUDA")
+        home = find_toolkit(environment)
+        toolkit = toolkit_version(home)
+        if toolkit.split(".")[0] != torch_cuda.split(".")[0]:
+            raise CudaUnavailable(f"the toolkit in {home} is CUDA {toolkit}, but torch is built for CUDA {torch_cuda}")
+    except CudaUnavailable as reason:
+        if environment.get("FORCE_CUDA") == "1":
+            raise SystemExit(f"scatterbrain: FORCE_CUDA=1, but CUDA sources cannot be compiled: {reason}.") from None
+        return CudaPlan(None, (), f"scatterbrain: CPU-only build: {reason}.")
+    listed = environment.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+    architectures = tuple(listed.replace(";", " ").split())
+    return CudaPlan(home, architectures, f"scatterbrain: CUDA build with {home} for {', '.join(architectures)}.")
+
+
+def find_toolkit(environment: Mapping[str, str]) -> Path:
+    """The CUDA toolkit's folder; raises CudaUnavailable. CUDA_HOME and CUDA_PATH, where set, decide alone.
+
+    ``nvcc`` on PATH may be a wrapper outside the toolkit, so nvcc itself is asked where it lives, and its answer is
+    accepted only if the headers are there.
+    """
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if environment.get(variable):
+            home = Path(environment[variable])
+            if not (home / "bin" / "nvcc").exists():
+                raise CudaUnavailable(f"{variable}={home} has no bin/nvcc")
+            return _with_headers(home)
+    search = os.pathsep.join([environment.get("PATH", ""), "/usr/local/cuda/bin"])
+    nvcc = shutil.which("nvcc", path=search)
+    if nvcc is None:
+        raise CudaUnavailable("no nvcc on PATH and CUDA_HOME is not set")
+    dryrun = _run([nvcc, "--dryrun", "scatterbrain.cu"])
+    top = re.search(r"^#\$ TOP=(.+)$", dryrun, re.MULTILINE)
+    if top is None:
+        raise CudaUnavailable(f"{nvcc} --dryrun does not say where its toolkit is; set CUDA_HOME")
+    return _with_headers(Path(top.group(1).strip()).resolve())
+
+
+def toolkit_version(home: Path) -> str:
+    """Major and minor version, such as "13.0", of the toolkit in ``home``."""
+    release = re.search(r"release (\d+\.\d+)", _run([str(home / "bin" / "nvcc"), "--version"]))
+    if release is None:
+        raise CudaUnavailable(f"{home}/bin/nvcc --version does not name a release")
+    return release.group(1)
+
+
+def compile_jobs(environment: Mapping[str, str]) -> int:
+    """MAX_JOBS if set; otherwise the usable cores, at most 8, and fewer where memory is short."""
+    wanted = environment.get("MAX_JOBS", "")
+    if wanted:
+        if not wanted.isdigit() or int(wanted) == 0:
+            raise SystemExit(f"MAX_JOBS must be a positive integer, got {wanted!r}: unset it or give a number of jobs.")
+        return int(wanted)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, 8, _available_memory() // MEMORY_PER_JOB))
+
+
+def _with_headers(home: Path) -> Path:
+    if not (home / "include" / "cuda_runtime.h").exists():
+        raise CudaUnavailable(f"the toolkit in {home} has no include/cuda_runtime.h")
+    return home
+
+
+def _run(command: list[str]) -> str:
+    """Output and error output of ``command`` together; nvcc prints its dry run to the latter."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CudaUnavailable(f"{command[0]} cannot be run ({error.strerror})") from None
+    return done.stdout + done.stderr
+
+
+def _available_memory() -> int:
+    """Bytes of memory free for new processes; assumed plentiful where the system does not say."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 16 << 30
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
+    return int(available.group(1)) << 10 if available else 16 << 30

@@ -1,0 +1,108 @@
+"""Finds the torch of the environment that scatterbrain is built for.
+
+Build frontends compile in an isolated environment that hides the installed torch. Declaring torch as a build requirement would
+fetch a second one of several gigabytes, possibly of another version, so the isolated build borrows the installed one instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+MINIMUM_TORCH = (2, 11)
+
+_QUERY = """
+import importlib.util, json, sys
+del sys.path[0]
+spec = importlib.util.find_spec("torch")
+has_torch = spec is not None and spec.origin is not None
+print(json.dumps({"torch": has_torch, "python": sys.version_info[:2], "path": sys.path}))
+"""
+
+
+def require_torch() -> None:
+    """Leave a usable torch on ``sys.path``, or stop with one sentence that says what to install."""
+    targets = [] if _torch_is_importable() else target_interpreters()
+    for interpreter in targets:
+        if _borrow_packages(interpreter):
+            break
+    minimum = ".".join(map(str, MINIMUM_TORCH))
+    if not _torch_is_importable():
+        where = targets[0] if targets else sys.executable
+        raise SystemExit(
+            f"scatterbrain is compiled against the installed torch, and {where} has none: "
+            f"install it first (pip install 'torch>={minimum}'), then repeat this command."
+        )
+    found = _torch_version()
+    if found and tuple(map(int, re.findall(r"\d+", found)[:2])) < MINIMUM_TORCH:
+        raise SystemExit(
+            f"scatterbrain needs torch {minimum} or newer, and torch {found} is installed: "
+            f"upgrade it first (pip install --upgrade 'torch>={minimum}'), then repeat this command."
+        )
+
+
+def target_interpreters() -> list[str]:
+    """Interpreters of the environments the build may be meant for, the likeliest first.
+
+    pip runs the build with the interpreter it installs into. Other frontends (``python -m build``) create a temporary
+    environment; there the frontend's own interpreter and the activated environment are the candidates.
+    """
+    if "pip-build-env-" in os.environ.get("PYTHONPATH", ""):
+        return [sys.executable]
+    activated = [os.environ.get(name) for name in ("VIRTUAL_ENV", "CONDA_PREFIX")]
+    candidates = [_parent_interpreter()] + [os.path.join(prefix, "bin", "python") for prefix in activated if prefix]
+    existing = [path for path in candidates if path and os.path.exists(path)]
+    return list(dict.fromkeys(existing)) or [sys.executable]
+
+
+def _torch_is_importable() -> bool:
+    spec = importlib.util.find_spec("torch")
+    return spec is not None and spec.origin is not None  # a stray folder named torch has no origin
+
+
+def _torch_version() -> str | None:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:  # a torch run from its source tree
+        return None
+
+
+def _parent_interpreter() -> str | None:
+    """The Python interpreter that runs the build frontend; None where there is no /proc or the frontend is not Python."""
+    process = Path("/proc") / str(os.getppid())
+    try:
+        program = os.fsdecode((process / "cmdline").read_bytes().split(b"\0")[0])
+        folder = os.readlink(process / "cwd")
+    except OSError:
+        return None
+    if not re.fullmatch(r"python[\d.]*t?", os.path.basename(program)):
+        return None
+    if os.sep in program:
+        return os.path.join(folder, program)
+    own = os.path.join(sys.prefix, "bin")
+    search = [entry for entry in os.environ.get("PATH", "").split(os.pathsep) if os.path.abspath(entry) != own]
+    return shutil.which(program, path=os.pathsep.join(search))
+
+
+def _borrow_packages(interpreter: str) -> bool:
+    """Append the package folders of ``interpreter`` to ``sys.path`` if it has torch and is the same Python version."""
+    # The frontend sets these two for its own isolation; they would hide the user's packages from the query.
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    answer = subprocess.run([interpreter, "-c", _QUERY], env=environment, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        return False
+    facts = json.loads(answer.stdout.splitlines()[-1])
+    if not facts["torch"] or tuple(facts["python"]) != sys.version_info[:2]:
+        return False
+    # Appended, never put first: the isolated environment's own setuptools must win.
+    sys.path += [entry for entry in facts["path"] if entry not in sys.path]
+    importlib.invalidate_caches()
+    return True

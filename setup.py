@@ -1,0 +1,151 @@
+"""Compiles the two extension modules; everything else about the package is in pyproject.toml.
+
+scatterbrain._C           the operators, on torch's stable ABI: one library serves torch 2.11 and newer. It is no Python module
+                          (no PyInit, no Python.h): scatterbrain/ops.py loads it with torch.ops.load_library.
+scatterbrain._build_info  what was built how; pybind11, without torch headers, since pybind11 does not compile under the
+                          limited API.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import re
+import runpy
+import sys
+import warnings
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+from toolchain import CudaPlan, compile_jobs, plan_cuda  # noqa: E402
+from torch_environment import require_torch  # noqa: E402
+
+OPERATOR_SOURCES = ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp", root_dir=ROOT))]
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
+HEADERS = sorted(
+    path for pattern in ("h", "cuh", "inc") for path in glob(f"csrc/**/*.{pattern}", root_dir=ROOT, recursive=True)
+)
+
+# Kernel files choose their instruction set themselves (#pragma GCC target), so that one build runs on every machine of the
+# architecture: no -march here. -Wno-psabi: GCC remarks on vector types passed between inlined functions of one file.
+CXX_FLAGS = ["-std=c++20", "-O2", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fvisibility=hidden"]
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
+
+
+def compiled_instruction_sets() -> tuple[str, ...]:
+    """Instruction sets that the kernel sources select, best first."""
+    text = "".join((ROOT / path).read_text() for path in OPERATOR_SOURCES if path.startswith("csrc/cpu/"))
+    targets = " ".join(re.findall(r"#pragma GCC target\s*\(([^)]*)\)", text))
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return (*(name for name in ("avx512", "avx2") if on_x86 and name in targets), "baseline")
+
+
+def system_includes(folders: list[str]) -> list[str]:
+    """Headers of others are system headers: their warnings are not ours."""
+    return [flag for folder in folders for flag in ("-isystem", folder)]
+
+
+def cxx_flags() -> list[str]:
+    # Python's own flags ask for debug information, which makes the library ten times larger; CFLAGS=-g keeps it.
+    own = os.environ.get("CFLAGS", "").split() + os.environ.get("CXXFLAGS", "").split()
+    return CXX_FLAGS + ([] if any(flag.startswith("-g") for flag in own) else ["-g0"])
+
+
+def operator_extension(plan: CudaPlan) -> Extension:
+    from torch.utils.cpp_extension import CppExtension, include_paths
+
+    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+    includes = include_paths()
+    extension = CppExtension(
+        "scatterbrain._C", OPERATOR_SOURCES, include_dirs=[str(ROOT / "csrc")], depends=HEADERS, py_limited_api=True
+    )
+    if plan.home:
+        macros.append(("USE_CUDA", None))
+        includes.append(str(plan.home / "include"))
+        extension.sources += CUDA_SOURCES
+        extension.libraries += ["torch_cuda", "cudart"]
+        extension.library_dirs.append(str(plan.home / "lib64"))
+    extension.include_dirs = [folder for folder in extension.include_dirs if folder not in includes]
+    extension.define_macros += macros
+    extension.extra_compile_args = {"cxx": cxx_flags() + system_includes(includes), "nvcc": NVCC_FLAGS}
+    return extension
+
+
+def build_info_extension(plan: CudaPlan, torch_version: str) -> Extension:
+    import pybind11
+
+    facts = {
+        "VERSION": runpy.run_path(str(ROOT / "scatterbrain" / "version.py"))["__version__"],
+        "TORCH_VERSION": torch_version,
+        "INSTRUCTION_SETS": ",".join(compiled_instruction_sets()),
+        "CUDA_ARCHITECTURES": ",".join(plan.architectures),
+    }
+    return Extension(
+        "scatterbrain._build_info",
+        ["csrc/build_info.cpp"],
+        define_macros=[(f"SCATTERBRAIN_{name}", f'"{value}"') for name, value in facts.items()],
+        extra_compile_args={"cxx": cxx_flags() + system_includes([pybind11.get_include()])},
+        language="c++",
+    )
+
+
+def use_ninja() -> bool:
+    """Whether ninja can run; a copy installed as a Python package need not be on PATH."""
+    try:
+        import ninja
+    except ImportError:
+        pass
+    else:
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+    from torch.utils.cpp_extension import is_ninja_available
+
+    return is_ninja_available()
+
+
+class BuildExtensions(build_ext):
+    """Compiles with torch's BuildExtension. torch is imported here only: metadata and source distributions need none."""
+
+    def run(self) -> None:
+        require_torch()
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+        import torch
+
+        plan = plan_cuda(CUDA_SOURCES, torch.version.cuda, os.environ)
+        print(plan.message, flush=True)
+        os.environ["MAX_JOBS"] = str(compile_jobs(os.environ))
+        if plan.home:
+            os.environ["CUDA_HOME"] = str(plan.home)
+            os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(plan.architectures)
+        # A machine that only compiles has no GPU; torch's warning about that says nothing about the build.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        from torch.utils.cpp_extension import BuildExtension
+
+        build = BuildExtension(self.distribution, use_ninja=use_ninja())
+        self.distribution.ext_modules = [operator_extension(plan), build_info_extension(plan, torch.__version__)]
+        build.inplace = self.inplace
+        build.editable_mode = self.editable_mode
+        build.build_lib = self.build_lib
+        # Kept between builds, also editable ones, for incremental compilation; another torch means other headers.
+        name = Path(self.build_temp).name if not self.editable_mode else "editable"
+        build.build_temp = str(Path("build") / f"{name}-torch{torch.__version__}")
+        build.debug = self.debug
+        build.force = self.force
+        build.ensure_finalized()
+        build.run()
+
+
+setup(
+    ext_modules=[
+        Extension("scatterbrain._C", OPERATOR_SOURCES, depends=HEADERS, py_limited_api=True),
+        Extension("scatterbrain._build_info", ["csrc/build_info.cpp"]),
+    ],
+    cmdclass={"build_ext": BuildExtensions},
+)
