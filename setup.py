@@ -18,6 +18,7 @@ import warnings
 from glob import glob
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -38,6 +39,13 @@ HEADERS = sorted(
 CXX_FLAGS = ["-std=c++20", "-O2", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fvisibility=hidden"]
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
+
+# Without build isolation nothing else compares the installed setuptools with what pyproject.toml requires.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"scatterbrain is built with setuptools 77 or newer, and {setuptools.__version__} is installed: "
+        "upgrade it (pip install --upgrade setuptools), or build with isolation."
+    )
 
 
 def compiled_instruction_sets() -> tuple[str, ...]:

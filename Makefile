@@ -1,0 +1,59 @@
+# Two commands to start with: `make demo` and `make test`. Both need Python 3.10 or newer with venv, a C++20 compiler and make;
+# everything else is installed into .venv, once, and again only when what it depends on changes.
+
+PYTHON ?= python3
+TORCH ?= torch>=2.11
+VENV ?= .venv
+VENV_ARGS ?=
+ARGS ?=
+
+VENV_PYTHON := $(VENV)/bin/python
+PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
+BUILD_INPUTS := pyproject.toml setup.py scatterbrain/version.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
+
+.PHONY: help demo test build clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    train a small language model with scatterbrain's attention and compare it with exact attention"
+	@echo "make test    run the tests; choose some with ARGS, for instance make test ARGS='-k window'"
+	@echo "make build   create $(VENV) with torch, compile, install with everything that demo and test need"
+	@echo "make clean   remove build products and $(VENV)"
+	@echo
+	@echo "PYTHON=$(PYTHON)  interpreter that $(VENV) is made from"
+	@echo "TORCH='$(TORCH)'  torch to install there, for instance TORCH='torch==2.12.0'"
+	@echo "VENV_ARGS=$(VENV_ARGS)  options of python -m venv; --system-site-packages uses a torch that is already installed"
+	@echo "MAX_JOBS=$(MAX_JOBS)  compiler processes; by default one per core, at most 8"
+
+demo: build
+	$(VENV)/bin/scatterbrain train configs/lm/stdlib.yaml --demo true $(ARGS)
+
+test: build
+	$(VENV_PYTHON) -m pytest -q $(ARGS)
+
+build: $(VENV)/.built
+
+$(VENV)/.built: $(VENV)/.torch $(BUILD_INPUTS)
+	@command -v "$${CXX:-c++}" > /dev/null || { \
+	  echo "make: no C++ compiler ($${CXX:-c++}) found: install g++ 11 or newer, or set CXX." >&2; exit 1; }
+	@echo "Compiling scatterbrain and installing it with what demo and test need."
+	$(PIP) install -q -e '.[test]'
+	@$(VENV)/bin/scatterbrain info
+	@touch $@
+
+# Holds the requirement that was installed, so that another TORCH installs another torch.
+$(VENV)/.torch: $(VENV_PYTHON) FORCE
+	@echo '$(TORCH)' | cmp -s - $@ || { \
+	  echo "Installing $(TORCH) into $(VENV); the download can take some minutes." && \
+	  $(PIP) install -q '$(TORCH)' && \
+	  echo '$(TORCH)' > $@; }
+
+$(VENV_PYTHON):
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"make: Python 3.10 or newer is needed, \
+	$(PYTHON) is {sys.version.split()[0]}: set PYTHON, for instance PYTHON=python3.12.")'
+	@echo "Creating the virtual environment $(VENV)."
+	@$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist scatterbrain.egg-info scatterbrain/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
