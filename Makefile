@@ -1,5 +1,5 @@
-# Two commands to start with: `make demo` and `make test`. Both need Python 3.10 or newer with venv, a C++20 compiler and make;
-# everything else is installed into .venv, once, and again only when what it depends on changes.
+# Two commands to start with: `make demo` and `make test`. Both need Python 3.10 or newer with venv, a C++20 compiler
+# and make; everything else is installed into .venv, once, and again only when what it depends on changes.
 
 PYTHON ?= python3
 TORCH ?= torch>=2.11
@@ -9,7 +9,8 @@ ARGS ?=
 
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
-BUILD_INPUTS := pyproject.toml setup.py scatterbrain/version.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
+BUILD_INPUTS := pyproject.toml setup.py scatterbrain/version.py $(wildcard build_backend/*.py)
+BUILD_INPUTS += $(shell find csrc -type f)
 
 .PHONY: help demo test build clean FORCE
 .DELETE_ON_ERROR:
@@ -22,7 +23,7 @@ help:
 	@echo
 	@echo "PYTHON=$(PYTHON)  interpreter that $(VENV) is made from"
 	@echo "TORCH='$(TORCH)'  torch to install there, for instance TORCH='torch==2.12.0'"
-	@echo "VENV_ARGS=$(VENV_ARGS)  options of python -m venv; --system-site-packages uses a torch that is already installed"
+	@echo "VENV_ARGS=$(VENV_ARGS)  options of python -m venv; --system-site-packages uses an installed torch"
 	@echo "MAX_JOBS=$(MAX_JOBS)  compiler processes; by default one per core, at most 8"
 
 demo: build

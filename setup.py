@@ -1,7 +1,7 @@
 """Compiles the two extension modules; everything else about the package is in pyproject.toml.
 
-scatterbrain._C           the operators, on torch's stable ABI: one library serves torch 2.11 and newer. It is no Python module
-                          (no PyInit, no Python.h): scatterbrain/ops.py loads it with torch.ops.load_library.
+scatterbrain._C           the operators, on torch's stable ABI: one library serves torch 2.11 and newer. It is no Python
+                          module (no PyInit, no Python.h): scatterbrain/ops.py loads it with torch.ops.load_library.
 scatterbrain._build_info  what was built how; pybind11, without torch headers, since pybind11 does not compile under the
                           limited API.
 """
@@ -34,9 +34,10 @@ HEADERS = sorted(
     path for pattern in ("h", "cuh", "inc") for path in glob(f"csrc/**/*.{pattern}", root_dir=ROOT, recursive=True)
 )
 
-# Kernel files choose their instruction set themselves (#pragma GCC target), so that one build runs on every machine of the
-# architecture: no -march here. -Wno-psabi: GCC remarks on vector types passed between inlined functions of one file.
-CXX_FLAGS = ["-std=c++20", "-O2", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+# Kernel files choose their instruction set themselves (#pragma GCC target), so that one build runs on every machine of
+# the architecture: no -march here. -Wno-psabi: GCC remarks on vector types passed between functions of one file.
+CXX_FLAGS = ["-std=c++20", "-O2", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fvisibility=hidden"]
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 
@@ -119,7 +120,10 @@ def use_ninja() -> bool:
 
 
 class BuildExtensions(build_ext):
-    """Compiles with torch's BuildExtension. torch is imported here only: metadata and source distributions need none."""
+    """Compiles with torch's BuildExtension. torch is imported here only: metadata and source distributions need none.
+
+    setuptools wants the command's class before torch may be imported, hence a second command that does the work.
+    """
 
     def run(self) -> None:
         require_torch()

@@ -1,7 +1,8 @@
 """Finds the torch of the environment that scatterbrain is built for.
 
-Build frontends compile in an isolated environment that hides the installed torch. Declaring torch as a build requirement would
-fetch a second one of several gigabytes, possibly of another version, so the isolated build borrows the installed one instead.
+Build frontends compile in an isolated environment that hides the installed torch. Declaring torch as a build
+requirement would fetch a second one of several gigabytes, possibly of another version, so the isolated build borrows
+the installed one instead.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _torch_version() -> str | None:
 
 
 def _parent_interpreter() -> str | None:
-    """The Python interpreter that runs the build frontend; None where there is no /proc or the frontend is not Python."""
+    """The interpreter that runs the build frontend; None where there is no /proc or the frontend is not Python."""
     process = Path("/proc") / str(os.getppid())
     try:
         program = os.fsdecode((process / "cmdline").read_bytes().split(b"\0")[0])

@@ -1,4 +1,4 @@
-// How this copy of scatterbrain was built. A pybind11 module without torch headers; setup.py passes the facts as macros.
+// How this copy of scatterbrain was built: facts that setup.py passes as macros. pybind11, without torch headers.
 
 #include <pybind11/pybind11.h>
 

@@ -24,9 +24,8 @@ def info(arguments: Sequence[str] = ()) -> int:
     Returns:
         The exit code, 0.
     """
-    argparse.ArgumentParser(
-        prog="scatterbrain info", description="Print versions, compiled architectures, instruction set in use and devices."
-    ).parse_args(arguments)
+    summary = "Print versions, compiled architectures, the instruction set in use and the devices."
+    argparse.ArgumentParser(prog="scatterbrain info", description=summary).parse_args(arguments)
     facts = collect()
     width = max(map(len, facts))
     for name, value in facts.items():
