@@ -1,0 +1,128 @@
+// Launcher of the backward pass. Every key's gradient is summed over its queries in ascending order, in one of two ways that give the same bits: whole
+// key/value heads in parallel, or, where there are fewer of those than threads, rounds of units whose pairs are kept and then scattered by key range.
+#include <algorithm>
+#include <limits>
+
+#include "../launchers.h"
+#include "attention_call.h"
+
+namespace sb::cpu {
+namespace {
+
+constexpr int64_t kRoundBytes = int64_t(1) << 23;  // kept pairs of one round, about the size of a shared cache
+
+template <class T> class Backward {
+ public:
+  Backward(const AttentionArguments& a, const Tensor& out, const Tensor& lse, const Tensor& d_out, const std::optional<Tensor>& d_lse) : args(a), call(a), p(call.p) {
+    const ScalarType dtype = a.query.scalar_type();
+    dq = empty_like(a.query, dtype), dk = empty_like(a.key, dtype), dv = empty_like(a.value, dtype);
+    dq_rows = result_rows<T>(dq, p.head_pad), dk_rows = result_rows<T>(dk, p.head_pad), dv_rows = result_rows<T>(dv, p.value_pad);
+    p.dq = dq_rows.rows, p.dk = dk_rows.rows, p.dv = dv_rows.rows;
+    out_rows = as_rows<T>(out, p.value_pad), d_out_rows = as_rows<T>(d_out, p.value_pad);
+    p.out = out_rows.rows, p.d_out = d_out_rows.rows;
+    lse_rows = torch::stable::contiguous(lse);
+    p.lse = lse_rows.data_ptr();
+    if (d_lse) d_lse_rows = torch::stable::contiguous(*d_lse), p.d_lse = d_lse_rows->data_ptr();
+    const bool mapped = p.low_rank != LowRank::kNone;
+    d_query_map = zeros_cpu({p.batch, p.q_heads, mapped ? p.q_tokens : 0, p.rank + 1}, kScalar<T>);
+    d_key_map = zeros_cpu({p.batch, p.kv_heads, mapped ? p.k_tokens : 0, p.rank + 1}, kScalar<T>);
+    dy = zeros_cpu({p.batch, p.kv_heads, mapped ? p.k_tokens : 0, p.map_pad}, kScalar<T>);
+    d_state = empty_cpu({p.batch, p.q_heads, mapped ? p.units : 0, p.slot_size}, kScalar<T>);
+    p.d_query_map = rows_of(d_query_map), p.d_key_map = rows_of(d_key_map), p.dy = rows_of(dy);
+    p.d_state = d_state.data_ptr();
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
+    call.build_states();
+    BackwardTask sizes;
+    kernel.backward_unit(p, sizes);
+    if (p.batch * p.kv_heads >= int64_t(torch::stable::get_num_threads())) heads_in_parallel(sizes);
+    else
+      for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t kv = 0; kv < p.kv_heads; ++kv) units_in_parallel(sizes, b, kv);
+    if (p.low_rank != LowRank::kNone) keys();
+    write_back<T>(dq_rows, dq), write_back<T>(dk_rows, dk), write_back<T>(dv_rows, dv);
+    return {dq, dk, dv, d_query_map, d_key_map};
+  }
+
+ private:
+  static Tensor empty_like(const Tensor& t, ScalarType dtype) { return empty_cpu({t.size(0), t.size(1), t.size(2), t.size(3)}, dtype); }
+  static Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+  void heads_in_parallel(const BackwardTask& sizes) {
+    const int64_t group = p.q_heads / p.kv_heads;
+    parallel_units(p.batch, p.kv_heads, 1, sizes.scratch_bytes + sizes.record_bytes, [&](int64_t b, int64_t kv, int64_t, void* scratch) {
+      BackwardTask task;
+      task.stage = BackwardTask::kCompute, task.b = b;
+      task.scratch = scratch, task.records = static_cast<char*>(scratch) + sizes.scratch_bytes, task.zero_row = call.zero_row.data();
+      for (task.h = kv * group; task.h < (kv + 1) * group; ++task.h)
+        for (task.unit = 0; task.unit < p.units; ++task.unit) kernel.backward_unit(p, task);
+    });
+  }
+
+  void units_in_parallel(const BackwardTask& sizes, int64_t b, int64_t kv) {
+    const int64_t group = p.q_heads / p.kv_heads, threads = torch::stable::get_num_threads();
+    std::vector<BackwardTask> round;
+    int64_t groups = 0;
+    const auto flush = [&] {
+      const Scratch records(groups * sizes.record_bytes);
+      int64_t at = 0;
+      for (BackwardTask& task : round) {
+        task.records = static_cast<char*>(records.data()) + at * sizes.record_bytes;
+        at += task.groups;
+      }
+      in_parallel(int64_t(round.size()), sizes, [&](int64_t i, void* scratch) {
+        BackwardTask& task = round[size_t(i)];
+        task.stage = BackwardTask::kCompute, task.keep = true, task.scratch = scratch;
+        kernel.backward_unit(p, task);
+      });
+      const int64_t ranges = 4 * threads, width = ceil_div(p.k_tokens, ranges);
+      in_parallel(ranges, sizes, [&](int64_t i, void* scratch) {
+        for (BackwardTask task : round) {
+          task.stage = BackwardTask::kScatter, task.scratch = scratch;
+          task.key_begin = i * width, task.key_end = std::min((i + 1) * width, p.k_tokens);
+          kernel.backward_unit(p, task);
+        }
+      });
+      round.clear(), groups = 0;
+    };
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+      for (int64_t unit = 0; unit < p.units; ++unit) {
+        BackwardTask task;
+        task.stage = BackwardTask::kCount, task.b = b, task.h = h, task.unit = unit, task.zero_row = call.zero_row.data();
+        kernel.backward_unit(p, task);
+        round.push_back(task), groups += task.groups;
+        const bool full = groups * sizes.record_bytes >= kRoundBytes && int64_t(round.size()) % threads == 0;
+        if (full || (h + 1 == (kv + 1) * group && unit + 1 == p.units)) flush();
+      }
+  }
+
+  template <class Body> static void in_parallel(int64_t n, const BackwardTask& sizes, const Body& body) {
+    parallel_units(1, 1, n, sizes.scratch_bytes, [&](int64_t, int64_t, int64_t i, void* scratch) { body(i, scratch); });
+  }
+
+  // The states' share of dk-side gradients, and the end of the key coordinates' gradient.
+  void keys() {
+    parallel_units(p.batch, p.kv_heads, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) { kernel.backward_scan(p, b, kv); });
+    parallel_units(p.batch, p.kv_heads, ceil_div(p.k_tokens, kChunk), kernel.backward_keys(p, 0, 0, 0, nullptr, nullptr),
+                   [&](int64_t b, int64_t kv, int64_t chunk, void* scratch) { kernel.backward_keys(p, b, kv, chunk, scratch, call.zero_row.data()); });
+  }
+
+  const AttentionArguments& args;
+  AttentionCall<T> call;
+  AttentionParams& p;
+  const Kernels<T>& kernel = kernels<T>();
+  Tensor dq, dk, dv, d_query_map, d_key_map, dy, d_state, lse_rows;
+  std::optional<Tensor> d_lse_rows;
+  Operand dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments& a, const Tensor& out, const Tensor& lse, const Tensor& d_out,
+                                                                      const std::optional<Tensor>& d_lse) {
+  if (a.query.scalar_type() == ScalarType::Double) return Backward<double>(a, out, lse, d_out, d_lse).run();
+  return Backward<float>(a, out, lse, d_out, d_lse).run();
+}
+
+}  // namespace sb::cpu

@@ -1,0 +1,12 @@
+#include "kernels.h"
+
+// Only what follows is compiled for these instructions: everything included above may be shared with other processors.
+#pragma GCC target("avx2,fma")
+#define SB_VECTOR_BYTES 32
+namespace sb::avx2 {
+#include "kernels.inc"
+}  // namespace sb::avx2
+
+namespace sb {
+extern const InstructionSet kAvx2 = {"avx2", avx2::table<float>(), avx2::table<double>()};
+}  // namespace sb

@@ -1,0 +1,12 @@
+#include "kernels.h"
+
+// Only what follows is compiled for these instructions: everything included above may be shared with other processors.
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#define SB_VECTOR_BYTES 64
+namespace sb::avx512 {
+#include "kernels.inc"
+}  // namespace sb::avx512
+
+namespace sb {
+extern const InstructionSet kAvx512 = {"avx512", avx512::table<float>(), avx512::table<double>()};
+}  // namespace sb

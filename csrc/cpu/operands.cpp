@@ -1,0 +1,133 @@
+#include "operands.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace sb {
+namespace {
+
+constexpr int64_t kGrainBytes = 1 << 16;
+
+// Calls visit(pointer to a C++ element type) for the tensor's dtype.
+template <class Visit> void with_element(ScalarType dtype, const Visit& visit) {
+  switch (dtype) {
+    case ScalarType::Float: return visit(static_cast<float*>(nullptr));
+    case ScalarType::Double: return visit(static_cast<double*>(nullptr));
+    case ScalarType::BFloat16: return visit(static_cast<torch::headeronly::BFloat16*>(nullptr));
+    case ScalarType::Half: return visit(static_cast<torch::headeronly::Half*>(nullptr));
+    default: STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
+  }
+}
+
+Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+// Calls visit(b, h, i) for every row, in parallel.
+template <class Visit> void for_each_row(const Tensor& t, int64_t row_bytes, const Visit& visit) {
+  const int64_t heads = t.size(1), tokens = t.size(2);
+  torch::stable::parallel_for(0, t.size(0) * heads * tokens, std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t at = begin; at < end; ++at) visit(at / (heads * tokens), at / tokens % heads, at % tokens);
+                              });
+}
+
+template <class T> bool usable(const Tensor& t, int64_t width_pad) {
+  return t.scalar_type() == kScalar<T> && t.size(3) == width_pad && (t.stride(3) == 1 || width_pad == 1);
+}
+
+}  // namespace
+
+Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) { return torch::stable::empty(sizes, dtype); }
+Tensor zeros_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  Tensor t = empty_cpu(sizes, dtype);
+  if (t.numel() > 0) std::memset(t.data_ptr(), 0, size_t(t.numel()) * t.element_size());
+  return t;
+}
+
+template <class T> Operand as_rows(const Tensor& t, int64_t width_pad) {
+  if (usable<T>(t, width_pad)) return {t, rows_of(t), true};
+  Tensor packed = empty_cpu({t.size(0), t.size(1), t.size(2), width_pad}, kScalar<T>);
+  const Rows to = rows_of(packed);
+  const int64_t width = t.size(3), step = t.stride(3);
+  with_element(t.scalar_type(), [&](auto* element) {
+    using E = std::remove_pointer_t<decltype(element)>;
+    const Rows from = rows_of(t);
+    for_each_row(t, width_pad * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
+      const E* source = from.at<const E>(b, h, i);
+      T* target = to.at<T>(b, h, i);
+      for (int64_t e = 0; e < width; ++e) target[e] = static_cast<T>(source[e * step]);
+      for (int64_t e = width; e < width_pad; ++e) target[e] = T(0);
+    });
+  });
+  return {packed, to, false};
+}
+
+template <class T> Operand result_rows(const Tensor& result, int64_t width_pad) {
+  if (usable<T>(result, width_pad)) {
+    if (result.numel() > 0) std::memset(result.data_ptr(), 0, size_t(result.numel()) * sizeof(T));
+    return {result, rows_of(result), true};
+  }
+  Tensor padded = zeros_cpu({result.size(0), result.size(1), result.size(2), width_pad}, kScalar<T>);
+  return {padded, rows_of(padded), false};
+}
+
+template <class T> void write_back(const Operand& from, const Tensor& result) {
+  if (from.in_place) return;
+  const int64_t width = result.size(3);
+  with_element(result.scalar_type(), [&](auto* element) {
+    using E = std::remove_pointer_t<decltype(element)>;
+    const Rows to = rows_of(result);
+    for_each_row(result, width * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
+      const T* source = from.rows.at<const T>(b, h, i);
+      E* target = to.at<E>(b, h, i);
+      for (int64_t e = 0; e < width; ++e) target[e] = static_cast<E>(source[e]);
+    });
+  });
+}
+
+template <class T> MapOperand<T> as_map(const Tensor& map, int64_t width_pad, bool ones, const uint8_t* mask) {
+  const int64_t rank = map.size(3) - 1, step = map.stride(3);
+  Tensor packed = empty_cpu({map.size(0), map.size(1), map.size(2), width_pad}, kScalar<T>);
+  Tensor logs = empty_cpu({map.size(0), map.size(1), map.size(2)}, kScalar<T>);
+  const Rows from = rows_of(map), to = rows_of(packed);
+  T* log_scale = static_cast<T*>(logs.data_ptr());
+  for_each_row(map, width_pad * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
+    const T* source = from.at<const T>(b, h, i);
+    T* target = to.at<T>(b, h, i);
+    const bool ignored = mask && mask[b * map.size(2) + i];
+    for (int64_t e = 0; e < rank; ++e) target[e] = ignored ? T(0) : source[e * step];
+    for (int64_t e = rank; e < width_pad; ++e) target[e] = ones && e == rank ? T(1) : T(0);
+    log_scale[(b * map.size(1) + h) * map.size(2) + i] = ignored ? T(0) : source[rank * step] * T(1.44269504088896340736);
+  });
+  return {{packed, to, false}, logs};
+}
+
+MaskOperand as_mask(const std::optional<Tensor>& mask) {
+  if (!mask) return {};
+  Tensor contiguous = torch::stable::contiguous(*mask);
+  return {contiguous, static_cast<const uint8_t*>(contiguous.data_ptr())};
+}
+
+std::vector<RowRange> row_ranges(int64_t batch, int64_t q_tokens, int64_t k_tokens, const std::optional<Tensor>& query_range,
+                                 const std::optional<Tensor>& key_range, const std::optional<Tensor>& query_offset) {
+  std::vector<RowRange> rows(static_cast<size_t>(batch), RowRange{0, int32_t(q_tokens), 0, int32_t(k_tokens), 0});
+  for (int64_t b = 0; b < batch; ++b) {
+    RowRange& row = rows[size_t(b)];
+    const auto element = [&](const Tensor& t, int64_t column) {
+      return static_cast<const int32_t*>(t.data_ptr())[b * t.stride(0) + (t.dim() > 1 ? column * t.stride(1) : 0)];
+    };
+    if (query_range) row.q_first = element(*query_range, 0), row.q_end = element(*query_range, 1);
+    if (key_range) row.k_first = element(*key_range, 0), row.k_end = element(*key_range, 1);
+    if (query_offset) row.offset = element(*query_offset, 0);
+  }
+  return rows;
+}
+
+#define SB_INSTANTIATE(T)                                     \
+  template Operand as_rows<T>(const Tensor&, int64_t);        \
+  template Operand result_rows<T>(const Tensor&, int64_t);    \
+  template void write_back<T>(const Operand&, const Tensor&); \
+  template MapOperand<T> as_map<T>(const Tensor&, int64_t, bool, const uint8_t*);
+SB_INSTANTIATE(float)
+SB_INSTANTIATE(double)
+
+}  // namespace sb
