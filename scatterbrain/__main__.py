@@ -1,0 +1,7 @@
+"""``python -m scatterbrain``."""
+
+import sys
+
+from scatterbrain.cli import main
+
+sys.exit(main())

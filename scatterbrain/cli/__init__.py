@@ -1,0 +1,46 @@
+"""The command line: ``scatterbrain COMMAND``, also ``python -m scatterbrain COMMAND``.
+
+A command is a module of this package with a function of the same name, which takes the remaining arguments and
+returns the exit code. It is imported when it is called, so that no command needs the dependencies of another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "info": "versions, instruction set in use, compiled architectures and devices",
+    "train": "train a byte-level language model",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: Without the program's name; None for those of the process.
+
+    Returns:
+        The exit code: 0 for success, 2 for a wrong command line.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(
+            f"scatterbrain: expected a command ({', '.join(COMMANDS)}), got {name!r}; see scatterbrain --help",
+            file=sys.stderr,
+        )
+        return 2
+    command = getattr(importlib.import_module(f"scatterbrain.cli.{name}"), name)
+    return command(rest)
+
+
+def _usage() -> str:
+    lines = ["usage: scatterbrain COMMAND [options]", "", "commands:"]
+    lines += [f"  {name:<10}{summary}" for name, summary in COMMANDS.items()]
+    return "\n".join([*lines, "", "scatterbrain COMMAND --help explains a command."])

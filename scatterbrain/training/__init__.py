@@ -1,0 +1,1 @@
+"""Training of small language models: data, model, trainer. Needs ``pip install 'scatterbrain[train]'``."""

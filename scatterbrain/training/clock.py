@@ -1,0 +1,80 @@
+"""Time spent in attention and outside of it."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+
+class AttentionClock:
+    """Adds up the seconds that the wrapped attention modules spend in their forward and backward passes.
+
+    Forward is timed around the call. For backward, an identity is put around the module on either side: autograd
+    reaches the one on the output when the gradient of the output is complete, just before the backward pass of the
+    attention, and the one on query, key and value when the attention has produced all three gradients. Autograd runs
+    the nodes of a device one after another, latest first, so what lies between the two belongs to the attention:
+    routing, low-rank coordinates, kernels, and the gradients of its own parameters. The projections to query, key and
+    value and the one after the attention are outside.
+
+    On a GPU each reading waits for the device, which costs some of the overlap that the timed step would have.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def reset(self) -> None:
+        self.seconds = 0.0
+
+    def start(self, device: torch.device) -> None:
+        self._started = self._now(device)
+
+    def stop(self, device: torch.device) -> None:
+        self.seconds += self._now(device) - self._started
+
+    @staticmethod
+    def _now(device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+
+class TimedAttention(nn.Module):
+    """An attention module whose forward and backward passes are timed by a clock."""
+
+    def __init__(self, attention: nn.Module, clock: AttentionClock) -> None:
+        super().__init__()
+        self.attention = attention
+        self._clock = clock
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
+        query, key, value = _StopInBackward.apply(self._clock, query, key, value)
+        self._clock.start(query.device)
+        output = self.attention(query, key, value, is_causal=is_causal)
+        self._clock.stop(query.device)
+        return _StartInBackward.apply(self._clock, output)
+
+
+class _StopInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, clock, query, key, value):
+        ctx.clock = clock
+        return query.view_as(query), key.view_as(key), value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        ctx.clock.stop(gradients[0].device)
+        return None, *gradients
+
+
+class _StartInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, clock, output):
+        ctx.clock = clock
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.clock.start(gradient.device)
+        return None, gradient

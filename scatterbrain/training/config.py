@@ -1,0 +1,220 @@
+"""Settings of a training run: one frozen dataclass per concern, each field a key of the YAML file and an option."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text to learn.
+
+    Args:
+        path: "stdlib" for the source of the running Python's standard library, or any text file or folder.
+        glob: Which files of a folder are read; folders below it are searched too.
+        exclude: Folder names that are skipped wherever they appear below the path.
+        validation_fraction: Share of the bytes kept out of training. Files are ordered by a hash of their name and
+            joined; the last bytes of that order validate, the others train, so no byte is in both.
+    """
+
+    path: str = "stdlib"
+    glob: str = "*.py"
+    exclude: tuple[str, ...] = ("site-packages", "dist-packages", "test", "tests", "__pycache__")
+    validation_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.validation_fraction < 1, "data.validation_fraction", "between 0 and 1", self.validation_fraction
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Decoder: pre-norm blocks with rotary positions.
+
+    Args:
+        layers: Number of blocks.
+        width: Features per token.
+        heads: Attention heads; each has width / heads features, an even number.
+        kv_heads: Key/value heads (grouped queries); null for as many as heads.
+        mlp: "swiglu" (gated) or "gelu".
+        mlp_width: Hidden features of the MLP; null for 8/3 of the width (rounded up to a multiple of 16) with swiglu
+            and 4 times the width with gelu.
+        norm: "rms" or "layer".
+        rope_base: Base of the rotary frequencies.
+        tied: Whether the output head shares the embedding's weights.
+        embedding_std: Standard deviation of the embedding at initialisation, in units of width ** -0.5.
+    """
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int | None = None
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp_width: int | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    rope_base: float = 10000.0
+    tied: bool = True
+    embedding_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads"):
+            _require(getattr(self, name) > 0, f"model.{name}", "positive", getattr(self, name))
+        _require(
+            self.width % (2 * self.heads) == 0, "model.width", f"a multiple of 2 * heads = {2 * self.heads}", self.width
+        )
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        _require(
+            kv_heads > 0 and self.heads % kv_heads == 0,
+            "model.kv_heads",
+            f"a divisor of heads = {self.heads}",
+            kv_heads,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Attention of every layer.
+
+    Args:
+        preset: Pair of support and low-rank part to start from: "train" (the default for training from scratch: keys
+            routed per query, a window and a learned quadratic part), "drop_in" or "paper".
+        keys: Keys per query that are attended to exactly, window and routed keys together.
+        support: Replaces the preset's support. A name (full, empty, window, routed, lsh) or a mapping with the name as
+            "kind" and its fields, such as {kind: routed, block_q: 1, block_k: 8, window: 16}; "keys" is the one above
+            unless the mapping has its own. "full" is exact attention without a low-rank part.
+        low_rank: Replaces the preset's low-rank part. "none", a name (quadratic, favor) or a mapping with the name as
+            "kind" and its fields, such as {kind: quadratic, rank: 9, statistics: learned}.
+    """
+
+    preset: Literal["train", "drop_in", "paper"] = "train"
+    keys: int = 64
+    support: str | dict[str, Any] | None = None
+    low_rank: str | dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.keys > 0, "attention.keys", "positive", self.keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation.
+
+    Args:
+        steps: Optimizer steps of the whole run.
+        minutes: Time limit; null for none. The learning rate then follows the larger of the two fractions used up,
+            of the steps and of the minutes, so a run that is cut by the clock still ends with the whole schedule.
+            Resuming such a run follows the clock too and is not bit-identical.
+        context: Bytes per sequence.
+        batch: Sequences per forward pass.
+        accumulate: Forward passes per optimizer step.
+        learning_rate: Peak of AdamW's learning rate.
+        final_learning_rate: Where the cosine ends, as a share of the peak.
+        warmup: Steps of linear warm-up.
+        betas: AdamW's two momenta.
+        weight_decay: AdamW's decay, of matrices only.
+        clip: Largest norm of the gradient.
+        bf16: Whether the forward pass runs under bfloat16 autocast.
+        seed: Decides the initial weights and the order of the data.
+        device: "cpu", "cuda" or any torch device.
+        threads: CPU threads; null for torch's own choice.
+        validate_every: Steps between validations.
+        validation_batches: Batches per validation, always the same ones.
+        checkpoint_every: Steps between checkpoints; there is one at the end as well.
+    """
+
+    steps: int = 2000
+    minutes: float | None = None
+    context: int = 2048
+    batch: int = 2
+    accumulate: int = 1
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 0.05
+    warmup: int = 20
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    bf16: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    validate_every: int = 100
+    validation_batches: int = 8
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "context", "batch", "accumulate", "learning_rate", "clip", "validate_every")
+        for name in (*positive, "validation_batches", "checkpoint_every"):
+            _require(getattr(self, name) > 0, f"train.{name}", "positive", getattr(self, name))
+        for name in ("minutes", "threads"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"train.{name}", "positive or null", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Text written by the trained model at the end of the run.
+
+    Args:
+        prompt: What the model continues.
+        length: Bytes to add; 0 for no sample.
+        temperature: 0 always takes the most likely byte; 1 draws from the model's distribution.
+    """
+
+    prompt: str = "import os\n\n\ndef "
+    length: int = 300
+    temperature: float = 0.7
+
+    def __post_init__(self) -> None:
+        _require(self.prompt != "", "sample.prompt", "at least one character", self.prompt)
+        _require(self.length >= 0, "sample.length", "0 or more", self.length)
+        _require(self.temperature >= 0, "sample.temperature", "0 or more", self.temperature)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """The same model stepped with exact attention after the run, for a table of loss and time.
+
+    Args:
+        steps: Steps with exact attention, from the same initial weights over the same batches with the same learning
+            rates; 0 for no comparison.
+    """
+
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, "compare.steps", "0 or more", self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A training run.
+
+    Args:
+        data: Text to learn.
+        model: Decoder.
+        attention: Attention of every layer.
+        train: Optimisation.
+        sample: Text written at the end.
+        compare: Comparison with exact attention.
+        output: Folder for the checkpoint, the metrics, the loss curve and the sample.
+        resume: true continues from the checkpoint in the output folder, "auto" does so if there is one, false starts
+            anew and refuses a folder that has one.
+        overwrite: Whether a run that starts anew may replace the one in the output folder.
+    """
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
+    output: str = "runs/lm"
+    resume: bool | Literal["auto"] = False
+    overwrite: bool = False
+
+
+def _require(condition: bool, key: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{key}: expected {expected}, got {got!r}")

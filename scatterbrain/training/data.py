@@ -1,0 +1,92 @@
+"""Bytes of a text file, a folder or the Python standard library: reading, splitting, and the order they are seen in."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scatterbrain.training.config import DataConfig
+
+
+def read_corpus(config: DataConfig) -> tuple[Tensor, Tensor]:
+    """Reads the text and splits it.
+
+    The files are ordered by a hash of their path below the folder and joined by a newline, and the last
+    ``validation_fraction`` of the bytes are the validation part. The split therefore depends on nothing but the files
+    and the fraction, mixes folders, and works in the same way for a single file.
+
+    Returns:
+        The training bytes and the validation bytes, uint8 (bytes,).
+
+    Raises:
+        ValueError: if the path does not exist, or nothing there matches the glob.
+    """
+    files = find_files(config)
+    corpus = b"\n".join(path.read_bytes() for path in files)
+    tokens = torch.frombuffer(bytearray(corpus), dtype=torch.uint8) if corpus else torch.empty(0, dtype=torch.uint8)
+    boundary = tokens.numel() - round(tokens.numel() * config.validation_fraction)
+    return tokens[:boundary], tokens[boundary:]
+
+
+def find_files(config: DataConfig) -> list[Path]:
+    """The files of the corpus in the order of a hash of their path below the folder."""
+    root = Path(sysconfig.get_path("stdlib")) if config.path == "stdlib" else Path(config.path).expanduser()
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise ValueError(
+            f"data.path: expected a text file, a folder or 'stdlib', got {config.path!r}, which does not exist"
+        )
+    excluded = set(config.exclude)
+    names = (path.relative_to(root) for path in root.rglob(config.glob) if path.is_file())
+    names = [name for name in names if not excluded.intersection(name.parts[:-1])]
+    if not names:
+        raise ValueError(f"data.path: no file under {root} matches data.glob {config.glob!r} outside data.exclude")
+    return [root / name for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())]
+
+
+class Batches:
+    """Endless shuffled batches of sequences; a batch is a pure function of its number, so nothing needs saving.
+
+    Every pass cuts the bytes into consecutive sequences from an offset of its own and visits them in an order of its
+    own, both drawn from the seed and the number of the pass.
+
+    Args:
+        tokens: uint8 (bytes,).
+        context: Bytes per sequence. A sequence has one more byte, the last target.
+        batch: Sequences per batch.
+        seed: Decides offsets and orders.
+        name: What to call the bytes in an error.
+    """
+
+    def __init__(self, tokens: Tensor, context: int, batch: int, seed: int, name: str = "training") -> None:
+        needed = 2 * context + 1
+        if tokens.numel() < needed:
+            raise ValueError(
+                f"data.path: the {name} part has {tokens.numel()} bytes, and train.context {context} needs at least "
+                f"{needed}; use more text, a shorter context or another data.validation_fraction"
+            )
+        self.tokens, self.context, self.batch, self.seed = tokens, context, batch, seed
+        # The offset takes up to context - 1 bytes, and every pass must have the same number of sequences.
+        self.sequences_per_pass = tokens.numel() // context - 1
+        self._pass_number = -1
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of batch ``number``, int64 (batch, context)."""
+        starts = [self._start(number * self.batch + row) for row in range(self.batch)]
+        rows = torch.stack([self.tokens[start : start + self.context + 1] for start in starts]).long()
+        return rows[:, :-1], rows[:, 1:]
+
+    def _start(self, sequence: int) -> int:
+        pass_number, index = divmod(sequence, self.sequences_per_pass)
+        if pass_number != self._pass_number:
+            digest = hashlib.sha256(f"{self.seed} {pass_number}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            self._offset = int(torch.randint(self.context, (), generator=generator))
+            self._order = torch.randperm(self.sequences_per_pass, generator=generator)
+            self._pass_number = pass_number
+        return self._offset + int(self._order[index]) * self.context

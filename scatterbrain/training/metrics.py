@@ -1,0 +1,87 @@
+"""The metrics of a run: one JSON object per line, and the loss curve drawn from them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from scatterbrain.training.files import write_atomically
+
+Record = dict[str, Any]
+
+
+def bits_per_byte(loss: float) -> float:
+    """A loss in nats per byte, in bits."""
+    return loss / math.log(2)
+
+
+class MetricsLog:
+    """Records of a run, on disk and in memory.
+
+    Args:
+        path: The file; it is replaced.
+        records: Records that are already there, such as those before the step a run continues from.
+    """
+
+    def __init__(self, path: Path, records: list[Record]) -> None:
+        self._path, self.records = path, list(records)
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+    def append(self, record: Record) -> None:
+        self.records.append(record)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def of_kind(self, kind: str) -> list[Record]:
+        return [record for record in self.records if record["kind"] == kind]
+
+
+def read_records(path: Path, last_step: int) -> list[Record]:
+    """The records up to ``last_step``; a last line that was cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return [record for record in records if record["step"] <= last_step]
+
+
+def draw_loss_curve(path: Path, log: MetricsLog, title: str) -> None:
+    """Writes a PNG of training loss (each step, and their running mean) and validation loss, in bits per byte."""
+    train, validation = log.of_kind("train"), log.of_kind("validation")
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    steps = [record["step"] for record in train]
+    values = [record["bits_per_byte"] for record in train]
+    axes.plot(steps, values, color="C0", alpha=0.25, linewidth=0.8)
+    axes.plot(steps, _running_mean(values), color="C0", label="training")
+    axes.plot(
+        [record["step"] for record in validation],
+        [record["bits_per_byte"] for record in validation],
+        color="C1",
+        marker="o",
+        markersize=3,
+        label="validation",
+    )
+    axes.set(xlabel="step", ylabel="bits per byte", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    write_atomically(path, picture.getvalue())
+
+
+def _running_mean(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential running mean, corrected for its start."""
+    means, total, normaliser = [], 0.0, 0.0
+    for value in values:
+        total, normaliser = weight * total + value, weight * normaliser + 1
+        means.append(total / normaliser)
+    return means

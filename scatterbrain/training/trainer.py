@@ -1,0 +1,241 @@
+"""A run from its configuration to its files: steps, validation, checkpoints, resuming and stopping."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from scatterbrain.training.attention import build_attention, describe_attention, is_exact
+from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint
+from scatterbrain.training.compare import compare_with_exact
+from scatterbrain.training.config import RunConfig
+from scatterbrain.training.data import Batches, read_corpus
+from scatterbrain.training.files import RunFolder, write_atomically
+from scatterbrain.training.interrupt import StopRequest
+from scatterbrain.training.learner import Batch, Learner, Step, scheduled_learning_rate
+from scatterbrain.training.metrics import MetricsLog, bits_per_byte, draw_loss_curve, read_records
+from scatterbrain.training.sample import generate
+
+# A continued run may differ in these; everything else of data, model, attention and train decides what is learned.
+FREE_TRAIN_KEYS = ("steps", "minutes", "device", "threads", "validate_every", "validation_batches", "checkpoint_every")
+
+
+class RunStopped(Exception):
+    """The run ended before its time; the message says why, where the checkpoint is and how to go on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Trainer:
+    """A training run.
+
+    Args:
+        config: Everything about it.
+
+    Raises:
+        ValueError: for settings that do not go together, missing data, or an output folder whose checkpoint the
+            configuration neither continues nor replaces.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.folder = RunFolder(Path(config.output))
+        if config.train.threads is not None:
+            torch.set_num_threads(config.train.threads)
+        training, validation = read_corpus(config.data)
+        sizes = (config.train.context, config.train.batch, config.train.seed)
+        self.batches = Batches(training, *sizes)
+        self.validation = Batches(validation, *sizes, name="validation")
+        self.learner = Learner(config.model, config.train, partial(build_attention, config.attention))
+        self.steps_done, self._seconds_before = 0, 0.0
+        self._checkpointed_step: int | None = None
+        self._open()
+
+    def run(self) -> None:
+        """Trains to the end of the schedule, then writes the sample.
+
+        Raises:
+            RunStopped: after SIGINT or SIGTERM, once the current step is finished and saved, or when a file cannot be
+                written; the last checkpoint is whole either way.
+        """
+        with StopRequest() as stop:
+            try:
+                self._fit(stop)
+                if stop.signal is None:
+                    self._write_sample()
+                if stop.signal is None:
+                    self._compare(stop)
+            except FloatingPointError as error:
+                raise RunStopped(f"{error}. {self._whereabouts()}", 1) from error
+            except OSError as error:
+                raise RunStopped(f"cannot write to {self.folder.path}: {error}. {self._whereabouts()}", 1) from error
+        if stop.signal is not None:
+            raise RunStopped(f"stopped by {stop.signal.name}. {self._whereabouts()}", 128 + stop.signal)
+
+    def training_batches(self, step: int) -> list[Batch]:
+        """The batches of step ``step``, counted from 0."""
+        accumulate = self.config.train.accumulate
+        return [self.batches[step * accumulate + index] for index in range(accumulate)]
+
+    def validation_batches(self) -> list[Batch]:
+        """The batches of every validation."""
+        return [self.validation[index] for index in range(self.config.train.validation_batches)]
+
+    def _open(self) -> None:
+        """Starts the output folder, or takes up the run that is in it."""
+        found, resume = self.folder.checkpoint.exists(), self.config.resume
+        if resume is True and not found:
+            raise ValueError(
+                f"resume: expected a checkpoint at {self.folder.checkpoint}, found none; leave resume out to start"
+            )
+        if not resume and found and not self.config.overwrite:
+            raise ValueError(
+                f"output: {self.folder.path} already has a checkpoint; continue it with --resume true, replace it with "
+                "--overwrite true, or choose another folder with --output"
+            )
+        self._description = _as_plain_data(self.config)
+        records = []
+        if resume and found:
+            progress = read_progress(self.folder.checkpoint)
+            _check_same_run(progress.config, self._description)
+            load_checkpoint(self.folder.checkpoint, self.learner)
+            self.steps_done, self._seconds_before = progress.step, progress.seconds
+            self._checkpointed_step = progress.step
+            records = read_records(self.folder.metrics, progress.step)
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if found and self._checkpointed_step is None:
+            self.folder.checkpoint.unlink()
+        write_atomically(self.folder.config, yaml.safe_dump(self._description, sort_keys=False).encode())
+        self.log = MetricsLog(self.folder.metrics, records)
+
+    def _fit(self, stop: StopRequest) -> None:
+        train = self.config.train
+        self._clock_start = time.perf_counter()
+        with _progress_bar(self._fraction()) as bar:
+            while self._fraction() < 1 and stop.signal is None:
+                rate = scheduled_learning_rate(train, self.steps_done, self._fraction())
+                step = self.learner.step(self.training_batches(self.steps_done), rate)
+                self.steps_done += 1
+                self._record(step, rate)
+                if self.steps_done % train.validate_every == 0 or self.steps_done == self.config.compare.steps:
+                    self._validate()
+                if self.steps_done % train.checkpoint_every == 0:
+                    self._save()
+                _show(bar, self._fraction(), self.steps_done, step)
+            if stop.signal is None and not self._validated():
+                self._validate()
+        if self._checkpointed_step != self.steps_done:
+            self._save()
+        draw_loss_curve(self.folder.loss_curve, self.log, describe_attention(self.config.attention))
+        print(f"step {self.steps_done}: checkpoint in {self.folder.checkpoint}, loss curve in {self.folder.loss_curve}")
+
+    def _fraction(self) -> float:
+        """Share of the run that is done, by steps or by the clock, whichever is further."""
+        train = self.config.train
+        fraction = self.steps_done / train.steps
+        if train.minutes is not None:
+            fraction = max(fraction, self._seconds() / (60 * train.minutes))
+        return min(fraction, 1.0)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._clock_start
+
+    def _record(self, step: Step, learning_rate: float) -> None:
+        record = {
+            "kind": "train",
+            "step": self.steps_done,
+            "loss": step.loss,
+            "bits_per_byte": bits_per_byte(step.loss),
+        }
+        record |= {"learning_rate": learning_rate, "gradient_norm": step.gradient_norm, "tokens": step.tokens}
+        self.log.append(record | {"seconds": step.seconds, "attention_seconds": step.attention_seconds})
+
+    def _validate(self) -> None:
+        loss = self.learner.evaluate(self.validation_batches())
+        self.log.append(
+            {"kind": "validation", "step": self.steps_done, "loss": loss, "bits_per_byte": bits_per_byte(loss)}
+        )
+        tqdm.write(f"step {self.steps_done}: validation {bits_per_byte(loss):.3f} bits per byte")
+
+    def _validated(self) -> bool:
+        return any(record["step"] == self.steps_done for record in self.log.of_kind("validation"))
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.folder.checkpoint, self.learner, Progress(self.steps_done, self._seconds(), self._description)
+        )
+        self._checkpointed_step = self.steps_done
+
+    def _write_sample(self) -> None:
+        config, train = self.config.sample, self.config.train
+        if config.length == 0:
+            return
+        prompt = config.prompt.encode()
+        added = generate(self.learner.model, prompt, config.length, config.temperature, train.context, train.seed)
+        text = (prompt + added).decode(errors="replace")
+        write_atomically(self.folder.sample, text.encode())
+        print(f"sample, in {self.folder.sample}:\n{text}")
+
+    def _compare(self, stop: StopRequest) -> None:
+        if self.config.compare.steps == 0:
+            return
+        if is_exact(self.config.attention):
+            print("compare.steps: nothing to compare, the run itself used exact attention")
+            return
+        table = compare_with_exact(self.config, self.log, self.training_batches, self.validation_batches(), stop)
+        if table is not None:
+            write_atomically(self.folder.comparison, (table + "\n").encode())
+            print(table)
+
+    def _whereabouts(self) -> str:
+        if self._checkpointed_step is None:
+            return "No checkpoint had been written yet."
+        command = f"scatterbrain train {shlex.quote(str(self.folder.config))} --resume true"
+        where = f"The checkpoint of step {self._checkpointed_step} is whole, in {self.folder.checkpoint}"
+        return f"{where}; continue with: {command}"
+
+
+def _as_plain_data(config: RunConfig) -> dict[str, Any]:
+    """The configuration as YAML and JSON hold it, without what concerns one start of the run only."""
+    plain = dataclasses.asdict(config, dict_factory=_with_lists)
+    return {name: value for name, value in plain.items() if name not in ("resume", "overwrite")}
+
+
+def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+
+
+def _check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuses to continue a run under settings that would make it another run."""
+    for section in ("data", "model", "attention", "train"):
+        for name, value in current[section].items():
+            free = section == "train" and name in FREE_TRAIN_KEYS
+            if not free and stored[section].get(name) != value:
+                raise ValueError(
+                    f"{section}.{name}: the checkpoint was made with {stored[section].get(name)!r}, got {value!r}; "
+                    "continue with the same setting, or start anew in another folder with --output"
+                )
+
+
+def _progress_bar(fraction: float) -> tqdm:
+    """A bar over the share of the run that is done, which serves limits in steps and in minutes alike."""
+    layout = "{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+    interval = 0.2 if sys.stderr.isatty() else 20.0
+    return tqdm(total=1.0, initial=fraction, bar_format=layout, mininterval=interval, dynamic_ncols=True)
+
+
+def _show(bar: tqdm, fraction: float, step_number: int, step: Step) -> None:
+    loss = f"loss {step.loss:.3f}, {bits_per_byte(step.loss):.3f} bits per byte"
+    bar.set_postfix_str(f"step {step_number}, {loss}, {step.tokens / step.seconds:,.0f} tokens/s", refresh=False)
+    bar.update(fraction - bar.n)

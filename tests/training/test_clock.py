@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from scatterbrain.training.clock import AttentionClock, TimedAttention
+
+PAUSE = 0.03
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(PAUSE)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(2 * PAUSE)
+        return gradient
+
+
+class SlowAttention(nn.Module):
+    def forward(self, query, key, value, is_causal):
+        return _Sleep.apply(query + key + value)
+
+
+def test_the_clock_counts_the_attention_forward_and_backward_and_nothing_else():
+    clock = AttentionClock()
+    x = torch.randn(1, 1, 4, 2, requires_grad=True)
+    before = _Sleep.apply(x)
+    output = TimedAttention(SlowAttention(), clock)(before, before, before, is_causal=True)
+    assert PAUSE <= clock.seconds < 2 * PAUSE
+    _Sleep.apply(output).sum().backward()
+    assert 3 * PAUSE <= clock.seconds < 5 * PAUSE
+
+
+def test_the_timed_module_changes_neither_output_nor_gradient():
+    query, key, value = torch.randn(3, 1, 1, 4, 2).unbind()
+    query.requires_grad_()
+    timed = TimedAttention(SlowAttention(), AttentionClock())(query, key, value, is_causal=True)
+    timed.sum().backward()
+    assert torch.equal(timed, query + key + value) and torch.equal(query.grad, torch.ones_like(query))

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from scatterbrain.training import files
+from scatterbrain.training.checkpoint import read_progress
+from scatterbrain.training.config import AttentionConfig, CompareConfig, RunConfig
+from scatterbrain.training.learner import Learner
+from scatterbrain.training.trainer import RunStopped, Trainer
+
+ATTENTIONS = {
+    "full": AttentionConfig(support="full"),
+    "train": AttentionConfig(preset="train", keys=32),
+    "ema": AttentionConfig(preset="train", keys=32, low_rank={"kind": "quadratic", "statistics": "ema"}),
+}
+
+
+def losses(config: RunConfig) -> list[tuple[str, int, float]]:
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    return [(record["kind"], record["step"], record["loss"]) for record in map(json.loads, lines)]
+
+
+def tensors(config: RunConfig) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(Path(config.output) / "checkpoint.safetensors")
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, number: int, action) -> None:
+    """Calls ``action`` just before step ``number`` (from 1) of this process is taken."""
+    original, count = Learner.step, 0
+
+    def step(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == number:
+            action()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Learner, "step", step)
+
+
+def raise_error(error: BaseException):
+    raise error
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("how", ["stopped by a signal", "killed between two checkpoints"])
+def test_a_run_that_was_cut_continues_bit_for_bit(tiny, monkeypatch, attention, how):
+    whole = tiny(ATTENTIONS[attention], output="whole")
+    Trainer(whole).run()
+    with monkeypatch.context() as patch:
+        if how == "stopped by a signal":
+            before_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            error = RunStopped
+        else:
+            before_step(patch, 5, lambda: raise_error(MemoryError()))
+            error = MemoryError
+        with pytest.raises(error):
+            Trainer(tiny(ATTENTIONS[attention], output="cut")).run()
+    torch.manual_seed(12345)
+    cut = tiny(ATTENTIONS[attention], output="cut", resume=True)
+    Trainer(cut).run()
+    assert losses(cut) == losses(whole)
+    expected, got = tensors(whole), tensors(cut)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_step_finish_and_saves_it(tiny, monkeypatch, number, code):
+    config = tiny()
+    before_step(monkeypatch, 5, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(RunStopped, match="checkpoint of step 5 is whole.*--resume true") as stopped:
+        Trainer(config).run()
+    assert stopped.value.exit_code == code
+    assert read_progress(Path(config.output) / "checkpoint.safetensors").step == 5
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, monkeypatch):
+    config = tiny()
+    checkpoint = Path(config.output) / "checkpoint.safetensors"
+    kept = []
+
+    def fill_the_disk():
+        kept.append(checkpoint.read_bytes())
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(files.os, "fsync", lambda descriptor: raise_error(full))
+
+    before_step(monkeypatch, 5, fill_the_disk)
+    with pytest.raises(RunStopped, match="No space left on device.*checkpoint of step 3 is whole") as stopped:
+        Trainer(config).run()
+    assert stopped.value.exit_code == 1
+    assert checkpoint.read_bytes() == kept[0]
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == [
+        "checkpoint.safetensors",
+        "config.yaml",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_run_writes_its_loss_curve_and_a_sample(tiny):
+    config = tiny()
+    Trainer(config).run()
+    assert (Path(config.output) / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (Path(config.output) / "sample.txt").read_text().startswith("line")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_spoilt(tiny, monkeypatch):
+    config = tiny()
+    before_step(
+        monkeypatch,
+        5,
+        lambda: monkeypatch.setattr(Learner, "_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)),
+    )
+    with pytest.raises(RunStopped, match="expected a finite loss.*checkpoint of step 3 is whole"):
+        Trainer(config).run()
+
+
+def test_a_time_limit_ends_the_run_with_the_whole_schedule(tiny):
+    config = tiny(steps=10**6, minutes=0.01)
+    Trainer(config).run()
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    rates = [record["learning_rate"] for record in map(json.loads, lines) if record["kind"] == "train"]
+    assert rates[-1] < 0.2 * max(rates)
+
+
+def test_an_occupied_output_folder_is_refused_with_the_ways_out(tiny):
+    Trainer(tiny(steps=1)).run()
+    with pytest.raises(ValueError, match="--resume true.*--overwrite true.*--output"):
+        Trainer(tiny())
+
+
+def test_resuming_needs_a_checkpoint_and_auto_does_not(tiny):
+    with pytest.raises(ValueError, match="resume: expected a checkpoint"):
+        Trainer(tiny(resume=True))
+    Trainer(tiny(resume="auto", steps=1)).run()
+    assert Trainer(tiny(resume="auto")).steps_done == 1
+
+
+def test_resuming_as_another_run_is_refused_by_key(tiny):
+    Trainer(tiny(steps=1)).run()
+    with pytest.raises(ValueError, match="train.batch: the checkpoint was made with 2, got 1"):
+        Trainer(tiny(resume=True, batch=1))
+
+
+def test_the_comparison_with_exact_attention_reports_both_at_the_same_step(tiny, capsys):
+    import dataclasses
+
+    config = dataclasses.replace(tiny(ATTENTIONS["train"]), compare=CompareConfig(steps=3))
+    Trainer(config).run()
+    table = (Path(config.output) / "comparison.txt").read_text()
+    rows = ("bits per byte after 3 steps", "tokens/s", "in attention", "outside")
+    assert all(row in table for row in rows) and table in capsys.readouterr().out
