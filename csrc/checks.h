@@ -21,6 +21,14 @@ struct AttentionArguments {
   double scale;
 };
 
+struct RouteArguments {
+  Tensor query, key;
+  std::optional<Tensor> query_map, key_map, query_mask, key_mask, query_range, key_range, query_offset;
+  int64_t low_rank, keys, block_q, block_k, window;
+  bool is_causal;
+  double scale;
+};
+
 inline bool is_floating(const Tensor& t) {
   const ScalarType s = t.scalar_type();
   return s == ScalarType::Float || s == ScalarType::Double || s == ScalarType::BFloat16 || s == ScalarType::Half;
@@ -84,6 +92,34 @@ inline void check_attention(const AttentionArguments& a) {
       STD_TORCH_CHECK(x.size(i) == q.size(i) && y.size(i) == k.size(i), "attention: query_map and key_map must have the batch, heads and tokens of query and key");
     STD_TORCH_CHECK(x.scalar_type() == accumulation_type(q) && y.scalar_type() == accumulation_type(q),
                     "attention: query_map and key_map must be float32 (float64 for float64 inputs)");
+  }
+}
+
+inline void check_route(const RouteArguments& a) {
+  const Tensor &q = a.query, &k = a.key;
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "route: query and key must be (batch, heads, tokens, head_dim)");
+  STD_TORCH_CHECK(is_floating(q) && is_floating(k), "route: query and key must be floating-point");
+  STD_TORCH_CHECK(k.size(0) == q.size(0) && k.size(3) == q.size(3) && q.size(3) > 0 && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+                  "route: shapes of query and key do not fit together");
+  STD_TORCH_CHECK(q.size(2) < (int64_t(1) << 31) && k.size(2) < (int64_t(1) << 31), "route: more than 2^31 tokens");
+  const bool pooled = a.block_k == 1 && (a.block_q == 8 || a.block_q == 16 || a.block_q == 32) && a.window == 0 && a.keys >= a.block_q;
+  const bool per_query = a.block_k == 8 && a.block_q == 1 && a.window >= 0 && a.keys >= a.window && a.keys >= 1;
+  STD_TORCH_CHECK(pooled || per_query,
+                  "route: expected block_q 8, 16 or 32 with block_k 1, window 0 and keys >= block_q, or block_q 1 with block_k 8 and keys >= window >= 0");
+  STD_TORCH_CHECK(a.low_rank >= 0 && a.low_rank <= 2, "route: low_rank must be 0 (none), 1 (quadratic) or 2 (features)");
+  check_mask("query_mask", a.query_mask, q.size(0), q.size(2));
+  check_mask("key_mask", a.key_mask, q.size(0), k.size(2));
+  check_int32("query_range", a.query_range, 2);
+  check_int32("key_range", a.key_range, 2);
+  check_int32("query_offset", a.query_offset, 1);
+  if (a.low_rank != 0 && pooled) {
+    STD_TORCH_CHECK(a.query_map && a.key_map, "route: a low-rank kernel needs query_map and key_map");
+    const Tensor &x = *a.query_map, &y = *a.key_map;
+    STD_TORCH_CHECK(x.dim() == 4 && y.dim() == 4 && x.size(3) == y.size(3) && x.size(3) >= 2 && x.scalar_type() == ScalarType::Float &&
+                        y.scalar_type() == ScalarType::Float,
+                    "route: query_map and key_map must be float32 of shape (B, H, N, rank + 1)");
+    for (int64_t i = 0; i < 3; ++i)
+      STD_TORCH_CHECK(x.size(i) == q.size(i) && y.size(i) == k.size(i), "route: query_map and key_map must have the batch, heads and tokens of query and key");
   }
 }
 

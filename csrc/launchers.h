@@ -12,6 +12,7 @@ struct Launchers {
   // Gradients of query, key, value, query_map and key_map; the last two are empty without a low-rank kernel.
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> (*attention_backward)(const AttentionArguments&, const Tensor& out, const Tensor& lse, const Tensor& d_out,
                                                                            const std::optional<Tensor>& d_lse);
+  std::tuple<Tensor, Tensor> (*route)(const RouteArguments&);
   Tensor (*project)(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias);
   std::tuple<Tensor, Tensor, Tensor> (*project_backward)(const Tensor& grad, const Tensor& tokens, const Tensor& weight);
 };
@@ -22,6 +23,7 @@ namespace cpu {
 std::tuple<Tensor, Tensor> attention(const AttentionArguments&);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments&, const Tensor& out, const Tensor& lse, const Tensor& d_out,
                                                                       const std::optional<Tensor>& d_lse);
+std::tuple<Tensor, Tensor> route(const RouteArguments&);
 Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias);
 std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight);
 }  // namespace cpu

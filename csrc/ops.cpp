@@ -9,7 +9,7 @@
 namespace sb {
 
 Launchers& cpu_launchers() {
-  static Launchers table{&cpu::attention, &cpu::attention_backward, &cpu::project, &cpu::project_backward};
+  static Launchers table{&cpu::attention, &cpu::attention_backward, &cpu::route, &cpu::project, &cpu::project_backward};
   return table;
 }
 
@@ -38,6 +38,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor d_o
   return cpu_launchers().attention_backward(a, out, lse, d_out, d_lse);
 }
 
+std::tuple<Tensor, Tensor> route(Tensor query, Tensor key, MaybeTensor query_map, MaybeTensor key_map, MaybeTensor query_mask, MaybeTensor key_mask,
+                                 MaybeTensor query_range, MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank, int64_t keys, int64_t block_q,
+                                 int64_t block_k, int64_t window, bool is_causal, double scale) {
+  const RouteArguments a{query,       key,       query_map,    key_map,  query_mask, key_mask, query_range, key_range,
+                         query_offset, low_rank, keys, block_q, block_k,  window,     is_causal, scale};
+  check_route(a);
+  return cpu_launchers().route(a);
+}
+
 Tensor project(Tensor tokens, Tensor weight, MaybeTensor bias) {
   check_projection(tokens, weight);
   return cpu_launchers().project(tokens, weight, bias);
@@ -55,6 +64,9 @@ std::string instruction_set_name() { return instruction_set().name; }
 
 STABLE_TORCH_LIBRARY(scatterbrain, m) {
   m.def("instruction_set() -> str");
+  m.def(
+      "route(Tensor query, Tensor key, Tensor? query_map, Tensor? key_map, Tensor? query_mask, Tensor? key_mask, Tensor? query_range, Tensor? key_range, "
+      "Tensor? query_offset, int low_rank, int keys, int block_q, int block_k, int window, bool is_causal, float scale) -> (Tensor index, Tensor count)");
   m.def("project(Tensor tokens, Tensor weight, Tensor? bias) -> Tensor");
   m.def("project_backward(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor, Tensor, Tensor)");
   m.def(
@@ -70,6 +82,7 @@ STABLE_TORCH_LIBRARY(scatterbrain, m) {
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, m) { m.impl("instruction_set", TORCH_BOX(&sb::instruction_set_name)); }
 
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CPU, m) {
+  m.impl("route", TORCH_BOX(&sb::route));
   m.impl("project", TORCH_BOX(&sb::project));
   m.impl("project_backward", TORCH_BOX(&sb::project_backward));
   m.impl("attention", TORCH_BOX(&sb::attention));

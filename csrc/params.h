@@ -71,4 +71,32 @@ struct AttentionParams {
   int64_t kv_head(int64_t h) const { return h / (q_heads / kv_heads); }
 };
 
+// Routing (csrc/cpu/route.inc). Everything is float32; positions count from the row's first valid key.
+inline constexpr int64_t kRouteLanes = 32;      // tokens of a panel
+inline constexpr int64_t kRouteSegment = 512;   // keys that one task prepares
+inline constexpr int64_t kLongRow = 16384;      // valid keys from which the pooled form looks at superblocks first
+
+struct RouteParams {
+  int64_t batch, q_heads, kv_heads, q_tokens, k_tokens;
+  int64_t head_dim, head_pad;                 // d, and d rounded up to kPad
+  LowRank low_rank;
+  int64_t rank;                               // r, or m for general features
+  int64_t keys, block_q, block_k, window;     // of the support
+  bool is_causal;
+  float scale;
+  Rows q, k;                                  // (B, Hq|Hkv, N|M, head_pad)
+  Rows query_map, key_map;                    // (B, Hq|Hkv, N|M, rank + 1): x and rho, y and kappa, natural logarithm
+  const RowRange* rows;                       // (B)
+  const uint8_t *q_mask, *k_mask;             // (B, N|M) or null; nonzero = ignore
+  int64_t blocks, capacity;                   // blocks = ceil(N / block_q)
+  int32_t *index, *count;                     // (B, Hq, blocks, capacity), (B, Hq, blocks)
+  int64_t panel_rows, level_offset[3];        // rows of a panel; where each level of a head's panels begins
+
+  // Candidate blocks of 32 keys (pooled) and candidate superblocks of 64 (per query) that are kept. Fewer lose accuracy on real attention.
+  int64_t candidate_blocks() const { return keys > 85 ? (3 * keys + 15) / 16 : 16; }
+  int64_t candidate_superblocks() const { return keys - window > 64 ? (keys - window) / 8 * 2 : 16; }
+  int64_t blocks_per_group() const { return block_k == 1 ? 4 : 16; }
+  int64_t index_capacity() const { return block_k == 1 ? keys : (keys - window) / block_k + (window + 2 * block_k - 2) / block_k; }
+};
+
 }  // namespace sb

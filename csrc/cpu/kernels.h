@@ -38,10 +38,18 @@ template <class T> struct Kernels {
                            int64_t d_row_stride, T* d_weight, T* d_bias);
 };
 
+// Routing: the panels of 512 keys of one head, and the lists of one group of queries (which must be cleared before). `group` returns the bytes of scratch it
+// needs and does nothing else without scratch; `keys` needs one panel.
+struct RouteKernels {
+  void (*keys)(const RouteParams&, int64_t b, int64_t kv, int64_t segment, float* panels, float* scratch, const float* zero_row);
+  int64_t (*group)(const RouteParams&, int64_t b, int64_t h, int64_t group, const float* panels, void* scratch);
+};
+
 struct InstructionSet {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
+  RouteKernels route;
 };
 
 extern const InstructionSet kAvx512, kAvx2, kBaseline;

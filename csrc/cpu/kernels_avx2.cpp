@@ -8,5 +8,5 @@ namespace sb::avx2 {
 }  // namespace sb::avx2
 
 namespace sb {
-extern const InstructionSet kAvx2 = {"avx2", avx2::table<float>(), avx2::table<double>()};
+extern const InstructionSet kAvx2 = {"avx2", avx2::table<float>(), avx2::table<double>(), avx2::route_table()};
 }  // namespace sb

@@ -8,5 +8,5 @@ namespace sb::avx512 {
 }  // namespace sb::avx512
 
 namespace sb {
-extern const InstructionSet kAvx512 = {"avx512", avx512::table<float>(), avx512::table<double>()};
+extern const InstructionSet kAvx512 = {"avx512", avx512::table<float>(), avx512::table<double>(), avx512::route_table()};
 }  // namespace sb

@@ -6,5 +6,5 @@ namespace sb::baseline {
 }  // namespace sb::baseline
 
 namespace sb {
-extern const InstructionSet kBaseline = {"baseline", baseline::table<float>(), baseline::table<double>()};
+extern const InstructionSet kBaseline = {"baseline", baseline::table<float>(), baseline::table<double>(), baseline::route_table()};
 }  // namespace sb

@@ -1,0 +1,82 @@
+// Launcher of routing: the key side of a few heads in panels, then groups of queries of these heads in parallel.
+#include <algorithm>
+
+#include "../launchers.h"
+#include "attention_call.h"
+
+namespace sb::cpu {
+namespace {
+
+// Heads are taken together until they have this many keys: enough to share among threads, little enough to hold.
+constexpr int64_t kTokensPerWave = 16384;
+
+Tensor with_dense_rows(const Tensor& t) { return t.stride(3) == 1 ? t : torch::stable::contiguous(t); }
+Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+// Where each level of a head's panels begins, in floats, and the size of all of them.
+int64_t place_panels(RouteParams& p) {
+  const int64_t panel = p.panel_rows * kRouteLanes;
+  const int64_t segments = ceil_div(p.k_tokens, kRouteSegment), leaves = ceil_div(p.k_tokens, kRouteLanes);
+  const auto panels_of = [&](int64_t lanes) { return ceil_div(lanes, kRouteLanes) * panel; };
+  if (p.block_k == 1) {
+    p.level_offset[1] = leaves * panel;
+    p.level_offset[2] = p.level_offset[1] + panels_of(segments * kRouteSegment / kRouteLanes);
+    return p.level_offset[2] + panels_of(segments);
+  }
+  const int64_t supers = ceil_div(p.k_tokens, 64);
+  p.level_offset[1] = supers * p.panel_rows * 8;
+  return p.level_offset[1] + panels_of(supers);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
+  RouteParams p{};
+  p.batch = a.query.size(0), p.q_heads = a.query.size(1), p.kv_heads = a.key.size(1), p.q_tokens = a.query.size(2), p.k_tokens = a.key.size(2);
+  p.head_dim = a.query.size(3), p.head_pad = pad_to(p.head_dim, kPad);
+  p.low_rank = a.block_k == 1 ? static_cast<LowRank>(a.low_rank) : LowRank::kNone;
+  p.keys = a.keys, p.block_q = a.block_q, p.block_k = a.block_k, p.window = a.window, p.is_causal = a.is_causal, p.scale = float(a.scale);
+  p.blocks = ceil_div(p.q_tokens, p.block_q), p.capacity = p.index_capacity();
+
+  const Operand q = as_rows<float>(a.query, p.head_pad), k = as_rows<float>(a.key, p.head_pad);
+  p.q = q.rows, p.k = k.rows;
+  std::optional<Tensor> query_map, key_map;
+  if (p.low_rank != LowRank::kNone) {
+    query_map = with_dense_rows(*a.query_map), key_map = with_dense_rows(*a.key_map);
+    p.query_map = rows_of(*query_map), p.key_map = rows_of(*key_map), p.rank = key_map->size(3) - 1;
+  }
+  const MaskOperand q_mask = as_mask(a.query_mask), k_mask = as_mask(a.key_mask);
+  p.q_mask = q_mask.data, p.k_mask = k_mask.data;
+  const std::vector<RowRange> rows = row_ranges(p.batch, p.q_tokens, p.k_tokens, a.query_range, a.key_range, a.query_offset);
+  p.rows = rows.data();
+  p.panel_rows = p.head_dim + 2 + (p.low_rank == LowRank::kNone ? 0 : p.rank + 1);
+
+  Tensor index = empty_cpu({p.batch, p.q_heads, p.blocks, p.capacity}, ScalarType::Int);
+  Tensor count = zeros_cpu({p.batch, p.q_heads, p.blocks}, ScalarType::Int);
+  if (index.numel() > 0) std::memset(index.data_ptr(), 0xff, size_t(index.numel()) * sizeof(int32_t));  // -1 everywhere
+  p.index = static_cast<int32_t*>(index.data_ptr()), p.count = static_cast<int32_t*>(count.data_ptr());
+
+  const RouteKernels& kernel = instruction_set().route;
+  const ZeroRow<float> zero_row(std::max(p.head_pad, p.rank + 1));
+  const int64_t panel_floats = place_panels(p), heads = p.batch * p.kv_heads, shared = p.q_heads / std::max<int64_t>(p.kv_heads, 1);
+  const int64_t wave = std::max<int64_t>(1, std::min(heads, std::max<int64_t>(torch::stable::get_num_threads(), kTokensPerWave / std::max<int64_t>(1, p.k_tokens))));
+  const Scratch memory(wave * panel_floats * int64_t(sizeof(float)));
+  float* const panels = static_cast<float*>(memory.data());
+  const int64_t segments = ceil_div(p.k_tokens, kRouteSegment), groups = ceil_div(p.blocks, p.blocks_per_group());
+  const int64_t panel_bytes = p.panel_rows * kRouteLanes * int64_t(sizeof(float)), group_bytes = kernel.group(p, 0, 0, 0, nullptr, nullptr);
+  for (int64_t first = 0; first < heads; first += wave) {
+    const int64_t in_wave = std::min(wave, heads - first);
+    parallel_units(1, in_wave, segments, panel_bytes, [&](int64_t, int64_t at, int64_t segment, void* scratch) {
+      const int64_t head = first + at;
+      kernel.keys(p, head / p.kv_heads, head % p.kv_heads, segment, panels + at * panel_floats, static_cast<float*>(scratch),
+                  static_cast<const float*>(zero_row.data()));
+    });
+    parallel_units(1, in_wave * shared, groups, group_bytes, [&](int64_t, int64_t at, int64_t group, void* scratch) {
+      const int64_t head = first + at / shared, h = head % p.kv_heads * shared + at % shared;
+      kernel.group(p, head / p.kv_heads, h, group, panels + at / shared * panel_floats, scratch);
+    });
+  }
+  return {index, count};
+}
+
+}  // namespace sb::cpu
