@@ -69,6 +69,7 @@ class Trainer:
             RunStopped: after SIGINT or SIGTERM, once the current step is finished and saved, or when a file cannot be
                 written; the last checkpoint is whole either way.
         """
+        self._introduce()
         with StopRequest() as stop:
             try:
                 self._fit(stop)
@@ -118,6 +119,12 @@ class Trainer:
             self.folder.checkpoint.unlink()
         write_atomically(self.folder.config, yaml.safe_dump(self._description, sort_keys=False).encode())
         self.log = MetricsLog(self.folder.metrics, records)
+
+    def _introduce(self) -> None:
+        parameters = sum(parameter.numel() for parameter in self.learner.model.parameters())
+        sizes = f"{self.batches.tokens.numel():,} bytes to train on, {self.validation.tokens.numel():,} to validate on"
+        print(f"{sizes}; {parameters:,} parameters; {describe_attention(self.config.attention)}")
+        print(f"output in {self.folder.path}" + (f", continuing after step {self.steps_done}" if self.steps_done else ""))
 
     def _fit(self, stop: StopRequest) -> None:
         train = self.config.train

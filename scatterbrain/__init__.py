@@ -1,0 +1,14 @@
+"""Sparse + low-rank attention: an exact sparse part and a positive low-rank part under one normaliser."""
+
+from scatterbrain import presets, reference
+from scatterbrain.functional import attention, fit_statistics, route
+from scatterbrain.low_rank import Favor, Projections, Quadratic, RandomFeatures, Statistics
+from scatterbrain.support import LSH, Blocks, Empty, Full, Routed, Window
+from scatterbrain.version import __version__
+
+__all__ = [
+    "attention", "fit_statistics", "route", "reference", "presets",
+    "Full", "Empty", "Window", "Routed", "LSH", "Blocks",
+    "Quadratic", "Favor", "Statistics", "Projections", "RandomFeatures",
+    "__version__",
+]  # fmt: skip

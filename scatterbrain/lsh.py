@@ -1,0 +1,75 @@
+"""Equal-size clusters by locality-sensitive hashing (E2LSH on the XBOX+ transform, as in SMYRF, Daras et al. 2020, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scatterbrain.support import LSH, Blocks
+
+
+def hash_tokens(query: Tensor, key: Tensor, directions: Tensor, query_mask: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, Hq, rounds, N) and (B, Hq, rounds, M) hashes. XBOX+ appends sqrt(R - |q|^2), 0 to queries and 0, sqrt(R - |k|^2) to keys with R = max|q|^2 +
+    max|k|^2 over valid tokens, so that the nearest key is the one of largest inner product; the hash is a projection, whose order is all that is used.
+    ``directions`` (rounds, head_dim + 2). Masked tokens hash to infinity."""
+
+    def norms(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if mask is not None:
+            tokens = tokens.masked_fill(mask[:, None, :, None], 0)
+        return tokens, tokens.square().sum(-1)
+
+    query, query_norm = norms(query.detach().float(), query_mask)
+    key, key_norm = norms(key.detach().float(), key_mask)
+    heads = query.shape[1] // key.shape[1]
+    key, key_norm = key.repeat_interleave(heads, 1), key_norm.repeat_interleave(heads, 1)
+    radius = query_norm.amax(-1, keepdim=True) + key_norm.amax(-1, keepdim=True)
+    plain, extra_query, extra_key = directions[:, :-2], directions[:, -2], directions[:, -1]
+
+    def project(tokens: Tensor, norm: Tensor, extra: Tensor, mask: Tensor | None) -> Tensor:
+        h = torch.einsum("bhnd,rd->bhrn", tokens, plain) + (radius - norm).clamp(min=0).sqrt()[:, :, None] * extra[:, None]
+        return h if mask is None else h.masked_fill(mask[:, None, None], torch.inf)
+
+    return project(query, query_norm, extra_query, query_mask), project(key, key_norm, extra_key, key_mask)
+
+
+def lsh_lists(query: Tensor, key: Tensor, support: LSH, query_mask: Tensor | None, key_mask: Tensor | None, key_range: Tensor | None) -> Blocks:
+    """Per-query lists (block_q = block_k = 1): the sorted union over rounds of the keys in the query's cluster. Memory is linear in the tokens.
+
+    A row with n valid queries and m valid keys has ceil(m / (keys / rounds)) clusters; query of rank r in hash order belongs to cluster
+    r clusters // n, and cluster c holds the keys of ranks c m // clusters .. (c + 1) m // clusters - 1.
+    """
+    batch, heads, n, d = query.shape
+    m = key.shape[2]
+    per_round = support.keys // support.rounds
+    device = query.device
+    if n == 0 or m == 0:
+        return Blocks(
+            torch.full((batch, heads, n, 0), -1, dtype=torch.int32, device=device), torch.zeros(batch, heads, n, dtype=torch.int32, device=device), 1, 1, _checked=True
+        )
+    directions = torch.randn(support.rounds, d + 2, generator=torch.Generator().manual_seed(support.seed), dtype=torch.float32).to(device)
+    query_hash, key_hash = hash_tokens(query, key, directions, query_mask, key_mask)
+    count = lambda mask, tokens: torch.full((batch,), tokens, device=device) if mask is None else (~mask).sum(1)  # noqa: E731
+    n_valid, m_valid = (c[:, None, None, None] for c in (count(query_mask, n), count(key_mask, m)))
+    clusters = (-(-m_valid // per_round)).clamp(min=1)
+
+    # A stable sort: equal hashes keep the order of the tokens.
+    rank = torch.argsort(torch.argsort(query_hash, -1, stable=True), -1)  # argsort of a permutation: no ties
+    cluster = (rank * clusters // n_valid.clamp(min=1)).clamp(max=clusters - 1)
+    begin, end = cluster * m_valid // clusters, (cluster + 1) * m_valid // clusters  # (B, H, rounds, N)
+    key_order = torch.argsort(key_hash, -1, stable=True)
+    width = min(per_round, m)
+    position = begin[..., None] + torch.arange(width, device=device)
+    member = torch.gather(key_order[..., None, :].expand(-1, -1, -1, n, -1), -1, position.clamp(max=m - 1))
+    member = member.masked_fill(position >= end[..., None], m)  # m: no key
+    if query_mask is not None:
+        member = member.masked_fill(query_mask[:, None, None, :, None], m)
+
+    # Union: sorted, duplicates and empty slots moved to the end.
+    member = member.permute(0, 1, 3, 2, 4).reshape(batch, heads, n, support.rounds * width).sort(-1).values
+    repeated = torch.zeros_like(member, dtype=torch.bool)
+    repeated[..., 1:] = member[..., 1:] == member[..., :-1]
+    member = member.masked_fill(repeated, m).sort(-1).values
+    used = member < m
+    first = 0 if key_range is None else key_range[:, 0].long()[:, None, None, None]
+    index = torch.where(used, member - first, -1).to(torch.int32)
+    return Blocks(index, used.sum(-1, dtype=torch.int32), 1, 1, _checked=True)
