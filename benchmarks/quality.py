@@ -1,0 +1,158 @@
+"""How far is approximate attention from exact attention on real queries, keys and values?
+
+Error of a head: ||o - o*|| / ||o*|| against exact softmax attention in float64; the table shows the mean over heads and layers.
+
+    python benchmarks/quality.py FILE               the table
+    python benchmarks/quality.py FILE --captured    and what the staged search of the routing operator costs against scoring every key
+
+FILE is a safetensors file of (heads, tokens, head_dim) tensors named `<model>.N<tokens>.layer<l>.{q,k,v}` to measure on and `<model>.cal.layer<l>.{q,k}`
+to calibrate on; attention is softmax(q k^T / sqrt(head_dim)) v. Models named lm* are measured causally. Of models named dino* token 0 is a class token and
+the rest a square of image patches in raster order: the patches are put in Hilbert order, the class token last.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# copy.py beside this file would hide the standard library's module of that name from everything that is imported below.
+sys.path = [entry for entry in sys.path if os.path.abspath(entry or ".") != os.path.dirname(os.path.abspath(__file__))]
+
+# ruff: noqa: E402
+import argparse
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import scatterbrain as sb
+from scatterbrain.hilbert import hilbert_order
+from scatterbrain.reference_routing import routed_lists
+
+
+@dataclass
+class Layer:
+    """One layer of one model, each tensor (1, heads, tokens, head_dim) float32, and stored statistics from other inputs."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    statistics: sb.Statistics
+    is_causal: bool
+
+    def __post_init__(self) -> None:
+        q, k, v = self.q.double(), self.k.double(), self.v.double()
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        if self.is_causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+        self.exact = torch.softmax(scores, -1) @ v
+
+    def error(self, out: Tensor) -> float:
+        difference = (out.double() - self.exact).flatten(2).norm(dim=-1)
+        return float((difference / self.exact.flatten(2).norm(dim=-1)).mean())
+
+
+def load(path: str, rank: int) -> dict[str, list[Layer]]:
+    """The layers of every model in the file, in ascending order."""
+    with safe_open(path, "pt") as file:
+        names = sorted((m for m in map(re.compile(r"(\w+)\.N\d+\.layer(\d+)\.q").fullmatch, file.keys()) if m), key=lambda m: (m[1], int(m[2])))
+        if not names:
+            raise SystemExit(f"{path}: expected tensors named <model>.N<tokens>.layer<l>.q, found none")
+        models: dict[str, list[Layer]] = {}
+        for match in names:
+            model = match[1]
+            q, k, v = (file.get_tensor(f"{match[0][:-1]}{part}").float()[None] for part in "qkv")
+            q_cal, k_cal = (file.get_tensor(f"{model}.cal.layer{match[2]}.{part}").float()[None] for part in "qk")
+            if model.startswith("dino"):
+                side = math.isqrt(q.shape[2] - 1)
+                order = torch.cat([1 + hilbert_order(side, side), torch.tensor([0])])
+                q, k, v = q[:, :, order], k[:, :, order], v[:, :, order]
+            models.setdefault(model, []).append(Layer(q, k, v, sb.fit_statistics(q_cal, k_cal, rank), model.startswith("lm")))
+    return models
+
+
+Method = Callable[[Layer], Tensor]
+POOLED, PER_QUERY = {"block_q": 16}, {"block_q": 1, "block_k": 8, "window": 16}
+
+
+def approximate(layer: Layer, support: object, low_rank: object) -> Tensor:
+    stored = isinstance(low_rank, sb.Quadratic) and low_rank.statistics == "stored"
+    return sb.attention(
+        layer.q, layer.k, layer.v, support, low_rank, is_causal=layer.is_causal, statistics=layer.statistics if stored else None
+    )
+
+
+def methods(keys: int, rank: int) -> Iterator[tuple[str, bool | None, Method]]:
+    """Rows of the table: name, whether it is for causal models only (None: for all), method."""
+    quadratic, from_input = sb.Quadratic(rank), sb.Quadratic(rank, statistics="input")
+    rows = [
+        (f"window {keys}", None, sb.Window(keys), quadratic),
+        ("routed, block_q 16", None, sb.Routed(keys, **POOLED), quadratic),
+        ("routed, block_q 8", None, sb.Routed(keys, block_q=8), quadratic),
+        ("routed, block_q 16, statistics of the input", False, sb.Routed(keys, **POOLED), from_input),
+        (f"routed, block_q 16, {2 * keys} keys", None, sb.Routed(2 * keys, **POOLED), quadratic),
+        ("routed per query, blocks of 8, window 16", None, sb.Routed(keys, **PER_QUERY), quadratic),
+        ("quadratic only", None, sb.Empty(), quadratic),
+        (f"window {keys} only", None, sb.Window(keys), None),
+        ("routed, block_q 16, only", None, sb.Routed(keys, **POOLED), None),
+        ("routed per query, only", None, sb.Routed(keys, **PER_QUERY), None),
+        (f"window {keys} + FAVOR+ 64", None, sb.Window(keys), sb.Favor(64)),
+        ("LSH + FAVOR+ 64 (the paper's)", False, *sb.presets.paper(keys)),
+    ]
+    for name, causal, support, low_rank in rows:
+        yield name, causal, partial(approximate, support=support, low_rank=low_rank)
+
+
+def one_stage(layer: Layer, support: sb.Routed, rank: int) -> Tensor:
+    """The same lists with every key scored."""
+    from scatterbrain.functional import coordinates, rows_of
+
+    scale = layer.q.shape[-1] ** -0.5
+    query_map, key_map = coordinates(layer.q, layer.k, sb.Quadratic(rank), layer.statistics, scale, rows_of(layer.q, layer.k, None, None, 0), layer.is_causal)
+    index, count = routed_lists(
+        layer.q.double(), layer.k.double(), support.keys, support.block_q, support.block_k, support.window,
+        query_map=query_map.double(), key_map=key_map.double(), low_rank=1, is_causal=layer.is_causal, stages=False,
+    )  # fmt: skip
+    return approximate(layer, sb.Blocks(index, count, support.block_q, support.block_k), sb.Quadratic(rank))
+
+
+def captured(keys: int, rank: int) -> Iterator[tuple[str, bool | None, Method]]:
+    for name, form in (("routed, block_q 16", POOLED), ("routed per query", PER_QUERY)):
+        support = sb.Routed(keys, **form)
+        yield f"{name}: staged", None, partial(approximate, support=support, low_rank=sb.Quadratic(rank))
+        yield f"{name}: every key scored", None, partial(one_stage, support=support, rank=rank)
+
+
+def print_table(models: dict[str, list[Layer]], rows: Iterator[tuple[str, bool | None, Method]]) -> None:
+    print("| " + " | ".join(["error against exact attention", *models]) + " |")
+    print("| --- |" + " --- |" * len(models))
+    for name, causal, method in rows:
+        cells = []
+        for layers in models.values():
+            fits = causal is None or causal == layers[0].is_causal
+            cells.append(f"{sum(layer.error(method(layer)) for layer in layers) / len(layers):.4f}" if fits else "-")
+        print("| " + " | ".join([name, *cells]) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="safetensors file of queries, keys and values")
+    parser.add_argument("--keys", type=int, default=64, help="keys per query (default 64)")
+    parser.add_argument("--rank", type=int, default=9, help="rank of the quadratic kernel (default 9)")
+    parser.add_argument("--captured", action="store_true", help="also compare the staged search with scoring every key")
+    options = parser.parse_args()
+    models = load(options.file, options.rank)
+    with torch.inference_mode():
+        print_table(models, methods(options.keys, options.rank))
+        if options.captured:
+            print()
+            print_table(models, captured(options.keys, options.rank))
+
+
+if __name__ == "__main__":
+    main()
