@@ -145,9 +145,8 @@ class BuildExtensions(build_ext):
         build.inplace = self.inplace
         build.editable_mode = self.editable_mode
         build.build_lib = self.build_lib
-        # Kept between builds, also editable ones, for incremental compilation; another torch means other headers.
-        name = Path(self.build_temp).name if not self.editable_mode else "editable"
-        build.build_temp = str(Path("build") / f"{name}-torch{torch.__version__}")
+        # One place for every kind of build, also editable ones, so that all of them compile incrementally.
+        build.build_temp = str(Path("build") / f"{sys.implementation.cache_tag}-torch{torch.__version__}")
         build.debug = self.debug
         build.force = self.force
         build.ensure_finalized()

@@ -16,9 +16,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 MINIMUM_TORCH = (2, 11)
+
+_ACTIVATED = ("VIRTUAL_ENV", "CONDA_PREFIX")
 
 _QUERY = """
 import importlib.util, json, sys
@@ -37,7 +41,7 @@ def require_torch() -> None:
             break
     minimum = ".".join(map(str, MINIMUM_TORCH))
     if not _torch_is_importable():
-        where = targets[0] if targets else sys.executable
+        where = targets[0] if targets else "the active environment"
         raise SystemExit(
             f"scatterbrain is compiled against the installed torch, and {where} has none: "
             f"install it first (pip install 'torch>={minimum}'), then repeat this command."
@@ -53,15 +57,44 @@ def require_torch() -> None:
 def target_interpreters() -> list[str]:
     """Interpreters of the environments the build may be meant for, the likeliest first.
 
-    pip runs the build with the interpreter it installs into. Other frontends (``python -m build``) create a temporary
-    environment; there the frontend's own interpreter and the activated environment are the candidates.
+    pip runs the build with the interpreter it installs into. Other frontends (``python -m build``, uv) create a
+    temporary environment and may announce it as the activated one; the frontend's own interpreter, the environment
+    it was started in, and otherwise a .venv in its folder are the candidates.
     """
     if "pip-build-env-" in os.environ.get("PYTHONPATH", ""):
         return [sys.executable]
-    activated = [os.environ.get(name) for name in ("VIRTUAL_ENV", "CONDA_PREFIX")]
-    candidates = [_parent_interpreter()] + [os.path.join(prefix, "bin", "python") for prefix in activated if prefix]
-    existing = [path for path in candidates if path and os.path.exists(path)]
-    return list(dict.fromkeys(existing)) or [sys.executable]
+    frontend = _Frontend.of_this_build()
+    prefixes = [place.get(name) for place in (frontend.environment, os.environ) for name in _ACTIVATED]
+    if frontend.interpreter is None:
+        prefixes.append(os.path.join(frontend.folder, ".venv"))
+    candidates = [frontend.interpreter] + [os.path.join(prefix, "bin", "python") for prefix in prefixes if prefix]
+    return [path for path in dict.fromkeys(candidates) if path and os.path.exists(path)]
+
+
+@dataclass(frozen=True)
+class _Frontend:
+    """The process that asked for this build: its interpreter, if it runs Python, its folder and its environment."""
+
+    interpreter: str | None
+    folder: str
+    environment: Mapping[str, str]
+
+    @classmethod
+    def of_this_build(cls) -> _Frontend:
+        """The parent process; where there is no /proc, only the folder and the environment of this one are known."""
+        process = Path("/proc") / str(os.getppid())
+        try:
+            program = os.fsdecode((process / "cmdline").read_bytes().split(b"\0")[0])
+            folder = os.readlink(process / "cwd")
+            entries = os.fsdecode((process / "environ").read_bytes()).split("\0")
+        except OSError:
+            return cls(None, os.getcwd(), os.environ)
+        environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+        if not re.fullmatch(r"python[\d.]*t?", os.path.basename(program)):
+            return cls(None, folder, environment)
+        if os.sep in program:
+            return cls(os.path.join(folder, program), folder, environment)
+        return cls(shutil.which(program, path=environment.get("PATH", "")), folder, environment)
 
 
 def _torch_is_importable() -> bool:
@@ -74,23 +107,6 @@ def _torch_version() -> str | None:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:  # a torch run from its source tree
         return None
-
-
-def _parent_interpreter() -> str | None:
-    """The interpreter that runs the build frontend; None where there is no /proc or the frontend is not Python."""
-    process = Path("/proc") / str(os.getppid())
-    try:
-        program = os.fsdecode((process / "cmdline").read_bytes().split(b"\0")[0])
-        folder = os.readlink(process / "cwd")
-    except OSError:
-        return None
-    if not re.fullmatch(r"python[\d.]*t?", os.path.basename(program)):
-        return None
-    if os.sep in program:
-        return os.path.join(folder, program)
-    own = os.path.join(sys.prefix, "bin")
-    search = [entry for entry in os.environ.get("PATH", "").split(os.pathsep) if os.path.abspath(entry) != own]
-    return shutil.which(program, path=os.pathsep.join(search))
 
 
 def _borrow_packages(interpreter: str) -> bool:
