@@ -148,7 +148,8 @@ class Grid:
 
 def best(score: Tensor, eligible: list[int], n: int) -> list[int]:
     """The n of `eligible` (ascending) with the highest scores, ascending; ties go to the lowest."""
-    order = sorted(eligible, key=lambda i: -score[i])  # sorted() is stable
+    value = score.tolist()
+    order = sorted(eligible, key=lambda i: -value[i])  # sorted() is stable
     return sorted(order[: max(n, 0)])
 
 

@@ -1,0 +1,366 @@
+"""The routing operator against its dense definition, and what every list must satisfy."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import scatterbrain  # noqa: F401  (loads the operators)
+from scatterbrain.functional import valid_range
+from scatterbrain.hilbert import hilbert_order, inverse_order
+from scatterbrain.reference_routing import capacity, routed_lists
+
+POOLED = [dict(keys=24, block_q=8), dict(keys=32, block_q=16), dict(keys=48, block_q=32)]
+PER_QUERY = [dict(keys=24 + window, block_q=1, block_k=8, window=window) for window in (0, 8, 16)]
+FORMS = [POOLED[1], PER_QUERY[2]]
+
+
+def ids(form: dict) -> str:
+    return "-".join(f"{name}{value}" for name, value in form.items())
+
+
+class Inputs:
+    """Queries, keys and coordinates in float32, and everything else that the operator takes."""
+
+    def __init__(self, n: int, m: int | None = None, heads: int = 2, kv_heads: int = 1, d: int = 16, low_rank: int = 1, batch: int = 2, seed: int = 0) -> None:
+        m = n if m is None else m
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.query, self.key = 1.5 * draw(batch, heads, n, d), 1.5 * draw(batch, kv_heads, m, d)
+        self.query_map = self.key_map = None
+        self.low_rank = low_rank
+        if low_rank:
+            self.query_map, self.key_map = 0.7 * draw(batch, heads, n, 6), 0.7 * draw(batch, kv_heads, m, 6)
+        if low_rank == 2:  # features are not negative
+            self.query_map[..., :-1].abs_(), self.key_map[..., :-1].abs_()
+        self.query_mask = self.key_mask = self.query_range = self.key_range = self.query_offset = None
+        self.is_causal = False
+
+    def mask(self, key_mask: Tensor, query_mask: Tensor | None = None) -> "Inputs":
+        self.key_mask, self.query_mask = key_mask, key_mask if query_mask is None else query_mask
+        self.key_range, self.query_range = valid_range(self.key_mask), valid_range(self.query_mask)
+        return self
+
+    def causal(self, offset: list[int] | None = None) -> "Inputs":
+        self.is_causal = True
+        self.query_offset = None if offset is None else torch.tensor(offset, dtype=torch.int32)
+        return self
+
+    def route(self, keys: int, block_q: int, block_k: int = 1, window: int = 0) -> tuple[Tensor, Tensor]:
+        return torch.ops.scatterbrain.route(
+            self.query, self.key, self.query_map, self.key_map, self.query_mask, self.key_mask, self.query_range, self.key_range, self.query_offset,
+            self.low_rank, keys, block_q, block_k, window, self.is_causal, self.query.shape[-1] ** -0.5,
+        )  # fmt: skip
+
+    def reference(self, stages: bool = True, **form: int) -> tuple[Tensor, Tensor]:
+        double = {name: None if t is None else t.double() for name, t in vars(self).items() if name in ("query", "key", "query_map", "key_map")}
+        rest = {name: getattr(self, name) for name in ("low_rank", "query_mask", "key_mask", "query_range", "key_range", "query_offset", "is_causal")}
+        return routed_lists(**double, **rest, **form, stages=stages)
+
+
+def random_mask(batch: int, tokens: int, seed: int) -> Tensor:
+    """Padding on both sides and holes between."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, tokens, generator=generator) < 0.2
+    mask[0, : tokens // 5] = True
+    mask[-1, tokens - tokens // 3 :] = True
+    return mask
+
+
+def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(got[1], expected[1])
+    assert torch.equal(got[0], expected[0])
+
+
+def assert_as_defined(inputs: Inputs, **form: int) -> None:
+    """Equal lists, but that float32 may order two nearly equal scores otherwise: one entry of at most one list in 500."""
+    (index, count), (expected, expected_count) = inputs.route(**form), inputs.reference(**form)
+    assert torch.equal(count, expected_count)
+    other = (index != expected).any(-1).nonzero().tolist()
+    assert len(other) <= count.numel() / 500
+    for b, h, t in other:
+        assert len(set(index[b, h, t].tolist()) - set(expected[b, h, t].tolist())) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ definition
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("n, m", [(0, 0), (1, 1), (9, 9), (77, 77), (700, 700), (130, 900), (640, 63), (5, 0)])
+@pytest.mark.parametrize("form", POOLED + PER_QUERY, ids=ids)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_lists_are_those_of_the_definition(form: dict, n: int, m: int, masked: bool, is_causal: bool) -> None:
+    inputs = Inputs(n, m, low_rank=(n + m + form["keys"] // 8) % 3, d=24, seed=n + m)
+    if masked:
+        key_mask = random_mask(2, m, n)
+        inputs.mask(key_mask, key_mask if n == m else random_mask(2, n, m + 1))
+    if is_causal:
+        inputs.causal()
+    assert_as_defined(inputs, **form)
+
+
+@pytest.mark.parametrize("low_rank", [0, 1, 2])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+def test_stages_choose_as_the_definition(low_rank: int, is_causal: bool) -> None:
+    """More keys than all candidate blocks hold, so that the stages really drop some."""
+    inputs = Inputs(1100, low_rank=low_rank, heads=1, batch=1, seed=low_rank)
+    inputs.is_causal = is_causal
+    assert_as_defined(inputs, **POOLED[1])
+    assert (inputs.reference(**POOLED[1], stages=False)[0] != inputs.route(**POOLED[1])[0]).any()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+@pytest.mark.parametrize("offset", [[-40, 3], [33, 200], [1000, 7]])
+def test_offset_moves_queries_along_the_keys(form: dict, offset: list[int]) -> None:
+    inputs = Inputs(50, 300).causal(offset)
+    assert_as_defined(inputs, **form)
+    masked = Inputs(50, 300).causal(offset).mask(random_mask(2, 300, 1), random_mask(2, 50, 2))
+    assert_as_defined(masked, **form)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+def test_superblocks_of_long_rows_choose_as_the_definition(is_causal: bool) -> None:
+    """20,480 keys in 640 blocks; the queries sit at the end, so that the dense definition stays cheap."""
+    inputs = Inputs(70, 20480, heads=1, d=8, batch=1, seed=5)
+    if is_causal:
+        inputs.causal([20480 - 75])
+    assert_as_defined(inputs, **POOLED[1])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+def test_grouped_heads_share_keys(form: dict) -> None:
+    grouped = Inputs(200, heads=6, kv_heads=2)
+    repeated = Inputs(200, heads=6, kv_heads=2)
+    repeated.key, repeated.key_map = (t.repeat_interleave(3, 1) for t in (grouped.key, grouped.key_map))
+    assert_same(grouped.route(**form), repeated.route(**form))
+
+
+def test_equal_scores_go_to_the_lowest_keys() -> None:
+    inputs = Inputs(64, 2000, low_rank=0, batch=1)
+    inputs.key[:] = inputs.key[:, :, :1]
+    index, _ = inputs.route(**POOLED[1])
+    assert torch.equal(index[0, 0, 0], torch.arange(32, dtype=torch.int32))
+    index, _ = inputs.route(keys=24, block_q=1, block_k=8)
+    assert index[0, 0, 5].tolist() == [0, 1, 2, 3]  # the block around position 5, and three others
+
+
+def test_half_precision_and_strided_inputs_are_routed_as_their_float_copies() -> None:
+    inputs = Inputs(200, d=20)
+    inputs.query, inputs.key = inputs.query.bfloat16(), inputs.key.bfloat16()
+    expected = Inputs(200, d=20)
+    expected.query, expected.key = inputs.query.float(), inputs.key.float()
+    inputs.query = inputs.query.transpose(1, 2).contiguous().transpose(1, 2)
+    inputs.key_map = torch.stack([inputs.key_map, inputs.key_map], -1)[..., 0]
+    assert_same(inputs.route(**POOLED[1]), expected.route(**POOLED[1]))
+
+
+# ------------------------------------------------------------------------------------------------------------- invariants
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("form", POOLED + PER_QUERY, ids=ids)
+def test_lists_are_ascending_within_the_budget_and_hold_valid_keys(form: dict, is_causal: bool) -> None:
+    n, block_k = 333, form.get("block_k", 1)
+    inputs = Inputs(n).mask(random_mask(2, n, 3))
+    inputs.is_causal = is_causal
+    index, count = inputs.route(**form)
+    assert index.shape == (2, 2, -(-n // form["block_q"]), capacity(form["keys"], block_k, form.get("window", 0)))
+    slot = torch.arange(index.shape[-1])
+    used = slot < count[..., None]
+    assert (index[~used] == -1).all() and (index[used] >= 0).all()
+    assert (index.diff(dim=-1) > 0)[used[..., 1:]].all()
+    for b in range(2):
+        first = int(inputs.key_range[b, 0])
+        valid = ~torch.nn.functional.pad(inputs.key_mask[b, first:], (0, first + block_k), value=True)
+        entries = index[b][used[b]].long()
+        assert valid[entries[:, None] * block_k + torch.arange(block_k)].any(-1).all()
+    if form["block_q"] > 1 and not is_causal:
+        assert (count.amax() == form["keys"]).item()
+
+
+@pytest.mark.parametrize("form", POOLED, ids=ids)
+def test_own_keys_are_always_listed(form: dict) -> None:
+    index, _ = Inputs(203, heads=1, batch=1).route(**form)
+    for t, listed in enumerate(index[0, 0].tolist()):
+        assert set(range(t * form["block_q"], min((t + 1) * form["block_q"], 203))) <= set(listed)
+
+
+def test_a_window_start_is_rounded_down_to_a_block() -> None:
+    index, count = Inputs(100, heads=1, batch=1).causal().route(keys=16, block_q=1, block_k=8, window=16)
+    for i in range(100):
+        assert index[0, 0, i, : count[0, 0, i]].tolist() == list(range(max(i - 15, 0) // 8, i // 8 + 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- padding
+
+
+def padded(inputs: Inputs, left: int, right: int, fill: float) -> Inputs:
+    """The same tokens with `left` and `right` ignored ones around them; holes stay, and everything ignored holds `fill`."""
+    out = Inputs(1)
+    out.is_causal, out.low_rank = inputs.is_causal, inputs.low_rank
+    pad = torch.nn.functional.pad
+    for name, mask in (("query", inputs.query_mask), ("key", inputs.key_mask)):
+        wide = pad(mask, (left, right), value=True)
+        for part in (name, f"{name}_map"):
+            setattr(out, part, pad(getattr(inputs, part), (0, 0, left, right)).masked_fill(wide[:, None, :, None], fill))
+        setattr(out, f"{name}_mask", wide)
+        setattr(out, f"{name}_range", valid_range(wide))
+    return out
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("form", FORMS + [POOLED[0]], ids=ids)
+@pytest.mark.parametrize("left, right", [(0, 45), (13, 0), (70, 3)])
+@pytest.mark.parametrize("fill", [math.nan, 1e4])
+def test_padding_changes_no_list(form: dict, is_causal: bool, left: int, right: int, fill: float) -> None:
+    n = 650
+    mask = torch.rand(2, n, generator=torch.Generator().manual_seed(0)) < 0.1
+    mask[:, 0] = mask[:, -1] = False
+    inputs = Inputs(n).mask(mask)
+    inputs.is_causal = is_causal
+    index, count = inputs.route(**form)
+    wide_index, wide_count = padded(inputs, left, right, fill).route(**form)
+    blocks = index.shape[2]
+    assert torch.equal(wide_index[:, :, :blocks], index) and torch.equal(wide_count[:, :, :blocks], count)
+    assert (wide_count[:, :, blocks:] == 0).all() and (wide_index[:, :, blocks:] == -1).all()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+def test_a_row_without_keys_or_queries_lists_nothing(form: dict) -> None:
+    mask = torch.zeros(2, 80, dtype=torch.bool)
+    mask[1] = True
+    for inputs in (Inputs(80).mask(mask), Inputs(80).mask(mask).causal(), Inputs(80).mask(mask, torch.zeros_like(mask))):
+        _, count = inputs.route(**form)
+        assert (count[1] == 0).all() and (count[0] > 0).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- causality
+
+
+# The per-query form reads no coordinates.
+@pytest.mark.parametrize("form, low_rank", [(form, low_rank) for form in POOLED for low_rank in (0, 1, 2)] + [(form, 0) for form in PER_QUERY])
+@pytest.mark.parametrize("n, cuts", [(701, (1, 7, 8, 31, 32, 33, 128, 300, 575, 576, 577, 700)), (1500, (1023, 1024, 1161))])
+def test_lists_read_nothing_after_the_first_query(form: dict, low_rank: int, n: int, cuts: tuple[int, ...]) -> None:
+    before = Inputs(n, heads=1, batch=1, low_rank=low_rank).causal()
+    index, count = before.route(**form)
+    for cut in cuts:  # tokens from `cut` on change
+        after = Inputs(n, heads=1, batch=1, low_rank=low_rank, seed=99).causal()
+        for name in ("query", "key", "query_map", "key_map"):
+            if getattr(before, name) is not None:
+                changed = getattr(after, name).mul(3)
+                changed[:, :, :cut] = getattr(before, name)[:, :, :cut]
+                setattr(after, name, changed)
+        new_index, new_count = after.route(**form)
+        # Blocks whose first query comes before the cut; their own keys are listed by position.
+        unchanged = -(-cut // form["block_q"])
+        assert torch.equal(new_index[:, :, :unchanged], index[:, :, :unchanged])
+        assert torch.equal(new_count[:, :, :unchanged], count[:, :, :unchanged])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+def test_causality_holds_for_shifted_queries_and_long_rows(form: dict) -> None:
+    offset, n, m = 16700, 90, 17000
+    before = Inputs(n, m, heads=1, d=8, batch=1).causal([offset])
+    index, count = before.route(**form)
+    for cut in (16703, 16735, 16736, 16760):
+        after = Inputs(n, m, heads=1, d=8, batch=1).causal([offset])
+        after.key[:, :, cut:] *= -2
+        after.key_map[:, :, cut:] += 5
+        after.query[:, :, cut - offset :] += 1
+        new_index, new_count = after.route(**form)
+        unchanged = -(-(cut - offset) // form["block_q"])
+        assert torch.equal(new_index[:, :, :unchanged], index[:, :, :unchanged])
+        assert torch.equal(new_count[:, :, :unchanged], count[:, :, :unchanged])
+
+
+@pytest.mark.parametrize("form", POOLED + PER_QUERY, ids=ids)
+def test_no_listed_key_is_after_the_block(form: dict) -> None:
+    index, _ = Inputs(300).causal().route(**form)
+    block_q, block_k = form["block_q"], form.get("block_k", 1)
+    last_query = (torch.arange(index.shape[2]) + 1) * block_q - 1
+    assert (index * block_k <= last_query[:, None]).all()
+
+
+# ------------------------------------------------------------------------------------------------- threads, memory, errors
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+def test_threads_change_no_bit(form: dict, is_causal: bool) -> None:
+    inputs = Inputs(3000, heads=2, kv_heads=2)
+    inputs.is_causal = is_causal
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(inputs.route(**form))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+def test_memory_is_linear(form: dict) -> None:
+    """65,536 tokens in a process that may grow by 160 MB; scores of all pairs of blocks of 16 queries and keys would take 1 GB."""
+    program = f"""
+import resource, torch, scatterbrain
+q = torch.randn(1, 1, 65536, 32)
+coordinates = torch.randn(1, 1, 65536, 10) * .3
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def route(n):
+    x = coordinates[:, :, :n]
+    torch.ops.scatterbrain.route(q[:, :, :n], q[:, :, :n], x, x, None, None, None, None, None, 1, {form["keys"]}, {form["block_q"]},
+                                 {form.get("block_k", 1)}, {form.get("window", 0)}, False, .2)
+route(1024)
+before = peak()
+route(65536)
+grown = (peak() - before) / 1024
+assert grown < 160, f"routing took {{grown:.0f}} MB"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    "form", [dict(keys=8, block_q=16), dict(keys=64, block_q=4), dict(keys=64, block_q=16, window=16), dict(keys=64, block_q=16, block_k=8),
+             dict(keys=8, block_q=1, block_k=8, window=16), dict(keys=64, block_q=1, block_k=4)], ids=ids,
+)  # fmt: skip
+def test_forms_that_do_not_exist_are_refused(form: dict) -> None:
+    with pytest.raises(RuntimeError, match="route: expected block_q"):
+        Inputs(64).route(**form)
+
+
+# ---------------------------------------------------------------------------------------------------------- Hilbert order
+
+
+@pytest.mark.parametrize("side", [2, 8, 32])
+def test_hilbert_order_steps_from_cell_to_neighbour(side: int) -> None:
+    order = hilbert_order(side, side)
+    row, column = order // side, order % side
+    assert ((row.diff().abs() + column.diff().abs()) == 1).all()
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (37, 37), (3, 50), (14, 14)])
+def test_hilbert_order_visits_every_cell_once_and_can_be_undone(height: int, width: int) -> None:
+    order = hilbert_order(height, width)
+    assert torch.equal(order.sort()[0], torch.arange(height * width))
+    assert torch.equal(torch.arange(height * width)[order][inverse_order(order)], torch.arange(height * width))
+
+
+def test_hilbert_order_keeps_runs_compact() -> None:
+    """Runs of 16 cells of a 37 x 37 grid: their mean extent is below that of a 6 x 6 square, where raster order makes strips of 16."""
+    order = hilbert_order(37, 37)[: 37 * 37 // 16 * 16].view(-1, 16)
+    extent = torch.maximum((order // 37).amax(1) - (order // 37).amin(1), (order % 37).amax(1) - (order % 37).amin(1)) + 1
+    assert extent.double().mean() < 6
+
+
+def test_hilbert_order_refuses_an_empty_grid() -> None:
+    with pytest.raises(ValueError, match="height and width must be at least 1"):
+        hilbert_order(0, 3)
