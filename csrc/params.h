@@ -22,6 +22,7 @@ struct RowRange {
 
 inline constexpr int64_t kPad = 16;           // every row operand is padded with zeros to a multiple of this many elements
 inline constexpr int64_t kChunk = 64;         // keys of a state chunk: inside the chunk of the causal edge nothing comes from a state
+inline constexpr int64_t kDirectKeys = 64;   // a complement of no more keys than this is evaluated pair by pair
 inline constexpr int64_t kSegment = 1024;     // keys of one partial state when there is no causal edge
 inline constexpr int64_t kQueriesPerUnit = 256;  // queries that one task takes when there is no causal edge; 64 (a chunk) with one
 

@@ -3,6 +3,7 @@
 from scatterbrain import presets, reference
 from scatterbrain.functional import attention, fit_statistics, route
 from scatterbrain.low_rank import Favor, Projections, Quadratic, RandomFeatures, Statistics
+from scatterbrain.nn.attention import ScatterbrainAttention, calibrate, update_statistics
 from scatterbrain.support import LSH, Blocks, Empty, Full, Routed, Window
 from scatterbrain.version import __version__
 
@@ -10,5 +11,6 @@ __all__ = [
     "attention", "fit_statistics", "route", "reference", "presets",
     "Full", "Empty", "Window", "Routed", "LSH", "Blocks",
     "Quadratic", "Favor", "Statistics", "Projections", "RandomFeatures",
+    "ScatterbrainAttention", "calibrate", "update_statistics",
     "__version__",
 ]  # fmt: skip

@@ -240,7 +240,8 @@ def coordinates(query: Tensor, key: Tensor, low_rank: LowRank, statistics: Coeff
     if low_rank.statistics == "input" and statistics is None:
         m = moments(query, key, scale, rows.key_mask, rows.query_mask, per_row=True)
         statistics = statistics_from_moments(m, low_rank.rank, scale)
-    weights = [w.to(device=query.device, dtype=dtype) for w in quadratic_weights(statistics, scale)]
+    # The products of means and projections are formed in float64: they are tiny, and they are what cancels against the tokens.
+    weights = [w.to(dtype) for w in quadratic_weights(statistics.to(query.device, torch.float64), scale)]
     query_weight, query_offset, key_weight, key_offset = (w if _per_row(statistics) else w[None] for w in weights)
     return torch.ops.scatterbrain.project(query, query_weight, query_offset), torch.ops.scatterbrain.project(key, key_weight, key_offset)
 

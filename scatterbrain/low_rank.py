@@ -125,6 +125,11 @@ class Projections:
     def rank(self) -> int:
         return self.query_projection.shape[-2]
 
+    def to(self, *args: object, **kwargs: object) -> Projections:
+        """The same projections on another device or in another dtype."""
+        names = ("query_projection", "query_bias", "query_log_scale", "key_projection", "key_bias")
+        return replace(self, **{name: getattr(self, name).to(*args, **kwargs) for name in names})
+
 
 @dataclass(frozen=True, eq=False)
 class RandomFeatures:

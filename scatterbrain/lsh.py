@@ -53,10 +53,10 @@ def lsh_lists(query: Tensor, key: Tensor, support: LSH, query_mask: Tensor | Non
     clusters = (-(-m_valid // per_round)).clamp(min=1)
 
     # A stable sort: equal hashes keep the order of the tokens.
-    rank = torch.argsort(torch.argsort(query_hash, -1, stable=True), -1)  # argsort of a permutation: no ties
+    rank = torch.argsort(torch.argsort(query_hash, dim=-1, stable=True), dim=-1)  # argsort of a permutation: no ties
     cluster = (rank * clusters // n_valid.clamp(min=1)).clamp(max=clusters - 1)
     begin, end = cluster * m_valid // clusters, (cluster + 1) * m_valid // clusters  # (B, H, rounds, N)
-    key_order = torch.argsort(key_hash, -1, stable=True)
+    key_order = torch.argsort(key_hash, dim=-1, stable=True)
     width = min(per_round, m)
     position = begin[..., None] + torch.arange(width, device=device)
     member = torch.gather(key_order[..., None, :].expand(-1, -1, -1, n, -1), -1, position.clamp(max=m - 1))

@@ -35,7 +35,7 @@ AttentionCall<T>::AttentionCall(const AttentionArguments& a)
     p.valid_before = valid_before.data();
   }
   set_lists(a);
-  p.max_pairs = pad_to(longest_list() + kChunk + 2 * kPad, kPad);
+  p.max_pairs = pad_to(longest_list() + kChunk + kDirectKeys + 2 * kPad, kPad);
 }
 
 template <class T> void AttentionCall<T>::count_valid() {

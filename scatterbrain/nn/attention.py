@@ -1,0 +1,299 @@
+"""The attention core: a support, a low-rank kernel, and the state the kernel needs (calibrated statistics, moving averages, projections)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from scatterbrain import checks, functional, presets
+from scatterbrain.low_rank import (
+    EMA_FLOOR,
+    STORED_FLOOR,
+    Coefficients,
+    Favor,
+    LowRank,
+    Moments,
+    Projections,
+    Quadratic,
+    RandomFeatures,
+    Statistics,
+    seeded_projection,
+    statistics_from_moments,
+)
+from scatterbrain.support import Full, Support
+
+EMA_MOMENTUM = 0.8  # share of the past in a moving average
+EMA_EVERY = 10  # optimizer steps between commits of a moving average
+
+_MOMENTS = ("tokens", "query_mean", "query_second", "key_mean", "key_second")
+_MAPS = ("query_projection", "query_mean_map", "key_projection", "key_mean_map")
+
+
+class ScatterbrainAttention(nn.Module):
+    """:func:`scatterbrain.attention` with the state of its low-rank kernel.
+
+    * ``Quadratic(statistics="stored")``: buffers that :func:`calibrate` fills; running before that raises.
+    * ``"ema"``: moments of the forward passes in training mode, committed by :func:`update_statistics`; until the first commit the learned form's start is used.
+    * ``"learned"``: parameters ``query_projection`` (Hq, r, d), ``query_bias`` (Hq, d), ``query_log_scale`` (Hq), ``key_projection`` (Hkv, r, d), ``key_bias``
+      (Hkv, d). Query and key projections start as the same orthonormal rows, the rest at zero.
+    * ``Favor``: a persistent projection, redrawn only by :meth:`redraw` or, with ``Favor(redraw=n)``, at every n-th :func:`update_statistics`.
+
+    Buffers have their final shape from the start, so a checkpoint of a calibrated module loads into a new one and gives the same output. Statistics stay
+    float32 when the module is converted to half precision.
+
+    Args:
+        num_heads: query heads.
+        head_dim: width d of a head.
+        num_kv_heads: key/value heads; default num_heads. Must divide num_heads.
+        support, low_rank: default :func:`scatterbrain.presets.drop_in`.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, num_kv_heads: int | None = None, support: Support | None = None, low_rank: LowRank | str = "preset") -> None:
+        super().__init__()
+        default_support, default_low_rank = presets.drop_in()
+        support = default_support if support is None else support
+        low_rank = default_low_rank if low_rank == "preset" else low_rank
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, value in (("num_heads", num_heads), ("head_dim", head_dim), ("num_kv_heads", num_kv_heads)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"ScatterbrainAttention: {name} must be a positive int, got {value!r}")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"ScatterbrainAttention: num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+        checks.check_pair(support, low_rank, is_causal=False)
+        if isinstance(low_rank, Quadratic) and low_rank.rank > head_dim:
+            raise ValueError(f"ScatterbrainAttention: Quadratic rank must be at most head_dim={head_dim}, got {low_rank.rank}")
+        self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, num_kv_heads
+        self.support, self.low_rank = support, low_rank
+        self._is_calibrated = False
+        self._collecting = False
+        self._gathered: Moments | None = None
+        self._scale: float | None = None
+        self._steps = 0
+        self._draws = 0
+        self._create_state()
+
+    def _create_state(self) -> None:
+        heads, kv_heads, d = self.num_heads, self.num_kv_heads, self.head_dim
+        if isinstance(self.low_rank, Favor):
+            self.register_buffer("projection", seeded_projection(self.low_rank, d))
+            return
+        if not isinstance(self.low_rank, Quadratic) or self.low_rank.statistics == "input":
+            return
+        r = self.low_rank.rank
+        if self.low_rank.statistics == "learned":
+            start = self._orthonormal_rows()
+            self.query_projection = nn.Parameter(start.clone())
+            self.query_bias = nn.Parameter(torch.zeros(heads, d))
+            self.query_log_scale = nn.Parameter(torch.zeros(heads))
+            self.key_projection = nn.Parameter(start[:: heads // kv_heads].clone())
+            self.key_bias = nn.Parameter(torch.zeros(kv_heads, d))
+            return
+        # An EMA starts as the learned form does: same orthonormal rows, no means.
+        start = self._orthonormal_rows()[:: heads // kv_heads] if self.low_rank.statistics == "ema" else torch.zeros(kv_heads, r, d)
+        for name, tensor in zip(_MAPS, (start.clone(), torch.zeros(kv_heads, d), start.clone(), torch.zeros(kv_heads, d))):
+            self.register_buffer(name, tensor)
+        shapes = ((kv_heads,), (kv_heads, d), (kv_heads, d, d), (kv_heads, d), (kv_heads, d, d))
+        for name, shape in zip(_MOMENTS, shapes):
+            self.register_buffer("moment_" + name, torch.zeros(shape, dtype=torch.float64))
+
+    def _orthonormal_rows(self) -> Tensor:
+        """(Hq, r, d): r orthonormal rows per key/value head, shared by its query heads."""
+        gaussian = torch.randn(self.num_kv_heads, self.head_dim, self.low_rank.rank)
+        return torch.linalg.qr(gaussian).Q.transpose(-1, -2).repeat_interleave(self.num_heads // self.num_kv_heads, 0).contiguous()
+
+    def reset_parameters(self) -> None:
+        """Start again: projections redrawn, calibration forgotten. Also fills a module created on the meta device."""
+        device = next((t.device for t in (*self.parameters(recurse=False), *self.buffers(recurse=False))), torch.device("cpu"))
+        self._is_calibrated, self._scale, self._gathered, self._steps = False, None, None, 0
+        training = self.training
+        self._create_state()
+        self.to(device).train(training)
+
+    # ------------------------------------------------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        query_padding_mask: Tensor | None = None,
+        query_offset: int | Tensor = 0,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Arguments as :func:`scatterbrain.attention`; query (B, num_heads, N, head_dim), key and value (B, num_kv_heads, M, ...)."""
+        checks.check_tensors(query, key, value)
+        expected = (self.num_heads, self.num_kv_heads, self.head_dim)
+        if (query.shape[1], key.shape[1], query.shape[3]) != expected:
+            raise ValueError(
+                f"expected query with {expected[0]} heads, key with {expected[1]} heads and head_dim {expected[2]}, got {query.shape[1]}, {key.shape[1]} and {query.shape[3]}"
+            )
+        support, low_rank = self.support, self.low_rank
+        gathers = isinstance(low_rank, Quadratic) and (self._collecting or (low_rank.statistics == "ema" and self.training and torch.is_grad_enabled()))
+        if gathers:
+            self._gather(query, key, key_padding_mask, query_padding_mask, functional._default_scale(query, scale))
+        if self._collecting:
+            support, low_rank = Full(), None
+        return functional.attention(
+            query, key, value, support, low_rank, key_padding_mask, is_causal, scale, self.coefficients() if low_rank is not None else None, query_padding_mask,
+            query_offset, return_lse,
+        )  # fmt: skip
+
+    def coefficients(self) -> Coefficients | None:
+        """What the low-rank kernel runs with now; None where it needs nothing, or has nothing yet (which then raises with the cure)."""
+        low_rank = self.low_rank
+        if isinstance(low_rank, Favor):
+            return RandomFeatures(self.projection)
+        if not isinstance(low_rank, Quadratic) or low_rank.statistics == "input":
+            return None
+        if low_rank.statistics == "learned":
+            return Projections(self.query_projection, self.query_bias, self.query_log_scale, self.key_projection, self.key_bias)
+        maps = [getattr(self, name) for name in _MAPS]
+        if self._is_calibrated:
+            return Statistics(*maps, self._scale)
+        if low_rank.statistics == "stored":
+            return None
+        repeat = self.num_heads // self.num_kv_heads
+        return Projections(maps[0].repeat_interleave(repeat, 0), maps[1].repeat_interleave(repeat, 0), maps[1].new_zeros(self.num_heads), maps[2], maps[3])
+
+    # ------------------------------------------------------------------------------------------------------------ statistics
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether statistics are in place: set by :func:`calibrate`, by the first commit of a moving average, or by loading a state that had them."""
+        return self._is_calibrated
+
+    @torch.no_grad()
+    def _gather(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_padding_mask: Tensor | None, scale: float) -> None:
+        if self._scale is not None and abs(self._scale - scale) > 1e-6 * abs(scale):
+            raise ValueError(f"calibration: one scale per module, got {scale:.6g} after {self._scale:.6g}")
+        rows = functional.rows_of(query, key, key_padding_mask, query_padding_mask, 0)
+        if self._collecting:
+            gathered = functional.checked_moments(query, key, scale, rows)
+            self._gathered = gathered if self._gathered is None else self._gathered.merge(gathered)
+        else:  # one training step sees one set of moments, however often its forward is recomputed
+            self._gathered = functional.moments(query, key, scale, rows.key_mask, rows.query_mask)
+        self._scale = float(scale)
+
+    @torch.no_grad()
+    def _store(self, moments: Moments, floor: float) -> None:
+        statistics = statistics_from_moments(moments, self.low_rank.rank, self._scale, floor)
+        for name, tensor in zip(_MAPS, (statistics.query_projection, statistics.query_mean, statistics.key_projection, statistics.key_mean)):
+            getattr(self, name).copy_(tensor)
+        for name in _MOMENTS:
+            getattr(self, "moment_" + name).copy_(getattr(moments, name))
+        self._is_calibrated = True
+
+    def _finish_calibration(self) -> None:
+        gathered, self._gathered, self._collecting = self._gathered, None, False
+        if gathered is not None:
+            self._store(gathered, STORED_FLOOR)
+
+    def _update(self) -> None:
+        """One optimizer step is over."""
+        self._steps += 1
+        low_rank = self.low_rank
+        if isinstance(low_rank, Favor) and low_rank.redraw and self._steps % low_rank.redraw == 0:
+            self._draws += 1
+            self.projection.copy_(seeded_projection(low_rank, self.head_dim, self._draws))
+        if not isinstance(low_rank, Quadratic) or low_rank.statistics != "ema" or self._gathered is None:
+            return
+        if self._is_calibrated and self._steps % EMA_EVERY:
+            return
+        gathered, self._gathered = self._gathered, None
+        if self._is_calibrated:
+            past = Moments(*(getattr(self, "moment_" + name) for name in _MOMENTS))
+            gathered = past.blend(gathered, 1 - EMA_MOMENTUM)
+        self._store(gathered, EMA_FLOOR)
+
+    @torch.no_grad()
+    def redraw(self, generator: torch.Generator) -> None:
+        """A new projection of FAVOR+ from ``generator`` (on the CPU)."""
+        if not isinstance(self.low_rank, Favor):
+            raise ValueError(f"redraw: only Favor has a random projection, this module has low_rank={self.low_rank}")
+        from scatterbrain.low_rank import draw_projection
+
+        self.projection.copy_(draw_projection(self.low_rank, self.head_dim, generator))
+
+    # ------------------------------------------------------------------------------------------------------------ persistence
+
+    def get_extra_state(self) -> Tensor:
+        """Calibrated, scale, rank, steps, draws: as a tensor, so that any checkpoint format can hold it."""
+        rank = self.low_rank.rank if isinstance(self.low_rank, Quadratic) else 0
+        return torch.tensor([self._is_calibrated, math.nan if self._scale is None else self._scale, rank, self._steps, self._draws], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        calibrated, scale, rank, steps, draws = state.tolist()
+        mine = self.low_rank.rank if isinstance(self.low_rank, Quadratic) else 0
+        if int(rank) != mine:
+            raise ValueError(f"ScatterbrainAttention: the checkpoint has statistics of rank {int(rank)}, this module rank {mine}; create it with Quadratic(rank={int(rank)})")
+        self._is_calibrated, self._scale = bool(calibrated), None if math.isnan(scale) else scale
+        self._steps, self._draws = int(steps), int(draws)
+
+    def _apply(self, fn, recurse: bool = True):  # noqa: ANN001  (torch's own signature)
+        """Moves buffers with the module but keeps them in the precision they were fitted in: half a mantissa would undo the calibration."""
+        kept = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        originals = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, dtype in kept.items():
+            if self._buffers[name].dtype != dtype:
+                self._buffers[name] = originals[name].to(self._buffers[name].device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}, support={self.support}, low_rank={self.low_rank}"
+
+
+def _cores(model: nn.Module) -> list[ScatterbrainAttention]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
+    return [m for m in model.modules() if isinstance(m, ScatterbrainAttention)]
+
+
+@contextmanager
+def calibrate(model: nn.Module) -> Iterator[nn.Module]:
+    """Fills the calibration buffers of every :class:`ScatterbrainAttention` in ``model`` from what passes through it.
+
+    Inside the block those layers compute exact attention and gather moments in float64, weighted by tokens over all batches, valid tokens only; leaving it
+    turns the moments into statistics. ::
+
+        with sb.calibrate(model), torch.no_grad():
+            for batch in batches:
+                model(batch)
+
+    Raises:
+        ValueError: no layer that can be calibrated, or none of them was run; NaN or infinity in a batch.
+    """
+    cores = [m for m in _cores(model) if isinstance(m.low_rank, Quadratic) and m.low_rank.statistics in ("stored", "ema")]
+    if not cores:
+        raise ValueError("calibrate: expected at least one ScatterbrainAttention with Quadratic(statistics='stored' or 'ema') in the model, found none")
+    before = [(m, m._scale, m._gathered) for m in cores]
+    for m in cores:
+        m._collecting, m._gathered, m._scale = True, None, None
+    try:
+        yield model
+    except BaseException:
+        for m, scale, gathered in before:
+            m._collecting, m._scale, m._gathered = False, scale, gathered
+        raise
+    ran = [m for m in cores if m._gathered is not None]
+    for m, scale, _ in before:
+        if m._gathered is None:
+            m._scale = scale
+        m._finish_calibration()
+    if not ran:
+        raise ValueError("calibrate: no attention layer was run inside the block; call the model on at least one batch there")
+
+
+def update_statistics(model: nn.Module) -> None:
+    """Tells every :class:`ScatterbrainAttention` that an optimizer step is over: moving averages are committed (the first at once, then every 10 steps,
+    momentum 0.8, detached) and random projections redrawn where ``Favor(redraw=n)`` asks for it. A model without such layers is left alone."""
+    with torch.no_grad():
+        for m in _cores(model):
+            m._update()
