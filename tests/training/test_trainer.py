@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -132,6 +133,23 @@ def test_a_time_limit_ends_the_run_with_the_whole_schedule(tiny):
     assert rates[-1] < 0.2 * max(rates)
 
 
+def test_small_batches_that_accumulate_take_the_steps_of_a_large_one(tiny):
+    large, small = tiny(output="large"), tiny(output="small", batch=1, accumulate=2)
+    for config in (large, small):
+        Trainer(config).run()
+    train = [[loss for kind, _, loss in losses(config) if kind == "train"] for config in (large, small)]
+    assert train[0] == pytest.approx(train[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["full", "train"])
+def test_bfloat16_autocast_trains_close_to_float32(tiny, attention):
+    single = tiny(ATTENTIONS[attention], output="single")
+    half = tiny(ATTENTIONS[attention], output="half", bf16=True)
+    for config in (single, half):
+        Trainer(config).run()
+    assert [loss for *_, loss in losses(half)] == pytest.approx([loss for *_, loss in losses(single)], rel=0.02)
+
+
 def test_an_occupied_output_folder_is_refused_with_the_ways_out(tiny):
     Trainer(tiny(steps=1)).run()
     with pytest.raises(ValueError, match="--resume true.*--overwrite true.*--output"):
@@ -152,8 +170,6 @@ def test_resuming_as_another_run_is_refused_by_key(tiny):
 
 
 def test_the_comparison_with_exact_attention_reports_both_at_the_same_step(tiny, capsys):
-    import dataclasses
-
     config = dataclasses.replace(tiny(ATTENTIONS["train"]), compare=CompareConfig(steps=3))
     Trainer(config).run()
     table = (Path(config.output) / "comparison.txt").read_text()
