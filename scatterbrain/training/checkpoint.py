@@ -35,20 +35,14 @@ def save_checkpoint(path: Path, learner: Learner, progress: Progress) -> None:
     Raises:
         OSError: when it cannot be written; a checkpoint that was there stays whole.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    extra: dict[str, Any] = {}
-    for name, value in learner.model.state_dict().items():
-        if isinstance(value, torch.Tensor):
-            tensors[f"model/{name}"] = value.contiguous()
-        else:
-            extra[name] = value
+    tensors = {f"model/{name}": value.contiguous() for name, value in learner.model.state_dict().items()}
     for index, state in learner.optimizer.state_dict()["state"].items():
         for name, value in state.items():
             tensors[f"optimizer/{index}/{name}"] = value.contiguous()
     tensors["rng/cpu"] = torch.get_rng_state()
     if learner.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state(learner.device)
-    metadata = {"format": FORMAT, "progress": json.dumps(dataclasses.asdict(progress)), "extra": json.dumps(extra)}
+    metadata = {"format": FORMAT, "progress": json.dumps(dataclasses.asdict(progress))}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
@@ -68,10 +62,9 @@ def load_checkpoint(path: Path, learner: Learner) -> None:
         ValueError: if the file is not a checkpoint of such a run.
         RuntimeError: if the weights do not fit the model.
     """
-    extra = json.loads(_metadata(path)["extra"])
     tensors = safetensors.torch.load_file(path)
     model = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-    learner.model.load_state_dict(model | extra)
+    learner.model.load_state_dict(model)
     optimizer = learner.optimizer.state_dict()
     optimizer["state"] = {}
     for name, value in tensors.items():
