@@ -1,0 +1,346 @@
+"""nn.MultiheadAttention with sparse + low-rank attention inside: the same arguments, parameters and mask meanings."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from scatterbrain.low_rank import LowRank, Quadratic
+from scatterbrain.nn.attention import ScatterbrainAttention
+from scatterbrain.presets import drop_in
+from scatterbrain.support import Full, Support
+
+SUPPORT, LOW_RANK = drop_in()
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """Multi-head attention with the arguments, the parameters and the masks of :class:`torch.nn.MultiheadAttention`.
+
+    A call is approximated where sparse + low-rank attention can express it. Every other call runs exactly, as
+    nn.MultiheadAttention computes it, and warns once per module and reason, naming the cure. No argument is ignored.
+
+    ================================================== =============================================================
+    call                                               what happens
+    ================================================== =============================================================
+    no ``attn_mask``                                   approximated
+    ``is_causal=True``, ``attn_mask`` the causal mask  approximated, causal; the mask is compared with the causal one
+                                                       (once per mask tensor; under torch.compile it is taken on trust)
+    ``key_padding_mask`` bool, or float 0 / -inf       approximated; in self-attention the rows of padded queries are
+                                                       zero before the output projection
+    2-D (unbatched) inputs, both ``batch_first``       approximated
+    ``kdim``, ``vdim``; other lengths of key and query approximated
+    every key of a row padded                          approximated: zeros before the output projection, never NaN
+    ``need_weights=True`` (the default)                exact, warns: pass need_weights=False
+    ``attn_mask`` without ``is_causal=True``           exact, warns: pass is_causal=True if the mask is causal
+    ``is_causal=True`` with another mask               exact with that mask, warns
+    ``key_padding_mask`` with other float values       exact, warns (under torch.compile: RuntimeError)
+    ``dropout`` > 0 in training                        exact, warns: set ``.dropout = 0.0``
+    ``add_bias_kv``, ``add_zero_attn``                 exact, warns
+    ``support=Full()``                                 nn.MultiheadAttention itself, its fast paths included; no warning
+    ``is_causal=True`` without ``attn_mask``           raises, as nn.MultiheadAttention does
+    wrong shapes or mask types                         raises, as nn.MultiheadAttention does
+    nested tensors (unless ``support=Full()``)         ValueError
+    statistics="stored" before calibration             ValueError of :class:`ScatterbrainAttention`
+    ================================================== =============================================================
+
+    ``query`` and ``key`` that are the same tensor object are self-attention: ``key_padding_mask`` then marks padded
+    queries as well. Of two different tensors every query is computed.
+
+    A checkpoint of nn.MultiheadAttention loads strictly. It says nothing of what ``attention``, the
+    :class:`ScatterbrainAttention` inside, owns: calibrated statistics are forgotten with the weights they belong to,
+    learned projections stay. The other way round a checkpoint loads strictly into nn.MultiheadAttention unless it holds
+    statistics or projections.
+
+    In evaluation without gradients nn.TransformerEncoderLayer would compute exact attention itself, without a call of
+    this module; the attribute ``_qkv_same_embed_dim``, False here, keeps it from that.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
+            :class:`torch.nn.MultiheadAttention`.
+        support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`.
+        low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`, which must be calibrated
+            (:func:`scatterbrain.calibrate`).
+
+    Raises:
+        TypeError, ValueError: for a support or low-rank kernel that does not fit, or as nn.MultiheadAttention.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        support: Support = SUPPORT,
+        low_rank: LowRank = LOW_RANK,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        self._attach(inner_attention(self, support, low_rank))
+
+    def _attach(self, attention: ScatterbrainAttention) -> None:
+        self.attention = attention
+        self._warned: set[str] = set()
+        if not isinstance(attention.support, Full):
+            # False keeps torch's fused encoder layer, which never calls forward, away. Parameters keep their names.
+            self._qkv_same_embed_dim = False
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`torch.nn.MultiheadAttention.forward`; the table of the class says what is approximated.
+
+        Args:
+            query: (L, N, embed_dim), (N, L, embed_dim) if batch_first, or (L, embed_dim). key, value: the same with S
+                tokens and kdim, vdim features.
+            key_padding_mask: (N, S), or (S) for unbatched inputs; bool, True = ignore, or float, added.
+            need_weights: also return the attention weights, which takes exact attention.
+            attn_mask: (L, S) or (N * num_heads, L, S); bool, True = not allowed, or float, added.
+            average_attn_weights: return the weights' mean over heads instead of those of each head.
+            is_causal: attn_mask is the causal mask, query i sees keys <= i.
+
+        Returns:
+            The output in query's layout, and the weights or None.
+        """
+        if isinstance(self.attention.support, Full):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise ValueError(
+                "MultiheadAttention: expected padded tensors with key_padding_mask, got a nested tensor; in an "
+                "nn.TransformerEncoder set use_nested_tensor=False (sb.replace_attention does)"
+            )
+        exact = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights)
+        if not self._fits(query, key, value, key_padding_mask, attn_mask, is_causal):
+            return self._exact(*exact, is_causal)  # raises nn.MultiheadAttention's own error
+        causal = is_causal and (attn_mask is None or is_causal_mask(attn_mask))
+        padding = as_bool_padding(key_padding_mask)
+        obstacle = self._obstacle(need_weights, attn_mask, is_causal, causal, key_padding_mask, padding)
+        if obstacle is not None:
+            self._warn_once(obstacle)
+            return self._exact(*exact, causal)
+
+        # 1. Tokens to (batch, heads, tokens, head_dim), as views of the projections.
+        batched = query.dim() == 3
+        batch_first = self.batch_first or not batched
+        q, k, v = (self._split(x if batched else x[None], batch_first) for x in self._project(query, key, value))
+        # 2. Attention. Padded keys are padded queries too where both are the same tokens.
+        if padding is not None and not batched:
+            padding = padding[None]
+        queries = None
+        if padding is not None and query is not key:
+            queries = torch.zeros(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+        out = self.attention(q, k, v, key_padding_mask=padding, is_causal=causal, query_padding_mask=queries)
+        # 3. Back to the layout of query, and through the output projection.
+        out = out.permute(0, 2, 1, 3) if batch_first else out.permute(2, 0, 1, 3)
+        out = out.flatten(2) if batched else out[0].flatten(1)
+        return F.linear(out, self.out_proj.weight, self.out_proj.bias), None
+
+    # ------------------------------------------------------------------------------------------------- what is possible
+
+    def _fits(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None,
+              attn_mask: Tensor | None, is_causal: bool) -> bool:  # fmt: skip
+        """Whether shapes and mask types are what nn.MultiheadAttention takes."""
+        rank = query.dim()
+        if rank not in (2, 3) or key.dim() != rank or value.dim() != rank or query.shape[-1] != self.embed_dim:
+            return False
+        if key.shape[-1] != self.kdim or value.shape[-1] != self.vdim or key.shape[:-1] != value.shape[:-1]:
+            return False
+        axis = 0 if self.batch_first or rank == 2 else 1
+        tokens = 1 if self.batch_first and rank == 3 else 0
+        batch = query.shape[axis] if rank == 3 else 1
+        if rank == 3 and key.shape[axis] != batch:
+            return False
+        if is_causal and attn_mask is None:
+            return False
+        length, keys = query.shape[tokens], key.shape[tokens]
+        shapes = (((batch, keys) if rank == 3 else (keys,),), ((length, keys), (batch * self.num_heads, length, keys)))
+        for mask, allowed in zip((key_padding_mask, attn_mask), shapes):
+            if mask is None:
+                continue
+            if tuple(mask.shape) not in allowed or not (mask.dtype == torch.bool or mask.is_floating_point()):
+                return False
+        return True
+
+    def _obstacle(self, need_weights: bool, attn_mask: Tensor | None, is_causal: bool, causal: bool,
+                  key_padding_mask: Tensor | None, padding: Tensor | None) -> str | None:  # fmt: skip
+        """Why this call cannot be approximated, with the cure; None if it can."""
+        if self.bias_k is not None:
+            return "add_bias_kv=True adds a key that no support holds; construct the module without it"
+        if self.add_zero_attn:
+            return "add_zero_attn=True adds a key that no support holds; construct the module without it"
+        if need_weights:
+            return "need_weights=True (the default) asks for the attention weights; pass need_weights=False"
+        if self.training and self.dropout > 0:
+            return f"dropout={self.dropout} acts on attention weights in training; set the module's .dropout = 0.0"
+        if attn_mask is not None and not is_causal:
+            return "attn_mask is given; pass is_causal=True with it if it is the causal mask"
+        if is_causal and not causal:
+            return "is_causal=True, but attn_mask is not the causal mask (query i sees keys <= i), so attn_mask is used"
+        if key_padding_mask is not None and padding is None:
+            return "key_padding_mask holds values other than 0 and -inf; pass a bool mask, True = ignore"
+        return None
+
+    def _warn_once(self, obstacle: str) -> None:
+        if obstacle not in self._warned:
+            self._warned.add(obstacle)
+            _warn(f"MultiheadAttention runs exact attention, without approximation: {obstacle}.")
+
+    # ---------------------------------------------------------------------------------------------------------- compute
+
+    def _exact(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool,
+               attn_mask: Tensor | None, average_attn_weights: bool,
+               is_causal: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """nn.MultiheadAttention's own computation, called below its forward, which ``_qkv_same_embed_dim`` misleads."""
+        swap = self.batch_first and query.dim() == 3
+        if swap:
+            # Tensors that were one stay one: the projection is chosen by identity.
+            q = query.transpose(0, 1)
+            k = q if key is query else key.transpose(0, 1)
+            v = k if value is key else value.transpose(0, 1)
+            query, key, value = q, k, v
+        out, weights = F.multi_head_attention_forward(
+            query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.bias_k,
+            self.bias_v, self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias,
+            training=self.training, key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
+            use_separate_proj_weight=self.in_proj_weight is None, q_proj_weight=self.q_proj_weight,
+            k_proj_weight=self.k_proj_weight, v_proj_weight=self.v_proj_weight,
+            average_attn_weights=average_attn_weights, is_causal=is_causal,
+        )  # fmt: skip
+        return (out.transpose(0, 1) if swap else out), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The input projections, in one product where the inputs are one tensor."""
+        weight, bias, width = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        if weight is not None and query is key and key is value:
+            return F.linear(query, weight, bias).chunk(3, -1)
+        if weight is not None and key is value:
+            q = F.linear(query, weight[:width], None if bias is None else bias[:width])
+            return q, *F.linear(key, weight[width:], None if bias is None else bias[width:]).chunk(2, -1)
+        separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights = separate if weight is None else weight.chunk(3)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
+
+    def _split(self, x: Tensor, batch_first: bool) -> Tensor:
+        """(N, L, E) or (L, N, E) to (N, heads, L, head_dim)."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return x.permute(0, 2, 1, 3) if batch_first else x.permute(1, 2, 0, 3)
+
+    # ------------------------------------------------------------------------------------------------------------ state
+
+    def _reset_parameters(self) -> None:
+        same = self._qkv_same_embed_dim
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = same
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """As nn.Module.state_dict. Where the attention inside has nothing to remember (no low-rank state, or statistics
+        not calibrated yet) its entries are left out, so that the result loads into nn.MultiheadAttention."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if not self._remembers():
+            for name in [name for name in state if name.startswith(f"{prefix}attention.")]:
+                del state[name]
+        return state
+
+    def _remembers(self) -> bool:
+        low_rank = self.attention.low_rank
+        if isinstance(low_rank, Quadratic) and low_rank.statistics == "stored":
+            return self.attention.is_calibrated
+        return next(iter((*self.attention.parameters(), *self.attention.buffers())), None) is not None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        inner = f"{prefix}attention."
+        if f"{prefix}out_proj.weight" in state_dict and not any(name.startswith(inner) for name in state_dict):
+            # A checkpoint of nn.MultiheadAttention. Statistics belong to the weights they were fitted with.
+            if isinstance(self.attention.low_rank, Quadratic) and self.attention.is_calibrated:
+                self.attention.reset_parameters()
+            state_dict.update(self.attention.state_dict(prefix=inner))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def inner_attention(module: nn.MultiheadAttention, support: Support, low_rank: LowRank) -> ScatterbrainAttention:
+    """The attention of ``module``, on the device of its parameters and in its mode."""
+    attention = ScatterbrainAttention(module.num_heads, module.head_dim, support=support, low_rank=low_rank)
+    return attention.to(module.out_proj.weight.device).train(module.training)
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+_KNOWN_MASKS = WeakTensorKeyDictionary()  # mask -> (version, answer): an encoder's layers share one mask tensor
+
+
+def _once_per_mask(mask: Tensor, answer: Callable[[Tensor], Any]) -> Any:
+    """``answer(mask)``, computed again only after the mask was written to."""
+    if mask.is_inference():  # has no version
+        return answer(mask)
+    known = _KNOWN_MASKS.get(mask)
+    if known is None or known[0] != mask._version:
+        known = _KNOWN_MASKS[mask] = (mask._version, answer(mask))
+    return known[1]
+
+
+def is_causal_mask(mask: Tensor) -> bool:
+    """Whether ``mask`` (..., L, S) allows exactly the keys <= i to query i. Taken on trust under torch.compile and for
+    meta tensors, whose content cannot be looked at."""
+    if torch.compiler.is_compiling() or mask.is_meta:
+        return True
+    return _once_per_mask(mask, _equals_causal)
+
+
+def _equals_causal(mask: Tensor) -> bool:
+    future = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+    if mask.dtype == torch.bool:
+        return bool((mask == future).all())
+    return bool((mask == torch.zeros_like(future, dtype=mask.dtype).masked_fill_(future, -math.inf)).all())
+
+
+def as_bool_padding(mask: Tensor | None) -> Tensor | None:
+    """The padding mask as bool, True = ignore; None for no mask, and for a float mask with values other than 0 and -inf
+    (under torch.compile such a value raises a RuntimeError when the graph runs)."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    if torch.compiler.is_compiling() or mask.is_meta:
+        torch._assert_async(
+            ((mask == 0) | (mask == -math.inf)).all(),
+            "key_padding_mask: expected 0 and -inf only under torch.compile, got other values; pass a bool mask",
+        )
+        return mask == -math.inf
+    return _once_per_mask(mask, _float_to_bool)
+
+
+def _float_to_bool(mask: Tensor) -> Tensor | None:
+    padding = mask == -math.inf
+    return padding if bool((padding | (mask == 0)).all()) else None
+
+
+@torch.compiler.assume_constant_result
+def _warn(message: str) -> None:
+    """Warns; under torch.compile once, when the call is traced."""
+    warnings.warn(message, stacklevel=4)

@@ -1,0 +1,668 @@
+"""sb.MultiheadAttention against nn.MultiheadAttention and against sb.attention: which calls are approximated, which run
+exactly, which raise."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import warnings
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import scatterbrain as sb
+from scatterbrain.nn.multihead import as_bool_padding, is_causal_mask
+
+E, H, N, L, S = 48, 4, 2, 21, 21
+EVERY_KEY = sb.Window(64)  # all keys are in the window: the approximated path computes exact attention
+INPUT = sb.Quadratic(9, "input")
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_strict_warnings():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+def causal(length: int = L, keys: int = S, kind: type = float) -> Tensor:
+    future = torch.ones(length, keys, dtype=torch.bool).triu(1)
+    return future if kind is bool else torch.zeros(length, keys).masked_fill(future, -math.inf)
+
+
+def padding(kind: type = bool, batch: int | None = N) -> Tensor:
+    """The last row, or the only one, has 6 padded keys at its end."""
+    mask = torch.zeros(batch or 1, S, dtype=torch.bool)
+    mask[-1, S - 6 :] = True
+    mask = mask if batch else mask[0]
+    return mask if kind is bool else torch.zeros(mask.shape).masked_fill(mask, -math.inf)
+
+
+def some_mask(*shape: int, kind: type = bool) -> Tensor:
+    """Forbids about a third of the pairs, never all keys of a query."""
+    mask = torch.rand(shape) < 0.3
+    mask[..., 0] = False
+    return mask if kind is bool else torch.randn(shape).masked_fill(mask, -math.inf)
+
+
+def inputs(batched: bool = True, batch_first: bool = False, same: bool = True, kdim: int = E, vdim: int = E,
+           length: int = L) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def tokens(count: int, width: int) -> Tensor:
+        shape = ((N, count) if batch_first else (count, N)) if batched else (count,)
+        return torch.randn(*shape, width, requires_grad=True)
+
+    query = tokens(length, E)
+    if same:
+        return query, query, query
+    key = tokens(S, kdim)
+    return query, key, key if kdim == vdim else tokens(S, vdim)
+
+
+def pair(support: Any, low_rank: Any = None, **arguments: Any) -> tuple[nn.MultiheadAttention, sb.MultiheadAttention]:
+    """nn.MultiheadAttention with random biases, and sb.MultiheadAttention with its checkpoint."""
+    theirs = nn.MultiheadAttention(E, H, **arguments)
+    for parameter in theirs.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter)
+    ours = sb.MultiheadAttention(E, H, **arguments, support=support, low_rank=low_rank)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+# name: (constructor, inputs, call, what happens: None for approximated, else a part of the warning)
+CALLS: dict[str, tuple[dict, dict, dict, str | None]] = {
+    "plain": ({}, {}, {}, None),
+    "batch_first": (dict(batch_first=True), dict(batch_first=True), {}, None),
+    "unbatched": ({}, dict(batched=False), {}, None),
+    "unbatched, batch_first": (dict(batch_first=True), dict(batched=False), {}, None),
+    "no bias": (dict(bias=False), {}, {}, None),
+    "cross": ({}, dict(same=False), {}, None),
+    "cross, no bias": (dict(bias=False), dict(same=False), {}, None),
+    "cross, other length": ({}, dict(same=False, length=9), {}, None),
+    "cross, other length, batch_first": (
+        dict(batch_first=True),
+        dict(same=False, length=9, batch_first=True),
+        dict(key_padding_mask=padding()),
+        None,
+    ),
+    "kdim": (dict(kdim=20), dict(same=False, kdim=20), {}, None),
+    "kdim, vdim": (
+        dict(kdim=20, vdim=12, batch_first=True),
+        dict(same=False, kdim=20, vdim=12, batch_first=True),
+        {},
+        None,
+    ),
+    "kdim, vdim, no bias": (dict(kdim=20, vdim=12, bias=False), dict(same=False, kdim=20, vdim=12), {}, None),
+    "key padding": ({}, {}, dict(key_padding_mask=padding()), None),
+    "key padding, float": (dict(batch_first=True), dict(batch_first=True), dict(key_padding_mask=padding(float)), None),
+    "key padding, cross": ({}, dict(same=False), dict(key_padding_mask=padding()), None),
+    "key padding, unbatched": ({}, dict(batched=False), dict(key_padding_mask=padding(batch=None)), None),
+    "causal, bool": ({}, {}, dict(attn_mask=causal(kind=bool), is_causal=True), None),
+    "causal, float": (dict(batch_first=True), dict(batch_first=True), dict(attn_mask=causal(), is_causal=True), None),
+    "causal, per head": ({}, {}, dict(attn_mask=causal().repeat(N * H, 1, 1), is_causal=True), None),
+    "causal, other length": ({}, dict(same=False, length=9), dict(attn_mask=causal(9), is_causal=True), None),
+    "causal, unbatched": ({}, dict(batched=False), dict(attn_mask=causal(), is_causal=True), None),
+    "causal, key padding": (
+        {},
+        {},
+        dict(attn_mask=causal(), is_causal=True, key_padding_mask=padding(float)),
+        None,
+    ),
+    "dropout, evaluation": (dict(dropout=0.5), {}, {}, None),
+    "dropout, training": (dict(dropout=0.5), {}, dict(training=True), "set the module's .dropout = 0.0"),
+    "weights": ({}, {}, dict(need_weights=True), "pass need_weights=False"),
+    "weights per head": (
+        dict(batch_first=True),
+        dict(batch_first=True),
+        dict(need_weights=True, average_attn_weights=False, key_padding_mask=padding()),
+        "pass need_weights=False",
+    ),
+    "weights, unbatched": ({}, dict(batched=False), dict(need_weights=True), "pass need_weights=False"),
+    "weights, causal": ({}, {}, dict(need_weights=True, attn_mask=causal(), is_causal=True), "pass need_weights=False"),
+    "weights, kdim": (
+        dict(kdim=20, vdim=12),
+        dict(same=False, kdim=20, vdim=12),
+        dict(need_weights=True),
+        "need_weights",
+    ),
+    "mask, bool": ({}, {}, dict(attn_mask=some_mask(L, S)), "pass is_causal=True"),
+    "mask, float": ({}, {}, dict(attn_mask=some_mask(L, S, kind=float)), "pass is_causal=True"),
+    "mask per head": (
+        dict(batch_first=True),
+        dict(batch_first=True),
+        dict(attn_mask=some_mask(N * H, L, S)),
+        "pass is_causal=True",
+    ),
+    "mask per head, float, key padding": (
+        {},
+        {},
+        dict(attn_mask=some_mask(N * H, L, S, kind=float), key_padding_mask=padding(float)),
+        "pass is_causal=True",
+    ),
+    "mask per head, unbatched": ({}, dict(batched=False), dict(attn_mask=some_mask(H, L, S)), "pass is_causal=True"),
+    "causal mask without the hint": ({}, {}, dict(attn_mask=causal()), "pass is_causal=True"),
+    "mask and key padding": (
+        {},
+        {},
+        dict(attn_mask=some_mask(L, S), key_padding_mask=padding()),
+        "pass is_causal=True",
+    ),
+    "key padding, other values": (
+        {},
+        {},
+        dict(key_padding_mask=torch.linspace(-2, 2, N * S).reshape(N, S)),
+        "values other than 0 and -inf",
+    ),
+    "add_bias_kv": (dict(add_bias_kv=True), {}, dict(key_padding_mask=padding()), "add_bias_kv=True"),
+    "add_zero_attn": (dict(add_zero_attn=True), {}, dict(key_padding_mask=padding()), "add_zero_attn=True"),
+    "add both, weights": (dict(add_bias_kv=True, add_zero_attn=True), {}, dict(need_weights=True), "add_bias_kv=True"),
+}
+APPROXIMATED = [name for name, case in CALLS.items() if case[3] is None]
+EXACT = [name for name, case in CALLS.items() if case[3] is not None]
+
+
+def prepare(
+    name: str, support: Any, low_rank: Any = None
+) -> tuple[nn.MultiheadAttention, sb.MultiheadAttention, tuple[Tensor, ...], dict, str | None]:
+    """Both modules, the inputs, the call and the warning of a case."""
+    constructor, shapes, call, warning = CALLS[name]
+    theirs, ours = pair(support, low_rank, **constructor)
+    call = {"need_weights": False, **call}
+    training = call.pop("training", False)
+    return theirs.train(training), ours.train(training), inputs(**shapes), call, warning
+
+
+def run(module: nn.Module, tokens: tuple[Tensor, ...], call: dict, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Output, weights and the gradients of inputs and parameters; ``rows``: which output rows matter."""
+    torch.manual_seed(1)  # for dropout
+    out, weights = module(*tokens, **call)
+    kept = out if rows is None else out[rows]
+    names, parameters = zip(*((n, p) for n, p in module.named_parameters() if not n.startswith("attention.")))
+    wanted = {id(t): t for t in tokens}
+    torch.manual_seed(2)
+    gradients = torch.autograd.grad(kept.mul(torch.randn(kept.shape)).sum(), (*wanted.values(), *parameters))
+    return kept, *((weights,) if weights is not None else ()), *gradients
+
+
+def real_queries(call: dict, tokens: tuple[Tensor, ...], batch_first: bool) -> Tensor | None:
+    """Rows of the output that are no padding, where padding marks queries."""
+    mask = as_bool_padding(call.get("key_padding_mask"))
+    if mask is None or tokens[0] is not tokens[1]:
+        return None
+    return ~mask if batch_first or mask.dim() == 1 else ~mask.T
+
+
+# ----------------------------------------------------------------------------------------------------------- equality
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_full_support_is_torchs_own(name: str):
+    theirs, ours, tokens, call, _ = prepare(name, sb.Full())
+    torch.testing.assert_close(run(ours, tokens, call), run(theirs, tokens, call), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_cannot_be_approximated_is_exact_and_warns(name: str):
+    theirs, ours, tokens, call, warning = prepare(name, sb.Window(8))
+    with pytest.warns(UserWarning, match=warning) as caught:
+        got = run(ours, tokens, call)
+    assert len(caught) == 1 and "runs exact attention" in str(caught[0].message)
+    torch.testing.assert_close(got, run(theirs, tokens, call), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", APPROXIMATED)
+def test_masks_mean_what_they_mean_in_torch(name: str):
+    theirs, ours, tokens, call, _ = prepare(name, EVERY_KEY)
+    rows = real_queries(call, tokens, ours.batch_first)
+    with mock.patch.object(ours, "_exact", side_effect=AssertionError("exact path taken")):
+        got = run(ours, tokens, call, rows)
+    torch.testing.assert_close(got, run(theirs, tokens, call, rows), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", APPROXIMATED)
+def test_approximated_calls_are_sb_attention(name: str):
+    support, low_rank = sb.Routed(16, block_q=8), sb.Quadratic(9, "stored")
+    _, ours, tokens, call, _ = prepare(name, support, low_rank)
+    causal_call, mask = call.get("is_causal", False), as_bool_padding(call.get("key_padding_mask"))
+    # By hand: separate projections of (batch, tokens, width), sb.attention, output projection.
+    separate = (ours.q_proj_weight, ours.k_proj_weight, ours.v_proj_weight)
+    weights = separate if ours.in_proj_weight is None else ours.in_proj_weight.chunk(3)
+    biases = (None,) * 3 if ours.in_proj_bias is None else ours.in_proj_bias.chunk(3)
+    batched, swap = tokens[0].dim() == 3, tokens[0].dim() == 3 and not ours.batch_first
+    batch_first = [x.transpose(0, 1) if swap else x.reshape(-1, *x.shape[-2:]) for x in tokens]
+    q, k, v = (
+        F.linear(x, w, b).unflatten(-1, (H, -1)).transpose(1, 2) for x, w, b in zip(batch_first, weights, biases)
+    )
+    query_mask = None
+    if mask is not None:
+        mask = mask if batched else mask[None]
+        query_mask = mask if tokens[0] is tokens[1] else torch.zeros(q.shape[0], q.shape[2], dtype=torch.bool)
+    statistics = sb.fit_statistics(q, k, 9)
+    expected = sb.attention(
+        q, k, v, support, low_rank, mask, causal_call, statistics=statistics, query_padding_mask=query_mask
+    )
+    expected = F.linear(expected.transpose(1, 2).flatten(2), ours.out_proj.weight, ours.out_proj.bias)
+    expected = expected.transpose(0, 1) if swap else expected.reshape(tokens[0].shape)
+
+    with sb.calibrate(ours), torch.no_grad():
+        ours(*tokens, need_weights=False)
+    out, none = ours(*tokens, **call)
+    assert none is None
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_full_support_takes_torchs_fast_path():
+    _, ours = pair(sb.Full(), batch_first=True)
+    x = torch.randn(N, L, E)
+    with mock.patch("torch._native_multi_head_attention", return_value=(x, None)) as fast, torch.no_grad():
+        ours.eval()(x, x, x)
+    assert fast.called
+
+
+def test_cross_attention_computes_every_query_whatever_the_keys_padding():
+    """As many queries as keys, but other tokens: the key padding says nothing of the queries."""
+    theirs, ours = pair(EVERY_KEY)
+    query, key, value = inputs(same=False)
+    got = ours(query, key, value, key_padding_mask=padding(), need_weights=False)[0]
+    expected = theirs(query, key, value, key_padding_mask=padding(), need_weights=False)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("low_rank", [None, INPUT, sb.Favor(32)], ids=["none", "quadratic", "favor"])
+def test_fully_padded_rows_give_the_output_bias_and_finite_gradients(low_rank: Any):
+    _, ours = pair(sb.Window(8), low_rank, batch_first=True)
+    x = inputs(batch_first=True)[0]
+    mask = padding()
+    mask[0] = True
+    out = ours(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+    torch.testing.assert_close(out[0], ours.out_proj.bias.expand(L, E))
+    torch.testing.assert_close(out[1, -1], ours.out_proj.bias.detach())
+    (gradient,) = torch.autograd.grad(out.square().sum(), x)
+    assert gradient.isfinite().all() and not gradient[0].any()
+
+
+def test_what_padded_slots_hold_changes_nothing():
+    _, ours = pair(sb.Routed(16, block_q=8), INPUT, batch_first=True)
+    x = torch.randn(N, L, E)
+    changed = x.clone()
+    changed[1, S - 6 :] = 1e4
+    with torch.no_grad():
+        a, b = (ours(t, t, t, key_padding_mask=padding(), need_weights=False)[0] for t in (x, changed))
+    assert torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------------- warnings and errors
+
+
+def test_each_reason_is_warned_of_once():
+    _, ours = pair(sb.Window(8))
+    x = inputs()[0]
+    with pytest.warns(UserWarning) as caught:
+        for _ in range(3):
+            ours(x, x, x)
+            ours(x, x, x, need_weights=False, attn_mask=some_mask(L, S))
+    assert len(caught) == 2
+
+
+def test_a_wrong_causal_hint_uses_the_mask_and_says_so():
+    theirs, ours = pair(sb.Window(8))
+    x, mask = inputs()[0], some_mask(L, S)
+    with pytest.warns(UserWarning, match="is_causal=True, but attn_mask is not the causal mask"):
+        got = ours(x, x, x, need_weights=False, attn_mask=mask, is_causal=True)[0]
+    torch.testing.assert_close(got, theirs(x, x, x, need_weights=False, attn_mask=mask)[0])
+
+
+BAD_CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], dict]] = {
+    "1-D query": (((E,),) * 3, {}),
+    "2-D key of a 3-D query": (((L, N, E), (S, E), (S, N, E)), {}),
+    "2-D value of a 3-D query": (((L, N, E), (S, N, E), (S, E)), {}),
+    "3-D key of a 2-D query": (((L, E), (S, N, E), (S, E)), {}),
+    "embed_dim": (((L, N, E + 1), (S, N, E), (S, N, E)), {}),
+    "value's length": (((L, N, E), (S, N, E), (S + 1, N, E)), {}),
+    "key's batch": (((L, N, E), (S, N + 1, E), (S, N + 1, E)), {}),
+    "causal without a mask": (((L, N, E),) * 3, dict(is_causal=True)),
+    "attn_mask's size": (((L, N, E),) * 3, dict(attn_mask=causal(L, S + 1))),
+    "attn_mask's heads": (((L, N, E),) * 3, dict(attn_mask=some_mask(N * H + 1, L, S))),
+    "attn_mask's heads, unbatched": (((L, E),) * 3, dict(attn_mask=some_mask(H + 1, L, S))),
+    "attn_mask's rank": (((L, N, E),) * 3, dict(attn_mask=torch.zeros(S, dtype=torch.bool))),
+    "attn_mask's type": (((L, N, E),) * 3, dict(attn_mask=torch.zeros(L, S, dtype=torch.int64))),
+    "key_padding_mask's type": (((L, N, E),) * 3, dict(key_padding_mask=torch.zeros(N, S, dtype=torch.int64))),
+    "key_padding_mask's rank": (((L, N, E),) * 3, dict(key_padding_mask=padding(batch=None))),
+    "key_padding_mask's rank, unbatched": (((L, E),) * 3, dict(key_padding_mask=padding())),
+    "key_padding_mask's batch": (((L, N, E),) * 3, dict(key_padding_mask=padding(batch=N + 1))),
+    "key_padding_mask's length": (((L, N, E),) * 3, dict(key_padding_mask=torch.zeros(N, S + 1, dtype=torch.bool))),
+}
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_raises_what_torch_raises(name: str, need_weights: bool):
+    shapes, call = BAD_CALLS[name]
+    theirs, ours = pair(sb.Window(8))
+    tokens = [torch.randn(shape) for shape in shapes]
+    with pytest.raises(Exception) as expected:
+        theirs(*tokens, need_weights=need_weights, **call)
+    with pytest.raises(type(expected.value)) as got:
+        ours(*tokens, need_weights=need_weights, **call)
+    assert str(got.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("arguments", [(0, 1), (8, 0), (10, 3)])
+def test_constructor_raises_what_torch_raises(arguments: tuple[int, int]):
+    with pytest.raises(Exception) as expected:
+        nn.MultiheadAttention(*arguments)
+    with pytest.raises(type(expected.value)) as got:
+        sb.MultiheadAttention(*arguments)
+    assert str(got.value) == str(expected.value)
+
+
+def test_nested_tensors_are_refused_with_the_cure():
+    _, ours = pair(sb.Window(8), batch_first=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)])
+    with pytest.raises(ValueError, match="use_nested_tensor=False"):
+        ours.eval()(x, x, x, need_weights=False)
+
+
+def test_uncalibrated_statistics_are_named():
+    ours = sb.MultiheadAttention(E, H)
+    x = inputs()[0]
+    with pytest.raises(ValueError, match="not calibrated.*sb.calibrate"):
+        ours(x, x, x, need_weights=False)
+
+
+def test_what_attention_refuses_reaches_the_caller():
+    with pytest.raises(ValueError, match="rank must be at most head_dim=4"):
+        sb.MultiheadAttention(16, 4)
+    _, ours = pair(sb.LSH(16), INPUT)
+    x = inputs()[0]
+    with pytest.raises(ValueError, match="LSH is bidirectional only"):
+        ours(x, x, x, need_weights=False, attn_mask=causal(), is_causal=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (causal(kind=bool), True),
+        (causal(), True),
+        (causal(9), True),
+        (causal().bfloat16(), True),
+        (causal().repeat(3, 1, 1), True),
+        (causal(kind=bool).logical_not(), False),
+        (causal().nan_to_num(neginf=-1e9), False),
+        (torch.zeros(L, S), False),
+        (torch.ones(L, S).triu(2).bool(), False),
+        (torch.ones(L, S).triu(0).bool(), False),
+    ],
+)
+def test_causal_masks_are_told_from_others(mask: Tensor, expected: bool):
+    assert is_causal_mask(mask) is expected
+
+
+def test_a_mask_written_to_is_compared_again():
+    mask = causal()
+    assert is_causal_mask(mask)
+    mask[0, 1] = 0
+    assert not is_causal_mask(mask)
+    with torch.inference_mode():
+        mask = causal()
+        assert is_causal_mask(mask)
+        mask[0, 1] = 0
+        assert not is_causal_mask(mask)
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+
+LOW_RANKS = {
+    "none": None,
+    "stored": sb.Quadratic(9, "stored"),
+    "input": INPUT,
+    "ema": sb.Quadratic(9, "ema"),
+    "learned": sb.Quadratic(9, "learned"),
+    "favor": sb.Favor(16),
+}
+ARGUMENTS = {
+    "plain": {},
+    "no bias": dict(bias=False),
+    "kdim": dict(kdim=20, vdim=12),
+    "bias_kv": dict(add_bias_kv=True),
+}
+
+
+@pytest.mark.parametrize("low_rank", LOW_RANKS)
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_torch_checkpoint_loads_strictly(arguments: str, low_rank: str, assign: bool):
+    theirs = nn.Sequential(nn.MultiheadAttention(E, H, **ARGUMENTS[arguments]))
+    ours = nn.Sequential(
+        sb.MultiheadAttention(E, H, **ARGUMENTS[arguments], support=sb.Window(8), low_rank=LOW_RANKS[low_rank])
+    )
+    names = [name for name, _ in ours.named_parameters() if ".attention." not in name]
+    assert names == [name for name, _ in theirs.named_parameters()]
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=assign)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("low_rank", ["none", "stored", "input"])
+def test_without_statistics_a_checkpoint_loads_strictly_into_torchs_module(low_rank: str):
+    theirs, ours = pair(sb.Window(8), LOW_RANKS[low_rank])
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("low_rank", LOW_RANKS)
+def test_a_checkpoint_gives_the_same_output(low_rank: str):
+    model = nn.Sequential(sb.MultiheadAttention(E, H, support=sb.Window(8), low_rank=LOW_RANKS[low_rank]))
+    x = torch.randn(L, N, E)
+    if low_rank in ("stored", "ema"):
+        with sb.calibrate(model):
+            model[0](x, x, x, need_weights=False)
+    other = nn.Sequential(sb.MultiheadAttention(E, H, support=sb.Window(8), low_rank=LOW_RANKS[low_rank]))
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        assert torch.equal(model[0](x, x, x, need_weights=False)[0], other[0](x, x, x, need_weights=False)[0])
+
+
+def test_statistics_are_forgotten_with_the_weights_they_belong_to():
+    ours = sb.MultiheadAttention(E, H)
+    x = torch.randn(L, N, E)
+    with sb.calibrate(ours):
+        ours(x, x, x, need_weights=False)
+    ours.load_state_dict({}, strict=False)  # not this module's checkpoint
+    assert ours.attention.is_calibrated
+    ours.load_state_dict(nn.MultiheadAttention(E, H).state_dict())
+    assert not ours.attention.is_calibrated
+
+
+def test_a_part_of_the_statistics_is_a_missing_key():
+    ours = sb.MultiheadAttention(E, H)
+    x = torch.randn(L, N, E)
+    with sb.calibrate(ours):
+        ours(x, x, x, need_weights=False)
+    state = ours.state_dict()
+    del state["attention.key_projection"]
+    with pytest.raises(RuntimeError, match="Missing key.*attention.key_projection"):
+        ours.load_state_dict(state)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("low_rank", LOW_RANKS)
+def test_copies_are_equal_and_keep_the_traps_closed(low_rank: str, copied: Any):
+    ours = sb.MultiheadAttention(E, H, support=sb.Window(8), low_rank=LOW_RANKS[low_rank])
+    x = torch.randn(L, N, E)
+    if low_rank == "stored":
+        with sb.calibrate(ours):
+            ours(x, x, x, need_weights=False)
+    other = copied(ours)
+    assert type(other) is sb.MultiheadAttention and other._qkv_same_embed_dim is False
+    with torch.no_grad():
+        assert torch.equal(ours(x, x, x, need_weights=False)[0], other(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_converted_modules_work_in_their_dtype(dtype: torch.dtype):
+    theirs, ours = pair(EVERY_KEY, sb.Quadratic(9, "learned"))
+    theirs, ours, x = theirs.to(dtype), ours.to(dtype), torch.randn(L, N, E, dtype=dtype)
+    got = ours(x, x, x, key_padding_mask=padding(), need_weights=False)[0]
+    expected = theirs(x, x, x, key_padding_mask=padding(), need_weights=False)[0]
+    assert got.dtype == dtype
+    valid = ~padding().T
+    tolerance = 1e-5 if dtype == torch.float64 else 3e-2
+    torch.testing.assert_close(got[valid], expected[valid], rtol=tolerance, atol=tolerance)
+    made = sb.MultiheadAttention(E, H, dtype=dtype, support=sb.Window(8), low_rank=None)
+    assert {p.dtype for p in made.parameters()} == {dtype} and made(x, x, x, need_weights=False)[0].dtype == dtype
+
+
+def test_autocast_gives_the_autocast_dtype():
+    _, ours = pair(sb.Window(8), INPUT)
+    x = torch.randn(L, N, E)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(x, x, x, need_weights=False)[0]
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()
+
+
+def test_meta_modules_have_shapes_only():
+    ours = sb.MultiheadAttention(E, H, device="meta", support=sb.Window(8), low_rank=sb.Quadratic(9, "learned"))
+    assert all(p.is_meta for p in (*ours.parameters(), *ours.buffers()))
+
+
+def test_resetting_parameters_draws_the_same_distribution_as_torch():
+    ours = sb.MultiheadAttention(E, H)
+    torch.manual_seed(5)
+    theirs = nn.MultiheadAttention(E, H)
+    torch.manual_seed(5)
+    nn.Linear(E, E)  # torch's constructor draws its output projection before it resets
+    ours._reset_parameters()
+    torch.testing.assert_close(ours.in_proj_weight, theirs.in_proj_weight)
+    assert ours._qkv_same_embed_dim is False
+
+
+# ------------------------------------------------------------------------------------------- nn.TransformerEncoder etc.
+
+
+def encoder(layers: int = 2, **arguments: Any) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(E, H, 64, dropout=0.0, batch_first=True)
+    layer.self_attn = sb.MultiheadAttention(E, H, batch_first=True, **arguments)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
+def count_calls(model: nn.Module) -> list[Any]:
+    calls: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, sb.ScatterbrainAttention):
+            module.register_forward_hook(lambda m, a, o: calls.append(m))
+    return calls
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_encoder_layers_fast_path_does_not_bypass_us(grad: bool, training: bool):
+    model = encoder(support=sb.Window(8), low_rank=INPUT).train(training)
+    calls = count_calls(model)
+    x = torch.randn(N, L, E)
+    with torch.set_grad_enabled(grad):
+        model(x)
+        model(x, src_key_padding_mask=padding())
+    assert len(calls) == 4
+
+
+def test_an_encoder_made_of_our_layers_uses_no_nested_tensors():
+    layer = encoder(1, support=sb.Window(8), low_rank=INPUT).layers[0]
+    with pytest.warns(UserWarning, match="_qkv_same_embed_dim was not True"):
+        model = nn.TransformerEncoder(layer, 2).eval()
+    with torch.no_grad():
+        assert model(torch.randn(N, L, E), src_key_padding_mask=padding()).shape == (N, L, E)
+
+
+@pytest.mark.parametrize("hint", [None, True])
+@pytest.mark.parametrize("kind", [bool, float])
+def test_the_encoders_causal_mask_is_approximated_and_hides_the_future(hint: bool | None, kind: type):
+    model = encoder(support=sb.Routed(16, block_q=8), low_rank=sb.Quadratic(9, "learned"))
+    calls = count_calls(model)
+    x = torch.randn(N, L, E)
+    changed = torch.cat([x[:, :11], torch.randn(N, L - 11, E)], 1)
+    with torch.no_grad():
+        a, b = (model(t, mask=causal(kind=kind), is_causal=hint) for t in (x, changed))
+    assert len(calls) == 4 and torch.equal(a[:, :11], b[:, :11]) and not torch.equal(a, b)
+
+
+def test_the_decoder_is_approximated_in_self_and_cross_attention():
+    layer = nn.TransformerDecoderLayer(E, H, 64, dropout=0.0, batch_first=True)
+    layer.self_attn = sb.MultiheadAttention(E, H, batch_first=True, support=EVERY_KEY, low_rank=None)
+    layer.multihead_attn = sb.MultiheadAttention(E, H, batch_first=True, support=EVERY_KEY, low_rank=None)
+    theirs = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 64, dropout=0.0, batch_first=True), 2)
+    ours = nn.TransformerDecoder(layer, 2)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    calls = count_calls(ours)
+    target, memory = torch.randn(N, 9, E), torch.randn(N, S, E)
+    arguments = dict(tgt_mask=causal(9, 9), memory_key_padding_mask=padding())
+    expected = theirs(target, memory, **arguments)
+    torch.testing.assert_close(ours(target, memory, **arguments), expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 4
+
+
+def test_calibration_through_an_encoder():
+    model = encoder().eval()
+    x = torch.randn(N, L, E)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="not calibrated"):
+            model(x)
+        with sb.calibrate(model):
+            exact = model(x, src_key_padding_mask=padding())
+        approximated = model(x, src_key_padding_mask=padding())
+    valid = ~padding()
+    assert (approximated - exact)[valid].norm() < 0.05 * exact[valid].norm()  # 64 keys see all tokens but of rounding
+
+
+def test_learned_projections_get_gradients_through_an_encoder():
+    model = encoder(support=sb.Window(4, block_q=4), low_rank=sb.Quadratic(9, "learned"))
+    model(torch.randn(N, L, E)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert ".query_log_scale" in name or parameter.grad.any(), name
+
+
+# ------------------------------------------------------------------------------------------------------------- compile
+
+
+@pytest.mark.parametrize(
+    "call",
+    [{}, dict(src_key_padding_mask=padding()), dict(mask=causal(), is_causal=True)],
+    ids=["plain", "padded", "causal"],
+)
+def test_compiles_without_graph_breaks(call: dict):
+    model = encoder(1, support=sb.Window(8), low_rank=sb.Quadratic(9, "learned"))
+    x = torch.randn(N, L, E)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, **call), model(x, **call))
+
+
+def test_compiled_calls_that_run_exactly_warn_too():
+    _, ours = pair(sb.Window(8))
+    x = inputs()[0]
+    compiled = torch.compile(lambda x: ours(x, x, x), fullgraph=True, backend="eager")
+    with pytest.warns(UserWarning, match="need_weights=False"):
+        compiled(x)
+
+
+def test_compiled_padding_masks_with_other_values_raise():
+    _, ours = pair(sb.Window(8))
+    compiled = torch.compile(lambda x, m: ours(x, x, x, m, need_weights=False)[0], fullgraph=True, backend="eager")
+    x = torch.randn(L, N, E)
+    torch.testing.assert_close(compiled(x, padding(float)), ours(x, x, x, padding(), need_weights=False)[0])
+    with pytest.raises(RuntimeError, match="pass a bool mask"):
+        compiled(x, padding(float) - 1)
