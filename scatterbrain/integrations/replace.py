@@ -1,0 +1,270 @@
+"""Swapping the attention modules of a model in place, with a report of every one and a way back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import nn
+
+from scatterbrain.low_rank import Favor, LowRank, Quadratic
+from scatterbrain.nn.attention import ScatterbrainAttention
+from scatterbrain.nn.multihead import LOW_RANK, SUPPORT, MultiheadAttention, inner_attention
+from scatterbrain.support import SUPPORTS, Full, Support
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+@dataclass
+class Entry:
+    """One attention module of the model.
+
+    Args:
+        path: name of the module in the model; "" is the model itself.
+        was: its class before.
+        now: its class now; None if it was left as it was.
+        note: why it was left, or what to know about the swap; "" for nothing.
+    """
+
+    path: str
+    was: str
+    now: str | None
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """What :func:`replace_attention` did; ``print(report)`` shows it as a table.
+
+    Args:
+        settings: the support and the low-rank kernel of the modules that were swapped.
+        entries: every module that looks like attention, in the model's order.
+    """
+
+    settings: str
+    entries: list[Entry] = field(default_factory=list)
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    @property
+    def replaced(self) -> list[Entry]:
+        """The modules that were swapped."""
+        return [entry for entry in self.entries if entry.now is not None]
+
+    @property
+    def skipped(self) -> list[Entry]:
+        """The modules that were left as they were."""
+        return [entry for entry in self.entries if entry.now is None]
+
+    def restore(self) -> None:
+        """Gives every swapped module its own class and settings back. Weights stay as they are now, trained or not;
+        what the attention inside owned (calibration, learned projections) is dropped. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __str__(self) -> str:
+        total = len(self.entries)
+        summary = f"{len(self.replaced)} of {total} attention module{'' if total == 1 else 's'} replaced"
+        if self.replaced:
+            summary += f" with {self.settings}"
+        if not self.entries:
+            return summary
+        header = ("module", "was", "now", "note")
+        rows = [(e.path or "(the model)", e.was, e.now or "unchanged", e.note) for e in self.entries]
+        widths = [max(map(len, column)) for column in zip(header, *rows)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, *rows)]
+        return "\n".join([*lines, summary])
+
+
+# ------------------------------------------------------------------------------------------------------------- handlers
+
+
+class NotReplaceable(Exception):
+    """Raised by a handler for a module of its family that it cannot swap; the text is the reason."""
+
+
+class Handler(Protocol):
+    """How one family of attention modules is swapped. :func:`register_handler` adds one."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the module is of this family."""
+
+    def replace(self, module: nn.Module, support: Support, low_rank: LowRank) -> tuple[str, Callable[[], None]]:
+        """Swaps the module in place, keeping its identity, parameters, hooks, mode and device.
+
+        Returns:
+            A note for the report ("" for none), and the function that undoes the swap.
+
+        Raises:
+            NotReplaceable: with the reason; the module is then as it was.
+        """
+
+
+class TorchHandler:
+    """nn.MultiheadAttention becomes sb.MultiheadAttention by its class, so whoever holds the module or its parameters,
+    an optimizer for one, still holds the right ones."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return type(module) is nn.MultiheadAttention
+
+    def replace(
+        self, module: nn.MultiheadAttention, support: Support, low_rank: LowRank
+    ) -> tuple[str, Callable[[], None]]:
+        if module.bias_k is not None or module.add_zero_attn:
+            name = "add_zero_attn" if module.bias_k is None else "add_bias_kv"
+            raise NotReplaceable(f"{name}=True adds a key that no support holds")
+        if "forward" in vars(module):
+            raise NotReplaceable("its forward is overridden on the instance; replace attention before that is done")
+        try:
+            attention = inner_attention(module, support, low_rank)
+        except ValueError as error:
+            raise NotReplaceable(str(error)) from error
+        same = module._qkv_same_embed_dim
+
+        def undo() -> None:
+            del module.attention, module._warned
+            module.__class__ = nn.MultiheadAttention
+            module._qkv_same_embed_dim = same
+
+        module.__class__ = MultiheadAttention
+        module._attach(attention)
+        if module.dropout > 0 and not isinstance(support, Full):
+            return f"exact in training for its dropout={module.dropout} on weights; set .dropout = 0.0", undo
+        return "", undo
+
+
+HANDLERS: list[Handler] = [TorchHandler()]
+
+
+def register_handler(handler: Handler) -> None:
+    """Adds a family of attention modules to :func:`replace_attention`; handlers registered later are asked first."""
+    HANDLERS.insert(0, handler)
+
+
+# -------------------------------------------------------------------------------------------------------------- replace
+
+
+def replace_attention(
+    model: nn.Module,
+    support: Support = SUPPORT,
+    low_rank: LowRank = LOW_RANK,
+    where: Callable[[str], bool] | None = None,
+) -> Report:
+    """Replaces the attention modules of ``model`` in place and reports each of them.
+
+    nn.MultiheadAttention modules become :class:`scatterbrain.MultiheadAttention`, the same objects with the same
+    parameters, requires_grad, hooks, mode, dtype and device. Every nn.TransformerEncoder that holds one stops using
+    nested tensors, which only torch's own attention reads. A subclass of nn.MultiheadAttention is left alone, since its
+    forward may do anything.
+
+    Statistics must be calibrated before use (``with sb.calibrate(model): model(batch)``) if low_rank says "stored", as
+    the default does. "learned" adds parameters: create the optimizer afterwards.
+
+    Args:
+        model: any module.
+        support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`.
+        low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`.
+        where: called with a module's path, says whether to replace it; default all.
+
+    Returns:
+        :class:`Report`: a table of every module that looks like attention, with what it is now or why it was left, and
+        ``restore()``. If nothing could be replaced there is a warning too.
+
+    Raises:
+        TypeError: model, support or low_rank of a wrong type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace_attention: model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(support, SUPPORTS):
+        raise TypeError(
+            f"replace_attention: support must be one of {', '.join(s.__name__ for s in SUPPORTS)}, got {support!r}"
+        )
+    if low_rank is not None and not isinstance(low_rank, (Quadratic, Favor)):
+        raise TypeError(f"replace_attention: low_rank must be Quadratic, Favor or None, got {low_rank!r}")
+
+    settings = "exact attention" if isinstance(support, Full) else f"{support}, {low_rank}"
+    report = Report(settings)
+    done: dict[nn.Module, Entry] = {}
+    for path, module in list(_attention_modules(model)):
+        if module in done:  # one module under two names
+            first = done[module]
+            report.entries.append(Entry(path, first.was, first.now, f"the same module as {first.path}"))
+            continue
+        entry = done[module] = Entry(path, _class_name(module), None)
+        report.entries.append(entry)
+        if where is not None and not where(path):
+            entry.note = "left out by where="
+            continue
+        handler = next((handler for handler in HANDLERS if handler.matches(module)), None)
+        if handler is None:
+            entry.note = _why_unhandled(module)
+            continue
+        try:
+            entry.note, undo = handler.replace(module, support, low_rank)
+        except NotReplaceable as reason:
+            entry.note = str(reason)
+            continue
+        entry.now = _class_name(module)
+        report._undo.append(undo)
+    _stop_nested_tensors(model, report)
+    if not report.replaced:
+        warnings.warn(f"replace_attention changed nothing: {report}", stacklevel=2)
+    return report
+
+
+def _stop_nested_tensors(model: nn.Module, report: Report) -> None:
+    """An nn.TransformerEncoder made before the swap turns padded batches into nested tensors, for torch's own layer."""
+    for encoder in model.modules():
+        if not isinstance(encoder, nn.TransformerEncoder) or not getattr(encoder, "use_nested_tensor", False):
+            continue
+        inside = (module for module in encoder.modules() if isinstance(module, MultiheadAttention))
+        if all(isinstance(module.attention.support, Full) for module in inside):
+            continue
+        encoder.use_nested_tensor = False
+        report._undo.append(lambda encoder=encoder: setattr(encoder, "use_nested_tensor", True))
+
+
+# ---------------------------------------------------------------------------------------------------------- recognition
+
+
+def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that a handler takes or that are attention by class or name, under every name they have; of nested ones
+    only the innermost."""
+    found = [
+        (path, module) for path, module in model.named_modules(remove_duplicate=False) if _looks_like_attention(module)
+    ]
+    paths = {path for path, _ in found}
+    for path, module in found:
+        prefix = f"{path}." if path else ""
+        if not any(other != path and other.startswith(prefix) for other in paths):
+            yield path, module
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    if isinstance(module, ScatterbrainAttention):  # listed as the module that holds it
+        return False
+    if isinstance(module, nn.MultiheadAttention) or any(handler.matches(module) for handler in HANDLERS):
+        return True
+    name = type(module).__name__.lower()
+    return name.endswith(("attention", "attn")) and next(module.parameters(), None) is not None
+
+
+def _class_name(module: nn.Module) -> str:
+    """Class with its package: torch.nn.MultiheadAttention, timm.Attention."""
+    cls = type(module)
+    if cls is nn.MultiheadAttention:
+        return "torch.nn.MultiheadAttention"
+    package = cls.__module__.split(".")[0]
+    return cls.__name__ if package in ("__main__", "builtins") else f"{package}.{cls.__name__}"
+
+
+def _why_unhandled(module: nn.Module) -> str:
+    package = type(module).__module__.split(".")[0]
+    if any(isinstance(inside, ScatterbrainAttention) for inside in module.modules()):
+        return "it runs Scatterbrain already; restore() the earlier report to change it"
+    if isinstance(module, nn.MultiheadAttention):
+        return "a subclass of nn.MultiheadAttention, whose forward may differ; derive it from sb.MultiheadAttention"
+    if package in ("transformers", "timm", "diffusers"):
+        return f"attention modules of {package} are not handled in this release"
+    return "an attention module of its own; use sb.attention or sb.ScatterbrainAttention in its forward"

@@ -1,0 +1,333 @@
+"""sb.replace_attention: what it swaps, what it says of the rest, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import runpy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import scatterbrain as sb
+from scatterbrain.integrations import Handler, register_handler
+from scatterbrain.integrations.replace import HANDLERS, NotReplaceable
+
+E, H, N, L = 48, 4, 2, 21
+SETTINGS: dict[str, Any] = dict(support=sb.Window(8), low_rank=sb.Quadratic(9, "input"))
+EVERY_KEY: dict[str, Any] = dict(support=sb.Window(64), low_rank=None)
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_strict_warnings():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+class TheirMultihead(nn.MultiheadAttention):
+    """A subclass, as torch.ao's quantizable one."""
+
+
+class OwnAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(E, 3 * E)
+
+
+class WrappedAttention(nn.Module):
+    """Called attention, but the attention is inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(E, H)
+
+
+class NoWeightsAttention(nn.Module):
+    """Nothing to swap, nothing to learn."""
+
+
+class Zoo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.MultiheadAttention(E, H, batch_first=True)
+        self.wide = nn.MultiheadAttention(E, H, kdim=20, vdim=12)
+        self.listed = nn.ModuleList([nn.MultiheadAttention(E, H, dropout=0.1)])
+        self.again = self.plain
+        self.wrapped = WrappedAttention()
+        self.bias_kv = nn.MultiheadAttention(E, H, add_bias_kv=True)
+        self.zero = nn.MultiheadAttention(E, H, add_zero_attn=True)
+        self.patched = nn.MultiheadAttention(E, H)
+        self.patched.forward = lambda *a, **k: None
+        self.subclass = TheirMultihead(E, H)
+        self.own = OwnAttention()
+        self.ours = sb.MultiheadAttention(E, H)
+        self.core = sb.ScatterbrainAttention(H, E // H)
+        self.nothing = NoWeightsAttention()
+        self.narrow = nn.MultiheadAttention(16, 4)
+
+
+EXPECTED = {  # path: (replaced, part of the note)
+    "plain": (True, ""),
+    "wide": (True, ""),
+    "listed.0": (True, "exact in training for its dropout=0.1"),
+    "again": (True, "the same module as plain"),
+    "wrapped.inner": (True, ""),
+    "bias_kv": (False, "add_bias_kv=True"),
+    "zero": (False, "add_zero_attn=True"),
+    "patched": (False, "forward is overridden on the instance"),
+    "subclass": (False, "a subclass of nn.MultiheadAttention"),
+    "own": (False, "use sb.attention or sb.ScatterbrainAttention"),
+    "ours": (False, "runs Scatterbrain already"),
+    "narrow": (False, "rank must be at most head_dim=4"),
+}
+
+
+def encoder(**arguments: Any) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(E, H, 64, dropout=0.0, batch_first=True, **arguments)
+    model = nn.TransformerEncoder(layer, 2)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def padding() -> Tensor:
+    mask = torch.zeros(N, L, dtype=torch.bool)
+    mask[1, 15:] = True
+    return mask
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def test_every_module_is_listed_with_what_happened():
+    report = sb.replace_attention(Zoo(), **SETTINGS)
+    assert [entry.path for entry in report.entries] == list(EXPECTED)
+    for entry in report.entries:
+        replaced, note = EXPECTED[entry.path]
+        assert (entry.now is not None) == replaced, entry
+        assert note in entry.note and (note or not entry.note), entry
+    assert {entry.path for entry in report.replaced} | {entry.path for entry in report.skipped} == set(EXPECTED)
+
+
+def test_the_report_is_a_table():
+    lines = str(sb.replace_attention(Zoo(), **SETTINGS)).splitlines()
+    assert lines[0].split() == ["module", "was", "now", "note"]
+    assert lines[1].split() == ["plain", "torch.nn.MultiheadAttention", "scatterbrain.MultiheadAttention"]
+    bias_kv = "bias_kv torch.nn.MultiheadAttention unchanged add_bias_kv=True adds a key that no support holds"
+    assert " ".join(lines[6].split()) == bias_kv
+    assert lines[-1] == f"5 of 12 attention modules replaced with {SETTINGS['support']}, {SETTINGS['low_rank']}"
+
+
+def test_where_chooses_by_path():
+    model = encoder()
+    report = sb.replace_attention(model, **SETTINGS, where=lambda path: path.startswith("layers.1."))
+    assert [entry.path for entry in report.replaced] == ["layers.1.self_attn"]
+    assert [entry.note for entry in report.skipped] == ["left out by where="]
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+
+
+def test_the_model_itself_may_be_the_module():
+    model = nn.MultiheadAttention(E, H)
+    report = sb.replace_attention(model, **SETTINGS)
+    assert type(model) is sb.MultiheadAttention and "(the model)" in str(report)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), OwnAttention()], ids=["no attention", "unknown attention"])
+def test_replacing_nothing_warns(model: nn.Module):
+    with pytest.warns(UserWarning, match="changed nothing"):
+        report = sb.replace_attention(model)
+    assert not report.replaced
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(model="encoder"), "model must be an nn.Module, got str"),
+        (dict(support=64), "support must be one of Full, .*, got 64"),
+        (dict(low_rank=9), "low_rank must be Quadratic, Favor or None, got 9"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_changes(arguments: dict, message: str):
+    model = encoder()
+    with pytest.raises(TypeError, match=message):
+        sb.replace_attention(**{"model": model, **arguments})
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+
+
+def test_the_default_is_the_drop_in_preset():
+    model = encoder()
+    sb.replace_attention(model)
+    core = model.layers[0].self_attn.attention
+    assert (core.support, core.low_rank) == sb.presets.drop_in()
+
+
+# --------------------------------------------------------------------------------------------------------------- swap
+
+
+def test_identity_parameters_hooks_and_modes_stay():
+    model = encoder().double().eval()
+    attention = model.layers[0].self_attn
+    attention.in_proj_bias.requires_grad_(False)
+    attention.train()
+    seen: list[nn.Module] = []
+    attention.register_forward_hook(lambda module, args, out: seen.append(module))
+    before = dict(attention.named_parameters())
+
+    sb.replace_attention(model, **SETTINGS)
+    assert model.layers[0].self_attn is attention and type(attention) is sb.MultiheadAttention
+    assert all(parameter is before[name] for name, parameter in attention.named_parameters())
+    assert not attention.in_proj_bias.requires_grad and attention.training and attention.attention.training
+    assert not model.layers[1].self_attn.attention.training
+    assert model(torch.randn(N, L, E, dtype=torch.double)).dtype == torch.double
+    assert seen == [attention]
+
+
+def test_output_is_that_of_the_model_before_where_all_keys_are_in_the_support():
+    model = encoder().train()
+    x = torch.randn(N, L, E)
+    before = model(x, src_key_padding_mask=padding())
+    sb.replace_attention(model, **EVERY_KEY)
+    after = model(x, src_key_padding_mask=padding())
+    torch.testing.assert_close(after[~padding()], before[~padding()], rtol=1e-4, atol=1e-4)
+
+
+def test_full_support_keeps_torchs_fast_path_and_its_output():
+    model = encoder().eval()
+    x = torch.randn(N, L, E)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+        before = model(x, src_key_padding_mask=padding())
+        sb.replace_attention(model, sb.Full())
+        assert model.use_nested_tensor and torch.equal(model(x, src_key_padding_mask=padding()), before)
+
+
+def test_an_encoder_with_nested_tensors_runs_after_the_swap():
+    model = encoder().eval()
+    assert model.use_nested_tensor
+    sb.replace_attention(model, **EVERY_KEY)
+    assert not model.use_nested_tensor
+    x = torch.randn(N, L, E)
+    with torch.no_grad():
+        inference = model(x, src_key_padding_mask=padding())
+    torch.testing.assert_close(inference, model(x, src_key_padding_mask=padding()))
+
+
+def test_an_encoder_without_a_swap_keeps_its_nested_tensors():
+    model = nn.ModuleDict({"a": encoder(), "b": encoder()})
+    sb.replace_attention(model, **SETTINGS, where=lambda path: path.startswith("a."))
+    assert not model["a"].use_nested_tensor and model["b"].use_nested_tensor
+
+
+def test_calibration_then_inference():
+    model = encoder().eval()
+    sb.replace_attention(model)
+    x = torch.randn(N, L, E)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="not calibrated"):
+            model(x)
+        with sb.calibrate(model):
+            exact = model(x)
+        assert (model(x) - exact).norm() < 0.05 * exact.norm()
+
+
+def test_copies_of_a_swapped_model_are_swapped():
+    model = encoder().eval()
+    sb.replace_attention(model, **SETTINGS)
+    x = torch.randn(N, L, E)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+def test_a_swapped_model_loads_the_checkpoint_of_the_original_strictly():
+    original, model = encoder(), encoder()
+    sb.replace_attention(model, support=sb.Window(8), low_rank=sb.Quadratic(9, "learned"))
+    model.load_state_dict(original.state_dict(), strict=True)
+    assert torch.equal(model.layers[1].self_attn.in_proj_weight, original.layers[1].self_attn.in_proj_weight)
+
+
+# ------------------------------------------------------------------------------------------------------------ restore
+
+
+def test_restore_gives_the_model_back():
+    model = encoder().eval()
+    names, x = list(model.state_dict()), torch.randn(N, L, E)
+    with torch.no_grad():
+        before = model(x)
+        report = sb.replace_attention(model, support=sb.Window(8), low_rank=sb.Quadratic(9, "learned"))
+        assert not torch.equal(model(x), before)
+        report.restore()
+        report.restore()
+        assert torch.equal(model(x), before)
+    assert list(model.state_dict()) == names and model.use_nested_tensor
+    assert all(type(layer.self_attn) is nn.MultiheadAttention for layer in model.layers)
+    assert vars(model.layers[0].self_attn).keys() == vars(encoder().layers[0].self_attn).keys()
+
+
+def test_restore_keeps_nested_tensors_off_where_they_were_off():
+    model = encoder()
+    model.use_nested_tensor = False
+    sb.replace_attention(model, **SETTINGS).restore()
+    assert model.use_nested_tensor is False
+
+
+def test_restored_models_can_be_swapped_again():
+    model = encoder()
+    sb.replace_attention(model, **SETTINGS).restore()
+    assert len(sb.replace_attention(model, **EVERY_KEY).replaced) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------- handlers
+
+
+def test_a_registered_handler_takes_its_family():
+    class OwnHandler:
+        def matches(self, module: nn.Module) -> bool:
+            return isinstance(module, OwnAttention)
+
+        def replace(self, module: nn.Module, support: sb.Window, low_rank: sb.Quadratic):
+            if module.qkv.bias is None:
+                raise NotReplaceable("it has no bias")
+            module.support = support
+            return "by its own handler", lambda: delattr(module, "support")
+
+    model = nn.ModuleList([OwnAttention(), OwnAttention()])
+    model[1].qkv.bias = None
+    handler: Handler = OwnHandler()
+    register_handler(handler)
+    try:
+        report = sb.replace_attention(model, **SETTINGS)
+    finally:
+        HANDLERS.remove(handler)
+    assert [(entry.now is not None, entry.note) for entry in report.entries] == [
+        (True, "by its own handler"),
+        (False, "it has no bias"),
+    ]
+    assert model[0].support == SETTINGS["support"]
+    report.restore()
+    assert not hasattr(model[0], "support")
+
+
+@pytest.mark.parametrize("package", ["transformers", "timm", "diffusers"])
+def test_families_without_a_handler_are_named(package: str):
+    foreign = type("Attention", (OwnAttention,), {"__module__": f"{package}.models.some"})
+    model = nn.ModuleList([foreign(), nn.MultiheadAttention(E, H)])
+    (entry,) = sb.replace_attention(model, **SETTINGS).skipped
+    assert entry.was == f"{package}.Attention"
+    assert entry.note == f"attention modules of {package} are not handled in this release"
+
+
+# ------------------------------------------------------------------------------------------------------------ example
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]):
+    runpy.run_path(str(EXAMPLES / "swap_multihead_attention.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "4 of 4 attention modules replaced" in out
+    error = float(out.split("relative error: ")[1].split()[0])
+    assert error < 0.1
