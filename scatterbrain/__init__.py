@@ -2,8 +2,10 @@
 
 from scatterbrain import presets, reference
 from scatterbrain.functional import attention, fit_statistics, route
+from scatterbrain.integrations.replace import replace_attention
 from scatterbrain.low_rank import Favor, Projections, Quadratic, RandomFeatures, Statistics
 from scatterbrain.nn.attention import ScatterbrainAttention, calibrate, update_statistics
+from scatterbrain.nn.multihead import MultiheadAttention
 from scatterbrain.support import LSH, Blocks, Empty, Full, Routed, Window
 from scatterbrain.version import __version__
 
@@ -11,6 +13,6 @@ __all__ = [
     "attention", "fit_statistics", "route", "reference", "presets",
     "Full", "Empty", "Window", "Routed", "LSH", "Blocks",
     "Quadratic", "Favor", "Statistics", "Projections", "RandomFeatures",
-    "ScatterbrainAttention", "calibrate", "update_statistics",
+    "ScatterbrainAttention", "calibrate", "update_statistics", "MultiheadAttention", "replace_attention",
     "__version__",
 ]  # fmt: skip
