@@ -103,9 +103,9 @@ inline void check_route(const RouteArguments& a) {
                   "route: shapes of query and key do not fit together");
   STD_TORCH_CHECK(q.size(2) < (int64_t(1) << 31) && k.size(2) < (int64_t(1) << 31), "route: more than 2^31 tokens");
   const bool pooled = a.block_k == 1 && (a.block_q == 8 || a.block_q == 16 || a.block_q == 32) && a.window == 0 && a.keys >= a.block_q;
-  const bool per_query = a.block_k == 8 && a.block_q == 1 && a.window >= 0 && a.keys >= a.window && a.keys >= 1;
+  const bool per_query = a.block_k == 8 && a.block_q == 1 && a.window >= 0 && a.keys >= a.window && a.keys >= 8 && a.keys % 8 == 0 && a.window % 8 == 0;
   STD_TORCH_CHECK(pooled || per_query,
-                  "route: expected block_q 8, 16 or 32 with block_k 1, window 0 and keys >= block_q, or block_q 1 with block_k 8 and keys >= window >= 0");
+                  "route: expected block_q 8, 16 or 32 with block_k 1, window 0 and keys >= block_q, or block_q 1 with block_k 8 and multiples of 8, keys >= window >= 0");
   STD_TORCH_CHECK(a.low_rank >= 0 && a.low_rank <= 2, "route: low_rank must be 0 (none), 1 (quadratic) or 2 (features)");
   check_mask("query_mask", a.query_mask, q.size(0), q.size(2));
   check_mask("key_mask", a.key_mask, q.size(0), k.size(2));

@@ -97,7 +97,7 @@ struct RouteParams {
   int64_t candidate_blocks() const { return keys > 85 ? (3 * keys + 15) / 16 : 16; }
   int64_t candidate_superblocks() const { return keys - window > 64 ? (keys - window) / 8 * 2 : 16; }
   int64_t blocks_per_group() const { return block_k == 1 ? 4 : 16; }
-  int64_t index_capacity() const { return block_k == 1 ? keys : (keys - window) / block_k + (window + 2 * block_k - 2) / block_k; }
+  int64_t index_capacity() const { return block_k == 1 ? keys : keys / block_k + 1; }  // a window touches one block more than it fills
 };
 
 }  // namespace sb
