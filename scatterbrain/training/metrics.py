@@ -70,7 +70,8 @@ def draw_loss_curve(path: Path, log: MetricsLog, title: str) -> None:
         markersize=3,
         label="validation",
     )
-    axes.set(xlabel="step", ylabel="bits per byte", title=title)
+    axes.set(xlabel="step", ylabel="bits per byte")
+    axes.set_title(title, fontsize="small")
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()

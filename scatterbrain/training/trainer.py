@@ -124,7 +124,9 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in self.learner.model.parameters())
         sizes = f"{self.batches.tokens.numel():,} bytes to train on, {self.validation.tokens.numel():,} to validate on"
         print(f"{sizes}; {parameters:,} parameters; {describe_attention(self.config.attention)}")
-        print(f"output in {self.folder.path}" + (f", continuing after step {self.steps_done}" if self.steps_done else ""))
+        print(
+            f"output in {self.folder.path}" + (f", continuing after step {self.steps_done}" if self.steps_done else "")
+        )
 
     def _fit(self, stop: StopRequest) -> None:
         train = self.config.train
