@@ -88,7 +88,7 @@ class Case:
         return [out.detach(), *gradients]
 
     def low_rank_share(self) -> float:
-        """The largest share of L in a row's normaliser before the support is subtracted: sum of L over all visible keys / total weight."""
+        """The largest share of L before the support is subtracted: over a query's keys, in its normaliser, or over a key's queries, in its gradients."""
         if self.low_rank is None or not self.queries or not self.keys:
             return 0.0
         q, k, v = (t.double() for t in (self.query, self.key, self.value))
@@ -100,12 +100,12 @@ class Case:
         exponent, factor = log_kernel(q, k, self.low_rank, self.arguments["statistics"], scale, rows.key_mask, rows.query_mask)
         _, lse = sb.reference.attention(self.query.double(), self.key.double(), self.value.double(), self.support, return_lse=True, **self.arguments)
         seen = visible(q, k, **arguments)
-        share = torch.where(seen, torch.exp(exponent - lse[..., None]) * factor, 0).sum(-1)
-        return float(torch.where(torch.isfinite(lse), share, 0).max())
+        weight = torch.where(seen & torch.isfinite(lse)[..., None], torch.exp(exponent - lse[..., None]) * factor, 0)
+        return max(float(weight.sum(-1).max()), float(weight.sum(-2).max()))
 
 
-def row_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest error of a row (last dimension), relative to max(its norm, 1e-3 of the mean row norm). Where the gradient is zero but for rounding (a
+def row_error(got: torch.Tensor, want: torch.Tensor, floor: float = 1e-3) -> float:
+    """The largest error of a row (last dimension), relative to max(its norm, ``floor`` of the mean row norm). Where the gradient is zero but for rounding (a
     softmax over one key) there is nothing to be relative to, and the error counts as it is."""
     if want.numel() == 0:
         return 0.0
@@ -113,5 +113,5 @@ def row_error(got: torch.Tensor, want: torch.Tensor) -> float:
     if want.dim() == 1:
         got, want = got[:, None], want[:, None]
     norm = want.norm(dim=-1)
-    floor = torch.maximum(norm, 1e-3 * norm.mean()) if float(norm.mean()) > 1e-10 else torch.ones_like(norm)
-    return float(((got - want).norm(dim=-1) / floor).max())
+    base = torch.maximum(norm, floor * norm.mean()) if float(norm.mean()) > 1e-10 else torch.ones_like(norm)
+    return float(((got - want).norm(dim=-1) / base).max())

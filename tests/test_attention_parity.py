@@ -78,34 +78,37 @@ def draw(seed: int, dtype: torch.dtype = torch.float32) -> Case:
     )  # fmt: skip
 
 
+NAMES = ("out", "dq", "dk", "dv", "dPq", "db", "dc", "dPk", "da")
+# Rows whose gradient is the small remainder of larger terms carry the rounding of those terms: this much of the mean row is allowed in any row.
+CANCELLATION = 1e-5
+
+
+def check(case: Case, precision: torch.dtype, floor: float) -> None:
+    """Every row of the output and of every gradient: at most max(floor, twice the same formula in torch at this precision, 1e-6 of the share of L)."""
+    want = case.run(sb.reference.attention, torch.float64)
+    yardstick = case.run(sb.reference.attention, precision, dtype=precision)
+    share = case.low_rank_share()
+    for name, got, exact, plain in zip(NAMES, case.run(sb.attention, precision), want, yardstick):
+        assert got.shape == exact.shape and (got.dtype == precision or got.dtype == torch.float32)
+        allowed = max(floor, 2 * row_error(plain, exact), 1e-6 * share)
+        error, relaxed = row_error(got, exact), row_error(got, exact, CANCELLATION / floor)
+        assert error <= allowed or relaxed <= floor, f"{name}: error {error:.2e} ({relaxed:.2e}), allowed {allowed:.2e}; {case.support} {case.low_rank}"
+
+
 @pytest.mark.parametrize("seed", range(288))
 def test_float32_matches_the_definition(seed: int) -> None:
-    case = draw(seed)
-    want = case.run(sb.reference.attention, torch.float64)
-    yardstick = case.run(sb.reference.attention, torch.float32, dtype=torch.float32)
-    share = case.low_rank_share()
-    for name, got, exact, plain in zip(("out", "dq", "dk", "dv", "dPq", "db", "dc", "dPk", "da"), case.run(sb.attention, torch.float32), want, yardstick):
-        assert got.dtype == torch.float32 and got.shape == exact.shape
-        allowed = max(1e-5, 2 * row_error(plain, exact), 1e-6 * share)
-        assert row_error(got, exact) <= allowed, f"{name}: error {row_error(got, exact):.2e}, allowed {allowed:.2e}; {case.support} {case.low_rank}"
+    check(draw(seed), torch.float32, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("seed", range(48))
 def test_half_precision_errs_no_more_than_twice_the_formula_in_torch(seed: int, dtype: torch.dtype) -> None:
-    case = draw(seed, dtype)
-    want = case.run(sb.reference.attention, torch.float64)
-    yardstick = case.run(sb.reference.attention, dtype, dtype=dtype)
-    for name, got, exact, plain in zip(("out", "dq", "dk", "dv"), case.run(sb.attention, dtype), want, yardstick):
-        assert got.dtype == dtype
-        allowed = max(2 * row_error(plain, exact), 1e-5)
-        assert row_error(got, exact) <= allowed, f"{name}: error {row_error(got, exact):.2e}, allowed {allowed:.2e}; {case.support} {case.low_rank}"
+    check(draw(seed, dtype), dtype, 1e-5)
 
 
 @pytest.mark.parametrize("seed", range(48))
 def test_float64_accumulates_in_float64(seed: int) -> None:
     case = draw(seed)
-    share = case.low_rank_share()
     for got, exact in zip(case.run(sb.attention, torch.float64), case.run(sb.reference.attention, torch.float64)):
         assert got.dtype == torch.float64
-        assert row_error(got, exact) <= max(1e-10, 1e-14 * share)
+        assert row_error(got, exact) <= max(1e-10, 1e-14 * case.low_rank_share())

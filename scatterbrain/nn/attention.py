@@ -30,7 +30,7 @@ EMA_MOMENTUM = 0.8  # share of the past in a moving average
 EMA_EVERY = 10  # optimizer steps between commits of a moving average
 
 _MOMENTS = ("tokens", "query_mean", "query_second", "key_mean", "key_second")
-_MAPS = ("query_projection", "query_mean_map", "key_projection", "key_mean_map")
+_MAPS = ("query_projection", "query_mean", "key_projection", "key_mean")
 
 
 class ScatterbrainAttention(nn.Module):
