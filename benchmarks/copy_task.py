@@ -3,7 +3,7 @@
 A sequence is 127 random symbols of 64, a separator, and the same 127 symbols. The perplexity of the copied half is 1
 for a model that has learned to copy and 64 for one that guesses.
 
-    python benchmarks/copy_task.py                      training preset, full attention, window alone; two seeds each
+    python benchmarks/copy_task.py                        training preset, full attention, window; two seeds each
     python benchmarks/copy_task.py --attention train    one of them
 
 The file is not called copy.py: a script's folder comes first on the import path, and would hide the standard module.
