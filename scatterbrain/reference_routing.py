@@ -28,11 +28,6 @@ def candidate_superblocks(routed: int) -> int:
     return max(16, 2 * routed)
 
 
-def capacity(keys: int, block_k: int, window: int) -> int:
-    """Columns of the index: `keys` single keys, or the routed blocks and all blocks that a window of any alignment can touch."""
-    return keys if block_k == 1 else (keys - window) // block_k + (window + 2 * block_k - 2) // block_k
-
-
 @dataclass
 class Row:
     """One (batch row, key/value head): the valid keys by position, and their low-rank coordinates."""
@@ -95,7 +90,7 @@ def routed_lists(
     (B, Hq, N, d), (Hkv, M) = query.shape, key.shape[1:3]
     scale = d**-0.5 if scale is None else scale
     blocks = -(-N // block_q)
-    index = torch.full((B, Hq, blocks, capacity(keys, block_k, window)), -1, dtype=torch.int32)
+    index = torch.full((B, Hq, blocks, keys if block_k == 1 else keys // block_k + 1), -1, dtype=torch.int32)
     count = torch.zeros(B, Hq, blocks, dtype=torch.int32)
     for b in range(B):
         q_first, q_end = (0, N) if query_range is None else query_range[b].tolist()

@@ -91,10 +91,8 @@ class Routed:
 
     @property
     def capacity(self) -> int:
-        """Entries of a list: the window's blocks (one more than fits, for the rounding) and the routed ones."""
-        if self.block_k == 1:
-            return self.keys
-        return (self.keys - self.window) // 8 + (self.window // 8 + 2 if self.window else 0)
+        """Entries of a list. A window whose ends are rounded to blocks touches one block more than it fills."""
+        return self.keys if self.block_k == 1 else self.keys // self.block_k + 1
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import scatterbrain  # noqa: F401  (loads the operators)
+import scatterbrain
 from scatterbrain.functional import valid_range
 from scatterbrain.hilbert import hilbert_order, inverse_order
-from scatterbrain.reference_routing import capacity, routed_lists
+from scatterbrain.reference_routing import routed_lists
 
 POOLED = [dict(keys=24, block_q=8), dict(keys=32, block_q=16), dict(keys=48, block_q=32)]
 PER_QUERY = [dict(keys=24 + window, block_q=1, block_k=8, window=window) for window in (0, 8, 16)]
@@ -170,7 +170,7 @@ def test_lists_are_ascending_within_the_budget_and_hold_valid_keys(form: dict, i
     inputs = Inputs(n).mask(random_mask(2, n, 3))
     inputs.is_causal = is_causal
     index, count = inputs.route(**form)
-    assert index.shape == (2, 2, -(-n // form["block_q"]), capacity(form["keys"], block_k, form.get("window", 0)))
+    assert index.shape == (2, 2, -(-n // form["block_q"]), scatterbrain.Routed(**form).capacity)
     slot = torch.arange(index.shape[-1])
     used = slot < count[..., None]
     assert (index[~used] == -1).all() and (index[used] >= 0).all()
@@ -330,7 +330,8 @@ assert grown < 160, f"routing took {{grown:.0f}} MB"
 
 @pytest.mark.parametrize(
     "form", [dict(keys=8, block_q=16), dict(keys=64, block_q=4), dict(keys=64, block_q=16, window=16), dict(keys=64, block_q=16, block_k=8),
-             dict(keys=8, block_q=1, block_k=8, window=16), dict(keys=64, block_q=1, block_k=4)], ids=ids,
+             dict(keys=8, block_q=1, block_k=8, window=16), dict(keys=64, block_q=1, block_k=4),
+             dict(keys=60, block_q=1, block_k=8, window=16), dict(keys=64, block_q=1, block_k=8, window=12)], ids=ids,
 )  # fmt: skip
 def test_forms_that_do_not_exist_are_refused(form: dict) -> None:
     with pytest.raises(RuntimeError, match="route: expected block_q"):
