@@ -12,13 +12,6 @@ the rest a square of image patches in raster order: the patches are put in Hilbe
 
 from __future__ import annotations
 
-import os
-import sys
-
-# copy.py beside this file would hide the standard library's module of that name from everything that is imported below.
-sys.path = [entry for entry in sys.path if os.path.abspath(entry or ".") != os.path.dirname(os.path.abspath(__file__))]
-
-# ruff: noqa: E402
 import argparse
 import math
 import re
