@@ -1,0 +1,139 @@
+"""ScatterbrainAttention: its state, calibration, moving averages and persistence."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import scatterbrain as sb
+from scatterbrain.nn.attention import EMA_EVERY
+
+
+def tokens(seed: int, n: int = 80, heads: int = 4, d: int = 16, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, heads, n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def qkv(seed: int = 0, kv_heads: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tokens(seed), tokens(seed + 1, heads=kv_heads), tokens(seed + 2, heads=kv_heads)
+
+
+def calibrated(**kwargs: object) -> sb.ScatterbrainAttention:
+    core = sb.ScatterbrainAttention(4, 16, **kwargs)
+    with sb.calibrate(core):
+        core(*qkv())
+    return core
+
+
+def test_calibration_runs_exact_attention_and_then_equals_the_functional_form() -> None:
+    core, inputs = sb.ScatterbrainAttention(4, 16), qkv()
+    with sb.calibrate(core):
+        exact = core(*inputs)
+    assert torch.allclose(exact, F.scaled_dot_product_attention(*inputs), atol=1e-6)
+    want = sb.attention(*inputs, *sb.presets.drop_in(), statistics=sb.fit_statistics(*inputs[:2]))
+    assert core.is_calibrated and torch.equal(core(*inputs), want)
+
+
+def test_calibration_over_batches_weighs_by_tokens() -> None:
+    core, (q, k, v) = sb.ScatterbrainAttention(4, 16), qkv()
+    with sb.calibrate(core):
+        core(q[:1], k[:1], v[:1])
+        core(q[1:, :, :30], k[1:, :, :30], v[1:, :, :30])
+    mean = torch.cat([q[0], q[1, :, :30]], 1).mean(1) * 16**-0.5
+    assert torch.allclose(core.query_mean, mean, atol=1e-6)
+
+
+def test_a_failed_calibration_leaves_the_module_as_it_was() -> None:
+    core = calibrated()
+    before = core(*qkv(5))
+    with pytest.raises(RuntimeError, match="stop"), sb.calibrate(core):
+        core(*qkv(9))
+        raise RuntimeError("stop")
+    assert torch.equal(core(*qkv(5)), before)
+
+
+@pytest.mark.parametrize("kind", ["stored", "ema", "learned", "favor"])
+def test_a_checkpoint_gives_the_same_output_in_a_new_module(kind: str) -> None:
+    low_rank = sb.Favor(24, seed=1) if kind == "favor" else sb.Quadratic(4, kind)
+    arguments = dict(num_kv_heads=2, support=sb.Window(16), low_rank=low_rank)
+    core, inputs = sb.ScatterbrainAttention(4, 16, **arguments), qkv(kv_heads=2)
+    if kind == "stored":
+        with sb.calibrate(core):
+            core(*inputs)
+    if kind == "favor":
+        core.redraw(torch.Generator().manual_seed(7))
+    if kind == "ema":
+        core(*inputs)
+        sb.update_statistics(core)
+    want = core(*inputs)
+    other = sb.ScatterbrainAttention(4, 16, **arguments)
+    other.load_state_dict(core.state_dict())
+    for copied in (other, copy.deepcopy(core), pickle.loads(pickle.dumps(core))):
+        assert torch.equal(copied(*inputs), want)
+
+
+def test_half_precision_keeps_statistics_in_float32() -> None:
+    core = calibrated()
+    inputs = [t.bfloat16() for t in qkv()]
+    want = core(*inputs)
+    assert torch.equal(core.bfloat16()(*inputs), want) and core.query_projection.dtype == torch.float32 and want.dtype == torch.bfloat16
+
+
+def test_learned_projections_start_equal_and_orthonormal_and_get_gradients() -> None:
+    core = sb.ScatterbrainAttention(4, 16, 2, *sb.presets.train(32))
+    p = core.query_projection.detach()
+    assert torch.allclose(p @ p.transpose(-1, -2), torch.eye(9).expand(4, 9, 9), atol=1e-5) and torch.equal(core.key_projection, core.query_projection[::2])
+    q, k, v = qkv(kv_heads=2)
+    core(q, k, v, is_causal=True).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.ne(0).any() for parameter in core.parameters()) and len(list(core.parameters())) == 5
+
+
+def test_moving_averages_commit_after_the_step_and_not_within_it() -> None:
+    core = sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=sb.Quadratic(4, "ema"))
+    q, k, v = qkv()
+    first = core(q, k, v, is_causal=True)
+    assert torch.equal(core(q, k, v, is_causal=True), first) and not core.is_calibrated  # seeing tokens changes nothing within a step
+    sb.update_statistics(core)
+    assert core.is_calibrated and torch.allclose(core.query_mean, q.mean((0, 2)) * 0.25, atol=1e-6)
+    mean = core.query_mean.clone()
+    for _ in range(EMA_EVERY - 1):
+        core(q + 1, k, v, is_causal=True)
+        sb.update_statistics(core)
+    assert torch.allclose(core.query_mean, 0.8 * mean + 0.2 * (q + 1).mean((0, 2)) * 0.25, atol=1e-5)
+
+
+def test_evaluation_gathers_nothing() -> None:
+    core = sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=sb.Quadratic(4, "ema")).eval()
+    core(*qkv())
+    sb.update_statistics(core)
+    assert not core.is_calibrated
+
+
+def test_random_features_are_redrawn_on_schedule_only() -> None:
+    core = sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=sb.Favor(8, redraw=3))
+    start = core.projection.clone()
+    seen = []
+    for _ in range(6):
+        sb.update_statistics(core)
+        seen.append(core.projection.clone())
+    assert torch.equal(seen[1], start) and not torch.equal(seen[2], start) and torch.equal(seen[3], seen[2]) and not torch.equal(seen[5], seen[2])
+
+
+def test_another_scale_than_the_calibrated_one_raises() -> None:
+    with pytest.raises(ValueError, match="scale"):
+        calibrated()(*qkv(), scale=1.0)
+
+
+def test_another_rank_than_the_checkpoints_raises() -> None:
+    with pytest.raises((ValueError, RuntimeError), match="rank|size"):
+        sb.ScatterbrainAttention(4, 16, low_rank=sb.Quadratic(4)).load_state_dict(calibrated().state_dict())
+
+
+def test_reset_forgets() -> None:
+    core = calibrated()
+    core.reset_parameters()
+    with pytest.raises(ValueError, match="calibrated"):
+        core(*qkv())

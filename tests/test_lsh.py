@@ -1,0 +1,69 @@
+"""LSH clusters: budget, balance, union of rounds, padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import scatterbrain as sb
+from scatterbrain.lsh import hash_tokens
+
+
+def tokens(n: int, heads: int = 2, d: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, heads, n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def listed(lists: sb.Blocks) -> list[list[int]]:
+    return [row[:n].tolist() for row, n in zip(lists.index.flatten(0, 2), lists.count.flatten().tolist())]
+
+
+@pytest.mark.parametrize("n, m, keys, rounds", [(96, 96, 32, 2), (97, 97, 32, 4), (50, 80, 16, 1), (5, 3, 32, 2), (1, 1, 8, 2)])
+def test_lists_are_ascending_unique_and_within_the_budget(n: int, m: int, keys: int, rounds: int) -> None:
+    lists = sb.route(tokens(n, seed=1), tokens(m, seed=2), sb.LSH(keys, rounds))
+    assert lists.block_q == lists.block_k == 1
+    for row in listed(lists):
+        assert row == sorted(set(row)) and 0 < len(row) <= keys and row[-1] < m
+
+
+def test_one_round_partitions_the_keys_into_equal_clusters() -> None:
+    rows = {tuple(row) for row in listed(sb.route(tokens(96, heads=1, seed=1)[:1], tokens(96, heads=1, seed=2)[:1], sb.LSH(16, rounds=1)))}
+    assert len(rows) == 6 and sorted(sum(rows, ())) == list(range(96)) and {len(r) for r in rows} == {16}
+
+
+def test_more_rounds_are_the_union_of_single_rounds_counted_once() -> None:
+    q, k = tokens(64, seed=1), tokens(64, seed=2)
+    both = listed(sb.route(q, k, sb.LSH(16, rounds=2, seed=3)))
+    assert any(len(row) < 16 for row in both)  # some pair fell into one cluster twice and is listed once
+
+
+def test_padded_keys_are_in_no_cluster_and_in_no_norm() -> None:
+    q, k = tokens(60, seed=1), tokens(60, seed=2)
+    mask = torch.zeros(2, 60, dtype=torch.bool)
+    mask[:, 40:] = True
+    clean = sb.route(q[:, :, :40], k[:, :, :40], sb.LSH(16))
+    for rubbish in (float("nan"), 1e4):
+        q[:, :, 40:], k[:, :, 40:] = rubbish, rubbish
+        padded = sb.route(q, k, sb.LSH(16), key_padding_mask=mask)
+        assert torch.equal(padded.index[:, :, :40], clean.index) and padded.count[:, :, 40:].eq(0).all()
+
+
+def test_the_transform_turns_inner_products_into_distances() -> None:
+    """XBOX+: all transformed tokens lie on spheres of one radius, so that the nearest key has the largest inner product. Read off with unit directions."""
+    q, k = tokens(10, seed=1), tokens(12, seed=2)
+    hq, hk = hash_tokens(q, k, torch.eye(18), None, None)
+    q_norm, k_norm = hq.square().sum(2), hk.square().sum(2)
+    assert torch.allclose(q_norm, q_norm[..., :1].expand_as(q_norm), rtol=1e-4) and torch.allclose(k_norm, k_norm[..., :1].expand_as(k_norm), rtol=1e-4)
+    assert torch.allclose(hq.transpose(2, 3) @ hk, q @ k.transpose(-1, -2), atol=1e-4)
+
+
+def test_close_pairs_fall_into_one_cluster_more_often_than_others() -> None:
+    q = tokens(256, seed=1)
+    k = q + 0.05 * tokens(256, seed=2)
+    mask = sb.reference.mask(sb.LSH(32, rounds=1), q, k)
+    assert float(torch.diagonal(mask, dim1=-2, dim2=-1).float().mean()) > 2.5 * float(mask.float().mean())
+
+
+def test_the_seed_decides() -> None:
+    q, k = tokens(64, seed=1), tokens(64, seed=2)
+    one, same, other = (sb.route(q, k, sb.LSH(16, seed=s)).index for s in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
