@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from scatterbrain.low_rank import Favor, LowRank, Quadratic
 from scatterbrain.nn.attention import ScatterbrainAttention
@@ -263,6 +264,8 @@ def _why_unhandled(module: nn.Module) -> str:
     package = type(module).__module__.split(".")[0]
     if any(isinstance(inside, ScatterbrainAttention) for inside in module.modules()):
         return "it runs Scatterbrain already; restore() the earlier report to change it"
+    if is_parametrized(module):
+        return "it is parametrized (torch.nn.utils.parametrize); replace attention before that is done"
     if isinstance(module, nn.MultiheadAttention):
         return "a subclass of nn.MultiheadAttention, whose forward may differ; derive it from sb.MultiheadAttention"
     if package in ("transformers", "timm", "diffusers"):

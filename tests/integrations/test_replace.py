@@ -65,6 +65,8 @@ class Zoo(nn.Module):
         self.patched = nn.MultiheadAttention(E, H)
         self.patched.forward = lambda *a, **k: None
         self.subclass = TheirMultihead(E, H)
+        self.parametrized = nn.MultiheadAttention(E, H)
+        nn.utils.parametrizations.weight_norm(self.parametrized, "in_proj_weight")
         self.own = OwnAttention()
         self.ours = sb.MultiheadAttention(E, H)
         self.core = sb.ScatterbrainAttention(H, E // H)
@@ -82,6 +84,7 @@ EXPECTED = {  # path: (replaced, part of the note)
     "zero": (False, "add_zero_attn=True"),
     "patched": (False, "forward is overridden on the instance"),
     "subclass": (False, "a subclass of nn.MultiheadAttention"),
+    "parametrized": (False, "it is parametrized"),
     "own": (False, "use sb.attention or sb.ScatterbrainAttention"),
     "ours": (False, "runs Scatterbrain already"),
     "narrow": (False, "rank must be at most head_dim=4"),
@@ -121,7 +124,7 @@ def test_the_report_is_a_table():
     assert lines[1].split() == ["plain", "torch.nn.MultiheadAttention", "scatterbrain.MultiheadAttention"]
     bias_kv = "bias_kv torch.nn.MultiheadAttention unchanged add_bias_kv=True adds a key that no support holds"
     assert " ".join(lines[6].split()) == bias_kv
-    assert lines[-1] == f"5 of 12 attention modules replaced with {SETTINGS['support']}, {SETTINGS['low_rank']}"
+    assert lines[-1] == f"5 of 13 attention modules replaced with {SETTINGS['support']}, {SETTINGS['low_rank']}"
 
 
 def test_where_chooses_by_path():

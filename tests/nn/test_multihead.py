@@ -52,17 +52,17 @@ def some_mask(*shape: int, kind: type = bool) -> Tensor:
     return mask if kind is bool else torch.randn(shape).masked_fill(mask, -math.inf)
 
 
-def inputs(batched: bool = True, batch_first: bool = False, same: bool = True, kdim: int = E, vdim: int = E,
-           length: int = L) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def inputs(batched: bool = True, batch_first: bool = False, same: bool = True, own_value: bool = False,
+           kdim: int = E, vdim: int = E, length: int = L) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One tensor three times if ``same``, else key and value of their own; ``own_value``: the value is a third tensor."""
+
     def tokens(count: int, width: int) -> Tensor:
         shape = ((N, count) if batch_first else (count, N)) if batched else (count,)
         return torch.randn(*shape, width, requires_grad=True)
 
     query = tokens(length, E)
-    if same:
-        return query, query, query
-    key = tokens(S, kdim)
-    return query, key, key if kdim == vdim else tokens(S, vdim)
+    key = query if same else tokens(S, kdim)
+    return query, key, tokens(S, vdim) if own_value or kdim != vdim else key
 
 
 def pair(support: Any, low_rank: Any = None, **arguments: Any) -> tuple[nn.MultiheadAttention, sb.MultiheadAttention]:
@@ -92,6 +92,8 @@ CALLS: dict[str, tuple[dict, dict, dict, str | None]] = {
         dict(key_padding_mask=padding()),
         None,
     ),
+    "three tensors": (dict(batch_first=True), dict(batch_first=True, same=False, own_value=True), {}, None),
+    "value apart": ({}, dict(own_value=True), dict(key_padding_mask=padding()), None),
     "kdim": (dict(kdim=20), dict(same=False, kdim=20), {}, None),
     "kdim, vdim": (
         dict(kdim=20, vdim=12, batch_first=True),
@@ -131,6 +133,12 @@ CALLS: dict[str, tuple[dict, dict, dict, str | None]] = {
         dict(same=False, kdim=20, vdim=12),
         dict(need_weights=True),
         "need_weights",
+    ),
+    "weights, three tensors": (
+        dict(batch_first=True),
+        dict(batch_first=True, same=False, own_value=True),
+        dict(need_weights=True),
+        "pass need_weights=False",
     ),
     "mask, bool": ({}, {}, dict(attn_mask=some_mask(L, S)), "pass is_causal=True"),
     "mask, float": ({}, {}, dict(attn_mask=some_mask(L, S, kind=float)), "pass is_causal=True"),
