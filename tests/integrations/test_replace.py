@@ -17,8 +17,8 @@ from scatterbrain.integrations import Handler, register_handler
 from scatterbrain.integrations.replace import HANDLERS, NotReplaceable
 
 E, H, N, L = 48, 4, 2, 21
-SETTINGS: dict[str, Any] = dict(support=sb.Window(8), low_rank=sb.Quadratic(9, "input"))
-EVERY_KEY: dict[str, Any] = dict(support=sb.Window(64), low_rank=None)
+SETTINGS: dict[str, Any] = {"support": sb.Window(8), "low_rank": sb.Quadratic(9, "input")}
+EVERY_KEY: dict[str, Any] = {"support": sb.Window(64), "low_rank": None}
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -151,9 +151,9 @@ def test_replacing_nothing_warns(model: nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(model="encoder"), "model must be an nn.Module, got str"),
-        (dict(support=64), "support must be one of Full, .*, got 64"),
-        (dict(low_rank=9), "low_rank must be Quadratic, Favor or None, got 9"),
+        ({"model": "encoder"}, "model must be an nn.Module, got str"),
+        ({"support": 64}, "support must be one of Full, .*, got 64"),
+        ({"low_rank": 9}, "low_rank must be Quadratic, Favor or None, got 9"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_changes(arguments: dict, message: str):

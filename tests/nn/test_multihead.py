@@ -79,98 +79,103 @@ def pair(support: Any, low_rank: Any = None, **arguments: Any) -> tuple[nn.Multi
 # name: (constructor, inputs, call, what happens: None for approximated, else a part of the warning)
 CALLS: dict[str, tuple[dict, dict, dict, str | None]] = {
     "plain": ({}, {}, {}, None),
-    "batch_first": (dict(batch_first=True), dict(batch_first=True), {}, None),
-    "unbatched": ({}, dict(batched=False), {}, None),
-    "unbatched, batch_first": (dict(batch_first=True), dict(batched=False), {}, None),
-    "no bias": (dict(bias=False), {}, {}, None),
-    "cross": ({}, dict(same=False), {}, None),
-    "cross, no bias": (dict(bias=False), dict(same=False), {}, None),
-    "cross, other length": ({}, dict(same=False, length=9), {}, None),
+    "batch_first": ({"batch_first": True}, {"batch_first": True}, {}, None),
+    "unbatched": ({}, {"batched": False}, {}, None),
+    "unbatched, batch_first": ({"batch_first": True}, {"batched": False}, {}, None),
+    "no bias": ({"bias": False}, {}, {}, None),
+    "cross": ({}, {"same": False}, {}, None),
+    "cross, no bias": ({"bias": False}, {"same": False}, {}, None),
+    "cross, other length": ({}, {"same": False, "length": 9}, {}, None),
     "cross, other length, batch_first": (
-        dict(batch_first=True),
-        dict(same=False, length=9, batch_first=True),
-        dict(key_padding_mask=padding()),
+        {"batch_first": True},
+        {"same": False, "length": 9, "batch_first": True},
+        {"key_padding_mask": padding()},
         None,
     ),
-    "three tensors": (dict(batch_first=True), dict(batch_first=True, same=False, own_value=True), {}, None),
-    "value apart": ({}, dict(own_value=True), dict(key_padding_mask=padding()), None),
-    "kdim": (dict(kdim=20), dict(same=False, kdim=20), {}, None),
+    "three tensors": ({"batch_first": True}, {"batch_first": True, "same": False, "own_value": True}, {}, None),
+    "value apart": ({}, {"own_value": True}, {"key_padding_mask": padding()}, None),
+    "kdim": ({"kdim": 20}, {"same": False, "kdim": 20}, {}, None),
     "kdim, vdim": (
-        dict(kdim=20, vdim=12, batch_first=True),
-        dict(same=False, kdim=20, vdim=12, batch_first=True),
+        {"kdim": 20, "vdim": 12, "batch_first": True},
+        {"same": False, "kdim": 20, "vdim": 12, "batch_first": True},
         {},
         None,
     ),
-    "kdim, vdim, no bias": (dict(kdim=20, vdim=12, bias=False), dict(same=False, kdim=20, vdim=12), {}, None),
-    "key padding": ({}, {}, dict(key_padding_mask=padding()), None),
-    "key padding, float": (dict(batch_first=True), dict(batch_first=True), dict(key_padding_mask=padding(float)), None),
-    "key padding, cross": ({}, dict(same=False), dict(key_padding_mask=padding()), None),
-    "key padding, unbatched": ({}, dict(batched=False), dict(key_padding_mask=padding(batch=None)), None),
-    "causal, bool": ({}, {}, dict(attn_mask=causal(kind=bool), is_causal=True), None),
-    "causal, float": (dict(batch_first=True), dict(batch_first=True), dict(attn_mask=causal(), is_causal=True), None),
-    "causal, per head": ({}, {}, dict(attn_mask=causal().repeat(N * H, 1, 1), is_causal=True), None),
-    "causal, other length": ({}, dict(same=False, length=9), dict(attn_mask=causal(9), is_causal=True), None),
-    "causal, unbatched": ({}, dict(batched=False), dict(attn_mask=causal(), is_causal=True), None),
+    "kdim, vdim, no bias": ({"kdim": 20, "vdim": 12, "bias": False}, {"same": False, "kdim": 20, "vdim": 12}, {}, None),
+    "key padding": ({}, {}, {"key_padding_mask": padding()}, None),
+    "key padding, float": ({"batch_first": True}, {"batch_first": True}, {"key_padding_mask": padding(float)}, None),
+    "key padding, cross": ({}, {"same": False}, {"key_padding_mask": padding()}, None),
+    "key padding, unbatched": ({}, {"batched": False}, {"key_padding_mask": padding(batch=None)}, None),
+    "causal, bool": ({}, {}, {"attn_mask": causal(kind=bool), "is_causal": True}, None),
+    "causal, float": ({"batch_first": True}, {"batch_first": True}, {"attn_mask": causal(), "is_causal": True}, None),
+    "causal, per head": ({}, {}, {"attn_mask": causal().repeat(N * H, 1, 1), "is_causal": True}, None),
+    "causal, other length": ({}, {"same": False, "length": 9}, {"attn_mask": causal(9), "is_causal": True}, None),
+    "causal, unbatched": ({}, {"batched": False}, {"attn_mask": causal(), "is_causal": True}, None),
     "causal, key padding": (
         {},
         {},
-        dict(attn_mask=causal(), is_causal=True, key_padding_mask=padding(float)),
+        {"attn_mask": causal(), "is_causal": True, "key_padding_mask": padding(float)},
         None,
     ),
-    "dropout, evaluation": (dict(dropout=0.5), {}, {}, None),
-    "dropout, training": (dict(dropout=0.5), {}, dict(training=True), "set the module's .dropout = 0.0"),
-    "weights": ({}, {}, dict(need_weights=True), "pass need_weights=False"),
+    "dropout, evaluation": ({"dropout": 0.5}, {}, {}, None),
+    "dropout, training": ({"dropout": 0.5}, {}, {"training": True}, "set the module's .dropout = 0.0"),
+    "weights": ({}, {}, {"need_weights": True}, "pass need_weights=False"),
     "weights per head": (
-        dict(batch_first=True),
-        dict(batch_first=True),
-        dict(need_weights=True, average_attn_weights=False, key_padding_mask=padding()),
+        {"batch_first": True},
+        {"batch_first": True},
+        {"need_weights": True, "average_attn_weights": False, "key_padding_mask": padding()},
         "pass need_weights=False",
     ),
-    "weights, unbatched": ({}, dict(batched=False), dict(need_weights=True), "pass need_weights=False"),
-    "weights, causal": ({}, {}, dict(need_weights=True, attn_mask=causal(), is_causal=True), "pass need_weights=False"),
+    "weights, unbatched": ({}, {"batched": False}, {"need_weights": True}, "pass need_weights=False"),
+    "weights, causal": (
+        {},
+        {},
+        {"need_weights": True, "attn_mask": causal(), "is_causal": True},
+        "pass need_weights=False",
+    ),
     "weights, kdim": (
-        dict(kdim=20, vdim=12),
-        dict(same=False, kdim=20, vdim=12),
-        dict(need_weights=True),
+        {"kdim": 20, "vdim": 12},
+        {"same": False, "kdim": 20, "vdim": 12},
+        {"need_weights": True},
         "need_weights",
     ),
     "weights, three tensors": (
-        dict(batch_first=True),
-        dict(batch_first=True, same=False, own_value=True),
-        dict(need_weights=True),
+        {"batch_first": True},
+        {"batch_first": True, "same": False, "own_value": True},
+        {"need_weights": True},
         "pass need_weights=False",
     ),
-    "mask, bool": ({}, {}, dict(attn_mask=some_mask(L, S)), "pass is_causal=True"),
-    "mask, float": ({}, {}, dict(attn_mask=some_mask(L, S, kind=float)), "pass is_causal=True"),
+    "mask, bool": ({}, {}, {"attn_mask": some_mask(L, S)}, "pass is_causal=True"),
+    "mask, float": ({}, {}, {"attn_mask": some_mask(L, S, kind=float)}, "pass is_causal=True"),
     "mask per head": (
-        dict(batch_first=True),
-        dict(batch_first=True),
-        dict(attn_mask=some_mask(N * H, L, S)),
+        {"batch_first": True},
+        {"batch_first": True},
+        {"attn_mask": some_mask(N * H, L, S)},
         "pass is_causal=True",
     ),
     "mask per head, float, key padding": (
         {},
         {},
-        dict(attn_mask=some_mask(N * H, L, S, kind=float), key_padding_mask=padding(float)),
+        {"attn_mask": some_mask(N * H, L, S, kind=float), "key_padding_mask": padding(float)},
         "pass is_causal=True",
     ),
-    "mask per head, unbatched": ({}, dict(batched=False), dict(attn_mask=some_mask(H, L, S)), "pass is_causal=True"),
-    "causal mask without the hint": ({}, {}, dict(attn_mask=causal()), "pass is_causal=True"),
+    "mask per head, unbatched": ({}, {"batched": False}, {"attn_mask": some_mask(H, L, S)}, "pass is_causal=True"),
+    "causal mask without the hint": ({}, {}, {"attn_mask": causal()}, "pass is_causal=True"),
     "mask and key padding": (
         {},
         {},
-        dict(attn_mask=some_mask(L, S), key_padding_mask=padding()),
+        {"attn_mask": some_mask(L, S), "key_padding_mask": padding()},
         "pass is_causal=True",
     ),
     "key padding, other values": (
         {},
         {},
-        dict(key_padding_mask=torch.linspace(-2, 2, N * S).reshape(N, S)),
+        {"key_padding_mask": torch.linspace(-2, 2, N * S).reshape(N, S)},
         "values other than 0 and -inf",
     ),
-    "add_bias_kv": (dict(add_bias_kv=True), {}, dict(key_padding_mask=padding()), "add_bias_kv=True"),
-    "add_zero_attn": (dict(add_zero_attn=True), {}, dict(key_padding_mask=padding()), "add_zero_attn=True"),
-    "add both, weights": (dict(add_bias_kv=True, add_zero_attn=True), {}, dict(need_weights=True), "add_bias_kv=True"),
+    "add_bias_kv": ({"add_bias_kv": True}, {}, {"key_padding_mask": padding()}, "add_bias_kv=True"),
+    "add_zero_attn": ({"add_zero_attn": True}, {}, {"key_padding_mask": padding()}, "add_zero_attn=True"),
+    "add both, weights": ({"add_bias_kv": True, "add_zero_attn": True}, {}, {"need_weights": True}, "add_bias_kv=True"),
 }
 APPROXIMATED = [name for name, case in CALLS.items() if case[3] is None]
 EXACT = [name for name, case in CALLS.items() if case[3] is not None]
@@ -192,7 +197,7 @@ def run(module: nn.Module, tokens: tuple[Tensor, ...], call: dict, rows: Tensor 
     torch.manual_seed(1)  # for dropout
     out, weights = module(*tokens, **call)
     kept = out if rows is None else out[rows]
-    names, parameters = zip(*((n, p) for n, p in module.named_parameters() if not n.startswith("attention.")))
+    parameters = [p for n, p in module.named_parameters() if not n.startswith("attention.")]
     wanted = {id(t): t for t in tokens}
     torch.manual_seed(2)
     gradients = torch.autograd.grad(kept.mul(torch.randn(kept.shape)).sum(), (*wanted.values(), *parameters))
@@ -312,11 +317,13 @@ def test_what_padded_slots_hold_changes_nothing():
 def test_each_reason_is_warned_of_once():
     _, ours = pair(sb.Window(8))
     x = inputs()[0]
-    with pytest.warns(UserWarning) as caught:
-        for _ in range(3):
-            ours(x, x, x)
-            ours(x, x, x, need_weights=False, attn_mask=some_mask(L, S))
-    assert len(caught) == 2
+    with pytest.warns(UserWarning, match="need_weights=False"):
+        ours(x, x, x)
+    with pytest.warns(UserWarning, match="attn_mask is given"):
+        ours(x, x, x, need_weights=False, attn_mask=some_mask(L, S))
+    for _ in range(2):  # warnings are errors here
+        ours(x, x, x)
+        ours(x, x, x, need_weights=False, attn_mask=some_mask(L, S))
 
 
 def test_a_wrong_causal_hint_uses_the_mask_and_says_so():
@@ -335,17 +342,17 @@ BAD_CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], dict]] = {
     "embed_dim": (((L, N, E + 1), (S, N, E), (S, N, E)), {}),
     "value's length": (((L, N, E), (S, N, E), (S + 1, N, E)), {}),
     "key's batch": (((L, N, E), (S, N + 1, E), (S, N + 1, E)), {}),
-    "causal without a mask": (((L, N, E),) * 3, dict(is_causal=True)),
-    "attn_mask's size": (((L, N, E),) * 3, dict(attn_mask=causal(L, S + 1))),
-    "attn_mask's heads": (((L, N, E),) * 3, dict(attn_mask=some_mask(N * H + 1, L, S))),
-    "attn_mask's heads, unbatched": (((L, E),) * 3, dict(attn_mask=some_mask(H + 1, L, S))),
-    "attn_mask's rank": (((L, N, E),) * 3, dict(attn_mask=torch.zeros(S, dtype=torch.bool))),
-    "attn_mask's type": (((L, N, E),) * 3, dict(attn_mask=torch.zeros(L, S, dtype=torch.int64))),
-    "key_padding_mask's type": (((L, N, E),) * 3, dict(key_padding_mask=torch.zeros(N, S, dtype=torch.int64))),
-    "key_padding_mask's rank": (((L, N, E),) * 3, dict(key_padding_mask=padding(batch=None))),
-    "key_padding_mask's rank, unbatched": (((L, E),) * 3, dict(key_padding_mask=padding())),
-    "key_padding_mask's batch": (((L, N, E),) * 3, dict(key_padding_mask=padding(batch=N + 1))),
-    "key_padding_mask's length": (((L, N, E),) * 3, dict(key_padding_mask=torch.zeros(N, S + 1, dtype=torch.bool))),
+    "causal without a mask": (((L, N, E),) * 3, {"is_causal": True}),
+    "attn_mask's size": (((L, N, E),) * 3, {"attn_mask": causal(L, S + 1)}),
+    "attn_mask's heads": (((L, N, E),) * 3, {"attn_mask": some_mask(N * H + 1, L, S)}),
+    "attn_mask's heads, unbatched": (((L, E),) * 3, {"attn_mask": some_mask(H + 1, L, S)}),
+    "attn_mask's rank": (((L, N, E),) * 3, {"attn_mask": torch.zeros(S, dtype=torch.bool)}),
+    "attn_mask's type": (((L, N, E),) * 3, {"attn_mask": torch.zeros(L, S, dtype=torch.int64)}),
+    "key_padding_mask's type": (((L, N, E),) * 3, {"key_padding_mask": torch.zeros(N, S, dtype=torch.int64)}),
+    "key_padding_mask's rank": (((L, N, E),) * 3, {"key_padding_mask": padding(batch=None)}),
+    "key_padding_mask's rank, unbatched": (((L, E),) * 3, {"key_padding_mask": padding()}),
+    "key_padding_mask's batch": (((L, N, E),) * 3, {"key_padding_mask": padding(batch=N + 1)}),
+    "key_padding_mask's length": (((L, N, E),) * 3, {"key_padding_mask": torch.zeros(N, S + 1, dtype=torch.bool)}),
 }
 
 
@@ -399,12 +406,24 @@ def test_what_attention_refuses_reaches_the_caller():
 # --------------------------------------------------------------------------------------------------------------- masks
 
 
+def one_changed(mask: Tensor, query: int, key: int) -> Tensor:
+    mask[query, key] = not mask[query, key]
+    return mask
+
+
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [
         (causal(kind=bool), True),
         (causal(), True),
         (causal(9), True),
+        (causal(300, 300), True),
+        (causal(300, 140), True),
+        (causal(140, 300, bool), True),
+        (one_changed(causal(300, 300), 299, 0), False),
+        (one_changed(causal(300, 300), 200, 205), False),
+        (one_changed(causal(300, 300, bool), 0, 299), False),
+        (causal(300, 300).masked_fill(torch.eye(300).roll(5, 1).bool(), math.nan), False),
         (causal().bfloat16(), True),
         (causal().repeat(3, 1, 1), True),
         (causal(kind=bool).logical_not(), False),
@@ -442,9 +461,9 @@ LOW_RANKS = {
 }
 ARGUMENTS = {
     "plain": {},
-    "no bias": dict(bias=False),
-    "kdim": dict(kdim=20, vdim=12),
-    "bias_kv": dict(add_bias_kv=True),
+    "no bias": {"bias": False},
+    "kdim": {"kdim": 20, "vdim": 12},
+    "bias_kv": {"add_bias_kv": True},
 }
 
 
@@ -617,7 +636,7 @@ def test_the_decoder_is_approximated_in_self_and_cross_attention():
     ours.load_state_dict(theirs.state_dict(), strict=True)
     calls = count_calls(ours)
     target, memory = torch.randn(N, 9, E), torch.randn(N, S, E)
-    arguments = dict(tgt_mask=causal(9, 9), memory_key_padding_mask=padding())
+    arguments = {"tgt_mask": causal(9, 9), "memory_key_padding_mask": padding()}
     expected = theirs(target, memory, **arguments)
     torch.testing.assert_close(ours(target, memory, **arguments), expected, rtol=1e-4, atol=1e-5)
     assert len(calls) == 4
@@ -649,7 +668,7 @@ def test_learned_projections_get_gradients_through_an_encoder():
 
 @pytest.mark.parametrize(
     "call",
-    [{}, dict(src_key_padding_mask=padding()), dict(mask=causal(), is_causal=True)],
+    [{}, {"src_key_padding_mask": padding()}, {"mask": causal(), "is_causal": True}],
     ids=["plain", "padded", "causal"],
 )
 def test_compiles_without_graph_breaks(call: dict):
