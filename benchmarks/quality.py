@@ -1,16 +1,25 @@
 """How far is approximate attention from exact attention on real queries, keys and values?
 
-Error of a head: ||o - o*|| / ||o*|| against exact softmax attention in float64; the table shows the mean over heads and layers.
+Error of a head: ||o - o*|| / ||o*|| against exact softmax attention in float64; the table shows the mean over heads and
+layers.
 
     python benchmarks/quality.py FILE               the table
-    python benchmarks/quality.py FILE --captured    and what the staged search of the routing operator costs against scoring every key
+    python benchmarks/quality.py FILE --captured    and what the staged search of the routing operator costs against
+    scoring every key
 
-FILE is a safetensors file of (heads, tokens, head_dim) tensors named `<model>.N<tokens>.layer<l>.{q,k,v}` to measure on and `<model>.cal.layer<l>.{q,k}`
-to calibrate on; attention is softmax(q k^T / sqrt(head_dim)) v. Models named lm* are measured causally. Of models named dino* token 0 is a class token and
-the rest a square of image patches in raster order: the patches are put in Hilbert order, the class token last.
+FILE is a safetensors file of (heads, tokens, head_dim) tensors named `<model>.N<tokens>.layer<l>.{q,k,v}` to measure on
+and `<model>.cal.layer<l>.{q,k}` to calibrate on; attention is softmax(q k^T / sqrt(head_dim)) v. Models named lm* are
+measured causally. Of models named dino* token 0 is a class token and the rest a square of image patches in raster
+order: the patches are put in Hilbert order, the class token last.
 """
 
 from __future__ import annotations
+
+import os
+import sys
+
+# The folder of a script leads the import path, where copy.py would hide the standard module copy.
+sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.path.abspath(__file__))]
 
 import argparse
 import math
@@ -30,7 +39,9 @@ from scatterbrain.reference_routing import routed_lists
 
 @dataclass
 class Layer:
-    """One layer of one model, each tensor (1, heads, tokens, head_dim) float32, and stored statistics from other inputs."""
+    """One layer of one model, each tensor (1, heads, tokens, head_dim) float32, and stored statistics from other
+    inputs.
+    """
 
     q: Tensor
     k: Tensor
@@ -53,7 +64,10 @@ class Layer:
 def load(path: str, rank: int) -> dict[str, list[Layer]]:
     """The layers of every model in the file, in ascending order."""
     with safe_open(path, "pt") as file:
-        names = sorted((m for m in map(re.compile(r"(\w+)\.N\d+\.layer(\d+)\.q").fullmatch, file.keys()) if m), key=lambda m: (m[1], int(m[2])))
+        names = sorted(
+            (m for m in map(re.compile(r"(\w+)\.N\d+\.layer(\d+)\.q").fullmatch, file.keys()) if m),
+            key=lambda m: (m[1], int(m[2])),
+        )
         if not names:
             raise SystemExit(f"{path}: expected tensors named <model>.N<tokens>.layer<l>.q, found none")
         models: dict[str, list[Layer]] = {}
@@ -65,7 +79,9 @@ def load(path: str, rank: int) -> dict[str, list[Layer]]:
                 side = math.isqrt(q.shape[2] - 1)
                 order = torch.cat([1 + hilbert_order(side, side), torch.tensor([0])])
                 q, k, v = q[:, :, order], k[:, :, order], v[:, :, order]
-            models.setdefault(model, []).append(Layer(q, k, v, sb.fit_statistics(q_cal, k_cal, rank), model.startswith("lm")))
+            models.setdefault(model, []).append(
+                Layer(q, k, v, sb.fit_statistics(q_cal, k_cal, rank), model.startswith("lm"))
+            )
     return models
 
 
@@ -76,7 +92,13 @@ POOLED, PER_QUERY = {"block_q": 16}, {"block_q": 1, "block_k": 8, "window": 16}
 def approximate(layer: Layer, support: object, low_rank: object) -> Tensor:
     stored = isinstance(low_rank, sb.Quadratic) and low_rank.statistics == "stored"
     return sb.attention(
-        layer.q, layer.k, layer.v, support, low_rank, is_causal=layer.is_causal, statistics=layer.statistics if stored else None
+        layer.q,
+        layer.k,
+        layer.v,
+        support,
+        low_rank,
+        is_causal=layer.is_causal,
+        statistics=layer.statistics if stored else None,
     )
 
 
@@ -106,11 +128,28 @@ def one_stage(layer: Layer, support: sb.Routed, rank: int) -> Tensor:
     from scatterbrain.functional import coordinates, rows_of
 
     scale = layer.q.shape[-1] ** -0.5
-    query_map, key_map = coordinates(layer.q, layer.k, sb.Quadratic(rank), layer.statistics, scale, rows_of(layer.q, layer.k, None, None, 0), layer.is_causal)
+    query_map, key_map = coordinates(
+        layer.q,
+        layer.k,
+        sb.Quadratic(rank),
+        layer.statistics,
+        scale,
+        rows_of(layer.q, layer.k, None, None, 0),
+        layer.is_causal,
+    )
     index, count = routed_lists(
-        layer.q.double(), layer.k.double(), support.keys, support.block_q, support.block_k, support.window,
-        query_map=query_map.double(), key_map=key_map.double(), low_rank=1, is_causal=layer.is_causal, stages=False,
-    )  # fmt: skip
+        layer.q.double(),
+        layer.k.double(),
+        support.keys,
+        support.block_q,
+        support.block_k,
+        support.window,
+        query_map=query_map.double(),
+        key_map=key_map.double(),
+        low_rank=1,
+        is_causal=layer.is_causal,
+        stages=False,
+    )
     return approximate(layer, sb.Blocks(index, count, support.block_q, support.block_k), sb.Quadratic(rank))
 
 

@@ -13,8 +13,8 @@ from scatterbrain.functional import valid_range
 from scatterbrain.hilbert import hilbert_order, inverse_order
 from scatterbrain.reference_routing import routed_lists
 
-POOLED = [dict(keys=24, block_q=8), dict(keys=32, block_q=16), dict(keys=48, block_q=32)]
-PER_QUERY = [dict(keys=24 + window, block_q=1, block_k=8, window=window) for window in (0, 8, 16)]
+POOLED = [{"keys": 24, "block_q": 8}, {"keys": 32, "block_q": 16}, {"keys": 48, "block_q": 32}]
+PER_QUERY = [{"keys": 24 + window, "block_q": 1, "block_k": 8, "window": window} for window in (0, 8, 16)]
 FORMS = [POOLED[1], PER_QUERY[2]]
 
 
@@ -25,7 +25,17 @@ def ids(form: dict) -> str:
 class Inputs:
     """Queries, keys and coordinates in float32, and everything else that the operator takes."""
 
-    def __init__(self, n: int, m: int | None = None, heads: int = 2, kv_heads: int = 1, d: int = 16, low_rank: int = 1, batch: int = 2, seed: int = 0) -> None:
+    def __init__(
+        self,
+        n: int,
+        m: int | None = None,
+        heads: int = 2,
+        kv_heads: int = 1,
+        d: int = 16,
+        low_rank: int = 1,
+        batch: int = 2,
+        seed: int = 0,
+    ) -> None:
         m = n if m is None else m
         generator = torch.Generator().manual_seed(seed)
 
@@ -54,13 +64,34 @@ class Inputs:
 
     def route(self, keys: int, block_q: int, block_k: int = 1, window: int = 0) -> tuple[Tensor, Tensor]:
         return torch.ops.scatterbrain.route(
-            self.query, self.key, self.query_map, self.key_map, self.query_mask, self.key_mask, self.query_range, self.key_range, self.query_offset,
-            self.low_rank, keys, block_q, block_k, window, self.is_causal, self.query.shape[-1] ** -0.5,
-        )  # fmt: skip
+            self.query,
+            self.key,
+            self.query_map,
+            self.key_map,
+            self.query_mask,
+            self.key_mask,
+            self.query_range,
+            self.key_range,
+            self.query_offset,
+            self.low_rank,
+            keys,
+            block_q,
+            block_k,
+            window,
+            self.is_causal,
+            self.query.shape[-1] ** -0.5,
+        )
 
     def reference(self, stages: bool = True, **form: int) -> tuple[Tensor, Tensor]:
-        double = {name: None if t is None else t.double() for name, t in vars(self).items() if name in ("query", "key", "query_map", "key_map")}
-        rest = {name: getattr(self, name) for name in ("low_rank", "query_mask", "key_mask", "query_range", "key_range", "query_offset", "is_causal")}
+        double = {
+            name: None if t is None else t.double()
+            for name, t in vars(self).items()
+            if name in ("query", "key", "query_map", "key_map")
+        }
+        rest = {
+            name: getattr(self, name)
+            for name in ("low_rank", "query_mask", "key_mask", "query_range", "key_range", "query_offset", "is_causal")
+        }
         return routed_lists(**double, **rest, **form, stages=stages)
 
 
@@ -79,7 +110,7 @@ def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> 
 
 
 def assert_as_defined(inputs: Inputs, **form: int) -> None:
-    """Equal lists, but that float32 may order two nearly equal scores otherwise: one entry of at most one list in 500."""
+    """Equal lists, but float32 may order two nearly equal scores otherwise: one entry of at most one list in 500."""
     (index, count), (expected, expected_count) = inputs.route(**form), inputs.reference(**form)
     assert torch.equal(count, expected_count)
     other = (index != expected).any(-1).nonzero().tolist()
@@ -88,7 +119,7 @@ def assert_as_defined(inputs: Inputs, **form: int) -> None:
         assert len(set(index[b, h, t].tolist()) - set(expected[b, h, t].tolist())) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ definition
+# ----------------------------------------------------------------------------------------------------------- definition
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
@@ -160,7 +191,7 @@ def test_half_precision_and_strided_inputs_are_routed_as_their_float_copies() ->
     assert_same(inputs.route(**POOLED[1]), expected.route(**POOLED[1]))
 
 
-# ------------------------------------------------------------------------------------------------------------- invariants
+# ----------------------------------------------------------------------------------------------------------- invariants
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
@@ -197,18 +228,22 @@ def test_a_window_start_is_rounded_down_to_a_block() -> None:
         assert index[0, 0, i, : count[0, 0, i]].tolist() == list(range(max(i - 15, 0) // 8, i // 8 + 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------- padding
+# -------------------------------------------------------------------------------------------------------------- padding
 
 
 def padded(inputs: Inputs, left: int, right: int, fill: float) -> Inputs:
-    """The same tokens with `left` and `right` ignored ones around them; holes stay, and everything ignored holds `fill`."""
+    """The same tokens with `left` and `right` ignored ones around them; holes stay, and everything ignored holds
+    `fill`.
+    """
     out = Inputs(1)
     out.is_causal, out.low_rank = inputs.is_causal, inputs.low_rank
     pad = torch.nn.functional.pad
     for name, mask in (("query", inputs.query_mask), ("key", inputs.key_mask)):
         wide = pad(mask, (left, right), value=True)
         for part in (name, f"{name}_map"):
-            setattr(out, part, pad(getattr(inputs, part), (0, 0, left, right)).masked_fill(wide[:, None, :, None], fill))
+            setattr(
+                out, part, pad(getattr(inputs, part), (0, 0, left, right)).masked_fill(wide[:, None, :, None], fill)
+            )
         setattr(out, f"{name}_mask", wide)
         setattr(out, f"{name}_range", valid_range(wide))
     return out
@@ -235,17 +270,26 @@ def test_padding_changes_no_list(form: dict, is_causal: bool, left: int, right: 
 def test_a_row_without_keys_or_queries_lists_nothing(form: dict) -> None:
     mask = torch.zeros(2, 80, dtype=torch.bool)
     mask[1] = True
-    for inputs in (Inputs(80).mask(mask), Inputs(80).mask(mask).causal(), Inputs(80).mask(mask, torch.zeros_like(mask))):
+    for inputs in (
+        Inputs(80).mask(mask),
+        Inputs(80).mask(mask).causal(),
+        Inputs(80).mask(mask, torch.zeros_like(mask)),
+    ):
         _, count = inputs.route(**form)
         assert (count[1] == 0).all() and (count[0] > 0).all()
 
 
-# -------------------------------------------------------------------------------------------------------------- causality
+# ------------------------------------------------------------------------------------------------------------ causality
 
 
 # The per-query form reads no coordinates.
-@pytest.mark.parametrize("form, low_rank", [(form, low_rank) for form in POOLED for low_rank in (0, 1, 2)] + [(form, 0) for form in PER_QUERY])
-@pytest.mark.parametrize("n, cuts", [(701, (1, 7, 8, 31, 32, 33, 128, 300, 575, 576, 577, 700)), (1500, (1023, 1024, 1161))])
+@pytest.mark.parametrize(
+    "form, low_rank",
+    [(form, low_rank) for form in POOLED for low_rank in (0, 1, 2)] + [(form, 0) for form in PER_QUERY],
+)
+@pytest.mark.parametrize(
+    "n, cuts", [(701, (1, 7, 8, 31, 32, 33, 128, 300, 575, 576, 577, 700)), (1500, (1023, 1024, 1161))]
+)
 def test_lists_read_nothing_after_the_first_query(form: dict, low_rank: int, n: int, cuts: tuple[int, ...]) -> None:
     before = Inputs(n, heads=1, batch=1, low_rank=low_rank).causal()
     index, count = before.route(**form)
@@ -287,7 +331,7 @@ def test_no_listed_key_is_after_the_block(form: dict) -> None:
     assert (index * block_k <= last_query[:, None]).all()
 
 
-# ------------------------------------------------------------------------------------------------- threads, memory, errors
+# ---------------------------------------------------------------------------------------------- threads, memory, errors
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
@@ -309,7 +353,9 @@ def test_threads_change_no_bit(form: dict, is_causal: bool) -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=ids)
 def test_memory_is_linear(form: dict) -> None:
-    """65,536 tokens in a process that may grow by 160 MB; scores of all pairs of blocks of 16 queries and keys would take 1 GB."""
+    """65,536 tokens in a process that may grow by 160 MB; scores of all pairs of blocks of 16 queries and keys would
+    take 1 GB.
+    """
     program = f"""
 import resource, torch, scatterbrain
 q = torch.randn(1, 1, 65536, 32)
@@ -317,8 +363,9 @@ coordinates = torch.randn(1, 1, 65536, 10) * .3
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def route(n):
     x = coordinates[:, :, :n]
-    torch.ops.scatterbrain.route(q[:, :, :n], q[:, :, :n], x, x, None, None, None, None, None, 1, {form["keys"]}, {form["block_q"]},
-                                 {form.get("block_k", 1)}, {form.get("window", 0)}, False, .2)
+    torch.ops.scatterbrain.route(q[:, :, :n], q[:, :, :n], x, x, None, None, None, None, None, 1,
+                                 {form["keys"]}, {form["block_q"]}, {form.get("block_k", 1)}, {form.get("window", 0)},
+                                 False, .2)
 route(1024)
 before = peak()
 route(65536)
@@ -329,16 +376,25 @@ assert grown < 160, f"routing took {{grown:.0f}} MB"
 
 
 @pytest.mark.parametrize(
-    "form", [dict(keys=8, block_q=16), dict(keys=64, block_q=4), dict(keys=64, block_q=16, window=16), dict(keys=64, block_q=16, block_k=8),
-             dict(keys=8, block_q=1, block_k=8, window=16), dict(keys=64, block_q=1, block_k=4),
-             dict(keys=60, block_q=1, block_k=8, window=16), dict(keys=64, block_q=1, block_k=8, window=12)], ids=ids,
-)  # fmt: skip
+    "form",
+    [
+        {"keys": 8, "block_q": 16},
+        {"keys": 64, "block_q": 4},
+        {"keys": 64, "block_q": 16, "window": 16},
+        {"keys": 64, "block_q": 16, "block_k": 8},
+        {"keys": 8, "block_q": 1, "block_k": 8, "window": 16},
+        {"keys": 64, "block_q": 1, "block_k": 4},
+        {"keys": 60, "block_q": 1, "block_k": 8, "window": 16},
+        {"keys": 64, "block_q": 1, "block_k": 8, "window": 12},
+    ],
+    ids=ids,
+)
 def test_forms_that_do_not_exist_are_refused(form: dict) -> None:
     with pytest.raises(RuntimeError, match="route: expected block_q"):
         Inputs(64).route(**form)
 
 
-# ---------------------------------------------------------------------------------------------------------- Hilbert order
+# -------------------------------------------------------------------------------------------------------- Hilbert order
 
 
 @pytest.mark.parametrize("side", [2, 8, 32])
@@ -356,9 +412,13 @@ def test_hilbert_order_visits_every_cell_once_and_can_be_undone(height: int, wid
 
 
 def test_hilbert_order_keeps_runs_compact() -> None:
-    """Runs of 16 cells of a 37 x 37 grid: their mean extent is below that of a 6 x 6 square, where raster order makes strips of 16."""
+    """Runs of 16 cells of a 37 x 37 grid: their mean extent is below that of a 6 x 6 square, where raster order makes
+    strips of 16.
+    """
     order = hilbert_order(37, 37)[: 37 * 37 // 16 * 16].view(-1, 16)
-    extent = torch.maximum((order // 37).amax(1) - (order // 37).amin(1), (order % 37).amax(1) - (order % 37).amin(1)) + 1
+    extent = (
+        torch.maximum((order // 37).amax(1) - (order // 37).amin(1), (order % 37).amax(1) - (order % 37).amin(1)) + 1
+    )
     assert extent.double().mean() < 6
 
 

@@ -3,13 +3,17 @@
 A sequence is 127 random symbols of 64, a separator, and the same 127 symbols. The perplexity of the copied half is 1
 for a model that has learned to copy and 64 for one that guesses.
 
-    python benchmarks/copy_task.py                        training preset, full attention, window; two seeds each
-    python benchmarks/copy_task.py --attention train    one of them
-
-The file is not called copy.py: a script's folder comes first on the import path, and would hide the standard module.
+    python benchmarks/copy.py                      training preset, full attention, window; two seeds each
+    python benchmarks/copy.py --attention train    one of them
 """
 
 from __future__ import annotations
+
+import os
+import sys
+
+# The folder of a script leads the import path, where this file would hide the standard module copy.
+sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.path.abspath(__file__))]
 
 import argparse
 import math
