@@ -1,7 +1,8 @@
 """Order of the cells of a grid along a Hilbert curve.
 
-Attention does not depend on the order of its tokens, but everything that works on runs of neighbouring tokens does. Along a Hilbert curve a run of image
-patches is a compact piece of the picture, where in raster order it is a strip one patch high.
+Attention does not depend on the order of its tokens, but everything that works on runs of neighbouring tokens does.
+Along a Hilbert curve a run of image patches is a compact piece of the picture, where in raster order it is a strip one
+patch high.
 """
 
 import torch
@@ -9,13 +10,15 @@ from torch import Tensor
 
 
 def hilbert_order(height: int, width: int) -> Tensor:
-    """The cells of a height x width grid in the order of a Hilbert curve (D. Hilbert, 1891) through the smallest square of 2^n cells that covers it.
+    """The cells of a height x width grid in the order of a Hilbert curve (D. Hilbert, 1891) through the smallest square
+    of 2^n cells that covers it.
 
     Args:
         height, width: cells, each at least 1.
 
     Returns:
-        int64 (height * width,): entry t is the raster number, row * width + column, of the t-th cell; ``patches[order]`` reorders patches in raster order.
+        int64 (height * width,): entry t is the raster number, row * width + column, of the t-th cell;
+        ``patches[order]`` reorders patches in raster order.
 
     Raises:
         ValueError: height or width below 1.
@@ -29,11 +32,14 @@ def hilbert_order(height: int, width: int) -> Tensor:
     half = side // 2
     while half > 0:
         right, low = (x & half) > 0, (y & half) > 0
-        # The curve passes the quadrants in the order top left, bottom left, bottom right, top right; inside the first it is mirrored on the diagonal, inside
-        # the last on the other one.
+        # The curve passes the quadrants in the order top left, bottom left, bottom right, top right; inside the first
+        # it is mirrored on the diagonal, inside the last on the other one.
         distance += half * half * (3 * right.long() ^ low.long())
         swap, flip = ~low, ~low & right
-        x, y = torch.where(flip, half - 1 - (x & (half - 1)), x & (half - 1)), torch.where(flip, half - 1 - (y & (half - 1)), y & (half - 1))
+        x, y = (
+            torch.where(flip, half - 1 - (x & (half - 1)), x & (half - 1)),
+            torch.where(flip, half - 1 - (y & (half - 1)), y & (half - 1)),
+        )
         x, y = torch.where(swap, y, x), torch.where(swap, x, y)
         half //= 2
     return torch.argsort(distance)

@@ -1,9 +1,11 @@
-"""Routed lists by definition: dense, one block of queries at a time, in the dtype of the inputs. The oracle of the routing operator.
+"""Routed lists by definition: dense, one block of queries at a time, in the dtype of the inputs. The oracle of the
+routing operator.
 
-Notation. A key's position is counted from its row's first valid key. Scores compare what the low-rank part would get wrong:
-|exp(s_j) - L_j| with s_j = q.k_j + v/4 |k_j|^2, where q and v are the mean and the mean (over coordinates) variance of the block's scaled queries.
-The variance term is half of the second-order correction of log mean exp(q_i.k_j) for a variance that is equal in all directions. Measured, it selects as
-well as one variance per coordinate and, in the causal form, better, for one multiply-add per pair instead of head_dim.
+Notation. A key's position is counted from its row's first valid key. Scores compare what the low-rank part would get
+wrong: |exp(s_j) - L_j| with s_j = q.k_j + v/4 |k_j|^2, where q and v are the mean and the mean (over coordinates)
+variance of the block's scaled queries. The variance term is half of the second-order correction of log mean
+exp(q_i.k_j) for a variance that is equal in all directions. Measured, it selects as well as one variance per coordinate
+and, in the causal form, better, for one multiply-add per pair instead of head_dim.
 """
 
 from dataclasses import dataclass
@@ -11,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEAF = 32            # keys of a candidate block (pooled)
-SUPER = 16           # candidate blocks of a superblock (pooled)
-LONG_ROW = 16384     # valid keys from which superblocks are used (pooled)
-GROUP = 4            # neighbouring query blocks that share candidate blocks (pooled)
-BRANCH = 8           # listed blocks of a superblock (per query)
+LEAF = 32  # keys of a candidate block (pooled)
+SUPER = 16  # candidate blocks of a superblock (pooled)
+LONG_ROW = 16384  # valid keys from which superblocks are used (pooled)
+GROUP = 4  # neighbouring query blocks that share candidate blocks (pooled)
+BRANCH = 8  # listed blocks of a superblock (per query)
 
 
 def candidate_blocks(keys: int) -> int:
@@ -32,13 +34,15 @@ def candidate_superblocks(routed: int) -> int:
 class Row:
     """One (batch row, key/value head): the valid keys by position, and their low-rank coordinates."""
 
-    key: Tensor        # (Mv, d); ignored keys are zero
-    valid: Tensor      # (Mv,)
-    y: Tensor | None   # (Mv, r)
+    key: Tensor  # (Mv, d); ignored keys are zero
+    valid: Tensor  # (Mv,)
+    y: Tensor | None  # (Mv, r)
     kappa: Tensor | None
 
     def means(self, size: int, low_rank: int) -> "Row":
-        """Every run of `size` keys as one key: the mean key, and the mean of the low-rank features (1, y / 2) exp(kappa / 2), or y exp(kappa)."""
+        """Every run of `size` keys as one key: the mean key, and the mean of the low-rank features (1, y / 2) exp(kappa
+        / 2), or y exp(kappa).
+        """
         count = -(-len(self.valid) // size)
         member = torch.zeros(count, len(self.valid), dtype=self.key.dtype)
         position = torch.arange(len(self.valid))
@@ -74,18 +78,32 @@ class Pool:
 
 
 def routed_lists(
-    query: Tensor, key: Tensor, keys: int, block_q: int = 16, block_k: int = 1, window: int = 0, *,
-    query_map: Tensor | None = None, key_map: Tensor | None = None, low_rank: int = 0,
-    query_mask: Tensor | None = None, key_mask: Tensor | None = None,
-    query_range: Tensor | None = None, key_range: Tensor | None = None, query_offset: Tensor | None = None,
-    is_causal: bool = False, scale: float | None = None, stages: bool = True,
+    query: Tensor,
+    key: Tensor,
+    keys: int,
+    block_q: int = 16,
+    block_k: int = 1,
+    window: int = 0,
+    *,
+    query_map: Tensor | None = None,
+    key_map: Tensor | None = None,
+    low_rank: int = 0,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_range: Tensor | None = None,
+    key_range: Tensor | None = None,
+    query_offset: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    stages: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The lists of `Routed(keys, block_q, block_k, window)`.
 
-    query (B, Hq, N, d) and key (B, Hkv, M, d), any floating dtype. query_map (B, Hq, N, r + 1) holds x and rho, key_map (B, Hkv, M, r + 1) y and kappa;
-    low_rank is 0 (no maps), 1 (quadratic) or 2 (general features). Masks are True where a token is ignored; ranges (B, 2) are [first valid, last valid + 1);
-    query i stands at key i + query_offset. stages=False drops the candidate stages: every key is scored.
-    Returns index (B, Hq, ceil(N / block_q), capacity) and count, int32.
+    query (B, Hq, N, d) and key (B, Hkv, M, d), any floating dtype. query_map (B, Hq, N, r + 1) holds x and rho, key_map
+    (B, Hkv, M, r + 1) y and kappa; low_rank is 0 (no maps), 1 (quadratic) or 2 (general features). Masks are True where
+    a token is ignored; ranges (B, 2) are [first valid, last valid + 1); query i stands at key i + query_offset.
+    stages=False drops the candidate stages: every key is scored. Returns index (B, Hq, ceil(N / block_q), capacity) and
+    count, int32.
     """
     (B, Hq, N, d), (Hkv, M) = query.shape, key.shape[1:3]
     scale = d**-0.5 if scale is None else scale
@@ -102,14 +120,17 @@ def routed_lists(
         for h in range(Hq):
             kv = h // (Hq // Hkv)
 
-            def part(tensor: Tensor | None, head: int, valid: Tensor, first: int, end: int) -> Tensor | None:
-                return None if tensor is None else tensor[b, head, first:end].where(valid[:, None], 0)
-
-            maps = part(key_map, kv, k_valid, k_first, k_end)
-            row = Row(part(key, kv, k_valid, k_first, k_end), k_valid, *((None, None) if maps is None else (maps[:, :-1], maps[:, -1])))
-            q = part(query, h, q_valid, 0, N) * scale
-            q_map = part(query_map, h, q_valid, 0, N)
-            grid = Grid(q_first, q_end, block_q, keys, (offset if is_causal else 0) - k_first, N == M, is_causal, q_valid)
+            maps = None if key_map is None else zeroed(key_map[b, kv, k_first:k_end], k_valid)
+            row = Row(
+                zeroed(key[b, kv, k_first:k_end], k_valid),
+                k_valid,
+                *((None, None) if maps is None else (maps[:, :-1], maps[:, -1])),
+            )
+            q = zeroed(query[b, h], q_valid) * scale
+            q_map = None if query_map is None else zeroed(query_map[b, h], q_valid)
+            grid = Grid(
+                q_first, q_end, block_q, keys, (offset if is_causal else 0) - k_first, N == M, is_causal, q_valid
+            )
             if block_k == 1:
                 lists = pooled_lists(q, q_map, row, grid, low_rank, stages)
             else:
@@ -118,6 +139,11 @@ def routed_lists(
                 index[b, h, t, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
                 count[b, h, t] = len(chosen)
     return index, count
+
+
+def zeroed(tokens: Tensor, valid: Tensor) -> Tensor:
+    """Ignored tokens hold zeros, whatever they held."""
+    return tokens.where(valid[:, None], 0)
 
 
 @dataclass
@@ -148,6 +174,12 @@ def best(score: Tensor, eligible: list[int], n: int) -> list[int]:
     return sorted(order[: max(n, 0)])
 
 
+def shared_score(pools: list[Pool], means: Row, eligible: list[int], low_rank: int) -> Tensor:
+    """The largest residual of each run of keys over some query blocks, each block's relative to its own largest."""
+    scores = [pool.log_residual(means, low_rank) for pool in pools]
+    return torch.stack([s - s[eligible].max() for s in scores]).amax(0) if eligible else scores[0]
+
+
 def pooled_lists(q: Tensor, q_map: Tensor | None, row: Row, grid: Grid, low_rank: int, stages: bool):
     length = len(row.valid)
     leaf, coarse = row.means(LEAF, low_rank), row.means(LEAF * SUPER, low_rank)
@@ -172,12 +204,11 @@ def pooled_lists(q: Tensor, q_map: Tensor | None, row: Row, grid: Grid, low_rank
             continue
         pools = {t: pool(t) for t in group}
 
-        def shared_score(means: Row, eligible: list[int]) -> Tensor:
-            # Each block's residuals relative to its largest; the causal form may look at the group's first block only.
-            scores = [pools[t].log_residual(means, low_rank) for t in (group[:1] if grid.is_causal else group)]
-            return torch.stack([s - s[eligible].max() for s in scores]).amax(0) if eligible else scores[0]
+        # The causal form may look at the group's first block only.
+        judges = [pools[t] for t in (group[:1] if grid.is_causal else group)]
 
-        # 1. Candidate blocks: all that are complete, or the best of those in the best superblocks. What follows the last complete one always stays.
+        # 1. Candidate blocks: all that are complete, or the best of those in the best superblocks. What follows the
+        # last complete one always stays.
         if stages:
             size = LEAF * SUPER
             complete = end(first) // LEAF if grid.is_causal else -(-length // LEAF)
@@ -185,10 +216,10 @@ def pooled_lists(q: Tensor, q_map: Tensor | None, row: Row, grid: Grid, low_rank
             if length >= LONG_ROW:
                 supers = end(first) // size if grid.is_causal else -(-length // size)
                 eligible = [c for c in range(supers) if coarse.valid[c]]
-                kept = set(best(shared_score(coarse, eligible), eligible, 2 * kept_blocks))
+                kept = set(best(shared_score(judges, coarse, eligible, low_rank), eligible, 2 * kept_blocks))
                 blocks_left = [c for c in blocks_left if c // SUPER in kept or c // SUPER >= supers]
             eligible = [c for c in blocks_left if leaf.valid[c]]
-            kept = set(best(shared_score(leaf, eligible), eligible, kept_blocks))
+            kept = set(best(shared_score(judges, leaf, eligible, low_rank), eligible, kept_blocks))
             candidates = [j for j in range(length) if valid[j] and (j // LEAF in kept or j // LEAF >= complete)]
         else:
             candidates = [j for j in range(length) if valid[j]]
@@ -216,7 +247,6 @@ def per_query_lists(q: Tensor, row: Row, grid: Grid, block_k: int, window: int, 
 
     fine, coarse = row.means(block_k, 0), row.means(block_k * BRANCH, 0)
     fine_spread, coarse_spread = spread(fine, block_k), spread(coarse, block_k * BRANCH)
-    queries, head_dim = q.shape
     for i in range(grid.q_first, grid.q_end):
         if not grid.q_valid[i]:
             continue
@@ -234,7 +264,9 @@ def per_query_lists(q: Tensor, row: Row, grid: Grid, block_k: int, window: int, 
 
         # 2. The best of the other blocks, from the best superblocks.
         spread_weight = q[i].square().mean() / 2
-        elsewhere = [c for c in range(count) if fine.valid[c] and (c < low or (c >= max(high, low) and not grid.is_causal))]
+        elsewhere = [
+            c for c in range(count) if fine.valid[c] and (c < low or (c >= max(high, low) and not grid.is_causal))
+        ]
         if stages:
             supers = low // BRANCH if grid.is_causal else -(-count // BRANCH)
             if supers > kept_supers:

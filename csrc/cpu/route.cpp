@@ -32,10 +32,12 @@ int64_t place_panels(RouteParams& p) {
 
 std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   RouteParams p{};
-  p.batch = a.query.size(0), p.q_heads = a.query.size(1), p.kv_heads = a.key.size(1), p.q_tokens = a.query.size(2), p.k_tokens = a.key.size(2);
+  p.batch = a.query.size(0), p.q_heads = a.query.size(1), p.kv_heads = a.key.size(1), p.q_tokens = a.query.size(2),
+  p.k_tokens = a.key.size(2);
   p.head_dim = a.query.size(3), p.head_pad = pad_to(p.head_dim, kPad);
   p.low_rank = a.block_k == 1 ? static_cast<LowRank>(a.low_rank) : LowRank::kNone;
-  p.keys = a.keys, p.block_q = a.block_q, p.block_k = a.block_k, p.window = a.window, p.is_causal = a.is_causal, p.scale = float(a.scale);
+  p.keys = a.keys, p.block_q = a.block_q, p.block_k = a.block_k, p.window = a.window, p.is_causal = a.is_causal,
+  p.scale = float(a.scale);
   p.blocks = ceil_div(p.q_tokens, p.block_q), p.capacity = p.index_capacity();
 
   const Operand q = as_rows<float>(a.query, p.head_pad), k = as_rows<float>(a.key, p.head_pad);
@@ -47,7 +49,8 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   }
   const MaskOperand q_mask = as_mask(a.query_mask), k_mask = as_mask(a.key_mask);
   p.q_mask = q_mask.data, p.k_mask = k_mask.data;
-  const std::vector<RowRange> rows = row_ranges(p.batch, p.q_tokens, p.k_tokens, a.query_range, a.key_range, a.query_offset);
+  const std::vector<RowRange> rows =
+      row_ranges(p.batch, p.q_tokens, p.k_tokens, a.query_range, a.key_range, a.query_offset);
   p.rows = rows.data();
   p.panel_rows = p.head_dim + 2 + (p.low_rank == LowRank::kNone ? 0 : p.rank + 1);
 
@@ -58,18 +61,22 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
 
   const RouteKernels& kernel = instruction_set().route;
   const ZeroRow<float> zero_row(std::max(p.head_pad, p.rank + 1));
-  const int64_t panel_floats = place_panels(p), heads = p.batch * p.kv_heads, shared = p.q_heads / std::max<int64_t>(p.kv_heads, 1);
-  const int64_t wave = std::max<int64_t>(1, std::min(heads, std::max<int64_t>(torch::stable::get_num_threads(), kTokensPerWave / std::max<int64_t>(1, p.k_tokens))));
+  const int64_t panel_floats = place_panels(p), heads = p.batch * p.kv_heads,
+                shared = p.q_heads / std::max<int64_t>(p.kv_heads, 1);
+  const int64_t wave =
+      std::max<int64_t>(1, std::min(heads, std::max<int64_t>(torch::stable::get_num_threads(),
+                                                             kTokensPerWave / std::max<int64_t>(1, p.k_tokens))));
   const Scratch memory(wave * panel_floats * int64_t(sizeof(float)));
   float* const panels = static_cast<float*>(memory.data());
   const int64_t segments = ceil_div(p.k_tokens, kRouteSegment), groups = ceil_div(p.blocks, p.blocks_per_group());
-  const int64_t panel_bytes = p.panel_rows * kRouteLanes * int64_t(sizeof(float)), group_bytes = kernel.group(p, 0, 0, 0, nullptr, nullptr);
+  const int64_t panel_bytes = p.panel_rows * kRouteLanes * int64_t(sizeof(float)),
+                group_bytes = kernel.group(p, 0, 0, 0, nullptr, nullptr);
   for (int64_t first = 0; first < heads; first += wave) {
     const int64_t in_wave = std::min(wave, heads - first);
     parallel_units(1, in_wave, segments, panel_bytes, [&](int64_t, int64_t at, int64_t segment, void* scratch) {
       const int64_t head = first + at;
-      kernel.keys(p, head / p.kv_heads, head % p.kv_heads, segment, panels + at * panel_floats, static_cast<float*>(scratch),
-                  static_cast<const float*>(zero_row.data()));
+      kernel.keys(p, head / p.kv_heads, head % p.kv_heads, segment, panels + at * panel_floats,
+                  static_cast<float*>(scratch), static_cast<const float*>(zero_row.data()));
     });
     parallel_units(1, in_wave * shared, groups, group_bytes, [&](int64_t, int64_t at, int64_t group, void* scratch) {
       const int64_t head = first + at / shared, h = head % p.kv_heads * shared + at % shared;
