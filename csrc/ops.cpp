@@ -35,6 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor d_o
   const AttentionArguments a{query,      key,      value,       query_map, key_map,      index,    count,   span,    query_order, query_mask,
                              key_mask, query_range, key_range, query_offset, low_rank, block_q, block_k, span_keys, is_causal, scale};
   check_attention(a);
+  check_attention_backward(a, d_out, d_lse, out, lse);
   return cpu_launchers().attention_backward(a, out, lse, d_out, d_lse);
 }
 
@@ -49,11 +50,13 @@ std::tuple<Tensor, Tensor> route(Tensor query, Tensor key, MaybeTensor query_map
 
 Tensor project(Tensor tokens, Tensor weight, MaybeTensor bias) {
   check_projection(tokens, weight);
+  check_projection_bias(weight, bias);
   return cpu_launchers().project(tokens, weight, bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor> project_backward(Tensor grad, Tensor tokens, Tensor weight) {
   check_projection(tokens, weight);
+  check_projection_gradient(grad, tokens, weight);
   return cpu_launchers().project_backward(grad, tokens, weight);
 }
 
