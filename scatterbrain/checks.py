@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,9 @@ from scatterbrain.support import SUPPORTS, Blocks, Empty, LSH, Support
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_tensors(query: Tensor, key: Tensor, value: Tensor | None) -> None:
-    """query (B, Hq, N, d), key (B, Hkv, M, d), value (B, Hkv, M, dv): rank, dtype, device and sizes that fit together."""
-    named = {"query": query, "key": key} | ({} if value is None else {"value": value})
-    for name, tensor in named.items():
+def check_tensors(query: Tensor, key: Tensor, *value: Tensor) -> None:
+    """query (B, Hq, N, d), key (B, Hkv, M, d) and, where there is one, value (B, Hkv, M, dv): rank, dtype, device and sizes that fit together."""
+    for name, tensor in zip(("query", "key", "value"), (query, key, *value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
@@ -33,8 +34,13 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor | None) -> None:
         raise ValueError(f"key must have the head_dim of query, expected {query.shape[3]}, got {key.shape[3]}")
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"the heads of query must be a multiple of those of key, got {query.shape[1]} and {key.shape[1]}")
-    if value is not None and value.shape[1:3] != key.shape[1:3]:
-        raise ValueError(f"value must have the heads and tokens of key, expected {tuple(key.shape[1:3])}, got {tuple(value.shape[1:3])}")
+    if value and value[0].shape[1:3] != key.shape[1:3]:
+        raise ValueError(f"value must have the heads and tokens of key, expected {tuple(key.shape[1:3])}, got {tuple(value[0].shape[1:3])}")
+
+
+def is_readable(*tensors: Tensor) -> bool:
+    """Whether contents can be looked at here without waiting for a device, and without a value that a trace or vmap does not have."""
+    return not torch.compiler.is_compiling() and all(t.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(t) for t in tensors)
 
 
 def check_mask(name: str, mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> None:
@@ -66,6 +72,8 @@ def check_offset(query_offset: int | Tensor, batch: int, is_causal: bool) -> Non
             raise ValueError(f"query_offset must be an int or an integer tensor of shape ({batch},), got {query_offset.dtype} of shape {tuple(query_offset.shape)}")
         if not is_causal:
             raise ValueError("query_offset shifts the causal edge and needs is_causal=True, got is_causal=False")
+        if is_readable(query_offset) and bool((query_offset.long().abs() >= 2**31).any()):
+            raise ValueError(f"query_offset must fit into 32 bits, got {query_offset.tolist()}")
         return
     if isinstance(query_offset, bool) or not isinstance(query_offset, (int, torch.SymInt)):
         raise TypeError(f"query_offset must be an int or a tensor, got {type(query_offset).__name__}")
@@ -77,6 +85,8 @@ def check_offset(query_offset: int | Tensor, batch: int, is_causal: bool) -> Non
 
 def check_pair(support: Support, low_rank: LowRank, is_causal: bool) -> None:
     """Support and low-rank kernel, and what causality rules out."""
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, got {type(is_causal).__name__}; a mask goes into key_padding_mask, or into support=Blocks")
     if not isinstance(support, SUPPORTS):
         raise TypeError(f"support must be one of {', '.join(s.__name__ for s in SUPPORTS)}, got {type(support).__name__}")
     if low_rank is not None and not isinstance(low_rank, (Quadratic, Favor)):
@@ -123,14 +133,25 @@ def check_statistics(low_rank: LowRank, statistics: Coefficients | None, scale: 
         raise ValueError(f"statistics have rank {statistics.rank}, low_rank asks for {low_rank.rank}; fit them with rank={low_rank.rank}")
     if statistics.query_projection.shape[-1] != head_dim:
         raise ValueError(f"statistics are for head_dim {statistics.query_projection.shape[-1]}, query has {head_dim}")
-    if isinstance(statistics, Statistics):
-        if abs(statistics.scale - scale) > 1e-6 * max(abs(scale), 1e-6):
-            raise ValueError(f"statistics were fitted for scale={statistics.scale:.6g}, attention runs with scale={scale:.6g}; fit them with the same scale")
-        leading = tuple(statistics.query_projection.shape[:-2])
-        if leading not in ((kv_heads,), (batch, kv_heads), (1, kv_heads)):
-            raise ValueError(f"statistics must be per key/value head, expected leading shape ({kv_heads},) or ({batch}, {kv_heads}), got {leading}")
-    elif statistics.query_projection.shape[0] != q_heads or statistics.key_projection.shape[0] != kv_heads:
-        raise ValueError(f"projections must be per head, expected {q_heads} query and {kv_heads} key heads, got {statistics.query_projection.shape[0]} and {statistics.key_projection.shape[0]}")
+    r, d = low_rank.rank, head_dim
+    if isinstance(statistics, Projections):
+        if statistics.query_projection.shape[0] != q_heads or statistics.key_projection.shape[0] != kv_heads:
+            raise ValueError(f"projections must be per head, expected {q_heads} query and {kv_heads} key heads, got {statistics.query_projection.shape[0]} and {statistics.key_projection.shape[0]}")
+        _check_shapes(statistics, (q_heads, r, d), (q_heads, d), (q_heads,), (kv_heads, r, d), (kv_heads, d))
+        return
+    if abs(statistics.scale - scale) > 1e-6 * max(abs(scale), 1e-6):
+        raise ValueError(f"statistics were fitted for scale={statistics.scale:.6g}, attention runs with scale={scale:.6g}; fit them with the same scale")
+    leading = tuple(statistics.query_projection.shape[:-2])
+    if leading not in ((kv_heads,), (batch, kv_heads), (1, kv_heads)):
+        raise ValueError(f"statistics must be per key/value head, expected leading shape ({kv_heads},) or ({batch}, {kv_heads}), got {leading}")
+    _check_shapes(statistics, (*leading, r, d), (*leading, d), (*leading, r, d), (*leading, d))
+
+
+def _check_shapes(owner: Statistics | Projections, *shapes: tuple[int, ...]) -> None:
+    """That the tensors of ``owner``, in the order of its fields, have these shapes."""
+    for field, shape in zip(fields(owner), shapes):
+        if tuple(getattr(owner, field.name).shape) != shape:
+            raise ValueError(f"{type(owner).__name__}: {field.name} must be of shape {shape}, got {tuple(getattr(owner, field.name).shape)}")
 
 
 def check_blocks(blocks: Blocks, batch: int, q_heads: int, kv_heads: int, q_tokens: int, key_range: Tensor | None, query_range: Tensor | None, k_tokens: int,
@@ -144,7 +165,7 @@ def check_blocks(blocks: Blocks, batch: int, q_heads: int, kv_heads: int, q_toke
     order = blocks.query_order
     if order is not None and (order.shape[0] != batch or q_heads % order.shape[1] or order.shape[2] != q_tokens):
         raise ValueError(f"Blocks: query_order must be (batch, heads, queries) = ({batch}, {q_heads}, {q_tokens}), got {tuple(order.shape)}")
-    if blocks._checked or blocks.index.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(blocks.index):
+    if blocks._checked or not is_readable(blocks.index, blocks.count, *(t for t in (key_range, query_range, offset) if t is not None)):
         return
     used = torch.arange(blocks.index.shape[3], dtype=torch.int32) < blocks.count[..., None]
     entry = torch.where(used, blocks.index, -1).long()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,11 +22,12 @@ from scatterbrain.low_rank import (
     favor_sizes,
     moments,
     quadratic_weights,
-    seeded_projection,
+    random_projection,
     statistics_from_moments,
 )
 from scatterbrain.support import LSH, Blocks, Empty, Full, Routed, Support, Window
 
+ANY_LENGTH = 2**31 - 1  # bound of spans over all keys: a constant, which does not tie a compiled graph to one length
 LOW_RANK_CODE = {type(None): 0, Quadratic: 1, Favor: 2}
 
 
@@ -94,7 +96,7 @@ def fit_statistics(query: Tensor, key: Tensor, rank: int = 9, key_padding_mask: 
     Raises:
         ValueError: rank > head_dim, no valid token, or NaN or infinity among the valid tokens.
     """
-    checks.check_tensors(query, key, None)
+    checks.check_tensors(query, key)
     checks.check_scale(scale)
     checks.check_statistics(Quadratic(rank, "input"), None, 1.0, 0, 0, 0, query.shape[3])
     rows = rows_of(query, key, key_padding_mask, None, 0)
@@ -108,7 +110,8 @@ def checked_moments(query: Tensor, key: Tensor, scale: float, rows: Rows):
     m = moments(query, key, scale, rows.key_mask, rows.query_mask)
     if not bool(torch.isfinite(m.query_second).all() & torch.isfinite(m.key_second).all() & torch.isfinite(m.key_mean).all()):
         raise ValueError("calibration: query or key holds NaN or infinity among the valid tokens (or is too large to square); calibrate on clean inputs, mask bad tokens")
-    if not bool((m.tokens > 0).all()):
+    keys = key.shape[0] * key.shape[2] if rows.key_mask is None else int((~rows.key_mask).sum())
+    if keys == 0 or not bool((m.tokens > 0).all()):
         raise ValueError("calibration: expected at least one valid token, got none; check key_padding_mask (True = ignore)")
     return m
 
@@ -159,7 +162,7 @@ def attention(
     checks.check_offset(query_offset, query.shape[0], is_causal)
     rows = rows_of(query, key, key_padding_mask, query_padding_mask, query_offset)
     scale = _default_scale(query, scale)
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device):
         if isinstance(support, Full):
             # Nothing is left for the low-rank kernel. Without masks and offsets torch's own kernel is the fastest exact attention there is.
             low_rank = statistics = None
@@ -195,7 +198,7 @@ def route(
         :class:`Blocks` with lists for every query head.
     """
     query, key = _autocast(query, key)
-    checks.check_tensors(query, key, None)
+    checks.check_tensors(query, key)
     checks.check_scale(scale)
     if not isinstance(support, (Routed, LSH)):
         raise TypeError(f"route: support must be Routed or LSH, whose lists depend on the content, got {type(support).__name__}")
@@ -207,7 +210,7 @@ def route(
     checks.check_offset(query_offset, query.shape[0], is_causal)
     rows = rows_of(query, key, key_padding_mask, query_padding_mask, query_offset)
     scale = _default_scale(query, scale)
-    with torch.autocast(query.device.type, enabled=False), torch.no_grad():
+    with _without_autocast(query.device), torch.no_grad():
         query_map, key_map = coordinates(query, key, low_rank, statistics, scale, rows, is_causal)
         return _content_lists(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
 
@@ -222,10 +225,14 @@ def _default_scale(query: Tensor, scale: float | None) -> float:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The autocast region's dtype for float tensors, as torch's own attention does; float64 stays."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def coordinates(query: Tensor, key: Tensor, low_rank: LowRank, statistics: Coefficients | None, scale: float, rows: Rows, is_causal: bool):  # fmt: skip
@@ -251,12 +258,15 @@ def _per_row(statistics: Coefficients) -> bool:
 
 
 def _favor_coordinates(query: Tensor, key: Tensor, low_rank: Favor, statistics: Coefficients | None, scale: float, rows: Rows, dtype: torch.dtype):  # fmt: skip
-    projection = seeded_projection(low_rank, query.shape[3]) if statistics is None else statistics.projection
+    if statistics is None:
+        projection = random_projection(low_rank.features, query.shape[3], low_rank.orthogonal, low_rank.hyperbolic, low_rank.seed)
+    else:
+        projection = statistics.projection
     projection = projection.to(device=query.device, dtype=dtype)[None, None]
     maps = []
     for tokens, mask, size in zip((query, key), (rows.query_mask, rows.key_mask), favor_sizes(scale)):
-        if mask is not None:
-            tokens = tokens.masked_fill(mask[:, None, :, None], 0)
+        # A node of its own without a mask too: gradients of the features are then always added up before they join that of the scores, to the same bits.
+        tokens = tokens.view_as(tokens) if mask is None else tokens.masked_fill(mask[:, None, :, None], 0)
         projected = torch.ops.scatterbrain.project(tokens, projection * size, None)
         maps.append(torch.cat(favor_log_features(projected, tokens, size, low_rank.hyperbolic), -1))
     return maps[0], maps[1]
@@ -265,18 +275,24 @@ def _favor_coordinates(query: Tensor, key: Tensor, low_rank: Favor, statistics: 
 def window_span(support: Window, n: int, m: int, rows: Rows, is_causal: bool, device: torch.device) -> Tensor:
     """int32 (1 or B, blocks, 2), absolute [lo, hi) of each query block's window, before the causal edge cuts it."""
     slot = torch.arange(-(-n // support.block_q), device=device)[None] * support.block_q
-    q_first, q_length = (0, n) if rows.query_range is None else (rows.query_range[:, :1].long(), (rows.query_range[:, 1:] - rows.query_range[:, :1]).long())
-    k_first, k_length = (0, m) if rows.key_range is None else (rows.key_range[:, :1].long(), (rows.key_range[:, 1:] - rows.key_range[:, :1]).long())
+    q_first, q_length, k_first, k_length = 0, max(n, 1), 0, m
+    if rows.query_range is not None:
+        q_first, q_length = rows.query_range[:, :1].long(), (rows.query_range[:, 1:] - rows.query_range[:, :1]).long().clamp(min=1)
+    if rows.key_range is not None:
+        k_first, k_length = rows.key_range[:, :1].long(), (rows.key_range[:, 1:] - rows.key_range[:, :1]).long()
+
+    def at_most(limit: int | Tensor, position: Tensor) -> Tensor:
+        return torch.minimum(position, limit) if isinstance(limit, Tensor) else position.clamp(max=limit)
+
     if is_causal:
         first = q_first + slot + (0 if rows.offset is None else rows.offset[:, None].long()) - k_first
         lo = (first + support.block_q - support.keys).clamp(min=0)
         hi = first + support.block_q
     else:
-        divisor = 2 * (max(q_length, 1) if isinstance(q_length, int) else q_length.clamp(min=1))
-        lo = (2 * slot + support.block_q) * k_length // divisor - support.keys // 2
-        lo = torch.minimum(lo, torch.as_tensor(k_length - support.keys, device=device)).clamp(min=0)
+        lo = (2 * slot + support.block_q) * k_length // (2 * q_length) - support.keys // 2
+        lo = at_most(k_length - support.keys, lo).clamp(min=0)
         hi = lo + support.keys
-    hi = torch.minimum(hi, torch.as_tensor(k_length, device=device))
+    hi = at_most(k_length, hi)
     return torch.stack([lo + k_first, torch.maximum(hi, lo) + k_first], -1).to(torch.int32)
 
 
@@ -287,8 +303,8 @@ def lists_of(support: Support, query: Tensor, key: Tensor, query_map: Tensor | N
     if isinstance(support, Empty):
         return Lists(None, None, None, None, 16, 1, 0)
     if isinstance(support, Full):
-        span = torch.tensor([0, m], dtype=torch.int32, device=query.device).expand(1, -(-n // 16), 2).contiguous()
-        return Lists(None, None, span, None, 16, 1, m)
+        span = (torch.arange(2, dtype=torch.int32, device=query.device) * m).expand(1, -(-n // 16), 2).contiguous()
+        return Lists(None, None, span, None, 16, 1, ANY_LENGTH)
     if isinstance(support, Window):
         return Lists(None, None, window_span(support, n, m, rows, is_causal, query.device), None, support.block_q, 1, support.keys)
     if isinstance(support, (Routed, LSH)):
@@ -301,7 +317,7 @@ def lists_of(support: Support, query: Tensor, key: Tensor, query_map: Tensor | N
 def _content_lists(support: Routed | LSH, query: Tensor, key: Tensor, query_map: Tensor | None, key_map: Tensor | None, low_rank: LowRank, scale: float,
                    rows: Rows, is_causal: bool) -> Blocks:  # fmt: skip
     if isinstance(support, LSH):
-        return lsh.lsh_lists(query, key, support, rows.query_mask, rows.key_mask, rows.key_range)
+        return lsh.lsh_lists(query, key, support, rows.query_mask, rows.key_mask, rows.query_range, rows.key_range)
     # Always in float32, so that float64 copies of the same inputs are routed alike.
     as_float = lambda t: None if t is None else t.detach().float()  # noqa: E731
     index, count = torch.ops.scatterbrain.route(

@@ -247,6 +247,17 @@ def seeded_projection(low_rank: Favor, head_dim: int, draw: int = 0) -> Tensor:
     return draw_projection(low_rank, head_dim, torch.Generator().manual_seed(low_rank.seed * 1_000_003 + draw))
 
 
+@torch.library.custom_op("scatterbrain::random_projection", mutates_args=(), schema="(int features, int head_dim, bool orthogonal, bool hyperbolic, int seed) -> Tensor")
+def random_projection(features: int, head_dim: int, orthogonal: bool, hyperbolic: bool, seed: int) -> Tensor:
+    """:func:`seeded_projection` as an operator: a constant that compile and export leave alone, and no random operation in the eyes of vmap."""
+    return seeded_projection(Favor(features, orthogonal, hyperbolic, seed=seed), head_dim)
+
+
+@random_projection.register_fake
+def _(features: int, head_dim: int, orthogonal: bool, hyperbolic: bool, seed: int) -> Tensor:
+    return torch.empty(features // 2 if hyperbolic else features, head_dim, device="cpu")
+
+
 # ---------------------------------------------------------------------------------------------------------------- maps
 
 
@@ -266,12 +277,17 @@ def quadratic_weights(c: Statistics | Projections, scale: float) -> tuple[Tensor
     return query_weight, query_offset, key_weight, torch.zeros_like(key_weight[..., 0])
 
 
+def squared_norm(tokens: Tensor) -> Tensor:
+    """(..., 1). Summed along contiguous memory: the order of torch's sum, and with it the last bit, depends on the stride."""
+    return (tokens if tokens.stride(-1) == 1 else tokens.contiguous()).square().sum(-1, keepdim=True)
+
+
 def favor_log_features(projected: Tensor, tokens: Tensor, size: float, hyperbolic: bool) -> tuple[Tensor, Tensor]:
     """(features in (0, 1], log scale) from ``projected = size W t``: the row's largest exponent is its log scale, so nothing overflows and no epsilon is
     needed. The log scale is a stabiliser, a constant of the backward pass."""
     if hyperbolic:
         projected = torch.cat([projected, -projected], -1)
-    half_norm = (tokens.to(projected.dtype) * size).square().sum(-1, keepdim=True) / 2
+    half_norm = squared_norm(tokens.to(projected.dtype) * size) / 2
     exponent = projected - half_norm
     peak = exponent.detach().amax(-1, keepdim=True)
     return torch.exp(exponent - peak), peak - math.log(projected.shape[-1]) / 2

@@ -175,6 +175,15 @@ class Blocks:
             raise ValueError("Blocks: index has a negative entry among the first count entries of a list; put unused slots (-1) at the end and count the others")
         if capacity > 1 and bool((used[..., 1:] & (self.index[..., 1:] <= self.index[..., :-1])).any()):
             raise ValueError("Blocks: each list of index must be strictly ascending (no key twice); sort it and drop duplicates")
+        if self.query_order is not None and self.query_order.numel() > 0:
+            queries = self.query_order.shape[2]
+            order = self.query_order.sort(-1).values
+            if bool(((order < -1) | (order >= queries)).any()):
+                wrong = order.max() if bool((order >= queries).any()) else order.min()
+                raise ValueError(f"Blocks: query_order names query {int(wrong)} of {queries}; use -1 for a slot without a query")
+            twice = (order[..., 1:] == order[..., :-1]) & (order[..., 1:] >= 0)
+            if bool(twice.any()):
+                raise ValueError(f"Blocks: query_order names query {int(order[..., 1:][twice][0])} twice; a query belongs to one list")
 
 
 Support = Union[Full, Empty, Window, Routed, LSH, Blocks]
