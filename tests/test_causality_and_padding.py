@@ -1,0 +1,243 @@
+"""No bit of the past depends on the future, and no bit of a valid token on padding: what it holds, how much there is, on which side."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import scatterbrain as sb
+
+N, D, H, KV = 150, 8, 2, 1
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def own_and_earlier_keys(tokens: int, is_causal: bool, block_q: int = 8, block_k: int = 4) -> sb.Blocks:
+    """Fixed lists of up to six blocks of keys, some of them later than the first queries of their block; some lists are empty."""
+    generator = torch.Generator().manual_seed(7)
+    lists = -(-tokens // block_q)
+    index, count = torch.full((1, H, lists, 6), -1, dtype=torch.int32), torch.zeros(1, H, lists, dtype=torch.int32)
+    for h in range(H):
+        for t in range(lists):
+            last = min((t + 1) * block_q, tokens) - 1 if is_causal else tokens - 1
+            chosen = torch.randperm(last // block_k + 1, generator=generator)[: (t + h) % 7].sort().values
+            index[0, h, t, : len(chosen)], count[0, h, t] = chosen.to(torch.int32), len(chosen)
+    return sb.Blocks(index, count, block_q, block_k)
+
+
+SUPPORTS = {
+    "empty": sb.Empty(),
+    **{f"window {keys}/{block_q}": sb.Window(keys, block_q) for keys, block_q in ((13, 1), (7, 5), (20, 8), (24, 16), (40, 32), (100, 16))},
+    **{f"pooled {block_q}": sb.Routed(block_q + 8, block_q) for block_q in (8, 16, 32)},
+    "per query": sb.Routed(32, block_q=1, block_k=8, window=16),
+    "per query without window": sb.Routed(24, block_q=1, block_k=8),
+    "blocks": "blocks",
+}  # fmt: skip
+BIDIRECTIONAL = SUPPORTS | {"full": sb.Full(), "lsh": sb.LSH(16, rounds=2)}
+LOW_RANKS = {
+    "none": (None, None),
+    "stored": (sb.Quadratic(4), sb.fit_statistics(rand(1, H, 300, D, seed=1), rand(1, KV, 300, D, seed=2), 4)),
+    "learned": (
+        sb.Quadratic(4, "learned"),
+        sb.Projections(rand(H, 4, D, seed=3) / 3, rand(H, D, seed=4) / 3, rand(H, seed=5), rand(KV, 4, D, seed=6) / 3, rand(KV, D, seed=7) / 3),
+    ),
+    "favor": (sb.Favor(16), None),
+}
+INPUT = LOW_RANKS | {"input": (sb.Quadratic(4, "input"), None)}
+
+
+def pairs(supports: dict, low_ranks: dict) -> list[tuple[str, str]]:
+    return [(s, r) for s in supports for r in low_ranks if not (s == "empty" and r == "none")]
+
+
+@dataclass
+class Result:
+    out: Tensor
+    lse: Tensor
+    gradients: list[Tensor]  # of query, key and value
+    weights: list[Tensor]  # of learned projections
+
+
+def run(tokens: list[Tensor], support: object, low_rank: str, upstream: Tensor, **arguments: object) -> Result:
+    """sb.attention and the gradients of sum(upstream * out)."""
+    kernel, statistics = INPUT[low_rank]
+    if support == "blocks":
+        support = own_and_earlier_keys(tokens[1].shape[2], bool(arguments.get("is_causal")))
+    leaves = [t.clone().requires_grad_() for t in tokens]
+    learned = []
+    if isinstance(statistics, sb.Projections):
+        learned = [t.clone().requires_grad_() for t in vars(statistics).values()]
+        statistics = sb.Projections(*learned)
+    out, lse = sb.attention(*leaves, support, kernel, statistics=statistics, return_lse=True, **arguments)
+    gradients = torch.autograd.grad(out, leaves + learned, upstream, allow_unused=True, materialize_grads=True)
+    return Result(out.detach(), lse.detach(), list(gradients[:3]), list(gradients[3:]))
+
+
+def draw(n: int = N, seed: int = 10, batch: int = 1) -> list[Tensor]:
+    return [rand(batch, H, n, D, seed=seed), rand(batch, KV, n, D, seed=seed + 1), rand(batch, KV, n, D, seed=seed + 2)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- causality
+
+
+@pytest.mark.parametrize("support, low_rank", pairs(SUPPORTS, LOW_RANKS))
+def test_the_past_does_not_see_the_future(support: str, low_rank: str) -> None:
+    """Lists are routed anew for the changed tokens: routing may not look ahead either."""
+    tokens = draw()
+    for t in (0, 63, 64, 65, 101):
+        past, upstream = slice(0, t + 1), rand(1, H, N, D, seed=20)
+        upstream[:, :, t + 1 :] = 0
+        want = run(tokens, SUPPORTS[support], low_rank, upstream, is_causal=True)
+        assert all(not g[:, :, t + 1 :].any() for g in want.gradients), f"t={t}: gradient to the future"
+        for future in (draw(seed=30), [1e4 * x for x in draw(seed=33)]):
+            changed = [torch.cat([x[:, :, past], y[:, :, t + 1 :]], 2) for x, y in zip(tokens, future)]
+            got = run(changed, SUPPORTS[support], low_rank, upstream, is_causal=True)
+            assert torch.equal(got.out[:, :, past], want.out[:, :, past]) and torch.equal(got.lse[:, :, past], want.lse[:, :, past]), f"t={t}"
+            for name, mine, theirs in zip(("dq", "dk", "dv"), got.gradients, want.gradients):
+                assert torch.equal(mine, theirs), f"t={t}: {name}"
+            if not any(x.abs().max() > 1e3 for x in future):
+                for mine, theirs in zip(got.weights, want.weights):
+                    assert torch.equal(mine, theirs), f"t={t}: gradient of a projection"
+
+
+@pytest.mark.parametrize("offset", [-20, 5, 64])
+@pytest.mark.parametrize("support, low_rank", pairs({"window": 0, "per query": 0, "pooled 16": 0}, LOW_RANKS))
+def test_an_offset_moves_the_edge(support: str, low_rank: str, offset: int) -> None:
+    """Fewer queries than keys: query i sees keys up to i + offset and no bit of what follows."""
+    support = sb.Window(24) if support == "window" else SUPPORTS[support]
+    tokens = draw()
+    tokens[0], upstream = tokens[0][:, :, :70], torch.zeros(1, H, 70, D)
+    for t in (3, 30, 64):
+        upstream[:, :, : t + 1] = rand(1, H, t + 1, D, seed=20)
+        upstream[:, :, t + 1 :] = 0
+        want = run(tokens, support, low_rank, upstream, is_causal=True, query_offset=offset)
+        changed = [tokens[0], *(x.clone() for x in tokens[1:])]
+        for x in changed[1:]:
+            x[:, :, max(0, t + offset + 1) :] = 1e4
+        got = run(changed, support, low_rank, upstream, is_causal=True, query_offset=offset)
+        assert torch.equal(got.out[:, :, : t + 1], want.out[:, :, : t + 1])
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got.gradients, want.gradients))
+        assert all(not g[:, :, max(0, t + offset + 1) :].any() for g in want.gradients[1:])
+        if t + offset < 0:
+            assert not want.out[:, :, : t + 1].any() and want.lse[:, :, : t + 1].eq(-math.inf).all()
+
+
+@pytest.mark.parametrize("support, low_rank", pairs(SUPPORTS, LOW_RANKS))
+def test_chunks_with_an_offset_are_rows_of_the_full_pass(support: str, low_rank: str) -> None:
+    """At fixed lists: chunk c of the queries at query_offset c, with a list for each of its query blocks."""
+    tokens, kernel = draw(), INPUT[low_rank]
+    lists = SUPPORTS[support]
+    if support == "blocks":
+        lists = own_and_earlier_keys(N, True)
+    elif isinstance(lists, sb.Routed):
+        lists = sb.route(*tokens[:2], lists, kernel[0], is_causal=True, statistics=kernel[1])
+    arguments = dict(low_rank=kernel[0], is_causal=True, statistics=kernel[1], return_lse=True)
+    whole, whole_lse = sb.attention(*tokens, lists, **arguments)
+    block_q, chunk = getattr(lists, "block_q", 16), 2 * getattr(lists, "block_q", 16) * 3
+    for start in range(0, N, chunk):
+        query = tokens[0][:, :, start : start + chunk]
+        part = lists
+        if isinstance(lists, sb.Blocks):
+            at = slice(start // block_q, start // block_q + -(-query.shape[2] // block_q))
+            part = sb.Blocks(lists.index[:, :, at], lists.count[:, :, at], block_q, lists.block_k)
+        for offset in (start, torch.tensor([start])):
+            out, lse = sb.attention(query, *tokens[1:], part, query_offset=offset, **arguments)
+            torch.testing.assert_close(out, whole[:, :, start : start + chunk], rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(lse, whole_lse[:, :, start : start + chunk], rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- padding
+
+HOLES = torch.rand(N, generator=torch.Generator().manual_seed(3)) < 0.3
+PADDING = {
+    "right": torch.arange(N) >= N - 41,
+    "left": torch.arange(N) < 29,
+    "both": (torch.arange(N) < 3) | (torch.arange(N) >= 130),
+    "holes": HOLES,
+    "holes and ends": HOLES | (torch.arange(N) < 30) | (torch.arange(N) > 99),
+    "all": torch.ones(N, dtype=torch.bool),
+    "all but one": torch.arange(N) != 77,
+}
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("support, low_rank", pairs(BIDIRECTIONAL, INPUT))
+def test_what_padding_holds_changes_no_bit(support: str, low_rank: str, is_causal: bool) -> None:
+    """NaN, 1e4 or zero in the padded slots; one row for every pattern. Padded rows give zeros and zero gradients."""
+    if is_causal and (support == "lsh" or low_rank == "input"):
+        return
+    mask = torch.stack(list(PADDING.values()))
+    tokens, upstream = draw(batch=len(mask)), rand(len(mask), H, N, D, seed=20)
+    chosen = BIDIRECTIONAL[support]
+    if support == "blocks":  # entries count from the first valid key, and none lies past the last one
+        lists = own_and_earlier_keys(N, is_causal)
+        room = torch.stack([~m for m in mask]).float()
+        first = room.argmax(1)
+        length = torch.where(room.any(1), N - room.flip(1).argmax(1) - first, 0)
+        inside = lists.index * lists.block_k < length[:, None, None, None]
+        count = (inside & (lists.index >= 0)).sum(-1, dtype=torch.int32)
+        chosen = sb.Blocks(torch.where(inside, lists.index, -1), count, lists.block_q, lists.block_k)
+    results = []
+    for content in (0.0, math.nan, 1e4):
+        filled = [x.masked_fill(mask[:, None, :, None], content) for x in tokens]
+        grad = upstream if content == 0 else upstream.masked_fill(mask[:, None, :, None], 1e4)
+        results.append(run(filled, chosen, low_rank, grad, key_padding_mask=mask, is_causal=is_causal))
+    want = results[0]
+    padded = mask[:, None, :].expand(-1, H, -1)
+    assert not want.out[padded].any() and want.lse[padded].eq(-math.inf).all()
+    assert all(not g[mask[:, None].expand(g.shape[:3])].any() for g in want.gradients)
+    for got in results[1:]:
+        assert torch.equal(got.out, want.out) and torch.equal(got.lse, want.lse)
+        for name, mine, theirs in zip(("dq", "dk", "dv", *("dP",) * 5), got.gradients + got.weights, want.gradients + want.weights):
+            assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("support, low_rank", pairs(BIDIRECTIONAL, LOW_RANKS))
+def test_more_padding_changes_no_bit(support: str, low_rank: str, is_causal: bool) -> None:
+    """The valid tokens inside longer tensors, padded on either side, against the tensors without padding and without a mask."""
+    if is_causal and support == "lsh":
+        return
+    tokens, upstream = draw(), rand(1, H, N, D, seed=20)
+    chosen = BIDIRECTIONAL[support]
+    lists = own_and_earlier_keys(N, is_causal) if support == "blocks" else None
+    bare = torch.zeros(1, N, dtype=torch.bool)  # masks nothing; a plain Full() without one is torch's own kernel, with other rounding
+    want = run(tokens, lists or chosen, low_rank, upstream, is_causal=is_causal, key_padding_mask=bare if support == "full" else None)
+    for left, right in ((0, 0), (0, 101), (1, 0), (40, 1), (64, 64)):
+        pad = lambda x: torch.nn.functional.pad(x, (0, 0, left, right), value=1.0)  # noqa: E731
+        inside = slice(left, left + N)
+        mask = torch.ones(1, left + N + right, dtype=torch.bool)
+        mask[:, inside] = False
+        if lists is not None:
+            more = -(-mask.shape[1] // lists.block_q) - lists.index.shape[2]
+            index = torch.nn.functional.pad(lists.index, (0, 0, 0, more), value=-1)
+            chosen = sb.Blocks(index, torch.nn.functional.pad(lists.count, (0, more)), lists.block_q, lists.block_k)
+        got = run([pad(x) for x in tokens], chosen, low_rank, pad(upstream), key_padding_mask=mask, is_causal=is_causal)
+        assert torch.equal(got.out[:, :, inside], want.out), f"{left}, {right}: out {(got.out[:, :, inside] - want.out).abs().max():.2e}"
+        assert torch.equal(got.lse[:, :, inside], want.lse), f"{left}, {right}: lse"
+        for name, mine, theirs in zip(("dq", "dk", "dv"), got.gradients, want.gradients):
+            assert torch.equal(mine[:, :, inside], theirs), f"{left}, {right}: {name} {(mine[:, :, inside] - theirs).abs().max():.2e}"
+
+
+@pytest.mark.parametrize("support, low_rank", pairs(BIDIRECTIONAL, LOW_RANKS))
+def test_queries_and_keys_are_padded_on_their_own(support: str, low_rank: str) -> None:
+    """Different numbers of queries and keys with a mask each, against the valid ones alone."""
+    if support == "blocks":
+        return
+    query, key, value = draw()
+    query = query[:, :, :90]
+    want = run([query, key, value], BIDIRECTIONAL[support], low_rank, rand(1, H, 90, D, seed=20), key_padding_mask=torch.zeros(1, N, dtype=torch.bool))
+    q_mask, k_mask = torch.ones(1, 90 + 30, dtype=torch.bool), torch.ones(1, N + 50, dtype=torch.bool)
+    q_mask[:, 11:101], k_mask[:, 50:] = False, False
+    longer = [torch.nn.functional.pad(query, (0, 0, 11, 19), value=math.nan)] + [torch.nn.functional.pad(x, (0, 0, 50, 0), value=math.nan) for x in (key, value)]
+    upstream = torch.nn.functional.pad(rand(1, H, 90, D, seed=20), (0, 0, 11, 19), value=1.0)
+    got = run(longer, BIDIRECTIONAL[support], low_rank, upstream, key_padding_mask=k_mask, query_padding_mask=q_mask)
+    assert torch.equal(got.out[:, :, 11:101], want.out) and not got.out[:, :, :11].any() and not got.out[:, :, 101:].any()
+    assert torch.equal(got.gradients[0][:, :, 11:101], want.gradients[0])
+    assert torch.equal(got.gradients[1][:, :, 50:], want.gradients[1]) and torch.equal(got.gradients[2][:, :, 50:], want.gradients[2])
