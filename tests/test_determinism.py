@@ -1,0 +1,197 @@
+"""The same bits from run to run, for any number of threads, and for any memory layout of the inputs, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import scatterbrain as sb
+
+D, DV = 16, 12
+SUPPORTS = {
+    "window": sb.Window(40, 16),
+    "single queries": sb.Window(24, 1),
+    "routed": sb.Routed(32, 16),
+    "routed per query": sb.Routed(32, 1, 8, 16),
+    "lsh": sb.LSH(32, rounds=2),
+    "empty": sb.Empty(),
+}
+LOW_RANKS = {"none": None, "learned": sb.Quadratic(4, "learned"), "favor": sb.Favor(16), "input": sb.Quadratic(4, "input")}
+# Fewer heads than threads are split into rounds of units, others are taken whole: (query heads, key/value heads).
+HEADS = {"one head": (1, 1), "four heads": (4, 4), "two groups of heads": (4, 2), "one group of heads": (3, 1)}
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tensors(n: int, heads: tuple[int, int]) -> list[Tensor]:
+    return [rand(1, heads[0], n, D), rand(1, heads[1], n, D, seed=1), rand(1, heads[1], n, DV, seed=2)]
+
+
+def run(inputs: list[Tensor], support: object, low_rank: object, **arguments: object) -> list[Tensor]:
+    """out, lse and every gradient."""
+    leaves = [t.detach().requires_grad_() for t in inputs]  # the same memory and strides
+    weights, statistics = [], None
+    if isinstance(low_rank, sb.Quadratic) and low_rank.statistics == "learned":
+        shapes = ((inputs[0].shape[1], 4, D), (inputs[0].shape[1], D), (inputs[0].shape[1],), (inputs[1].shape[1], 4, D), (inputs[1].shape[1], D))
+        weights = [(rand(*shape, seed=9 + i) / 4).requires_grad_() for i, shape in enumerate(shapes)]
+        statistics = sb.Projections(*weights)
+    out, lse = sb.attention(*leaves, support, low_rank, statistics=statistics, return_lse=True, **arguments)
+    upstream = [rand(*out.shape, seed=20), rand(*lse.shape, seed=21)]
+    return [out, lse, *torch.autograd.grad([out, lse], leaves + weights, upstream, allow_unused=True, materialize_grads=True)]
+
+
+def assert_same_bits(got: list[Tensor], want: list[Tensor]) -> None:
+    for name, mine, theirs in zip(("out", "lse", "dq", "dk", "dv", "dPq", "db", "dc", "dPk", "da"), got, want):
+        assert torch.equal(mine, theirs), f"{name}: {(mine - theirs).abs().max():.2e}"
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+CASES = [
+    (support, low_rank, is_causal)
+    for support in SUPPORTS
+    for low_rank in LOW_RANKS
+    for is_causal in (False, True)
+    if not (support == "empty" and low_rank == "none") and not (is_causal and (support == "lsh" or low_rank == "input"))
+]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("support, low_rank, is_causal", CASES)
+def test_the_bits_do_not_depend_on_threads_or_runs(support: str, low_rank: str, is_causal: bool) -> None:
+    """700 queries are eleven causal units, 1100 are five bidirectional ones and two segments of keys."""
+    names = list(HEADS) if low_rank == "learned" else ["one head", "two groups of heads"]
+    for name in names:
+        inputs = tensors(700 if is_causal else 1100, HEADS[name])
+        want = None
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            got = run(inputs, SUPPORTS[support], LOW_RANKS[low_rank], is_causal=is_causal)
+            assert all(t.isfinite().all() for t in got)
+            want = want or got
+            assert_same_bits(got, want)
+
+
+@pytest.mark.usefixtures("threads")
+def test_many_rounds_of_units_give_the_bits_of_whole_heads() -> None:
+    """3000 queries of one head with 96 keys each: more kept pairs than one round of the backward pass holds."""
+    inputs = tensors(3000, (1, 1))
+    for support in (sb.Window(96, 16), sb.Window(96, 1)):
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(inputs, support, sb.Quadratic(4, "learned"), is_causal=True))
+        for got in results[1:]:
+            assert_same_bits(got, results[0])
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+def test_padding_and_offsets_do_not_depend_on_threads(is_causal: bool) -> None:
+    inputs = [t.expand(2, -1, -1, -1) * torch.tensor([1.0, 0.5])[:, None, None, None] for t in tensors(500, (2, 1))]
+    mask = torch.rand(2, 500, generator=torch.Generator().manual_seed(5)) < 0.2
+    mask[0, :100], mask[1, 320:] = True, True
+    offset = dict(query_offset=torch.tensor([-30, 70])) if is_causal else {}
+    results = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        results.append(run(inputs, sb.Routed(32), sb.Quadratic(4, "learned"), key_padding_mask=mask, is_causal=is_causal, **offset))
+    assert_same_bits(results[1], results[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory layouts
+
+
+def tokens_before_heads(t: Tensor) -> Tensor:
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def width_first(t: Tensor) -> Tensor:
+    """The last dimension is the one with the largest stride."""
+    return t.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+
+
+def every_second(t: Tensor) -> Tensor:
+    wide = torch.full((*t.shape[:3], 2 * t.shape[3]), torch.nan)
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def part_of_a_larger_one(t: Tensor) -> Tensor:
+    """Views at an offset into memory that holds NaN around them, at addresses that no vector load is aligned to."""
+    large = torch.full((t.shape[0] + 1, t.shape[1] + 2, t.shape[2] + 3, t.shape[3] + 5), torch.nan)
+    view = large[1:, 1:-1, 2:-1, 3:-2]
+    view.copy_(t)
+    return view
+
+
+def unaligned(t: Tensor) -> Tensor:
+    flat = torch.empty(t.numel() + 1)
+    flat[1:] = t.reshape(-1)
+    return flat[1:].view(t.shape)
+
+
+LAYOUTS = {f.__name__.replace("_", " "): f for f in (tokens_before_heads, width_first, every_second, part_of_a_larger_one, unaligned)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("support", [s for s in SUPPORTS if s != "empty"])
+def test_the_layout_of_the_inputs_changes_no_bit(support: str, layout: str) -> None:
+    inputs = tensors(150, (4, 2))
+    arguments = dict(is_causal=support != "lsh")
+    for width in (D, 11):  # multiples of a vector are used where they lie, other widths are packed
+        plain = [t[..., :width].contiguous() for t in inputs[:2]] + inputs[2:]
+        laid_out = [LAYOUTS[layout](t) for t in plain]
+        for low_rank in (sb.Favor(16), None):
+            assert_same_bits(run(laid_out, SUPPORTS[support], low_rank, **arguments), run(plain, SUPPORTS[support], low_rank, **arguments))
+
+
+def test_the_layout_changes_no_bit_with_projections() -> None:
+    plain = tensors(150, (4, 2))
+    for layout in LAYOUTS.values():
+        got = run([layout(t) for t in plain], sb.Routed(32), sb.Quadratic(4, "learned"), is_causal=True)
+        assert_same_bits(got, run(plain, sb.Routed(32), sb.Quadratic(4, "learned"), is_causal=True))
+
+
+@pytest.mark.parametrize("support", [s for s in SUPPORTS if s != "empty"])
+def test_expanded_inputs_are_read_as_if_they_were_copies(support: str) -> None:
+    """Stride 0 along batch, heads or tokens."""
+    query, key, value = tensors(150, (4, 2))
+    expanded = [query[:, :1].expand(2, 4, -1, -1), key[:, :1].expand(2, 2, -1, -1), value[:, :, :1].expand(2, -1, 150, -1)]
+    arguments = dict(is_causal=support != "lsh")
+    assert_same_bits(
+        run(expanded, SUPPORTS[support], sb.Quadratic(4, "learned"), **arguments),
+        run([t.contiguous() for t in expanded], SUPPORTS[support], sb.Quadratic(4, "learned"), **arguments),
+    )
+
+
+def test_gradients_of_any_layout_are_read_alike() -> None:
+    """The gradient of a sum is one number expanded; that of a transposed result is transposed."""
+    inputs = [t.requires_grad_() for t in tensors(150, (4, 2))]
+    out = sb.attention(*inputs, sb.Window(24), sb.Favor(16))
+    for upstream in (torch.ones(()).expand(out.shape), width_first(rand(*out.shape)), part_of_a_larger_one(rand(*out.shape))):
+        got = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+        want = torch.autograd.grad(out, inputs, upstream.contiguous(), retain_graph=True)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want))
+
+
+def test_masks_lists_and_offsets_of_any_layout_are_read_alike() -> None:
+    inputs = [t.expand(2, -1, -1, -1).contiguous() for t in tensors(150, (4, 2))]
+    mask = torch.rand(150, 2, generator=torch.Generator().manual_seed(1)).t() < 0.3
+    lists = sb.route(*inputs[:2], sb.Routed(32), None, key_padding_mask=mask, is_causal=True)
+    wide = torch.full((*lists.index.shape[:3], 2 * lists.index.shape[3]), 7, dtype=torch.int32)
+    wide[..., ::2] = lists.index
+    strided = sb.Blocks(wide[..., ::2], lists.count.transpose(1, 2).contiguous().transpose(1, 2), 16, 1)
+    offset = torch.tensor([0, 9, 3, 9], dtype=torch.int32)[::2]
+    got = run(inputs, strided, None, key_padding_mask=mask, is_causal=True, query_offset=offset)
+    assert_same_bits(got, run(inputs, lists, None, key_padding_mask=mask.contiguous(), is_causal=True, query_offset=torch.tensor([0, 3])))
