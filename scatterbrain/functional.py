@@ -16,7 +16,6 @@ from scatterbrain.low_rank import (
     Favor,
     LowRank,
     Quadratic,
-    RandomFeatures,
     Statistics,
     favor_log_features,
     favor_sizes,

@@ -1,4 +1,5 @@
-"""What callers get wrong raises before any kernel runs, naming the argument, what came and the cure; operators called directly raise and never crash."""
+"""What callers get wrong raises before any kernel runs, naming the argument, what came and the cure; operators that
+are called directly raise and never crash."""
 
 from __future__ import annotations
 
@@ -30,10 +31,19 @@ def statistics(rank: int = 4, heads: int = KV, d: int = D, scale: float | None =
 
 
 def projections(q_heads: int = H, kv_heads: int = KV, rank: int = 4) -> sb.Projections:
-    return sb.Projections(rand(q_heads, rank, D), rand(q_heads, D), rand(q_heads), rand(kv_heads, rank, D), rand(kv_heads, D))
+    return sb.Projections(
+        rand(q_heads, rank, D), rand(q_heads, D), rand(q_heads), rand(kv_heads, rank, D), rand(kv_heads, D)
+    )
 
 
-def blocks(lists: list[list[int]], capacity: int = 4, block_q: int = 20, block_k: int = 1, order: Tensor | None = None, **count: int) -> sb.Blocks:
+def blocks(
+    lists: list[list[int]],
+    capacity: int = 4,
+    block_q: int = 20,
+    block_k: int = 1,
+    order: Tensor | None = None,
+    **count: int,
+) -> sb.Blocks:
     """The same lists, one for each of the two query blocks, for every row and head."""
     index = torch.full((B, H, len(lists), capacity), -1, dtype=torch.int32)
     for t, entries in enumerate(lists):
@@ -53,95 +63,316 @@ CALLS = {
     # tensors
     "query is a list": (lambda: attend([1.0], *qkv()[1:]), TypeError, "query must be a tensor, got list"),
     "value is None": (lambda: attend(*qkv(value=None)), TypeError, "value must be a tensor"),
-    "query without batch": (lambda: attend(*qkv(query=rand(H, N, D))), ValueError, r"query .*batch.* got shape \(4, 40, 8\)"),
+    "query without batch": (
+        lambda: attend(*qkv(query=rand(H, N, D))),
+        ValueError,
+        r"query .*batch.* got shape \(4, 40, 8\)",
+    ),
     "key without heads": (lambda: attend(*qkv(key=rand(B, N, D))), ValueError, r"key .*got shape"),
-    "integer query": (lambda: attend(*qkv(query=torch.zeros(B, H, N, D, dtype=torch.int64))), TypeError, "query must be float32.*got torch.int64.*convert"),
-    "complex key": (lambda: attend(*qkv(key=rand(B, KV, N, D).to(torch.complex64))), TypeError, "key must be float32.*complex64"),
-    "float8 value": (lambda: attend(*qkv(value=rand(B, KV, N, D).to(torch.float8_e5m2))), TypeError, "value must be float32.*float8_e5m2"),
-    "two dtypes": (lambda: attend(*qkv(value=rand(B, KV, N, D, dtype=torch.bfloat16))), TypeError, "one dtype.*value torch.bfloat16; convert"),
-    "two devices": (lambda: attend(*qkv(key=torch.empty(B, KV, N, D, device="meta"))), ValueError, "one device.*cpu.*key on meta; move"),
-    "two batches": (lambda: attend(*qkv(key=rand(3, KV, N, D))), ValueError, "key must have the batch of query, expected 2, got 3"),
+    "integer query": (
+        lambda: attend(*qkv(query=torch.zeros(B, H, N, D, dtype=torch.int64))),
+        TypeError,
+        "query must be float32.*got torch.int64.*convert",
+    ),
+    "complex key": (
+        lambda: attend(*qkv(key=rand(B, KV, N, D).to(torch.complex64))),
+        TypeError,
+        "key must be float32.*complex64",
+    ),
+    "float8 value": (
+        lambda: attend(*qkv(value=rand(B, KV, N, D).to(torch.float8_e5m2))),
+        TypeError,
+        "value must be float32.*float8_e5m2",
+    ),
+    "two dtypes": (
+        lambda: attend(*qkv(value=rand(B, KV, N, D, dtype=torch.bfloat16))),
+        TypeError,
+        "one dtype.*value torch.bfloat16; convert",
+    ),
+    "two devices": (
+        lambda: attend(*qkv(key=torch.empty(B, KV, N, D, device="meta"))),
+        ValueError,
+        "one device.*cpu.*key on meta; move",
+    ),
+    "two batches": (
+        lambda: attend(*qkv(key=rand(3, KV, N, D))),
+        ValueError,
+        "key must have the batch of query, expected 2, got 3",
+    ),
     "no head": (lambda: attend(*qkv(key=rand(B, 0, N, D))), ValueError, "key must have at least one head"),
-    "head_dim 0": (lambda: attend(*qkv(query=rand(B, H, N, 0), key=rand(B, KV, N, 0))), ValueError, "query .*head_dim of at least 1"),
+    "head_dim 0": (
+        lambda: attend(*qkv(query=rand(B, H, N, 0), key=rand(B, KV, N, 0))),
+        ValueError,
+        "query .*head_dim of at least 1",
+    ),
     "value_dim 0": (lambda: attend(*qkv(value=rand(B, KV, N, 0))), ValueError, "value .*head_dim of at least 1"),
-    "two head_dims": (lambda: attend(*qkv(key=rand(B, KV, N, 9))), ValueError, "key must have the head_dim of query, expected 8, got 9"),
-    "heads not divisible": (lambda: attend(*qkv(query=rand(B, 3, N, D))), ValueError, "heads of query must be a multiple.*3 and 2"),
-    "value of other heads": (lambda: attend(*qkv(value=rand(B, 1, N, D))), ValueError, r"value must have the heads and tokens of key, expected \(2, 40\), got \(1, 40\)"),
-    "value of other tokens": (lambda: attend(*qkv(value=rand(B, KV, N + 1, D))), ValueError, "value must have the heads and tokens of key"),
+    "two head_dims": (
+        lambda: attend(*qkv(key=rand(B, KV, N, 9))),
+        ValueError,
+        "key must have the head_dim of query, expected 8, got 9",
+    ),
+    "heads not divisible": (
+        lambda: attend(*qkv(query=rand(B, 3, N, D))),
+        ValueError,
+        "heads of query must be a multiple.*3 and 2",
+    ),
+    "value of other heads": (
+        lambda: attend(*qkv(value=rand(B, 1, N, D))),
+        ValueError,
+        r"value must have the heads and tokens of key, expected \(2, 40\), got \(1, 40\)",
+    ),
+    "value of other tokens": (
+        lambda: attend(*qkv(value=rand(B, KV, N + 1, D))),
+        ValueError,
+        "value must have the heads and tokens of key",
+    ),
     # masks, scale, offset, flags
-    "float mask": (lambda: attend(key_padding_mask=torch.zeros(B, N)), TypeError, "key_padding_mask must be a bool tensor.*got torch.float32"),
-    "list mask": (lambda: attend(key_padding_mask=[[False] * N] * B), TypeError, "key_padding_mask must be a bool tensor.*got list"),
-    "4-D mask": (lambda: attend(key_padding_mask=torch.zeros(B, 1, 1, N, dtype=torch.bool)), ValueError, r"key_padding_mask must be.*\(2, 40\), got"),
-    "mask of queries": (lambda: attend(query_padding_mask=torch.zeros(B, N + 1, dtype=torch.bool)), ValueError, "query_padding_mask must be"),
-    "mask elsewhere": (lambda: attend(key_padding_mask=torch.zeros(B, N, dtype=torch.bool, device="meta")), ValueError, "key_padding_mask must be on the device"),
+    "float mask": (
+        lambda: attend(key_padding_mask=torch.zeros(B, N)),
+        TypeError,
+        "key_padding_mask must be a bool tensor.*got torch.float32",
+    ),
+    "list mask": (
+        lambda: attend(key_padding_mask=[[False] * N] * B),
+        TypeError,
+        "key_padding_mask must be a bool tensor.*got list",
+    ),
+    "4-D mask": (
+        lambda: attend(key_padding_mask=torch.zeros(B, 1, 1, N, dtype=torch.bool)),
+        ValueError,
+        r"key_padding_mask must be.*\(2, 40\), got",
+    ),
+    "mask of queries": (
+        lambda: attend(query_padding_mask=torch.zeros(B, N + 1, dtype=torch.bool)),
+        ValueError,
+        "query_padding_mask must be",
+    ),
+    "mask elsewhere": (
+        lambda: attend(key_padding_mask=torch.zeros(B, N, dtype=torch.bool, device="meta")),
+        ValueError,
+        "key_padding_mask must be on the device",
+    ),
     "scale is a string": (lambda: attend(scale="1"), TypeError, "scale must be a number.*got str"),
     "scale is NaN": (lambda: attend(scale=math.nan), ValueError, "scale must be finite, got nan"),
     "scale is infinite": (lambda: attend(scale=math.inf), ValueError, "scale must be finite, got inf"),
     "offset without causality": (lambda: attend(query_offset=3), ValueError, "query_offset.*needs is_causal=True.*3"),
-    "offset tensor without causality": (lambda: attend(query_offset=torch.tensor([1, 2])), ValueError, "query_offset.*needs is_causal=True"),
+    "offset tensor without causality": (
+        lambda: attend(query_offset=torch.tensor([1, 2])),
+        ValueError,
+        "query_offset.*needs is_causal=True",
+    ),
     "float offset": (lambda: attend(query_offset=1.5, is_causal=True), TypeError, "query_offset must be an int.*float"),
-    "offset of another batch": (lambda: attend(query_offset=torch.tensor([1, 2, 3]), is_causal=True), ValueError, r"query_offset.*shape \(2,\), got.*\(3,\)"),
-    "float offset tensor": (lambda: attend(query_offset=torch.tensor([1.0, 2.0]), is_causal=True), (TypeError, ValueError), "query_offset.*integer tensor.*float32"),
-    "huge offset": (lambda: attend(query_offset=2**31, is_causal=True), ValueError, "query_offset must fit into 32 bits"),
-    "huge offset tensor": (lambda: attend(query_offset=torch.tensor([0, 2**31]), is_causal=True), ValueError, "query_offset must fit into 32 bits"),
-    "is_causal is a tensor": (lambda: attend(is_causal=torch.ones(N, N)), TypeError, "is_causal must be a bool, got Tensor"),
+    "offset of another batch": (
+        lambda: attend(query_offset=torch.tensor([1, 2, 3]), is_causal=True),
+        ValueError,
+        r"query_offset.*shape \(2,\), got.*\(3,\)",
+    ),
+    "float offset tensor": (
+        lambda: attend(query_offset=torch.tensor([1.0, 2.0]), is_causal=True),
+        (TypeError, ValueError),
+        "query_offset.*integer tensor.*float32",
+    ),
+    "huge offset": (
+        lambda: attend(query_offset=2**31, is_causal=True),
+        ValueError,
+        "query_offset must fit into 32 bits",
+    ),
+    "huge offset tensor": (
+        lambda: attend(query_offset=torch.tensor([0, 2**31]), is_causal=True),
+        ValueError,
+        "query_offset must fit into 32 bits",
+    ),
+    "is_causal is a tensor": (
+        lambda: attend(is_causal=torch.ones(N, N)),
+        TypeError,
+        "is_causal must be a bool, got Tensor",
+    ),
     # support and low-rank kernel
     "support is a number": (lambda: attend(support=64), TypeError, "support must be one of Full.*got int"),
     "support is a class": (lambda: attend(support=sb.Full), TypeError, "support must be one of"),
-    "low_rank is a number": (lambda: attend(low_rank=9), TypeError, "low_rank must be Quadratic, Favor or None, got int"),
+    "low_rank is a number": (
+        lambda: attend(low_rank=9),
+        TypeError,
+        "low_rank must be Quadratic, Favor or None, got int",
+    ),
     "nothing left": (lambda: attend(support=sb.Empty()), ValueError, r"Empty\(\) with low_rank=None"),
-    "causal LSH": (lambda: attend(support=sb.LSH(8), is_causal=True), ValueError, "LSH is bidirectional only.*later tokens.*use Routed"),
-    "causal input statistics": (lambda: attend(low_rank=sb.Quadratic(4, "input"), is_causal=True), ValueError, "would leak the future.*fit_statistics"),
+    "causal LSH": (
+        lambda: attend(support=sb.LSH(8), is_causal=True),
+        ValueError,
+        "LSH is bidirectional only.*later tokens.*use Routed",
+    ),
+    "causal input statistics": (
+        lambda: attend(low_rank=sb.Quadratic(4, "input"), is_causal=True),
+        ValueError,
+        "would leak the future.*fit_statistics",
+    ),
     "uncalibrated": (lambda: attend(low_rank=STORED), ValueError, "not calibrated.*fit_statistics"),
     "uncalibrated ema": (lambda: attend(low_rank=sb.Quadratic(4, "ema")), ValueError, "not calibrated.*fit_statistics"),
-    "statistics without a kernel": (lambda: attend(statistics=statistics()), ValueError, "statistics=Statistics needs a low-rank kernel"),
-    "statistics that fit themselves": (lambda: attend(low_rank=sb.Quadratic(4, "input"), statistics=statistics()), ValueError, "statistics=.*'input'.*'stored'"),
-    "statistics of another kind": (lambda: attend(low_rank=STORED, statistics=sb.RandomFeatures(rand(4, D))), TypeError, "Quadratic takes statistics=Statistics.*got RandomFeatures"),
-    "statistics for Favor": (lambda: attend(low_rank=sb.Favor(8), statistics=statistics()), TypeError, "Favor takes statistics=RandomFeatures.*got Statistics"),
-    "statistics are a dict": (lambda: attend(low_rank=STORED, statistics={}), TypeError, "takes statistics=Statistics.*got dict"),
-    "another rank": (lambda: attend(low_rank=STORED, statistics=statistics(rank=3)), ValueError, "statistics have rank 3.*fit them with rank=4"),
-    "another scale": (lambda: attend(low_rank=STORED, statistics=statistics(), scale=1.0), ValueError, "fitted for scale=0.353553.*scale=1"),
-    "another head_dim": (lambda: attend(low_rank=STORED, statistics=statistics(d=16, scale=D**-0.5)), ValueError, "statistics are for head_dim 16, query has 8"),
-    "other heads": (lambda: attend(low_rank=STORED, statistics=statistics(heads=1)), ValueError, r"per key/value head.*\(2,\).*got \(1,\)"),
-    "projections of other heads": (lambda: attend(low_rank=STORED, statistics=projections(q_heads=2)), ValueError, "per head, expected 4 query and 2 key heads, got 2 and 2"),
+    "statistics without a kernel": (
+        lambda: attend(statistics=statistics()),
+        ValueError,
+        "statistics=Statistics needs a low-rank kernel",
+    ),
+    "statistics that fit themselves": (
+        lambda: attend(low_rank=sb.Quadratic(4, "input"), statistics=statistics()),
+        ValueError,
+        "statistics=.*'input'.*'stored'",
+    ),
+    "statistics of another kind": (
+        lambda: attend(low_rank=STORED, statistics=sb.RandomFeatures(rand(4, D))),
+        TypeError,
+        "Quadratic takes statistics=Statistics.*got RandomFeatures",
+    ),
+    "statistics for Favor": (
+        lambda: attend(low_rank=sb.Favor(8), statistics=statistics()),
+        TypeError,
+        "Favor takes statistics=RandomFeatures.*got Statistics",
+    ),
+    "statistics are a dict": (
+        lambda: attend(low_rank=STORED, statistics={}),
+        TypeError,
+        "takes statistics=Statistics.*got dict",
+    ),
+    "another rank": (
+        lambda: attend(low_rank=STORED, statistics=statistics(rank=3)),
+        ValueError,
+        "statistics have rank 3.*fit them with rank=4",
+    ),
+    "another scale": (
+        lambda: attend(low_rank=STORED, statistics=statistics(), scale=1.0),
+        ValueError,
+        "fitted for scale=0.353553.*scale=1",
+    ),
+    "another head_dim": (
+        lambda: attend(low_rank=STORED, statistics=statistics(d=16, scale=D**-0.5)),
+        ValueError,
+        "statistics are for head_dim 16, query has 8",
+    ),
+    "other heads": (
+        lambda: attend(low_rank=STORED, statistics=statistics(heads=1)),
+        ValueError,
+        r"per key/value head.*\(2,\).*got \(1,\)",
+    ),
+    "projections of other heads": (
+        lambda: attend(low_rank=STORED, statistics=projections(q_heads=2)),
+        ValueError,
+        "per head, expected 4 query and 2 key heads, got 2 and 2",
+    ),
     "projections of another width": (
-        lambda: attend(low_rank=STORED, statistics=sb.Projections(rand(H, 4, D), rand(H, D + 1), rand(H), rand(KV, 4, D), rand(KV, D))),
+        lambda: attend(
+            low_rank=STORED,
+            statistics=sb.Projections(rand(H, 4, D), rand(H, D + 1), rand(H), rand(KV, 4, D), rand(KV, D)),
+        ),
         ValueError,
         r"Projections: query_bias must be.*\(4, 8\), got \(4, 9\)",
     ),
     "projections of two ranks": (
-        lambda: attend(low_rank=STORED, statistics=sb.Projections(rand(H, 4, D), rand(H, D), rand(H), rand(KV, 3, D), rand(KV, D))),
+        lambda: attend(
+            low_rank=STORED, statistics=sb.Projections(rand(H, 4, D), rand(H, D), rand(H), rand(KV, 3, D), rand(KV, D))
+        ),
         ValueError,
         r"Projections: key_projection must be",
     ),
-    "rank above head_dim": (lambda: attend(low_rank=sb.Quadratic(9, "input")), ValueError, "rank must be at most head_dim=8, got 9"),
-    "another random projection": (lambda: attend(low_rank=sb.Favor(8), statistics=sb.RandomFeatures(rand(9, D))), ValueError, r"projection of Favor.*\(8, 8\), got \(9, 8\)"),
-    # lists
-    "lists of another batch": (lambda: attend(*(t[:1] for t in qkv()), support=blocks([[0], [1]])), ValueError, r"index must lead with \(batch, heads\) = \(1, 4\)"),
-    "lists for other queries": (lambda: attend(support=blocks([[0], [1], [2]])), ValueError, "40 queries in blocks of 20 make 2 lists, got index with 3"),
-    "key past the end": (lambda: attend(support=blocks([[0], [40]])), ValueError, "index names key block 40, past the 40 keys"),
-    "block past the end": (lambda: attend(support=blocks([[0], [5]], block_k=8)), ValueError, "index names key block 5, past the 40 keys in blocks of 8"),
-    "key past the valid ones": (
-        lambda: attend(support=blocks([[0], [39]]), key_padding_mask=(torch.arange(N) < 1).expand(B, N)), ValueError, "index names key block 39, past",
+    "rank above head_dim": (
+        lambda: attend(low_rank=sb.Quadratic(9, "input")),
+        ValueError,
+        "rank must be at most head_dim=8, got 9",
     ),
-    "key after its block": (lambda: attend(support=blocks([[20], [30]]), is_causal=True), ValueError, "keys after its block's last query, which breaks causality"),
-    "key after its block and offset": (lambda: attend(support=blocks([[19], [30]]), is_causal=True, query_offset=-1), ValueError, "breaks causality"),
-    "causal order": (lambda: attend(support=blocks([[0], [1]], order=torch.arange(N, dtype=torch.int32).expand(B, H, N)), is_causal=True), ValueError, "query_order are bidirectional only"),
-    "order of other queries": (lambda: attend(support=blocks([[0], [1]], order=torch.arange(3, dtype=torch.int32).expand(B, H, 3))), ValueError, r"query_order must be.*\(2, 4, 40\), got \(2, 4, 3\)"),
+    "another random projection": (
+        lambda: attend(low_rank=sb.Favor(8), statistics=sb.RandomFeatures(rand(9, D))),
+        ValueError,
+        r"projection of Favor.*\(8, 8\), got \(9, 8\)",
+    ),
+    # lists
+    "lists of another batch": (
+        lambda: attend(*(t[:1] for t in qkv()), support=blocks([[0], [1]])),
+        ValueError,
+        r"index must lead with \(batch, heads\) = \(1, 4\)",
+    ),
+    "lists for other queries": (
+        lambda: attend(support=blocks([[0], [1], [2]])),
+        ValueError,
+        "40 queries in blocks of 20 make 2 lists, got index with 3",
+    ),
+    "key past the end": (
+        lambda: attend(support=blocks([[0], [40]])),
+        ValueError,
+        "index names key block 40, past the 40 keys",
+    ),
+    "block past the end": (
+        lambda: attend(support=blocks([[0], [5]], block_k=8)),
+        ValueError,
+        "index names key block 5, past the 40 keys in blocks of 8",
+    ),
+    "key past the valid ones": (
+        lambda: attend(support=blocks([[0], [39]]), key_padding_mask=(torch.arange(N) < 1).expand(B, N)),
+        ValueError,
+        "index names key block 39, past",
+    ),
+    "key after its block": (
+        lambda: attend(support=blocks([[20], [30]]), is_causal=True),
+        ValueError,
+        "keys after its block's last query, which breaks causality",
+    ),
+    "key after its block and offset": (
+        lambda: attend(support=blocks([[19], [30]]), is_causal=True, query_offset=-1),
+        ValueError,
+        "breaks causality",
+    ),
+    "causal order": (
+        lambda: attend(
+            support=blocks([[0], [1]], order=torch.arange(N, dtype=torch.int32).expand(B, H, N)), is_causal=True
+        ),
+        ValueError,
+        "query_order are bidirectional only",
+    ),
+    "order of other queries": (
+        lambda: attend(support=blocks([[0], [1]], order=torch.arange(3, dtype=torch.int32).expand(B, H, 3))),
+        ValueError,
+        r"query_order must be.*\(2, 4, 40\), got \(2, 4, 3\)",
+    ),
     "order names a query twice": (
-        lambda: attend(support=blocks([[0], [1]], order=torch.zeros(B, H, N, dtype=torch.int32))), ValueError, "query_order names query 0 twice",
+        lambda: attend(support=blocks([[0], [1]], order=torch.zeros(B, H, N, dtype=torch.int32))),
+        ValueError,
+        "query_order names query 0 twice",
     ),
     "order past the end": (
-        lambda: attend(support=blocks([[0], [1]], order=torch.arange(1, N + 1, dtype=torch.int32).expand(B, H, N))), ValueError, "query_order names query 40",
+        lambda: attend(support=blocks([[0], [1]], order=torch.arange(1, N + 1, dtype=torch.int32).expand(B, H, N))),
+        ValueError,
+        "query_order names query 40",
     ),
-    "two keys in one slot": (lambda: blocks([[3, 3], [1]]), ValueError, "strictly ascending.*sort it and drop duplicates"),
+    "two keys in one slot": (
+        lambda: blocks([[3, 3], [1]]),
+        ValueError,
+        "strictly ascending.*sort it and drop duplicates",
+    ),
     "unsorted": (lambda: blocks([[3, 2], [1]]), ValueError, "strictly ascending"),
     "negative entry": (lambda: blocks([[-2], [1]]), ValueError, "negative entry.*unused slots"),
-    "count past the capacity": (lambda: blocks([[0], [1]], count=5), ValueError, "count must lie between 0 and the capacity 4"),
-    "negative count": (lambda: blocks([[0], [1]], count=-1), ValueError, "count must lie between 0 and the capacity 4.*got -1"),
-    "int64 index": (lambda: sb.Blocks(torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.zeros(1, 1, 1, dtype=torch.int32), 8, 1), TypeError, "index must be an int32 tensor, got torch.int64"),
-    "3-D index": (lambda: sb.Blocks(torch.zeros(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, dtype=torch.int32), 8, 1), ValueError, "index must have 4 dimensions"),
-    "count of another shape": (lambda: sb.Blocks(torch.zeros(1, 1, 2, 1, dtype=torch.int32), torch.zeros(1, 1, 1, dtype=torch.int32), 8, 1), ValueError, r"count must have shape \(1, 1, 2\)"),
+    "count past the capacity": (
+        lambda: blocks([[0], [1]], count=5),
+        ValueError,
+        "count must lie between 0 and the capacity 4",
+    ),
+    "negative count": (
+        lambda: blocks([[0], [1]], count=-1),
+        ValueError,
+        "count must lie between 0 and the capacity 4.*got -1",
+    ),
+    "int64 index": (
+        lambda: sb.Blocks(torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.zeros(1, 1, 1, dtype=torch.int32), 8, 1),
+        TypeError,
+        "index must be an int32 tensor, got torch.int64",
+    ),
+    "3-D index": (
+        lambda: sb.Blocks(torch.zeros(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, dtype=torch.int32), 8, 1),
+        ValueError,
+        "index must have 4 dimensions",
+    ),
+    "count of another shape": (
+        lambda: sb.Blocks(torch.zeros(1, 1, 2, 1, dtype=torch.int32), torch.zeros(1, 1, 1, dtype=torch.int32), 8, 1),
+        ValueError,
+        r"count must have shape \(1, 1, 2\)",
+    ),
     "block_q 0": (lambda: blocks([[0], [1]], block_q=0), ValueError, "block_q must be at least 1, got 0"),
     "float block_k": (lambda: blocks([[0], [1]], block_k=1.0), TypeError, "block_k must be an int, got 1.0"),
     # supports and kernels, on construction
@@ -150,8 +381,16 @@ CALLS = {
     "window of a bool": (lambda: sb.Window(True), TypeError, "Window: keys must be an int, got True of type bool"),
     "window block": (lambda: sb.Window(8, block_q=0), ValueError, "Window: block_q must be at least 1"),
     "budget below the block": (lambda: sb.Routed(8), ValueError, "Routed: keys.*at least block_q=16, got 8"),
-    "no such form": (lambda: sb.Routed(64, block_q=4), ValueError, "Routed: expected block_q in.*got block_q=4, block_k=1"),
-    "window of the pooled form": (lambda: sb.Routed(64, window=16), ValueError, "Routed: window belongs to the per-query form"),
+    "no such form": (
+        lambda: sb.Routed(64, block_q=4),
+        ValueError,
+        "Routed: expected block_q in.*got block_q=4, block_k=1",
+    ),
+    "window of the pooled form": (
+        lambda: sb.Routed(64, window=16),
+        ValueError,
+        "Routed: window belongs to the per-query form",
+    ),
     "window not of blocks": (lambda: sb.Routed(64, 1, 8, 12), ValueError, "Routed:.*multiples of 8.*window=12"),
     "window above keys": (lambda: sb.Routed(16, 1, 8, 24), ValueError, "window <= keys, got keys=16, window=24"),
     "no keys": (lambda: sb.Routed(-64), ValueError, "Routed: keys must be at least 1, got -64"),
@@ -159,41 +398,137 @@ CALLS = {
     "LSH no rounds": (lambda: sb.LSH(64, rounds=0), ValueError, "LSH: rounds must be at least 1"),
     "LSH hash": (lambda: sb.LSH(64, hash="angular"), ValueError, "LSH: expected hash='e2lsh', got 'angular'"),
     "rank 0": (lambda: sb.Quadratic(0), ValueError, "Quadratic: rank must be at least 1"),
-    "statistics misspelt": (lambda: sb.Quadratic(9, "store"), ValueError, "Quadratic: expected statistics 'stored'.*got 'store'"),
+    "statistics misspelt": (
+        lambda: sb.Quadratic(9, "store"),
+        ValueError,
+        "Quadratic: expected statistics 'stored'.*got 'store'",
+    ),
     "no features": (lambda: sb.Favor(0), ValueError, "Favor: features must be at least 1"),
     "odd hyperbolic": (lambda: sb.Favor(7, hyperbolic=True), ValueError, "Favor: hyperbolic.*even number.*7"),
-    "centred": (lambda: sb.Favor(centred=True), ValueError, "Favor: centred=True is not in this release; use Quadratic"),
+    "centred": (
+        lambda: sb.Favor(centred=True),
+        ValueError,
+        "Favor: centred=True is not in this release; use Quadratic",
+    ),
     "redraw 0": (lambda: sb.Favor(redraw=0), ValueError, "Favor: redraw must be at least 1"),
     # statistics
-    "fit above head_dim": (lambda: sb.fit_statistics(*qkv()[:2], rank=9), ValueError, "rank must be at most head_dim=8, got 9"),
+    "fit above head_dim": (
+        lambda: sb.fit_statistics(*qkv()[:2], rank=9),
+        ValueError,
+        "rank must be at most head_dim=8, got 9",
+    ),
     "fit rank 0": (lambda: sb.fit_statistics(*qkv()[:2], rank=0), ValueError, "rank must be at least 1"),
-    "fit on NaN": (lambda: sb.fit_statistics(rand(B, H, N, D).fill_(math.nan), qkv()[1], 4), ValueError, "calibration: query or key holds NaN"),
-    "fit on infinite keys": (lambda: sb.fit_statistics(qkv()[0], rand(B, KV, N, D).fill_(math.inf), 4), ValueError, "calibration: query or key holds NaN or infinity"),
-    "fit on nothing": (lambda: sb.fit_statistics(*qkv()[:2], 4, torch.ones(B, N, dtype=torch.bool)), ValueError, "at least one valid token.*key_padding_mask"),
-    "fit on no tokens": (lambda: sb.fit_statistics(rand(B, H, 0, D), rand(B, KV, 0, D), 4), ValueError, "at least one valid token"),
-    "fit on queries without keys": (lambda: sb.fit_statistics(rand(B, H, N, D), rand(B, KV, 0, D), 4), ValueError, "at least one valid token"),
-    "fit mask": (lambda: sb.fit_statistics(*qkv()[:2], 4, torch.ones(B, N)), TypeError, "key_padding_mask must be a bool tensor"),
+    "fit on NaN": (
+        lambda: sb.fit_statistics(rand(B, H, N, D).fill_(math.nan), qkv()[1], 4),
+        ValueError,
+        "calibration: query or key holds NaN",
+    ),
+    "fit on infinite keys": (
+        lambda: sb.fit_statistics(qkv()[0], rand(B, KV, N, D).fill_(math.inf), 4),
+        ValueError,
+        "calibration: query or key holds NaN or infinity",
+    ),
+    "fit on nothing": (
+        lambda: sb.fit_statistics(*qkv()[:2], 4, torch.ones(B, N, dtype=torch.bool)),
+        ValueError,
+        "at least one valid token.*key_padding_mask",
+    ),
+    "fit on no tokens": (
+        lambda: sb.fit_statistics(rand(B, H, 0, D), rand(B, KV, 0, D), 4),
+        ValueError,
+        "at least one valid token",
+    ),
+    "fit on queries without keys": (
+        lambda: sb.fit_statistics(rand(B, H, N, D), rand(B, KV, 0, D), 4),
+        ValueError,
+        "at least one valid token",
+    ),
+    "fit mask": (
+        lambda: sb.fit_statistics(*qkv()[:2], 4, torch.ones(B, N)),
+        TypeError,
+        "key_padding_mask must be a bool tensor",
+    ),
     "fit scale": (lambda: sb.fit_statistics(*qkv()[:2], 4, scale=math.nan), ValueError, "scale must be finite"),
     # route
-    "route a window": (lambda: sb.route(*qkv()[:2], sb.Window(8)), TypeError, "route: support must be Routed or LSH.*got Window"),
-    "route causal LSH": (lambda: sb.route(*qkv()[:2], sb.LSH(8), is_causal=True), ValueError, "LSH is bidirectional only"),
-    "route mask": (lambda: sb.route(*qkv()[:2], sb.Routed(16), key_padding_mask=torch.zeros(B, 3, dtype=torch.bool)), ValueError, "key_padding_mask must be"),
-    "route offset": (lambda: sb.route(*qkv()[:2], sb.Routed(16), query_offset=1), ValueError, "query_offset.*is_causal=True"),
-    "route other statistics": (lambda: sb.route(*qkv()[:2], sb.Routed(16), statistics=statistics(heads=1)), ValueError, "per key/value head"),
+    "route a window": (
+        lambda: sb.route(*qkv()[:2], sb.Window(8)),
+        TypeError,
+        "route: support must be Routed or LSH.*got Window",
+    ),
+    "route causal LSH": (
+        lambda: sb.route(*qkv()[:2], sb.LSH(8), is_causal=True),
+        ValueError,
+        "LSH is bidirectional only",
+    ),
+    "route mask": (
+        lambda: sb.route(*qkv()[:2], sb.Routed(16), key_padding_mask=torch.zeros(B, 3, dtype=torch.bool)),
+        ValueError,
+        "key_padding_mask must be",
+    ),
+    "route offset": (
+        lambda: sb.route(*qkv()[:2], sb.Routed(16), query_offset=1),
+        ValueError,
+        "query_offset.*is_causal=True",
+    ),
+    "route other statistics": (
+        lambda: sb.route(*qkv()[:2], sb.Routed(16), statistics=statistics(heads=1)),
+        ValueError,
+        "per key/value head",
+    ),
     # modules
-    "module without heads": (lambda: sb.ScatterbrainAttention(0, 8), ValueError, "num_heads must be a positive int, got 0"),
-    "module of a float": (lambda: sb.ScatterbrainAttention(4, 8.0), (TypeError, ValueError), "head_dim must be a positive int, got 8.0"),
-    "module heads": (lambda: sb.ScatterbrainAttention(4, 16, 3), ValueError, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+    "module without heads": (
+        lambda: sb.ScatterbrainAttention(0, 8),
+        ValueError,
+        "num_heads must be a positive int, got 0",
+    ),
+    "module of a float": (
+        lambda: sb.ScatterbrainAttention(4, 8.0),
+        (TypeError, ValueError),
+        "head_dim must be a positive int, got 8.0",
+    ),
+    "module heads": (
+        lambda: sb.ScatterbrainAttention(4, 16, 3),
+        ValueError,
+        "num_heads must be a multiple of num_kv_heads, got 4 and 3",
+    ),
     "module rank": (lambda: sb.ScatterbrainAttention(4, 8), ValueError, "rank must be at most head_dim=8, got 9"),
-    "module support": (lambda: sb.ScatterbrainAttention(4, 16, support="window"), TypeError, "support must be one of.*got str"),
-    "module nothing left": (lambda: sb.ScatterbrainAttention(4, 16, support=sb.Empty(), low_rank=None), ValueError, "Empty"),
-    "module uncalibrated": (lambda: sb.ScatterbrainAttention(H, D, KV, NONE, STORED)(*qkv()), ValueError, "not calibrated.*sb.calibrate"),
-    "module other heads": (lambda: sb.ScatterbrainAttention(2, D, 2, NONE, None)(*qkv()), ValueError, "expected query with 2 heads.*got 4"),
-    "module redraw": (lambda: sb.ScatterbrainAttention(H, D, KV, NONE, None).redraw(torch.Generator()), ValueError, "redraw: only Favor"),
-    "calibrate nothing": (lambda: sb.calibrate(nn.Linear(2, 2)).__enter__(), ValueError, "calibrate: expected at least one ScatterbrainAttention.*found none"),
-    "calibrate a function": (lambda: sb.calibrate(len).__enter__(), TypeError, "expected an nn.Module, got builtin_function_or_method"),
+    "module support": (
+        lambda: sb.ScatterbrainAttention(4, 16, support="window"),
+        TypeError,
+        "support must be one of.*got str",
+    ),
+    "module nothing left": (
+        lambda: sb.ScatterbrainAttention(4, 16, support=sb.Empty(), low_rank=None),
+        ValueError,
+        "Empty",
+    ),
+    "module uncalibrated": (
+        lambda: sb.ScatterbrainAttention(H, D, KV, NONE, STORED)(*qkv()),
+        ValueError,
+        "not calibrated.*sb.calibrate",
+    ),
+    "module other heads": (
+        lambda: sb.ScatterbrainAttention(2, D, 2, NONE, None)(*qkv()),
+        ValueError,
+        "expected query with 2 heads.*got 4",
+    ),
+    "module redraw": (
+        lambda: sb.ScatterbrainAttention(H, D, KV, NONE, None).redraw(torch.Generator()),
+        ValueError,
+        "redraw: only Favor",
+    ),
+    "calibrate nothing": (
+        lambda: sb.calibrate(nn.Linear(2, 2)).__enter__(),
+        ValueError,
+        "calibrate: expected at least one ScatterbrainAttention.*found none",
+    ),
+    "calibrate a function": (
+        lambda: sb.calibrate(len).__enter__(),
+        TypeError,
+        "expected an nn.Module, got builtin_function_or_method",
+    ),
     "update a list": (lambda: sb.update_statistics([]), TypeError, "expected an nn.Module, got list"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -222,7 +557,9 @@ def test_calibration_on_bad_batches_raises_and_leaves_the_module_as_it_was() -> 
     with pytest.raises(ValueError, match="fitted for scale=0.353553, attention runs with scale=1"):
         core(*qkv(), scale=1.0)
     other = sb.ScatterbrainAttention(H, D, KV, NONE, sb.Quadratic(3))
-    with pytest.raises(ValueError, match=r"statistics of rank 4, this module rank 3; create it with Quadratic\(rank=4\)"):
+    with pytest.raises(
+        ValueError, match=r"statistics of rank 4, this module rank 3; create it with Quadratic\(rank=4\)"
+    ):
         other.set_extra_state(core.get_extra_state())
 
 
@@ -230,25 +567,47 @@ def test_budgets_larger_than_the_sequence_are_no_error_and_attend_to_all_of_it()
     """Nothing is clamped: 64 nearest keys of 40 are all of them."""
     tensors = qkv()
     for support in (sb.Window(64), sb.Routed(64), sb.Routed(64, 1, 8, 16), sb.LSH(128)):
-        torch.testing.assert_close(attend(*tensors, support=support), attend(*tensors, support=sb.Full()), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            attend(*tensors, support=support), attend(*tensors, support=sb.Full()), rtol=1e-5, atol=1e-6
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------- operators
+# ---------------------------------------------------------------------------------------- operators
 
 
-def operands(low_rank: int = 1, block_q: int = 8, form: str = "index", is_causal: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, object]:
+def operands(
+    low_rank: int = 1,
+    block_q: int = 8,
+    form: str = "index",
+    is_causal: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, object]:
     """Well-formed arguments of the attention operator, by name."""
     lists = -(-N // block_q)
     maps = torch.float64 if dtype == torch.float64 else torch.float32
     index = torch.arange(4, dtype=torch.int32).expand(B, H, lists, 4) if form == "index" else None
     return dict(
-        query=rand(B, H, N, D, dtype=dtype), key=rand(B, KV, N, D, dtype=dtype), value=rand(B, KV, N, D, dtype=dtype),
-        query_map=rand(B, H, N, 4, dtype=maps) if low_rank else None, key_map=rand(B, KV, N, 4, dtype=maps) if low_rank else None,
-        index=index, count=torch.full((B, H, lists), 4, dtype=torch.int32) if form == "index" else None,
-        span=torch.tensor([0, 8], dtype=torch.int32).expand(1, lists, 2) if form == "span" else None, query_order=None, query_mask=None, key_mask=None,
-        query_range=None, key_range=None, query_offset=None, low_rank=low_rank, block_q=block_q, block_k=1, span_keys=8 if form == "span" else 0,
-        is_causal=is_causal, scale=0.3,
-    )  # fmt: skip
+        query=rand(B, H, N, D, dtype=dtype),
+        key=rand(B, KV, N, D, dtype=dtype),
+        value=rand(B, KV, N, D, dtype=dtype),
+        query_map=rand(B, H, N, 4, dtype=maps) if low_rank else None,
+        key_map=rand(B, KV, N, 4, dtype=maps) if low_rank else None,
+        index=index,
+        count=torch.full((B, H, lists), 4, dtype=torch.int32) if form == "index" else None,
+        span=torch.tensor([0, 8], dtype=torch.int32).expand(1, lists, 2) if form == "span" else None,
+        query_order=None,
+        query_mask=None,
+        key_mask=None,
+        query_range=None,
+        key_range=None,
+        query_offset=None,
+        low_rank=low_rank,
+        block_q=block_q,
+        block_k=1,
+        span_keys=8 if form == "span" else 0,
+        is_causal=is_causal,
+        scale=0.3,
+    )
 
 
 def int32(*values: object) -> Tensor:
@@ -317,7 +676,7 @@ FORWARD = {
     "no width": dict(query=rand(B, H, N, 0), key=rand(B, KV, N, 0)),
     "no value width": dict(value=rand(B, KV, N, 0)),
     "three dimensions": dict(query=rand(H, N, D)),
-}  # fmt: skip
+}
 SPANS = {
     "a span longer than said": dict(span=int32([0, 9]).expand(1, 5, 2)),
     "a span whose length wraps": dict(span=int32([-(2**31), 2**31 - 1]).expand(1, 5, 2)),
@@ -339,7 +698,7 @@ RESULTS = {
     "a half-precision lse": dict(lse=torch.zeros(B, H, N, dtype=torch.float16)),
     "a double d_lse": dict(d_lse=torch.zeros(B, H, N, dtype=torch.float64)),
     "an integer d_out": dict(d_out=torch.zeros(B, H, N, D, dtype=torch.int32)),
-}  # fmt: skip
+}
 
 
 def backward(given: dict[str, object], **results: object) -> tuple[Tensor, ...]:
@@ -348,7 +707,11 @@ def backward(given: dict[str, object], **results: object) -> tuple[Tensor, ...]:
     return torch.ops.scatterbrain.attention_backward(*tensors, *given.values())
 
 
-@pytest.mark.parametrize("form, change", [("index", c) for c in FORWARD.values()] + [("span", c) for c in SPANS.values()], ids=[*FORWARD, *SPANS])
+@pytest.mark.parametrize(
+    "form, change",
+    [("index", c) for c in FORWARD.values()] + [("span", c) for c in SPANS.values()],
+    ids=[*FORWARD, *SPANS],
+)
 def test_the_attention_operators_refuse(form: str, change: dict[str, object]) -> None:
     given = operands(form=form)
     torch.ops.scatterbrain.attention(*given.values())  # what is refused below is the change
@@ -386,7 +749,11 @@ def test_the_projection_refuses(weight: Tensor, bias: Tensor | None) -> None:
         torch.ops.scatterbrain.project(rand(B, H, N, D), weight, bias)
 
 
-@pytest.mark.parametrize("grad", [rand(B, H, N, 2), rand(B, H, N - 1, 3), rand(B, H, 3), rand(B, H, N, 3).double(), rand(B, KV, N, 3)], ids=lambda t: str(tuple(t.shape)))
+@pytest.mark.parametrize(
+    "grad",
+    [rand(B, H, N, 2), rand(B, H, N - 1, 3), rand(B, H, 3), rand(B, H, N, 3).double(), rand(B, KV, N, 3)],
+    ids=lambda t: str(tuple(t.shape)),
+)
 def test_the_projection_refuses_gradients_of_another_shape(grad: Tensor) -> None:
     with pytest.raises(RuntimeError, match="project_backward: "):
         torch.ops.scatterbrain.project_backward(grad, rand(B, H, N, D), rand(1, KV, 3, D))
@@ -394,10 +761,23 @@ def test_the_projection_refuses_gradients_of_another_shape(grad: Tensor) -> None
 
 def routing(block_q: int = 16, **changed: object) -> tuple[Tensor, Tensor]:
     given = dict(
-        query=rand(B, H, N, D), key=rand(B, KV, N, D), query_map=rand(B, H, N, 4), key_map=rand(B, KV, N, 4), query_mask=None, key_mask=None,
-        query_range=None, key_range=None, query_offset=None, low_rank=1, keys=24, block_q=block_q, block_k=1 if block_q > 1 else 8, window=0,
-        is_causal=False, scale=0.3,
-    )  # fmt: skip
+        query=rand(B, H, N, D),
+        key=rand(B, KV, N, D),
+        query_map=rand(B, H, N, 4),
+        key_map=rand(B, KV, N, 4),
+        query_mask=None,
+        key_mask=None,
+        query_range=None,
+        key_range=None,
+        query_offset=None,
+        low_rank=1,
+        keys=24,
+        block_q=block_q,
+        block_k=1 if block_q > 1 else 8,
+        window=0,
+        is_causal=False,
+        scale=0.3,
+    )
     return torch.ops.scatterbrain.route(*(given | changed).values())
 
 
@@ -431,14 +811,26 @@ def test_drawn_nonsense_raises_or_gives_results_of_the_right_shape(seed: int) ->
     """Several arguments at once are replaced by tensors of drawn shapes, dtypes and contents."""
     r = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    given = operands(r.choice([0, 1, 2]), r.choice([1, 5, 8, 32]), r.choice(["index", "span", ""]), r.random() < 0.5, r.choice([torch.float32, torch.bfloat16, torch.float64]))
+    given = operands(
+        r.choice([0, 1, 2]),
+        r.choice([1, 5, 8, 32]),
+        r.choice(["index", "span", ""]),
+        r.random() < 0.5,
+        r.choice([torch.float32, torch.bfloat16, torch.float64]),
+    )
 
     def tensor(like: object) -> object:
-        shape = list(like.shape) if isinstance(like, Tensor) else [r.choice([1, B]), r.choice([1, KV, H]), N, 4][: r.choice([1, 2, 3, 4])]
+        shape = (
+            list(like.shape)
+            if isinstance(like, Tensor)
+            else [r.choice([1, B]), r.choice([1, KV, H]), N, 4][: r.choice([1, 2, 3, 4])]
+        )
         if r.random() < 0.5:
             shape[r.randrange(len(shape))] += r.choice([-1, 1])
         if isinstance(like, Tensor) and like.is_floating_point():
-            return torch.randn([max(0, n) for n in shape], generator=generator).to(r.choice([like.dtype, like.dtype, torch.float16]))
+            return torch.randn([max(0, n) for n in shape], generator=generator).to(
+                r.choice([like.dtype, like.dtype, torch.float16])
+            )
         return torch.randint(-3, r.choice([5, 60]), [max(0, n) for n in shape], generator=generator, dtype=torch.int32)
 
     for name in r.sample(list(given), r.choice([1, 2, 3])):
@@ -448,7 +840,13 @@ def test_drawn_nonsense_raises_or_gives_results_of_the_right_shape(seed: int) ->
         elif isinstance(value, int):
             given[name] = r.choice([-1, 0, 1, 2, 8, 2**31, 2**40])
         elif not isinstance(value, float):
-            given[name] = tensor(value) if r.random() < 0.8 else None if name in ("index", "count", "span", "query_map", "key_map") else value
+            given[name] = (
+                tensor(value)
+                if r.random() < 0.8
+                else None
+                if name in ("index", "count", "span", "query_map", "key_map")
+                else value
+            )
     try:
         out, lse = torch.ops.scatterbrain.attention(*given.values())
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""No bit of the past depends on the future, and no bit of a valid token on padding: what it holds, how much there is, on which side."""
+"""No bit of the past depends on the future, none of a valid token on padding: its contents, amount and side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 
 def own_and_earlier_keys(tokens: int, is_causal: bool, block_q: int = 8, block_k: int = 4) -> sb.Blocks:
-    """Fixed lists of up to six blocks of keys, some of them later than the first queries of their block; some lists are empty."""
+    """Fixed lists of up to six blocks of keys, some later than their block's first queries; some lists are empty."""
     generator = torch.Generator().manual_seed(7)
     lists = -(-tokens // block_q)
     index, count = torch.full((1, H, lists, 6), -1, dtype=torch.int32), torch.zeros(1, H, lists, dtype=torch.int32)
@@ -33,19 +33,28 @@ def own_and_earlier_keys(tokens: int, is_causal: bool, block_q: int = 8, block_k
 
 SUPPORTS = {
     "empty": sb.Empty(),
-    **{f"window {keys}/{block_q}": sb.Window(keys, block_q) for keys, block_q in ((13, 1), (7, 5), (20, 8), (24, 16), (40, 32), (100, 16))},
+    **{
+        f"window {keys}/{block_q}": sb.Window(keys, block_q)
+        for keys, block_q in ((13, 1), (7, 5), (20, 8), (24, 16), (40, 32), (100, 16))
+    },
     **{f"pooled {block_q}": sb.Routed(block_q + 8, block_q) for block_q in (8, 16, 32)},
     "per query": sb.Routed(32, block_q=1, block_k=8, window=16),
     "per query without window": sb.Routed(24, block_q=1, block_k=8),
     "blocks": "blocks",
-}  # fmt: skip
+}
 BIDIRECTIONAL = SUPPORTS | {"full": sb.Full(), "lsh": sb.LSH(16, rounds=2)}
 LOW_RANKS = {
     "none": (None, None),
     "stored": (sb.Quadratic(4), sb.fit_statistics(rand(1, H, 300, D, seed=1), rand(1, KV, 300, D, seed=2), 4)),
     "learned": (
         sb.Quadratic(4, "learned"),
-        sb.Projections(rand(H, 4, D, seed=3) / 3, rand(H, D, seed=4) / 3, rand(H, seed=5), rand(KV, 4, D, seed=6) / 3, rand(KV, D, seed=7) / 3),
+        sb.Projections(
+            rand(H, 4, D, seed=3) / 3,
+            rand(H, D, seed=4) / 3,
+            rand(H, seed=5),
+            rand(KV, 4, D, seed=6) / 3,
+            rand(KV, D, seed=7) / 3,
+        ),
     ),
     "favor": (sb.Favor(16), None),
 }
@@ -83,7 +92,7 @@ def draw(n: int = N, seed: int = 10, batch: int = 1) -> list[Tensor]:
     return [rand(batch, H, n, D, seed=seed), rand(batch, KV, n, D, seed=seed + 1), rand(batch, KV, n, D, seed=seed + 2)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- causality
+# ---------------------------------------------------------------------------------------- causality
 
 
 @pytest.mark.parametrize("support, low_rank", pairs(SUPPORTS, LOW_RANKS))
@@ -98,7 +107,9 @@ def test_the_past_does_not_see_the_future(support: str, low_rank: str) -> None:
         for future in (draw(seed=30), [1e4 * x for x in draw(seed=33)]):
             changed = [torch.cat([x[:, :, past], y[:, :, t + 1 :]], 2) for x, y in zip(tokens, future)]
             got = run(changed, SUPPORTS[support], low_rank, upstream, is_causal=True)
-            assert torch.equal(got.out[:, :, past], want.out[:, :, past]) and torch.equal(got.lse[:, :, past], want.lse[:, :, past]), f"t={t}"
+            assert torch.equal(got.out[:, :, past], want.out[:, :, past]) and torch.equal(
+                got.lse[:, :, past], want.lse[:, :, past]
+            ), f"t={t}"
             for name, mine, theirs in zip(("dq", "dk", "dv"), got.gradients, want.gradients):
                 assert torch.equal(mine, theirs), f"t={t}: {name}"
             if not any(x.abs().max() > 1e3 for x in future):
@@ -152,7 +163,7 @@ def test_chunks_with_an_offset_are_rows_of_the_full_pass(support: str, low_rank:
             torch.testing.assert_close(lse, whole_lse[:, :, start : start + chunk], rtol=1e-5, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------- padding
+# ---------------------------------------------------------------------------------------- padding
 
 HOLES = torch.rand(N, generator=torch.Generator().manual_seed(3)) < 0.3
 PADDING = {
@@ -194,21 +205,32 @@ def test_what_padding_holds_changes_no_bit(support: str, low_rank: str, is_causa
     assert all(not g[mask[:, None].expand(g.shape[:3])].any() for g in want.gradients)
     for got in results[1:]:
         assert torch.equal(got.out, want.out) and torch.equal(got.lse, want.lse)
-        for name, mine, theirs in zip(("dq", "dk", "dv", *("dP",) * 5), got.gradients + got.weights, want.gradients + want.weights):
+        for name, mine, theirs in zip(
+            ("dq", "dk", "dv", *("dP",) * 5), got.gradients + got.weights, want.gradients + want.weights
+        ):
             assert torch.equal(mine, theirs), name
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("support, low_rank", pairs(BIDIRECTIONAL, LOW_RANKS))
 def test_more_padding_changes_no_bit(support: str, low_rank: str, is_causal: bool) -> None:
-    """The valid tokens inside longer tensors, padded on either side, against the tensors without padding and without a mask."""
+    """The valid tokens inside longer tensors, padded on either side, against the tensors without padding and mask."""
     if is_causal and support == "lsh":
         return
     tokens, upstream = draw(), rand(1, H, N, D, seed=20)
     chosen = BIDIRECTIONAL[support]
     lists = own_and_earlier_keys(N, is_causal) if support == "blocks" else None
-    bare = torch.zeros(1, N, dtype=torch.bool)  # masks nothing; a plain Full() without one is torch's own kernel, with other rounding
-    want = run(tokens, lists or chosen, low_rank, upstream, is_causal=is_causal, key_padding_mask=bare if support == "full" else None)
+    bare = torch.zeros(
+        1, N, dtype=torch.bool
+    )  # masks nothing; a plain Full() without one is torch's own kernel, with other rounding
+    want = run(
+        tokens,
+        lists or chosen,
+        low_rank,
+        upstream,
+        is_causal=is_causal,
+        key_padding_mask=bare if support == "full" else None,
+    )
     for left, right in ((0, 0), (0, 101), (1, 0), (40, 1), (64, 64)):
         pad = lambda x: torch.nn.functional.pad(x, (0, 0, left, right), value=1.0)  # noqa: E731
         inside = slice(left, left + N)
@@ -219,10 +241,14 @@ def test_more_padding_changes_no_bit(support: str, low_rank: str, is_causal: boo
             index = torch.nn.functional.pad(lists.index, (0, 0, 0, more), value=-1)
             chosen = sb.Blocks(index, torch.nn.functional.pad(lists.count, (0, more)), lists.block_q, lists.block_k)
         got = run([pad(x) for x in tokens], chosen, low_rank, pad(upstream), key_padding_mask=mask, is_causal=is_causal)
-        assert torch.equal(got.out[:, :, inside], want.out), f"{left}, {right}: out {(got.out[:, :, inside] - want.out).abs().max():.2e}"
+        assert torch.equal(got.out[:, :, inside], want.out), (
+            f"{left}, {right}: out {(got.out[:, :, inside] - want.out).abs().max():.2e}"
+        )
         assert torch.equal(got.lse[:, :, inside], want.lse), f"{left}, {right}: lse"
         for name, mine, theirs in zip(("dq", "dk", "dv"), got.gradients, want.gradients):
-            assert torch.equal(mine[:, :, inside], theirs), f"{left}, {right}: {name} {(mine[:, :, inside] - theirs).abs().max():.2e}"
+            assert torch.equal(mine[:, :, inside], theirs), (
+                f"{left}, {right}: {name} {(mine[:, :, inside] - theirs).abs().max():.2e}"
+            )
 
 
 @pytest.mark.parametrize("support, low_rank", pairs(BIDIRECTIONAL, LOW_RANKS))
@@ -232,12 +258,24 @@ def test_queries_and_keys_are_padded_on_their_own(support: str, low_rank: str) -
         return
     query, key, value = draw()
     query = query[:, :, :90]
-    want = run([query, key, value], BIDIRECTIONAL[support], low_rank, rand(1, H, 90, D, seed=20), key_padding_mask=torch.zeros(1, N, dtype=torch.bool))
+    want = run(
+        [query, key, value],
+        BIDIRECTIONAL[support],
+        low_rank,
+        rand(1, H, 90, D, seed=20),
+        key_padding_mask=torch.zeros(1, N, dtype=torch.bool),
+    )
     q_mask, k_mask = torch.ones(1, 90 + 30, dtype=torch.bool), torch.ones(1, N + 50, dtype=torch.bool)
     q_mask[:, 11:101], k_mask[:, 50:] = False, False
-    longer = [torch.nn.functional.pad(query, (0, 0, 11, 19), value=math.nan)] + [torch.nn.functional.pad(x, (0, 0, 50, 0), value=math.nan) for x in (key, value)]
+    longer = [torch.nn.functional.pad(query, (0, 0, 11, 19), value=math.nan)] + [
+        torch.nn.functional.pad(x, (0, 0, 50, 0), value=math.nan) for x in (key, value)
+    ]
     upstream = torch.nn.functional.pad(rand(1, H, 90, D, seed=20), (0, 0, 11, 19), value=1.0)
     got = run(longer, BIDIRECTIONAL[support], low_rank, upstream, key_padding_mask=k_mask, query_padding_mask=q_mask)
-    assert torch.equal(got.out[:, :, 11:101], want.out) and not got.out[:, :, :11].any() and not got.out[:, :, 101:].any()
+    assert (
+        torch.equal(got.out[:, :, 11:101], want.out) and not got.out[:, :, :11].any() and not got.out[:, :, 101:].any()
+    )
     assert torch.equal(got.gradients[0][:, :, 11:101], want.gradients[0])
-    assert torch.equal(got.gradients[1][:, :, 50:], want.gradients[1]) and torch.equal(got.gradients[2][:, :, 50:], want.gradients[2])
+    assert torch.equal(got.gradients[1][:, :, 50:], want.gradients[1]) and torch.equal(
+        got.gradients[2][:, :, 50:], want.gradients[2]
+    )
