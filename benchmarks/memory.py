@@ -1,8 +1,10 @@
-"""Peak memory of forward + backward, in bytes per token and head beyond query, key, value, the output and their gradients.
+"""Peak memory of forward + backward, in bytes per token and head beyond query, key, value, the output and their
+gradients.
 
     python benchmarks/memory.py                      4 heads of 64, float32, lengths 16384, 32768, 65536
 
-The high-water mark of resident memory of a fresh process per row (Linux), so scratch memory of the kernels counts as well as tensors.
+The high-water mark of resident memory of a fresh process per row (Linux), so scratch memory of the kernels counts as
+well as tensors.
 """
 
 from __future__ import annotations
@@ -72,8 +74,12 @@ def main() -> None:
         for n in options.tokens:
             command = [sys.executable, __file__, "--row", name, f"--tokens={n}", *shape]
             peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+            shared = results * n * options.heads
             per_token = peak / (n * options.heads)
-            print(f"{name:<30}{n:>8}{peak / 2**20:>10.0f}{results * n * options.heads / 2**20:>15.0f}{per_token - results:>33.0f}", flush=True)
+            print(
+                f"{name:<30}{n:>8}{peak / 2**20:>10.0f}{shared / 2**20:>15.0f}{per_token - results:>33.0f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -38,9 +38,7 @@ def prepare_metadata_for_build_editable(metadata_directory: str, config_settings
     return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
 
 
-def build_wheel(
-    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
-) -> str:
+def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
     require_torch()
     # setuptools packs whatever an earlier build left there, modules deleted since included.
     for folder in Path("build").glob("lib*"):

@@ -1,4 +1,5 @@
-// What a device provides, by operator. ops.cpp calls through this table and nothing else; a test module can put its own in place.
+// What a device provides, by operator. ops.cpp calls through this table and nothing else; a test module can put its own
+// in place.
 #pragma once
 #include <optional>
 #include <tuple>
@@ -10,18 +11,21 @@ namespace sb {
 struct Launchers {
   std::tuple<Tensor, Tensor> (*attention)(const AttentionArguments&);
   // Gradients of query, key, value, query_map and key_map; the last two are empty without a low-rank kernel.
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> (*attention_backward)(const AttentionArguments&, const Tensor& out, const Tensor& lse, const Tensor& d_out,
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> (*attention_backward)(const AttentionArguments&, const Tensor& out,
+                                                                           const Tensor& lse, const Tensor& d_out,
                                                                            const std::optional<Tensor>& d_lse);
   std::tuple<Tensor, Tensor> (*route)(const RouteArguments&);
   Tensor (*project)(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias);
-  std::tuple<Tensor, Tensor, Tensor> (*project_backward)(const Tensor& grad, const Tensor& tokens, const Tensor& weight);
+  std::tuple<Tensor, Tensor, Tensor> (*project_backward)(const Tensor& grad, const Tensor& tokens,
+                                                         const Tensor& weight);
 };
 
 Launchers& cpu_launchers();
 
 namespace cpu {
 std::tuple<Tensor, Tensor> attention(const AttentionArguments&);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments&, const Tensor& out, const Tensor& lse, const Tensor& d_out,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments&, const Tensor& out,
+                                                                      const Tensor& lse, const Tensor& d_out,
                                                                       const std::optional<Tensor>& d_lse);
 std::tuple<Tensor, Tensor> route(const RouteArguments&);
 Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias);

@@ -1,4 +1,5 @@
-// Every operator: the table of contents. Shapes and meanings are in scatterbrain/ops.py, checks in checks.h, devices behind launchers.h.
+// Every operator: the table of contents. Shapes and meanings are in scatterbrain/ops.py, checks in checks.h, devices
+// behind launchers.h.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -17,33 +18,38 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, MaybeTensor query_map, MaybeTensor key_map, MaybeTensor index, MaybeTensor count,
-                                     MaybeTensor span, MaybeTensor query_order, MaybeTensor query_mask, MaybeTensor key_mask, MaybeTensor query_range,
-                                     MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank, int64_t block_q, int64_t block_k, int64_t span_keys, bool is_causal,
-                                     double scale) {
-  const AttentionArguments a{query,      key,      value,       query_map, key_map,      index,    count,   span,    query_order, query_mask,
-                             key_mask, query_range, key_range, query_offset, low_rank, block_q, block_k, span_keys, is_causal, scale};
+std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, MaybeTensor query_map, MaybeTensor key_map,
+                                     MaybeTensor index, MaybeTensor count, MaybeTensor span, MaybeTensor query_order,
+                                     MaybeTensor query_mask, MaybeTensor key_mask, MaybeTensor query_range,
+                                     MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank, int64_t block_q,
+                                     int64_t block_k, int64_t span_keys, bool is_causal, double scale) {
+  const AttentionArguments a{query,    key,         value,      query_map, key_map,     index,     count,
+                             span,     query_order, query_mask, key_mask,  query_range, key_range, query_offset,
+                             low_rank, block_q,     block_k,    span_keys, is_causal,   scale};
   check_attention(a);
   return cpu_launchers().attention(a);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor d_out, MaybeTensor d_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value,
-                                                                      MaybeTensor query_map, MaybeTensor key_map, MaybeTensor index, MaybeTensor count,
-                                                                      MaybeTensor span, MaybeTensor query_order, MaybeTensor query_mask, MaybeTensor key_mask,
-                                                                      MaybeTensor query_range, MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank,
-                                                                      int64_t block_q, int64_t block_k, int64_t span_keys, bool is_causal, double scale) {
-  const AttentionArguments a{query,      key,      value,       query_map, key_map,      index,    count,   span,    query_order, query_mask,
-                             key_mask, query_range, key_range, query_offset, low_rank, block_q, block_k, span_keys, is_causal, scale};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor d_out, MaybeTensor d_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value,
+    MaybeTensor query_map, MaybeTensor key_map, MaybeTensor index, MaybeTensor count, MaybeTensor span,
+    MaybeTensor query_order, MaybeTensor query_mask, MaybeTensor key_mask, MaybeTensor query_range,
+    MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank, int64_t block_q, int64_t block_k,
+    int64_t span_keys, bool is_causal, double scale) {
+  const AttentionArguments a{query,    key,         value,      query_map, key_map,     index,     count,
+                             span,     query_order, query_mask, key_mask,  query_range, key_range, query_offset,
+                             low_rank, block_q,     block_k,    span_keys, is_causal,   scale};
   check_attention(a);
   check_attention_backward(a, d_out, d_lse, out, lse);
   return cpu_launchers().attention_backward(a, out, lse, d_out, d_lse);
 }
 
-std::tuple<Tensor, Tensor> route(Tensor query, Tensor key, MaybeTensor query_map, MaybeTensor key_map, MaybeTensor query_mask, MaybeTensor key_mask,
-                                 MaybeTensor query_range, MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank, int64_t keys, int64_t block_q,
-                                 int64_t block_k, int64_t window, bool is_causal, double scale) {
-  const RouteArguments a{query,       key,       query_map,    key_map,  query_mask, key_mask, query_range, key_range,
-                         query_offset, low_rank, keys, block_q, block_k,  window,     is_causal, scale};
+std::tuple<Tensor, Tensor> route(Tensor query, Tensor key, MaybeTensor query_map, MaybeTensor key_map,
+                                 MaybeTensor query_mask, MaybeTensor key_mask, MaybeTensor query_range,
+                                 MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank, int64_t keys,
+                                 int64_t block_q, int64_t block_k, int64_t window, bool is_causal, double scale) {
+  const RouteArguments a{query,        key,      query_map, key_map, query_mask, key_mask, query_range, key_range,
+                         query_offset, low_rank, keys,      block_q, block_k,    window,   is_causal,   scale};
   check_route(a);
   return cpu_launchers().route(a);
 }
@@ -68,21 +74,30 @@ std::string instruction_set_name() { return instruction_set().name; }
 STABLE_TORCH_LIBRARY(scatterbrain, m) {
   m.def("instruction_set() -> str");
   m.def(
-      "route(Tensor query, Tensor key, Tensor? query_map, Tensor? key_map, Tensor? query_mask, Tensor? key_mask, Tensor? query_range, Tensor? key_range, "
-      "Tensor? query_offset, int low_rank, int keys, int block_q, int block_k, int window, bool is_causal, float scale) -> (Tensor index, Tensor count)");
+      "route(Tensor query, Tensor key, Tensor? query_map, Tensor? key_map, Tensor? query_mask, Tensor? key_mask, "
+      "Tensor? query_range, Tensor? key_range, "
+      "Tensor? query_offset, int low_rank, int keys, int block_q, int block_k, int window, bool is_causal, float "
+      "scale) -> (Tensor index, Tensor count)");
   m.def("project(Tensor tokens, Tensor weight, Tensor? bias) -> Tensor");
   m.def("project_backward(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "attention(Tensor query, Tensor key, Tensor value, Tensor? query_map, Tensor? key_map, Tensor? index, Tensor? count, Tensor? span, Tensor? query_order, "
-      "Tensor? query_mask, Tensor? key_mask, Tensor? query_range, Tensor? key_range, Tensor? query_offset, int low_rank, int block_q, int block_k, int span_keys, "
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? query_map, Tensor? key_map, Tensor? index, Tensor? "
+      "count, Tensor? span, Tensor? query_order, "
+      "Tensor? query_mask, Tensor? key_mask, Tensor? query_range, Tensor? key_range, Tensor? query_offset, int "
+      "low_rank, int block_q, int block_k, int span_keys, "
       "bool is_causal, float scale) -> (Tensor out, Tensor lse)");
   m.def(
-      "attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, Tensor? query_map, Tensor? key_map, "
-      "Tensor? index, Tensor? count, Tensor? span, Tensor? query_order, Tensor? query_mask, Tensor? key_mask, Tensor? query_range, Tensor? key_range, "
-      "Tensor? query_offset, int low_rank, int block_q, int block_k, int span_keys, bool is_causal, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor? query_map, Tensor? key_map, "
+      "Tensor? index, Tensor? count, Tensor? span, Tensor? query_order, Tensor? query_mask, Tensor? key_mask, Tensor? "
+      "query_range, Tensor? key_range, "
+      "Tensor? query_offset, int low_rank, int block_q, int block_k, int span_keys, bool is_causal, float scale) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, m) { m.impl("instruction_set", TORCH_BOX(&sb::instruction_set_name)); }
+STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&sb::instruction_set_name));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CPU, m) {
   m.impl("route", TORCH_BOX(&sb::route));

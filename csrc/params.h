@@ -9,26 +9,34 @@ struct Rows {
   void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;  // strides in elements
 
-  template <class T> T* at(int64_t b, int64_t h, int64_t i) const { return static_cast<T*>(data) + b * batch + h * head + i * row; }
+  template <class T>
+  T* at(int64_t b, int64_t h, int64_t i) const {
+    return static_cast<T*>(data) + b * batch + h * head + i * row;
+  }
 };
 
-// The low-rank kernel L_ij = exp(rho_i + kappa_j) K(x_i, y_j): K = (1 + x.y / 2)^2, or x.y of general non-negative features.
+// The low-rank kernel L_ij = exp(rho_i + kappa_j) K(x_i, y_j): K = (1 + x.y / 2)^2, or x.y of general non-negative
+// features.
 enum class LowRank : int64_t { kNone = 0, kQuadratic = 1, kFeatures = 2 };
 
-// What of one batch row exists: queries and keys in [first, end), and the position of query i in key coordinates, i + offset.
+// What of one batch row exists: queries and keys in [first, end), and the position of query i in key coordinates, i +
+// offset.
 struct RowRange {
   int32_t q_first, q_end, k_first, k_end, offset;
 };
 
-inline constexpr int64_t kPad = 16;           // every row operand is padded with zeros to a multiple of this many elements
-inline constexpr int64_t kChunk = 64;         // keys of a state chunk: inside the chunk of the causal edge nothing comes from a state
-inline constexpr int64_t kDirectKeys = 64;   // a complement of no more keys than this is evaluated pair by pair
-inline constexpr int64_t kSegment = 1024;     // keys of one partial state when there is no causal edge
-inline constexpr int64_t kQueriesPerUnit = 256;  // queries that one task takes when there is no causal edge; 64 (a chunk) with one
+inline constexpr int64_t kPad = 16;  // every row operand is padded with zeros to a multiple of this many elements
+inline constexpr int64_t kChunk =
+    64;  // keys of a state chunk: inside the chunk of the causal edge nothing comes from a state
+inline constexpr int64_t kDirectKeys = 64;  // a complement of no more keys than this is evaluated pair by pair
+inline constexpr int64_t kSegment = 1024;   // keys of one partial state when there is no causal edge
+inline constexpr int64_t kQueriesPerUnit =
+    256;  // queries that one task takes when there is no causal edge; 64 (a chunk) with one
 
 inline constexpr int64_t pad_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// The attention operator. T is float, or double for float64 inputs; every T array is in that type. Log scales are in base 2.
+// The attention operator. T is float, or double for float64 inputs; every T array is in that type. Log scales are in
+// base 2.
 struct AttentionParams {
   int64_t batch, q_heads, kv_heads, q_tokens, k_tokens;
   int64_t head_dim, head_pad, value_pad;  // d, and d and dv rounded up to kPad
@@ -47,57 +55,61 @@ struct AttentionParams {
   int64_t block_q, block_k, blocks;  // blocks = ceil(N / block_q)
   const int32_t *index, *count;      // (B, list_heads, blocks, capacity), (B, list_heads, blocks) or null
   int64_t list_heads, capacity;
-  const int32_t* span;               // (B or 1, blocks, 2) absolute [lo, hi) of a contiguous window, or null
-  int64_t span_batch, span_keys;     // stride in elements between batch rows, 0 if shared; upper bound of hi - lo
-  const int32_t* order;              // (B, order_heads, N): query slot -> query, or null
+  const int32_t* span;            // (B or 1, blocks, 2) absolute [lo, hi) of a contiguous window, or null
+  int64_t span_batch, span_keys;  // stride in elements between batch rows, 0 if shared; upper bound of hi - lo
+  const int32_t* order;           // (B, order_heads, N): query slot -> query, or null
   int64_t order_heads;
-  int64_t max_pairs;                 // upper bound of the keys that one tile evaluates
+  int64_t max_pairs;  // upper bound of the keys that one tile evaluates
 
-  // Prefix states: slot s of (b, kv head) is the sum over keys before segment s: H (features, value_pad), then hz (features_pad), then kappa_ref.
+  // Prefix states: slot s of (b, kv head) is the sum over keys before segment s: H (features, value_pad), then hz
+  // (features_pad), then kappa_ref.
   int64_t segment, slots, slot_size;
   void* state;
-  const int32_t* valid_before;       // (B, slots): keys before segment s that are not ignored
+  const int32_t* valid_before;  // (B, slots): keys before segment s that are not ignored
 
-  int64_t units;                     // tasks that the queries of one head are cut into; with a causal edge a unit is a state slot
+  int64_t units;  // tasks that the queries of one head are cut into; with a causal edge a unit is a state slot
 
   // Backward only.
-  Rows d_out;                        // T (B, Hq, N, value_pad)
-  const void* d_lse;                 // T (B, Hq, N) or null
-  Rows dq, dk, dv;                   // T, padded rows; all gradients start at zero
-  Rows dy;                           // T (B, Hkv, M, map_pad); for the quadratic kernel column r collects the sum of dt
-  Rows d_query_map, d_key_map;       // T (B, Hq|Hkv, N|M, rank + 1): x and rho, y and kappa
-  void* d_state;                     // T (B, Hq, units, slot_size)
+  Rows d_out;                   // T (B, Hq, N, value_pad)
+  const void* d_lse;            // T (B, Hq, N) or null
+  Rows dq, dk, dv;              // T, padded rows; all gradients start at zero
+  Rows dy;                      // T (B, Hkv, M, map_pad); for the quadratic kernel column r collects the sum of dt
+  Rows d_query_map, d_key_map;  // T (B, Hq|Hkv, N|M, rank + 1): x and rho, y and kappa
+  void* d_state;                // T (B, Hq, units, slot_size)
 
   int64_t features_pad() const { return pad_to(features, kPad); }
   int64_t kv_head(int64_t h) const { return h / (q_heads / kv_heads); }
 };
 
 // Routing (csrc/cpu/route.inc). Everything is float32; positions count from the row's first valid key.
-inline constexpr int64_t kRouteLanes = 32;      // tokens of a panel
-inline constexpr int64_t kRouteSegment = 512;   // keys that one task prepares
-inline constexpr int64_t kLongRow = 16384;      // valid keys from which the pooled form looks at superblocks first
+inline constexpr int64_t kRouteLanes = 32;     // tokens of a panel
+inline constexpr int64_t kRouteSegment = 512;  // keys that one task prepares
+inline constexpr int64_t kLongRow = 16384;     // valid keys from which the pooled form looks at superblocks first
 
 struct RouteParams {
   int64_t batch, q_heads, kv_heads, q_tokens, k_tokens;
-  int64_t head_dim, head_pad;                 // d, and d rounded up to kPad
+  int64_t head_dim, head_pad;  // d, and d rounded up to kPad
   LowRank low_rank;
-  int64_t rank;                               // r, or m for general features
-  int64_t keys, block_q, block_k, window;     // of the support
+  int64_t rank;                            // r, or m for general features
+  int64_t keys, block_q, block_k, window;  // of the support
   bool is_causal;
   float scale;
-  Rows q, k;                                  // (B, Hq|Hkv, N|M, head_pad)
-  Rows query_map, key_map;                    // (B, Hq|Hkv, N|M, rank + 1): x and rho, y and kappa, natural logarithm
-  const RowRange* rows;                       // (B)
-  const uint8_t *q_mask, *k_mask;             // (B, N|M) or null; nonzero = ignore
-  int64_t blocks, capacity;                   // blocks = ceil(N / block_q)
-  int32_t *index, *count;                     // (B, Hq, blocks, capacity), (B, Hq, blocks)
-  int64_t panel_rows, level_offset[3];        // rows of a panel; where each level of a head's panels begins
+  Rows q, k;                            // (B, Hq|Hkv, N|M, head_pad)
+  Rows query_map, key_map;              // (B, Hq|Hkv, N|M, rank + 1): x and rho, y and kappa, natural logarithm
+  const RowRange* rows;                 // (B)
+  const uint8_t *q_mask, *k_mask;       // (B, N|M) or null; nonzero = ignore
+  int64_t blocks, capacity;             // blocks = ceil(N / block_q)
+  int32_t *index, *count;               // (B, Hq, blocks, capacity), (B, Hq, blocks)
+  int64_t panel_rows, level_offset[3];  // rows of a panel; where each level of a head's panels begins
 
-  // Candidate blocks of 32 keys (pooled) and candidate superblocks of 64 (per query) that are kept. Fewer lose accuracy on real attention.
+  // Candidate blocks of 32 keys (pooled) and candidate superblocks of 64 (per query) that are kept. Fewer lose accuracy
+  // on real attention.
   int64_t candidate_blocks() const { return keys > 85 ? (3 * keys + 15) / 16 : 16; }
   int64_t candidate_superblocks() const { return keys - window > 64 ? (keys - window) / 8 * 2 : 16; }
   int64_t blocks_per_group() const { return block_k == 1 ? 4 : 16; }
-  int64_t index_capacity() const { return block_k == 1 ? keys : keys / block_k + 1; }  // a window touches one block more than it fills
+  int64_t index_capacity() const {
+    return block_k == 1 ? keys : keys / block_k + 1;
+  }  // a window touches one block more than it fills
 };
 
 }  // namespace sb

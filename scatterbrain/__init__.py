@@ -10,9 +10,26 @@ from scatterbrain.support import LSH, Blocks, Empty, Full, Routed, Window
 from scatterbrain.version import __version__
 
 __all__ = [
-    "attention", "fit_statistics", "route", "reference", "presets",
-    "Full", "Empty", "Window", "Routed", "LSH", "Blocks",
-    "Quadratic", "Favor", "Statistics", "Projections", "RandomFeatures",
-    "ScatterbrainAttention", "calibrate", "update_statistics", "MultiheadAttention", "replace_attention",
+    "attention",
+    "fit_statistics",
+    "route",
+    "reference",
+    "presets",
+    "Full",
+    "Empty",
+    "Window",
+    "Routed",
+    "LSH",
+    "Blocks",
+    "Quadratic",
+    "Favor",
+    "Statistics",
+    "Projections",
+    "RandomFeatures",
+    "ScatterbrainAttention",
+    "calibrate",
+    "update_statistics",
+    "MultiheadAttention",
+    "replace_attention",
     "__version__",
-]  # fmt: skip
+]

@@ -31,7 +31,8 @@ LOW_RANK_CODE = {type(None): 0, Quadratic: 1, Favor: 2}
 
 
 class Rows(NamedTuple):
-    """What of each batch row counts: masks, their [first, last + 1) ranges and the causal offset; None where everything does."""
+    """What of each batch row counts: masks, their [first, last + 1) ranges and the causal offset; None where everything
+    does."""
 
     query_mask: Tensor | None
     key_mask: Tensor | None
@@ -53,7 +54,8 @@ class Lists(NamedTuple):
 
 
 def valid_range(mask: Tensor) -> Tensor:
-    """int32 (B, 2), [first, last + 1) of the tokens that bool ``mask`` (B, tokens) does not ignore; (0, 0) if it ignores all."""
+    """int32 (B, 2), [first, last + 1) of the tokens that bool ``mask`` (B, tokens) does not ignore; (0, 0) if it
+    ignores all."""
     tokens = mask.shape[1]
     if tokens == 0:
         return torch.zeros(mask.shape[0], 2, dtype=torch.int32, device=mask.device)
@@ -63,7 +65,13 @@ def valid_range(mask: Tensor) -> Tensor:
     return torch.stack([first, end], 1).to(torch.int32)
 
 
-def rows_of(query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_padding_mask: Tensor | None, query_offset: int | Tensor) -> Rows:
+def rows_of(
+    query: Tensor,
+    key: Tensor,
+    key_padding_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
+    query_offset: int | Tensor,
+) -> Rows:
     """Masks with their ranges; the query mask defaults to the key mask where there are as many queries as keys."""
     batch, n, m = query.shape[0], query.shape[2], key.shape[2]
     checks.check_mask("key_padding_mask", key_padding_mask, batch, m, query.device)
@@ -71,7 +79,13 @@ def rows_of(query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_p
     if query_padding_mask is None and key_padding_mask is not None and n == m:
         query_padding_mask = key_padding_mask
     key_range = None if key_padding_mask is None else valid_range(key_padding_mask)
-    query_range = None if query_padding_mask is None else key_range if query_padding_mask is key_padding_mask else valid_range(query_padding_mask)
+    query_range = (
+        None
+        if query_padding_mask is None
+        else key_range
+        if query_padding_mask is key_padding_mask
+        else valid_range(query_padding_mask)
+    )
     offset = None
     if isinstance(query_offset, Tensor):
         offset = query_offset.to(device=query.device, dtype=torch.int32)
@@ -80,8 +94,11 @@ def rows_of(query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_p
     return Rows(query_padding_mask, key_padding_mask, query_range, key_range, offset)
 
 
-def fit_statistics(query: Tensor, key: Tensor, rank: int = 9, key_padding_mask: Tensor | None = None, scale: float | None = None) -> Statistics:
-    """Means and projections of the quadratic kernel from some queries and keys, pooled over the batch, per key/value head.
+def fit_statistics(
+    query: Tensor, key: Tensor, rank: int = 9, key_padding_mask: Tensor | None = None, scale: float | None = None
+) -> Statistics:
+    """Means and projections of the quadratic kernel from some queries and keys, pooled over the batch, per key/value
+    head.
 
     Args:
         query: (B, Hq, N, d). key: (B, Hkv, M, d). Any floating dtype; computed in float64.
@@ -107,11 +124,18 @@ def fit_statistics(query: Tensor, key: Tensor, rank: int = 9, key_padding_mask: 
 def checked_moments(query: Tensor, key: Tensor, scale: float, rows: Rows):
     """Moments of calibration tokens, refused where they are not finite or there are none."""
     m = moments(query, key, scale, rows.key_mask, rows.query_mask)
-    if not bool(torch.isfinite(m.query_second).all() & torch.isfinite(m.key_second).all() & torch.isfinite(m.key_mean).all()):
-        raise ValueError("calibration: query or key holds NaN or infinity among the valid tokens (or is too large to square); calibrate on clean inputs, mask bad tokens")
+    if not bool(
+        torch.isfinite(m.query_second).all() & torch.isfinite(m.key_second).all() & torch.isfinite(m.key_mean).all()
+    ):
+        raise ValueError(
+            "calibration: query or key holds NaN or infinity among the valid tokens (or is too large to "
+            "square); calibrate on clean inputs, mask bad tokens"
+        )
     keys = key.shape[0] * key.shape[2] if rows.key_mask is None else int((~rows.key_mask).sum())
     if keys == 0 or not bool((m.tokens > 0).all()):
-        raise ValueError("calibration: expected at least one valid token, got none; check key_padding_mask (True = ignore)")
+        raise ValueError(
+            "calibration: expected at least one valid token, got none; check key_padding_mask (True = ignore)"
+        )
     return m
 
 
@@ -131,11 +155,12 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse + low-rank attention under one normaliser (Scatterbrain, Chen et al., NeurIPS 2021, section 4).
 
-    ``out_i = sum_j w_ij v_j / sum_j w_ij`` with ``w_ij = exp(scale q_i.k_j)`` for the keys j in the support of i and ``w_ij = L_ij`` for all others that i may
-    see.
+    ``out_i = sum_j w_ij v_j / sum_j w_ij`` with ``w_ij = exp(scale q_i.k_j)`` for the keys j in the support of i and
+    ``w_ij = L_ij`` for all others that i may see.
 
     Args:
-        query: (B, Hq, N, d); key: (B, Hkv, M, d); value: (B, Hkv, M, dv). float32, bfloat16, float16 or float64; any strides; Hq a multiple of Hkv.
+        query: (B, Hq, N, d); key: (B, Hkv, M, d); value: (B, Hkv, M, dv). float32, bfloat16, float16 or float64; any
+            strides; Hq a multiple of Hkv.
         support: which keys are exact; default the 64 nearest.
         low_rank: the kernel of the rest; None drops the rest (sparse attention).
         key_padding_mask: bool (B, M), True = ignore. Padded tokens may hold anything, NaN included.
@@ -149,7 +174,8 @@ def attention(
     Returns:
         (B, Hq, N, dv) in value's dtype. A row without any weight is zero, and so are its gradients.
 
-    Under autocast query, key and value are cast to its dtype; coordinates stay float32. Lists, statistics and stabilisers are constants of the backward pass.
+    Under autocast query, key and value are cast to its dtype; coordinates stay float32. Lists, statistics and
+    stabilisers are constants of the backward pass.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came and the cure.
@@ -163,17 +189,38 @@ def attention(
     scale = _default_scale(query, scale)
     with _without_autocast(query.device):
         if isinstance(support, Full):
-            # Nothing is left for the low-rank kernel. Without masks and offsets torch's own kernel is the fastest exact attention there is.
+            # Nothing is left for the low-rank kernel. Without masks and offsets torch's own kernel is the fastest exact
+            # attention there is.
             low_rank = statistics = None
             plain = all(field is None for field in rows) and not return_lse and query.shape[2] > 0 and key.shape[2] > 0
             if plain:
-                return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+                return F.scaled_dot_product_attention(
+                    query, key, value, is_causal=is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+                )
         query_map, key_map = coordinates(query, key, low_rank, statistics, scale, rows, is_causal)
         lists = lists_of(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
         out, lse = torch.ops.scatterbrain.attention(
-            query, key, value, query_map, key_map, lists.index, lists.count, lists.span, lists.order, rows.query_mask, rows.key_mask, rows.query_range,
-            rows.key_range, rows.offset, LOW_RANK_CODE[type(low_rank)], lists.block_q, lists.block_k, lists.span_keys, is_causal, scale,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            query_map,
+            key_map,
+            lists.index,
+            lists.count,
+            lists.span,
+            lists.order,
+            rows.query_mask,
+            rows.key_mask,
+            rows.query_range,
+            rows.key_range,
+            rows.offset,
+            LOW_RANK_CODE[type(low_rank)],
+            lists.block_q,
+            lists.block_k,
+            lists.span_keys,
+            is_causal,
+            scale,
+        )
     return (out, lse) if return_lse else out
 
 
@@ -189,9 +236,11 @@ def route(
     query_padding_mask: Tensor | None = None,
     query_offset: int | Tensor = 0,
 ) -> Blocks:
-    """The lists that :func:`attention` would use, for use as its ``support=``. No gradient flows through the choice; memory is linear in the tokens.
+    """The lists that :func:`attention` would use, for use as its ``support=``. No gradient flows through the choice;
+    memory is linear in the tokens.
 
-    Arguments as :func:`attention`. Without ``statistics`` (and with nothing else to take coordinates from) the scores are those without a low-rank part.
+    Arguments as :func:`attention`. Without ``statistics`` (and with nothing else to take coordinates from) the scores
+    are those without a low-rank part.
 
     Returns:
         :class:`Blocks` with lists for every query head.
@@ -200,7 +249,9 @@ def route(
     checks.check_tensors(query, key)
     checks.check_scale(scale)
     if not isinstance(support, (Routed, LSH)):
-        raise TypeError(f"route: support must be Routed or LSH, whose lists depend on the content, got {type(support).__name__}")
+        raise TypeError(
+            f"route: support must be Routed or LSH, whose lists depend on the content, got {type(support).__name__}"
+        )
     if isinstance(low_rank, Quadratic) and low_rank.statistics != "input" and statistics is None:
         low_rank = None
     if isinstance(low_rank, Quadratic) and isinstance(statistics, Statistics) and statistics.rank != low_rank.rank:
@@ -214,7 +265,7 @@ def route(
         return _content_lists(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
 
 
-# ---------------------------------------------------------------------------------------------------------------- steps
+# -------------------- steps
 
 
 def _default_scale(query: Tensor, scale: float | None) -> float:
@@ -227,15 +278,27 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def coordinates(query: Tensor, key: Tensor, low_rank: LowRank, statistics: Coefficients | None, scale: float, rows: Rows, is_causal: bool):  # fmt: skip
-    """query_map (B, Hq, N, r + 1) and key_map (B, Hkv, M, r + 1) of the low-rank kernel, float32 (float64 for float64 inputs); None without one."""
+def coordinates(
+    query: Tensor,
+    key: Tensor,
+    low_rank: LowRank,
+    statistics: Coefficients | None,
+    scale: float,
+    rows: Rows,
+    is_causal: bool,
+):
+    """query_map (B, Hq, N, r + 1) and key_map (B, Hkv, M, r + 1) of the low-rank kernel, float32 (float64 for float64
+    inputs); None without one."""
     batch, q_heads, _, d = query.shape
     checks.check_statistics(low_rank, statistics, scale, batch, q_heads, key.shape[1], d)
     if low_rank is None:
@@ -246,25 +309,39 @@ def coordinates(query: Tensor, key: Tensor, low_rank: LowRank, statistics: Coeff
     if low_rank.statistics == "input" and statistics is None:
         m = moments(query, key, scale, rows.key_mask, rows.query_mask, per_row=True)
         statistics = statistics_from_moments(m, low_rank.rank, scale)
-    # The products of means and projections are formed in float64: they are tiny, and they are what cancels against the tokens.
+    # The products of means and projections are formed in float64: they are tiny, and they are what cancels against the
+    # tokens.
     weights = [w.to(dtype) for w in quadratic_weights(statistics.to(query.device, torch.float64), scale)]
     query_weight, query_offset, key_weight, key_offset = (w if _per_row(statistics) else w[None] for w in weights)
-    return torch.ops.scatterbrain.project(query, query_weight, query_offset), torch.ops.scatterbrain.project(key, key_weight, key_offset)
+    return torch.ops.scatterbrain.project(query, query_weight, query_offset), torch.ops.scatterbrain.project(
+        key, key_weight, key_offset
+    )
 
 
 def _per_row(statistics: Coefficients) -> bool:
     return isinstance(statistics, Statistics) and statistics.query_projection.dim() == 4
 
 
-def _favor_coordinates(query: Tensor, key: Tensor, low_rank: Favor, statistics: Coefficients | None, scale: float, rows: Rows, dtype: torch.dtype):  # fmt: skip
+def _favor_coordinates(
+    query: Tensor,
+    key: Tensor,
+    low_rank: Favor,
+    statistics: Coefficients | None,
+    scale: float,
+    rows: Rows,
+    dtype: torch.dtype,
+):
     if statistics is None:
-        projection = random_projection(low_rank.features, query.shape[3], low_rank.orthogonal, low_rank.hyperbolic, low_rank.seed)
+        projection = random_projection(
+            low_rank.features, query.shape[3], low_rank.orthogonal, low_rank.hyperbolic, low_rank.seed
+        )
     else:
         projection = statistics.projection
     projection = projection.to(device=query.device, dtype=dtype)[None, None]
     maps = []
     for tokens, mask, size in zip((query, key), (rows.query_mask, rows.key_mask), favor_sizes(scale)):
-        # A node of its own without a mask too: gradients of the features are then always added up before they join that of the scores, to the same bits.
+        # A node of its own without a mask too: gradients of the features are then always added up before they join that
+        # of the scores, to the same bits.
         tokens = tokens.view_as(tokens) if mask is None else tokens.masked_fill(mask[:, None, :, None], 0)
         projected = torch.ops.scatterbrain.project(tokens, projection * size, None)
         maps.append(torch.cat(favor_log_features(projected, tokens, size, low_rank.hyperbolic), -1))
@@ -276,7 +353,10 @@ def window_span(support: Window, n: int, m: int, rows: Rows, is_causal: bool, de
     slot = torch.arange(-(-n // support.block_q), device=device)[None] * support.block_q
     q_first, q_length, k_first, k_length = 0, max(n, 1), 0, m
     if rows.query_range is not None:
-        q_first, q_length = rows.query_range[:, :1].long(), (rows.query_range[:, 1:] - rows.query_range[:, :1]).long().clamp(min=1)
+        q_first, q_length = (
+            rows.query_range[:, :1].long(),
+            (rows.query_range[:, 1:] - rows.query_range[:, :1]).long().clamp(min=1),
+        )
     if rows.key_range is not None:
         k_first, k_length = rows.key_range[:, :1].long(), (rows.key_range[:, 1:] - rows.key_range[:, :1]).long()
 
@@ -295,8 +375,17 @@ def window_span(support: Window, n: int, m: int, rows: Rows, is_causal: bool, de
     return torch.stack([lo + k_first, torch.maximum(hi, lo) + k_first], -1).to(torch.int32)
 
 
-def lists_of(support: Support, query: Tensor, key: Tensor, query_map: Tensor | None, key_map: Tensor | None, low_rank: LowRank, scale: float, rows: Rows,
-             is_causal: bool) -> Lists:  # fmt: skip
+def lists_of(
+    support: Support,
+    query: Tensor,
+    key: Tensor,
+    query_map: Tensor | None,
+    key_map: Tensor | None,
+    low_rank: LowRank,
+    scale: float,
+    rows: Rows,
+    is_causal: bool,
+) -> Lists:
     """Any support as lists."""
     n, m = query.shape[2], key.shape[2]
     if isinstance(support, Empty):
@@ -305,22 +394,64 @@ def lists_of(support: Support, query: Tensor, key: Tensor, query_map: Tensor | N
         span = (torch.arange(2, dtype=torch.int32, device=query.device) * m).expand(1, -(-n // 16), 2).contiguous()
         return Lists(None, None, span, None, 16, 1, ANY_LENGTH)
     if isinstance(support, Window):
-        return Lists(None, None, window_span(support, n, m, rows, is_causal, query.device), None, support.block_q, 1, support.keys)
+        return Lists(
+            None,
+            None,
+            window_span(support, n, m, rows, is_causal, query.device),
+            None,
+            support.block_q,
+            1,
+            support.keys,
+        )
     if isinstance(support, (Routed, LSH)):
         support = _content_lists(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
     else:
-        checks.check_blocks(support, query.shape[0], query.shape[1], key.shape[1], n, rows.key_range, rows.query_range, m, rows.offset, is_causal)
+        checks.check_blocks(
+            support,
+            query.shape[0],
+            query.shape[1],
+            key.shape[1],
+            n,
+            rows.key_range,
+            rows.query_range,
+            m,
+            rows.offset,
+            is_causal,
+        )
     return Lists(support.index, support.count, None, support.query_order, support.block_q, support.block_k, 0)
 
 
-def _content_lists(support: Routed | LSH, query: Tensor, key: Tensor, query_map: Tensor | None, key_map: Tensor | None, low_rank: LowRank, scale: float,
-                   rows: Rows, is_causal: bool) -> Blocks:  # fmt: skip
+def _content_lists(
+    support: Routed | LSH,
+    query: Tensor,
+    key: Tensor,
+    query_map: Tensor | None,
+    key_map: Tensor | None,
+    low_rank: LowRank,
+    scale: float,
+    rows: Rows,
+    is_causal: bool,
+) -> Blocks:
     if isinstance(support, LSH):
         return lsh.lsh_lists(query, key, support, rows.query_mask, rows.key_mask, rows.query_range, rows.key_range)
     # Always in float32, so that float64 copies of the same inputs are routed alike.
     as_float = lambda t: None if t is None else t.detach().float()  # noqa: E731
     index, count = torch.ops.scatterbrain.route(
-        as_float(query), as_float(key), as_float(query_map), as_float(key_map), rows.query_mask, rows.key_mask, rows.query_range, rows.key_range, rows.offset,
-        LOW_RANK_CODE[type(low_rank)], support.keys, support.block_q, support.block_k, support.window, is_causal, scale,
-    )  # fmt: skip
+        as_float(query),
+        as_float(key),
+        as_float(query_map),
+        as_float(key_map),
+        rows.query_mask,
+        rows.key_mask,
+        rows.query_range,
+        rows.key_range,
+        rows.offset,
+        LOW_RANK_CODE[type(low_rank)],
+        support.keys,
+        support.block_q,
+        support.block_k,
+        support.window,
+        is_causal,
+        scale,
+    )
     return Blocks(index, count, support.block_q, support.block_k, _checked=True)

@@ -20,13 +20,16 @@ EMA_FLOOR = 1e-3  # the same for moving averages, which see few tokens at first
 
 @dataclass(frozen=True)
 class Quadratic:
-    """``(1 + x.y / 2)^2 exp(rho + kappa)``, the square of a first-order expansion of exp around the data's own means: deterministic, positive, calibrated.
+    """``(1 + x.y / 2)^2 exp(rho + kappa)``, the square of a first-order expansion of exp around the data's own means:
+    deterministic, positive, calibrated.
 
     Args:
-        rank: dimension r of the coordinates; (r + 1)(r + 2) / 2 features. 9 keeps them at 55; 16 (153 features) helps some tasks.
-        statistics: where means and projections come from. "stored": calibrated once (:func:`scatterbrain.calibrate`, or ``statistics=`` of
-            :func:`scatterbrain.attention`). "input": from the sequence itself, bidirectional only. "ema": a moving average over training steps, committed by
-            :func:`scatterbrain.update_statistics`. "learned": projections are parameters.
+        rank: dimension r of the coordinates; (r + 1)(r + 2) / 2 features. 9 keeps them at 55; 16 (153 features) helps
+            some tasks.
+        statistics: where means and projections come from. "stored": calibrated once (:func:`scatterbrain.calibrate`, or
+            ``statistics=`` of :func:`scatterbrain.attention`). "input": from the sequence itself, bidirectional only.
+            "ema": a moving average over training steps, committed by :func:`scatterbrain.update_statistics`. "learned":
+            projections are parameters.
     """
 
     rank: int = 9
@@ -35,7 +38,9 @@ class Quadratic:
     def __post_init__(self) -> None:
         _check_int("Quadratic", "rank", self.rank, 1)
         if self.statistics not in ("stored", "input", "ema", "learned"):
-            raise ValueError(f"Quadratic: expected statistics 'stored', 'input', 'ema' or 'learned', got {self.statistics!r}")
+            raise ValueError(
+                f"Quadratic: expected statistics 'stored', 'input', 'ema' or 'learned', got {self.statistics!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,12 @@ class Favor:
 
     Args:
         features: number m of random features.
-        orthogonal: rows orthogonal within blocks of head_dim, with the norms of Gaussian rows (lower variance, still unbiased).
+        orthogonal: rows orthogonal within blocks of head_dim, with the norms of Gaussian rows (lower variance, still
+            unbiased).
         hyperbolic: pairs ``exp(w.x), exp(-w.x)``; needs an even number of features.
         centred: not in this release; must be False.
-        redraw: optimizer steps between redraws of a module's projection by :func:`scatterbrain.update_statistics`; None: never.
+        redraw: optimizer steps between redraws of a module's projection by :func:`scatterbrain.update_statistics`;
+            None: never.
         seed: seed of the projection that :func:`scatterbrain.attention` draws when it is given none, and of a module's.
     """
 
@@ -66,7 +73,9 @@ class Favor:
         if self.redraw is not None:
             _check_int("Favor", "redraw", self.redraw, 1)
         if self.hyperbolic and self.features % 2:
-            raise ValueError(f"Favor: hyperbolic features come in pairs, expected an even number of features, got {self.features}")
+            raise ValueError(
+                f"Favor: hyperbolic features come in pairs, expected an even number of features, got {self.features}"
+            )
         if self.centred:
             raise ValueError("Favor: centred=True is not in this release; use Quadratic, whose coordinates are centred")
 
@@ -76,8 +85,9 @@ LowRank = Union[Quadratic, Favor, None]
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Means and projections of the quadratic kernel, per key/value head (shared by its query heads): x = Pq (scale q - a), rho = scale q.b,
-    y = Pk (k - b), kappa = a.(k - b). Leading dimensions (Hkv,), or (B, Hkv) for statistics of each batch row.
+    """Means and projections of the quadratic kernel, per key/value head (shared by its query heads): x = Pq (scale q -
+    a), rho = scale q.b, y = Pk (k - b), kappa = a.(k - b). Leading dimensions (Hkv,), or (B, Hkv) for statistics of
+    each batch row.
 
     Args:
         query_projection: Pq (..., rank, head_dim).
@@ -141,12 +151,13 @@ class RandomFeatures:
 Coefficients = Union[Statistics, Projections, RandomFeatures]
 
 
-# ---------------------------------------------------------------------------------------------------------------- calibration
+# -------------------- calibration
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Token-weighted first and second moments in float64, per key/value head: the mean of scaled queries and of keys weighted by exp(a.k)."""
+    """Token-weighted first and second moments in float64, per key/value head: the mean of scaled queries and of keys
+    weighted by exp(a.k)."""
 
     tokens: Tensor  # (...) queries that were counted
     query_mean: Tensor  # (..., d)
@@ -164,15 +175,27 @@ class Moments:
         """``(1 - share) self + share other``."""
 
         def mix(mine: Tensor, theirs: Tensor) -> Tensor:
-            weight = share.reshape(share.shape + (1,) * (mine.dim() - share.dim())) if isinstance(share, Tensor) else share
+            weight = (
+                share.reshape(share.shape + (1,) * (mine.dim() - share.dim())) if isinstance(share, Tensor) else share
+            )
             return mine + weight * (theirs - mine)
 
         names = ("query_mean", "query_second", "key_mean", "key_second")
-        return Moments(other.tokens if tokens is None else tokens, *(mix(getattr(self, n), getattr(other, n)) for n in names))
+        return Moments(
+            other.tokens if tokens is None else tokens, *(mix(getattr(self, n), getattr(other, n)) for n in names)
+        )
 
 
-def moments(query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None = None, query_mask: Tensor | None = None, per_row: bool = False) -> Moments:
-    """Moments of one batch, pooled over its rows unless ``per_row``. query (B, Hq, N, d), key (B, Hkv, M, d), masks bool (B, tokens), True = ignore."""
+def moments(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    per_row: bool = False,
+) -> Moments:
+    """Moments of one batch, pooled over its rows unless ``per_row``. query (B, Hq, N, d), key (B, Hkv, M, d), masks
+    bool (B, tokens), True = ignore."""
     heads = key.shape[1]
 
     def gather(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -200,7 +223,8 @@ def moments(query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None = 
 
 
 def _root(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """C^(1/2) and C^(-1/2) of the covariance C = second - mean mean^T, eigenvalues floored relative to their mean; zeros where C is zero up to rounding."""
+    """C^(1/2) and C^(-1/2) of the covariance C = second - mean mean^T, eigenvalues floored relative to their mean;
+    zeros where C is zero up to rounding."""
     covariance = second - mean[..., :, None] * mean[..., None, :]
     values, vectors = torch.linalg.eigh((covariance + covariance.transpose(-1, -2)) / 2)
     average = values.clamp(min=0).mean(-1, keepdim=True)
@@ -213,7 +237,8 @@ def _root(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:
 
 
 def statistics_from_moments(m: Moments, rank: int, scale: float, floor: float = STORED_FLOOR) -> Statistics:
-    """Pq, a, Pk, b in float32 from moments (the singular vectors of Cq^(1/2) Ck^(1/2): the r directions in which q - a and k - b interact most)."""
+    """Pq, a, Pk, b in float32 from moments (the singular vectors of Cq^(1/2) Ck^(1/2): the r directions in which q - a
+    and k - b interact most)."""
     d = m.query_mean.shape[-1]
     if rank > d:
         raise ValueError(f"rank must be at most head_dim={d}, got {rank}")
@@ -226,11 +251,12 @@ def statistics_from_moments(m: Moments, rank: int, scale: float, floor: float = 
     return Statistics(pq.float(), m.query_mean.float(), pk.float(), m.key_mean.float(), float(scale))
 
 
-# ---------------------------------------------------------------------------------------------------------------- random features
+# -------------------- random features
 
 
 def draw_projection(low_rank: Favor, head_dim: int, generator: torch.Generator) -> Tensor:
-    """W, float32: (features, head_dim), or half the rows for hyperbolic features. Orthogonal rows carry the norms of Gaussian ones."""
+    """W, float32: (features, head_dim), or half the rows for hyperbolic features. Orthogonal rows carry the norms of
+    Gaussian ones."""
     rows = low_rank.features // 2 if low_rank.hyperbolic else low_rank.features
     gaussian = torch.randn(rows, head_dim, generator=generator, dtype=torch.float64)
     if not low_rank.orthogonal:
@@ -247,9 +273,14 @@ def seeded_projection(low_rank: Favor, head_dim: int, draw: int = 0) -> Tensor:
     return draw_projection(low_rank, head_dim, torch.Generator().manual_seed(low_rank.seed * 1_000_003 + draw))
 
 
-@torch.library.custom_op("scatterbrain::random_projection", mutates_args=(), schema="(int features, int head_dim, bool orthogonal, bool hyperbolic, int seed) -> Tensor")
+@torch.library.custom_op(
+    "scatterbrain::random_projection",
+    mutates_args=(),
+    schema="(int features, int head_dim, bool orthogonal, bool hyperbolic, int seed) -> Tensor",
+)
 def random_projection(features: int, head_dim: int, orthogonal: bool, hyperbolic: bool, seed: int) -> Tensor:
-    """:func:`seeded_projection` as an operator: a constant that compile and export leave alone, and no random operation in the eyes of vmap."""
+    """:func:`seeded_projection` as an operator: a constant that compile and export leave alone, and no random operation
+    in the eyes of vmap."""
     return seeded_projection(Favor(features, orthogonal, hyperbolic, seed=seed), head_dim)
 
 
@@ -258,11 +289,12 @@ def _(features: int, head_dim: int, orthogonal: bool, hyperbolic: bool, seed: in
     return torch.empty(features // 2 if hyperbolic else features, head_dim, device="cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------------- maps
+# -------------------- maps
 
 
 def quadratic_weights(c: Statistics | Projections, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(query weight, query offset, key weight, key offset) of ``map = weight token + offset``, coordinates first, log scale last."""
+    """(query weight, query offset, key weight, key offset) of ``map = weight token + offset``, coordinates first, log
+    scale last."""
     if isinstance(c, Statistics):
         pq, a, pk, b = c.query_projection, c.query_mean, c.key_projection, c.key_mean
         dot = (a * b).sum(-1)
@@ -278,13 +310,14 @@ def quadratic_weights(c: Statistics | Projections, scale: float) -> tuple[Tensor
 
 
 def squared_norm(tokens: Tensor) -> Tensor:
-    """(..., 1). Summed along contiguous memory: the order of torch's sum, and with it the last bit, depends on the stride."""
+    """(..., 1). Summed along contiguous memory: the order of torch's sum, and with it the last bit, depends on the
+    stride."""
     return (tokens if tokens.stride(-1) == 1 else tokens.contiguous()).square().sum(-1, keepdim=True)
 
 
 def favor_log_features(projected: Tensor, tokens: Tensor, size: float, hyperbolic: bool) -> tuple[Tensor, Tensor]:
-    """(features in (0, 1], log scale) from ``projected = size W t``: the row's largest exponent is its log scale, so nothing overflows and no epsilon is
-    needed. The log scale is a stabiliser, a constant of the backward pass."""
+    """(features in (0, 1], log scale) from ``projected = size W t``: the row's largest exponent is its log scale, so
+    nothing overflows and no epsilon is needed. The log scale is a stabiliser, a constant of the backward pass."""
     if hyperbolic:
         projected = torch.cat([projected, -projected], -1)
     half_norm = squared_norm(tokens.to(projected.dtype) * size) / 2

@@ -1,4 +1,5 @@
-"""Equal-size clusters by locality-sensitive hashing (E2LSH on the XBOX+ transform, as in SMYRF, Daras et al. 2020, section 3)."""
+"""Equal-size clusters by locality-sensitive hashing (E2LSH on the XBOX+ transform, as in SMYRF, Daras et al. 2020,
+section 3)."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ from scatterbrain.low_rank import squared_norm
 from scatterbrain.support import LSH, Blocks
 
 
-@torch.library.custom_op("scatterbrain::hash_directions", mutates_args=(), schema="(int rounds, int head_dim, int seed) -> Tensor")
+@torch.library.custom_op(
+    "scatterbrain::hash_directions", mutates_args=(), schema="(int rounds, int head_dim, int seed) -> Tensor"
+)
 def hash_directions(rounds: int, head_dim: int, seed: int) -> Tensor:
-    """Gaussian directions (rounds, head_dim + 2) of ``seed``. An operator: a constant for compile and export, and no random operation in the eyes of vmap."""
+    """Gaussian directions (rounds, head_dim + 2) of ``seed``. An operator: a constant for compile and export, and no
+    random operation in the eyes of vmap."""
     return torch.randn(rounds, head_dim + 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
@@ -20,10 +24,13 @@ def _(rounds: int, head_dim: int, seed: int) -> Tensor:
     return torch.empty(rounds, head_dim + 2, device="cpu")
 
 
-def hash_tokens(query: Tensor, key: Tensor, directions: Tensor, query_mask: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, Hq, rounds, N) and (B, Hq, rounds, M) hashes. XBOX+ appends sqrt(R - |q|^2), 0 to queries and 0, sqrt(R - |k|^2) to keys with R = max|q|^2 +
-    max|k|^2 over valid tokens, so that the nearest key is the one of largest inner product; the hash is a projection, whose order is all that is used.
-    ``directions`` (rounds, head_dim + 2). Masked tokens hash to infinity."""
+def hash_tokens(
+    query: Tensor, key: Tensor, directions: Tensor, query_mask: Tensor | None, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(B, Hq, rounds, N) and (B, Hq, rounds, M) hashes. XBOX+ appends sqrt(R - |q|^2), 0 to queries and 0, sqrt(R -
+    |k|^2) to keys with R = max|q|^2 + max|k|^2 over valid tokens, so that the nearest key is the one of largest inner
+    product; the hash is a projection, whose order is all that is used. ``directions`` (rounds, head_dim + 2). Masked
+    tokens hash to infinity."""
 
     def norms(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if mask is not None:
@@ -38,19 +45,32 @@ def hash_tokens(query: Tensor, key: Tensor, directions: Tensor, query_mask: Tens
     plain, extra_query, extra_key = directions[:, :-2], directions[:, -2], directions[:, -1]
 
     def project(tokens: Tensor, norm: Tensor, extra: Tensor, mask: Tensor | None) -> Tensor:
-        # The package's own projection: a hash does not depend on the other tokens' number or on threads, as a matrix product's last bit may.
-        h = torch.ops.scatterbrain.project(tokens, plain[None, None], None).transpose(-1, -2) + (radius - norm).clamp(min=0).sqrt()[:, :, None] * extra[:, None]
+        # The package's own projection: a hash does not depend on the other tokens' number or on threads, as a matrix
+        # product's last bit may.
+        h = (
+            torch.ops.scatterbrain.project(tokens, plain[None, None], None).transpose(-1, -2)
+            + (radius - norm).clamp(min=0).sqrt()[:, :, None] * extra[:, None]
+        )
         return h if mask is None else h.masked_fill(mask[:, None, None], torch.inf)
 
     return project(query, query_norm, extra_query, query_mask), project(key, key_norm, extra_key, key_mask)
 
 
-def lsh_lists(query: Tensor, key: Tensor, support: LSH, query_mask: Tensor | None, key_mask: Tensor | None, query_range: Tensor | None,
-              key_range: Tensor | None) -> Blocks:  # fmt: skip
-    """Per-query lists (block_q = block_k = 1): the sorted union over rounds of the keys in the query's cluster. Memory is linear in the tokens.
+def lsh_lists(
+    query: Tensor,
+    key: Tensor,
+    support: LSH,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    query_range: Tensor | None,
+    key_range: Tensor | None,
+) -> Blocks:
+    """Per-query lists (block_q = block_k = 1): the sorted union over rounds of the keys in the query's cluster. Memory
+    is linear in the tokens.
 
-    A row with n valid queries and m valid keys has ceil(m / (keys / rounds)) clusters; query of rank r in hash order belongs to cluster
-    r clusters // n, and cluster c holds the keys of ranks c m // clusters .. (c + 1) m // clusters - 1.
+    A row with n valid queries and m valid keys has ceil(m / (keys / rounds)) clusters; query of rank r in hash order
+    belongs to cluster r clusters // n, and cluster c holds the keys of ranks c m // clusters .. (c + 1) m // clusters -
+    1.
     """
     batch, heads, n, d = query.shape
     m = key.shape[2]
@@ -58,11 +78,18 @@ def lsh_lists(query: Tensor, key: Tensor, support: LSH, query_mask: Tensor | Non
     device = query.device
     if n == 0 or m == 0:
         return Blocks(
-            torch.full((batch, heads, n, 0), -1, dtype=torch.int32, device=device), torch.zeros(batch, heads, n, dtype=torch.int32, device=device), 1, 1, _checked=True
+            torch.full((batch, heads, n, 0), -1, dtype=torch.int32, device=device),
+            torch.zeros(batch, heads, n, dtype=torch.int32, device=device),
+            1,
+            1,
+            _checked=True,
         )
     directions = hash_directions(support.rounds, d, support.seed).to(device)
     query_hash, key_hash = hash_tokens(query, key, directions, query_mask, key_mask)
-    count = lambda mask, tokens: torch.full((batch,), tokens, device=device) if mask is None else (~mask).sum(1)  # noqa: E731
+
+    def count(mask: Tensor | None, tokens: int) -> Tensor:
+        return torch.full((batch,), tokens, device=device) if mask is None else (~mask).sum(1)
+
     n_valid, m_valid = (c[:, None, None, None] for c in (count(query_mask, n), count(key_mask, m)))
     clusters = (-(-m_valid // per_round)).clamp(min=1)
 
@@ -85,7 +112,9 @@ def lsh_lists(query: Tensor, key: Tensor, support: LSH, query_mask: Tensor | Non
     member = member.masked_fill(repeated, m).sort(-1).values
     if query_range is not None:  # lists count from the row's first valid query
         slot = torch.arange(n, device=device) + query_range[:, :1].long()
-        member = torch.gather(member, 2, slot.clamp(max=n - 1)[:, None, :, None].expand_as(member)).masked_fill((slot >= n)[:, None, :, None], m)
+        member = torch.gather(member, 2, slot.clamp(max=n - 1)[:, None, :, None].expand_as(member)).masked_fill(
+            (slot >= n)[:, None, :, None], m
+        )
     used = member < m
     first = 0 if key_range is None else key_range[:, 0].long()[:, None, None, None]
     index = torch.where(used, member - first, -1).to(torch.int32)

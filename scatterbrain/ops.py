@@ -1,15 +1,18 @@
 """The registered operators: loading, shapes, gradients, vmap and FLOP counts. Nothing here computes attention.
 
-``attention`` takes lists, never supports, and coordinates, never statistics: everything that chooses what is read happens before it. Its arguments:
+``attention`` takes lists, never supports, and coordinates, never statistics: everything that chooses what is read
+happens before it. Its arguments:
 
-    query (B, Hq, N, d), key (B, Hkv, M, d), value (B, Hkv, M, dv)   float32, bfloat16, float16 or float64, any strides
-    query_map (B, Hq, N, r + 1), key_map (B, Hkv, M, r + 1)          coordinates and, last, log scales; float32 (float64 for float64 inputs)
-    index, count, query_order                                        as scatterbrain.Blocks
-    span (1 or B, blocks, 2)                                         int32, a window [lo, hi) per query block; at most ``span_keys`` long
-    query_mask (B, N), key_mask (B, M)                               bool, True = ignore
-    query_range, key_range (B, 2)                                    int32, [first, last + 1) of what is not ignored
-    query_offset (B,)                                                int32, position of query 0 among the keys, for causal attention
-    low_rank                                                         0 none, 1 quadratic, 2 general features
+    query (B, Hq, N, d), key (B, Hkv, M, d),
+      value (B, Hkv, M, dv)                   float32, bfloat16, float16 or float64, any strides
+    query_map (B, Hq, N, r + 1),
+      key_map (B, Hkv, M, r + 1)              coordinates, then log scales; float32 (float64 for float64 inputs)
+    index, count, query_order                 as scatterbrain.Blocks
+    span (1 or B, blocks, 2)                  int32, a window [lo, hi) per query block, at most ``span_keys`` long
+    query_mask (B, N), key_mask (B, M)        bool, True = ignore
+    query_range, key_range (B, 2)             int32, [first, last + 1) of what is not ignored
+    query_offset (B,)                         int32, position of query 0 among the keys, for causal attention
+    low_rank                                  0 none, 1 quadratic, 2 general features
 """
 
 from __future__ import annotations
@@ -28,12 +31,18 @@ def _load() -> None:
     folder = Path(__file__).parent
     libraries = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
     if not libraries:
-        raise ImportError(f"scatterbrain: the compiled operators are missing, expected _C*.so in {folder}; build them with `pip install .` in the source folder")
+        raise ImportError(
+            f"scatterbrain: the compiled operators are missing, expected _C*.so in {folder}; build them "
+            "with `pip install .` in the source folder"
+        )
     torch.ops.load_library(str(libraries[0]))
     wanted = os.environ.get(ISA_VARIABLE)
     used = torch.ops.scatterbrain.instruction_set()
     if wanted and wanted != used:
-        raise ImportError(f"scatterbrain: {ISA_VARIABLE}={wanted!r} is not available here; expected one of avx512, avx2, baseline that this processor has (best: {used})")
+        raise ImportError(
+            f"scatterbrain: {ISA_VARIABLE}={wanted!r} is not available here; expected one of avx512, "
+            f"avx2, baseline that this processor has (best: {used})"
+        )
 
 
 _load()
@@ -45,7 +54,7 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------------------- shapes
+# -------------------- shapes
 
 
 @torch.library.register_fake("scatterbrain::project")
@@ -56,7 +65,11 @@ def _(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.register_fake("scatterbrain::project_backward")
 def _(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _accumulation_dtype(tokens.dtype)
-    return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(weight.shape[:3], dtype=dtype)
+    return (
+        tokens.new_empty(tokens.shape),
+        weight.new_empty(weight.shape, dtype=dtype),
+        weight.new_empty(weight.shape[:3], dtype=dtype),
+    )
 
 
 @torch.library.register_fake("scatterbrain::attention")
@@ -67,19 +80,46 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 
 
 @torch.library.register_fake("scatterbrain::attention_backward")
-def _(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, query_map: Tensor | None,
-      key_map: Tensor | None, *_: object) -> tuple[Tensor, ...]:  # fmt: skip
+def _(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor | None,
+    key_map: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, ...]:
     maps = [
-        tokens.new_empty((tokens.shape[0], tokens.shape[1], 0, 1), dtype=lse.dtype) if m is None else m.new_empty(m.shape)
+        tokens.new_empty((tokens.shape[0], tokens.shape[1], 0, 1), dtype=lse.dtype)
+        if m is None
+        else m.new_empty(m.shape)
         for tokens, m in ((query, query_map), (key, key_map))
     ]
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), *maps
 
 
 @torch.library.register_fake("scatterbrain::route")
-def _(query: Tensor, key: Tensor, query_map: Tensor | None, key_map: Tensor | None, query_mask: Tensor | None, key_mask: Tensor | None,
-      query_range: Tensor | None, key_range: Tensor | None, query_offset: Tensor | None, low_rank: int, keys: int, block_q: int, block_k: int, window: int,
-      is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _(
+    query: Tensor,
+    key: Tensor,
+    query_map: Tensor | None,
+    key_map: Tensor | None,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    query_range: Tensor | None,
+    key_range: Tensor | None,
+    query_offset: Tensor | None,
+    low_rank: int,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    window: int,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     from scatterbrain.support import Routed
 
     shape = (query.shape[0], query.shape[1], (query.shape[2] + block_q - 1) // block_q)
@@ -87,7 +127,7 @@ def _(query: Tensor, key: Tensor, query_map: Tensor | None, key_map: Tensor | No
     return query.new_empty((*shape, capacity), dtype=torch.int32), query.new_empty(shape, dtype=torch.int32)
 
 
-# ---------------------------------------------------------------------------------------------------------------- gradients
+# -------------------- gradients
 
 
 def _project_setup(ctx: object, inputs: tuple, output: Tensor) -> None:
@@ -126,11 +166,12 @@ def _attention_backward(ctx: object, d_out: Tensor | None, d_lse: Tensor | None)
 
 torch.library.register_autograd("scatterbrain::attention", _attention_backward, setup_context=_attention_setup)
 
-# ---------------------------------------------------------------------------------------------------------------- vmap
+# -------------------- vmap
 
 
 def _fold(tensor: object, dim: int | None, size: int, shared: bool = False) -> object:
-    """The mapped dimension folded into the batch; a tensor without it is repeated, unless its batch of one is shared by every row anyway."""
+    """The mapped dimension folded into the batch; a tensor without it is repeated, unless its batch of one is shared by
+    every row anyway."""
     if not isinstance(tensor, Tensor):
         return tensor
     if dim is None:
@@ -175,24 +216,35 @@ _register_batched("route", 2)
 @torch.library.register_vmap("scatterbrain::project")
 def _(info: object, in_dims: tuple, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
     size = info.batch_size
-    tokens, weight, bias = (_spread(t, d, size, tokens, in_dims[0], i > 0) for i, (t, d) in enumerate(zip((tokens, weight, bias), in_dims)))
+    tokens, weight, bias = (
+        _spread(t, d, size, tokens, in_dims[0], i > 0) for i, (t, d) in enumerate(zip((tokens, weight, bias), in_dims))
+    )
     return _unfold(torch.ops.scatterbrain.project(tokens, weight, bias), size), 0
 
 
 @torch.library.register_vmap("scatterbrain::project_backward")
-def _(info: object, in_dims: tuple, grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def _(
+    info: object, in_dims: tuple, grad: Tensor, tokens: Tensor, weight: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     size, shared_rows = info.batch_size, weight.shape[0 if in_dims[2] is None else 1] == 1
-    grad, tokens, weight = (_spread(t, d, size, tokens, in_dims[1], i > 1) for i, (t, d) in enumerate(zip((grad, tokens, weight), in_dims)))
+    grad, tokens, weight = (
+        _spread(t, d, size, tokens, in_dims[1], i > 1) for i, (t, d) in enumerate(zip((grad, tokens, weight), in_dims))
+    )
     if weight.shape[0] == 1:
         weight = weight.expand(tokens.shape[0], *weight.shape[1:])
-    d_tokens, d_weight, d_bias = (_unfold(r, size) for r in torch.ops.scatterbrain.project_backward(grad, tokens, weight))
+    d_tokens, d_weight, d_bias = (
+        _unfold(r, size) for r in torch.ops.scatterbrain.project_backward(grad, tokens, weight)
+    )
     if shared_rows:
         d_weight, d_bias = d_weight.sum(1, keepdim=True), d_bias.sum(1, keepdim=True)
     return (d_tokens, d_weight, d_bias), (0, 0, 0)
 
 
-def _spread(tensor: Tensor | None, dim: int | None, size: int, tokens: Tensor, tokens_dim: int | None, is_weight: bool) -> Tensor | None:
-    """A token tensor folded into the batch; a weight repeated for the rows of its mapped element where it has one per element."""
+def _spread(
+    tensor: Tensor | None, dim: int | None, size: int, tokens: Tensor, tokens_dim: int | None, is_weight: bool
+) -> Tensor | None:
+    """A token tensor folded into the batch; a weight repeated for the rows of its mapped element where it has one per
+    element."""
     if tensor is None or not is_weight or (dim is None and tensor.shape[0] == 1):
         return tensor if is_weight else _fold(tensor, dim, size)
     moved = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -200,11 +252,21 @@ def _spread(tensor: Tensor | None, dim: int | None, size: int, tokens: Tensor, t
     return moved.expand(size, batch, *moved.shape[2:]).reshape(size * batch, *moved.shape[2:])
 
 
-# ---------------------------------------------------------------------------------------------------------------- FLOP formulas
+# -------------------- FLOP
+# formulas
 
 
-def _pairs_and_features(query: tuple, value: tuple, query_map: tuple | None, index: tuple | None, span: tuple | None, low_rank: int, block_k: int,
-                        span_keys: int, keys: int) -> tuple[int, int, int]:  # fmt: skip
+def _pairs_and_features(
+    query: tuple,
+    value: tuple,
+    query_map: tuple | None,
+    index: tuple | None,
+    span: tuple | None,
+    low_rank: int,
+    block_k: int,
+    span_keys: int,
+    keys: int,
+) -> tuple[int, int, int]:
     listed = (index[-1] * block_k if index is not None else 0) + (span_keys if span is not None else 0)
     rank = 0 if query_map is None else query_map[-1] - 1
     features = {0: 0, 1: (rank + 1) * (rank + 2) // 2, 2: rank}[low_rank]
@@ -212,23 +274,82 @@ def _pairs_and_features(query: tuple, value: tuple, query_map: tuple | None, ind
 
 
 @register_flop_formula(torch.ops.scatterbrain.attention)
-def attention_flops(query, key, value, query_map, key_map, index, count, span, query_order, query_mask, key_mask, query_range, key_range, query_offset,
-                    low_rank, block_q, block_k, span_keys, is_causal, scale, *, out_shape=None, **kwargs) -> int:  # fmt: skip
-    """Multiply-adds counted twice: S and P V of listed pairs, x.y of the same, states of the keys and F H of the queries."""
+def attention_flops(
+    query,
+    key,
+    value,
+    query_map,
+    key_map,
+    index,
+    count,
+    span,
+    query_order,
+    query_mask,
+    key_mask,
+    query_range,
+    key_range,
+    query_offset,
+    low_rank,
+    block_q,
+    block_k,
+    span_keys,
+    is_causal,
+    scale,
+    *,
+    out_shape=None,
+    **kwargs,
+) -> int:
+    """Multiply-adds counted twice: S and P V of listed pairs, x.y of the same, states of the keys and F H of the
+    queries."""
     batch, heads, tokens, d = query
     dv = value[-1]
-    pairs, rank, features = _pairs_and_features(query, value, query_map, index, span, low_rank, block_k, span_keys, key[2])
-    return 2 * batch * (heads * tokens * (pairs * (d + dv + rank) + features * (dv + 1)) + key[1] * key[2] * features * (dv + 1))
+    pairs, rank, features = _pairs_and_features(
+        query, value, query_map, index, span, low_rank, block_k, span_keys, key[2]
+    )
+    return (
+        2
+        * batch
+        * (heads * tokens * (pairs * (d + dv + rank) + features * (dv + 1)) + key[1] * key[2] * features * (dv + 1))
+    )
 
 
 @register_flop_formula(torch.ops.scatterbrain.attention_backward)
-def attention_backward_flops(d_out, d_lse, out, lse, query, key, value, query_map, key_map, index, count, span, query_order, query_mask, key_mask,
-                             query_range, key_range, query_offset, low_rank, block_q, block_k, span_keys, is_causal, scale, *, out_shape=None,
-                             **kwargs) -> int:  # fmt: skip
-    """S and dP again, dq, dk and dv of listed pairs, x.y and both its gradients; states again, their gradient and both uses of it."""
+def attention_backward_flops(
+    d_out,
+    d_lse,
+    out,
+    lse,
+    query,
+    key,
+    value,
+    query_map,
+    key_map,
+    index,
+    count,
+    span,
+    query_order,
+    query_mask,
+    key_mask,
+    query_range,
+    key_range,
+    query_offset,
+    low_rank,
+    block_q,
+    block_k,
+    span_keys,
+    is_causal,
+    scale,
+    *,
+    out_shape=None,
+    **kwargs,
+) -> int:
+    """S and dP again, dq, dk and dv of listed pairs, x.y and both its gradients; states again, their gradient and both
+    uses of it."""
     batch, heads, tokens, d = query
     dv = value[-1]
-    pairs, rank, features = _pairs_and_features(query, value, query_map, index, span, low_rank, block_k, span_keys, key[2])
+    pairs, rank, features = _pairs_and_features(
+        query, value, query_map, index, span, low_rank, block_k, span_keys, key[2]
+    )
     queries = heads * tokens * (pairs * (3 * d + 2 * dv + 3 * rank) + 2 * features * (dv + 1))
     return 2 * batch * (queries + key[1] * key[2] * 3 * features * (dv + 1))
 

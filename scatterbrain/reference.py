@@ -1,4 +1,5 @@
-"""The definition: dense attention with one normaliser, in float64, gradients by autograd. Slow, obvious, and the oracle of every test."""
+"""The definition: dense attention with one normaliser, in float64, gradients by autograd. Slow, obvious, and the oracle
+of every test."""
 
 from __future__ import annotations
 
@@ -8,12 +9,28 @@ import torch
 from torch import Tensor
 
 from scatterbrain import checks, functional
-from scatterbrain.low_rank import Coefficients, Favor, LowRank, Quadratic, Statistics, favor_sizes, moments, seeded_projection, statistics_from_moments
+from scatterbrain.low_rank import (
+    Coefficients,
+    Favor,
+    LowRank,
+    Quadratic,
+    Statistics,
+    favor_sizes,
+    moments,
+    seeded_projection,
+    statistics_from_moments,
+)
 from scatterbrain.support import LSH, Blocks, Empty, Full, Routed, Support, Window
 
 
-def visible(query: Tensor, key: Tensor, key_padding_mask: Tensor | None = None, is_causal: bool = False, query_padding_mask: Tensor | None = None,
-            query_offset: int | Tensor = 0) -> Tensor:  # fmt: skip
+def visible(
+    query: Tensor,
+    key: Tensor,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    query_padding_mask: Tensor | None = None,
+    query_offset: int | Tensor = 0,
+) -> Tensor:
     """bool (B, 1, N, M): pairs that any attention may use: neither side padded, and j <= i + query_offset if causal."""
     rows = functional.rows_of(query, key, key_padding_mask, query_padding_mask, query_offset)
     batch, n, m = query.shape[0], query.shape[2], key.shape[2]
@@ -23,7 +40,9 @@ def visible(query: Tensor, key: Tensor, key_padding_mask: Tensor | None = None, 
     if rows.query_mask is not None:
         seen &= ~rows.query_mask[:, None, :, None]
     if is_causal:
-        offset = torch.zeros(batch, dtype=torch.long, device=query.device) if rows.offset is None else rows.offset.long()
+        offset = (
+            torch.zeros(batch, dtype=torch.long, device=query.device) if rows.offset is None else rows.offset.long()
+        )
         edge = torch.arange(n, device=query.device)[None, :] + offset[:, None]
         seen &= (torch.arange(m, device=query.device)[None, None, :] <= edge[:, :, None])[:, None]
     return seen
@@ -41,8 +60,8 @@ def mask(
     query_padding_mask: Tensor | None = None,
     query_offset: int | Tensor = 0,
 ) -> Tensor:
-    """bool (B, Hq, N, M): the pairs whose weight is exp(s). Arguments as :func:`scatterbrain.attention`; supports that look at the content are routed here
-    exactly as there."""
+    """bool (B, Hq, N, M): the pairs whose weight is exp(s). Arguments as :func:`scatterbrain.attention`; supports that
+    look at the content are routed here exactly as there."""
     seen = visible(query, key, key_padding_mask, is_causal, query_padding_mask, query_offset)
     batch, heads, n, _ = query.shape
     m = key.shape[2]
@@ -52,7 +71,18 @@ def mask(
     if isinstance(support, Empty):
         return torch.zeros_like(seen)
     if isinstance(support, (Routed, LSH)):
-        support = functional.route(query, key, support, low_rank, key_padding_mask, is_causal, scale, statistics, query_padding_mask, query_offset)
+        support = functional.route(
+            query,
+            key,
+            support,
+            low_rank,
+            key_padding_mask,
+            is_causal,
+            scale,
+            statistics,
+            query_padding_mask,
+            query_offset,
+        )
     rows = functional.rows_of(query, key, key_padding_mask, query_padding_mask, query_offset)
     chosen = torch.zeros_like(seen)
     for b in range(batch):
@@ -61,7 +91,9 @@ def mask(
         offset = 0 if rows.offset is None else int(rows.offset[b])
         if isinstance(support, Window):
             for start in range(q_first, q_end, support.block_q):
-                lo, hi = _window(support, start - q_first, q_end - q_first, k_end - k_first, start + offset - k_first, is_causal)
+                lo, hi = _window(
+                    support, start - q_first, q_end - q_first, k_end - k_first, start + offset - k_first, is_causal
+                )
                 chosen[b, :, start : min(start + support.block_q, q_end), k_first + lo : k_first + hi] = True
         else:
             _fill_blocks(chosen[b], support, b, q_first, q_end, k_first, k_end)
@@ -69,7 +101,8 @@ def mask(
 
 
 def _window(support: Window, block_start: int, n: int, m: int, position: int, is_causal: bool) -> tuple[int, int]:
-    """[lo, hi) among m keys for the block that starts at ``block_start`` of n queries; ``position``: of its first query among the keys."""
+    """[lo, hi) among m keys for the block that starts at ``block_start`` of n queries; ``position``: of its first query
+    among the keys."""
     if is_causal:
         return min(max(0, position + support.block_q - support.keys), m), max(0, min(position + support.block_q, m))
     centre = (2 * block_start + support.block_q) * m // (2 * n)
@@ -81,7 +114,11 @@ def _fill_blocks(chosen: Tensor, blocks: Blocks, b: int, q_first: int, q_end: in
     heads, n, _ = chosen.shape
     for h in range(heads):
         list_head = h * blocks.index.shape[1] // heads
-        order = list(range(q_first, q_end)) if blocks.query_order is None else blocks.query_order[b, h * blocks.query_order.shape[1] // heads].tolist()
+        order = (
+            list(range(q_first, q_end))
+            if blocks.query_order is None
+            else blocks.query_order[b, h * blocks.query_order.shape[1] // heads].tolist()
+        )
         for start in range(0, len(order), blocks.block_q):
             t = start // blocks.block_q
             queries = [i for i in order[start : start + blocks.block_q] if i >= 0]
@@ -90,9 +127,17 @@ def _fill_blocks(chosen: Tensor, blocks: Blocks, b: int, q_first: int, q_end: in
                 chosen[h, queries, lo : min(lo + blocks.block_k, k_end)] = True
 
 
-def log_kernel(query: Tensor, key: Tensor, low_rank: LowRank, statistics: Coefficients | None, scale: float, key_mask: Tensor | None,
-               query_mask: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(log scale, factor), both (B, Hq, N, M), of L = exp(log scale) factor, in the dtype of query. Padded tokens must already be zero."""
+def log_kernel(
+    query: Tensor,
+    key: Tensor,
+    low_rank: LowRank,
+    statistics: Coefficients | None,
+    scale: float,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(log scale, factor), both (B, Hq, N, M), of L = exp(log scale) factor, in the dtype of query. Padded tokens must
+    already be zero."""
     batch, heads, _, d = query.shape
     group = heads // key.shape[1]
     checks.check_statistics(low_rank, statistics, scale, batch, heads, key.shape[1], d)
@@ -110,10 +155,14 @@ def log_kernel(query: Tensor, key: Tensor, low_rank: LowRank, statistics: Coeffi
         factor = torch.exp(logs[0] - q_peak) @ torch.exp(logs[1] - k_peak).transpose(-1, -2)
         return q_peak + k_peak.transpose(-1, -2), factor
     if statistics is None:
-        statistics = statistics_from_moments(moments(query, key, scale, key_mask, query_mask, per_row=True), low_rank.rank, scale)
+        statistics = statistics_from_moments(
+            moments(query, key, scale, key_mask, query_mask, per_row=True), low_rank.rank, scale
+        )
     scaled = query * scale
     if isinstance(statistics, Statistics):
-        pq, a, pk, b = (getattr(statistics, n).to(query) for n in ("query_projection", "query_mean", "key_projection", "key_mean"))
+        pq, a, pk, b = (
+            getattr(statistics, n).to(query) for n in ("query_projection", "query_mean", "key_projection", "key_mean")
+        )
         kv_centred = key - b[..., None, :]
         y = kv_centred @ pk.transpose(-1, -2)
         kappa = kv_centred @ a[..., :, None]
@@ -121,7 +170,10 @@ def log_kernel(query: Tensor, key: Tensor, low_rank: LowRank, statistics: Coeffi
         x = (scaled - a[..., None, :]) @ pq.transpose(-1, -2)
         rho = scaled @ b[..., :, None]
     else:
-        pq, b, c, pk, a = (getattr(statistics, n).to(query) for n in ("query_projection", "query_bias", "query_log_scale", "key_projection", "key_bias"))
+        pq, b, c, pk, a = (
+            getattr(statistics, n).to(query)
+            for n in ("query_projection", "query_bias", "query_log_scale", "key_projection", "key_bias")
+        )
         x, rho = scaled @ pq.transpose(-1, -2), scaled @ b[..., :, None] + c[..., None, None]
         y, kappa = key @ pk.transpose(-1, -2), key @ a[..., :, None]
     t = x @ repeat(y).transpose(-1, -2)
@@ -143,7 +195,8 @@ def attention(
     return_lse: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Same arguments and meaning as :func:`scatterbrain.attention`, dense; computed and returned in ``dtype``, differentiable."""
+    """Same arguments and meaning as :func:`scatterbrain.attention`, dense; computed and returned in ``dtype``,
+    differentiable."""
     checks.check_tensors(query, key, value)
     checks.check_scale(scale)
     checks.check_pair(support, low_rank, is_causal)
@@ -153,7 +206,9 @@ def attention(
     seen = visible(query, key, key_padding_mask, is_causal, query_padding_mask, query_offset)
     if isinstance(support, Full):
         low_rank = statistics = None
-    exact = mask(support, query, key, low_rank, key_padding_mask, is_causal, scale, statistics, query_padding_mask, query_offset)
+    exact = mask(
+        support, query, key, low_rank, key_padding_mask, is_causal, scale, statistics, query_padding_mask, query_offset
+    )
 
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if rows.query_mask is not None:
@@ -182,7 +237,9 @@ def _weights(s: Tensor, exponent: Tensor, factor: Tensor, exact: Tensor, rest: T
     none = torch.finfo(s.dtype).min
     if s.shape[-1] == 0:
         return s, s.new_zeros(*s.shape[:-1], 1)
-    peak = torch.maximum(s.detach().masked_fill(~exact, none), exponent.detach().masked_fill(~rest, none)).amax(-1, keepdim=True)
+    peak = torch.maximum(s.detach().masked_fill(~exact, none), exponent.detach().masked_fill(~rest, none)).amax(
+        -1, keepdim=True
+    )
     c = torch.where(peak == none, 0, peak)
     sparse = torch.where(exact, torch.exp(torch.where(exact, s - c, 0)), 0)
     dense = torch.where(rest, torch.exp(torch.where(rest, exponent - c, 0)) * factor, 0)

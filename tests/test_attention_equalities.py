@@ -39,15 +39,22 @@ def test_full_support_with_padding_is_scaled_dot_product_attention_with_a_mask(i
     assert torch.allclose(lse, torch.logsumexp(scores, -1), atol=1e-5)
 
 
+SUPPORTS = [
+    sb.Window(16),
+    sb.Window(33, block_q=5),
+    sb.Window(64, block_q=1),
+    sb.Routed(32),
+    sb.Routed(32, block_q=8),
+    sb.Routed(32, block_q=1, block_k=8, window=16),
+]
+
+
 @pytest.mark.parametrize(
-    "support",
-    [sb.Window(16), sb.Window(33, block_q=5), sb.Window(64, block_q=1), sb.Routed(32), sb.Routed(32, block_q=8), sb.Routed(32, block_q=1, block_k=8, window=16), sb.LSH(32)],
+    "support, is_causal",
+    [(s, False) for s in SUPPORTS] + [(s, True) for s in SUPPORTS] + [(sb.LSH(32), False)],
     ids=str,
 )
-@pytest.mark.parametrize("is_causal", [False, True])
 def test_without_a_low_rank_part_it_is_attention_under_the_mask(support: object, is_causal: bool) -> None:
-    if is_causal and isinstance(support, sb.LSH):
-        pytest.skip("LSH is bidirectional only, and raises (test_bad_input)")
     leaves = [tokens(2, 150, seed=s).requires_grad_() for s in (1, 2, 3)]
     seen = sb.reference.mask(support, *leaves[:2], low_rank=None, is_causal=is_causal)
     want = F.scaled_dot_product_attention(*leaves, attn_mask=seen)
@@ -63,7 +70,9 @@ def test_empty_support_with_favor_is_linear_attention(is_causal: bool) -> None:
     q, k, v = tokens(2, 130, seed=1), tokens(2, 130, seed=2), tokens(2, 130, seed=3)
     low_rank = sb.Favor(24, seed=5)
     projection = sb.ScatterbrainAttention(2, 32, support=sb.Empty(), low_rank=low_rank).projection.double()
-    feature = lambda t: torch.exp((t.double() * 32**-0.25) @ projection.T - (t.double() * 32**-0.25).square().sum(-1, keepdim=True) / 2)  # noqa: E731
+    feature = lambda t: torch.exp(
+        (t.double() * 32**-0.25) @ projection.T - (t.double() * 32**-0.25).square().sum(-1, keepdim=True) / 2
+    )  # noqa: E731
     phi, psi, v64 = feature(q), feature(k), v.double()
     if is_causal:
         numerator = torch.einsum("bhnm,bhnmd->bhnd", phi, (psi[..., :, None] * v64[..., None, :]).cumsum(2))
@@ -71,7 +80,10 @@ def test_empty_support_with_favor_is_linear_attention(is_causal: bool) -> None:
     else:
         numerator = phi @ (psi.transpose(-1, -2) @ v64)
         denominator = (phi * psi.sum(2, keepdim=True)).sum(-1)
-    assert relative(sb.attention(q, k, v, sb.Empty(), low_rank, is_causal=is_causal), numerator / denominator[..., None]) < 3e-6
+    assert (
+        relative(sb.attention(q, k, v, sb.Empty(), low_rank, is_causal=is_causal), numerator / denominator[..., None])
+        < 3e-6
+    )
 
 
 def test_a_support_that_covers_every_key_leaves_no_complement() -> None:
@@ -97,7 +109,9 @@ def test_empty_support_with_a_kernel_that_is_zero_gives_zeros() -> None:
     q = torch.ones(1, 1, 5, 4)
     k = -torch.ones(1, 1, 7, 4)
     v = torch.randn(1, 1, 7, 4)
-    p = sb.Projections(torch.tensor([[[0.5] * 4]]), torch.zeros(1, 4), torch.zeros(1), torch.tensor([[[0.25] * 4]]), torch.zeros(1, 4))
+    p = sb.Projections(
+        torch.tensor([[[0.5] * 4]]), torch.zeros(1, 4), torch.zeros(1), torch.tensor([[[0.25] * 4]]), torch.zeros(1, 4)
+    )
     out, lse = sb.attention(q, k, v, sb.Empty(), sb.Quadratic(1, "learned"), scale=1.0, statistics=p, return_lse=True)
     assert out.eq(0).all() and lse.eq(-torch.inf).all()
 
@@ -107,7 +121,9 @@ def test_lse_is_the_log_of_the_total_weight_and_differentiable() -> None:
     statistics = sb.fit_statistics(q, k)
     grads = []
     for function in (sb.attention, sb.reference.attention):
-        _, lse = function(q, k, v, sb.Window(32), sb.Quadratic(9), is_causal=True, statistics=statistics, return_lse=True)
+        _, lse = function(
+            q, k, v, sb.Window(32), sb.Quadratic(9), is_causal=True, statistics=statistics, return_lse=True
+        )
         grads.append((lse, *torch.autograd.grad(lse.square().sum(), (q, k))))
     for mine, theirs in zip(*grads):
         assert relative(mine, theirs) < 1e-12
@@ -118,4 +134,6 @@ def test_lists_from_route_give_the_same_result_as_routing_inside() -> None:
     statistics = sb.fit_statistics(q, k)
     for support in (sb.Routed(64), sb.Routed(64, block_q=1, block_k=8, window=16), sb.LSH(32)):
         lists = sb.route(q, k, support, statistics=statistics)
-        assert torch.equal(sb.attention(q, k, v, lists, statistics=statistics), sb.attention(q, k, v, support, statistics=statistics))
+        assert torch.equal(
+            sb.attention(q, k, v, lists, statistics=statistics), sb.attention(q, k, v, support, statistics=statistics)
+        )

@@ -31,7 +31,8 @@ LOW_RANKS = [
 
 
 def draw_blocks(r: random.Random, batch: int, heads: int, queries: int, keys: int, is_causal: bool) -> sb.Blocks:
-    """Random lists: any block_q and block_k, any capacity, empty lists among them; causal ones name no block that their queries cannot see."""
+    """Random lists: any block_q and block_k, any capacity, empty lists among them; causal ones name no block that their
+    queries cannot see."""
     block_q, block_k, capacity = r.choice([1, 3, 8, 16, 24]), r.choice([1, 4, 8]), r.choice([1, 5, 12])
     blocks = -(-queries // block_q)
     index = torch.full((batch, heads, blocks, capacity), -1, dtype=torch.int32)
@@ -46,13 +47,16 @@ def draw_blocks(r: random.Random, batch: int, heads: int, queries: int, keys: in
                 count[b, h, t] = n
     order = None
     if not is_causal and r.random() < 0.4:
-        order = torch.stack([torch.randperm(queries, generator=torch.Generator().manual_seed(i)) for i in range(batch * heads)])
+        order = torch.stack(
+            [torch.randperm(queries, generator=torch.Generator().manual_seed(i)) for i in range(batch * heads)]
+        )
         order = order.reshape(batch, heads, queries).to(torch.int32)
     return sb.Blocks(index, count, block_q, block_k, order)
 
 
 def draw(seed: int, dtype: torch.dtype = torch.float32) -> Case:
-    """The seed's case. Supports and low-rank kernels are taken in turn, so that every pair of them appears; the rest is drawn."""
+    """The seed's case. Supports and low-rank kernels are taken in turn, so that every pair of them appears; the rest is
+    drawn."""
     r = random.Random(seed)
     support, head_dim = SUPPORTS[seed % len(SUPPORTS)](r), r.choice([3, 8, 16, 32, 40, 64])
     low_rank = LOW_RANKS[seed // len(SUPPORTS) % len(LOW_RANKS)](r, head_dim)
@@ -60,7 +64,11 @@ def draw(seed: int, dtype: torch.dtype = torch.float32) -> Case:
         low_rank = None
     if isinstance(support, sb.Empty) and low_rank is None:
         low_rank = sb.Quadratic(min(head_dim, 9), "stored")
-    is_causal = not isinstance(support, sb.LSH) and not (isinstance(low_rank, sb.Quadratic) and low_rank.statistics == "input") and r.random() < 0.5
+    is_causal = (
+        not isinstance(support, sb.LSH)
+        and not (isinstance(low_rank, sb.Quadratic) and low_rank.statistics == "input")
+        and r.random() < 0.5
+    )
     kv_heads = r.choice([1, 2])
     q_heads = kv_heads * r.choice([1, 2, 3])
     queries = r.choice([0, 1, 2, 15, 33, 64, 65, 100, 129, 190])
@@ -79,12 +87,14 @@ def draw(seed: int, dtype: torch.dtype = torch.float32) -> Case:
 
 
 NAMES = ("out", "dq", "dk", "dv", "dPq", "db", "dc", "dPk", "da")
-# Rows whose gradient is the small remainder of larger terms carry the rounding of those terms: this much of the mean row is allowed in any row.
+# Rows whose gradient is the small remainder of larger terms carry the rounding of those terms: this much of the mean
+# row is allowed in any row.
 CANCELLATION = 2e-5
 
 
 def check(case: Case, precision: torch.dtype, floor: float) -> None:
-    """Every row of the output and of every gradient: at most max(floor, twice the same formula in torch at this precision, 1e-6 of the share of L)."""
+    """Every row of the output and of every gradient: at most max(floor, twice the same formula in torch at this
+    precision, 1e-6 of the share of L)."""
     want = case.run(sb.reference.attention, torch.float64)
     yardstick = case.run(sb.reference.attention, precision, dtype=precision)
     share = case.low_rank_share()
@@ -92,7 +102,9 @@ def check(case: Case, precision: torch.dtype, floor: float) -> None:
         assert got.shape == exact.shape and (got.dtype == precision or got.dtype == torch.float32)
         allowed = max(floor, 2 * row_error(plain, exact), 1e-6 * share)
         error, relaxed = row_error(got, exact), row_error(got, exact, CANCELLATION / floor)
-        assert error <= allowed or relaxed <= floor, f"{name}: error {error:.2e} ({relaxed:.2e}), allowed {allowed:.2e}; {case.support} {case.low_rank}"
+        assert error <= allowed or relaxed <= floor, (
+            f"{name}: error {error:.2e} ({relaxed:.2e}), allowed {allowed:.2e}; {case.support} {case.low_rank}"
+        )
 
 
 @pytest.mark.parametrize("seed", range(288))

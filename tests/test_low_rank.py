@@ -16,15 +16,23 @@ def tokens(n: int, d: int = 8, heads: int = 2, seed: int = 0, batch: int = 1) ->
     return torch.randn(batch, heads, n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def kernel(q: torch.Tensor, k: torch.Tensor, low_rank: object, statistics: object = None, scale: float | None = None) -> torch.Tensor:
-    exponent, factor = log_kernel(q.double(), k.double(), low_rank, statistics, scale or q.shape[-1] ** -0.5, None, None)
+def kernel(
+    q: torch.Tensor, k: torch.Tensor, low_rank: object, statistics: object = None, scale: float | None = None
+) -> torch.Tensor:
+    exponent, factor = log_kernel(
+        q.double(), k.double(), low_rank, statistics, scale or q.shape[-1] ** -0.5, None, None
+    )
     return torch.exp(exponent) * factor
 
 
 def assert_mean(draws: torch.Tensor, want: torch.Tensor) -> None:
-    """The mean over draws (first dimension) is ``want`` within 4.5 standard errors in every entry, and those errors are small enough to show a bias of 3 %."""
+    """The mean over draws (first dimension) is ``want`` within 4.5 standard errors in every entry, and those errors are
+    small enough to show a bias of 3 %."""
     standard_error = draws.std(0) / math.sqrt(len(draws))
-    assert float((standard_error / want).max()) < 0.03 and float(((draws.mean(0) - want) / standard_error).abs().max()) < 4.5
+    assert (
+        float((standard_error / want).max()) < 0.03
+        and float(((draws.mean(0) - want) / standard_error).abs().max()) < 4.5
+    )
 
 
 def test_quadratic_follows_its_definition() -> None:
@@ -33,7 +41,10 @@ def test_quadratic_follows_its_definition() -> None:
     a, b, pq, pk = (t[:, None].double() for t in (s.query_mean, s.key_mean, s.query_projection, s.key_projection))
     scaled, key = q[0].double() * 8**-0.5, k[0].double()
     x, y = (scaled - a) @ pq.squeeze(1).transpose(-1, -2), (key - b) @ pk.squeeze(1).transpose(-1, -2)
-    want = torch.exp(scaled @ b.transpose(-1, -2) + a @ (key - b).transpose(-1, -2)) * (1 + x @ y.transpose(-1, -2) / 2) ** 2
+    want = (
+        torch.exp(scaled @ b.transpose(-1, -2) + a @ (key - b).transpose(-1, -2))
+        * (1 + x @ y.transpose(-1, -2) / 2) ** 2
+    )
     assert torch.allclose(kernel(q, k, sb.Quadratic(3), s)[0], want, rtol=1e-10)
 
 
@@ -50,7 +61,9 @@ def test_means_are_the_weighted_ones() -> None:
     s = sb.fit_statistics(q, k, rank=2, scale=0.7)
     a = (0.7 * q[0]).mean(1)
     weights = torch.softmax((k[0] @ a[..., None]).squeeze(-1), -1)
-    assert torch.allclose(s.query_mean, a, atol=1e-6) and torch.allclose(s.key_mean, (weights[..., None] * k[0]).sum(1), atol=1e-6)
+    assert torch.allclose(s.query_mean, a, atol=1e-6) and torch.allclose(
+        s.key_mean, (weights[..., None] * k[0]).sum(1), atol=1e-6
+    )
 
 
 def test_grouped_heads_share_the_statistics_of_their_key_head() -> None:
@@ -73,7 +86,9 @@ def test_constant_tokens_have_no_projection(n: int) -> None:
     q, k = torch.full((1, 1, n, 8), 0.3), torch.full((1, 1, n, 8), -1.7)
     s = sb.fit_statistics(q, k, 3)
     assert s.query_projection.eq(0).all() and s.key_projection.eq(0).all()
-    assert torch.allclose(kernel(q, k, sb.Quadratic(3), s), torch.exp(q.double() @ k.double().transpose(-1, -2) * 8**-0.5), rtol=1e-5)
+    assert torch.allclose(
+        kernel(q, k, sb.Quadratic(3), s), torch.exp(q.double() @ k.double().transpose(-1, -2) * 8**-0.5), rtol=1e-5
+    )
 
 
 def test_moments_merge_by_tokens() -> None:
@@ -88,14 +103,26 @@ def test_input_statistics_are_those_of_each_row() -> None:
     got = sb.attention(q, k, v, sb.Window(16), sb.Quadratic(4, "input"))
     for row in range(2):
         one = [t[row : row + 1] for t in (q, k, v)]
-        want = sb.attention(*one, sb.Window(16), sb.Quadratic(4), statistics=statistics_from_moments(moments(*one[:2], 8**-0.5), 4, 8**-0.5))
+        want = sb.attention(
+            *one,
+            sb.Window(16),
+            sb.Quadratic(4),
+            statistics=statistics_from_moments(moments(*one[:2], 8**-0.5), 4, 8**-0.5),
+        )
         assert torch.allclose(got[row : row + 1], want, atol=1e-6)
 
 
-@pytest.mark.parametrize("low_rank", [sb.Favor(32), sb.Favor(32, orthogonal=False), sb.Favor(32, hyperbolic=True)], ids=str)
+@pytest.mark.parametrize(
+    "low_rank", [sb.Favor(32), sb.Favor(32, orthogonal=False), sb.Favor(32, hyperbolic=True)], ids=str
+)
 def test_favor_weights_are_unbiased(low_rank: sb.Favor) -> None:
     q, k = 0.35 * tokens(6, heads=1, seed=1), 0.35 * tokens(5, heads=1, seed=2)
-    draws = torch.stack([kernel(q, k, low_rank, sb.RandomFeatures(draw_projection(low_rank, 8, torch.Generator().manual_seed(i)))) for i in range(1500)])
+    draws = torch.stack(
+        [
+            kernel(q, k, low_rank, sb.RandomFeatures(draw_projection(low_rank, 8, torch.Generator().manual_seed(i))))
+            for i in range(1500)
+        ]
+    )
     want = torch.exp(q.double() @ k.double().transpose(-1, -2) * 8**-0.5)
     assert_mean(draws, want)
 
@@ -104,13 +131,16 @@ def test_orthogonal_rows_are_orthogonal_with_gaussian_norms() -> None:
     w = draw_projection(sb.Favor(16), 8, torch.Generator().manual_seed(0))
     gram = w[:8] @ w[:8].T
     assert torch.allclose(gram, torch.diag(torch.diag(gram)), atol=1e-4)
-    norms = torch.cat([draw_projection(sb.Favor(64), 8, torch.Generator().manual_seed(i)).norm(dim=1) for i in range(20)])
+    norms = torch.cat(
+        [draw_projection(sb.Favor(64), 8, torch.Generator().manual_seed(i)).norm(dim=1) for i in range(20)]
+    )
     assert abs(float(norms.square().mean()) - 8) < 0.5
 
 
 def test_the_papers_estimator_is_unbiased_off_the_support_and_exact_on_it() -> None:
-    """sb.presets.paper(): mean over draws of the projection of its unnormalised weights equals exp(s) within the standard error, and without error on S. The
-    weights are read off the operator: out times exp(lse) with one-hot values."""
+    """sb.presets.paper(): mean over draws of the projection of its unnormalised weights equals exp(s) within the
+    standard error, and without error on S. The weights are read off the operator: out times exp(lse) with one-hot
+    values."""
     n, d = 24, 8
     q, k = 0.35 * tokens(n, d, heads=1, seed=1), 0.35 * tokens(n, d, heads=1, seed=2)
     support, low_rank = sb.presets.paper(keys=8, features=32)
@@ -130,7 +160,8 @@ def test_the_papers_estimator_is_unbiased_off_the_support_and_exact_on_it() -> N
 
 
 def test_favor_does_not_underflow_far_from_the_origin() -> None:
-    """Stabilisers are the rows' own maxima: tokens of norm 30 still give finite, normalised rows, at the start of a causal sequence too."""
+    """Stabilisers are the rows' own maxima: tokens of norm 30 still give finite, normalised rows, at the start of a
+    causal sequence too."""
     q, k, v = tokens(80, seed=1) * 10, tokens(80, seed=2) * 10, tokens(80, seed=3)
     out = sb.attention(q, k, v, sb.Empty(), sb.Favor(32), is_causal=True)
     assert torch.isfinite(out).all() and torch.allclose(out[:, :, 0], v[:, :, 0], atol=1e-5)

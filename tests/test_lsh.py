@@ -17,7 +17,9 @@ def listed(lists: sb.Blocks) -> list[list[int]]:
     return [row[:n].tolist() for row, n in zip(lists.index.flatten(0, 2), lists.count.flatten().tolist())]
 
 
-@pytest.mark.parametrize("n, m, keys, rounds", [(96, 96, 32, 2), (97, 97, 32, 4), (50, 80, 16, 1), (5, 3, 32, 2), (1, 1, 8, 2)])
+@pytest.mark.parametrize(
+    "n, m, keys, rounds", [(96, 96, 32, 2), (97, 97, 32, 4), (50, 80, 16, 1), (5, 3, 32, 2), (1, 1, 8, 2)]
+)
 def test_lists_are_ascending_unique_and_within_the_budget(n: int, m: int, keys: int, rounds: int) -> None:
     lists = sb.route(tokens(n, seed=1), tokens(m, seed=2), sb.LSH(keys, rounds))
     assert lists.block_q == lists.block_k == 1
@@ -26,7 +28,12 @@ def test_lists_are_ascending_unique_and_within_the_budget(n: int, m: int, keys: 
 
 
 def test_one_round_partitions_the_keys_into_equal_clusters() -> None:
-    rows = {tuple(row) for row in listed(sb.route(tokens(96, heads=1, seed=1)[:1], tokens(96, heads=1, seed=2)[:1], sb.LSH(16, rounds=1)))}
+    rows = {
+        tuple(row)
+        for row in listed(
+            sb.route(tokens(96, heads=1, seed=1)[:1], tokens(96, heads=1, seed=2)[:1], sb.LSH(16, rounds=1))
+        )
+    }
     assert len(rows) == 6 and sorted(sum(rows, ())) == list(range(96)) and {len(r) for r in rows} == {16}
 
 
@@ -48,11 +55,14 @@ def test_padded_keys_are_in_no_cluster_and_in_no_norm() -> None:
 
 
 def test_the_transform_turns_inner_products_into_distances() -> None:
-    """XBOX+: all transformed tokens lie on spheres of one radius, so that the nearest key has the largest inner product. Read off with unit directions."""
+    """XBOX+: all transformed tokens lie on spheres of one radius, so that the nearest key has the largest inner
+    product. Read off with unit directions."""
     q, k = tokens(10, seed=1), tokens(12, seed=2)
     hq, hk = hash_tokens(q, k, torch.eye(18), None, None)
     q_norm, k_norm = hq.square().sum(2), hk.square().sum(2)
-    assert torch.allclose(q_norm, q_norm[..., :1].expand_as(q_norm), rtol=1e-4) and torch.allclose(k_norm, k_norm[..., :1].expand_as(k_norm), rtol=1e-4)
+    assert torch.allclose(q_norm, q_norm[..., :1].expand_as(q_norm), rtol=1e-4) and torch.allclose(
+        k_norm, k_norm[..., :1].expand_as(k_norm), rtol=1e-4
+    )
     assert torch.allclose(hq.transpose(2, 3) @ hk, q @ k.transpose(-1, -2), atol=1e-4)
 
 

@@ -1,5 +1,6 @@
-// Launcher of the backward pass. Every key's gradient is summed over its queries in ascending order, in one of two ways that give the same bits: whole
-// key/value heads in parallel, or, where there are fewer of those than threads, rounds of units whose pairs are kept and then scattered by key range.
+// Launcher of the backward pass. Every key's gradient is summed over its queries in ascending order, in one of two ways
+// that give the same bits: whole key/value heads in parallel, or, where there are fewer of those than threads, rounds
+// of units whose pairs are kept and then scattered by key range.
 #include <algorithm>
 #include <limits>
 
@@ -11,12 +12,16 @@ namespace {
 
 constexpr int64_t kRoundBytes = int64_t(1) << 23;  // kept pairs of one round, about the size of a shared cache
 
-template <class T> class Backward {
+template <class T>
+class Backward {
  public:
-  Backward(const AttentionArguments& a, const Tensor& out, const Tensor& lse, const Tensor& d_out, const std::optional<Tensor>& d_lse) : args(a), call(a), p(call.p) {
+  Backward(const AttentionArguments& a, const Tensor& out, const Tensor& lse, const Tensor& d_out,
+           const std::optional<Tensor>& d_lse)
+      : args(a), call(a), p(call.p) {
     const ScalarType dtype = a.query.scalar_type();
     dq = empty_like(a.query, dtype), dk = empty_like(a.key, dtype), dv = empty_like(a.value, dtype);
-    dq_rows = result_rows<T>(dq, p.head_pad), dk_rows = result_rows<T>(dk, p.head_pad), dv_rows = result_rows<T>(dv, p.value_pad);
+    dq_rows = result_rows<T>(dq, p.head_pad), dk_rows = result_rows<T>(dk, p.head_pad),
+    dv_rows = result_rows<T>(dv, p.value_pad);
     p.dq = dq_rows.rows, p.dk = dk_rows.rows, p.dv = dv_rows.rows;
     out_rows = as_rows<T>(out, p.value_pad), d_out_rows = as_rows<T>(d_out, p.value_pad);
     p.out = out_rows.rows, p.d_out = d_out_rows.rows;
@@ -36,7 +41,8 @@ template <class T> class Backward {
     call.build_states();
     BackwardTask sizes;
     kernel.backward_unit(p, sizes);
-    if (p.batch * p.kv_heads >= int64_t(torch::stable::get_num_threads())) heads_in_parallel(sizes);
+    if (p.batch * p.kv_heads >= int64_t(torch::stable::get_num_threads()))
+      heads_in_parallel(sizes);
     else
       for (int64_t b = 0; b < p.batch; ++b)
         for (int64_t kv = 0; kv < p.kv_heads; ++kv) units_in_parallel(sizes, b, kv);
@@ -46,18 +52,22 @@ template <class T> class Backward {
   }
 
  private:
-  static Tensor empty_like(const Tensor& t, ScalarType dtype) { return empty_cpu({t.size(0), t.size(1), t.size(2), t.size(3)}, dtype); }
+  static Tensor empty_like(const Tensor& t, ScalarType dtype) {
+    return empty_cpu({t.size(0), t.size(1), t.size(2), t.size(3)}, dtype);
+  }
   static Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
   void heads_in_parallel(const BackwardTask& sizes) {
     const int64_t group = p.q_heads / p.kv_heads;
-    parallel_units(p.batch, p.kv_heads, 1, sizes.scratch_bytes + sizes.record_bytes, [&](int64_t b, int64_t kv, int64_t, void* scratch) {
-      BackwardTask task;
-      task.stage = BackwardTask::kCompute, task.b = b;
-      task.scratch = scratch, task.records = static_cast<char*>(scratch) + sizes.scratch_bytes, task.zero_row = call.zero_row.data();
-      for (task.h = kv * group; task.h < (kv + 1) * group; ++task.h)
-        for (task.unit = 0; task.unit < p.units; ++task.unit) kernel.backward_unit(p, task);
-    });
+    parallel_units(p.batch, p.kv_heads, 1, sizes.scratch_bytes + sizes.record_bytes,
+                   [&](int64_t b, int64_t kv, int64_t, void* scratch) {
+                     BackwardTask task;
+                     task.stage = BackwardTask::kCompute, task.b = b;
+                     task.scratch = scratch, task.records = static_cast<char*>(scratch) + sizes.scratch_bytes,
+                     task.zero_row = call.zero_row.data();
+                     for (task.h = kv * group; task.h < (kv + 1) * group; ++task.h)
+                       for (task.unit = 0; task.unit < p.units; ++task.unit) kernel.backward_unit(p, task);
+                   });
   }
 
   void units_in_parallel(const BackwardTask& sizes, int64_t b, int64_t kv) {
@@ -89,7 +99,8 @@ template <class T> class Backward {
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (int64_t unit = 0; unit < p.units; ++unit) {
         BackwardTask task;
-        task.stage = BackwardTask::kCount, task.b = b, task.h = h, task.unit = unit, task.zero_row = call.zero_row.data();
+        task.stage = BackwardTask::kCount, task.b = b, task.h = h, task.unit = unit,
+        task.zero_row = call.zero_row.data();
         kernel.backward_unit(p, task);
         round.push_back(task), groups += task.groups;
         const bool full = groups * sizes.record_bytes >= kRoundBytes && int64_t(round.size()) % threads == 0;
@@ -97,15 +108,20 @@ template <class T> class Backward {
       }
   }
 
-  template <class Body> static void in_parallel(int64_t n, const BackwardTask& sizes, const Body& body) {
+  template <class Body>
+  static void in_parallel(int64_t n, const BackwardTask& sizes, const Body& body) {
     parallel_units(1, 1, n, sizes.scratch_bytes, [&](int64_t, int64_t, int64_t i, void* scratch) { body(i, scratch); });
   }
 
   // The states' share of dk-side gradients, and the end of the key coordinates' gradient.
   void keys() {
-    parallel_units(p.batch, p.kv_heads, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) { kernel.backward_scan(p, b, kv); });
-    parallel_units(p.batch, p.kv_heads, ceil_div(p.k_tokens, kChunk), kernel.backward_keys(p, 0, 0, 0, nullptr, nullptr),
-                   [&](int64_t b, int64_t kv, int64_t chunk, void* scratch) { kernel.backward_keys(p, b, kv, chunk, scratch, call.zero_row.data()); });
+    parallel_units(p.batch, p.kv_heads, 1, 0,
+                   [&](int64_t b, int64_t kv, int64_t, void*) { kernel.backward_scan(p, b, kv); });
+    parallel_units(p.batch, p.kv_heads, ceil_div(p.k_tokens, kChunk),
+                   kernel.backward_keys(p, 0, 0, 0, nullptr, nullptr),
+                   [&](int64_t b, int64_t kv, int64_t chunk, void* scratch) {
+                     kernel.backward_keys(p, b, kv, chunk, scratch, call.zero_row.data());
+                   });
   }
 
   const AttentionArguments& args;
@@ -119,7 +135,8 @@ template <class T> class Backward {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments& a, const Tensor& out, const Tensor& lse, const Tensor& d_out,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments& a, const Tensor& out,
+                                                                      const Tensor& lse, const Tensor& d_out,
                                                                       const std::optional<Tensor>& d_lse) {
   if (a.query.scalar_type() == ScalarType::Double) return Backward<double>(a, out, lse, d_out, d_lse).run();
   return Backward<float>(a, out, lse, d_out, d_lse).run();

@@ -6,13 +6,16 @@ namespace sb {
 
 template <class T>
 AttentionCall<T>::AttentionCall(const AttentionArguments& a)
-    : zero_row(std::max({pad_to(a.query.size(3), kPad), pad_to(a.value.size(3), kPad), a.query_map ? pad_to(a.query_map->size(3), kPad) : kPad})) {
-  p.batch = a.query.size(0), p.q_heads = a.query.size(1), p.kv_heads = a.key.size(1), p.q_tokens = a.query.size(2), p.k_tokens = a.key.size(2);
+    : zero_row(std::max({pad_to(a.query.size(3), kPad), pad_to(a.value.size(3), kPad),
+                         a.query_map ? pad_to(a.query_map->size(3), kPad) : kPad})) {
+  p.batch = a.query.size(0), p.q_heads = a.query.size(1), p.kv_heads = a.key.size(1), p.q_tokens = a.query.size(2),
+  p.k_tokens = a.key.size(2);
   p.head_dim = a.query.size(3), p.head_pad = pad_to(p.head_dim, kPad), p.value_pad = pad_to(a.value.size(3), kPad);
   p.low_rank = static_cast<LowRank>(a.low_rank), p.is_causal = a.is_causal, p.scale = a.scale;
   rows = row_ranges(p.batch, p.q_tokens, p.k_tokens, a.query_range, a.key_range, a.query_offset);
   for (const RowRange& row : rows)
-    STD_TORCH_CHECK(row.q_first >= 0 && row.q_end <= p.q_tokens && row.k_first >= 0 && row.k_end <= p.k_tokens, "attention: a range lies outside the tokens");
+    STD_TORCH_CHECK(row.q_first >= 0 && row.q_end <= p.q_tokens && row.k_first >= 0 && row.k_end <= p.k_tokens,
+                    "attention: a range lies outside the tokens");
   p.rows = rows.data();
   q_mask = as_mask(a.query_mask), k_mask = as_mask(a.key_mask);
   p.q_mask = q_mask.data, p.k_mask = k_mask.data;
@@ -27,7 +30,8 @@ AttentionCall<T>::AttentionCall(const AttentionArguments& a)
     p.rank = a.query_map->size(3) - 1;
     p.features = quadratic ? (p.rank + 1) * (p.rank + 2) / 2 : p.rank;
     p.map_pad = pad_to(p.rank + quadratic, kPad);
-    x = as_map<T>(*a.query_map, p.map_pad, quadratic, p.q_mask), y = as_map<T>(*a.key_map, p.map_pad, quadratic, p.k_mask);
+    x = as_map<T>(*a.query_map, p.map_pad, quadratic, p.q_mask),
+    y = as_map<T>(*a.key_map, p.map_pad, quadratic, p.k_mask);
     p.x = x.coordinates.rows, p.y = y.coordinates.rows;
     p.rho = x.log_scale.data_ptr(), p.kappa = y.log_scale.data_ptr();
     p.slot_size = p.features * p.value_pad + p.features_pad() + kPad;
@@ -38,19 +42,22 @@ AttentionCall<T>::AttentionCall(const AttentionArguments& a)
   p.max_pairs = pad_to(longest_list() + kChunk + kDirectKeys + 2 * kPad, kPad);
 }
 
-template <class T> void AttentionCall<T>::count_valid() {
+template <class T>
+void AttentionCall<T>::count_valid() {
   valid_before.resize(size_t(p.batch * p.slots));
   for (int64_t b = 0; b < p.batch; ++b) {
     int32_t valid = 0;
     for (int64_t slot = 0; slot < p.slots; ++slot) {
       valid_before[size_t(b * p.slots + slot)] = valid;
-      const int64_t begin = rows[size_t(b)].k_first + slot * p.segment, end = std::min<int64_t>(begin + p.segment, rows[size_t(b)].k_end);
+      const int64_t begin = rows[size_t(b)].k_first + slot * p.segment,
+                    end = std::min<int64_t>(begin + p.segment, rows[size_t(b)].k_end);
       for (int64_t j = begin; j < end; ++j) valid += !(p.k_mask && p.k_mask[b * p.k_tokens + j]);
     }
   }
 }
 
-template <class T> void AttentionCall<T>::set_lists(const AttentionArguments& a) {
+template <class T>
+void AttentionCall<T>::set_lists(const AttentionArguments& a) {
   p.block_q = a.block_q, p.block_k = a.block_k, p.blocks = ceil_div(p.q_tokens, p.block_q);
   if (a.index) {
     index = torch::stable::contiguous(*a.index), count = torch::stable::contiguous(*a.count);
@@ -63,49 +70,66 @@ template <class T> void AttentionCall<T>::set_lists(const AttentionArguments& a)
     p.span = static_cast<const int32_t*>(span->data_ptr());
     p.span_batch = span->size(0) == 1 ? 0 : p.blocks * 2, p.span_keys = a.span_keys;
     for (int64_t i = 0; i < span->numel(); i += 2)
-      STD_TORCH_CHECK(p.span[i + 1] - p.span[i] <= p.span_keys, "attention: a span of ", p.span[i + 1] - p.span[i], " keys is longer than span_keys = ", p.span_keys);
+      STD_TORCH_CHECK(p.span[i + 1] - p.span[i] <= p.span_keys, "attention: a span of ", p.span[i + 1] - p.span[i],
+                      " keys is longer than span_keys = ", p.span_keys);
   }
   if (a.query_order) {
-    STD_TORCH_CHECK(a.query_order->size(0) == p.batch && p.q_heads % a.query_order->size(1) == 0 && a.query_order->size(2) == p.q_tokens,
+    STD_TORCH_CHECK(a.query_order->size(0) == p.batch && p.q_heads % a.query_order->size(1) == 0 &&
+                        a.query_order->size(2) == p.q_tokens,
                     "attention: query_order must be (batch, heads, queries)");
     order = torch::stable::contiguous(*a.query_order);
     p.order = static_cast<const int32_t*>(order->data_ptr()), p.order_heads = order->size(1);
-    for (int64_t i = 0; i < order->numel(); ++i) STD_TORCH_CHECK(p.order[i] >= -1 && p.order[i] < p.q_tokens, "attention: query_order names query ", p.order[i], " of ", p.q_tokens);
+    for (int64_t i = 0; i < order->numel(); ++i)
+      STD_TORCH_CHECK(p.order[i] >= -1 && p.order[i] < p.q_tokens, "attention: query_order names query ", p.order[i],
+                      " of ", p.q_tokens);
   }
 }
 
-template <class T> void AttentionCall<T>::check_lists(const AttentionArguments& a) const {
+template <class T>
+void AttentionCall<T>::check_lists(const AttentionArguments& a) const {
   for (int64_t row = 0; row < p.batch * p.list_heads * p.blocks; ++row) {
     const RowRange& range = rows[size_t(row / (p.list_heads * p.blocks))];
-    const int64_t used = p.count[row], key_blocks = ceil_div(range.k_end - range.k_first, p.block_k), block = row % p.blocks;
-    STD_TORCH_CHECK(used >= 0 && used <= p.capacity, "attention: count must be between 0 and the capacity ", p.capacity, ", got ", used);
+    const int64_t used = p.count[row], key_blocks = ceil_div(range.k_end - range.k_first, p.block_k),
+                  block = row % p.blocks;
+    STD_TORCH_CHECK(used >= 0 && used <= p.capacity, "attention: count must be between 0 and the capacity ", p.capacity,
+                    ", got ", used);
     const int32_t* entry = p.index + row * p.capacity;
     for (int64_t i = 0; i < used; ++i) {
-      STD_TORCH_CHECK(entry[i] >= 0 && entry[i] < key_blocks, "attention: index names key block ", entry[i], " of ", key_blocks, " (blocks of ", p.block_k, " keys)");
-      STD_TORCH_CHECK(i == 0 || entry[i - 1] < entry[i], "attention: each list of index must be strictly ascending, got ", entry[std::max<int64_t>(i, 1) - 1], " before ", entry[i]);
+      STD_TORCH_CHECK(entry[i] >= 0 && entry[i] < key_blocks, "attention: index names key block ", entry[i], " of ",
+                      key_blocks, " (blocks of ", p.block_k, " keys)");
+      STD_TORCH_CHECK(i == 0 || entry[i - 1] < entry[i],
+                      "attention: each list of index must be strictly ascending, got ",
+                      entry[std::max<int64_t>(i, 1) - 1], " before ", entry[i]);
     }
     if (a.is_causal && used > 0) {
       const int64_t last_query = std::min<int64_t>(range.q_first + (block + 1) * p.block_q, range.q_end) - 1;
-      STD_TORCH_CHECK(range.k_first + int64_t(entry[used - 1]) * p.block_k <= last_query + range.offset, "attention: index of query block ", block,
+      STD_TORCH_CHECK(range.k_first + int64_t(entry[used - 1]) * p.block_k <= last_query + range.offset,
+                      "attention: index of query block ", block,
                       " lists a key block after the block's last query, which causal attention must not see");
     }
   }
 }
 
-template <class T> int64_t AttentionCall<T>::longest_list() const {
+template <class T>
+int64_t AttentionCall<T>::longest_list() const {
   int64_t longest_index = 0;
-  for (int64_t row = 0; p.index && row < p.batch * p.list_heads * p.blocks; ++row) longest_index = std::max<int64_t>(longest_index, p.count[row]);
+  for (int64_t row = 0; p.index && row < p.batch * p.list_heads * p.blocks; ++row)
+    longest_index = std::max<int64_t>(longest_index, p.count[row]);
   return std::min((p.span ? p.span_keys : 0) + longest_index * p.block_k, p.k_tokens);
 }
 
-template <class T> void AttentionCall<T>::build_states() {
+template <class T>
+void AttentionCall<T>::build_states() {
   if (p.low_rank == LowRank::kNone) return;
   state = empty_cpu({p.batch, p.kv_heads, p.slots, p.slot_size}, kScalar<T>);
   p.state = state.data_ptr();
   const Kernels<T>& kernel = kernels<T>();
-  parallel_units(p.batch, p.kv_heads, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_references(p, b, h); });
+  parallel_units(p.batch, p.kv_heads, 1, 0,
+                 [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_references(p, b, h); });
   parallel_units(p.batch, p.kv_heads, p.slots - 1, kernel.state_segment(p, 0, 0, 0, nullptr, nullptr),
-                 [&](int64_t b, int64_t h, int64_t segment, void* scratch) { kernel.state_segment(p, b, h, segment, scratch, zero_row.data()); });
+                 [&](int64_t b, int64_t h, int64_t segment, void* scratch) {
+                   kernel.state_segment(p, b, h, segment, scratch, zero_row.data());
+                 });
   parallel_units(p.batch, p.kv_heads, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_scan(p, b, h); });
 }
 

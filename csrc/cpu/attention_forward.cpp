@@ -5,7 +5,8 @@
 namespace sb::cpu {
 namespace {
 
-template <class T> std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
+template <class T>
+std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
   AttentionCall<T> call(a);
   AttentionParams& p = call.p;
   Tensor out = empty_cpu({p.batch, p.q_heads, p.q_tokens, a.value.size(3)}, a.query.scalar_type());
@@ -16,9 +17,10 @@ template <class T> std::tuple<Tensor, Tensor> forward(const AttentionArguments& 
   call.build_states();
 
   const Kernels<T>& kernel = kernels<T>();
-  parallel_units(p.batch, p.q_heads, p.units, kernel.forward_unit(p, 0, 0, 0, nullptr, nullptr), [&](int64_t b, int64_t h, int64_t unit, void* scratch) {
-    kernel.forward_unit(p, b, h, unit, scratch, call.zero_row.data());
-  });
+  parallel_units(p.batch, p.q_heads, p.units, kernel.forward_unit(p, 0, 0, 0, nullptr, nullptr),
+                 [&](int64_t b, int64_t h, int64_t unit, void* scratch) {
+                   kernel.forward_unit(p, b, h, unit, scratch, call.zero_row.data());
+                 });
   write_back<T>(out_rows, out);
   return {out, lse};
 }

@@ -1,5 +1,6 @@
-// The table of torch-free kernels of one instruction set. kernels.inc is compiled once per set (kernels_avx512.cpp, kernels_avx2.cpp,
-// kernels_baseline.cpp); the best one the processor has is chosen at run time, or the one SCATTERBRAIN_ISA names.
+// The table of torch-free kernels of one instruction set. kernels.inc is compiled once per set (kernels_avx512.cpp,
+// kernels_avx2.cpp, kernels_baseline.cpp); the best one the processor has is chosen at run time, or the one
+// SCATTERBRAIN_ISA names.
 #pragma once
 #include <cstdint>
 
@@ -7,9 +8,10 @@
 
 namespace sb {
 
-// One call of the backward pass on the queries of one unit. Stages: kMeasure fills scratch_bytes and record_bytes; kCount fills groups; kCompute writes dq, dx
-// and the states' gradient, and either scatters each group's pairs at once or keeps them in `records` (groups * record_bytes); kScatter adds kept records to
-// dk, dv and dy for keys in [key_begin, key_end).
+// One call of the backward pass on the queries of one unit. Stages: kMeasure fills scratch_bytes and record_bytes;
+// kCount fills groups; kCompute writes dq, dx and the states' gradient, and either scatters each group's pairs at once
+// or keeps them in `records` (groups * record_bytes); kScatter adds kept records to dk, dv and dy for keys in
+// [key_begin, key_end).
 struct BackwardTask {
   enum Stage { kMeasure, kCount, kCompute, kScatter } stage = kMeasure;
   int64_t b = 0, h = 0, unit = 0;
@@ -25,23 +27,29 @@ struct ProjectParams {
   int64_t tokens, head_dim, head_pad, outputs, outputs_pad;
 };
 
-template <class T> struct Kernels {
+template <class T>
+struct Kernels {
   void (*state_references)(const AttentionParams&, int64_t b, int64_t kv);
-  int64_t (*state_segment)(const AttentionParams&, int64_t b, int64_t kv, int64_t segment, void* scratch, const void* zero_row);
+  int64_t (*state_segment)(const AttentionParams&, int64_t b, int64_t kv, int64_t segment, void* scratch,
+                           const void* zero_row);
   void (*state_scan)(const AttentionParams&, int64_t b, int64_t kv);
-  int64_t (*forward_unit)(const AttentionParams&, int64_t b, int64_t h, int64_t unit, void* scratch, const void* zero_row);
+  int64_t (*forward_unit)(const AttentionParams&, int64_t b, int64_t h, int64_t unit, void* scratch,
+                          const void* zero_row);
   void (*backward_unit)(const AttentionParams&, BackwardTask&);
   void (*backward_scan)(const AttentionParams&, int64_t b, int64_t kv);
-  int64_t (*backward_keys)(const AttentionParams&, int64_t b, int64_t kv, int64_t chunk, void* scratch, const void* zero_row);
-  void (*project)(const ProjectParams&, const T* tokens, int64_t row_stride, const T* weight_t, const T* bias, T* scratch, T* out);
-  void (*project_backward)(const ProjectParams&, const T* grad, const T* tokens, int64_t row_stride, const T* weight, const T* zero_row, T* d_tokens,
-                           int64_t d_row_stride, T* d_weight, T* d_bias);
+  int64_t (*backward_keys)(const AttentionParams&, int64_t b, int64_t kv, int64_t chunk, void* scratch,
+                           const void* zero_row);
+  void (*project)(const ProjectParams&, const T* tokens, int64_t row_stride, const T* weight_t, const T* bias,
+                  T* scratch, T* out);
+  void (*project_backward)(const ProjectParams&, const T* grad, const T* tokens, int64_t row_stride, const T* weight,
+                           const T* zero_row, T* d_tokens, int64_t d_row_stride, T* d_weight, T* d_bias);
 };
 
-// Routing: the panels of 512 keys of one head, and the lists of one group of queries (which must be cleared before). `group` returns the bytes of scratch it
-// needs and does nothing else without scratch; `keys` needs one panel.
+// Routing: the panels of 512 keys of one head, and the lists of one group of queries (which must be cleared before).
+// `group` returns the bytes of scratch it needs and does nothing else without scratch; `keys` needs one panel.
 struct RouteKernels {
-  void (*keys)(const RouteParams&, int64_t b, int64_t kv, int64_t segment, float* panels, float* scratch, const float* zero_row);
+  void (*keys)(const RouteParams&, int64_t b, int64_t kv, int64_t segment, float* panels, float* scratch,
+               const float* zero_row);
   int64_t (*group)(const RouteParams&, int64_t b, int64_t h, int64_t group, const float* panels, void* scratch);
 };
 
@@ -55,8 +63,15 @@ struct InstructionSet {
 extern const InstructionSet kAvx512, kAvx2, kBaseline;
 const InstructionSet& instruction_set();
 
-template <class T> const Kernels<T>& kernels();
-template <> inline const Kernels<float>& kernels<float>() { return instruction_set().f32; }
-template <> inline const Kernels<double>& kernels<double>() { return instruction_set().f64; }
+template <class T>
+const Kernels<T>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() {
+  return instruction_set().f32;
+}
+template <>
+inline const Kernels<double>& kernels<double>() {
+  return instruction_set().f64;
+}
 
 }  // namespace sb

@@ -8,5 +8,6 @@ namespace sb::avx512 {
 }  // namespace sb::avx512
 
 namespace sb {
-extern const InstructionSet kAvx512 = {"avx512", avx512::table<float>(), avx512::table<double>(), avx512::route_table()};
+extern const InstructionSet kAvx512 = {"avx512", avx512::table<float>(), avx512::table<double>(),
+                                       avx512::route_table()};
 }  // namespace sb

@@ -6,5 +6,6 @@ namespace sb::baseline {
 }  // namespace sb::baseline
 
 namespace sb {
-extern const InstructionSet kBaseline = {"baseline", baseline::table<float>(), baseline::table<double>(), baseline::route_table()};
+extern const InstructionSet kBaseline = {"baseline", baseline::table<float>(), baseline::table<double>(),
+                                         baseline::route_table()};
 }  // namespace sb

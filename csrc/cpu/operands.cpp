@@ -9,7 +9,8 @@ namespace {
 constexpr int64_t kGrainBytes = 1 << 16;
 
 // Calls visit(pointer to a C++ element type) for the tensor's dtype.
-template <class Visit> void with_element(ScalarType dtype, const Visit& visit) {
+template <class Visit>
+void with_element(ScalarType dtype, const Visit& visit) {
   switch (dtype) {
     case ScalarType::Float: return visit(static_cast<float*>(nullptr));
     case ScalarType::Double: return visit(static_cast<double*>(nullptr));
@@ -22,15 +23,19 @@ template <class Visit> void with_element(ScalarType dtype, const Visit& visit) {
 Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
 // Calls visit(b, h, i) for every row, in parallel.
-template <class Visit> void for_each_row(const Tensor& t, int64_t row_bytes, const Visit& visit) {
+template <class Visit>
+void for_each_row(const Tensor& t, int64_t row_bytes, const Visit& visit) {
   const int64_t heads = t.size(1), tokens = t.size(2);
-  torch::stable::parallel_for(0, t.size(0) * heads * tokens, std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)),
+  torch::stable::parallel_for(0, t.size(0) * heads * tokens,
+                              std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)),
                               [&](int64_t begin, int64_t end) {
-                                for (int64_t at = begin; at < end; ++at) visit(at / (heads * tokens), at / tokens % heads, at % tokens);
+                                for (int64_t at = begin; at < end; ++at)
+                                  visit(at / (heads * tokens), at / tokens % heads, at % tokens);
                               });
 }
 
-template <class T> bool usable(const Tensor& t, int64_t width_pad) {
+template <class T>
+bool usable(const Tensor& t, int64_t width_pad) {
   return t.scalar_type() == kScalar<T> && t.size(3) == width_pad && (t.stride(3) == 1 || width_pad == 1);
 }
 
@@ -43,7 +48,8 @@ Tensor zeros_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return t;
 }
 
-template <class T> Operand as_rows(const Tensor& t, int64_t width_pad) {
+template <class T>
+Operand as_rows(const Tensor& t, int64_t width_pad) {
   if (usable<T>(t, width_pad)) return {t, rows_of(t), true};
   Tensor packed = empty_cpu({t.size(0), t.size(1), t.size(2), width_pad}, kScalar<T>);
   const Rows to = rows_of(packed);
@@ -61,7 +67,8 @@ template <class T> Operand as_rows(const Tensor& t, int64_t width_pad) {
   return {packed, to, false};
 }
 
-template <class T> Operand result_rows(const Tensor& result, int64_t width_pad) {
+template <class T>
+Operand result_rows(const Tensor& result, int64_t width_pad) {
   if (usable<T>(result, width_pad)) {
     if (result.numel() > 0) std::memset(result.data_ptr(), 0, size_t(result.numel()) * sizeof(T));
     return {result, rows_of(result), true};
@@ -70,7 +77,8 @@ template <class T> Operand result_rows(const Tensor& result, int64_t width_pad) 
   return {padded, rows_of(padded), false};
 }
 
-template <class T> void write_back(const Operand& from, const Tensor& result) {
+template <class T>
+void write_back(const Operand& from, const Tensor& result) {
   if (from.in_place) return;
   const int64_t width = result.size(3);
   with_element(result.scalar_type(), [&](auto* element) {
@@ -84,7 +92,8 @@ template <class T> void write_back(const Operand& from, const Tensor& result) {
   });
 }
 
-template <class T> MapOperand<T> as_map(const Tensor& map, int64_t width_pad, bool ones, const uint8_t* mask) {
+template <class T>
+MapOperand<T> as_map(const Tensor& map, int64_t width_pad, bool ones, const uint8_t* mask) {
   const int64_t rank = map.size(3) - 1, step = map.stride(3);
   Tensor packed = empty_cpu({map.size(0), map.size(1), map.size(2), width_pad}, kScalar<T>);
   Tensor logs = empty_cpu({map.size(0), map.size(1), map.size(2)}, kScalar<T>);
@@ -96,7 +105,8 @@ template <class T> MapOperand<T> as_map(const Tensor& map, int64_t width_pad, bo
     const bool ignored = mask && mask[b * map.size(2) + i];
     for (int64_t e = 0; e < rank; ++e) target[e] = ignored ? T(0) : source[e * step];
     for (int64_t e = rank; e < width_pad; ++e) target[e] = ones && e == rank ? T(1) : T(0);
-    log_scale[(b * map.size(1) + h) * map.size(2) + i] = ignored ? T(0) : source[rank * step] * T(1.44269504088896340736);
+    log_scale[(b * map.size(1) + h) * map.size(2) + i] =
+        ignored ? T(0) : source[rank * step] * T(1.44269504088896340736);
   });
   return {{packed, to, false}, logs};
 }
@@ -107,8 +117,9 @@ MaskOperand as_mask(const std::optional<Tensor>& mask) {
   return {contiguous, static_cast<const uint8_t*>(contiguous.data_ptr())};
 }
 
-std::vector<RowRange> row_ranges(int64_t batch, int64_t q_tokens, int64_t k_tokens, const std::optional<Tensor>& query_range,
-                                 const std::optional<Tensor>& key_range, const std::optional<Tensor>& query_offset) {
+std::vector<RowRange> row_ranges(int64_t batch, int64_t q_tokens, int64_t k_tokens,
+                                 const std::optional<Tensor>& query_range, const std::optional<Tensor>& key_range,
+                                 const std::optional<Tensor>& query_offset) {
   std::vector<RowRange> rows(static_cast<size_t>(batch), RowRange{0, int32_t(q_tokens), 0, int32_t(k_tokens), 0});
   for (int64_t b = 0; b < batch; ++b) {
     RowRange& row = rows[size_t(b)];

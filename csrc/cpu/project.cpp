@@ -9,11 +9,17 @@ namespace {
 
 constexpr int64_t kTokensPerTask = 256;
 
-template <class T> struct Projection {
+template <class T>
+struct Projection {
   Projection(const Tensor& tokens, const Tensor& weight)
-      : batch(tokens.size(0)), heads(tokens.size(1)), n(tokens.size(2)), weight_heads(weight.size(1)), weight_batch(weight.size(0)),
+      : batch(tokens.size(0)),
+        heads(tokens.size(1)),
+        n(tokens.size(2)),
+        weight_heads(weight.size(1)),
+        weight_batch(weight.size(0)),
         blocks(ceil_div(n, kTokensPerTask)) {
-    p.head_dim = tokens.size(3), p.head_pad = pad_to(p.head_dim, kPad), p.outputs = weight.size(2), p.outputs_pad = pad_to(p.outputs, kPad);
+    p.head_dim = tokens.size(3), p.head_pad = pad_to(p.head_dim, kPad), p.outputs = weight.size(2),
+    p.outputs_pad = pad_to(p.outputs, kPad);
     rows = as_rows<T>(tokens, p.head_pad);
   }
   ProjectParams block(int64_t i) const {
@@ -21,14 +27,17 @@ template <class T> struct Projection {
     part.tokens = std::min(kTokensPerTask, n - i * kTokensPerTask);
     return part;
   }
-  int64_t weight_of(int64_t b, int64_t h) const { return (weight_batch == 1 ? 0 : b) * weight_heads + h * weight_heads / heads; }
+  int64_t weight_of(int64_t b, int64_t h) const {
+    return (weight_batch == 1 ? 0 : b) * weight_heads + h * weight_heads / heads;
+  }
 
   ProjectParams p{};
   int64_t batch, heads, n, weight_heads, weight_batch, blocks;
   Operand rows;
 };
 
-template <class T> Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias) {
+template <class T>
+Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Projection<T> call(tokens, weight);
   const ProjectParams& p = call.p;
   // Transposed weights with padded rows: the outputs are the lanes.
@@ -38,7 +47,8 @@ template <class T> Tensor forward(const Tensor& tokens, const Tensor& weight, co
   const T* w = static_cast<const T*>(packed.data_ptr());
   for (int64_t m = 0; m < maps; ++m)
     for (int64_t o = 0; o < p.outputs; ++o)
-      for (int64_t e = 0; e < p.head_dim; ++e) weight_t[size_t((m * p.head_dim + e) * p.outputs_pad + o)] = w[(m * p.outputs + o) * p.head_dim + e];
+      for (int64_t e = 0; e < p.head_dim; ++e)
+        weight_t[size_t((m * p.head_dim + e) * p.outputs_pad + o)] = w[(m * p.outputs + o) * p.head_dim + e];
   if (bias) {
     const Tensor flat = torch::stable::contiguous(*bias);
     const T* from = static_cast<const T*>(flat.data_ptr());
@@ -47,15 +57,19 @@ template <class T> Tensor forward(const Tensor& tokens, const Tensor& weight, co
   }
   Tensor out = empty_cpu({call.batch, call.heads, call.n, p.outputs}, kScalar<T>);
   T* z = static_cast<T*>(out.data_ptr());
-  parallel_units(call.batch, call.heads, call.blocks, kTokensPerTask * p.outputs_pad * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i, void* scratch) {
-    const int64_t m = call.weight_of(b, h);
-    kernels<T>().project(call.block(i), call.rows.rows.template at<const T>(b, h, i * kTokensPerTask), call.rows.rows.row, &weight_t[size_t(m * p.head_dim * p.outputs_pad)],
-                         &offsets[size_t(m * p.outputs_pad)], static_cast<T*>(scratch), z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs);
-  });
+  parallel_units(call.batch, call.heads, call.blocks, kTokensPerTask * p.outputs_pad * int64_t(sizeof(T)),
+                 [&](int64_t b, int64_t h, int64_t i, void* scratch) {
+                   const int64_t m = call.weight_of(b, h);
+                   kernels<T>().project(call.block(i), call.rows.rows.template at<const T>(b, h, i * kTokensPerTask),
+                                        call.rows.rows.row, &weight_t[size_t(m * p.head_dim * p.outputs_pad)],
+                                        &offsets[size_t(m * p.outputs_pad)], static_cast<T*>(scratch),
+                                        z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs);
+                 });
   return out;
 }
 
-template <class T> std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
   const Projection<T> call(tokens, weight);
   const ProjectParams& p = call.p;
   const Tensor g = torch::stable::contiguous(grad), packed = torch::stable::contiguous(weight);
@@ -71,10 +85,12 @@ template <class T> std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gra
   std::vector<T> partial(size_t(call.batch * call.heads * call.blocks * (size + p.outputs)));
   parallel_units(call.batch, call.heads, call.blocks, 0, [&](int64_t b, int64_t h, int64_t i, void*) {
     T* d_weight = &partial[size_t(((b * call.heads + h) * call.blocks + i) * (size + p.outputs))];
-    kernels<T>().project_backward(call.block(i), static_cast<const T*>(g.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs,
-                                  call.rows.rows.template at<const T>(b, h, i * kTokensPerTask), call.rows.rows.row, &padded[size_t(call.weight_of(b, h) * size)],
-                                  static_cast<const T*>(zero_row.data()), d_rows.rows.template at<T>(b, h, i * kTokensPerTask), d_rows.rows.row, d_weight,
-                                  d_weight + size);
+    kernels<T>().project_backward(
+        call.block(i),
+        static_cast<const T*>(g.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs,
+        call.rows.rows.template at<const T>(b, h, i * kTokensPerTask), call.rows.rows.row,
+        &padded[size_t(call.weight_of(b, h) * size)], static_cast<const T*>(zero_row.data()),
+        d_rows.rows.template at<T>(b, h, i * kTokensPerTask), d_rows.rows.row, d_weight, d_weight + size);
   });
   Tensor d_weight = zeros_cpu({call.weight_batch, call.weight_heads, p.outputs, p.head_dim}, kScalar<T>);
   Tensor d_bias = zeros_cpu({call.weight_batch, call.weight_heads, p.outputs}, kScalar<T>);
@@ -94,11 +110,13 @@ template <class T> std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gra
 }  // namespace
 
 Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias) {
-  return tokens.scalar_type() == ScalarType::Double ? forward<double>(tokens, weight, bias) : forward<float>(tokens, weight, bias);
+  return tokens.scalar_type() == ScalarType::Double ? forward<double>(tokens, weight, bias)
+                                                    : forward<float>(tokens, weight, bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
-  return tokens.scalar_type() == ScalarType::Double ? backward<double>(grad, tokens, weight) : backward<float>(grad, tokens, weight);
+  return tokens.scalar_type() == ScalarType::Double ? backward<double>(grad, tokens, weight)
+                                                    : backward<float>(grad, tokens, weight);
 }
 
 }  // namespace sb::cpu

@@ -15,7 +15,7 @@ from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.multihead import LOW_RANK, SUPPORT, MultiheadAttention, inner_attention
 from scatterbrain.support import SUPPORTS, Full, Support
 
-# --------------------------------------------------------------------------------------------------------------- report
+# -------------------- report
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Report:
         return "\n".join([*lines, summary])
 
 
-# ------------------------------------------------------------------------------------------------------------- handlers
+# -------------------- handlers
 
 
 class NotReplaceable(Exception):
@@ -143,7 +143,7 @@ def register_handler(handler: Handler) -> None:
     HANDLERS.insert(0, handler)
 
 
-# -------------------------------------------------------------------------------------------------------------- replace
+# -------------------- replace
 
 
 def replace_attention(
@@ -226,7 +226,7 @@ def _stop_nested_tensors(model: nn.Module, report: Report) -> None:
         report._undo.append(lambda encoder=encoder: setattr(encoder, "use_nested_tensor", True))
 
 
-# ---------------------------------------------------------------------------------------------------------- recognition
+# -------------------- recognition
 
 
 def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,4 +1,5 @@
-"""The attention core: a support, a low-rank kernel, and the state the kernel needs (calibrated statistics, moving averages, projections)."""
+"""The attention core: a support, a low-rank kernel, and the state the kernel needs (calibrated statistics, moving
+averages, projections)."""
 
 from __future__ import annotations
 
@@ -37,13 +38,16 @@ class ScatterbrainAttention(nn.Module):
     """:func:`scatterbrain.attention` with the state of its low-rank kernel.
 
     * ``Quadratic(statistics="stored")``: buffers that :func:`calibrate` fills; running before that raises.
-    * ``"ema"``: moments of the forward passes in training mode, committed by :func:`update_statistics`; until the first commit the learned form's start is used.
-    * ``"learned"``: parameters ``query_projection`` (Hq, r, d), ``query_bias`` (Hq, d), ``query_log_scale`` (Hq), ``key_projection`` (Hkv, r, d), ``key_bias``
-      (Hkv, d). Query and key projections start as the same orthonormal rows, the rest at zero.
-    * ``Favor``: a persistent projection, redrawn only by :meth:`redraw` or, with ``Favor(redraw=n)``, at every n-th :func:`update_statistics`.
+    * ``"ema"``: moments of the forward passes in training mode, committed by :func:`update_statistics`; until the first
+      commit the learned form's start is used.
+    * ``"learned"``: parameters ``query_projection`` (Hq, r, d), ``query_bias`` (Hq, d), ``query_log_scale`` (Hq),
+      ``key_projection`` (Hkv, r, d), ``key_bias`` (Hkv, d). Query and key projections start as the same orthonormal
+      rows, the rest at zero.
+    * ``Favor``: a persistent projection, redrawn only by :meth:`redraw` or, with ``Favor(redraw=n)``, at every n-th
+      :func:`update_statistics`.
 
-    Buffers have their final shape from the start, so a checkpoint of a calibrated module loads into a new one and gives the same output. Statistics stay
-    float32 when the module is converted to half precision.
+    Buffers have their final shape from the start, so a checkpoint of a calibrated module loads into a new one and gives
+    the same output. Statistics stay float32 when the module is converted to half precision.
 
     Args:
         num_heads: query heads.
@@ -52,7 +56,14 @@ class ScatterbrainAttention(nn.Module):
         support, low_rank: default :func:`scatterbrain.presets.drop_in`.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, num_kv_heads: int | None = None, support: Support | None = None, low_rank: LowRank | str = "preset") -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None = None,
+        support: Support | None = None,
+        low_rank: LowRank | str = "preset",
+    ) -> None:
         super().__init__()
         default_support, default_low_rank = presets.drop_in()
         support = default_support if support is None else support
@@ -62,10 +73,15 @@ class ScatterbrainAttention(nn.Module):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"ScatterbrainAttention: {name} must be a positive int, got {value!r}")
         if num_heads % num_kv_heads:
-            raise ValueError(f"ScatterbrainAttention: num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+            raise ValueError(
+                f"ScatterbrainAttention: num_heads must be a multiple of num_kv_heads, got {num_heads} and "
+                f"{num_kv_heads}"
+            )
         checks.check_pair(support, low_rank, is_causal=False)
         if isinstance(low_rank, Quadratic) and low_rank.rank > head_dim:
-            raise ValueError(f"ScatterbrainAttention: Quadratic rank must be at most head_dim={head_dim}, got {low_rank.rank}")
+            raise ValueError(
+                f"ScatterbrainAttention: Quadratic rank must be at most head_dim={head_dim}, got {low_rank.rank}"
+            )
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, num_kv_heads
         self.support, self.low_rank = support, low_rank
         self._is_calibrated = False
@@ -93,8 +109,14 @@ class ScatterbrainAttention(nn.Module):
             self.key_bias = nn.Parameter(torch.zeros(kv_heads, d))
             return
         # An EMA starts as the learned form does: same orthonormal rows, no means.
-        start = self._orthonormal_rows()[:: heads // kv_heads] if self.low_rank.statistics == "ema" else torch.zeros(kv_heads, r, d)
-        for name, tensor in zip(_MAPS, (start.clone(), torch.zeros(kv_heads, d), start.clone(), torch.zeros(kv_heads, d))):
+        start = (
+            self._orthonormal_rows()[:: heads // kv_heads]
+            if self.low_rank.statistics == "ema"
+            else torch.zeros(kv_heads, r, d)
+        )
+        for name, tensor in zip(
+            _MAPS, (start.clone(), torch.zeros(kv_heads, d), start.clone(), torch.zeros(kv_heads, d))
+        ):
             self.register_buffer(name, tensor)
         shapes = ((kv_heads,), (kv_heads, d), (kv_heads, d, d), (kv_heads, d), (kv_heads, d, d))
         for name, shape in zip(_MOMENTS, shapes):
@@ -103,17 +125,24 @@ class ScatterbrainAttention(nn.Module):
     def _orthonormal_rows(self) -> Tensor:
         """(Hq, r, d): r orthonormal rows per key/value head, shared by its query heads."""
         gaussian = torch.randn(self.num_kv_heads, self.head_dim, self.low_rank.rank)
-        return torch.linalg.qr(gaussian).Q.transpose(-1, -2).repeat_interleave(self.num_heads // self.num_kv_heads, 0).contiguous()
+        return (
+            torch.linalg.qr(gaussian)
+            .Q.transpose(-1, -2)
+            .repeat_interleave(self.num_heads // self.num_kv_heads, 0)
+            .contiguous()
+        )
 
     def reset_parameters(self) -> None:
         """Start again: projections redrawn, calibration forgotten. Also fills a module created on the meta device."""
-        device = next((t.device for t in (*self.parameters(recurse=False), *self.buffers(recurse=False))), torch.device("cpu"))
+        device = next(
+            (t.device for t in (*self.parameters(recurse=False), *self.buffers(recurse=False))), torch.device("cpu")
+        )
         self._is_calibrated, self._scale, self._gathered, self._steps = False, None, None, 0
         training = self.training
         self._create_state()
         self.to(device).train(training)
 
-    # ------------------------------------------------------------------------------------------------------------ forward
+    # -------------------- forward
 
     def forward(
         self,
@@ -127,50 +156,81 @@ class ScatterbrainAttention(nn.Module):
         query_offset: int | Tensor = 0,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Arguments as :func:`scatterbrain.attention`; query (B, num_heads, N, head_dim), key and value (B, num_kv_heads, M, ...)."""
+        """Arguments as :func:`scatterbrain.attention`; query (B, num_heads, N, head_dim), key and value (B,
+        num_kv_heads, M, ...)."""
         checks.check_tensors(query, key, value)
         expected = (self.num_heads, self.num_kv_heads, self.head_dim)
         if (query.shape[1], key.shape[1], query.shape[3]) != expected:
             raise ValueError(
-                f"expected query with {expected[0]} heads, key with {expected[1]} heads and head_dim {expected[2]}, got {query.shape[1]}, {key.shape[1]} and {query.shape[3]}"
+                f"expected query with {expected[0]} heads, key with {expected[1]} heads and head_dim "
+                f"{expected[2]}, got {query.shape[1]}, {key.shape[1]} and {query.shape[3]}"
             )
         support, low_rank = self.support, self.low_rank
-        gathers = isinstance(low_rank, Quadratic) and (self._collecting or (low_rank.statistics == "ema" and self.training and torch.is_grad_enabled()))
+        gathers = isinstance(low_rank, Quadratic) and (
+            self._collecting or (low_rank.statistics == "ema" and self.training and torch.is_grad_enabled())
+        )
         if gathers:
             self._gather(query, key, key_padding_mask, query_padding_mask, functional._default_scale(query, scale))
         if self._collecting:
             support, low_rank = Full(), None
         return functional.attention(
-            query, key, value, support, low_rank, key_padding_mask, is_causal, scale, self.coefficients() if low_rank is not None else None, query_padding_mask,
-            query_offset, return_lse,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            support,
+            low_rank,
+            key_padding_mask,
+            is_causal,
+            scale,
+            self.coefficients() if low_rank is not None else None,
+            query_padding_mask,
+            query_offset,
+            return_lse,
+        )
 
     def coefficients(self) -> Coefficients | None:
-        """What the low-rank kernel runs with now; None where it needs nothing, or has nothing yet (which then raises with the cure)."""
+        """What the low-rank kernel runs with now; None where it needs nothing, or has nothing yet (which then raises
+        with the cure)."""
         low_rank = self.low_rank
         if isinstance(low_rank, Favor):
             return RandomFeatures(self.projection)
         if not isinstance(low_rank, Quadratic) or low_rank.statistics == "input":
             return None
         if low_rank.statistics == "learned":
-            return Projections(self.query_projection, self.query_bias, self.query_log_scale, self.key_projection, self.key_bias)
+            return Projections(
+                self.query_projection, self.query_bias, self.query_log_scale, self.key_projection, self.key_bias
+            )
         maps = [getattr(self, name) for name in _MAPS]
         if self._is_calibrated:
             return Statistics(*maps, self._scale)
         if low_rank.statistics == "stored":
             return None
         repeat = self.num_heads // self.num_kv_heads
-        return Projections(maps[0].repeat_interleave(repeat, 0), maps[1].repeat_interleave(repeat, 0), maps[1].new_zeros(self.num_heads), maps[2], maps[3])
+        return Projections(
+            maps[0].repeat_interleave(repeat, 0),
+            maps[1].repeat_interleave(repeat, 0),
+            maps[1].new_zeros(self.num_heads),
+            maps[2],
+            maps[3],
+        )
 
-    # ------------------------------------------------------------------------------------------------------------ statistics
+    # -------------------- statistics
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether statistics are in place: set by :func:`calibrate`, by the first commit of a moving average, or by loading a state that had them."""
+        """Whether statistics are in place: set by :func:`calibrate`, by the first commit of a moving average, or by
+        loading a state that had them."""
         return self._is_calibrated
 
     @torch.no_grad()
-    def _gather(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, query_padding_mask: Tensor | None, scale: float) -> None:
+    def _gather(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None,
+        query_padding_mask: Tensor | None,
+        scale: float,
+    ) -> None:
         if self._scale is not None and abs(self._scale - scale) > 1e-6 * abs(scale):
             raise ValueError(f"calibration: one scale per module, got {scale:.6g} after {self._scale:.6g}")
         rows = functional.rows_of(query, key, key_padding_mask, query_padding_mask, 0)
@@ -184,7 +244,9 @@ class ScatterbrainAttention(nn.Module):
     @torch.no_grad()
     def _store(self, moments: Moments, floor: float) -> None:
         statistics = statistics_from_moments(moments, self.low_rank.rank, self._scale, floor)
-        for name, tensor in zip(_MAPS, (statistics.query_projection, statistics.query_mean, statistics.key_projection, statistics.key_mean)):
+        for name, tensor in zip(
+            _MAPS, (statistics.query_projection, statistics.query_mean, statistics.key_projection, statistics.key_mean)
+        ):
             getattr(self, name).copy_(tensor)
         for name in _MOMENTS:
             getattr(self, "moment_" + name).copy_(getattr(moments, name))
@@ -221,23 +283,30 @@ class ScatterbrainAttention(nn.Module):
 
         self.projection.copy_(draw_projection(self.low_rank, self.head_dim, generator))
 
-    # ------------------------------------------------------------------------------------------------------------ persistence
+    # -------------------- persistence
 
     def get_extra_state(self) -> Tensor:
         """Calibrated, scale, rank, steps, draws: as a tensor, so that any checkpoint format can hold it."""
         rank = self.low_rank.rank if isinstance(self.low_rank, Quadratic) else 0
-        return torch.tensor([self._is_calibrated, math.nan if self._scale is None else self._scale, rank, self._steps, self._draws], dtype=torch.float64)
+        return torch.tensor(
+            [self._is_calibrated, math.nan if self._scale is None else self._scale, rank, self._steps, self._draws],
+            dtype=torch.float64,
+        )
 
     def set_extra_state(self, state: Tensor) -> None:
         calibrated, scale, rank, steps, draws = state.tolist()
         mine = self.low_rank.rank if isinstance(self.low_rank, Quadratic) else 0
         if int(rank) != mine:
-            raise ValueError(f"ScatterbrainAttention: the checkpoint has statistics of rank {int(rank)}, this module rank {mine}; create it with Quadratic(rank={int(rank)})")
+            raise ValueError(
+                f"ScatterbrainAttention: the checkpoint has statistics of rank {int(rank)}, this module rank "
+                f"{mine}; create it with Quadratic(rank={int(rank)})"
+            )
         self._is_calibrated, self._scale = bool(calibrated), None if math.isnan(scale) else scale
         self._steps, self._draws = int(steps), int(draws)
 
     def _apply(self, fn, recurse: bool = True):  # noqa: ANN001  (torch's own signature)
-        """Moves buffers with the module but keeps them in the precision they were fitted in: half a mantissa would undo the calibration."""
+        """Moves buffers with the module but keeps them in the precision they were fitted in: half a mantissa would undo
+        the calibration."""
         kept = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         originals = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -247,7 +316,10 @@ class ScatterbrainAttention(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}, support={self.support}, low_rank={self.low_rank}"
+        return (
+            f"num_heads={self.num_heads}, head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}, "
+            f"support={self.support}, low_rank={self.low_rank}"
+        )
 
 
 def _cores(model: nn.Module) -> list[ScatterbrainAttention]:
@@ -260,7 +332,8 @@ def _cores(model: nn.Module) -> list[ScatterbrainAttention]:
 def calibrate(model: nn.Module) -> Iterator[nn.Module]:
     """Fills the calibration buffers of every :class:`ScatterbrainAttention` in ``model`` from what passes through it.
 
-    Inside the block those layers compute exact attention and gather moments in float64, weighted by tokens over all batches, valid tokens only; leaving it
+    Inside the block those layers compute exact attention and gather moments in float64, weighted by tokens over all
+    batches, valid tokens only; leaving it
     turns the moments into statistics. ::
 
         with sb.calibrate(model), torch.no_grad():
@@ -270,9 +343,14 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: no layer that can be calibrated, or none of them was run; NaN or infinity in a batch.
     """
-    cores = [m for m in _cores(model) if isinstance(m.low_rank, Quadratic) and m.low_rank.statistics in ("stored", "ema")]
+    cores = [
+        m for m in _cores(model) if isinstance(m.low_rank, Quadratic) and m.low_rank.statistics in ("stored", "ema")
+    ]
     if not cores:
-        raise ValueError("calibrate: expected at least one ScatterbrainAttention with Quadratic(statistics='stored' or 'ema') in the model, found none")
+        raise ValueError(
+            "calibrate: expected at least one ScatterbrainAttention with Quadratic(statistics='stored' "
+            "or 'ema') in the model, found none"
+        )
     before = [(m, m._scale, m._gathered) for m in cores]
     for m in cores:
         m._collecting, m._gathered, m._scale = True, None, None
@@ -288,12 +366,15 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
             m._scale = scale
         m._finish_calibration()
     if not ran:
-        raise ValueError("calibrate: no attention layer was run inside the block; call the model on at least one batch there")
+        raise ValueError(
+            "calibrate: no attention layer was run inside the block; call the model on at least one batch there"
+        )
 
 
 def update_statistics(model: nn.Module) -> None:
-    """Tells every :class:`ScatterbrainAttention` that an optimizer step is over: moving averages are committed (the first at once, then every 10 steps,
-    momentum 0.8, detached) and random projections redrawn where ``Favor(redraw=n)`` asks for it. A model without such layers is left alone."""
+    """Tells every :class:`ScatterbrainAttention` that an optimizer step is over: moving averages are committed (the
+    first at once, then every 10 steps, momentum 0.8, detached) and random projections redrawn where ``Favor(redraw=n)``
+    asks for it. A model without such layers is left alone."""
     with torch.no_grad():
         for m in _cores(model):
             m._update()

@@ -161,7 +161,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         out = out.flatten(2) if batched else out[0].flatten(1)
         return F.linear(out, self.out_proj.weight, self.out_proj.bias), None
 
-    # ------------------------------------------------------------------------------------------------- what is possible
+    # -------------------- what is possible
 
     def _fits(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None,
               attn_mask: Tensor | None, is_causal: bool) -> bool:  # fmt: skip
@@ -211,7 +211,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             self._warned.add(obstacle)
             _warn(f"MultiheadAttention runs exact attention, without approximation: {obstacle}.")
 
-    # ---------------------------------------------------------------------------------------------------------- compute
+    # -------------------- compute
 
     def _exact(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool,
                attn_mask: Tensor | None, average_attn_weights: bool,
@@ -252,7 +252,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         return x.permute(0, 2, 1, 3) if batch_first else x.permute(1, 2, 0, 3)
 
-    # ------------------------------------------------------------------------------------------------------------ state
+    # -------------------- state
 
     def _reset_parameters(self) -> None:
         same = self._qkv_same_embed_dim
@@ -291,7 +291,7 @@ def inner_attention(module: nn.MultiheadAttention, support: Support, low_rank: L
     return attention.to(module.out_proj.weight.device).train(module.training)
 
 
-# ---------------------------------------------------------------------------------------------------------------- masks
+# -------------------- masks
 
 MASK_STRIPE = 128  # rows of a mask compared at a time
 _KNOWN_MASKS = WeakTensorKeyDictionary()  # mask -> (version, answer): an encoder's layers share one mask tensor

@@ -79,23 +79,34 @@ def test_half_precision_keeps_statistics_in_float32() -> None:
     core = calibrated()
     inputs = [t.bfloat16() for t in qkv()]
     want = core(*inputs)
-    assert torch.equal(core.bfloat16()(*inputs), want) and core.query_projection.dtype == torch.float32 and want.dtype == torch.bfloat16
+    assert (
+        torch.equal(core.bfloat16()(*inputs), want)
+        and core.query_projection.dtype == torch.float32
+        and want.dtype == torch.bfloat16
+    )
 
 
 def test_learned_projections_start_equal_and_orthonormal_and_get_gradients() -> None:
     core = sb.ScatterbrainAttention(4, 16, 2, *sb.presets.train(32))
     p = core.query_projection.detach()
-    assert torch.allclose(p @ p.transpose(-1, -2), torch.eye(9).expand(4, 9, 9), atol=1e-5) and torch.equal(core.key_projection, core.query_projection[::2])
+    assert torch.allclose(p @ p.transpose(-1, -2), torch.eye(9).expand(4, 9, 9), atol=1e-5) and torch.equal(
+        core.key_projection, core.query_projection[::2]
+    )
     q, k, v = qkv(kv_heads=2)
     core(q, k, v, is_causal=True).square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.ne(0).any() for parameter in core.parameters()) and len(list(core.parameters())) == 5
+    assert (
+        all(parameter.grad is not None and parameter.grad.ne(0).any() for parameter in core.parameters())
+        and len(list(core.parameters())) == 5
+    )
 
 
 def test_moving_averages_commit_after_the_step_and_not_within_it() -> None:
     core = sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=sb.Quadratic(4, "ema"))
     q, k, v = qkv()
     first = core(q, k, v, is_causal=True)
-    assert torch.equal(core(q, k, v, is_causal=True), first) and not core.is_calibrated  # seeing tokens changes nothing within a step
+    assert (
+        torch.equal(core(q, k, v, is_causal=True), first) and not core.is_calibrated
+    )  # seeing tokens changes nothing within a step
     sb.update_statistics(core)
     assert core.is_calibrated and torch.allclose(core.query_mean, q.mean((0, 2)) * 0.25, atol=1e-6)
     mean = core.query_mean.clone()
@@ -119,7 +130,12 @@ def test_random_features_are_redrawn_on_schedule_only() -> None:
     for _ in range(6):
         sb.update_statistics(core)
         seen.append(core.projection.clone())
-    assert torch.equal(seen[1], start) and not torch.equal(seen[2], start) and torch.equal(seen[3], seen[2]) and not torch.equal(seen[5], seen[2])
+    assert (
+        torch.equal(seen[1], start)
+        and not torch.equal(seen[2], start)
+        and torch.equal(seen[3], seen[2])
+        and not torch.equal(seen[5], seen[2])
+    )
 
 
 def test_another_scale_than_the_calibrated_one_raises() -> None:

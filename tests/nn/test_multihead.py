@@ -54,7 +54,8 @@ def some_mask(*shape: int, kind: type = bool) -> Tensor:
 
 def inputs(batched: bool = True, batch_first: bool = False, same: bool = True, own_value: bool = False,
            kdim: int = E, vdim: int = E, length: int = L) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One tensor three times if ``same``, else key and value of their own; ``own_value``: the value is a third tensor."""
+    """One tensor three times if ``same``, else key and value of their own; ``own_value``: the value is a third
+    tensor."""
 
     def tokens(count: int, width: int) -> Tensor:
         shape = ((N, count) if batch_first else (count, N)) if batched else (count,)
