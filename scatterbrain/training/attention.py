@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 import scatterbrain as sb
+from scatterbrain.checks import check_pair
 from scatterbrain.training.config import AttentionConfig
 
-SUPPORTS = {"full": "Full", "empty": "Empty", "window": "Window", "routed": "Routed", "lsh": "LSH"}
+SUPPORTS = {"full": "Full", "empty": "Empty", "window": "Window", "routed": "Routed"}
 LOW_RANKS = {"quadratic": "Quadratic", "favor": "Favor"}
+# Statistics that exist when training starts from scratch and that do not look at later bytes.
+STATISTICS = ("learned", "ema")
 
 
 def build_support_and_low_rank(config: AttentionConfig) -> tuple[Any, Any]:
     """The support and the low-rank part (or None) that the configuration names.
 
     Raises:
-        ValueError: for a name or a field that does not exist, or a value the support or low-rank part refuses.
+        ValueError: naming the key, for a name or a field that does not exist, a value the support or low-rank part
+            refuses, or a pair that a causal model cannot be trained with from scratch.
     """
-    support, low_rank = getattr(sb.presets, config.preset)(keys=config.keys)
-    if config.support is not None:
+    preset = getattr(sb.presets, config.preset)
+    if config.support is None:
+        with _naming("attention.keys"):
+            support = preset(keys=config.keys)[0]
+    else:
         support = _build("attention.support", config.support, SUPPORTS, keys=config.keys)
-        if isinstance(support, sb.Full):
-            low_rank = None
-    if config.low_rank is not None:
-        low_rank = None if config.low_rank == "none" else _build("attention.low_rank", config.low_rank, LOW_RANKS)
+    if config.low_rank is None:
+        low_rank = None if isinstance(support, sb.Full) else preset()[1]
+    else:
+        low_rank = _build_low_rank(config.low_rank)
+    if isinstance(support, sb.Full) and low_rank is not None:
+        raise ValueError(
+            f"attention.low_rank: support full leaves nothing to approximate, got {low_rank}; leave it out"
+        )
+    if isinstance(low_rank, sb.Quadratic) and low_rank.statistics not in STATISTICS:
+        raise ValueError(
+            f"attention.low_rank.statistics: expected {' or '.join(STATISTICS)}, got {low_rank.statistics!r}; stored "
+            "statistics come from a trained model, and those of the input would show a byte what follows it"
+        )
+    with _naming("attention"):
+        check_pair(support, low_rank, is_causal=True)
     return support, low_rank
 
 
 def build_attention(config: AttentionConfig, num_heads: int, num_kv_heads: int, head_dim: int) -> nn.Module:
     """The attention module of one layer."""
     support, low_rank = build_support_and_low_rank(config)
-    return sb.ScatterbrainAttention(num_heads, head_dim, num_kv_heads, support=support, low_rank=low_rank)
+    with _naming("attention"):
+        return sb.ScatterbrainAttention(num_heads, head_dim, num_kv_heads, support=support, low_rank=low_rank)
 
 
 def is_exact(config: AttentionConfig) -> bool:
@@ -49,6 +70,14 @@ def describe_attention(config: AttentionConfig) -> str:
     return f"{support}, {'no low-rank part' if low_rank is None else low_rank}"
 
 
+def _build_low_rank(value: str | dict[str, Any]) -> Any:
+    if value == "none":
+        return None
+    kind = value.get("kind") if isinstance(value, dict) else value
+    defaults = {"statistics": STATISTICS[0]} if kind == "quadratic" else {}
+    return _build("attention.low_rank", value, LOW_RANKS, **defaults)
+
+
 def _build(key: str, value: str | dict[str, Any], classes: dict[str, str], **defaults: Any) -> Any:
     fields = {"kind": value} if isinstance(value, str) else dict(value)
     kind = fields.pop("kind", None)
@@ -59,8 +88,16 @@ def _build(key: str, value: str | dict[str, Any], classes: dict[str, str], **def
     for name in fields:
         if name not in known:
             raise ValueError(f"{key}.{name}: {kind} has no such field; it has {', '.join(known) or 'none'}")
+    inherits_keys = "keys" in defaults and "keys" in known and "keys" not in fields
     fields = {name: default for name, default in defaults.items() if name in known} | fields
-    try:
+    with _naming(f"{key} with attention.keys {defaults['keys']}" if inherits_keys else key):
         return cls(**fields)
+
+
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Puts the key of the configuration before what the library says about its value."""
+    try:
+        yield
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key}: {error}") from error

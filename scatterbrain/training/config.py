@@ -78,17 +78,18 @@ class AttentionConfig:
     """Attention of every layer.
 
     Args:
-        preset: Pair of support and low-rank part to start from: "train" (the default for training from scratch: keys
-            routed per query, a window and a learned quadratic part), "drop_in" or "paper".
+        preset: Pair of support and low-rank part to start from: "train", keys routed per query, a window and a learned
+            quadratic part. The other presets of scatterbrain do not train a causal model from scratch.
         keys: Keys per query that are attended to exactly, window and routed keys together.
-        support: Replaces the preset's support. A name (full, empty, window, routed, lsh) or a mapping with the name as
+        support: Replaces the preset's support. A name (full, empty, window, routed) or a mapping with the name as
             "kind" and its fields, such as {kind: routed, block_q: 1, block_k: 8, window: 16}; "keys" is the one above
-            unless the mapping has its own. "full" is exact attention without a low-rank part.
+            unless the mapping has its own. "full" is exact attention, which has no low-rank part.
         low_rank: Replaces the preset's low-rank part. "none", a name (quadratic, favor) or a mapping with the name as
-            "kind" and its fields, such as {kind: quadratic, rank: 9, statistics: learned}.
+            "kind" and its fields, such as {kind: quadratic, rank: 9, statistics: ema}; the statistics are "learned"
+            (the default) or "ema".
     """
 
-    preset: Literal["train", "drop_in", "paper"] = "train"
+    preset: Literal["train"] = "train"
     keys: int = 64
     support: str | dict[str, Any] | None = None
     low_rank: str | dict[str, Any] | None = None

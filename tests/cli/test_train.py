@@ -112,6 +112,40 @@ def test_a_bad_value_is_named_in_one_line(config, capsys, arguments, named):
     assert named in errors and errors.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named", "code"),
+    [
+        (["--attention.preset", "drop_in"], "attention.preset", 2),
+        (["--attention.preset", "paper"], "attention.preset", 2),
+        (["--attention.support", "lsh"], "attention.support", 1),
+        (["--attention.low_rank", "{kind: quadratic, statistics: stored}"], "attention.low_rank.statistics", 1),
+        (["--attention.low_rank", "{kind: quadratic, statistics: input}"], "attention.low_rank.statistics", 1),
+        (["--attention.keys", "20"], "attention.keys", 1),
+    ],
+)
+def test_attention_that_cannot_train_is_refused_before_anything_is_created(tmp_path, capsys, arguments, named, code):
+    assert run_to_its_exit_code("train", str(STDLIB), "--output", str(tmp_path / "run"), *arguments) == code
+    streams = capsys.readouterr()
+    assert named in streams.err and streams.out == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("support", ["full", "empty", "window", "routed", "{kind: window, keys: 32}"])
+@pytest.mark.parametrize("low_rank", ["null", "none", "quadratic", "favor", "{kind: quadratic, statistics: ema}"])
+def test_what_the_help_offers_trains_or_is_refused_by_name(config, tmp_path, capsys, support, low_rank):
+    options = ["--attention.support", support, "--attention.low_rank", low_rank, "--train.steps", "1"]
+    code = main(["train", str(config), *options])
+    assert (tmp_path / "run" / "sample.txt").exists() == (code == 0)
+    assert code == 0 or "attention" in capsys.readouterr().err
+
+
+def run_to_its_exit_code(*arguments: str) -> int:
+    """The exit code, also where the parser of options leaves by SystemExit."""
+    try:
+        return main(arguments)
+    except SystemExit as stopped:
+        return stopped.code
+
+
 def test_the_shipped_configuration_trains_routed_attention_and_one_option_makes_it_exact():
     shipped = parse_run_config([str(STDLIB)])
     assert not is_exact(shipped.attention) and shipped.train.context >= 2048

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 import scatterbrain as sb
-from scatterbrain.training.attention import build_support_and_low_rank, describe_attention, is_exact
+from scatterbrain.training.attention import build_attention, build_support_and_low_rank, describe_attention, is_exact
 from scatterbrain.training.config import AttentionConfig
 
 
@@ -12,8 +12,10 @@ from scatterbrain.training.config import AttentionConfig
     [
         (AttentionConfig(preset="train", keys=48), sb.presets.train(keys=48)),
         (AttentionConfig(support="full"), (sb.Full(), None)),
-        (AttentionConfig(support="window", keys=32), (sb.Window(32), sb.presets.train()[1])),
+        (AttentionConfig(support="window", keys=20), (sb.Window(20), sb.presets.train()[1])),
         (AttentionConfig(support="window", low_rank="none"), (sb.Window(64), None)),
+        (AttentionConfig(support="empty", low_rank="favor"), (sb.Empty(), sb.Favor())),
+        (AttentionConfig(support="window", low_rank="quadratic"), (sb.Window(64), sb.Quadratic(statistics="learned"))),
         (
             AttentionConfig(
                 support={"kind": "routed", "keys": 96, "block_q": 1, "block_k": 8, "window": 32},
@@ -33,12 +35,41 @@ def test_a_configuration_names_a_support_and_a_low_rank_part(config, expected):
         (AttentionConfig(support="fulll"), "attention.support: expected one of full, .* got 'fulll'"),
         (AttentionConfig(support={"kind": "window", "width": 3}), "attention.support.width: window has no such field"),
         (AttentionConfig(low_rank={"rank": 3}), "attention.low_rank: expected one of quadratic, favor"),
-        (AttentionConfig(support={"kind": "routed", "keys": -1}), "attention.support: "),
+        (AttentionConfig(support={"kind": "routed", "keys": -1}), "attention.support: Routed"),
+        (AttentionConfig(keys=20), "attention.keys: Routed: expected keys"),
+        (AttentionConfig(support="routed", keys=8), "attention.support with attention.keys 8: Routed"),
+        (AttentionConfig(low_rank={"kind": "quadratic", "rank": 0}), "attention.low_rank: Quadratic"),
     ],
 )
 def test_what_it_cannot_name_is_refused_by_key(config, message):
     with pytest.raises(ValueError, match=message):
         build_support_and_low_rank(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AttentionConfig(support="lsh"), "attention.support: expected one of full, empty, window, routed"),
+        (
+            AttentionConfig(low_rank={"kind": "quadratic", "statistics": "stored"}),
+            "attention.low_rank.statistics: expected learned or ema, got 'stored'",
+        ),
+        (
+            AttentionConfig(low_rank={"kind": "quadratic", "statistics": "input"}),
+            "attention.low_rank.statistics: expected learned or ema, got 'input'",
+        ),
+        (AttentionConfig(support="empty", low_rank="none"), "attention: support=Empty"),
+        (AttentionConfig(support="full", low_rank="quadratic"), "attention.low_rank: support full leaves nothing"),
+    ],
+)
+def test_what_cannot_train_a_causal_model_from_scratch_is_refused_by_key(config, message):
+    with pytest.raises(ValueError, match=message):
+        build_support_and_low_rank(config)
+
+
+def test_a_rank_above_the_width_of_a_head_is_refused_by_key():
+    with pytest.raises(ValueError, match="attention: .*rank must be at most head_dim=4"):
+        build_attention(AttentionConfig(), num_heads=2, num_kv_heads=2, head_dim=4)
 
 
 def test_full_support_is_exact_attention():
