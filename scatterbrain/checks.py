@@ -77,6 +77,29 @@ def check_mask(name: str, mask: Tensor | None, batch: int, tokens: int, device: 
         raise ValueError(f"{name} must be on the device of query, {device}, got {mask.device}")
 
 
+def check_no_forward_mode(*tensors: Tensor) -> None:
+    """Forward-mode derivatives (torch.func.jvp, forward_ad) would be dropped without a word."""
+    if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            "scatterbrain has no forward-mode derivatives (torch.func.jvp, forward_ad.make_dual); use reverse mode, or "
+            "sb.reference.attention, which is plain torch"
+        )
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def check_kind_of_statistics(statistics: object) -> None:
+    if statistics is not None and not isinstance(statistics, (Statistics, Projections, RandomFeatures)):
+        raise TypeError(
+            f"statistics must be Statistics, Projections, RandomFeatures or None, got {type(statistics).__name__}"
+        )
+
+
 def check_scale(scale: float | None) -> None:
     if scale is None:
         return
@@ -179,7 +202,10 @@ def check_statistics(
         return
     if statistics is None:
         raise ValueError(
-            f"Quadratic(statistics={low_rank.statistics!r}) is not calibrated: pass statistics= from "
+            "Quadratic(statistics='learned') needs its projections: pass statistics=sb.Projections(...), or use "
+            "sb.ScatterbrainAttention, which owns them"
+            if low_rank.statistics == "learned"
+            else f"Quadratic(statistics={low_rank.statistics!r}) is not calibrated: pass statistics= from "
             f"sb.fit_statistics(query, key, rank={low_rank.rank}), use a calibrated "
             "sb.ScatterbrainAttention (sb.calibrate), or, bidirectional only, Quadratic(statistics='input')"
         )
@@ -259,9 +285,7 @@ def check_blocks(
             f"Blocks: query_order must be (batch, heads, queries) = ({batch}, {q_heads}, {q_tokens}), "
             f"got {tuple(order.shape)}"
         )
-    if blocks._checked or not is_readable(
-        blocks.index, blocks.count, *(t for t in (key_range, query_range, offset) if t is not None)
-    ):
+    if not is_readable(blocks.index, blocks.count, *(t for t in (key_range, query_range, offset) if t is not None)):
         return
     used = torch.arange(blocks.index.shape[3], dtype=torch.int32) < blocks.count[..., None]
     entry = torch.where(used, blocks.index, -1).long()

@@ -15,6 +15,8 @@ from scatterbrain.low_rank import (
     Coefficients,
     Favor,
     LowRank,
+    Moments,
+    Projections,
     Quadratic,
     Statistics,
     favor_log_features,
@@ -28,6 +30,9 @@ from scatterbrain.support import LSH, Blocks, Empty, Full, Routed, Support, Wind
 
 ANY_LENGTH = 2**31 - 1  # bound of spans over all keys: a constant, which does not tie a compiled graph to one length
 LOW_RANK_CODE = {type(None): 0, Quadratic: 1, Favor: 2}
+
+
+DEFAULT_LOW_RANK = Quadratic(rank=9)
 
 
 class Rows(NamedTuple):
@@ -114,6 +119,8 @@ def fit_statistics(
     """
     checks.check_tensors(query, key)
     checks.check_scale(scale)
+    if query.shape[0] == 0:
+        raise ValueError("fit_statistics: expected at least one batch row, got a batch of 0")
     checks.check_statistics(Quadratic(rank, "input"), None, 1.0, 0, 0, 0, query.shape[3])
     rows = rows_of(query, key, key_padding_mask, None, 0)
     scale = _default_scale(query, scale)
@@ -121,9 +128,14 @@ def fit_statistics(
     return statistics_from_moments(m, rank, scale)
 
 
-def checked_moments(query: Tensor, key: Tensor, scale: float, rows: Rows):
+def unchecked_moments(query: Tensor, key: Tensor, scale: float, rows: Rows) -> Moments:
+    """Moments of the valid tokens of one batch."""
+    return moments(query, key, scale, rows.key_mask, rows.query_mask)
+
+
+def checked_moments(query: Tensor, key: Tensor, scale: float, rows: Rows) -> Moments:
     """Moments of calibration tokens, refused where they are not finite or there are none."""
-    m = moments(query, key, scale, rows.key_mask, rows.query_mask)
+    m = unchecked_moments(query, key, scale, rows)
     if not bool(
         torch.isfinite(m.query_second).all() & torch.isfinite(m.key_second).all() & torch.isfinite(m.key_mean).all()
     ):
@@ -168,7 +180,9 @@ def attention(
         scale: factor of q.k; default 1/sqrt(d).
         statistics: what the low-rank kernel needs: :func:`fit_statistics` for Quadratic(statistics="stored").
         query_padding_mask: bool (B, N), True: the output row is zero; defaults to key_padding_mask if N == M.
-        query_offset: int or (B,) integer tensor, position of the first query among the keys; causal only.
+        query_offset: int or (B,) integer tensor, position of the first query among the keys; causal only. Evaluating a
+            sequence in chunks this way gives the rows of one pass where chunks start at multiples of the support's
+            block_q; pooled causal routing alone looks at 15 queries before the chunk and then routes differently.
         return_lse: also return the log of each row's total weight, float32 (float64 for float64 inputs), (B, Hq, N).
 
     Returns:
@@ -182,7 +196,10 @@ def attention(
     """
     query, key, value = _autocast(query, key, value)
     checks.check_tensors(query, key, value)
+    checks.check_no_forward_mode(query, key, value)
+    checks.check_bool("return_lse", return_lse)
     checks.check_scale(scale)
+    checks.check_kind_of_statistics(statistics)
     checks.check_pair(support, low_rank, is_causal)
     checks.check_offset(query_offset, query.shape[0], is_causal)
     rows = rows_of(query, key, key_padding_mask, query_padding_mask, query_offset)
@@ -228,7 +245,7 @@ def route(
     query: Tensor,
     key: Tensor,
     support: Routed | LSH,
-    low_rank: LowRank = Quadratic(rank=9),
+    low_rank: LowRank = DEFAULT_LOW_RANK,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -239,8 +256,8 @@ def route(
     """The lists that :func:`attention` would use, for use as its ``support=``. No gradient flows through the choice;
     memory is linear in the tokens.
 
-    Arguments as :func:`attention`. Without ``statistics`` (and with nothing else to take coordinates from) the scores
-    are those without a low-rank part.
+    Arguments as :func:`attention`; a ``low_rank`` that is not given has the rank of ``statistics``. Without
+    ``statistics`` (and with nothing else to take coordinates from) the scores are those without a low-rank part.
 
     Returns:
         :class:`Blocks` with lists for every query head.
@@ -254,8 +271,8 @@ def route(
         )
     if isinstance(low_rank, Quadratic) and low_rank.statistics != "input" and statistics is None:
         low_rank = None
-    if isinstance(low_rank, Quadratic) and isinstance(statistics, Statistics) and statistics.rank != low_rank.rank:
-        low_rank = Quadratic(statistics.rank, low_rank.statistics)
+    if low_rank is DEFAULT_LOW_RANK and isinstance(statistics, (Statistics, Projections)):
+        low_rank = Quadratic(statistics.rank)
     checks.check_pair(support, low_rank, is_causal)
     checks.check_offset(query_offset, query.shape[0], is_causal)
     rows = rows_of(query, key, key_padding_mask, query_padding_mask, query_offset)
@@ -312,6 +329,8 @@ def coordinates(
     # The products of means and projections are formed in float64: they are tiny, and they are what cancels against the
     # tokens.
     weights = [w.to(dtype) for w in quadratic_weights(statistics.to(query.device, torch.float64), scale)]
+    if isinstance(statistics, Statistics):  # constants of the backward pass, whatever they were made from
+        weights = [w.detach() for w in weights]
     query_weight, query_offset, key_weight, key_offset = (w if _per_row(statistics) else w[None] for w in weights)
     return torch.ops.scatterbrain.project(query, query_weight, query_offset), torch.ops.scatterbrain.project(
         key, key_weight, key_offset
@@ -337,7 +356,7 @@ def _favor_coordinates(
         )
     else:
         projection = statistics.projection
-    projection = projection.to(device=query.device, dtype=dtype)[None, None]
+    projection = projection.detach().to(device=query.device, dtype=dtype)[None, None]
     maps = []
     for tokens, mask, size in zip((query, key), (rows.query_mask, rows.key_mask), favor_sizes(scale)):
         # A node of its own without a mask too: gradients of the features are then always added up before they join that
@@ -454,4 +473,4 @@ def _content_lists(
         is_causal,
         scale,
     )
-    return Blocks(index, count, support.block_q, support.block_k, _checked=True)
+    return Blocks._from_kernel(index, count, support.block_q, support.block_k)

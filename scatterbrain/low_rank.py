@@ -72,6 +72,9 @@ class Favor:
         _check_int("Favor", "seed", self.seed, 0)
         if self.redraw is not None:
             _check_int("Favor", "redraw", self.redraw, 1)
+        for name in ("orthogonal", "hyperbolic", "centred"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Favor: {name} must be a bool, got {getattr(self, name)!r}")
         if self.hyperbolic and self.features % 2:
             raise ValueError(
                 f"Favor: hyperbolic features come in pairs, expected an even number of features, got {self.features}"

@@ -77,13 +77,8 @@ def lsh_lists(
     per_round = support.keys // support.rounds
     device = query.device
     if n == 0 or m == 0:
-        return Blocks(
-            torch.full((batch, heads, n, 0), -1, dtype=torch.int32, device=device),
-            torch.zeros(batch, heads, n, dtype=torch.int32, device=device),
-            1,
-            1,
-            _checked=True,
-        )
+        index = torch.full((batch, heads, n, 0), -1, dtype=torch.int32, device=device)
+        return Blocks._from_kernel(index, torch.zeros(batch, heads, n, dtype=torch.int32, device=device), 1, 1)
     directions = hash_directions(support.rounds, d, support.seed).to(device)
     query_hash, key_hash = hash_tokens(query, key, directions, query_mask, key_mask)
 
@@ -118,4 +113,4 @@ def lsh_lists(
     used = member < m
     first = 0 if key_range is None else key_range[:, 0].long()[:, None, None, None]
     index = torch.where(used, member - first, -1).to(torch.int32)
-    return Blocks(index, used.sum(-1, dtype=torch.int32), 1, 1, _checked=True)
+    return Blocks._from_kernel(index, used.sum(-1, dtype=torch.int32), 1, 1)

@@ -144,6 +144,18 @@ def _project_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("scatterbrain::project", _project_backward, setup_context=_project_setup)
 
+
+def _no_second_derivative(ctx: object, *grads: object) -> None:
+    raise RuntimeError(
+        "scatterbrain: second derivatives are not implemented; call backward without create_graph, or use "
+        "sb.reference.attention, which is plain torch"
+    )
+
+
+# Without these, torch would take the backward operators for constants and return wrong second derivatives.
+for _name in ("attention_backward", "project_backward"):
+    torch.library.register_autograd(f"scatterbrain::{_name}", _no_second_derivative)
+
 _TENSORS, _ARGUMENTS = 14, 20  # of attention: leading tensor arguments, all arguments
 
 

@@ -62,6 +62,10 @@ def mask(
 ) -> Tensor:
     """bool (B, Hq, N, M): the pairs whose weight is exp(s). Arguments as :func:`scatterbrain.attention`; supports that
     look at the content are routed here exactly as there."""
+    checks.check_tensors(query, key)
+    checks.check_scale(scale)
+    checks.check_pair(support, low_rank or Quadratic(1), is_causal)  # an empty mask needs no low-rank kernel
+    checks.check_offset(query_offset, query.shape[0], is_causal)
     seen = visible(query, key, key_padding_mask, is_causal, query_padding_mask, query_offset)
     batch, heads, n, _ = query.shape
     m = key.shape[2]
@@ -84,6 +88,10 @@ def mask(
             query_offset,
         )
     rows = functional.rows_of(query, key, key_padding_mask, query_padding_mask, query_offset)
+    if isinstance(support, Blocks):
+        checks.check_blocks(
+            support, batch, heads, key.shape[1], n, rows.key_range, rows.query_range, m, rows.offset, is_causal
+        )
     chosen = torch.zeros_like(seen)
     for b in range(batch):
         q_first, q_end = (0, n) if rows.query_range is None else rows.query_range[b].tolist()
@@ -127,6 +135,14 @@ def _fill_blocks(chosen: Tensor, blocks: Blocks, b: int, q_first: int, q_end: in
                 chosen[h, queries, lo : min(lo + blocks.block_k, k_end)] = True
 
 
+def _ordered(order: Tensor, heads: int) -> Tensor:
+    """bool (B, Hq, N, 1): queries that some slot of ``query_order`` names; the others are not computed."""
+    batch, list_heads, n = order.shape
+    named = torch.zeros(batch, list_heads, n + 1, dtype=torch.bool, device=order.device)
+    named.scatter_(2, torch.where(order < 0, n, order).long(), True)
+    return named[..., :n].repeat_interleave(heads // list_heads, 1)[..., None]
+
+
 def log_kernel(
     query: Tensor,
     key: Tensor,
@@ -144,7 +160,7 @@ def log_kernel(
     repeat = lambda t: t.repeat_interleave(group, -3)  # noqa: E731  (over heads of a (..., H, tokens, width) tensor)
     if isinstance(low_rank, Favor):
         projection = seeded_projection(low_rank, d) if statistics is None else statistics.projection
-        projection = projection.to(query)
+        projection = projection.detach().to(query)
         logs = []
         for tokens, size in zip((query, repeat(key)), favor_sizes(scale)):
             x = tokens * size
@@ -161,7 +177,8 @@ def log_kernel(
     scaled = query * scale
     if isinstance(statistics, Statistics):
         pq, a, pk, b = (
-            getattr(statistics, n).to(query) for n in ("query_projection", "query_mean", "key_projection", "key_mean")
+            getattr(statistics, n).detach().to(query)
+            for n in ("query_projection", "query_mean", "key_projection", "key_mean")
         )
         kv_centred = key - b[..., None, :]
         y = kv_centred @ pk.transpose(-1, -2)
@@ -206,6 +223,8 @@ def attention(
     seen = visible(query, key, key_padding_mask, is_causal, query_padding_mask, query_offset)
     if isinstance(support, Full):
         low_rank = statistics = None
+    if isinstance(support, Blocks) and support.query_order is not None:
+        seen = seen & _ordered(support.query_order, query.shape[1])
     exact = mask(
         support, query, key, low_rank, key_padding_mask, is_causal, scale, statistics, query_padding_mask, query_offset
     )
@@ -225,10 +244,11 @@ def attention(
         exponent, factor = log_kernel(query, key, low_rank, statistics, scale, rows.key_mask, rows.query_mask)
     weights, c = _weights(s, exponent, factor, exact, rest)
     total = weights.sum(-1, keepdim=True)
-    out = torch.where(total > 0, weights @ value.repeat_interleave(group, 1) / torch.where(total > 0, total, 1), 0)
+    empty = total == 0
+    out = torch.where(empty, 0, weights @ value.repeat_interleave(group, 1) / torch.where(empty, 1, total))
     if not return_lse:
         return out
-    lse = torch.where(total > 0, torch.log(torch.where(total > 0, total, 1)) + c, -math.inf).squeeze(-1)
+    lse = torch.where(empty, -math.inf, torch.log(torch.where(empty, 1, total)) + c).squeeze(-1)
     return out, lse
 
 

@@ -7,7 +7,7 @@ Frozen dataclasses, validated on construction, usable from YAML.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Union
 
 import torch
@@ -37,7 +37,7 @@ class Window:
 
     Bidirectional: a block whose centre is c sees ``[c - keys/2, c + keys/2)``, shifted to stay inside the sequence;
     with M keys for N queries c is scaled by M/N. Causal: query i of the block that starts at b sees keys ``max(0, b +
-    block_q - keys) .. i``.
+    block_q - keys) .. i`` (with keys < block_q the first queries of a block see none).
 
     Args:
         keys: keys per query, at least 1.
@@ -64,7 +64,8 @@ class Routed:
     models.
 
     Args:
-        keys: keys per query in all: window, own and listed keys.
+        keys: keys per query in all: window, own and listed keys. The per-query form rounds its window to whole blocks
+            and can list up to 7 more.
         block_q: queries that share a list.
         block_k: consecutive keys that are chosen together.
         window: keys of the window of the per-query form.
@@ -155,7 +156,7 @@ class Blocks:
         block_q: queries that share a list, at least 1.
         block_k: consecutive keys of an entry, at least 1.
         query_order: optional int32 (batch, heads, queries): slot s of the lists is query ``query_order[b, h, s]`` (-1:
-            none). Bidirectional only.
+            none). A query that no slot names is not computed: its row is zero. Bidirectional only.
 
     Raises:
         TypeError, ValueError: naming the field, on a wrong dtype or shape, entries out of order, twice or negative.
@@ -167,7 +168,16 @@ class Blocks:
     block_q: int
     block_k: int
     query_order: Tensor | None = None
-    _checked: bool = field(default=False, repr=False)
+
+    @classmethod
+    def _from_kernel(cls, index: Tensor, count: Tensor, block_q: int, block_k: int) -> Blocks:
+        """Lists that are right by construction, without looking at their content again."""
+        blocks = object.__new__(cls)
+        for name, value in zip(
+            ("index", "count", "block_q", "block_k", "query_order"), (index, count, block_q, block_k, None)
+        ):
+            object.__setattr__(blocks, name, value)
+        return blocks
 
     def __post_init__(self) -> None:
         for name, dim in (("index", 4), ("count", 3), ("query_order", 3)):
@@ -186,7 +196,7 @@ class Blocks:
                 f"Blocks: count must have shape {tuple(self.index.shape[:3])}, that of index without its "
                 f"last dimension, got {tuple(self.count.shape)}"
             )
-        if not self._checked and self.index.device.type == "cpu" and not torch.compiler.is_compiling():
+        if self.index.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_content()
 
     def _check_content(self) -> None:

@@ -137,3 +137,44 @@ def test_lists_from_route_give_the_same_result_as_routing_inside() -> None:
         assert torch.equal(
             sb.attention(q, k, v, lists, statistics=statistics), sb.attention(q, k, v, support, statistics=statistics)
         )
+
+
+@pytest.mark.parametrize("low_rank", [None, sb.Quadratic(9), sb.Favor(8)], ids=str)
+@pytest.mark.parametrize("support", [sb.Full(), sb.Window(16), sb.Window(16, block_q=1), sb.Routed(16)], ids=str)
+def test_nan_in_a_valid_token_is_not_swallowed(support: object, low_rank: object) -> None:
+    """A row that holds a NaN is NaN; only a row without weight is zero."""
+    q, k, v = tokens(2, 200, seed=1), tokens(2, 200, seed=2), tokens(2, 200, seed=3)
+    statistics = sb.fit_statistics(q, k) if isinstance(low_rank, sb.Quadratic) and support != sb.Full() else None
+    q[0, 0, 50] = float("nan")
+    for function in (sb.attention, sb.reference.attention):
+        out, lse = function(q, k, v, support, low_rank, statistics=statistics, return_lse=True)
+        assert out[0, 0, 50].isnan().all() and lse[0, 0, 50].isnan() and not out[0, 1].isnan().any()
+
+
+def test_a_query_that_no_slot_names_is_zero() -> None:
+    q, k, v = (tokens(2, 32, seed=s).requires_grad_() for s in (1, 2, 3))
+    index = torch.zeros(2, 2, 4, 1, dtype=torch.int32)
+    order = torch.arange(32, dtype=torch.int32).expand(2, 2, 32).clone()
+    order[..., 3] = -1
+    lists = sb.Blocks(index, torch.ones(2, 2, 4, dtype=torch.int32), 8, 8, order)
+    out = sb.attention(q, k, v, lists, sb.Favor(8))
+    (gradient,) = torch.autograd.grad(out.square().sum(), q)
+    named = torch.arange(32) != 3
+    assert out[:, :, 3].eq(0).all() and gradient[:, :, 3].eq(0).all() and out[:, :, named].ne(0).all()
+
+
+def test_statistics_are_constants_of_the_backward_pass() -> None:
+    q, k, v = (tokens(2, 64, seed=s) for s in (1, 2, 3))
+    fitted = sb.fit_statistics(q, k)
+    leaf = fitted.query_projection.requires_grad_()
+    out = sb.attention(q, k, v, sb.Window(16), sb.Quadratic(9), statistics=fitted)
+    assert leaf.requires_grad and not out.requires_grad
+
+
+def test_lists_used_where_they_do_not_fit_are_refused() -> None:
+    q, k, v = (tokens(2, 64, seed=s) for s in (1, 2, 3))
+    lists = sb.route(q, k, sb.Routed(32))
+    with pytest.raises(ValueError, match="past the 20 keys"):
+        sb.attention(q, k[:, :, :20], v[:, :, :20], lists, None)
+    with pytest.raises(ValueError, match="causality"):
+        sb.attention(q, k, v, lists, None, is_causal=True)

@@ -51,6 +51,7 @@ def draw_blocks(r: random.Random, batch: int, heads: int, queries: int, keys: in
             [torch.randperm(queries, generator=torch.Generator().manual_seed(i)) for i in range(batch * heads)]
         )
         order = order.reshape(batch, heads, queries).to(torch.int32)
+        order[..., : queries // 5] = -1  # slots without a query, and so queries that no slot names
     return sb.Blocks(index, count, block_q, block_k, order)
 
 
@@ -81,9 +82,23 @@ def draw(seed: int, dtype: torch.dtype = torch.float32) -> Case:
         padding, offset = r.choice(["none", "none"]), 0
         support = draw_blocks(r, 2, r.choice([q_heads, kv_heads]), queries, keys, is_causal)
     return Case(
-        support, low_rank, 2, q_heads, kv_heads, queries, keys, head_dim, r.choice([head_dim, 5, 16, 48]), is_causal, padding, offset,
-        r.choice([None, None, 0.3, 1.0, -0.2]), dtype, r.random() < 0.5, seed,
-    )  # fmt: skip
+        support,
+        low_rank,
+        2,
+        q_heads,
+        kv_heads,
+        queries,
+        keys,
+        head_dim,
+        r.choice([head_dim, 5, 16, 48]),
+        is_causal,
+        padding,
+        offset,
+        r.choice([None, None, 0.3, 1.0, -0.2]),
+        dtype,
+        r.random() < 0.5,
+        seed,
+    )
 
 
 NAMES = ("out", "dq", "dk", "dv", "dPq", "db", "dc", "dPk", "da")

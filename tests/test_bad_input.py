@@ -231,7 +231,7 @@ CALLS = {
     "statistics are a dict": (
         lambda: attend(low_rank=STORED, statistics={}),
         TypeError,
-        "takes statistics=Statistics.*got dict",
+        "statistics must be Statistics.*got dict",
     ),
     "another rank": (
         lambda: attend(low_rank=STORED, statistics=statistics(rank=3)),
@@ -544,7 +544,7 @@ def test_calibration_on_bad_batches_raises_and_leaves_the_module_as_it_was() -> 
     with pytest.raises(ValueError, match="calibration: query or key holds NaN"), sb.calibrate(core):
         core(*qkv(query=rand(B, H, N, D).fill_(math.nan)))
     assert not core.is_calibrated
-    with pytest.raises(ValueError, match="no attention layer was run"), sb.calibrate(core):
+    with pytest.raises(ValueError, match="no ScatterbrainAttention was run"), sb.calibrate(core):
         pass
     with pytest.raises(ValueError, match="one scale per module, got 2 after 1"), sb.calibrate(core):
         core(*qkv(), scale=1.0)

@@ -276,14 +276,35 @@ def test_gradients_through_vmap_are_those_of_the_loop() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
-def test_second_derivatives_raise() -> None:
+SECOND = {
+    "none": {"support": sb.Window(8), "low_rank": None},
+    "quadratic": {"support": sb.Window(8), "low_rank": sb.Quadratic(3, "learned")},
+    "favor": {"support": sb.Window(8), "low_rank": sb.Favor(8)},
+    "empty": {"support": sb.Empty(), "low_rank": sb.Favor(8)},
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_derivatives_raise(name: str) -> None:
     """They are not implemented, and must not come out as zero."""
+    arguments = dict(SECOND[name], statistics=projections() if name == "quadratic" else None)
     query, key, value = (t.requires_grad_() for t in qkv())
-    out = sb.attention(query, key, value, sb.Window(8), None)
-    (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(gradient.square().sum(), query)
+    out = sb.attention(query, key, value, **arguments)
+    gradients = torch.autograd.grad(out.square().sum(), (query, key, value), create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            gradient.square().sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_forward_mode_derivatives_raise(name: str) -> None:
+    arguments = dict(SECOND[name], statistics=projections() if name == "quadratic" else None)
+    query, key, value = qkv()
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda q: sb.attention(q, key, value, **arguments), (query,), (torch.ones_like(query),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        dual = torch.autograd.forward_ad.make_dual(value, torch.ones_like(value))
+        sb.attention(query, key, dual, **arguments)
 
 
 # ---------------------------------------------------------------------------------------- FLOPs

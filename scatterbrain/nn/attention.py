@@ -22,6 +22,7 @@ from scatterbrain.low_rank import (
     Quadratic,
     RandomFeatures,
     Statistics,
+    draw_projection,
     seeded_projection,
     statistics_from_moments,
 )
@@ -32,6 +33,9 @@ EMA_EVERY = 10  # optimizer steps between commits of a moving average
 
 _MOMENTS = ("tokens", "query_mean", "query_second", "key_mean", "key_second")
 _MAPS = ("query_projection", "query_mean", "key_projection", "key_mean")
+
+
+_PRESET = presets.drop_in()[1]
 
 
 class ScatterbrainAttention(nn.Module):
@@ -46,7 +50,9 @@ class ScatterbrainAttention(nn.Module):
     * ``Favor``: a persistent projection, redrawn only by :meth:`redraw` or, with ``Favor(redraw=n)``, at every n-th
       :func:`update_statistics`.
 
-    Buffers have their final shape from the start, so a checkpoint of a calibrated module loads into a new one and gives
+    ``.half()`` and ``.bfloat16()`` convert learned projections with all parameters, and no statistics; a kernel always
+    computes coordinates in float32. Buffers have their final shape from the start, so a checkpoint of a calibrated
+    module loads into a new one and gives
     the same output. Statistics stay float32 when the module is converted to half precision.
 
     Args:
@@ -62,15 +68,13 @@ class ScatterbrainAttention(nn.Module):
         head_dim: int,
         num_kv_heads: int | None = None,
         support: Support | None = None,
-        low_rank: LowRank | str = "preset",
+        low_rank: LowRank = _PRESET,
     ) -> None:
         super().__init__()
-        default_support, default_low_rank = presets.drop_in()
-        support = default_support if support is None else support
-        low_rank = default_low_rank if low_rank == "preset" else low_rank
+        support = presets.drop_in()[0] if support is None else support
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, value in (("num_heads", num_heads), ("head_dim", head_dim), ("num_kv_heads", num_kv_heads)):
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"ScatterbrainAttention: {name} must be a positive int, got {value!r}")
         if num_heads % num_kv_heads:
             raise ValueError(
@@ -90,57 +94,43 @@ class ScatterbrainAttention(nn.Module):
         self._scale: float | None = None
         self._steps = 0
         self._draws = 0
-        self._create_state()
+        parameters, buffers = self._initial_state()
+        for name, tensor in parameters.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
 
-    def _create_state(self) -> None:
+    def _initial_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(parameters, buffers) of a new module, each in its final shape."""
         heads, kv_heads, d = self.num_heads, self.num_kv_heads, self.head_dim
         if isinstance(self.low_rank, Favor):
-            self.register_buffer("projection", seeded_projection(self.low_rank, d))
-            return
+            return {}, {"projection": seeded_projection(self.low_rank, d)}
         if not isinstance(self.low_rank, Quadratic) or self.low_rank.statistics == "input":
-            return
+            return {}, {}
         r = self.low_rank.rank
+        # r orthonormal rows per key/value head, shared by its query heads
+        rows = torch.linalg.qr(torch.randn(kv_heads, d, r)).Q.transpose(-1, -2).contiguous()
         if self.low_rank.statistics == "learned":
-            start = self._orthonormal_rows()
-            self.query_projection = nn.Parameter(start.clone())
-            self.query_bias = nn.Parameter(torch.zeros(heads, d))
-            self.query_log_scale = nn.Parameter(torch.zeros(heads))
-            self.key_projection = nn.Parameter(start[:: heads // kv_heads].clone())
-            self.key_bias = nn.Parameter(torch.zeros(kv_heads, d))
-            return
-        # An EMA starts as the learned form does: same orthonormal rows, no means.
-        start = (
-            self._orthonormal_rows()[:: heads // kv_heads]
-            if self.low_rank.statistics == "ema"
-            else torch.zeros(kv_heads, r, d)
-        )
-        for name, tensor in zip(
-            _MAPS, (start.clone(), torch.zeros(kv_heads, d), start.clone(), torch.zeros(kv_heads, d))
-        ):
-            self.register_buffer(name, tensor)
+            query_rows = rows.repeat_interleave(heads // kv_heads, 0)
+            names = ("query_projection", "query_bias", "query_log_scale", "key_projection", "key_bias")
+            return dict(
+                zip(names, (query_rows, torch.zeros(heads, d), torch.zeros(heads), rows, torch.zeros(kv_heads, d)))
+            ), {}
+        # A moving average starts as the learned form does, without means; stored statistics are nothing yet.
+        start = rows if self.low_rank.statistics == "ema" else torch.zeros(kv_heads, r, d)
+        maps = (start.clone(), torch.zeros(kv_heads, d), start.clone(), torch.zeros(kv_heads, d))
         shapes = ((kv_heads,), (kv_heads, d), (kv_heads, d, d), (kv_heads, d), (kv_heads, d, d))
-        for name, shape in zip(_MOMENTS, shapes):
-            self.register_buffer("moment_" + name, torch.zeros(shape, dtype=torch.float64))
+        raw = {"moment_" + name: torch.zeros(shape, dtype=torch.float64) for name, shape in zip(_MOMENTS, shapes)}
+        return {}, dict(zip(_MAPS, maps)) | raw
 
-    def _orthonormal_rows(self) -> Tensor:
-        """(Hq, r, d): r orthonormal rows per key/value head, shared by its query heads."""
-        gaussian = torch.randn(self.num_kv_heads, self.head_dim, self.low_rank.rank)
-        return (
-            torch.linalg.qr(gaussian)
-            .Q.transpose(-1, -2)
-            .repeat_interleave(self.num_heads // self.num_kv_heads, 0)
-            .contiguous()
-        )
-
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start again: projections redrawn, calibration forgotten. Also fills a module created on the meta device."""
-        device = next(
-            (t.device for t in (*self.parameters(recurse=False), *self.buffers(recurse=False))), torch.device("cpu")
-        )
-        self._is_calibrated, self._scale, self._gathered, self._steps = False, None, None, 0
-        training = self.training
-        self._create_state()
-        self.to(device).train(training)
+        """Start again, in place: projections redrawn, calibration forgotten. Also fills a module created on the meta
+        device and moved with ``to_empty``."""
+        self._is_calibrated, self._scale, self._gathered, self._steps, self._draws = False, None, None, 0, 0
+        parameters, buffers = self._initial_state()
+        for name, tensor in (parameters | buffers).items():
+            getattr(self, name).copy_(tensor)
 
     # -------------------- forward
 
@@ -158,6 +148,7 @@ class ScatterbrainAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Arguments as :func:`scatterbrain.attention`; query (B, num_heads, N, head_dim), key and value (B,
         num_kv_heads, M, ...)."""
+        query, key, value = functional._autocast(query, key, value)
         checks.check_tensors(query, key, value)
         expected = (self.num_heads, self.num_kv_heads, self.head_dim)
         if (query.shape[1], key.shape[1], query.shape[3]) != expected:
@@ -166,10 +157,7 @@ class ScatterbrainAttention(nn.Module):
                 f"{expected[2]}, got {query.shape[1]}, {key.shape[1]} and {query.shape[3]}"
             )
         support, low_rank = self.support, self.low_rank
-        gathers = isinstance(low_rank, Quadratic) and (
-            self._collecting or (low_rank.statistics == "ema" and self.training and torch.is_grad_enabled())
-        )
-        if gathers:
+        if self._collecting or self._is_average_due():
             self._gather(query, key, key_padding_mask, query_padding_mask, functional._default_scale(query, scale))
         if self._collecting:
             support, low_rank = Full(), None
@@ -222,6 +210,13 @@ class ScatterbrainAttention(nn.Module):
         loading a state that had them."""
         return self._is_calibrated
 
+    def _is_average_due(self) -> bool:
+        """Whether the moments of this step will be committed: the first step's, then every tenth's."""
+        if not isinstance(self.low_rank, Quadratic) or self.low_rank.statistics != "ema":
+            return False
+        due = not self._is_calibrated or (self._steps + 1) % EMA_EVERY == 0
+        return due and self.training and torch.is_grad_enabled()
+
     @torch.no_grad()
     def _gather(
         self,
@@ -232,13 +227,15 @@ class ScatterbrainAttention(nn.Module):
         scale: float,
     ) -> None:
         if self._scale is not None and abs(self._scale - scale) > 1e-6 * abs(scale):
-            raise ValueError(f"calibration: one scale per module, got {scale:.6g} after {self._scale:.6g}")
+            raise ValueError(
+                f"ScatterbrainAttention: its statistics hold for one scale, got scale={scale:.6g} after "
+                f"{self._scale:.6g}; use one scale, or reset_parameters() and start again"
+            )
         rows = functional.rows_of(query, key, key_padding_mask, query_padding_mask, 0)
-        if self._collecting:
-            gathered = functional.checked_moments(query, key, scale, rows)
-            self._gathered = gathered if self._gathered is None else self._gathered.merge(gathered)
-        else:  # one training step sees one set of moments, however often its forward is recomputed
-            self._gathered = functional.moments(query, key, scale, rows.key_mask, rows.query_mask)
+        moments_of = functional.checked_moments if self._collecting else functional.unchecked_moments
+        gathered = moments_of(query, key, scale, rows)
+        # Merging is by tokens: a forward that checkpointing runs twice changes no mean.
+        self._gathered = gathered if self._gathered is None else self._gathered.merge(gathered)
         self._scale = float(scale)
 
     @torch.no_grad()
@@ -266,9 +263,14 @@ class ScatterbrainAttention(nn.Module):
             self.projection.copy_(seeded_projection(low_rank, self.head_dim, self._draws))
         if not isinstance(low_rank, Quadratic) or low_rank.statistics != "ema" or self._gathered is None:
             return
-        if self._is_calibrated and self._steps % EMA_EVERY:
-            return
         gathered, self._gathered = self._gathered, None
+        if not bool((gathered.tokens > 0).all()):
+            return  # nothing but padding: there is nothing to learn from
+        if not all(bool(torch.isfinite(getattr(gathered, name)).all()) for name in _MOMENTS):
+            raise ValueError(
+                "update_statistics: the step's queries or keys hold NaN or infinity, which would spoil the moving "
+                "average; skip the update of steps whose loss is not finite"
+            )
         if self._is_calibrated:
             past = Moments(*(getattr(self, "moment_" + name) for name in _MOMENTS))
             gathered = past.blend(gathered, 1 - EMA_MOMENTUM)
@@ -279,8 +281,6 @@ class ScatterbrainAttention(nn.Module):
         """A new projection of FAVOR+ from ``generator`` (on the CPU)."""
         if not isinstance(self.low_rank, Favor):
             raise ValueError(f"redraw: only Favor has a random projection, this module has low_rank={self.low_rank}")
-        from scatterbrain.low_rank import draw_projection
-
         self.projection.copy_(draw_projection(self.low_rank, self.head_dim, generator))
 
     # -------------------- persistence
@@ -367,7 +367,9 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
         m._finish_calibration()
     if not ran:
         raise ValueError(
-            "calibrate: no attention layer was run inside the block; call the model on at least one batch there"
+            "calibrate: no ScatterbrainAttention was run inside the block; call the model on at least one batch there. "
+            "sb.MultiheadAttention bypasses it where it has to be exact: call it with need_weights=False, without "
+            "arbitrary masks, and in eval() mode if it has dropout"
         )
 
 

@@ -153,3 +153,37 @@ def test_reset_forgets() -> None:
     core.reset_parameters()
     with pytest.raises(ValueError, match="calibrated"):
         core(*qkv())
+
+
+def test_accumulated_forwards_of_a_step_count_by_their_tokens() -> None:
+    core = sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=sb.Quadratic(4, "ema"))
+    q, k, v = qkv()
+    core(q[:1], k[:1], v[:1], is_causal=True)
+    core(q[1:, :, :30], k[1:, :, :30], v[1:, :, :30], is_causal=True)
+    sb.update_statistics(core)
+    mean = torch.cat([q[0], q[1, :, :30]], 1).mean(1) * 0.25
+    assert torch.allclose(core.query_mean, mean, atol=1e-6) and core.moment_tokens.eq(110).all()
+
+
+def test_a_step_of_padding_alone_commits_nothing() -> None:
+    core = sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=sb.Quadratic(4, "ema"))
+    core(*qkv(), key_padding_mask=torch.ones(2, 80, dtype=torch.bool))
+    sb.update_statistics(core)
+    assert not core.is_calibrated
+
+
+def test_mixed_dtypes_under_autocast_are_cast_as_the_function_casts_them() -> None:
+    core = calibrated()
+    q, k, v = qkv()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = core(q, k.bfloat16(), v.bfloat16())
+    assert out.dtype == torch.bfloat16 and torch.equal(out, core(q.bfloat16(), k.bfloat16(), v.bfloat16()))
+
+
+def test_reset_keeps_the_parameters_of_the_optimizer() -> None:
+    core = sb.ScatterbrainAttention(4, 16, 2, *sb.presets.train(32))
+    before = [id(p) for p in core.parameters()]
+    with torch.no_grad():
+        core.key_bias.add_(1)
+    core.reset_parameters()
+    assert [id(p) for p in core.parameters()] == before and core.key_bias.eq(0).all()
