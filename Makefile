@@ -6,7 +6,9 @@ TORCH ?= torch>=2.11
 VENV ?= .venv
 VENV_ARGS ?=
 # About four minutes on two cores: three of training, the rest for the same first steps with exact attention.
-DEMO := --train.minutes 3 --compare.steps 20 --output runs/demo --overwrite true
+DEMO := --train.minutes 3 --compare.steps 100 --output runs/demo --overwrite true
+# Threads that spin while they wait stall a run on a machine that is busy with other work; these sleep.
+demo: export OMP_WAIT_POLICY ?= PASSIVE
 ARGS ?=
 
 VENV_PYTHON := $(VENV)/bin/python
