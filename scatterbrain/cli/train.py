@@ -20,7 +20,8 @@ Trains a byte-level language model on text: the Python standard library's source
   scatterbrain train configs/lm/stdlib.yaml --resume true                  go on where a run stopped
 
 CONFIG is a YAML file with the keys below, nested at the dots; without it their defaults hold.
-Ctrl-C finishes the step, saves a checkpoint and says how to continue."""
+Ctrl-C finishes the step, saves a checkpoint and says how to continue.
+Where other programs use the same cores, set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait stall a run."""
 
 
 def train(arguments: Sequence[str]) -> int:
