@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Protocol
 
 from torch import nn
@@ -136,11 +137,20 @@ class TorchHandler:
 
 
 HANDLERS: list[Handler] = [TorchHandler()]
+# Packages whose modules are swapped by scatterbrain.integrations.<package>, which registers its handlers when imported.
+PACKAGES: tuple[str, ...] = ()
 
 
 def register_handler(handler: Handler) -> None:
     """Adds a family of attention modules to :func:`replace_attention`; handlers registered later are asked first."""
     HANDLERS.insert(0, handler)
+
+
+def _load_handlers(model: nn.Module) -> None:
+    """Imports the handlers of those packages that ``model`` has modules of, so that no other package is imported."""
+    roots = {base.__module__.split(".")[0] for module in model.modules() for base in type(module).__mro__}
+    for package in roots.intersection(PACKAGES):
+        import_module(f"scatterbrain.integrations.{package}")
 
 
 # -------------------- replace
@@ -184,6 +194,7 @@ def replace_attention(
     if low_rank is not None and not isinstance(low_rank, (Quadratic, Favor)):
         raise TypeError(f"replace_attention: low_rank must be Quadratic, Favor or None, got {low_rank!r}")
 
+    _load_handlers(model)
     settings = "exact attention" if isinstance(support, Full) else f"{support}, {low_rank}"
     report = Report(settings)
     done: dict[nn.Module, Entry] = {}
