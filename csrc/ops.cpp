@@ -6,6 +6,7 @@
 
 #include "cpu/kernels.h"
 #include "launchers.h"
+#include "profile.h"
 
 namespace sb {
 
@@ -66,6 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(Tensor grad, Tensor tokens, 
   return cpu_launchers().project_backward(grad, tokens, weight);
 }
 
+std::string stages(bool on) { return record_stages(on); }
+
 std::string instruction_set_name() { return instruction_set().name; }
 
 }  // namespace
@@ -73,6 +76,7 @@ std::string instruction_set_name() { return instruction_set().name; }
 
 STABLE_TORCH_LIBRARY(scatterbrain, m) {
   m.def("instruction_set() -> str");
+  m.def("stages(bool on) -> str");
   m.def(
       "route(Tensor query, Tensor key, Tensor? query_map, Tensor? key_map, Tensor? query_mask, Tensor? key_mask, "
       "Tensor? query_range, Tensor? key_range, "
@@ -97,6 +101,7 @@ STABLE_TORCH_LIBRARY(scatterbrain, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&sb::instruction_set_name));
+  m.impl("stages", TORCH_BOX(&sb::stages));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CPU, m) {

@@ -29,9 +29,16 @@ inline constexpr int64_t kPad = 16;  // every row operand is padded with zeros t
 inline constexpr int64_t kChunk =
     64;  // keys of a state chunk: inside the chunk of the causal edge nothing comes from a state
 inline constexpr int64_t kDirectKeys = 64;  // a complement of no more keys than this is evaluated pair by pair
+inline constexpr int64_t kDirectQueries = 16;  // a row with no more queries than this evaluates every complement so
 inline constexpr int64_t kSegment = 1024;   // keys of one partial state when there is no causal edge
 inline constexpr int64_t kQueriesPerUnit =
     256;  // queries that one task takes when there is no causal edge; 64 (a chunk) with one
+
+// Keys of the largest complement that a row evaluates pair by pair. Depends on what is valid in the row alone, so that
+// padding changes nothing.
+inline constexpr int64_t direct_keys(const RowRange& row) {
+  return row.q_end - row.q_first <= kDirectQueries ? row.k_end - row.k_first : kDirectKeys;
+}
 
 inline constexpr int64_t pad_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <chrono>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 namespace sb {
@@ -23,11 +24,18 @@ int64_t now() {
 
 }  // namespace
 
-Stage::Stage(const char* name) : name_(name), start_(recording.load(std::memory_order_relaxed) ? now() : -1) {}
+thread_local Stage* innermost = nullptr;
+
+Stage::Stage(const char* name) : name_(name), start_(recording.load(std::memory_order_relaxed) ? now() : -1) {
+  if (start_ >= 0) around_ = std::exchange(innermost, this);
+}
 
 Stage::~Stage() {
   if (start_ < 0) return;
-  const int64_t spent = now() - start_;
+  int64_t spent = now() - start_;
+  innermost = around_;
+  if (around_) around_->inside_ += spent;
+  spent -= inside_;
   const std::lock_guard<std::mutex> lock(guard);
   for (Record& record : records)
     if (record.name == std::string(name_)) {

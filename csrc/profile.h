@@ -1,12 +1,13 @@
 // Where the time of an operator goes, stage by stage, when somebody asks (scatterbrain.profile). Off, a stage costs one
 // relaxed load.
 #pragma once
+#include <cstdint>
 #include <string>
 
 namespace sb {
 
-// The time between construction and destruction counts for the stage `name` (a string literal). Stages are timed on the
-// thread that launches them, whole parallel loops at a time, and never nest.
+// The time between construction and destruction, less that of stages inside, counts for the stage `name` (a string
+// literal). Stages are timed on the thread that launches them, whole parallel loops at a time.
 class Stage {
  public:
   explicit Stage(const char* name);
@@ -16,7 +17,8 @@ class Stage {
 
  private:
   const char* name_;
-  int64_t start_;
+  int64_t start_, inside_ = 0;
+  Stage* around_ = nullptr;
 };
 
 // Starts or stops recording. Returns what was recorded since the last call, "stage\tcalls\tnanoseconds\n" per stage in

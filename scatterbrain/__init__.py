@@ -6,6 +6,7 @@ from scatterbrain.integrations.replace import replace_attention
 from scatterbrain.low_rank import Favor, Projections, Quadratic, RandomFeatures, Statistics
 from scatterbrain.nn.attention import ScatterbrainAttention, calibrate, update_statistics
 from scatterbrain.nn.multihead import MultiheadAttention
+from scatterbrain.profiling import profile, profile_process
 from scatterbrain.support import LSH, Blocks, Empty, Full, Routed, Window
 from scatterbrain.version import __version__
 
@@ -31,5 +32,9 @@ __all__ = [
     "update_statistics",
     "MultiheadAttention",
     "replace_attention",
+    "profile",
     "__version__",
 ]
+
+profile_process()
+del profile_process

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "../launchers.h"
+#include "../profile.h"
 #include "attention_call.h"
 
 namespace sb::cpu {
@@ -41,11 +42,14 @@ class Backward {
     call.build_states();
     BackwardTask sizes;
     kernel.backward_unit(p, sizes);
-    if (p.batch * p.kv_heads >= int64_t(torch::stable::get_num_threads()))
-      heads_in_parallel(sizes);
-    else
-      for (int64_t b = 0; b < p.batch; ++b)
-        for (int64_t kv = 0; kv < p.kv_heads; ++kv) units_in_parallel(sizes, b, kv);
+    {
+      const Stage stage("backward of queries");
+      if (p.batch * p.kv_heads >= int64_t(torch::stable::get_num_threads()))
+        heads_in_parallel(sizes);
+      else
+        for (int64_t b = 0; b < p.batch; ++b)
+          for (int64_t kv = 0; kv < p.kv_heads; ++kv) units_in_parallel(sizes, b, kv);
+    }
     if (p.low_rank != LowRank::kNone) keys();
     write_back<T>(dq_rows, dq), write_back<T>(dk_rows, dk), write_back<T>(dv_rows, dv);
     return {dq, dk, dv, d_query_map, d_key_map};
@@ -115,6 +119,7 @@ class Backward {
 
   // The states' share of dk-side gradients, and the end of the key coordinates' gradient.
   void keys() {
+    const Stage stage("backward of keys");
     parallel_units(p.batch, p.kv_heads, 1, 0,
                    [&](int64_t b, int64_t kv, int64_t, void*) { kernel.backward_scan(p, b, kv); });
     parallel_units(p.batch, p.kv_heads, ceil_div(p.k_tokens, kChunk),

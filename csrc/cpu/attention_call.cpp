@@ -1,5 +1,7 @@
 #include "attention_call.h"
 
+#include "../profile.h"
+
 #include <algorithm>
 
 namespace sb {
@@ -36,7 +38,9 @@ AttentionCall<T>::AttentionCall(const AttentionArguments& a)
     p.valid_before = valid_before.data();
   }
   set_lists(a);
-  p.max_pairs = pad_to(longest_list() + kChunk + kDirectKeys + 2 * kPad, kPad);
+  int64_t direct = kDirectKeys;
+  for (const RowRange& row : rows) direct = std::max(direct, direct_keys(row));
+  p.max_pairs = pad_to(longest_list() + kChunk + direct + 2 * kPad, kPad);
 }
 
 template <class T>
@@ -114,6 +118,14 @@ void AttentionCall<T>::build_states() {
   if (p.low_rank == LowRank::kNone) return;
   state = empty_cpu({p.batch, p.kv_heads, p.slots, p.slot_size}, kScalar<T>);
   p.state = state.data_ptr();
+  const bool unused = std::all_of(rows.begin(), rows.end(), [](const RowRange& row) {
+    return direct_keys(row) >= row.k_end - row.k_first;
+  });
+  if (unused) {
+    std::memset(p.state, 0, size_t(state.numel()) * sizeof(T));
+    return;
+  }
+  const Stage stage("states");
   const Kernels<T>& kernel = kernels<T>();
   parallel_units(p.batch, p.kv_heads, 1, 0,
                  [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_references(p, b, h); });

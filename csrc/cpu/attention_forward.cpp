@@ -1,5 +1,6 @@
 // Launcher of the forward pass: states, then units of queries in parallel.
 #include "../launchers.h"
+#include "../profile.h"
 #include "attention_call.h"
 
 namespace sb::cpu {
@@ -16,6 +17,7 @@ std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
   std::fill_n(static_cast<T*>(lse.data_ptr()), lse.numel(), -std::numeric_limits<T>::infinity());
   call.build_states();
 
+  const Stage stage("forward of queries");
   const Kernels<T>& kernel = kernels<T>();
   parallel_units(p.batch, p.q_heads, p.units, kernel.forward_unit(p, 0, 0, 0, nullptr, nullptr),
                  [&](int64_t b, int64_t h, int64_t unit, void* scratch) {

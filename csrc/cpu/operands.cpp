@@ -1,5 +1,7 @@
 #include "operands.h"
 
+#include "../profile.h"
+
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -51,6 +53,7 @@ Tensor zeros_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 template <class T>
 Operand as_rows(const Tensor& t, int64_t width_pad) {
   if (usable<T>(t, width_pad)) return {t, rows_of(t), true};
+  const Stage stage("conversion of tensors");
   Tensor packed = empty_cpu({t.size(0), t.size(1), t.size(2), width_pad}, kScalar<T>);
   const Rows to = rows_of(packed);
   const int64_t width = t.size(3), step = t.stride(3);
@@ -69,6 +72,7 @@ Operand as_rows(const Tensor& t, int64_t width_pad) {
 
 template <class T>
 Operand result_rows(const Tensor& result, int64_t width_pad) {
+  const Stage stage("zeros");
   if (usable<T>(result, width_pad)) {
     if (result.numel() > 0) std::memset(result.data_ptr(), 0, size_t(result.numel()) * sizeof(T));
     return {result, rows_of(result), true};
@@ -80,6 +84,7 @@ Operand result_rows(const Tensor& result, int64_t width_pad) {
 template <class T>
 void write_back(const Operand& from, const Tensor& result) {
   if (from.in_place) return;
+  const Stage stage("conversion of tensors");
   const int64_t width = result.size(3);
   with_element(result.scalar_type(), [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
@@ -94,6 +99,7 @@ void write_back(const Operand& from, const Tensor& result) {
 
 template <class T>
 MapOperand<T> as_map(const Tensor& map, int64_t width_pad, bool ones, const uint8_t* mask) {
+  const Stage stage("conversion of coordinates");
   const int64_t rank = map.size(3) - 1, step = map.stride(3);
   Tensor packed = empty_cpu({map.size(0), map.size(1), map.size(2), width_pad}, kScalar<T>);
   Tensor logs = empty_cpu({map.size(0), map.size(1), map.size(2)}, kScalar<T>);

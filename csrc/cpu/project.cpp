@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "../launchers.h"
+#include "../profile.h"
 #include "attention_call.h"
 
 namespace sb::cpu {
@@ -110,11 +111,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
 }  // namespace
 
 Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Stage stage("projection");
   return tokens.scalar_type() == ScalarType::Double ? forward<double>(tokens, weight, bias)
                                                     : forward<float>(tokens, weight, bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
+  const Stage stage("backward of projection");
   return tokens.scalar_type() == ScalarType::Double ? backward<double>(grad, tokens, weight)
                                                     : backward<float>(grad, tokens, weight);
 }

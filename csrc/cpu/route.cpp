@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "../launchers.h"
+#include "../profile.h"
 #include "attention_call.h"
 
 namespace sb::cpu {
@@ -73,11 +74,13 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
                 group_bytes = kernel.group(p, 0, 0, 0, nullptr, nullptr);
   for (int64_t first = 0; first < heads; first += wave) {
     const int64_t in_wave = std::min(wave, heads - first);
+    std::optional<Stage> stage(std::in_place, "routing, keys");
     parallel_units(1, in_wave, segments, panel_bytes, [&](int64_t, int64_t at, int64_t segment, void* scratch) {
       const int64_t head = first + at;
       kernel.keys(p, head / p.kv_heads, head % p.kv_heads, segment, panels + at * panel_floats,
                   static_cast<float*>(scratch), static_cast<const float*>(zero_row.data()));
     });
+    stage.emplace("routing, lists");
     parallel_units(1, in_wave * shared, groups, group_bytes, [&](int64_t, int64_t at, int64_t group, void* scratch) {
       const int64_t head = first + at / shared, h = head % p.kv_heads * shared + at % shared;
       kernel.group(p, head / p.kv_heads, h, group, panels + at / shared * panel_floats, scratch);
