@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from scatterbrain.low_rank import Favor, LowRank, Quadratic
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.multihead import LOW_RANK, SUPPORT, MultiheadAttention, inner_attention
-from scatterbrain.support import SUPPORTS, Full, Support
+from scatterbrain.support import LSH, SUPPORTS, Full, Routed, Support
 
 # -------------------- report
 
@@ -167,7 +168,9 @@ def replace_attention(
     nn.MultiheadAttention modules become :class:`scatterbrain.MultiheadAttention`, the same objects with the same
     parameters, requires_grad, hooks, mode, dtype and device. Every nn.TransformerEncoder that holds one stops using
     nested tensors, which only torch's own attention reads. A subclass of nn.MultiheadAttention is left alone, since its
-    forward may do anything.
+    forward may do anything. The cross-attention of an nn.TransformerDecoderLayer is routed per query where lists shared
+    by a block of queries were asked for, and left alone with LSH or statistics="input": a target token must not see the
+    ones after it (how many there are does matter: it places the one block that is nearest by position). In a decoder of your own choose such a support yourself, with ``where``.
 
     Statistics must be calibrated before use (``with sb.calibrate(model): model(batch)``) if low_rank says "stored", as
     the default does. "learned" adds parameters: create the optimizer afterwards.
@@ -197,6 +200,7 @@ def replace_attention(
     _load_handlers(model)
     settings = "exact attention" if isinstance(support, Full) else f"{support}, {low_rank}"
     report = Report(settings)
+    crossing = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
     done: dict[nn.Module, Entry] = {}
     for path, module in list(_attention_modules(model)):
         if module in done:  # one module under two names
@@ -213,10 +217,12 @@ def replace_attention(
             entry.note = _why_unhandled(module)
             continue
         try:
-            entry.note, undo = handler.replace(module, support, low_rank)
+            own, why = _query_by_query(support, low_rank) if module in crossing else (support, "")
+            note, undo = handler.replace(module, own, low_rank)
         except NotReplaceable as reason:
             entry.note = str(reason)
             continue
+        entry.note = "; ".join(text for text in (why, note) if text)
         entry.now = _class_name(module)
         report._undo.append(undo)
     _stop_nested_tensors(model, report)
@@ -225,13 +231,30 @@ def replace_attention(
     return report
 
 
+def _query_by_query(support: Support, low_rank: LowRank) -> tuple[Support, str]:
+    """A support for the cross-attention of a decoder, where what one target token reads must not depend on the tokens
+    after it, and a note if it is another one than asked for.
+
+    Raises:
+        NotReplaceable: where there is none.
+    """
+    if isinstance(low_rank, Quadratic) and low_rank.statistics == "input" and not isinstance(support, Full):
+        raise NotReplaceable("statistics='input' would show a target token the ones after it; use stored statistics")
+    if isinstance(support, LSH):
+        raise NotReplaceable("LSH sorts all queries, which would show a target token the ones after it; use Routed")
+    if isinstance(support, Routed) and support.block_q > 1:
+        own = Routed(8 * math.ceil(support.keys / 8), block_q=1, block_k=8)
+        return own, f"{own}: lists that queries share would show a target token the ones after it"
+    return support, ""
+
+
 def _stop_nested_tensors(model: nn.Module, report: Report) -> None:
     """An nn.TransformerEncoder made before the swap turns padded batches into nested tensors, for torch's own layer."""
     for encoder in model.modules():
         if not isinstance(encoder, nn.TransformerEncoder) or not getattr(encoder, "use_nested_tensor", False):
             continue
         inside = (module for module in encoder.modules() if isinstance(module, MultiheadAttention))
-        if all(isinstance(module.attention.support, Full) for module in inside):
+        if all(module.attention is None for module in inside):
             continue
         encoder.use_nested_tensor = False
         report._undo.append(lambda encoder=encoder: setattr(encoder, "use_nested_tensor", True))
