@@ -77,8 +77,11 @@ class ImageStem(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        half = width // 2
         self.convolutions = nn.Sequential(
-            nn.Conv2d(3, width // 2, 3, padding=1), nn.GELU(), nn.Conv2d(width // 2, width, 3, stride=2, padding=1)
+            *(nn.Conv2d(3, half, 3, padding=1), nn.BatchNorm2d(half), nn.GELU()),
+            *(nn.Conv2d(half, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.GELU()),
+            nn.Conv2d(width, width, 3, padding=1),
         )
         self.position = nn.Parameter(0.02 * torch.randn(PATCHES**2, width))
         self.register_buffer("order", hilbert_order(PATCHES, PATCHES))
@@ -154,8 +157,8 @@ class Task:
 
 
 TASKS = {
-    "images": Task(load_images, ImageStem, 10, width=64, layers=3, batch=32, steps=1200, learning_rate=2e-3, keys=32),
-    "text": Task(load_texts, TextStem, 2, width=64, layers=2, batch=16, steps=600, learning_rate=2e-3, keys=64),
+    "images": Task(load_images, ImageStem, 10, width=64, layers=3, batch=32, steps=800, learning_rate=3e-3, keys=32),
+    "text": Task(load_texts, TextStem, 2, width=64, layers=2, batch=16, steps=400, learning_rate=3e-3, keys=64),
 }
 
 
@@ -263,7 +266,9 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = Classifier(task)
-    train(model, data, options.steps or task.steps, task.batch, task.learning_rate, 0, "train", options.out / "exact.pt")
+    train(
+        model, data, options.steps or task.steps, task.batch, task.learning_rate, 0, "train", options.out / "exact.pt"
+    )
 
     print(f"{options.task}: {len(data.y_train)} training and {len(data.y_test)} test samples, accuracy in percent")
     for attention in (None, *keys):
@@ -291,7 +296,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("data", type=Path, help="the npz file of images or the zip file of texts")
     parser.add_argument("--out", type=Path, help="folder of checkpoints and results (default runs/finetune-TASK)")
     parser.add_argument("--steps", type=int, help="steps of training with exact attention (default: the task's)")
-    parser.add_argument("--finetune-steps", type=int, default=300, help="steps after the swap (default 300)")
+    parser.add_argument("--finetune-steps", type=int, default=200, help="steps after the swap (default 200)")
     parser.add_argument("--rate", type=float, default=0.2, help="their learning rate, of training's (default 0.2)")
     parser.add_argument("--keys", type=int, nargs="+", help="exact keys per query (default: 32 images, 64 text)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="fine-tunings (default 0 1)")

@@ -168,9 +168,12 @@ def replace_attention(
     nn.MultiheadAttention modules become :class:`scatterbrain.MultiheadAttention`, the same objects with the same
     parameters, requires_grad, hooks, mode, dtype and device. Every nn.TransformerEncoder that holds one stops using
     nested tensors, which only torch's own attention reads. A subclass of nn.MultiheadAttention is left alone, since its
-    forward may do anything. The cross-attention of an nn.TransformerDecoderLayer is routed per query where lists shared
-    by a block of queries were asked for, and left alone with LSH or statistics="input": a target token must not see the
-    ones after it (how many there are does matter: it places the one block that is nearest by position). In a decoder of your own choose such a support yourself, with ``where``.
+    forward may do anything.
+
+    The cross-attention of an nn.TransformerDecoderLayer is routed per query where lists shared by a block of queries
+    were asked for, and left alone with LSH or statistics="input": a target token must not see the ones after it (how
+    many there are does matter: it places the block that is nearest by position). In a decoder of your own choose such a
+    support yourself, with ``where``.
 
     Statistics must be calibrated before use (``with sb.calibrate(model): model(batch)``) if low_rank says "stored", as
     the default does. "learned" adds parameters: create the optimizer afterwards.
