@@ -226,68 +226,77 @@ def accuracy(model: nn.Module, data: Data, batch: int) -> float:
     return (torch.cat(guesses) == data.y_test).float().mean().item() * 100
 
 
-def swap(model: nn.Module, data: Data, keys: int, batch: int, preset: str) -> None:
-    """Replaces the attention of ``model`` and calibrates it on four batches of training samples."""
-    sb.replace_attention(model, *getattr(sb.presets, preset)(keys))
-    generator = torch.Generator().manual_seed(0)
-    model.eval()
-    with sb.calibrate(model), torch.no_grad():
-        for _ in range(4):
-            rows = torch.randint(len(data.y_train), (batch,), generator=generator).tolist()
-            model(data.train_batch(rows, generator))
-
-
 # -------------------- table
+
+
+@dataclass
+class Comparison:
+    """Exact attention and the swap, from one trained model; results that are in ``out`` are not computed again."""
+
+    task: Task
+    data: Data
+    options: argparse.Namespace
+
+    def model(self, keys: int | None) -> Classifier:
+        """The trained model, with exact attention (None) or ``keys`` per query, calibrated on training samples."""
+        model = Classifier(self.task)
+        model.load_state_dict(torch.load(self.options.out / "exact.pt", weights_only=True)["model"])
+        if keys is None:
+            return model
+        sb.replace_attention(model, *sb.presets.drop_in(keys))
+        generator = torch.Generator().manual_seed(0)
+        model.eval()
+        with sb.calibrate(model), torch.no_grad():
+            for _ in range(4):
+                rows = torch.randint(len(self.data.y_train), (self.task.batch,), generator=generator).tolist()
+                model(self.data.train_batch(rows, generator))
+        return model
+
+    def before(self, keys: int | None) -> float:
+        return self._once(f"{name_of(keys)}, before", lambda: accuracy(self.model(keys), self.data, self.task.batch))
+
+    def after(self, keys: int | None, seed: int) -> float:
+        """Accuracy after fine-tuning."""
+        steps, name = self.options.finetune_steps, f"{name_of(keys)}, seed {seed}"
+
+        def tune() -> float:
+            model, state = self.model(keys), self.options.out / f"{name.replace(' ', '-')}-{steps}.pt"
+            rate = self.task.learning_rate * self.options.rate
+            train(model, self.data, steps, self.task.batch, rate, 1 + seed, name, state)
+            return accuracy(model, self.data, self.task.batch)
+
+        return self._once(f"{name}, after {steps} steps", tune)
+
+    def _once(self, name: str, measure: Callable[[], float]) -> float:
+        file = self.options.out / "results.json"
+        results = json.loads(file.read_text()) if file.exists() else {}
+        if name not in results:
+            results[name] = round(measure(), 2)
+            file.write_text(json.dumps(results, indent=1))
+        return results[name]
+
+
+def name_of(keys: int | None) -> str:
+    return "exact" if keys is None else f"{keys} keys"
 
 
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
     task = TASKS[options.task]
-    keys = options.keys or [task.keys]
     data = task.load(options.data)
     options.out.mkdir(parents=True, exist_ok=True)
-    results_file = options.out / "results.json"
-    results: dict[str, float] = json.loads(results_file.read_text()) if results_file.exists() else {}
-
-    def model_of(attention: int | None) -> Classifier:
-        """The trained model, with exact attention or ``attention`` keys per query."""
-        model = Classifier(task)
-        model.load_state_dict(torch.load(options.out / "exact.pt", weights_only=True)["model"])
-        if attention is not None:
-            swap(model, data, attention, task.batch, "drop_in")
-        return model
-
-    def result(name: str, measure: Callable[[], float]) -> float:
-        if name not in results:
-            results[name] = measure()
-            results_file.write_text(json.dumps(results, indent=1))
-        return results[name]
-
+    steps = options.steps or task.steps
     torch.manual_seed(0)
-    model = Classifier(task)
-    train(
-        model, data, options.steps or task.steps, task.batch, task.learning_rate, 0, "train", options.out / "exact.pt"
-    )
+    train(Classifier(task), data, steps, task.batch, task.learning_rate, 0, "train", options.out / "exact.pt")
 
+    comparison = Comparison(task, data, options)
     print(f"{options.task}: {len(data.y_train)} training and {len(data.y_test)} test samples, accuracy in percent")
-    for attention in (None, *keys):
-        name = "exact" if attention is None else f"{attention} keys"
-        before = result(f"{name}, before", lambda: accuracy(model_of(attention), data, task.batch))
-        after = []
-        for seed in options.seeds:
-
-            def tuned(seed: int = seed) -> float:
-                model = model_of(attention)
-                state = options.out / f"{name.replace(' ', '-')}-{seed}.pt"
-                rate = task.learning_rate * options.rate
-                train(model, data, options.finetune_steps, task.batch, rate, 1 + seed, f"{name}, {seed}", state)
-                return accuracy(model, data, task.batch)
-
-            after.append(result(f"{name}, after {options.finetune_steps} steps, seed {seed}", tuned))
-        tuned_text = " ".join(f"{a:.2f}" for a in after)
+    for keys in (None, *(options.keys or [task.keys])):
+        before, after = comparison.before(keys), [comparison.after(keys, seed) for seed in options.seeds]
+        each = " ".join(f"{a:.2f}" for a in after)
         mean = sum(after) / len(after)
-        print(f"{name:8s}  before {before:.2f}   after {options.finetune_steps} steps {mean:.2f} ({tuned_text})")
+        print(f"{name_of(keys):8s}  before {before:.2f}   after {options.finetune_steps} steps {mean:.2f} ({each})")
 
 
 def parse_options() -> argparse.Namespace:

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from scatterbrain.low_rank import Favor, LowRank, Quadratic
 from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.nn.multihead import LOW_RANK, SUPPORT, MultiheadAttention, inner_attention
+from scatterbrain.nn.multihead import LOW_RANK, SUPPORT, MultiheadAttention, attention_unless_exact
 from scatterbrain.support import LSH, SUPPORTS, Full, Routed, Support
 
 # -------------------- report
@@ -120,7 +120,7 @@ class TorchHandler:
         if "forward" in vars(module):
             raise NotReplaceable("its forward is overridden on the instance; replace attention before that is done")
         try:
-            attention = inner_attention(module, support, low_rank)
+            attention = attention_unless_exact(module, support, low_rank)
         except ValueError as error:
             raise NotReplaceable(str(error)) from error
         same = module._qkv_same_embed_dim
@@ -299,7 +299,7 @@ def _class_name(module: nn.Module) -> str:
 
 def _why_unhandled(module: nn.Module) -> str:
     package = type(module).__module__.split(".")[0]
-    if any(isinstance(inside, ScatterbrainAttention) for inside in module.modules()):
+    if any(isinstance(inside, (ScatterbrainAttention, MultiheadAttention)) for inside in module.modules()):
         return "it runs Scatterbrain already; restore() the earlier report to change it"
     if is_parametrized(module):
         return "it is parametrized (torch.nn.utils.parametrize); replace attention before that is done"

@@ -54,7 +54,7 @@ class ScatterbrainAttention(nn.Module):
 
     ``.half()`` and ``.bfloat16()`` convert learned projections with all parameters, and no statistics; a kernel always
     computes coordinates in float32. Buffers have their final shape from the start, so a checkpoint of a calibrated
-    module loads into a new one and gives the same output. Statistics stay float32 when the module is converted to half precision.
+    module loads into a new one and gives the same output.
 
     Args:
         num_heads: query heads.

@@ -95,7 +95,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self._attach(inner_attention(self, support, low_rank))
+        self._attach(attention_unless_exact(self, support, low_rank))
 
     def _attach(self, attention: ScatterbrainAttention | None) -> None:
         self.attention = attention
@@ -301,13 +301,20 @@ class MultiheadAttention(nn.MultiheadAttention):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def inner_attention(module: nn.MultiheadAttention, support: Support, low_rank: LowRank) -> ScatterbrainAttention | None:
-    """The attention of ``module``, on the device of its parameters and in its mode; None if it is to be exact."""
+def inner_attention(module: nn.Module, support: Support, low_rank: LowRank) -> ScatterbrainAttention:
+    """The attention of ``module``, on the device of its parameters and in its mode."""
+    attention = ScatterbrainAttention(module.num_heads, module.head_dim, support=support, low_rank=low_rank)
+    return attention.to(module.out_proj.weight.device).train(module.training)
+
+
+def attention_unless_exact(
+    module: nn.MultiheadAttention, support: Support, low_rank: LowRank
+) -> ScatterbrainAttention | None:
+    """:func:`inner_attention`, or None where torch's own attention is what was asked for."""
     if isinstance(support, Full):
         checks.check_pair(support, low_rank, is_causal=False)
         return None
-    attention = ScatterbrainAttention(module.num_heads, module.head_dim, support=support, low_rank=low_rank)
-    return attention.to(module.out_proj.weight.device).train(module.training)
+    return inner_attention(module, support, low_rank)
 
 
 def _as_one_node(module: nn.Module, tracer: fx.Tracer, arguments: tuple) -> fx.Proxy:

@@ -530,6 +530,7 @@ def test_programs_made_of_it_compute_the_same(make: Make, how: str):
     torch.testing.assert_close(others[how]()(x), m(x))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_per_sample_gradients(make: Make):
     m, x = Model(make), tokens(S)
 
