@@ -190,6 +190,7 @@ def replace_attention(
 
     Raises:
         TypeError: model, support or low_rank of a wrong type.
+        ValueError: "learned" for a model that is in DistributedDataParallel or FSDP already.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_attention: model must be an nn.Module, got {type(model).__name__}")
@@ -200,6 +201,12 @@ def replace_attention(
     if low_rank is not None and not isinstance(low_rank, (Quadratic, Favor)):
         raise TypeError(f"replace_attention: low_rank must be Quadratic, Favor or None, got {low_rank!r}")
 
+    learned = isinstance(low_rank, Quadratic) and low_rank.statistics == "learned" and not isinstance(support, Full)
+    if learned and (wrapper := _parallel_wrapper(model)):
+        raise ValueError(
+            f"replace_attention: expected a model that is not yet in {wrapper}, which would neither shard nor synchronise "
+            "the projections that statistics='learned' adds; replace attention first, then wrap the model"
+        )
     _load_handlers(model)
     settings = "exact attention" if isinstance(support, Full) else f"{support}, {low_rank}"
     report = Report(settings)
@@ -232,6 +239,13 @@ def replace_attention(
     if not report.replaced:
         warnings.warn(f"replace_attention changed nothing: {report}", stacklevel=2)
     return report
+
+
+def _parallel_wrapper(model: nn.Module) -> str | None:
+    """The name of the data parallelism around or inside ``model``; by name, since importing it takes long."""
+    names = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+    found = (base.__name__ for module in model.modules() for base in type(module).__mro__ if base.__name__ in names)
+    return next(found, None)
 
 
 def _query_by_query(support: Support, low_rank: LowRank) -> tuple[Support, str]:

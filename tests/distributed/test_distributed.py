@@ -116,3 +116,10 @@ def test_sharded_projections_are_reset_to_one_draw(ranks: Results):
     projection = ranks[0]["reset"]["projection"]
     assert_same(ranks[0]["reset"], ranks[1]["reset"])
     torch.testing.assert_close(projection @ projection.mT, torch.eye(4).expand(2, 4, 4), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("wrapper", "name"), [("ddp", "DistributedDataParallel"), ("fsdp", "FSDPModule")])
+def test_parameters_are_not_added_behind_the_back_of_a_wrapper(ranks: Results, wrapper: str, name: str):
+    late = ranks[0]["late"]
+    assert f"not yet in {name}" in late[wrapper] and "replace attention first" in late[wrapper]
+    assert late[f"{wrapper} stored"] == 1

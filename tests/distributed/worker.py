@@ -175,6 +175,19 @@ def checkpoint(rank: int, low_rank: str) -> dict[str, Any]:
     return result
 
 
+def late() -> dict[str, Any]:
+    """Attention replaced in models that are parallel already."""
+    result = {}
+    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp", sharded)):
+        model = wrap(nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 48, batch_first=True), 1))
+        try:
+            sb.replace_attention(model, low_rank=LOW_RANKS["learned"])
+        except ValueError as error:
+            result[name] = str(error)
+        result[f"{name} stored"] = len(sb.replace_attention(model).replaced)
+    return result
+
+
 def reset(rank: int) -> dict[str, Any]:
     """reset_parameters of sharded projections."""
     model = sharded(swapped("learned", "meta"))
@@ -206,6 +219,7 @@ def main(rank: int, folder: Path) -> None:
         results[f"two forwards {name}"] = two_forwards(rank, name)
     results["uneven"] = uneven(rank)
     results["alone"] = calibrated_alone(rank)
+    results["late"] = late()
     results["reset"] = reset(rank)
     dist.barrier()
     dist.destroy_process_group()
