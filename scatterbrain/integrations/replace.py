@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,10 +11,11 @@ from typing import Protocol
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from scatterbrain.integrations.refusals import NotReplaceable, parallel_wrapper, query_by_query
 from scatterbrain.low_rank import Favor, LowRank, Quadratic
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.multihead import LOW_RANK, SUPPORT, MultiheadAttention, attention_unless_exact
-from scatterbrain.support import LSH, SUPPORTS, Full, Routed, Support
+from scatterbrain.support import SUPPORTS, Full, Support
 
 # -------------------- report
 
@@ -81,10 +81,6 @@ class Report:
 
 
 # -------------------- handlers
-
-
-class NotReplaceable(Exception):
-    """Raised by a handler for a module of its family that it cannot swap; the text is the reason."""
 
 
 class Handler(Protocol):
@@ -202,7 +198,7 @@ def replace_attention(
         raise TypeError(f"replace_attention: low_rank must be Quadratic, Favor or None, got {low_rank!r}")
 
     learned = isinstance(low_rank, Quadratic) and low_rank.statistics == "learned" and not isinstance(support, Full)
-    if learned and (wrapper := _parallel_wrapper(model)):
+    if learned and (wrapper := parallel_wrapper(model)):
         raise ValueError(
             f"replace_attention: expected a model that is not yet in {wrapper}, which would neither shard nor synchronise "
             "the projections that statistics='learned' adds; replace attention first, then wrap the model"
@@ -227,7 +223,7 @@ def replace_attention(
             entry.note = _why_unhandled(module)
             continue
         try:
-            own, why = _query_by_query(support, low_rank) if module in crossing else (support, "")
+            own, why = query_by_query(support, low_rank) if module in crossing else (support, "")
             note, undo = handler.replace(module, own, low_rank)
         except NotReplaceable as reason:
             entry.note = str(reason)
@@ -239,30 +235,6 @@ def replace_attention(
     if not report.replaced:
         warnings.warn(f"replace_attention changed nothing: {report}", stacklevel=2)
     return report
-
-
-def _parallel_wrapper(model: nn.Module) -> str | None:
-    """The name of the data parallelism around or inside ``model``; by name, since importing it takes long."""
-    names = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
-    found = (base.__name__ for module in model.modules() for base in type(module).__mro__ if base.__name__ in names)
-    return next(found, None)
-
-
-def _query_by_query(support: Support, low_rank: LowRank) -> tuple[Support, str]:
-    """A support for the cross-attention of a decoder, where what one target token reads must not depend on the tokens
-    after it, and a note if it is another one than asked for.
-
-    Raises:
-        NotReplaceable: where there is none.
-    """
-    if isinstance(low_rank, Quadratic) and low_rank.statistics == "input" and not isinstance(support, Full):
-        raise NotReplaceable("statistics='input' would show a target token the ones after it; use stored statistics")
-    if isinstance(support, LSH):
-        raise NotReplaceable("LSH sorts all queries, which would show a target token the ones after it; use Routed")
-    if isinstance(support, Routed) and support.block_q > 1:
-        own = Routed(8 * math.ceil(support.keys / 8), block_q=1, block_k=8)
-        return own, f"{own}: lists that queries share would show a target token the ones after it"
-    return support, ""
 
 
 def _stop_nested_tensors(model: nn.Module, report: Report) -> None:
