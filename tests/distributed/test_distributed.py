@@ -99,13 +99,13 @@ def test_mixed_precision_leaves_statistics_alone(ranks: Results, low_rank: str):
     assert_same(a["state"], b["state"])
 
 
-@pytest.mark.parametrize("low_rank", LOW_RANKS)
+@pytest.mark.parametrize("low_rank", ["stored", "learned"])
 def test_a_gathered_state_dict_gives_the_same_output_in_a_plain_model(ranks: Results, low_rank: str):
     result = ranks[0][f"checkpoint {low_rank}"]
     assert torch.equal(result["plain"], result["output"])
 
 
-@pytest.mark.parametrize("low_rank", LOW_RANKS)
+@pytest.mark.parametrize("low_rank", ["stored", "learned"])
 def test_a_gathered_state_dict_fills_a_sharded_model_made_on_meta(ranks: Results, low_rank: str):
     for rank in ranks:
         result = rank[f"checkpoint {low_rank}"]

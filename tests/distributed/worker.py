@@ -212,9 +212,9 @@ def main(rank: int, folder: Path) -> None:
     for name in LOW_RANKS:
         results[f"ddp {name}"] = trained(DistributedDataParallel, name, own, together=True)
         results[f"fsdp {name}"] = trained(sharded, name, own, together=True)
-        results[f"checkpoint {name}"] = checkpoint(rank, name)
     for name in ("stored", "learned"):
         results[f"mixed {name}"] = mixed_precision(rank, name)
+        results[f"checkpoint {name}"] = checkpoint(rank, name)
     for name in ("ema", "favor"):
         results[f"two forwards {name}"] = two_forwards(rank, name)
     results["uneven"] = uneven(rank)
