@@ -237,13 +237,17 @@ class Comparison:
     data: Data
     options: argparse.Namespace
 
-    def model(self, keys: int | None) -> Classifier:
-        """The trained model, with exact attention (None) or ``keys`` per query, calibrated on training samples."""
+    def model(self, keys: int | None, low_rank: bool = True) -> Classifier:
+        """The trained model, with exact attention (None) or ``keys`` per query, calibrated on training samples; without
+        the low-rank part if not ``low_rank``."""
         model = Classifier(self.task)
         model.load_state_dict(torch.load(self.options.out / "exact.pt", weights_only=True)["model"])
         if keys is None:
             return model
-        sb.replace_attention(model, *sb.presets.drop_in(keys))
+        support, kernel = sb.presets.drop_in(keys)
+        sb.replace_attention(model, support, kernel if low_rank else None)
+        if not low_rank:
+            return model
         generator = torch.Generator().manual_seed(0)
         model.eval()
         with sb.calibrate(model), torch.no_grad():
@@ -252,8 +256,10 @@ class Comparison:
                 model(self.data.train_batch(rows, generator))
         return model
 
-    def before(self, keys: int | None) -> float:
-        return self._once(f"{name_of(keys)}, before", lambda: accuracy(self.model(keys), self.data, self.task.batch))
+    def before(self, keys: int | None, low_rank: bool = True) -> float:
+        """Accuracy without fine-tuning."""
+        name = name_of(keys) + ("" if low_rank else " alone")
+        return self._once(f"{name}, before", lambda: self._accuracy(self.model(keys, low_rank)))
 
     def after(self, keys: int | None, seed: int) -> float:
         """Accuracy after fine-tuning."""
@@ -263,9 +269,12 @@ class Comparison:
             model, state = self.model(keys), self.options.out / f"{name.replace(' ', '-')}-{steps}.pt"
             rate = self.task.learning_rate * self.options.rate
             train(model, self.data, steps, self.task.batch, rate, 1 + seed, name, state)
-            return accuracy(model, self.data, self.task.batch)
+            return self._accuracy(model)
 
         return self._once(f"{name}, after {steps} steps", tune)
+
+    def _accuracy(self, model: nn.Module) -> float:
+        return accuracy(model, self.data, self.task.batch)
 
     def _once(self, name: str, measure: Callable[[], float]) -> float:
         file = self.options.out / "results.json"
@@ -296,7 +305,9 @@ def main() -> None:
         before, after = comparison.before(keys), [comparison.after(keys, seed) for seed in options.seeds]
         each = " ".join(f"{a:.2f}" for a in after)
         mean = sum(after) / len(after)
-        print(f"{name_of(keys):8s}  before {before:.2f}   after {options.finetune_steps} steps {mean:.2f} ({each})")
+        print(f"{name_of(keys):13s}  before {before:.2f}   after {options.finetune_steps} steps {mean:.2f} ({each})")
+        if keys is not None:
+            print(f"{name_of(keys)} alone  before {comparison.before(keys, low_rank=False):.2f}   (no low-rank part)")
 
 
 def parse_options() -> argparse.Namespace:

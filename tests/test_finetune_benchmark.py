@@ -42,9 +42,9 @@ def test_it_prints_accuracies_and_does_not_repeat_itself(
     runpy.run_path(str(SCRIPT), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     keys = "32 keys" if task == "images" else "64 keys"
-    assert [line.split("  ")[0] for line in lines[1:]] == ["exact", keys]
+    assert [line.split("  ")[0] for line in lines[1:]] == ["exact", keys, f"{keys} alone"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(results) == 4 and all(0 <= value <= 100 for value in results.values())
+    assert len(results) == 5 and all(0 <= value <= 100 for value in results.values())
     (tmp_path / "out" / "results.json").write_text(json.dumps({name: 12.5 for name in results}))
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert all("before 12.50" in line for line in capsys.readouterr().out.splitlines()[1:])
