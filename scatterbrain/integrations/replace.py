@@ -11,9 +11,10 @@ from typing import Protocol
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from scatterbrain.integrations.refusals import NotReplaceable, parallel_wrapper, query_by_query
 from scatterbrain.low_rank import Favor, LowRank, Quadratic
 from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.nn.multihead import LOW_RANK, SUPPORT, MultiheadAttention, inner_attention
+from scatterbrain.nn.multihead import LOW_RANK, SUPPORT, MultiheadAttention, attention_unless_exact
 from scatterbrain.support import SUPPORTS, Full, Support
 
 # -------------------- report
@@ -82,10 +83,6 @@ class Report:
 # -------------------- handlers
 
 
-class NotReplaceable(Exception):
-    """Raised by a handler for a module of its family that it cannot swap; the text is the reason."""
-
-
 class Handler(Protocol):
     """How one family of attention modules is swapped. :func:`register_handler` adds one."""
 
@@ -119,7 +116,7 @@ class TorchHandler:
         if "forward" in vars(module):
             raise NotReplaceable("its forward is overridden on the instance; replace attention before that is done")
         try:
-            attention = inner_attention(module, support, low_rank)
+            attention = attention_unless_exact(module, support, low_rank)
         except ValueError as error:
             raise NotReplaceable(str(error)) from error
         same = module._qkv_same_embed_dim
@@ -169,6 +166,11 @@ def replace_attention(
     nested tensors, which only torch's own attention reads. A subclass of nn.MultiheadAttention is left alone, since its
     forward may do anything.
 
+    The cross-attention of an nn.TransformerDecoderLayer is routed per query where lists shared by a block of queries
+    were asked for, and left alone with LSH or statistics="input": a target token must not see the ones after it (how
+    many there are does matter: it places the block that is nearest by position). In a decoder of your own choose such a
+    support yourself, with ``where``.
+
     Statistics must be calibrated before use (``with sb.calibrate(model): model(batch)``) if low_rank says "stored", as
     the default does. "learned" adds parameters: create the optimizer afterwards.
 
@@ -184,6 +186,7 @@ def replace_attention(
 
     Raises:
         TypeError: model, support or low_rank of a wrong type.
+        ValueError: "learned" for a model that is in DistributedDataParallel or FSDP already.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_attention: model must be an nn.Module, got {type(model).__name__}")
@@ -194,9 +197,16 @@ def replace_attention(
     if low_rank is not None and not isinstance(low_rank, (Quadratic, Favor)):
         raise TypeError(f"replace_attention: low_rank must be Quadratic, Favor or None, got {low_rank!r}")
 
+    learned = isinstance(low_rank, Quadratic) and low_rank.statistics == "learned" and not isinstance(support, Full)
+    if learned and (wrapper := parallel_wrapper(model)):
+        raise ValueError(
+            f"replace_attention: expected a model that is not yet in {wrapper}, which would neither shard nor synchronise "
+            "the projections that statistics='learned' adds; replace attention first, then wrap the model"
+        )
     _load_handlers(model)
     settings = "exact attention" if isinstance(support, Full) else f"{support}, {low_rank}"
     report = Report(settings)
+    crossing = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
     done: dict[nn.Module, Entry] = {}
     for path, module in list(_attention_modules(model)):
         if module in done:  # one module under two names
@@ -213,10 +223,12 @@ def replace_attention(
             entry.note = _why_unhandled(module)
             continue
         try:
-            entry.note, undo = handler.replace(module, support, low_rank)
+            own, why = query_by_query(support, low_rank) if module in crossing else (support, "")
+            note, undo = handler.replace(module, own, low_rank)
         except NotReplaceable as reason:
             entry.note = str(reason)
             continue
+        entry.note = "; ".join(text for text in (why, note) if text)
         entry.now = _class_name(module)
         report._undo.append(undo)
     _stop_nested_tensors(model, report)
@@ -231,7 +243,7 @@ def _stop_nested_tensors(model: nn.Module, report: Report) -> None:
         if not isinstance(encoder, nn.TransformerEncoder) or not getattr(encoder, "use_nested_tensor", False):
             continue
         inside = (module for module in encoder.modules() if isinstance(module, MultiheadAttention))
-        if all(isinstance(module.attention.support, Full) for module in inside):
+        if all(module.attention is None for module in inside):
             continue
         encoder.use_nested_tensor = False
         report._undo.append(lambda encoder=encoder: setattr(encoder, "use_nested_tensor", True))
@@ -273,7 +285,7 @@ def _class_name(module: nn.Module) -> str:
 
 def _why_unhandled(module: nn.Module) -> str:
     package = type(module).__module__.split(".")[0]
-    if any(isinstance(inside, ScatterbrainAttention) for inside in module.modules()):
+    if any(isinstance(inside, (ScatterbrainAttention, MultiheadAttention)) for inside in module.modules()):
         return "it runs Scatterbrain already; restore() the earlier report to change it"
     if is_parametrized(module):
         return "it is parametrized (torch.nn.utils.parametrize); replace attention before that is done"

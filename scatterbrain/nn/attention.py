@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from scatterbrain import checks, functional, presets
@@ -26,12 +28,12 @@ from scatterbrain.low_rank import (
     seeded_projection,
     statistics_from_moments,
 )
+from scatterbrain.nn.distributed import MOMENTS, fill, merge_over_ranks
 from scatterbrain.support import Full, Support
 
 EMA_MOMENTUM = 0.8  # share of the past in a moving average
 EMA_EVERY = 10  # optimizer steps between commits of a moving average
 
-_MOMENTS = ("tokens", "query_mean", "query_second", "key_mean", "key_second")
 _MAPS = ("query_projection", "query_mean", "key_projection", "key_mean")
 
 
@@ -52,8 +54,7 @@ class ScatterbrainAttention(nn.Module):
 
     ``.half()`` and ``.bfloat16()`` convert learned projections with all parameters, and no statistics; a kernel always
     computes coordinates in float32. Buffers have their final shape from the start, so a checkpoint of a calibrated
-    module loads into a new one and gives
-    the same output. Statistics stay float32 when the module is converted to half precision.
+    module loads into a new one and gives the same output.
 
     Args:
         num_heads: query heads.
@@ -108,19 +109,18 @@ class ScatterbrainAttention(nn.Module):
         if not isinstance(self.low_rank, Quadratic) or self.low_rank.statistics == "input":
             return {}, {}
         r = self.low_rank.rank
+        zeros = partial(torch.zeros, dtype=torch.float32)  # whatever the default dtype is
         # r orthonormal rows per key/value head, shared by its query heads
-        rows = torch.linalg.qr(torch.randn(kv_heads, d, r)).Q.transpose(-1, -2).contiguous()
+        rows = torch.linalg.qr(torch.randn(kv_heads, d, r, dtype=torch.float32)).Q.transpose(-1, -2).contiguous()
         if self.low_rank.statistics == "learned":
             query_rows = rows.repeat_interleave(heads // kv_heads, 0)
             names = ("query_projection", "query_bias", "query_log_scale", "key_projection", "key_bias")
-            return dict(
-                zip(names, (query_rows, torch.zeros(heads, d), torch.zeros(heads), rows, torch.zeros(kv_heads, d)))
-            ), {}
+            return dict(zip(names, (query_rows, zeros(heads, d), zeros(heads), rows, zeros(kv_heads, d)))), {}
         # A moving average starts as the learned form does, without means; stored statistics are nothing yet.
-        start = rows if self.low_rank.statistics == "ema" else torch.zeros(kv_heads, r, d)
-        maps = (start.clone(), torch.zeros(kv_heads, d), start.clone(), torch.zeros(kv_heads, d))
+        start = rows if self.low_rank.statistics == "ema" else zeros(kv_heads, r, d)
+        maps = (start.clone(), zeros(kv_heads, d), start.clone(), zeros(kv_heads, d))
         shapes = ((kv_heads,), (kv_heads, d), (kv_heads, d, d), (kv_heads, d), (kv_heads, d, d))
-        raw = {"moment_" + name: torch.zeros(shape, dtype=torch.float64) for name, shape in zip(_MOMENTS, shapes)}
+        raw = {"moment_" + name: torch.zeros(shape, dtype=torch.float64) for name, shape in zip(MOMENTS, shapes)}
         return {}, dict(zip(_MAPS, maps)) | raw
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class ScatterbrainAttention(nn.Module):
         self._is_calibrated, self._scale, self._gathered, self._steps, self._draws = False, None, None, 0, 0
         parameters, buffers = self._initial_state()
         for name, tensor in (parameters | buffers).items():
-            getattr(self, name).copy_(tensor)
+            fill(getattr(self, name), tensor)
 
     # -------------------- forward
 
@@ -212,10 +212,13 @@ class ScatterbrainAttention(nn.Module):
 
     def _is_average_due(self) -> bool:
         """Whether the moments of this step will be committed: the first step's, then every tenth's."""
+        return self._commits_now() and self.training and torch.is_grad_enabled()
+
+    def _commits_now(self) -> bool:
+        """Whether the end of this step commits a moving average, if anything was gathered for it."""
         if not isinstance(self.low_rank, Quadratic) or self.low_rank.statistics != "ema":
             return False
-        due = not self._is_calibrated or (self._steps + 1) % EMA_EVERY == 0
-        return due and self.training and torch.is_grad_enabled()
+        return not self._is_calibrated or (self._steps + 1) % EMA_EVERY == 0
 
     @torch.no_grad()
     def _gather(
@@ -245,7 +248,7 @@ class ScatterbrainAttention(nn.Module):
             _MAPS, (statistics.query_projection, statistics.query_mean, statistics.key_projection, statistics.key_mean)
         ):
             getattr(self, name).copy_(tensor)
-        for name in _MOMENTS:
+        for name in MOMENTS:
             getattr(self, "moment_" + name).copy_(getattr(moments, name))
         self._is_calibrated = True
 
@@ -266,13 +269,13 @@ class ScatterbrainAttention(nn.Module):
         gathered, self._gathered = self._gathered, None
         if not bool((gathered.tokens > 0).all()):
             return  # nothing but padding: there is nothing to learn from
-        if not all(bool(torch.isfinite(getattr(gathered, name)).all()) for name in _MOMENTS):
+        if not all(bool(torch.isfinite(getattr(gathered, name)).all()) for name in MOMENTS):
             raise ValueError(
                 "update_statistics: the step's queries or keys hold NaN or infinity, which would spoil the moving "
                 "average; skip the update of steps whose loss is not finite"
             )
         if self._is_calibrated:
-            past = Moments(*(getattr(self, "moment_" + name) for name in _MOMENTS))
+            past = Moments(*(getattr(self, "moment_" + name) for name in MOMENTS))
             gathered = past.blend(gathered, 1 - EMA_MOMENTUM)
         self._store(gathered, EMA_FLOOR)
 
@@ -329,16 +332,22 @@ def _cores(model: nn.Module) -> list[ScatterbrainAttention]:
 
 
 @contextmanager
-def calibrate(model: nn.Module) -> Iterator[nn.Module]:
+def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Iterator[nn.Module]:
     """Fills the calibration buffers of every :class:`ScatterbrainAttention` in ``model`` from what passes through it.
 
     Inside the block those layers compute exact attention and gather moments in float64, weighted by tokens over all
-    batches, valid tokens only; leaving it
-    turns the moments into statistics. ::
+    batches, valid tokens only; leaving it turns the moments into statistics. ::
 
         with sb.calibrate(model), torch.no_grad():
             for batch in batches:
                 model(batch)
+
+    Where torch.distributed is initialised, leaving the block is a collective operation: the moments of all ranks are
+    merged, so that every rank has the same statistics, of the batches of all. Every rank must enter and leave it.
+
+    Args:
+        model: any module.
+        group: the ranks that share their statistics; default all. A group of this rank alone calibrates it alone.
 
     Raises:
         ValueError: no layer that can be calibrated, or none of them was run; NaN or infinity in a batch.
@@ -356,6 +365,7 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
         m._collecting, m._gathered, m._scale = True, None, None
     try:
         yield model
+        merge_over_ranks(cores, group)
     except BaseException:
         for m, scale, gathered in before:
             m._collecting, m._scale, m._gathered = False, scale, gathered
@@ -373,10 +383,21 @@ def calibrate(model: nn.Module) -> Iterator[nn.Module]:
         )
 
 
-def update_statistics(model: nn.Module) -> None:
+def update_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Tells every :class:`ScatterbrainAttention` that an optimizer step is over: moving averages are committed (the
     first at once, then every 10 steps, momentum 0.8, detached) and random projections redrawn where ``Favor(redraw=n)``
-    asks for it. A model without such layers is left alone."""
+    asks for it. A model without such layers is left alone.
+
+    Where torch.distributed is initialised and the model has moving averages this is a collective operation: what all
+    ranks gathered is merged, as that of several forward passes of one step is, so that every rank commits the same. Every
+    rank must call it after every step.
+
+    Args:
+        model: any module.
+        group: the ranks that share their statistics, those of data parallelism; default all.
+    """
     with torch.no_grad():
-        for m in _cores(model):
+        cores = _cores(model)
+        merge_over_ranks([m for m in cores if m._commits_now()], group)
+        for m in cores:
             m._update()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor, fx, nn
 
+from scatterbrain import checks
 from scatterbrain.low_rank import LowRank, Quadratic
 from scatterbrain.nn.attention import ScatterbrainAttention
+from scatterbrain.nn.masks import as_bool_padding, is_causal_mask
 from scatterbrain.presets import drop_in
 from scatterbrain.support import Full, Support
 
@@ -30,20 +29,22 @@ class MultiheadAttention(nn.MultiheadAttention):
     call                                               what happens
     ================================================== =============================================================
     no ``attn_mask``                                   approximated
-    ``is_causal=True``, ``attn_mask`` the causal mask  approximated, causal; the mask is compared with the causal one
-                                                       (once per mask tensor; under torch.compile it is taken on trust)
+    ``attn_mask`` the causal mask                      approximated, causal; the mask is compared with the causal one
+                                                       (once per mask tensor), whatever ``is_causal`` says. Under
+                                                       torch.compile ``is_causal=True`` is taken on trust, and without
+                                                       it a mask runs exactly
     ``key_padding_mask`` bool, or float 0 / -inf       approximated; in self-attention the rows of padded queries are
                                                        zero before the output projection
     2-D (unbatched) inputs, both ``batch_first``       approximated
     ``kdim``, ``vdim``; other lengths of key and query approximated
     every key of a row padded                          approximated: zeros before the output projection, never NaN
     ``need_weights=True`` (the default)                exact, warns: pass need_weights=False
-    ``attn_mask`` without ``is_causal=True``           exact, warns: pass is_causal=True if the mask is causal
-    ``is_causal=True`` with another mask               exact with that mask, warns
+    any other ``attn_mask``, with ``is_causal`` or not exact with that mask, warns
     ``key_padding_mask`` with other float values       exact, warns (under torch.compile: RuntimeError)
     ``dropout`` > 0 in training                        exact, warns: set ``.dropout = 0.0``
     ``add_bias_kv``, ``add_zero_attn``                 exact, warns
-    ``support=Full()``                                 nn.MultiheadAttention itself, its fast paths included; no warning
+    ``support=Full()``                                 nn.MultiheadAttention itself, its fast paths and TorchScript
+                                                       included; ``attention`` is None and ``low_rank`` unused
     ``is_causal=True`` without ``attn_mask``           raises, as nn.MultiheadAttention does
     wrong shapes or mask types                         raises, as nn.MultiheadAttention does
     nested tensors (unless ``support=Full()``)         ValueError
@@ -59,7 +60,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     statistics or projections.
 
     In evaluation without gradients nn.TransformerEncoderLayer would compute exact attention itself, without a call of
-    this module; the attribute ``_qkv_same_embed_dim``, False here, keeps it from that.
+    this module; the attribute ``_qkv_same_embed_dim``, False here, keeps it from that. torch.fx traces a model with the
+    module as one node, as it does with torch's own modules. TorchScript cannot hold an approximating module and raises;
+    use torch.compile or torch.export.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
@@ -92,12 +95,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self._attach(inner_attention(self, support, low_rank))
+        self._attach(attention_unless_exact(self, support, low_rank))
 
-    def _attach(self, attention: ScatterbrainAttention) -> None:
+    def _attach(self, attention: ScatterbrainAttention | None) -> None:
         self.attention = attention
         self._warned: set[str] = set()
-        if not isinstance(attention.support, Full):
+        if attention is not None:
             # False keeps torch's fused encoder layer, which never calls forward, away. Parameters keep their names.
             self._qkv_same_embed_dim = False
 
@@ -126,21 +129,21 @@ class MultiheadAttention(nn.MultiheadAttention):
         Returns:
             The output in query's layout, and the weights or None.
         """
-        if isinstance(self.attention.support, Full):
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
+        exact = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights)
+        if isinstance(query, fx.Proxy) and query.tracer.root is not self:
+            return _as_one_node(self, query.tracer, (*exact, is_causal))
+        if self.attention is None:
+            return super().forward(*exact, is_causal)
         if query.is_nested or key.is_nested or value.is_nested:
             raise ValueError(
                 "MultiheadAttention: expected padded tensors with key_padding_mask, got a nested tensor; in an "
                 "nn.TransformerEncoder set use_nested_tensor=False (sb.replace_attention does)"
             )
-        exact = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights)
         if not self._fits(query, key, value, key_padding_mask, attn_mask, is_causal):
             return self._exact(*exact, is_causal)  # raises nn.MultiheadAttention's own error
-        causal = is_causal and (attn_mask is None or is_causal_mask(attn_mask))
+        causal = attn_mask is not None and is_causal_mask(attn_mask, is_causal)
         padding = as_bool_padding(key_padding_mask)
-        obstacle = self._obstacle(need_weights, attn_mask, is_causal, causal, key_padding_mask, padding)
+        obstacle = self._obstacle(need_weights, attn_mask, causal, key_padding_mask, padding)
         if obstacle is not None:
             self._warn_once(obstacle)
             return self._exact(*exact, causal)
@@ -187,7 +190,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 return False
         return True
 
-    def _obstacle(self, need_weights: bool, attn_mask: Tensor | None, is_causal: bool, causal: bool,
+    def _obstacle(self, need_weights: bool, attn_mask: Tensor | None, causal: bool,
                   key_padding_mask: Tensor | None, padding: Tensor | None) -> str | None:  # fmt: skip
         """Why this call cannot be approximated, with the cure; None if it can."""
         if self.bias_k is not None:
@@ -198,10 +201,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             return "need_weights=True (the default) asks for the attention weights; pass need_weights=False"
         if self.training and self.dropout > 0:
             return f"dropout={self.dropout} acts on attention weights in training; set the module's .dropout = 0.0"
-        if attn_mask is not None and not is_causal:
-            return "attn_mask is given; pass is_causal=True with it if it is the causal mask"
-        if is_causal and not causal:
-            return "is_causal=True, but attn_mask is not the causal mask (query i sees keys <= i), so attn_mask is used"
+        if attn_mask is not None and not causal:
+            if torch.compiler.is_compiling():
+                return "attn_mask cannot be looked at under torch.compile; pass is_causal=True if it is the causal mask"
+            return "attn_mask is not the causal mask (query i sees keys <= i), the only one that is approximated"
         if key_padding_mask is not None and padding is None:
             return "key_padding_mask holds values other than 0 and -inf; pass a bool mask, True = ignore"
         return None
@@ -254,6 +257,17 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     # -------------------- state
 
+    def __prepare_scriptable__(self) -> nn.MultiheadAttention:
+        """What torch.jit.script compiles instead: torch's own module with the same parameters."""
+        if self.attention is not None:
+            raise RuntimeError(
+                "torch.jit.script: TorchScript cannot hold an approximating MultiheadAttention; use torch.compile or "
+                "torch.export, or script it with support=Full() (after replace_attention: report.restore())"
+            )
+        scriptable = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
+        scriptable.__dict__ = {k: v for k, v in vars(self).items() if k not in ("attention", "_warned")}
+        return scriptable
+
     def _reset_parameters(self) -> None:
         same = self._qkv_same_embed_dim
         self._qkv_same_embed_dim = self.in_proj_weight is not None
@@ -264,7 +278,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         """As nn.Module.state_dict. Where the attention inside has nothing to remember (no low-rank state, or statistics
         not calibrated yet) its entries are left out, so that the result loads into nn.MultiheadAttention."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        if not self._remembers():
+        if self.attention is not None and not self._remembers():
             for name in [name for name in state if name.startswith(f"{prefix}attention.")]:
                 del state[name]
         return state
@@ -277,7 +291,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         inner = f"{prefix}attention."
-        if f"{prefix}out_proj.weight" in state_dict and not any(name.startswith(inner) for name in state_dict):
+        if self.attention is None:
+            pass
+        elif f"{prefix}out_proj.weight" in state_dict and not any(name.startswith(inner) for name in state_dict):
             # A checkpoint of nn.MultiheadAttention. Statistics belong to the weights they were fitted with.
             if isinstance(self.attention.low_rank, Quadratic) and self.attention.is_calibrated:
                 self.attention.reset_parameters()
@@ -285,70 +301,25 @@ class MultiheadAttention(nn.MultiheadAttention):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def inner_attention(module: nn.MultiheadAttention, support: Support, low_rank: LowRank) -> ScatterbrainAttention:
+def inner_attention(module: nn.Module, support: Support, low_rank: LowRank) -> ScatterbrainAttention:
     """The attention of ``module``, on the device of its parameters and in its mode."""
     attention = ScatterbrainAttention(module.num_heads, module.head_dim, support=support, low_rank=low_rank)
     return attention.to(module.out_proj.weight.device).train(module.training)
 
 
-# -------------------- masks
-
-MASK_STRIPE = 128  # rows of a mask compared at a time
-_KNOWN_MASKS = WeakTensorKeyDictionary()  # mask -> (version, answer): an encoder's layers share one mask tensor
-
-
-def _once_per_mask(mask: Tensor, answer: Callable[[Tensor], Any]) -> Any:
-    """``answer(mask)``, computed again only after the mask was written to."""
-    if mask.is_inference():  # has no version
-        return answer(mask)
-    known = _KNOWN_MASKS.get(mask)
-    if known is None or known[0] != mask._version:
-        known = _KNOWN_MASKS[mask] = (mask._version, answer(mask))
-    return known[1]
+def attention_unless_exact(
+    module: nn.MultiheadAttention, support: Support, low_rank: LowRank
+) -> ScatterbrainAttention | None:
+    """:func:`inner_attention`, or None where torch's own attention is what was asked for."""
+    if isinstance(support, Full):
+        checks.check_pair(support, low_rank, is_causal=False)
+        return None
+    return inner_attention(module, support, low_rank)
 
 
-def is_causal_mask(mask: Tensor) -> bool:
-    """Whether ``mask`` (..., L, S) allows exactly the keys <= i to query i. Taken on trust under torch.compile and for
-    meta tensors, whose content cannot be looked at."""
-    if torch.compiler.is_compiling() or mask.is_meta:
-        return True
-    return _once_per_mask(mask, _equals_causal)
-
-
-def _equals_causal(mask: Tensor) -> bool:
-    seen, hidden = (False, True) if mask.dtype == torch.bool else (0.0, -math.inf)
-    # In stripes of rows: all seen, then a triangle, then all hidden. Extremes are several times cheaper than
-    # elementwise comparison, and pass NaN on.
-    for start in range(0, mask.shape[-2], MASK_STRIPE):
-        rows = mask[..., start : start + MASK_STRIPE, :]
-        past, corner, later = rows.tensor_split((start, start + MASK_STRIPE), -1)
-        future = torch.ones(corner.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
-        if not (corner == torch.where(future, hidden, seen).to(mask.dtype)).all():
-            return False
-        if past.numel() and not (past.amin() == seen and past.amax() == seen):
-            return False
-        if later.numel() and not (later.amin() == hidden and later.amax() == hidden):
-            return False
-    return True
-
-
-def as_bool_padding(mask: Tensor | None) -> Tensor | None:
-    """The padding mask as bool, True = ignore; None for no mask, and for a float mask with values other than 0 and -inf
-    (under torch.compile such a value raises a RuntimeError when the graph runs)."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    if torch.compiler.is_compiling() or mask.is_meta:
-        torch._assert_async(
-            ((mask == 0) | (mask == -math.inf)).all(),
-            "key_padding_mask: expected 0 and -inf only under torch.compile, got other values; pass a bool mask",
-        )
-        return mask == -math.inf
-    return _once_per_mask(mask, _float_to_bool)
-
-
-def _float_to_bool(mask: Tensor) -> Tensor | None:
-    padding = mask == -math.inf
-    return padding if bool((padding | (mask == 0)).all()) else None
+def _as_one_node(module: nn.Module, tracer: fx.Tracer, arguments: tuple) -> fx.Proxy:
+    """The call of ``module`` in a graph that torch.fx traces: what its masks allow can only be told when it runs."""
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
 @torch.compiler.assume_constant_result

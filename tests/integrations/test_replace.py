@@ -69,6 +69,7 @@ class Zoo(nn.Module):
         nn.utils.parametrizations.weight_norm(self.parametrized, "in_proj_weight")
         self.own = OwnAttention()
         self.ours = sb.MultiheadAttention(E, H)
+        self.exact = sb.MultiheadAttention(E, H, support=sb.Full())
         self.core = sb.ScatterbrainAttention(H, E // H)
         self.nothing = NoWeightsAttention()
         self.narrow = nn.MultiheadAttention(16, 4)
@@ -87,6 +88,7 @@ EXPECTED = {  # path: (replaced, part of the note)
     "parametrized": (False, "it is parametrized"),
     "own": (False, "use sb.attention or sb.ScatterbrainAttention"),
     "ours": (False, "runs Scatterbrain already"),
+    "exact": (False, "runs Scatterbrain already"),
     "narrow": (False, "rank must be at most head_dim=4"),
 }
 
@@ -124,7 +126,7 @@ def test_the_report_is_a_table():
     assert lines[1].split() == ["plain", "torch.nn.MultiheadAttention", "scatterbrain.MultiheadAttention"]
     bias_kv = "bias_kv torch.nn.MultiheadAttention unchanged add_bias_kv=True adds a key that no support holds"
     assert " ".join(lines[6].split()) == bias_kv
-    assert lines[-1] == f"5 of 13 attention modules replaced with {SETTINGS['support']}, {SETTINGS['low_rank']}"
+    assert lines[-1] == f"5 of 14 attention modules replaced with {SETTINGS['support']}, {SETTINGS['low_rank']}"
 
 
 def test_where_chooses_by_path():
@@ -208,6 +210,11 @@ def test_full_support_keeps_torchs_fast_path_and_its_output():
         before = model(x, src_key_padding_mask=padding())
         sb.replace_attention(model, sb.Full())
         assert model.use_nested_tensor and torch.equal(model(x, src_key_padding_mask=padding()), before)
+
+
+def test_full_support_replaces_heads_of_any_width():
+    model = nn.MultiheadAttention(16, 4)
+    assert sb.replace_attention(model, sb.Full()).replaced and model.attention is None
 
 
 def test_an_encoder_with_nested_tensors_runs_after_the_swap():

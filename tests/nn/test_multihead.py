@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import scatterbrain as sb
-from scatterbrain.nn.multihead import as_bool_padding, is_causal_mask
+from scatterbrain.nn.masks import as_bool_padding, is_causal_mask
 
 E, H, N, L, S = 48, 4, 2, 21, 21
 EVERY_KEY = sb.Window(64)  # all keys are in the window: the approximated path computes exact attention
@@ -146,27 +146,38 @@ CALLS: dict[str, tuple[dict, dict, dict, str | None]] = {
         {"need_weights": True},
         "pass need_weights=False",
     ),
-    "mask, bool": ({}, {}, {"attn_mask": some_mask(L, S)}, "pass is_causal=True"),
-    "mask, float": ({}, {}, {"attn_mask": some_mask(L, S, kind=float)}, "pass is_causal=True"),
+    "mask, bool": ({}, {}, {"attn_mask": some_mask(L, S)}, "attn_mask is not the causal mask"),
+    "mask, float": ({}, {}, {"attn_mask": some_mask(L, S, kind=float)}, "attn_mask is not the causal mask"),
     "mask per head": (
         {"batch_first": True},
         {"batch_first": True},
         {"attn_mask": some_mask(N * H, L, S)},
-        "pass is_causal=True",
+        "attn_mask is not the causal mask",
     ),
     "mask per head, float, key padding": (
         {},
         {},
         {"attn_mask": some_mask(N * H, L, S, kind=float), "key_padding_mask": padding(float)},
-        "pass is_causal=True",
+        "attn_mask is not the causal mask",
     ),
-    "mask per head, unbatched": ({}, {"batched": False}, {"attn_mask": some_mask(H, L, S)}, "pass is_causal=True"),
-    "causal mask without the hint": ({}, {}, {"attn_mask": causal()}, "pass is_causal=True"),
+    "mask per head, unbatched": (
+        {},
+        {"batched": False},
+        {"attn_mask": some_mask(H, L, S)},
+        "attn_mask is not the causal mask",
+    ),
+    "causal mask without the hint": ({}, {}, {"attn_mask": causal()}, None),
+    "causal mask without the hint, bool": (
+        {"batch_first": True},
+        {"batch_first": True},
+        {"attn_mask": causal(kind=bool), "key_padding_mask": padding()},
+        None,
+    ),
     "mask and key padding": (
         {},
         {},
         {"attn_mask": some_mask(L, S), "key_padding_mask": padding()},
-        "pass is_causal=True",
+        "attn_mask is not the causal mask",
     ),
     "key padding, other values": (
         {},
@@ -244,7 +255,7 @@ def test_masks_mean_what_they_mean_in_torch(name: str):
 def test_approximated_calls_are_sb_attention(name: str):
     support, low_rank = sb.Routed(16, block_q=8), sb.Quadratic(9, "stored")
     _, ours, tokens, call, _ = prepare(name, support, low_rank)
-    causal_call, mask = call.get("is_causal", False), as_bool_padding(call.get("key_padding_mask"))
+    causal_call, mask = "attn_mask" in call, as_bool_padding(call.get("key_padding_mask"))
     # By hand: separate projections of (batch, tokens, width), sb.attention, output projection.
     separate = (ours.q_proj_weight, ours.k_proj_weight, ours.v_proj_weight)
     weights = separate if ours.in_proj_weight is None else ours.in_proj_weight.chunk(3)
@@ -320,7 +331,7 @@ def test_each_reason_is_warned_of_once():
     x = inputs()[0]
     with pytest.warns(UserWarning, match="need_weights=False"):
         ours(x, x, x)
-    with pytest.warns(UserWarning, match="attn_mask is given"):
+    with pytest.warns(UserWarning, match="attn_mask is not the causal mask"):
         ours(x, x, x, need_weights=False, attn_mask=some_mask(L, S))
     for _ in range(2):  # warnings are errors here
         ours(x, x, x)
@@ -330,7 +341,7 @@ def test_each_reason_is_warned_of_once():
 def test_a_wrong_causal_hint_uses_the_mask_and_says_so():
     theirs, ours = pair(sb.Window(8))
     x, mask = inputs()[0], some_mask(L, S)
-    with pytest.warns(UserWarning, match="is_causal=True, but attn_mask is not the causal mask"):
+    with pytest.warns(UserWarning, match="attn_mask is not the causal mask"):
         got = ours(x, x, x, need_weights=False, attn_mask=mask, is_causal=True)[0]
     torch.testing.assert_close(got, theirs(x, x, x, need_weights=False, attn_mask=mask)[0])
 
@@ -669,8 +680,8 @@ def test_learned_projections_get_gradients_through_an_encoder():
 
 @pytest.mark.parametrize(
     "call",
-    [{}, {"src_key_padding_mask": padding()}, {"mask": causal(), "is_causal": True}],
-    ids=["plain", "padded", "causal"],
+    [{"src_key_padding_mask": padding()}, {"mask": causal(), "is_causal": True}],
+    ids=["padded", "causal"],
 )
 def test_compiles_without_graph_breaks(call: dict):
     model = encoder(1, support=sb.Window(8), low_rank=sb.Quadratic(9, "learned"))

@@ -1,0 +1,38 @@
+"""What a swap must not do to a model, and how it is said."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from scatterbrain.low_rank import LowRank, Quadratic
+from scatterbrain.support import LSH, Full, Routed, Support
+
+
+class NotReplaceable(Exception):
+    """Raised by a handler for a module of its family that it cannot swap; the text is the reason."""
+
+
+def parallel_wrapper(model: nn.Module) -> str | None:
+    """The name of the data parallelism around or inside ``model``; by name, since importing it takes long."""
+    names = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+    found = (base.__name__ for module in model.modules() for base in type(module).__mro__ if base.__name__ in names)
+    return next(found, None)
+
+
+def query_by_query(support: Support, low_rank: LowRank) -> tuple[Support, str]:
+    """A support for the cross-attention of a decoder, where what one target token reads must not depend on the tokens
+    after it, and a note if it is another one than asked for.
+
+    Raises:
+        NotReplaceable: where there is none.
+    """
+    if isinstance(low_rank, Quadratic) and low_rank.statistics == "input" and not isinstance(support, Full):
+        raise NotReplaceable("statistics='input' would show a target token the ones after it; use stored statistics")
+    if isinstance(support, LSH):
+        raise NotReplaceable("LSH sorts all queries, which would show a target token the ones after it; use Routed")
+    if isinstance(support, Routed) and support.block_q > 1:
+        own = Routed(8 * math.ceil(support.keys / 8), block_q=1, block_k=8)
+        return own, f"{own}: lists that queries share would show a target token the ones after it"
+    return support, ""

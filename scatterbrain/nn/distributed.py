@@ -1,0 +1,94 @@
+"""One set of statistics, and one start, for all ranks of a data-parallel run."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scatterbrain.low_rank import Moments
+
+MOMENTS = ("tokens", "query_mean", "query_second", "key_mean", "key_second")
+
+
+class Gatherer(Protocol):
+    """A module that gathers moments: its buffers ``moment_*`` have the shapes of what it gathers."""
+
+    _gathered: Moments | None
+    _scale: float | None
+
+
+def merge_over_ranks(modules: list[Gatherer], group: dist.ProcessGroup | None) -> None:
+    """Replaces what each module gathered on this rank by what it gathered on all ranks of ``group`` together, weighted
+    by tokens, as if the ranks' batches had been passed one after another. One all-reduce for all modules; every rank of
+    the group must call it with the same modules. Does nothing where torch.distributed is not initialised, on a single
+    rank, or without modules.
+
+    Args:
+        modules: some may have gathered nothing on this rank.
+        group: of the ranks that share their statistics; None is the default group.
+
+    Raises:
+        ValueError: ranks whose attention has another scale.
+    """
+    if not modules or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) < 2:
+        return
+    sums = torch.cat([_weighted(module) for module in modules])
+    dist.all_reduce(sums, group=group)
+    for module in modules:
+        size = 2 + sum(_buffer(module, name).numel() for name in MOMENTS)
+        _take(module, sums[:size])
+        sums = sums[size:]
+
+
+def fill(target: Tensor, value: Tensor) -> None:
+    """Copies ``value`` into ``target``. If ``target`` is sharded (FSDP2) every rank takes its part of rank 0's value, and
+    all must call it."""
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(target.device_mesh.device_type), target.device_mesh, target.placements)
+    target.copy_(value)
+
+
+def _buffer(module: Gatherer, name: str) -> Tensor:
+    return getattr(module, "moment_" + name)
+
+
+def _weighted(module: Gatherer) -> Tensor:
+    """float64: 1 and the scale, then the tokens and every other moment times the tokens; zeros where nothing was
+    gathered."""
+    shapes = [_buffer(module, name) for name in MOMENTS]
+    gathered = module._gathered
+    if gathered is None:
+        return torch.cat([shapes[0].new_zeros(2), *(torch.zeros_like(s).flatten() for s in shapes)])
+    tokens = gathered.tokens
+    products = [getattr(gathered, name) * _along(tokens, shape) for name, shape in zip(MOMENTS[1:], shapes[1:])]
+    # A rank whose tokens are all padding adds nothing, whatever its means are.
+    products = [torch.where(_along(tokens, p) > 0, p, 0).flatten() for p in products]
+    return torch.cat([tokens.new_tensor([1.0, module._scale]), tokens, *products])
+
+
+def _take(module: Gatherer, sums: Tensor) -> None:
+    ran, scale = sums[:2].tolist()
+    if not ran:
+        return
+    scale /= ran
+    if module._scale is not None and abs(module._scale - scale) > 1e-6 * abs(scale):
+        raise ValueError(
+            f"statistics of several ranks: expected one scale of attention on all of them, got {module._scale:.6g} here "
+            f"and {scale:.6g} on average"
+        )
+    shapes = [_buffer(module, name) for name in MOMENTS]
+    tokens, *products = (
+        part.reshape(s.shape) for part, s in zip(sums[2:].split([s.numel() for s in shapes]), shapes)
+    )  # fmt: skip
+    module._gathered = Moments(tokens, *(p / _along(tokens.clamp(min=1), p) for p in products))
+    module._scale = scale if module._scale is None else module._scale
+
+
+def _along(tokens: Tensor, moment: Tensor) -> Tensor:
+    """``tokens`` (heads,) with the dimensions of ``moment`` (heads, ...)."""
+    return tokens.reshape(tokens.shape + (1,) * (moment.dim() - tokens.dim()))

@@ -1,0 +1,159 @@
+"""Where a swapped model goes: files, devices, dtypes and copies, for every kind of low-rank state."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import scatterbrain as sb
+
+E, H, N, L = 32, 2, 2, 24
+LOW_RANKS: dict[str, Any] = {
+    "none": None,
+    "stored": sb.Quadratic(4),
+    "input": sb.Quadratic(4, "input"),
+    "ema": sb.Quadratic(4, "ema"),
+    "learned": sb.Quadratic(4, "learned"),
+    "favor": sb.Favor(8),
+}
+
+
+@pytest.fixture(params=LOW_RANKS)
+def low_rank(request: pytest.FixtureRequest) -> str:
+    torch.manual_seed(0)
+    return request.param
+
+
+def swapped(low_rank: str) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(E, H, 48, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    sb.replace_attention(model, sb.Routed(16, block_q=8), LOW_RANKS[low_rank])
+    return model
+
+
+def tokens() -> Tensor:
+    return torch.randn(N, L, E, generator=torch.Generator().manual_seed(3))
+
+
+def ready(low_rank: str) -> nn.TransformerEncoder:
+    """Calibrated where it needs to be."""
+    model = swapped(low_rank)
+    if low_rank in ("stored", "ema"):
+        with sb.calibrate(model), torch.no_grad():
+            model(tokens())
+    return model
+
+
+def restored_from_safetensors(model: nn.Module, low_rank: str, path: Path) -> nn.Module:
+    files = pytest.importorskip("safetensors.torch")
+    files.save_file(model.state_dict(), path)
+    other = swapped(low_rank)
+    other.load_state_dict(files.load_file(path), strict=True)
+    return other
+
+
+def restored_by_safetensors_model(model: nn.Module, low_rank: str, path: Path) -> nn.Module:
+    files = pytest.importorskip("safetensors.torch")
+    files.save_model(model, str(path))
+    other = swapped(low_rank)
+    assert files.load_model(other, str(path)) == (set(), [])
+    return other
+
+
+def restored_by_torch(model: nn.Module, low_rank: str, path: Path, **how: bool) -> nn.Module:
+    torch.save(model.state_dict(), path)
+    other = swapped(low_rank)
+    other.load_state_dict(torch.load(path, weights_only=True, mmap=how.get("mmap", False)), assign=how["assign"])
+    return other
+
+
+def filled_after_meta(model: nn.Module, low_rank: str, path: Path) -> nn.Module:
+    with torch.device("meta"):
+        other = swapped(low_rank)
+    other.load_state_dict(model.state_dict(), strict=True, assign=True)
+    return other
+
+
+WAYS: dict[str, Callable[[nn.Module, str, Path], nn.Module]] = {
+    "safetensors": restored_from_safetensors,
+    "safetensors model": restored_by_safetensors_model,
+    "torch.save": lambda m, low_rank, path: restored_by_torch(m, low_rank, path, assign=False),
+    "torch.save, mapped and assigned": lambda m, low_rank, path: restored_by_torch(m, low_rank, path, mmap=True, assign=True),
+    "meta, assigned": filled_after_meta,
+    "deepcopy": lambda m, low_rank, path: copy.deepcopy(m),
+    "pickle": lambda m, low_rank, path: pickle.loads(pickle.dumps(m)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_that_went_this_way_gives_the_same_output(low_rank: str, way: str, tmp_path: Path):
+    model = ready(low_rank)
+    other = WAYS[way](model, low_rank, tmp_path / "file")
+    assert other is not model and type(other.layers[1].self_attn) is sb.MultiheadAttention
+    with torch.no_grad():
+        assert torch.equal(other(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize("how", ["device context", "moved"])
+def test_a_model_on_meta_is_emptied_and_reset(low_rank: str, how: str):
+    if how == "moved":
+        model = swapped(low_rank).to("meta")
+    else:
+        with torch.device("meta"):
+            model = swapped(low_rank)
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        for name in ("reset_parameters", "_reset_parameters"):
+            if hasattr(module, name):
+                getattr(module, name)()
+    if low_rank in ("stored", "ema"):
+        with sb.calibrate(model), torch.no_grad():
+            model(tokens())
+    assert model(tokens()).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_keep_their_precision(low_rank: str, dtype: torch.dtype):
+    model = ready(low_rank)
+    before = {name: (buffer.clone(), buffer.dtype) for name, buffer in model.named_buffers()}
+    converted = copy.deepcopy(model).to(dtype)
+    assert {p.dtype for p in converted.parameters()} == {dtype}
+    assert all(torch.equal(b, before[n][0]) and b.dtype == before[n][1] for n, b in converted.named_buffers())
+    fresh = swapped(low_rank).to(dtype)
+    fresh.load_state_dict(converted.state_dict(), strict=True)
+    with torch.no_grad():
+        out, expected = converted(tokens().to(dtype)), model(tokens())
+        assert torch.equal(fresh(tokens().to(dtype)), out)
+    assert (out.float() - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_not_that_of_statistics(low_rank: str, dtype: torch.dtype):
+    expected = {name: b.dtype for name, b in swapped(low_rank).named_buffers()}
+    torch.set_default_dtype(dtype)
+    try:
+        model = swapped(low_rank)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {name: b.dtype for name, b in model.named_buffers()} == expected
+    if low_rank in ("stored", "ema"):
+        with sb.calibrate(model), torch.no_grad():
+            model(tokens().to(dtype))
+    assert model(tokens().to(dtype)).dtype == dtype
+
+
+def test_a_double_model_computes_in_double(low_rank: str):
+    model = ready(low_rank)
+    with torch.no_grad():
+        expected = model(tokens())
+        out = model.double()(tokens().double())
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out.float(), expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,50 @@
+"""benchmarks/finetune.py runs from its arguments alone, and goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("tqdm")
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "finetune.py"
+pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the source tree, not only the installed package")
+
+
+def images(folder: Path) -> Path:
+    draw = np.random.default_rng(0)
+    arrays = {f"x_{part}": draw.integers(0, 256, (n, 32, 32, 3), np.uint8) for part, n in (("train", 8), ("test", 6))}
+    labels = {f"y_{part}": draw.integers(0, 10, n, np.uint8) for part, n in (("train", 8), ("test", 6))}
+    np.savez(folder / "images.npz", **arrays, **labels)
+    return folder / "images.npz"
+
+
+def texts(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "texts.zip", "w") as archive:
+        for label in ("neg", "pos"):
+            for i in range(5):
+                archive.writestr(f"reviews/{label}/{i}.txt", f"{label} " * (40 + 60 * i))
+    return folder / "texts.zip"
+
+
+@pytest.mark.parametrize(("task", "data"), [("images", images), pytest.param("text", texts, marks=pytest.mark.slow)])
+def test_it_prints_accuracies_and_does_not_repeat_itself(
+    task: str, data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    call = [str(SCRIPT), task, str(data(tmp_path)), "--out", str(tmp_path / "out"), "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", [*call, "--steps", "1", "--finetune-steps", "1"])
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    keys = "32 keys" if task == "images" else "64 keys"
+    assert [line.split("  ")[0] for line in lines[1:]] == ["exact", keys, f"{keys} alone"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results) == 5 and all(0 <= value <= 100 for value in results.values())
+    (tmp_path / "out" / "results.json").write_text(json.dumps({name: 12.5 for name in results}))
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert all("before 12.50" in line for line in capsys.readouterr().out.splitlines()[1:])
