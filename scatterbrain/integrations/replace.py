@@ -138,7 +138,7 @@ class TorchHandler:
 
 HANDLERS: list[Handler] = [TorchHandler()]
 # Packages whose modules are swapped by scatterbrain.integrations.<package>, which registers its handlers when imported.
-PACKAGES: tuple[str, ...] = ()
+PACKAGES: tuple[str, ...] = ("transformers", "timm", "diffusers")
 
 
 def register_handler(handler: Handler) -> None:
@@ -168,6 +168,9 @@ def replace_attention(
     parameters, requires_grad, hooks, mode, dtype and device. Every nn.TransformerEncoder that holds one stops using
     nested tensors, which only torch's own attention reads. A subclass of nn.MultiheadAttention is left alone, since its
     forward may do anything.
+
+    Attention layers of Hugging Face transformers get a :class:`scatterbrain.ScatterbrainAttention` as their submodule
+    ``scatterbrain``; layers that are left out stay exact (:mod:`scatterbrain.integrations.transformers`).
 
     Statistics must be calibrated before use (``with sb.calibrate(model): model(batch)``) if low_rank says "stored", as
     the default does. "learned" adds parameters: create the optimizer afterwards.
@@ -217,7 +220,8 @@ def replace_attention(
         except NotReplaceable as reason:
             entry.note = str(reason)
             continue
-        entry.now = _class_name(module)
+        now = _class_name(module)
+        entry.now = now if now != entry.was else f"{now}, scatterbrain inside"
         report._undo.append(undo)
     _stop_nested_tensors(model, report)
     if not report.replaced:
@@ -271,6 +275,12 @@ def _class_name(module: nn.Module) -> str:
     return cls.__name__ if package in ("__main__", "builtins") else f"{package}.{cls.__name__}"
 
 
+def _family(module: nn.Module) -> str:
+    """The family that a class of transformers belongs to: the name of its folder."""
+    parts = type(module).__module__.split(".")
+    return parts[2] if parts[1:2] == ["models"] and len(parts) > 2 else type(module).__name__
+
+
 def _why_unhandled(module: nn.Module) -> str:
     package = type(module).__module__.split(".")[0]
     if any(isinstance(inside, ScatterbrainAttention) for inside in module.modules()):
@@ -279,6 +289,8 @@ def _why_unhandled(module: nn.Module) -> str:
         return "it is parametrized (torch.nn.utils.parametrize); replace attention before that is done"
     if isinstance(module, nn.MultiheadAttention):
         return "a subclass of nn.MultiheadAttention, whose forward may differ; derive it from sb.MultiheadAttention"
-    if package in ("transformers", "timm", "diffusers"):
-        return f"attention modules of {package} are not handled in this release"
+    if package == "transformers":
+        return f"{_family(module)} computes attention in its own code, without transformers' AttentionInterface"
+    if package in PACKAGES:
+        return f"attention modules of this class are not handled for {package}"
     return "an attention module of its own; use sb.attention or sb.ScatterbrainAttention in its forward"
