@@ -87,7 +87,10 @@ class NotReplaceable(Exception):
 
 
 class Handler(Protocol):
-    """How one family of attention modules is swapped. :func:`register_handler` adds one."""
+    """How one family of attention modules is swapped. :func:`register_handler` adds one.
+
+    A handler that must see the whole model first may have ``prepare(model)``, called before the first ``replace``.
+    """
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module is of this family."""
@@ -198,6 +201,10 @@ def replace_attention(
         raise TypeError(f"replace_attention: low_rank must be Quadratic, Favor or None, got {low_rank!r}")
 
     _load_handlers(model)
+    for handler in HANDLERS:
+        prepare = getattr(handler, "prepare", None)
+        if prepare is not None:
+            prepare(model)
     settings = "exact attention" if isinstance(support, Full) else f"{support}, {low_rank}"
     report = Report(settings)
     done: dict[nn.Module, Entry] = {}

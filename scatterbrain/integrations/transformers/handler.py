@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import TrainerCallback
@@ -12,6 +13,7 @@ from scatterbrain.integrations.transformers.layers import (
     PARKED,
     PER_LAYER,
     attach,
+    attention_layers,
     core_of,
     detach,
     implementation,
@@ -25,6 +27,12 @@ from scatterbrain.support import Support
 class TransformersHandler:
     """An attention layer gets a ScatterbrainAttention, and the configuration that it shares with its model an
     implementation under which layers without one run exactly, on the same masks."""
+
+    def __init__(self) -> None:
+        self._paths: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+    def prepare(self, model: nn.Module) -> None:
+        self._paths.update({module: path for path, module in attention_layers(model)})
 
     def matches(self, module: nn.Module) -> bool:
         return routes(type(module))
@@ -40,7 +48,7 @@ class TransformersHandler:
             )
         parked = module.__dict__.pop(PARKED, None)
         try:
-            attach(module, support, low_rank, path="")
+            attach(module, support, low_rank, path=self._paths.get(module, ""), seed=len(self._paths))
         except ValueError as error:
             if parked is not None:
                 module.__dict__[PARKED] = parked
@@ -62,5 +70,5 @@ class UpdateStatistics(TrainerCallback):
     """Commits the moving averages of ``Quadratic(statistics="ema")`` and redraws ``Favor(redraw=n)`` after every
     optimizer step of a transformers.Trainer: ``Trainer(..., callbacks=[UpdateStatistics()])``."""
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:  # noqa: ANN001, ANN003
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         update_statistics(model)

@@ -77,7 +77,7 @@ def _register(name: str, support: Support, low_rank: LowRank) -> str:
 def _publish(name: str) -> None:
     """The attention and the mask function go together: without the second transformers drops padding silently."""
 
-    def attention(module, query, key, value, attention_mask, **arguments):  # noqa: ANN001, ANN202
+    def attention(module, query, key, value, attention_mask, **arguments):
         return attention_forward(module, query, key, value, attention_mask, name=name, **arguments)
 
     AttentionInterface.register(name, attention)
