@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
-import transformers as hf  # noqa: E402
+import transformers as hf
 
 WIDTH, HEADS, WORDS, PAD = 64, 4, 60, 0
 TEXT: dict[str, Any] = {

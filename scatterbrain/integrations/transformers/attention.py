@@ -68,7 +68,7 @@ def attention_forward(
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     is_self = core is None or core.is_self
     visible = read_mask(attention_mask, causal, query.shape[0], query.shape[2], key.shape[2], is_self)
-    if core is None or _is_exact(module, core, query, visible, dropout):
+    if core is None or _is_exact(module, core, query, visible, dropout, arguments):
         out = _exact(query, key, value, visible, dropout, scaling)
     else:
         out = _approximate(module, core, query, key, value, visible, scaling)
@@ -122,18 +122,32 @@ def _refuse(module: nn.Module, mask: Tensor | None, queries: int, keys: int, arg
         _warn(f"{layer} returns no attention weights (output_attentions); use attn_implementation='eager' for them")
 
 
-def _is_exact(module: nn.Module, core: ScatterbrainAttention, query: Tensor, visible: Visible, dropout: float) -> bool:
+def _is_exact(
+    module: nn.Module,
+    core: ScatterbrainAttention,
+    query: Tensor,
+    visible: Visible,
+    dropout: float,
+    arguments: dict[str, Any],
+) -> bool:
     """Whether this call runs exact attention; warns unless exact is what was chosen or what a single query gets."""
     if core._collecting and visible.dense is None:
         return False
     if isinstance(core.support, Full) or query.shape[2] == 1:
         return True
     reason = None
-    if visible.dense is not None:
-        kind = "added to the scores" if visible.dense.is_floating_point() else "of its own for every query"
+    window = arguments.get("sliding_window")
+    if visible.dense is not None and window is not None:
+        reason = f"it has a sliding window, {window} tokens wide, which is its own choice of keys"
+    elif visible.dense is not None and visible.dense.is_floating_point():
         reason = (
-            f"its mask is {kind} (a sliding window, packed sequences or a 4-D attention_mask); pass an attention_mask "
-            "(batch, tokens) where that says the same"
+            "its mask is added to the scores; pass an attention_mask (batch, tokens), 1 = keep, if that says the same"
+        )
+    elif visible.dense is not None:
+        reason = (
+            "its mask differs from query to query (packed sequences, a 4-D attention_mask, or masks of another "
+            "implementation than this layer's); pass an attention_mask (batch, tokens), 1 = keep, if that says the same, "
+            "and choose single layers with sb.replace_attention(model, where=...)"
         )
     elif dropout > 0:
         reason = (
@@ -193,6 +207,7 @@ def _approximate(
     )
 
 
+@torch.compiler.assume_constant_result
 def _warn(message: str) -> None:
     """Warns, once for a message and place as Python's filter has it; under torch.compile when the call is traced."""
     warnings.warn(message, stacklevel=3)
