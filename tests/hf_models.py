@@ -68,8 +68,8 @@ class Family:
         model = self.model(config, **self.extra).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():  # attention that is neither uniform nor one-hot
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
+            for key, parameter in model.named_parameters():
+                if parameter.dim() > 1 and ".scatterbrain." not in key:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
         return model
 

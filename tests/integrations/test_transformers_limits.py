@@ -132,7 +132,7 @@ def test_masks_that_no_support_has_run_exactly_and_say_so(case: str):
 def test_dropout_on_weights_runs_exactly_in_training_and_says_how_to_stop_it():
     model = hf.FAMILIES["bert"].build(INPUT).train()
     with pytest.warns(
-        UserWarning, match=r"dropout=0.1 acts on attention weights .* set_attention_dropout\(model, 0.0\)"
+        UserWarning, match=r"dropout=0.1 acts on attention weights .*set_attention_dropout\(model, 0.0\)"
     ):
         model(input_ids=hf.tokens())
     assert set_attention_dropout(model, 0.0) == [f"encoder.layer.{i}.attention.self" for i in (0, 1)]

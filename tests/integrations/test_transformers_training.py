@@ -125,7 +125,7 @@ def losses(trainer: transformers.Trainer) -> list[float]:
 @pytest.mark.parametrize("implementation", [LEARNED, EMA])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_trainer_trains(implementation: str, checkpointing: bool, tmp_path):
-    model, trainer = trained(implementation, tmp_path, gradient_checkpointing=checkpointing)
+    model, trainer = trained(implementation, tmp_path, activation_checkpointing=checkpointing)
     before = copy.deepcopy(model.state_dict())
     trainer.train()
     history = losses(trainer)
@@ -140,13 +140,13 @@ def test_training_resumes_with_what_was_learned(tmp_path):
     again, second = trained(LEARNED, tmp_path, save_strategy="steps", save_steps=6)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(again.state_dict()[key], value, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_training_in_half_precision_autocast(tmp_path):
     _, trainer = trained(LEARNED, tmp_path, bf16=True, max_steps=4)
     trainer.train()
-    assert all(loss == loss for loss in losses(trainer))
+    assert torch.tensor(losses(trainer)).isfinite().all()
 
 
 def test_a_classifier_is_fine_tuned_after_the_swap(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from scatterbrain.integrations.transformers.layers import (
     CORE,
@@ -45,24 +45,31 @@ def adopt(model: nn.Module) -> None:
             inner._keys_to_ignore_on_load_missing = patterns | {_OWNED.replace(".", r"\.")}
 
 
-def refuse_family(model: PreTrainedModel, name: str) -> None:
+def refuse_family(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
     """Raises for a model that computes its attention itself and would ignore the choice without a word."""
     if not model._can_set_attn_implementation():
-        kind = getattr(model.config, "model_type", type(model).__name__)
         raise ValueError(
-            f"{type(model).__name__} ({kind}) computes attention in its own code and does not ask transformers' "
+            f"{type(model).__name__} ({config.model_type}) computes attention in its own code and does not ask transformers' "
             f"AttentionInterface, so attn_implementation={name!r} would change nothing; models of this family are not "
             "supported"
         )
+
+
+def _init(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        name = getattr(config, "_attn_implementation", None)
+        if is_ours(name):  # before the model looks up a class of its own by this name
+            refuse_family(self, config, name)
+        original(self, config, *args, **kwargs)
+
+    return init
 
 
 def _post_init(original: Callable[[PreTrainedModel], None]) -> Callable[[PreTrainedModel], None]:
     @functools.wraps(original)
     def post_init(self: PreTrainedModel) -> None:
         original(self)
-        name = self.config._attn_implementation
-        if is_ours(name):
-            refuse_family(self, name)
         adopt(self)
 
     return post_init
@@ -79,7 +86,7 @@ def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., Non
                 )
             for inner in self.modules():
                 if isinstance(inner, PreTrainedModel):
-                    refuse_family(inner, attn_implementation)
+                    refuse_family(inner, inner.config, attn_implementation)
         original(self, attn_implementation, *args, **kwargs)
         adopt(self)
 
@@ -98,6 +105,7 @@ def _move_missing(original: Callable[..., None]) -> Callable[..., None]:
 
 
 _WRAPPERS = {
+    "__init__": _init,
     "post_init": _post_init,
     "set_attn_implementation": _set_attn_implementation,
     "_move_missing_keys_from_meta_to_device": _move_missing,
