@@ -21,7 +21,15 @@ PER_LAYER = "scatterbrain:per_layer"  # implementation whose layers are exact un
 _INTERFACE = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface")
 _CROSS = re.compile(r"key_value|encoder|cross|context|memory|latent|image|vision|text|media|kv|query|queries|value")
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_attn_heads", "encoder_attention_heads")
-_HEAD_DIM = ("head_dim", "attention_head_size", "qk_head_dim", "key_value_proj_dim", "dim_per_head", "d_kv")
+_HEAD_DIM = (
+    "head_dim",
+    "attention_head_size",
+    "qk_head_dim",
+    "head_size",
+    "key_value_proj_dim",
+    "dim_per_head",
+    "d_kv",
+)
 _QUERY = ("q_proj", "query", "q", "to_q", "q_lin", "linear_q")
 _KEY = ("k_proj", "key", "k", "to_k", "k_lin", "linear_k")
 
@@ -195,8 +203,15 @@ def _is_self(module: nn.Module, path: str) -> bool:
         return False
     if "self" in names.lower() or "self" in type(module).__name__.lower():
         return True
-    parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
-    return not any(_CROSS.search(name) for name in parameters)
+    others = {name for name in _parameters(type(module)) if _CROSS.search(name)}
+    has_encoder = getattr(module.config, "is_encoder_decoder", False) or getattr(
+        module.config, "add_cross_attention", False
+    )
+    return not others or (others == {"key_value_states"} and not has_encoder)
+
+
+def _parameters(cls: type[nn.Module]) -> list[str]:
+    return list(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]
 
 
 # -------------------- dropout
