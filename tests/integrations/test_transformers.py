@@ -385,6 +385,22 @@ def test_an_implementation_written_into_the_configuration_of_a_layer():
     assert list(cores(model)) == ["encoder.layer.1.attention.self.scatterbrain"] and 1e-5 < error < 0.3
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_masks_of_another_implementation_are_read_for_what_they_say(name: str, side: str):
+    """Layers whose own configuration names ours get the masks that their model makes for sdpa."""
+    arguments, counts = hf.inputs(name, side)
+    model, mixed = calibrated(name, WINDOW), calibrated(name, WINDOW)
+    mixed.set_attn_implementation("sdpa")
+    for module in list(mixed.modules()):
+        if "_scatterbrain_parked" in module.__dict__:
+            module.config = copy.deepcopy(module.config)
+            module.config._attn_implementation = WINDOW
+    out = hf.run(mixed, **arguments)
+    assert len(cores(mixed)) == 2
+    torch.testing.assert_close(out[counts], hf.run(model, **arguments)[counts], rtol=1e-5, atol=1e-5)
+
+
 def test_moving_a_model_moves_its_state():
     model = calibrated("bert").to("meta")
     assert all(tensor.device.type == "meta" for core in cores(model).values() for tensor in core.buffers())

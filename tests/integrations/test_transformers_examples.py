@@ -83,7 +83,7 @@ def test_dinov2_sees_what_its_weights_were_trained_for():
     picture[..., 112:] = torch.randn(1, 3, 224, 112, generator=torch.Generator().manual_seed(0))
     patches = torch.nn.functional.normalize(model(picture).last_hidden_state[0, 1:].reshape(16, 16, -1), dim=-1)
     left, right = patches[:, 2:6].flatten(0, 1), patches[:, 10:14].flatten(0, 1)
-    assert (left @ left.T).mean() > (left @ right.T).mean() + 0.2
+    assert (left @ left.T).mean() > (left @ right.T).mean() + 0.05
 
 
 def test_the_benchmark_names_what_it_can_measure():

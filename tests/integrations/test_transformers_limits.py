@@ -107,7 +107,7 @@ EXACT = {
     "bool mask": (
         "llama",
         LEARNED,
-        {"attention_mask": torch.ones(2, 1, 100, 100, dtype=torch.bool).tril()},
+        {"attention_mask": torch.ones(2, 1, 100, 100, dtype=torch.bool).tril().triu(-60)},
         "its mask differs from query to query",
     ),
     "float mask": ("bert", INPUT, {"attention_mask": torch.zeros(2, 1, 100, 100)}, "its mask is added to the scores"),
@@ -166,6 +166,16 @@ def test_a_layer_with_a_window_refuses_masks_that_say_nothing_of_it():
         ValueError, match="has a sliding window of 24 keys, and its mask of 100 keys says nothing of it"
     ):
         model(input_ids=hf.tokens(), attention_mask=mask)
+
+
+def test_a_window_that_hides_no_real_token_is_none():
+    arguments = {"input_ids": hf.tokens(), "attention_mask": hf.keep("left", padded=80)[[1, 1]]}
+    name = register("scatterbrain:limits-every-key", sb.Window(4096), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        mine = hf.run(hf.FAMILIES["mistral with a window"].build(name), **arguments)
+    exact = hf.run(hf.FAMILIES["mistral with a window"].build(), **arguments)
+    torch.testing.assert_close(mine[:, 80:], exact[:, 80:], rtol=2e-5, atol=2e-5)
 
 
 def test_a_clustering_support_is_refused_by_a_causal_model():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scatterbrain.integrations.transformers import layers
-from scatterbrain.integrations.transformers.masks import Visible, dense_mask, is_compact, read_mask
+from scatterbrain.integrations.transformers.masks import Visible, compacted, dense_mask, is_compact, read_mask
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.support import Full
 
@@ -55,7 +55,9 @@ def attention_forward(
     Returns:
         ((B, N, Hq, dv), None): there are no attention weights to return.
     """
+    _check_mask(module, attention_mask)
     _refuse(module, attention_mask, query.shape[2], key.shape[2], arguments)
+    attention_mask = compacted(attention_mask)
     if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
     core = layers.core_of(module)
@@ -91,6 +93,15 @@ def _attach(module: nn.Module, name: str, query: Tensor, key: Tensor) -> Scatter
 # -------------------- what is possible
 
 
+def _check_mask(module: nn.Module, mask: Tensor | None) -> None:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
+        kind = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"{type(module).__name__} got an attention mask of {kind}, expected None or a 4-D tensor of AttentionMaskInterface; use "
+            "attn_implementation='sdpa' for this model"
+        )
+
+
 def _refuse(module: nn.Module, mask: Tensor | None, queries: int, keys: int, arguments: dict[str, Any]) -> None:
     """Raises for attention that is something else, naming the model's layer, what it asks for and the cure."""
     layer = type(module).__name__
@@ -100,12 +111,6 @@ def _refuse(module: nn.Module, mask: Tensor | None, queries: int, keys: int, arg
                 f"{layer} {what}, which sparse + low-rank attention does not have; use attn_implementation='eager', or "
                 "sb.replace_attention(model, where=...) to leave this layer out"
             )
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
-        kind = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"{layer} got an attention mask of {kind}, expected None or a 4-D tensor of AttentionMaskInterface; use "
-            "attn_implementation='sdpa' for this model"
-        )
     compact = is_compact(mask, queries)
     if compact and any(arguments.get(argument) is not None for argument in PACKED):
         raise ValueError(

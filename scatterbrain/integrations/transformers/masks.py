@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
@@ -82,6 +83,40 @@ def _keep(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tens
     if missing > 0:
         attention_mask = nn.functional.pad(attention_mask, (0, missing))
     return attention_mask[:, kv_offset : kv_offset + kv_length]
+
+
+_COMPACTED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (its version, compact form or None)
+
+
+def compacted(mask: Tensor | None) -> Tensor | None:
+    """The compact form of a bool (B, 1, N, M) mask that is padding, or causality and padding, compared once for all
+    layers; any other mask as it is. Masks of another implementation have that form where a layer was given ours alone,
+    and masks that users make often say no more. Under torch.compile the content of a mask cannot be looked at."""
+    if mask is None or mask.dtype != torch.bool or mask.shape[1] != 1 or 1 in mask.shape[2:]:
+        return mask
+    if torch.compiler.is_compiling() or mask.is_meta:
+        return mask
+    if mask.is_inference():  # has no version
+        form = _compact_form(mask)
+    else:
+        known = _COMPACTED.get(mask)
+        if known is None or known[0] != mask._version:
+            known = _COMPACTED[mask] = (mask._version, _compact_form(mask))
+        form = known[1]
+    return mask if form is None else form
+
+
+def _compact_form(mask: Tensor) -> Tensor | None:
+    queries, keys = mask.shape[2:]
+    keep = mask.any(2, keepdim=True)
+    if bool((mask == keep).all()):
+        return keep
+    position = torch.arange(keys, dtype=torch.int32, device=mask.device)
+    for offset in {keys - queries, 0}:
+        first_query = position - offset
+        if bool((mask == (keep & (first_query <= position[:queries, None]))).all()):
+            return torch.where(keep, first_query, NEVER)
+    return None
 
 
 class Visible(NamedTuple):
