@@ -210,6 +210,8 @@ def test_names_that_cannot_be_registered(name: str, message: str):
 def test_a_name_that_nobody_registered_lists_those_there_are():
     with pytest.raises(ValueError, match="'scatterbrain:nobody' is not registered, expected one of scatterbrain, "):
         hf.FAMILIES["bert"].build().set_attn_implementation("scatterbrain:nobody")
+    with pytest.raises(ValueError, match="'scatterbrain:nobody' is not registered, expected one of scatterbrain, "):
+        hf.FAMILIES["bert"].build("scatterbrain:nobody")
 
 
 def test_settings_are_checked_when_they_are_registered():

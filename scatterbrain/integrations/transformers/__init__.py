@@ -23,8 +23,9 @@ several tokens behind a cache                approximated, each query at its pos
 one token                                    exact over the cache
 cross-attention                              approximated
 dropout on attention weights in training     exact, warns: :func:`set_attention_dropout`
+4-D bool masks of padding and causality      approximated
 sliding windows shorter than the sequence,   exact, warns
-packed sequences, 4-D and float masks
+packed sequences, other 4-D and float masks
 ``output_attentions=True``                   warns: there are no weights
 score caps, sinks, position biases,          ValueError
 head masks, keys chosen by the model
@@ -32,6 +33,15 @@ uncalibrated                                 ValueError
 families that compute attention themselves   ValueError at load (Bloom, DeBERTa-v2, Falcon, GPT-Neo, Longformer, ...)
 ============================================ =======================================================================
 """
+
+try:
+    import transformers as _transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "scatterbrain.integrations.transformers needs Hugging Face transformers: "
+        "pip install 'scatterbrain[transformers]'",
+        name="transformers",
+    ) from error
 
 from scatterbrain.integrations.replace import register_handler
 from scatterbrain.integrations.transformers.handler import TransformersHandler, UpdateStatistics

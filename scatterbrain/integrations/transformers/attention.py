@@ -68,7 +68,7 @@ def attention_forward(
     if attention_mask is None and causal and key.shape[2] > query.shape[2]:
         # The first tokens of a static cache: the slots behind them are empty.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    is_self = core is None or core.is_self
+    is_self = core is None or getattr(core, "is_self", True)
     visible = read_mask(attention_mask, causal, query.shape[0], query.shape[2], key.shape[2], is_self)
     if core is None or _is_exact(module, core, query, visible, dropout, arguments):
         out = _exact(query, key, value, visible, dropout, scaling)

@@ -45,6 +45,15 @@ def adopt(model: nn.Module) -> None:
             inner._keys_to_ignore_on_load_missing = patterns | {_OWNED.replace(".", r"\.")}
 
 
+def check_registered(name: str) -> None:
+    """Raises for a name of ours that nothing was registered under."""
+    if not is_ours(name):
+        raise ValueError(
+            f"attn_implementation={name!r} is not registered, expected one of {', '.join(SETTINGS)}; register it with "
+            "scatterbrain.integrations.transformers.register"
+        )
+
+
 def refuse_family(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
     """Raises for a model that computes its attention itself and would ignore the choice without a word."""
     if not model._can_set_attn_implementation():
@@ -59,7 +68,8 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def init(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         name = getattr(config, "_attn_implementation", None)
-        if is_ours(name):  # before the model looks up a class of its own by this name
+        if isinstance(name, str) and name.startswith(CORE):  # before the model looks up a class by this name
+            check_registered(name)
             refuse_family(self, config, name)
         original(self, config, *args, **kwargs)
 
@@ -79,11 +89,7 @@ def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., Non
     @functools.wraps(original)
     def set_attn_implementation(self: PreTrainedModel, attn_implementation: str | dict, *args: Any, **kwargs: Any):
         if isinstance(attn_implementation, str) and attn_implementation.startswith(CORE):
-            if attn_implementation not in SETTINGS:
-                raise ValueError(
-                    f"attn_implementation={attn_implementation!r} is not registered, expected one of "
-                    f"{', '.join(SETTINGS)}; register it with scatterbrain.integrations.transformers.register"
-                )
+            check_registered(attn_implementation)
             for inner in self.modules():
                 if isinstance(inner, PreTrainedModel):
                     refuse_family(inner, inner.config, attn_implementation)
