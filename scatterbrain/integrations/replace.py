@@ -84,7 +84,10 @@ class Report:
 
 
 class Handler(Protocol):
-    """How one family of attention modules is swapped. :func:`register_handler` adds one."""
+    """How one family of attention modules is swapped. :func:`register_handler` adds one.
+
+    A handler that must see the whole model first may have ``prepare(model)``, called before the first ``replace``.
+    """
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module is of this family."""
@@ -135,7 +138,7 @@ class TorchHandler:
 
 HANDLERS: list[Handler] = [TorchHandler()]
 # Packages whose modules are swapped by scatterbrain.integrations.<package>, which registers its handlers when imported.
-PACKAGES: tuple[str, ...] = ()
+PACKAGES: tuple[str, ...] = ("transformers", "timm", "diffusers")
 
 
 def register_handler(handler: Handler) -> None:
@@ -171,6 +174,9 @@ def replace_attention(
     many there are does matter: it places the block that is nearest by position). In a decoder of your own choose such a
     support yourself, with ``where``.
 
+    Attention layers of Hugging Face transformers get a :class:`scatterbrain.ScatterbrainAttention` as their submodule
+    ``scatterbrain``; layers that are left out stay exact (:mod:`scatterbrain.integrations.transformers`).
+
     Statistics must be calibrated before use (``with sb.calibrate(model): model(batch)``) if low_rank says "stored", as
     the default does. "learned" adds parameters: create the optimizer afterwards.
 
@@ -204,6 +210,10 @@ def replace_attention(
             "the projections that statistics='learned' adds; replace attention first, then wrap the model"
         )
     _load_handlers(model)
+    for handler in HANDLERS:
+        prepare = getattr(handler, "prepare", None)
+        if prepare is not None:
+            prepare(model)
     settings = "exact attention" if isinstance(support, Full) else f"{support}, {low_rank}"
     report = Report(settings)
     crossing = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
@@ -229,7 +239,8 @@ def replace_attention(
             entry.note = str(reason)
             continue
         entry.note = "; ".join(text for text in (why, note) if text)
-        entry.now = _class_name(module)
+        now = _class_name(module)
+        entry.now = now if now != entry.was else f"{now}, scatterbrain inside"
         report._undo.append(undo)
     _stop_nested_tensors(model, report)
     if not report.replaced:
@@ -283,6 +294,12 @@ def _class_name(module: nn.Module) -> str:
     return cls.__name__ if package in ("__main__", "builtins") else f"{package}.{cls.__name__}"
 
 
+def _family(module: nn.Module) -> str:
+    """The family that a class of transformers belongs to: the name of its folder."""
+    parts = type(module).__module__.split(".")
+    return parts[2] if parts[1:2] == ["models"] and len(parts) > 2 else type(module).__name__
+
+
 def _why_unhandled(module: nn.Module) -> str:
     package = type(module).__module__.split(".")[0]
     if any(isinstance(inside, (ScatterbrainAttention, MultiheadAttention)) for inside in module.modules()):
@@ -291,6 +308,8 @@ def _why_unhandled(module: nn.Module) -> str:
         return "it is parametrized (torch.nn.utils.parametrize); replace attention before that is done"
     if isinstance(module, nn.MultiheadAttention):
         return "a subclass of nn.MultiheadAttention, whose forward may differ; derive it from sb.MultiheadAttention"
-    if package in ("transformers", "timm", "diffusers"):
-        return f"attention modules of {package} are not handled in this release"
+    if package == "transformers":
+        return f"{_family(module)} computes attention in its own code, without transformers' AttentionInterface"
+    if package in PACKAGES:
+        return f"attention modules of this class are not handled for {package}"
     return "an attention module of its own; use sb.attention or sb.ScatterbrainAttention in its forward"

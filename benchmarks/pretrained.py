@@ -1,0 +1,260 @@
+"""Real pretrained models with every attention layer replaced and nothing trained: how far are their outputs, how long do
+they take?
+
+    python benchmarks/pretrained.py                     all models, the default budgets
+    python benchmarks/pretrained.py whisper --keys 64 128 256 --block-q 8
+
+Each model is calibrated on other inputs than those it is measured on. Times are medians of forwards with exact attention
+(transformers' sdpa) and with sparse + low-rank attention, taken in turn on one thread. The weights come in Python
+packages (examples/pretrained_models.py); where one is not installed its model is left out, with the reason.
+
+minilm   sentence encoder on 512 tokens of English prose (the standard library's pydoc topics): cosine of token outputs
+         and of sentence embeddings
+whisper  tiny.en, encoder of 1500 frames, spoken by espeak-ng if it is installed, else chirps: cosine of encoder outputs,
+         and the words that change in the transcript
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# The folder of a script leads the import path, where copy.py would hide the standard module copy.
+_HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [p for p in sys.path if os.path.abspath(p) != _HERE] + [os.path.join(_HERE, os.pardir, "examples")]
+
+import argparse
+import copy
+import difflib
+import io
+import shutil
+import statistics
+import subprocess
+import time
+import wave
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pretrained_models
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import scatterbrain as sb
+
+# One text a line.
+TEXTS = """\
+She opened the letter and read it twice before she answered. There was a train at seven, and if they hurried they \
+could still reach the station in time. The driver smiled, turned the key, and drove through the empty streets of the \
+city. On the platform a man in a grey coat was waiting with a suitcase and a newspaper under his arm.
+Scientists have measured the temperature of the ocean for more than a century. Their records show slow changes over \
+many years, and sudden changes in a few places. Satellites now watch the surface every day, while machines that \
+float in deep water send their numbers to the laboratory once a week.
+A small boat drifts along the river, and two old friends talk about the weather, the harvest, and the long road \
+home. Nobody knows when the rain will come, but everyone agrees that it cannot be far away. In the morning the \
+market will open, and the farmers will bring apples, bread, and honey.
+The museum is open from nine in the morning until six in the evening. Tickets are sold at the entrance, and children \
+under twelve may visit without paying. Please leave large bags at the desk, do not touch the paintings, and follow \
+the signs to the garden when you have seen the last room.""".splitlines()
+
+
+@dataclass
+class Row:
+    """One line of the table: a model, a budget, and what was measured with it."""
+
+    model: str
+    keys: int
+    block_q: int
+    figures: dict[str, str]
+    exact_ms: float
+    ours_ms: float
+
+    def __str__(self) -> str:
+        figures = "  ".join(f"{name} {value}" for name, value in self.figures.items())
+        times = f"{self.exact_ms:.0f} ms exact, {self.ours_ms:.0f} ms ours ({self.exact_ms / self.ours_ms:.2f} times)"
+        return f"{self.model}  {self.keys} keys, block_q {self.block_q}:  {figures}  {times}"
+
+
+# -------------------- what all models share
+
+
+def replaced(
+    model: nn.Module, keys: int, block_q: int, calibration: Callable[[nn.Module], None], where: Callable[[str], bool]
+) -> nn.Module:
+    """A copy of ``model`` whose attention layers, those that ``where`` says, are replaced and calibrated."""
+    ours = copy.deepcopy(model)
+    report = sb.replace_attention(ours, sb.Routed(keys, block_q=block_q), sb.Quadratic(9), where=where)
+    left = [entry for entry in report.skipped if where(entry.path)]
+    if left:
+        raise SystemExit(f"not every layer was replaced:\n{report}")
+    with sb.calibrate(ours):
+        calibration(ours)
+    return ours
+
+
+def medians(exact: Callable[[], object], ours: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median milliseconds of both, run in turn after one run of each that is not counted."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(repeats + 1):
+        for function, taken in zip((exact, ours), times):
+            start = time.perf_counter()
+            function()
+            if repeat:
+                taken.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def spread(cosines: Tensor) -> str:
+    """Mean and lowest of some cosines."""
+    return f"{float(cosines.mean()):.4f} (lowest {float(cosines.min()):.4f})"
+
+
+# -------------------- MiniLM
+
+
+def prose(tokens: int, passages: int) -> Tensor:
+    """(passages, tokens) token ids of MiniLM, from the documentation that Python brings along."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(pretrained_models.minilm_folder() / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    longest = sorted(topics.values(), key=len, reverse=True)
+    rows = [tokenizer.encode(text).ids for text in longest[: 2 * passages]]
+    rows = [row[: tokens - 1] + row[-1:] for row in rows if len(row) >= tokens]
+    return torch.tensor(rows[:passages])
+
+
+def minilm(keys: list[int] | None, block_q: list[int], repeats: int) -> list[Row]:
+    """Sentence encoder, 6 layers of 12 heads of 32, at its full length of 512 tokens."""
+    ids = prose(512, 16)
+    measured, calibration = ids[::2], ids[1::2]
+    model = pretrained_models.minilm()
+    exact = model(measured).last_hidden_state
+    rows = []
+    for count in keys or [64]:
+        for block in block_q:
+            ours = replaced(model, count, block, lambda m: m(calibration), lambda path: True)
+            out = ours(measured).last_hidden_state
+            sentence = F.cosine_similarity(out.mean(1), exact.mean(1), dim=-1)
+            one = measured[:1]
+            times = medians(partial(model, one), partial(ours, one), repeats)
+            figures = {"tokens": spread(F.cosine_similarity(out, exact, dim=-1)), "sentences": spread(sentence)}
+            rows.append(Row("minilm, 512 tokens", count, block, figures, *times))
+    return rows
+
+
+# -------------------- Whisper
+
+
+def speech(text: str) -> np.ndarray:
+    """float32 samples at 16 kHz: ``text`` spoken by espeak-ng, or, without it, chirps in the rhythm of its words."""
+    if shutil.which("espeak-ng"):
+        command = ["espeak-ng", "-v", "en-us", "-s", "150", "--stdout", text]
+        data = subprocess.run(command, capture_output=True, check=True).stdout
+        with wave.open(io.BytesIO(data)) as file:
+            rate = file.getframerate()
+            header = len(data) % 2 + 44
+        samples = np.frombuffer(data[header:], dtype=np.int16).astype(np.float64) / 32768
+        # Resampling by the spectrum: what lies above 8 kHz is dropped, not folded down.
+        count = len(samples) * 16000 // rate
+        spectrum = np.fft.rfft(samples)[: count // 2 + 1]
+        return (np.fft.irfft(spectrum, count) * count / len(samples)).astype(np.float32)
+    pieces = []
+    for word in text.split():
+        t = np.arange(1600 * min(len(word), 6) // 2) / 16000
+        tone = sum(np.sin(2 * np.pi * (120 + 7 * len(word)) * k * t * (1 + 0.2 * t)) / k for k in range(1, 12))
+        pieces += [0.1 * tone * np.hanning(len(t)), np.zeros(800)]
+    return np.concatenate(pieces).astype(np.float32)
+
+
+def transcribe(model: nn.Module, encoded: Tensor) -> list[str]:
+    """Words of each row, decoded greedily."""
+    from tokenizers import Tokenizer
+    from transformers.modeling_outputs import BaseModelOutput
+
+    tokenizer = Tokenizer.from_file(str(pretrained_models.whisper_tokenizer_file()))
+    start = torch.tensor([[50257, 50362]])  # start of transcript, no time stamps
+    texts = []
+    for row in encoded:
+        out = model.generate(
+            encoder_outputs=BaseModelOutput(row[None]), decoder_input_ids=start, max_new_tokens=120, do_sample=False
+        )
+        texts.append(tokenizer.decode(out[0].tolist(), skip_special_tokens=True))
+    return texts
+
+
+def changed_words(ours: str, exact: str) -> int:
+    """Words of ``exact`` that ``ours`` has replaced, dropped or added to."""
+    matcher = difflib.SequenceMatcher(a=exact.split(), b=ours.split(), autojunk=False)
+    return sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal")
+
+
+def whisper(keys: list[int] | None, block_q: list[int], repeats: int) -> list[Row]:
+    """tiny.en: the encoder's 4 layers of 6 heads of 64 replaced, 1500 frames; the decoder stays exact."""
+    from transformers import WhisperFeatureExtractor
+
+    extractor = WhisperFeatureExtractor()
+    spoken = torch.cat(
+        [extractor(speech(text), sampling_rate=16000, return_tensors="pt").input_features for text in TEXTS]
+    )
+    print("speech: espeak-ng" if shutil.which("espeak-ng") else "speech: chirps, espeak-ng is not installed")
+    model = pretrained_models.whisper_tiny_en()
+    encoder = model.model.encoder
+    exact = encoder(spoken).last_hidden_state
+    words = transcribe(model, exact)
+    half = len(TEXTS) // 2
+    rows = []
+    for count in keys or [64, 128, 256]:
+        for block in block_q:
+            out, times = [], (0.0, 0.0)
+            for measured, other in ((spoken[:half], spoken[half:]), (spoken[half:], spoken[:half])):
+                ours = replaced(encoder, count, block, lambda m, other=other: m(other), lambda path: True)
+                out.append(ours(measured).last_hidden_state)
+                one = measured[:1]
+                times = medians(partial(encoder, one), partial(ours, one), repeats)
+            encoded = torch.cat(out)
+            changed = sum(map(changed_words, transcribe(model, encoded), words))
+            figures = {
+                "frames": spread(F.cosine_similarity(encoded, exact, dim=-1)),
+                "changed words": f"{changed} of {sum(len(text.split()) for text in words)}",
+            }
+            rows.append(Row("whisper tiny.en encoder, 1500 frames", count, block, figures, *times))
+    return rows
+
+
+# -------------------- command line
+
+MODELS: dict[str, Callable[[list[int] | None, list[int], int], list[Row]]] = {"minilm": minilm, "whisper": whisper}
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"any of {', '.join(MODELS)}; default all")
+    parser.add_argument(
+        "--keys", type=int, nargs="+", help="keys per query, a row for each; default as each model needs"
+    )
+    parser.add_argument("--block-q", type=int, nargs="+", default=[16], help="queries that share a list; default 16")
+    parser.add_argument("--repeats", type=int, default=9, help="timed forwards of each kind; default 9")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.models if name not in MODELS]
+    if unknown:
+        parser.error(f"unknown model {unknown[0]!r}, expected any of {', '.join(MODELS)}")
+    torch.set_num_threads(1)
+    for name in options.models or MODELS:
+        try:
+            rows = MODELS[name](options.keys, options.block_q, options.repeats)
+        except ModuleNotFoundError as error:
+            print(f"{name}: left out, {error}")
+            continue
+        for row in rows:
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Scatterbrain inside Hugging Face transformers. Importing this module is all it takes::
+
+    import scatterbrain as sb
+    import scatterbrain.integrations.transformers
+
+    model = AutoModel.from_pretrained(path, attn_implementation="scatterbrain")
+    with sb.calibrate(model), torch.no_grad():
+        model(**batch)
+
+"scatterbrain" is :func:`scatterbrain.presets.drop_in`; "scatterbrain:drop_in", "scatterbrain:train" and
+"scatterbrain:paper" are the presets, "scatterbrain:full" is exact, and :func:`register` adds names. The choice is made
+at load, with ``model.set_attn_implementation(name)``, or for single layers with ``sb.replace_attention(model, where=)``.
+
+Every attention layer owns a :class:`scatterbrain.ScatterbrainAttention` as its submodule ``scatterbrain``, so
+calibration and learned projections move, copy, save and load with the model. Another implementation takes it out of the
+state dict, and coming back finds it again.
+
+============================================ =======================================================================
+call                                         what happens
+============================================ =======================================================================
+no mask, padding on any side, causal         approximated; outputs of padded queries are zero before the projection
+several tokens behind a cache                approximated, each query at its position in the cache
+one token                                    exact over the cache
+cross-attention                              approximated
+dropout on attention weights in training     exact, warns: :func:`set_attention_dropout`
+4-D bool masks of padding and causality      approximated
+sliding windows shorter than the sequence,   exact, warns
+packed sequences, other 4-D and float masks
+``output_attentions=True``                   warns: there are no weights
+score caps, sinks, position biases,          ValueError
+head masks, keys chosen by the model
+uncalibrated                                 ValueError
+families that compute attention themselves   ValueError at load (Bloom, DeBERTa-v2, Falcon, GPT-Neo, Longformer, ...)
+============================================ =======================================================================
+"""
+
+try:
+    import transformers as _transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "scatterbrain.integrations.transformers needs Hugging Face transformers: "
+        "pip install 'scatterbrain[transformers]'",
+        name="transformers",
+    ) from error
+
+from scatterbrain.integrations.replace import register_handler
+from scatterbrain.integrations.transformers.handler import TransformersHandler, UpdateStatistics
+from scatterbrain.integrations.transformers.hooks import install
+from scatterbrain.integrations.transformers.layers import set_attention_dropout
+from scatterbrain.integrations.transformers.settings import SETTINGS, Settings, register, register_built_in
+
+__all__ = ["SETTINGS", "Settings", "UpdateStatistics", "register", "set_attention_dropout"]
+
+register_built_in()
+install()
+register_handler(TransformersHandler())

@@ -1,0 +1,218 @@
+"""The attention function that transformers calls: approximated where it can be, exact or refused where it cannot."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scatterbrain.integrations.transformers import layers
+from scatterbrain.integrations.transformers.masks import Visible, compacted, dense_mask, is_compact, read_mask
+from scatterbrain.nn.attention import ScatterbrainAttention
+from scatterbrain.support import Full
+
+# What changes the scores beyond q.k and a mask. Exact attention of these is the model's own affair.
+REFUSED = {
+    "softcap": "caps the scores (softcap)",
+    "s_aux": "adds attention sinks (s_aux)",
+    "sinks": "adds attention sinks (sinks)",
+    "position_bias": "adds a bias to the scores (position_bias)",
+    "head_mask": "masks heads (head_mask)",
+    "indices": "chooses keys itself (indices)",
+    "block_indices": "chooses keys itself (block_indices)",
+}
+# Sequences packed into one row, which a mask that says nothing of them would mix.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "block_table")
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    name: str,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, as transformers' AttentionInterface has it.
+
+    Args:
+        module: the layer; the ScatterbrainAttention that it owns says how.
+        query: (B, Hq, N, d); key: (B, Hkv, M, d); value: (B, Hkv, M, dv).
+        attention_mask: what :func:`compact_mask` made, or any mask of F.scaled_dot_product_attention.
+        dropout: of attention weights; attention with it is exact.
+        scaling: factor of q.k; default 1/sqrt(d).
+        is_causal: for calls without a mask; default what the layer says.
+        name: the implementation.
+
+    Returns:
+        ((B, N, Hq, dv), None): there are no attention weights to return.
+    """
+    _check_mask(module, attention_mask)
+    _refuse(module, attention_mask, query.shape[2], key.shape[2], arguments)
+    attention_mask = compacted(attention_mask)
+    if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries shared by the batch
+        query = query.expand(key.shape[0], -1, -1, -1)
+    core = layers.core_of(module)
+    if core is None and name != layers.PER_LAYER:
+        core = _attach(module, name, query, key)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and query.shape[2] > 1
+    if attention_mask is None and causal and key.shape[2] > query.shape[2]:
+        # The first tokens of a static cache: the slots behind them are empty.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    is_self = core is None or getattr(core, "is_self", True)
+    visible = read_mask(attention_mask, causal, query.shape[0], query.shape[2], key.shape[2], is_self)
+    if core is None or _is_exact(module, core, query, visible, dropout, arguments):
+        out = _exact(query, key, value, visible, dropout, scaling)
+    else:
+        out = _approximate(module, core, query, key, value, visible, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attach(module: nn.Module, name: str, query: Tensor, key: Tensor) -> ScatterbrainAttention:
+    """For an implementation that was written into a layer's configuration, past set_attn_implementation."""
+    from scatterbrain.integrations.transformers.settings import SETTINGS
+
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{type(module).__name__} was compiled before it owned a ScatterbrainAttention; choose the implementation "
+            f"with model.set_attn_implementation({name!r}) before torch.compile"
+        )
+    geometry = layers.Geometry(query.shape[1], query.shape[3], key.shape[1])
+    return layers.attach(module, *SETTINGS[name], geometry=geometry)
+
+
+# -------------------- what is possible
+
+
+def _check_mask(module: nn.Module, mask: Tensor | None) -> None:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
+        kind = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"{type(module).__name__} got an attention mask of {kind}, expected None or a 4-D tensor of AttentionMaskInterface; use "
+            "attn_implementation='sdpa' for this model"
+        )
+
+
+def _refuse(module: nn.Module, mask: Tensor | None, queries: int, keys: int, arguments: dict[str, Any]) -> None:
+    """Raises for attention that is something else, naming the model's layer, what it asks for and the cure."""
+    layer = type(module).__name__
+    for argument, what in REFUSED.items():
+        if arguments.get(argument) is not None:
+            raise ValueError(
+                f"{layer} {what}, which sparse + low-rank attention does not have; use attn_implementation='eager', or "
+                "sb.replace_attention(model, where=...) to leave this layer out"
+            )
+    compact = is_compact(mask, queries)
+    if compact and any(arguments.get(argument) is not None for argument in PACKED):
+        raise ValueError(
+            f"{layer} got sequences packed into one row (cu_seq_lens) and no mask that separates them; pad them into a "
+            "batch instead"
+        )
+    window = arguments.get("sliding_window")
+    if compact and window is not None and queries > 1 and keys > window:
+        raise ValueError(
+            f"{layer} has a sliding window of {window} keys, and its mask of {keys} keys says nothing of it; choose the "
+            "implementation for the whole model (set_attn_implementation), so that it makes the masks too"
+        )
+    if arguments.get("output_attentions"):
+        _warn(f"{layer} returns no attention weights (output_attentions); use attn_implementation='eager' for them")
+
+
+def _is_exact(
+    module: nn.Module,
+    core: ScatterbrainAttention,
+    query: Tensor,
+    visible: Visible,
+    dropout: float,
+    arguments: dict[str, Any],
+) -> bool:
+    """Whether this call runs exact attention; warns unless exact is what was chosen or what a single query gets."""
+    if core._collecting and visible.dense is None:
+        return False
+    if isinstance(core.support, Full) or query.shape[2] == 1:
+        return True
+    reason = None
+    window = arguments.get("sliding_window")
+    if visible.dense is not None and window is not None:
+        reason = f"it has a sliding window, {window} tokens wide, which is its own choice of keys"
+    elif visible.dense is not None and visible.dense.is_floating_point():
+        reason = (
+            "its mask is added to the scores; pass an attention_mask (batch, tokens), 1 = keep, if that says the same"
+        )
+    elif visible.dense is not None:
+        reason = (
+            "its mask differs from query to query (packed sequences, a 4-D attention_mask, or masks of another "
+            "implementation than this layer's); pass an attention_mask (batch, tokens), 1 = keep, if that says the same, "
+            "and choose single layers with sb.replace_attention(model, where=...)"
+        )
+    elif dropout > 0:
+        reason = (
+            f"dropout={dropout} acts on attention weights in training; call "
+            "scatterbrain.integrations.transformers.set_attention_dropout(model, 0.0)"
+        )
+    if reason is not None:
+        _warn(f"{type(module).__name__} runs exact attention, without approximation: {reason}")
+    return reason is not None
+
+
+# -------------------- compute
+
+
+def _exact(
+    query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float, scaling: float | None
+) -> Tensor:
+    mask, is_causal = dense_mask(visible, query.shape[2], key.shape[2])
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _approximate(
+    module: nn.Module,
+    core: ScatterbrainAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Visible,
+    scaling: float | None,
+) -> Tensor:
+    if not torch.compiler.is_compiling():
+        layers.fit_to(module, core, query, key)
+    if layers.needs_calibration(core):
+        raise ValueError(
+            f"{type(module).__name__} is not calibrated: run a few typical batches in "
+            "`with sb.calibrate(model), torch.no_grad(): model(**batch)`, load a checkpoint of a calibrated model, or "
+            "register a configuration with Quadratic(statistics='learned') or, bidirectional only, 'input'"
+        )
+    return core(
+        query,
+        key,
+        value,
+        key_padding_mask=visible.key_padding_mask,
+        is_causal=visible.is_causal,
+        scale=scaling,
+        query_padding_mask=visible.query_padding_mask,
+        query_offset=visible.query_offset,
+    )
+
+
+@torch.compiler.assume_constant_result
+def _warn(message: str) -> None:
+    """Warns, once for a message and place as Python's filter has it; under torch.compile when the call is traced."""
+    warnings.warn(message, stacklevel=3)

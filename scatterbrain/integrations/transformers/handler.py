@@ -1,0 +1,74 @@
+"""sb.replace_attention for attention layers of transformers, and the trainer's part of moving averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from transformers import TrainerCallback
+
+from scatterbrain.integrations.replace import NotReplaceable
+from scatterbrain.integrations.transformers.layers import (
+    PARKED,
+    PER_LAYER,
+    attach,
+    attention_layers,
+    core_of,
+    detach,
+    implementation,
+    routes,
+)
+from scatterbrain.low_rank import LowRank
+from scatterbrain.nn.attention import update_statistics
+from scatterbrain.support import Support
+
+
+class TransformersHandler:
+    """An attention layer gets a ScatterbrainAttention, and the configuration that it shares with its model an
+    implementation under which layers without one run exactly, on the same masks."""
+
+    def __init__(self) -> None:
+        self._paths: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+    def prepare(self, model: nn.Module) -> None:
+        self._paths.update({module: path for path, module in attention_layers(model)})
+
+    def matches(self, module: nn.Module) -> bool:
+        return routes(type(module))
+
+    def replace(self, module: nn.Module, support: Support, low_rank: LowRank) -> tuple[str, Callable[[], None]]:
+        config = getattr(module, "config", None)
+        if config is None:
+            raise NotReplaceable("it has no configuration to name its attention function in")
+        if core_of(module) is not None:
+            raise NotReplaceable(
+                "it runs Scatterbrain already; restore() the earlier report, or set_attn_implementation('sdpa'), to "
+                "change it"
+            )
+        parked = module.__dict__.pop(PARKED, None)
+        try:
+            attach(module, support, low_rank, path=self._paths.get(module, ""), seed=len(self._paths))
+        except ValueError as error:
+            if parked is not None:
+                module.__dict__[PARKED] = parked
+            raise NotReplaceable(str(error)) from error
+        before = implementation(module)
+        config._attn_implementation_internal = PER_LAYER
+
+        def undo() -> None:
+            detach(module)
+            if parked is not None:
+                module.__dict__[PARKED] = parked
+            if implementation(module) == PER_LAYER:
+                config._attn_implementation_internal = before
+
+        return "", undo
+
+
+class UpdateStatistics(TrainerCallback):
+    """Commits the moving averages of ``Quadratic(statistics="ema")`` and redraws ``Favor(redraw=n)`` after every
+    optimizer step of a transformers.Trainer: ``Trainer(..., callbacks=[UpdateStatistics()])``."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        update_statistics(model)

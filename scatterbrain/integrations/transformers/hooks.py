@@ -1,0 +1,133 @@
+"""Where transformers' models learn of their ScatterbrainAttention: when they are built, loaded, and given another
+implementation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from scatterbrain.integrations.transformers.layers import (
+    CORE,
+    PER_LAYER,
+    attach,
+    attention_layers,
+    core_of,
+    implementation,
+    park,
+)
+from scatterbrain.integrations.transformers.settings import SETTINGS
+
+_OWNED = f".{CORE}."  # part of every name of our state in a model's state dict
+
+
+def is_ours(name: str | None) -> bool:
+    return name in SETTINGS or name == PER_LAYER
+
+
+def adopt(model: nn.Module) -> None:
+    """Every attention layer of ``model`` whose configuration names one of our implementations owns a
+    ScatterbrainAttention with its settings, and no other layer does."""
+    for seed, (path, module) in enumerate(attention_layers(model)):
+        name = implementation(module)
+        if name in SETTINGS:
+            attach(module, *SETTINGS[name], path=path, seed=seed)
+        elif name != PER_LAYER:
+            park(module)
+    for inner in model.modules():
+        if isinstance(inner, PreTrainedModel) and any(core_of(module) for _, module in attention_layers(inner)):
+            # A checkpoint without our state is an ordinary one: the state says itself that it is not calibrated.
+            patterns = set(getattr(inner, "_keys_to_ignore_on_load_missing", None) or ())
+            inner._keys_to_ignore_on_load_missing = patterns | {_OWNED.replace(".", r"\.")}
+
+
+def check_registered(name: str) -> None:
+    """Raises for a name of ours that nothing was registered under."""
+    if not is_ours(name):
+        raise ValueError(
+            f"attn_implementation={name!r} is not registered, expected one of {', '.join(SETTINGS)}; register it with "
+            "scatterbrain.integrations.transformers.register"
+        )
+
+
+def refuse_family(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
+    """Raises for a model that computes its attention itself and would ignore the choice without a word."""
+    if not model._can_set_attn_implementation():
+        raise ValueError(
+            f"{type(model).__name__} ({config.model_type}) computes attention in its own code and does not ask transformers' "
+            f"AttentionInterface, so attn_implementation={name!r} would change nothing; models of this family are not "
+            "supported"
+        )
+
+
+def _init(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        name = getattr(config, "_attn_implementation", None)
+        if isinstance(name, str) and name.startswith(CORE):  # before the model looks up a class by this name
+            check_registered(name)
+            refuse_family(self, config, name)
+        original(self, config, *args, **kwargs)
+
+    return init
+
+
+def _post_init(original: Callable[[PreTrainedModel], None]) -> Callable[[PreTrainedModel], None]:
+    @functools.wraps(original)
+    def post_init(self: PreTrainedModel) -> None:
+        original(self)
+        adopt(self)
+
+    return post_init
+
+
+def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def set_attn_implementation(self: PreTrainedModel, attn_implementation: str | dict, *args: Any, **kwargs: Any):
+        if isinstance(attn_implementation, str) and attn_implementation.startswith(CORE):
+            check_registered(attn_implementation)
+            for inner in self.modules():
+                if isinstance(inner, PreTrainedModel):
+                    refuse_family(inner, inner.config, attn_implementation)
+        original(self, attn_implementation, *args, **kwargs)
+        adopt(self)
+
+    return set_attn_implementation
+
+
+def _move_missing(original: Callable[..., None]) -> Callable[..., None]:
+    """Loading replaces what a checkpoint lacks by memory that it has not written to. Our state is never on the meta
+    device and starts as what it is without a checkpoint, so it stays."""
+
+    @functools.wraps(original)
+    def move_missing(self: PreTrainedModel, missing_keys: set[str], *args: Any, **kwargs: Any) -> None:
+        original(self, {key for key in missing_keys if _OWNED not in key}, *args, **kwargs)
+
+    return move_missing
+
+
+_WRAPPERS = {
+    "__init__": _init,
+    "post_init": _post_init,
+    "set_attn_implementation": _set_attn_implementation,
+    "_move_missing_keys_from_meta_to_device": _move_missing,
+}
+
+
+def install() -> None:
+    """Wraps the methods of PreTrainedModel, once."""
+    for name, wrapper in _WRAPPERS.items():
+        original = getattr(PreTrainedModel, name, None)
+        if original is None:
+            raise ImportError(
+                f"transformers {transformers.__version__} has no PreTrainedModel.{name}, which this integration builds "
+                "on; install a version that pip install 'scatterbrain[transformers]' chooses"
+            )
+        if not getattr(original, "_scatterbrain", False):
+            wrapped = wrapper(original)
+            wrapped._scatterbrain = True
+            setattr(PreTrainedModel, name, wrapped)

@@ -1,0 +1,183 @@
+"""Masks between transformers' models and attention: as long as the keys, not queries times keys.
+
+A model asks :func:`compact_mask` for a mask and hands it to its layers, where :func:`read_mask` takes it apart. All
+forms are plain 4-D tensors, which transformers passes on untouched:
+
+    None                      every key; causal if the layer is
+    bool  (B, 1, 1, M)        True: every query sees key j
+    int32 (B, 1, 1, M)        query i sees key j if i >= mask[j]; causal attention, with the offset of a cache and padding
+    bool  (B, 1, N, M)        anything else (sliding windows, packed sequences, ...), as transformers' sdpa has it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+NEVER = 2**31 - 1  # no query sees the key
+
+
+def compact_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **arguments: Any,
+) -> Tensor | None:
+    """A mask function of transformers' AttentionMaskInterface; its arguments are those of sdpa's.
+
+    attention_mask is bool (B, keys seen so far), True = keep.
+    """
+    # A window that nothing lies outside of is none. The skips are allowed only where no overlay was added.
+    window_covers = local_size is not None and kv_offset == 0 and kv_length <= local_size
+    is_causal = mask_function is causal_mask_function or (window_covers and allow_is_causal_skip)
+    is_plain = mask_function is bidirectional_mask_function or (window_covers and allow_is_bidirectional_skip)
+    if q_length == 1 or not (is_causal or is_plain):
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            device=device,
+            **arguments,
+        )
+    keep = _keep(attention_mask, kv_length, kv_offset)
+    if keep is not None and not is_tracing(keep) and bool(keep.all()):
+        keep = None
+    if not is_causal:
+        return None if keep is None else keep[:, None, None, :]
+    starts_at_zero = isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
+    if keep is None and starts_at_zero and q_length == kv_length:
+        return None
+    first_query = torch.arange(kv_length, device=device) + (kv_offset - q_offset)
+    first_query = first_query.to(torch.int32)[None, :]
+    if keep is not None:
+        first_query = torch.where(keep, first_query, NEVER)
+    return first_query[:, None, None, :]
+
+
+def _keep(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    """bool (B, kv_length), True = keep: slots of a cache that no token has filled are not kept."""
+    if attention_mask is None:
+        return None
+    missing = kv_offset + kv_length - attention_mask.shape[-1]
+    if missing > 0:
+        attention_mask = nn.functional.pad(attention_mask, (0, missing))
+    return attention_mask[:, kv_offset : kv_offset + kv_length]
+
+
+_COMPACTED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (its version, compact form or None)
+
+
+def compacted(mask: Tensor | None) -> Tensor | None:
+    """The compact form of a bool (B, 1, N, M) mask that is padding, or causality and padding, compared once for all
+    layers; any other mask as it is. Masks of another implementation have that form where a layer was given ours alone,
+    and masks that users make often say no more. Under torch.compile the content of a mask cannot be looked at."""
+    if mask is None or mask.dtype != torch.bool or mask.shape[1] != 1 or 1 in mask.shape[2:]:
+        return mask
+    if torch.compiler.is_compiling() or mask.is_meta:
+        return mask
+    if mask.is_inference():  # has no version
+        form = _compact_form(mask)
+    else:
+        known = _COMPACTED.get(mask)
+        if known is None or known[0] != mask._version:
+            known = _COMPACTED[mask] = (mask._version, _compact_form(mask))
+        form = known[1]
+    return mask if form is None else form
+
+
+def _compact_form(mask: Tensor) -> Tensor | None:
+    queries, keys = mask.shape[2:]
+    keep = mask.any(2, keepdim=True)
+    if bool((mask == keep).all()):
+        return keep
+    position = torch.arange(keys, dtype=torch.int32, device=mask.device)
+    for offset in {keys - queries, 0}:
+        first_query = position - offset
+        if bool((mask == (keep & (first_query <= position[:queries, None]))).all()):
+            return torch.where(keep, first_query, NEVER)
+    return None
+
+
+class Visible(NamedTuple):
+    """What the queries of one call may see: ``dense`` alone, or the arguments of :func:`scatterbrain.attention`."""
+
+    is_causal: bool = False
+    key_padding_mask: Tensor | None = None
+    query_padding_mask: Tensor | None = None
+    query_offset: int | Tensor = 0
+    dense: Tensor | None = None
+
+
+def is_compact(mask: Tensor | None, queries: int) -> bool:
+    """Whether ``mask`` says the same for all queries but for a causal edge."""
+    return mask is None or (
+        queries > 1 and mask.shape[1] == 1 and mask.shape[2] == 1 and mask.dtype in (torch.bool, torch.int32)
+    )
+
+
+def read_mask(mask: Tensor | None, is_causal: bool, batch: int, queries: int, keys: int, is_self: bool) -> Visible:
+    """Takes a mask apart.
+
+    Args:
+        mask: None or 4-D, of the forms above, or a float mask that is added to the scores.
+        is_causal: whether the layer is causal where there is no mask.
+        batch, queries, keys: sizes of the call.
+        is_self: queries and keys are the same tokens, so that a padded key is a padded query.
+    """
+    if mask is None:
+        return Visible(is_causal)
+    if mask.shape[-1] != keys:
+        raise ValueError(
+            f"attention_mask: expected a mask of {keys} keys, got shape {tuple(mask.shape)}; pass the model a mask "
+            "(batch, tokens), 1 = keep"
+        )
+    if not is_compact(mask, queries):
+        return Visible(dense=mask)
+    mask = mask[:, 0, 0, :].expand(batch, keys)
+    if mask.dtype == torch.bool:
+        padding = ~mask
+        everyone = None if queries != keys or is_self else torch.zeros_like(padding)
+        return Visible(key_padding_mask=padding, query_padding_mask=everyone)
+    padding = mask >= queries
+    if queries == keys:
+        return Visible(True, padding)
+    position = torch.arange(keys, dtype=torch.int32, device=mask.device)
+    offset = torch.where(mask == NEVER, 0, position - mask).amax(1)  # the same for all keys that are not padded
+    slots = torch.arange(queries, device=mask.device) + offset[:, None]
+    return Visible(True, padding, padding.gather(1, slots.clamp(0, keys - 1)), offset)
+
+
+def dense_mask(visible: Visible, queries: int, keys: int) -> tuple[Tensor | None, bool]:
+    """(bool or float mask that F.scaled_dot_product_attention takes, is_causal)."""
+    if visible.dense is not None:
+        return visible.dense, False
+    if visible.key_padding_mask is None and not isinstance(visible.query_offset, Tensor):
+        return None, visible.is_causal
+    keep = ~visible.key_padding_mask[:, None, None, :]
+    if visible.is_causal:
+        position = torch.arange(queries, device=keep.device)[:, None]
+        edge = position if isinstance(visible.query_offset, int) else position + visible.query_offset[:, None, None]
+        edge = edge.reshape(-1, 1, queries, 1)
+        keep = keep & (torch.arange(keys, device=keep.device) <= edge)
+    return keep, False

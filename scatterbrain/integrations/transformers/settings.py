@@ -1,0 +1,92 @@
+"""Names of attention implementations: "scatterbrain", its presets, and configurations of the user's own."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from scatterbrain import presets
+from scatterbrain.checks import check_pair
+from scatterbrain.integrations.transformers.attention import attention_forward
+from scatterbrain.integrations.transformers.layers import PER_LAYER
+from scatterbrain.integrations.transformers.masks import compact_mask
+from scatterbrain.low_rank import LowRank
+from scatterbrain.support import Full, Support
+
+NAME = re.compile(r"scatterbrain(:[A-Za-z0-9._-]+)?")
+# transformers takes a name that holds one of these for that implementation and checks its requirements.
+TAKEN = ("flash", "sdpa", "flex_attention")
+
+
+class Settings(NamedTuple):
+    """What a name stands for."""
+
+    support: Support
+    low_rank: LowRank
+
+
+SETTINGS: dict[str, Settings] = {}
+_BUILT_IN = ("scatterbrain", "scatterbrain:drop_in", "scatterbrain:train", "scatterbrain:paper", "scatterbrain:full")
+
+
+def register(name: str, support: Support | None = None, low_rank: LowRank | object = ...) -> str:
+    """Makes ``name`` a value of ``attn_implementation=`` and ``set_attn_implementation``.
+
+    ::
+
+        register("scatterbrain:wide", sb.Routed(128), sb.Quadratic(9))
+        model = AutoModel.from_pretrained(path, attn_implementation="scatterbrain:wide")
+
+    A name belongs to the process: register it again before a saved model is loaded under it. Registering a name again
+    holds for models that choose it afterwards.
+
+    Args:
+        name: "scatterbrain:" and letters, digits, ".", "_" or "-".
+        support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`.
+        low_rank: the kernel of the rest, None for none; default that of :func:`scatterbrain.presets.drop_in`.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: a name of another form, a built-in one, or one that transformers takes for another implementation.
+        TypeError: a support or low-rank kernel of a wrong type.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(
+            f"register: expected a name such as 'scatterbrain:mine' (letters, digits, '.', '_', '-'), got {name!r}"
+        )
+    if name in _BUILT_IN or name == PER_LAYER:
+        raise ValueError(f"register: {name!r} is built in; choose another name")
+    for word in TAKEN:
+        if word in name:
+            raise ValueError(f"register: transformers takes a name with {word!r} for its own, got {name!r}; rename it")
+    default = presets.drop_in()
+    return _register(name, default[0] if support is None else support, default[1] if low_rank is ... else low_rank)
+
+
+def _register(name: str, support: Support, low_rank: LowRank) -> str:
+    check_pair(support, low_rank, is_causal=False)
+    SETTINGS[name] = Settings(support, low_rank)
+    _publish(name)
+    return name
+
+
+def _publish(name: str) -> None:
+    """The attention and the mask function go together: without the second transformers drops padding silently."""
+
+    def attention(module, query, key, value, attention_mask, **arguments):
+        return attention_forward(module, query, key, value, attention_mask, name=name, **arguments)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, compact_mask)
+
+
+def register_built_in() -> None:
+    """ "scatterbrain" and the presets, each with its default budget."""
+    for name, pair in zip(_BUILT_IN, (presets.drop_in(), presets.drop_in(), presets.train(), presets.paper())):
+        _register(name, *pair)
+    _register("scatterbrain:full", Full(), None)
+    _publish(PER_LAYER)

@@ -1,0 +1,406 @@
+"""Sparse + low-rank attention inside transformers' models: what is approximated, and what holds whatever the model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+import hf_models as hf
+import transformers
+
+import scatterbrain as sb
+from scatterbrain.integrations.transformers import SETTINGS, register
+from scatterbrain.nn.attention import ScatterbrainAttention
+
+ROUTED = register("scatterbrain:small", sb.Routed(32, block_q=8), sb.Quadratic(5))
+WINDOW = register("scatterbrain:window", sb.Window(16, block_q=8), sb.Quadratic(5))
+LEARNED = register("scatterbrain:learned", sb.Routed(32, block_q=1, block_k=8, window=16), sb.Quadratic(5, "learned"))
+INPUT = register("scatterbrain:input", sb.Routed(32, block_q=8), sb.Quadratic(5, "input"))
+pytestmark = pytest.mark.filterwarnings("ignore:.*has a sliding window")
+WINDOWED = "mistral with a window"  # exact in every layer
+CAUSAL = [name for name in hf.named("decoder") if name != WINDOWED]
+
+
+def cores(model: nn.Module) -> dict[str, ScatterbrainAttention]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, ScatterbrainAttention)}
+
+
+def calibrated(name: str, implementation: str = ROUTED, **arguments) -> nn.Module:
+    model = hf.FAMILIES[name].build(implementation, **arguments)
+    if SETTINGS[implementation].low_rank.statistics == "stored":
+        with sb.calibrate(model):
+            hf.run(model, **hf.inputs(name, "right", seed=9)[0])
+    return model
+
+
+# -------------------- approximation
+
+
+def layers_of(name: str) -> int:
+    """Attention layers that are not exact by their own choice of keys."""
+    return {"whisper": 6, "bart": 6, "bert decoder": 4, "gpt2 with cross-attention": 4, "modernbert": 1}.get(name, 2)
+
+
+@pytest.mark.parametrize("name", [name for name in hf.FAMILIES if name != WINDOWED])
+def test_every_layer_is_calibrated_and_approximates(name: str):
+    arguments, counts = hf.inputs(name, "right")
+    exact = hf.run(hf.FAMILIES[name].build("sdpa"), **arguments)[counts]
+    model = calibrated(name)
+    assert sum(core.is_calibrated for core in cores(model).values()) == layers_of(name)
+    error = (hf.run(model, **arguments)[counts] - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.4
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "whisper"])
+def test_calibrating_runs_exact_attention(name: str):
+    arguments, counts = hf.inputs(name, "right")
+    model = hf.FAMILIES[name].build(ROUTED)
+    with sb.calibrate(model):
+        inside = hf.run(model, **arguments)
+    torch.testing.assert_close(inside[counts], hf.run(hf.FAMILIES[name].build("sdpa"), **arguments)[counts])
+
+
+def test_an_uncalibrated_layer_says_how_to_calibrate():
+    with pytest.raises(ValueError, match=r"BertSelfAttention is not calibrated: .*sb.calibrate\(model\)"):
+        hf.run(hf.FAMILIES["bert"].build("scatterbrain"), **hf.inputs("bert")[0])
+
+
+@pytest.mark.parametrize("implementation", [LEARNED, INPUT])
+def test_statistics_that_need_no_calibration(implementation: str):
+    assert hf.run(calibrated("bert", implementation), **hf.inputs("bert")[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["scatterbrain", "scatterbrain:drop_in", "scatterbrain:train", "scatterbrain:paper"])
+def test_the_presets_run_by_name(name: str):
+    model = hf.FAMILIES["bert"].build(name)
+    if name in ("scatterbrain", "scatterbrain:drop_in"):
+        with sb.calibrate(model):
+            hf.run(model, **hf.inputs("bert")[0])
+    assert hf.run(model, **hf.inputs("bert")[0]).isfinite().all() and len(cores(model)) == 2
+
+
+def test_the_choice_of_implementation_leaves_the_random_weights_of_a_model_alone():
+    torch.manual_seed(3)
+    plain = transformers.BertForMaskedLM(transformers.BertConfig(**hf.TEXT))
+    torch.manual_seed(3)
+    ours = transformers.BertForMaskedLM(transformers.BertConfig(**hf.TEXT, attn_implementation=LEARNED))
+    state = ours.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in plain.state_dict().items())
+
+
+def test_layers_start_with_projections_of_their_own():
+    first, second = cores(hf.FAMILIES["bert"].build(LEARNED)).values()
+    assert not torch.equal(first.key_projection, second.key_projection)
+
+
+# -------------------- padding
+
+
+@pytest.mark.parametrize("implementation", [ROUTED, WINDOW, LEARNED])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", hf.named("encoder") + CAUSAL)
+def test_the_content_of_padding_changes_no_bit(name: str, side: str, implementation: str):
+    model = calibrated(name, implementation)
+    arguments, counts = hf.inputs(name, side)
+    other = arguments | {"input_ids": torch.where(counts, arguments["input_ids"], hf.tokens(seed=77))}
+    assert torch.equal(hf.run(model, **arguments)[counts], hf.run(model, **other)[counts])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "gpt2", "llama", "qwen3", "opt"])
+def test_added_padding_changes_nothing(name: str, side: str):
+    model = calibrated(name)
+    arguments, counts = hf.inputs(name, side)
+    short = arguments["input_ids"][1:, counts[1]]
+    if name != "opt":
+        positions = (counts.long().cumsum(1) - 1).clamp(min=0)
+        if name == "roberta":  # its positions start behind the id of padding
+            positions = positions + hf.PAD + 1
+        arguments["position_ids"] = positions
+    alone = hf.run(model, input_ids=short, attention_mask=torch.ones_like(short))
+    torch.testing.assert_close(hf.run(model, **arguments)[1, counts[1]], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_padded_states_of_an_encoder_reach_no_decoder():
+    model = calibrated("bert decoder")
+    arguments, counts = hf.inputs("bert decoder", "right")
+    padded = arguments["encoder_attention_mask"] == 0
+    other = arguments["encoder_hidden_states"].masked_fill(padded[..., None], 1e4)
+    out = hf.run(model, **arguments | {"encoder_hidden_states": other})
+    assert torch.equal(hf.run(model, **arguments)[counts], out[counts])
+
+
+# -------------------- causality
+
+
+@pytest.mark.parametrize("implementation", [ROUTED, WINDOW, LEARNED])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_later_tokens_change_no_bit_of_earlier_outputs(name: str, implementation: str):
+    model = calibrated(name, implementation)
+    ids = hf.tokens()
+    before = hf.run(model, input_ids=ids)
+    for cut in (1, 37, 64, 99):
+        later = torch.cat([ids[:, :cut], hf.tokens(seed=5)[:, cut:]], 1)
+        assert torch.equal(hf.run(model, input_ids=later)[:, :cut], before[:, :cut])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "opt"])
+def test_no_gradient_flows_to_the_future(name: str):
+    model = calibrated(name)
+    embeddings = model.get_input_embeddings()(hf.tokens()).detach().requires_grad_()
+    model(inputs_embeds=embeddings).logits[:, :50].square().sum().backward()
+    assert embeddings.grad[:, 50:].abs().max() == 0 and embeddings.grad[:, :50].abs().min(0)[0].max() > 0
+
+
+# -------------------- caches
+
+
+def decode(model: nn.Module, ids: Tensor, start: int, past: transformers.Cache, mask: Tensor | None = None) -> Tensor:
+    """Logits of all tokens: the first ``start`` in one pass, the others one by one."""
+    out = []
+    with torch.no_grad():
+        for begin, end in [(0, start)] + [(i, i + 1) for i in range(start, ids.shape[1])]:
+            seen = None if mask is None else mask[:, :end]
+            out.append(model(input_ids=ids[:, begin:end], attention_mask=seen, cache=past, use_cache=True).logits)
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "opt"])
+def test_decoding_is_exact_over_the_cache(name: str):
+    """The first layer's keys are the same whatever its attention, so a model of one layer decodes as sdpa does."""
+    layers = {"n_layer": 1} if name == "gpt2" else {"num_hidden_layers": 1}
+    model, exact = calibrated(name, **layers), hf.FAMILIES[name].build("sdpa", **layers)
+    ids = hf.tokens()
+    mine = decode(model, ids, 90, transformers.DynamicCache(config=model.config))
+    reference = hf.run(exact, input_ids=ids)
+    torch.testing.assert_close(mine[:, 90:], reference[:, 90:], rtol=2e-5, atol=2e-5)
+    assert torch.equal(mine[:, :90], hf.run(model, input_ids=ids[:, :90]))
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "opt"])
+def test_token_by_token_is_one_pass_but_for_the_approximation(name: str, side: str | None):
+    model, exact = calibrated(name), hf.FAMILIES[name].build("sdpa")
+    ids, mask = hf.tokens(), None if side is None else hf.keep(side)
+    mine = decode(model, ids, 50, transformers.DynamicCache(config=model.config), mask)[:, 50:]
+    reference = hf.run(exact, input_ids=ids, attention_mask=mask)[:, 50:]
+    one_pass = hf.run(model, input_ids=ids, attention_mask=mask)[:, 50:]
+    assert (mine - reference).norm() <= (one_pass - reference).norm()
+
+
+@pytest.mark.parametrize("implementation", [WINDOW, LEARNED])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
+def test_chunks_are_one_pass(name: str, kind: str, side: str | None, implementation: str):
+    """Windows and lists of single queries do not look before a chunk, so chunks of whole blocks give the same rows."""
+    model = calibrated(name, implementation)
+    ids, mask = hf.tokens(), None if side is None else hf.keep(side, padded=32)
+    counts = hf.keep(side or "none", padded=32).bool()
+    if kind == "static":
+        past = transformers.StaticCache(config=model.config, max_cache_len=hf.TOKENS + 28)
+    else:
+        past = transformers.DynamicCache(config=model.config)
+    out = []
+    with torch.no_grad():
+        for begin, end in ((0, 48), (48, 80), (80, 100)):
+            seen = None if mask is None else mask[:, :end]
+            out.append(model(input_ids=ids[:, begin:end], attention_mask=seen, cache=past, use_cache=True).logits)
+    one_pass = hf.run(model, input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(torch.cat(out, 1)[counts], one_pass[counts], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "opt"])
+def test_generation_is_the_same_with_both_caches(name: str):
+    model = calibrated(name)
+    arguments = {"input_ids": hf.tokens(), "attention_mask": hf.keep("left"), "do_sample": False, "max_new_tokens": 6}
+    arguments |= {"min_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    dynamic, static = (model.generate(**arguments, cache_implementation=kind) for kind in ("dynamic", "static"))
+    assert torch.equal(dynamic.sequences, static.sequences)
+    torch.testing.assert_close(torch.stack(dynamic.logits), torch.stack(static.logits), rtol=1e-5, atol=1e-5)
+
+
+def test_beams_and_assistants_generate():
+    model = calibrated("llama")
+    arguments = {"input_ids": hf.tokens(batch=1), "attention_mask": torch.ones(1, hf.TOKENS), "max_new_tokens": 5}
+    assert model.generate(**arguments, num_beams=3).shape[0] == 1
+    assert model.generate(**arguments, assistant_model=calibrated("llama"), do_sample=False).shape[0] == 1
+
+
+def test_whisper_generates():
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**hf.WHISPER)).eval()
+    model.set_attn_implementation(ROUTED)
+    arguments = hf.inputs("whisper")[0]
+    with sb.calibrate(model):
+        hf.run(model, **arguments)
+    out = model.generate(arguments["input_features"], decoder_input_ids=hf.tokens(4), max_new_tokens=4)
+    assert out.shape[0] == 2
+
+
+# -------------------- training, precision, compile
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "whisper"])
+def test_gradient_checkpointing_changes_no_gradient(name: str):
+    arguments, _ = hf.inputs(name, "right")
+    gradients = []
+    for checkpointing in (False, True):
+        model = calibrated(name, LEARNED)
+        zero_dropout(model)
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+            arguments = arguments | {"use_cache": False} if name != "bert" else arguments
+        hf.output(model(**arguments)).square().mean().backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys() and any("scatterbrain.key_projection" in key for key in plain)
+    for key in plain:
+        torch.testing.assert_close(recomputed[key], plain[key], rtol=1e-5, atol=1e-7)
+
+
+def zero_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+@pytest.mark.parametrize("name", ["modernbert", "llama"])
+def test_compiles_in_one_graph(name: str):
+    model = calibrated(name)
+    arguments, counts = hf.inputs(name, "right")
+    if name == "llama":
+        arguments["use_cache"] = False
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(hf.run(compiled, **arguments)[counts], hf.run(model, **arguments)[counts])
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_autocast_and_half_precision(name: str):
+    model = calibrated(name)
+    arguments, counts = hf.inputs(name, "left")
+    full = hf.run(model, **arguments)[counts]
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = hf.run(model, **arguments)[counts].float()
+    half = hf.run(model.to(torch.bfloat16), **arguments)[counts].float()
+    assert all(core.query_projection.dtype == torch.float32 for core in cores(model).values())
+    for out in (autocast, half):
+        assert (out - full).norm() < 0.1 * full.norm()
+
+
+# -------------------- state
+
+
+@pytest.mark.parametrize("implementation", [ROUTED, LEARNED, "scatterbrain:paper"])
+def test_what_a_model_learned_is_saved_and_loaded_with_it(implementation: str, tmp_path):
+    model = calibrated("bert", implementation) if implementation != "scatterbrain:paper" else None
+    model = model or hf.FAMILIES["bert"].build(implementation)
+    arguments, counts = hf.inputs("bert", "right")
+    if implementation == LEARNED:
+        with torch.no_grad():
+            [core.query_bias.normal_() for core in cores(model).values()]
+    model.save_pretrained(tmp_path)
+    for auto in (transformers.BertModel, transformers.AutoModel):
+        loaded = auto.from_pretrained(tmp_path, attn_implementation=implementation)
+        assert torch.equal(hf.run(loaded, **arguments)[counts], hf.run(model, **arguments)[counts])
+        state = loaded.state_dict()
+        assert state.keys() == model.state_dict().keys()
+        assert all(state[key].dtype == value.dtype for key, value in model.state_dict().items())
+
+
+def test_a_head_on_top_finds_the_state_of_its_base(tmp_path):
+    calibrated("bert").save_pretrained(tmp_path)
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path, attn_implementation=ROUTED)
+    assert all(core.is_calibrated for core in cores(model).values())
+
+
+def test_a_checkpoint_without_our_state_loads_uncalibrated_and_without_a_word(tmp_path, caplog):
+    hf.FAMILIES["bert"].build("sdpa").save_pretrained(tmp_path)
+    transformers.utils.logging.enable_propagation()
+    model, report = transformers.BertModel.from_pretrained(
+        tmp_path, attn_implementation=LEARNED, output_loading_info=True
+    )
+    transformers.utils.logging.disable_propagation()
+    assert not any("scatterbrain" in key for key in report["missing_keys"]) and "scatterbrain" not in caplog.text
+    for core in cores(model).values():
+        rows = core.key_projection
+        torch.testing.assert_close(rows @ rows.transpose(-1, -2), torch.eye(5).expand(hf.HEADS, 5, 5))
+
+
+def test_a_half_precision_load_keeps_statistics_in_full(tmp_path):
+    model = calibrated("bert")
+    model.save_pretrained(tmp_path)
+    loaded = transformers.BertModel.from_pretrained(tmp_path, attn_implementation=ROUTED, dtype=torch.bfloat16)
+    for mine, theirs in zip(cores(model).values(), cores(loaded).values()):
+        assert torch.equal(mine.key_projection, theirs.key_projection) and theirs.is_calibrated
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_carry_their_calibration(copied):
+    model = calibrated("llama")
+    arguments, _ = hf.inputs("llama")
+    assert torch.equal(hf.run(copied(model), **arguments), hf.run(model, **arguments))
+
+
+def test_sdpa_gives_the_model_back_and_our_state_waits():
+    exact = hf.FAMILIES["bert"].build("sdpa")
+    arguments, _ = hf.inputs("bert", "right")
+    before, keys = hf.run(exact, **arguments), exact.state_dict().keys()
+    model = calibrated("bert")
+    ours = hf.run(model, **arguments)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(hf.run(model, **arguments), before) and model.state_dict().keys() == keys
+    model.set_attn_implementation(ROUTED)
+    assert torch.equal(hf.run(model, **arguments), ours)
+
+
+def test_another_budget_keeps_the_calibration():
+    model = calibrated("bert")
+    model.set_attn_implementation(WINDOW)
+    assert all(core.is_calibrated and core.support == sb.Window(16, block_q=8) for core in cores(model).values())
+
+
+def test_another_kernel_starts_anew():
+    model = calibrated("bert")
+    model.set_attn_implementation("scatterbrain")
+    assert not any(core.is_calibrated for core in cores(model).values())
+
+
+def test_an_implementation_written_into_the_configuration_of_a_layer():
+    model = hf.FAMILIES["bert"].build("sdpa")
+    layer = model.encoder.layer[1].attention.self
+    layer.config = copy.deepcopy(layer.config)
+    layer.config._attn_implementation = INPUT
+    exact = hf.run(hf.FAMILIES["bert"].build("sdpa"), **hf.inputs("bert")[0])
+    error = (hf.run(model, **hf.inputs("bert")[0]) - exact).norm() / exact.norm()
+    assert list(cores(model)) == ["encoder.layer.1.attention.self.scatterbrain"] and 1e-5 < error < 0.3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_masks_of_another_implementation_are_read_for_what_they_say(name: str, side: str):
+    """Layers whose own configuration names ours get the masks that their model makes for sdpa."""
+    arguments, counts = hf.inputs(name, side)
+    model, mixed = calibrated(name, WINDOW), calibrated(name, WINDOW)
+    mixed.set_attn_implementation("sdpa")
+    for module in list(mixed.modules()):
+        if "_scatterbrain_parked" in module.__dict__:
+            module.config = copy.deepcopy(module.config)
+            module.config._attn_implementation = WINDOW
+    out = hf.run(mixed, **arguments)
+    assert len(cores(mixed)) == 2
+    torch.testing.assert_close(out[counts], hf.run(model, **arguments)[counts], rtol=1e-5, atol=1e-5)
+
+
+def test_moving_a_model_moves_its_state():
+    model = calibrated("bert").to("meta")
+    assert all(tensor.device.type == "meta" for core in cores(model).values() for tensor in core.buffers())

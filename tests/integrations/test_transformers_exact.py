@@ -1,0 +1,128 @@
+"""transformers' models give the outputs of their own sdpa where no key is approximated, whatever the mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+import hf_models as hf
+import transformers
+
+import scatterbrain as sb
+from scatterbrain.integrations.transformers import register
+
+# One runs torch's attention, the other the library's kernels with lists that hold every key.
+NAMES = ("scatterbrain:full", register("scatterbrain:every-key", sb.Window(4096), None))
+pytestmark = pytest.mark.filterwarnings("ignore:.*runs exact attention")
+
+
+def check(name: str, mine: Tensor, exact: Tensor, counts: Tensor) -> None:
+    assert exact[counts].std() > 0.01
+    torch.testing.assert_close(mine[counts], exact[counts], rtol=2e-5, atol=2e-5, msg=lambda text: f"{name}: {text}")
+
+
+def both(name: str, implementation: str, **arguments) -> tuple[nn.Module, nn.Module]:
+    return hf.FAMILIES[name].build(implementation, **arguments), hf.FAMILIES[name].build("sdpa", **arguments)
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [(name, "none") for name in hf.FAMILIES]
+    + [(name, side) for name in hf.FAMILIES if hf.FAMILIES[name].kind != "vision" for side in ("right", "left")],
+)
+def test_every_family_with_padding(name: str, side: str, implementation: str):
+    arguments, counts = hf.inputs(name, side)
+    mine, exact = both(name, implementation)
+    check(name, hf.run(mine, **arguments), hf.run(exact, **arguments), counts)
+
+
+def causal_4d(side: str) -> Tensor:
+    square = torch.ones(hf.TOKENS, hf.TOKENS, dtype=torch.bool).tril()
+    return square & hf.keep(side).bool()[:, None, None, :]
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama", "qwen3", "opt", "clip text"])
+def test_masks_of_queries_times_keys(name: str, kind: str, implementation: str):
+    mask = causal_4d("right") | torch.eye(hf.TOKENS, dtype=torch.bool)
+    mask[0, 0, 50:, 10:30] = False
+    if kind == "float":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) + 0.3
+    arguments = {"input_ids": hf.tokens(), "attention_mask": mask}
+    if name == "opt":
+        arguments["position_ids"] = torch.arange(hf.TOKENS)[None].expand(2, -1)
+    mine, exact = both(name, implementation)
+    check(name, hf.run(mine, **arguments), hf.run(exact, **arguments), hf.keep("right").bool())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_packed_sequences(name: str):
+    positions = torch.cat([torch.arange(40), torch.arange(60)])[None].expand(2, -1)
+    arguments = {"input_ids": hf.tokens(), "position_ids": positions, "use_cache": False}
+    mine, exact = both(name, NAMES[1])
+    check(name, hf.run(mine, **arguments), hf.run(exact, **arguments), hf.keep("none").bool())
+
+
+def cache(kind: str, model: nn.Module) -> transformers.Cache:
+    if kind == "static":
+        return transformers.StaticCache(config=model.config, max_cache_len=hf.TOKENS + 28)
+    return transformers.DynamicCache(config=model.config)
+
+
+@torch.no_grad()
+def in_pieces(model: nn.Module, kind: str, ids: Tensor, mask: Tensor | None, cuts: list[int]) -> Tensor:
+    """Logits of the tokens fed in pieces that end at ``cuts``."""
+    past, out, start = cache(kind, model), [], 0
+    for end in cuts:
+        seen = None if mask is None else mask[:, :end]
+        result = model(input_ids=ids[:, start:end], attention_mask=seen, cache=past, use_cache=True)
+        out.append(result.logits)
+        start = end
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("cuts", [[96, 97, 98, 100], [32, 80, 81, 100]], ids=["tokens one by one", "chunks"])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt", "mistral with a window"])
+def test_caches(name: str, kind: str, side: str | None, cuts: list[int], implementation: str):
+    mask = None if side is None else hf.keep(side)
+    mine, exact = both(name, implementation)
+    pieces = [in_pieces(model, kind, hf.tokens(), mask, cuts) for model in (mine, exact)]
+    check(name, *pieces, hf.keep(side or "none").bool())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bert", "llama", "vit"])
+def test_half_precision_models(name: str, dtype: torch.dtype):
+    arguments, counts = hf.inputs(name, "right")
+    if "pixel_values" in arguments:
+        arguments["pixel_values"] = arguments["pixel_values"].to(dtype)
+    mine, exact = (model.to(dtype) for model in both(name, NAMES[1]))
+    truth = hf.run(
+        hf.FAMILIES[name].build(), **{k: v.float() if v.is_floating_point() else v for k, v in arguments.items()}
+    )
+    error, floor = ((hf.run(model, **arguments).float() - truth)[counts].norm() for model in (mine, exact))
+    assert hf.run(mine, **arguments).dtype == dtype and error <= 2 * floor
+
+
+def test_scaling_of_the_model_is_honoured():
+    mine, exact = both("llama", NAMES[1])
+    for model in (mine, exact):
+        for layer in model.model.layers:
+            layer.self_attn.scaling = 0.7
+    arguments, counts = hf.inputs("llama")
+    check("llama", hf.run(mine, **arguments), hf.run(exact, **arguments), counts)
+
+
+def test_equal_lengths_of_decoder_and_encoder_are_still_cross_attention():
+    """A padded key of the encoder is no padded query of the decoder, though there are as many."""
+    arguments, _ = hf.inputs("bart", "right")
+    arguments["decoder_attention_mask"] = torch.ones_like(arguments["decoder_attention_mask"])
+    mine, exact = both("bart", NAMES[1])
+    check("bart", hf.run(mine, **arguments), hf.run(exact, **arguments), hf.keep("none").bool())
