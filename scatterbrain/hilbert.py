@@ -26,9 +26,22 @@ def hilbert_order(height: int, width: int) -> Tensor:
     if height < 1 or width < 1:
         raise ValueError(f"hilbert_order: height and width must be at least 1, got {height} and {width}")
     cell = torch.arange(height * width)
-    x, y = cell % width, cell // width
-    distance = torch.zeros_like(cell)
     side = 1 << (max(height, width) - 1).bit_length()
+    return torch.argsort(hilbert_distance(cell // width, cell % width, side))
+
+
+def hilbert_distance(row: Tensor, column: Tensor, side: int) -> Tensor:
+    """How far along the curve through a square of ``side`` x ``side`` cells each cell lies.
+
+    Args:
+        row, column: integers of one shape, each in [0, side).
+        side: a power of two.
+
+    Returns:
+        int64 of the same shape, in [0, side * side).
+    """
+    x, y = column.long(), row.long()
+    distance = torch.zeros_like(x)
     half = side // 2
     while half > 0:
         right, low = (x & half) > 0, (y & half) > 0
@@ -42,7 +55,7 @@ def hilbert_order(height: int, width: int) -> Tensor:
         )
         x, y = torch.where(swap, y, x), torch.where(swap, x, y)
         half //= 2
-    return torch.argsort(distance)
+    return distance
 
 
 def inverse_order(order: Tensor) -> Tensor:

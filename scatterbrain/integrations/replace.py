@@ -44,10 +44,12 @@ class Report:
     Args:
         settings: the support and the low-rank kernel of the modules that were swapped.
         entries: every module that looks like attention, in the model's order.
+        notes: what was done beyond single modules, a line each: class tokens that attend exactly, token order.
     """
 
     settings: str
     entries: list[Entry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     @property
@@ -71,6 +73,7 @@ class Report:
         summary = f"{len(self.replaced)} of {total} attention module{'' if total == 1 else 's'} replaced"
         if self.replaced:
             summary += f" with {self.settings}"
+        summary = "\n".join([summary, *self.notes])
         if not self.entries:
             return summary
         header = ("module", "was", "now", "note")
@@ -161,6 +164,7 @@ def replace_attention(
     support: Support = SUPPORT,
     low_rank: LowRank = LOW_RANK,
     where: Callable[[str], bool] | None = None,
+    token_order: str | None = None,
 ) -> Report:
     """Replaces the attention modules of ``model`` in place and reports each of them.
 
@@ -185,6 +189,11 @@ def replace_attention(
         support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`.
         low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`.
         where: called with a module's path, says whether to replace it; default all.
+        token_order: "hilbert" lets image patches pass the blocks of every vision transformer in ``model`` (timm's
+            VisionTransformer family and NaFlexVit; transformers' ViT, DeiT, DINOv2, CLIP and SigLIP) along a Hilbert
+            curve, which makes every run of tokens a compact piece of the picture and the approximation better. Class,
+            register and distillation tokens stay first, outputs and intermediate outputs are in the model's own order.
+            Default None, the model's order.
 
     Returns:
         :class:`Report`: a table of every module that looks like attention, with what it is now or why it was left, and
@@ -193,6 +202,7 @@ def replace_attention(
     Raises:
         TypeError: model, support or low_rank of a wrong type.
         ValueError: "learned" for a model that is in DistributedDataParallel or FSDP already.
+        ValueError: token_order for a model without a vision transformer that can be ordered.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_attention: model must be an nn.Module, got {type(model).__name__}")
@@ -202,6 +212,8 @@ def replace_attention(
         )
     if low_rank is not None and not isinstance(low_rank, (Quadratic, Favor)):
         raise TypeError(f"replace_attention: low_rank must be Quadratic, Favor or None, got {low_rank!r}")
+    if token_order not in (None, "hilbert"):
+        raise ValueError(f"replace_attention: token_order must be 'hilbert' or None, got {token_order!r}")
 
     learned = isinstance(low_rank, Quadratic) and low_rank.statistics == "learned" and not isinstance(support, Full)
     if learned and (wrapper := parallel_wrapper(model)):
@@ -217,6 +229,8 @@ def replace_attention(
     settings = "exact attention" if isinstance(support, Full) else f"{support}, {low_rank}"
     report = Report(settings)
     crossing = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
+    if token_order is not None:
+        _order_tokens(model, report)
     done: dict[nn.Module, Entry] = {}
     for path, module in list(_attention_modules(model)):
         if module in done:  # one module under two names
@@ -242,10 +256,26 @@ def replace_attention(
         now = _class_name(module)
         entry.now = now if now != entry.was else f"{now}, scatterbrain inside"
         report._undo.append(undo)
+    report.notes += _exact_class_tokens(model, {entry.path for entry in report.replaced})
     _stop_nested_tensors(model, report)
     if not report.replaced:
         warnings.warn(f"replace_attention changed nothing: {report}", stacklevel=2)
     return report
+
+
+def _exact_class_tokens(model: nn.Module, replaced: set[str]) -> list[str]:
+    from scatterbrain.integrations.vision import exact_class_tokens
+
+    return exact_class_tokens(model, replaced.__contains__)
+
+
+def _order_tokens(model: nn.Module, report: Report) -> None:
+    from scatterbrain.integrations.vision import apply_order
+
+    ordered, refused, undo = apply_order(model)
+    report._undo += undo
+    report.notes += [f"{path or 'the model'}: tokens in Hilbert order" for path in ordered]
+    report.notes += [f"{path or 'the model'}: tokens in their own order, {reason}" for path, reason in refused]
 
 
 def _stop_nested_tensors(model: nn.Module, report: Report) -> None:

@@ -61,6 +61,9 @@ class ScatterbrainAttention(nn.Module):
         head_dim: width d of a head.
         num_kv_heads: key/value heads; default num_heads. Must divide num_heads.
         support, low_rank: default :func:`scatterbrain.presets.drop_in`.
+        exact_queries: this many first queries attend to every key exactly, in bidirectional calls. For class and
+            register tokens, whose attention is spread over the whole image: the cost is that of as many rows of exact
+            attention.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class ScatterbrainAttention(nn.Module):
         num_kv_heads: int | None = None,
         support: Support | None = None,
         low_rank: LowRank = _PRESET,
+        exact_queries: int = 0,
     ) -> None:
         super().__init__()
         support = presets.drop_in()[0] if support is None else support
@@ -82,6 +86,10 @@ class ScatterbrainAttention(nn.Module):
                 f"ScatterbrainAttention: num_heads must be a multiple of num_kv_heads, got {num_heads} and "
                 f"{num_kv_heads}"
             )
+        if isinstance(exact_queries, bool) or not isinstance(exact_queries, int) or exact_queries < 0:
+            raise ValueError(
+                f"ScatterbrainAttention: exact_queries must be an int of at least 0, got {exact_queries!r}"
+            )
         checks.check_pair(support, low_rank, is_causal=False)
         if isinstance(low_rank, Quadratic) and low_rank.rank > head_dim:
             raise ValueError(
@@ -89,6 +97,7 @@ class ScatterbrainAttention(nn.Module):
             )
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, num_kv_heads
         self.support, self.low_rank = support, low_rank
+        self.exact_queries = exact_queries
         self._is_calibrated = False
         self._collecting = False
         self._gathered: Moments | None = None
@@ -161,7 +170,7 @@ class ScatterbrainAttention(nn.Module):
             self._gather(query, key, key_padding_mask, query_padding_mask, functional._default_scale(query, scale))
         if self._collecting:
             support, low_rank = Full(), None
-        return functional.attention(
+        out = functional.attention(
             query,
             key,
             value,
@@ -175,6 +184,23 @@ class ScatterbrainAttention(nn.Module):
             query_offset,
             return_lse,
         )
+        first = min(self.exact_queries, query.shape[2])
+        if first == 0 or is_causal or isinstance(support, Full):
+            return out
+        if query_padding_mask is None and key_padding_mask is not None and query.shape[2] == key.shape[2]:
+            query_padding_mask = key_padding_mask
+        exact = functional.attention(
+            query[:, :, :first],
+            key,
+            value,
+            Full(),
+            None,
+            key_padding_mask,
+            scale=scale,
+            query_padding_mask=None if query_padding_mask is None else query_padding_mask[:, :first],
+            return_lse=return_lse,
+        )
+        return tuple(map(_replace_first, out, exact)) if return_lse else _replace_first(out, exact)
 
     def coefficients(self) -> Coefficients | None:
         """What the low-rank kernel runs with now; None where it needs nothing, or has nothing yet (which then raises
@@ -323,6 +349,14 @@ class ScatterbrainAttention(nn.Module):
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}, "
             f"support={self.support}, low_rank={self.low_rank}"
         )
+
+
+def _replace_first(rows: Tensor, first: Tensor) -> Tensor:
+    """``rows`` (B, H, N, ...) with ``first`` in place of its first ones."""
+    if rows.requires_grad or torch.is_grad_enabled():  # the backward pass of attention needs rows as they were
+        return torch.cat([first, rows[:, :, first.shape[2] :]], 2)
+    rows[:, :, : first.shape[2]] = first
+    return rows
 
 
 def _cores(model: nn.Module) -> list[ScatterbrainAttention]:

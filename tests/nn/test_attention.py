@@ -187,3 +187,46 @@ def test_reset_keeps_the_parameters_of_the_optimizer() -> None:
         core.key_bias.add_(1)
     core.reset_parameters()
     assert [id(p) for p in core.parameters()] == before and core.key_bias.eq(0).all()
+
+
+# ------------------------------------------------------------------------------------------------------ exact queries
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_first_queries_attend_to_every_key_exactly_and_the_others_as_without(padded: bool, grad: bool) -> None:
+    settings = {"support": sb.Window(16), "low_rank": sb.Quadratic(4, "input")}
+    plain, core = (sb.ScatterbrainAttention(4, 16, exact_queries=first, **settings) for first in (0, 3))
+    q, k, v = (x.requires_grad_(grad) for x in qkv())
+    mask = torch.zeros(2, 80, dtype=torch.bool)
+    mask[:, 60:] = padded
+    bias = torch.zeros(2, 1, 1, 80).masked_fill(mask[:, None, None], float("-inf"))
+    exact = F.scaled_dot_product_attention(q[:, :, :3], k, v, attn_mask=bias)
+    with torch.set_grad_enabled(grad):
+        out, lse = core(q, k, v, mask if padded else None, return_lse=True)
+        without, without_lse = plain(q, k, v, mask if padded else None, return_lse=True)
+    torch.testing.assert_close(out[:, :, :3], exact)
+    scores = q[:, :, :3] @ k.transpose(-1, -2) / 4 + bias
+    torch.testing.assert_close(lse[:, :, :3], scores.logsumexp(-1))
+    assert torch.equal(out[:, :, 3:], without[:, :, 3:]) and torch.equal(lse[:, :, 3:], without_lse[:, :, 3:])
+    assert not torch.allclose(without[:, :, :3], exact, rtol=1e-2, atol=1e-2)
+    if grad:
+        weight = torch.randn(out.shape)
+        mine = torch.autograd.grad((out * weight).sum(), (q, k, v))
+        expected = (exact * weight[:, :, :3]).sum() + (without * weight)[:, :, 3:].sum()
+        for a, b in zip(mine, torch.autograd.grad(expected, (q, k, v))):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_causal_attention_has_no_exact_queries_and_fewer_queries_than_named_are_all_exact() -> None:
+    settings = {"support": sb.Window(16), "low_rank": None}
+    plain, core = (sb.ScatterbrainAttention(4, 16, exact_queries=first, **settings) for first in (0, 99))
+    inputs = qkv()
+    assert torch.equal(core(*inputs, is_causal=True), plain(*inputs, is_causal=True))
+    torch.testing.assert_close(core(*inputs), F.scaled_dot_product_attention(*inputs))
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.0, True])
+def test_exact_queries_must_be_a_count(wrong: object) -> None:
+    with pytest.raises(ValueError, match="exact_queries must be an int of at least 0"):
+        sb.ScatterbrainAttention(4, 16, exact_queries=wrong)

@@ -21,6 +21,7 @@ from scatterbrain.integrations.transformers.layers import (
     park,
 )
 from scatterbrain.integrations.transformers.settings import SETTINGS
+from scatterbrain.integrations.vision import exact_class_tokens
 
 _OWNED = f".{CORE}."  # part of every name of our state in a model's state dict
 
@@ -38,6 +39,7 @@ def adopt(model: nn.Module) -> None:
             attach(module, *SETTINGS[name], path=path, seed=seed)
         elif name != PER_LAYER:
             park(module)
+    exact_class_tokens(model)
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and any(core_of(module) for _, module in attention_layers(inner)):
             # A checkpoint without our state is an ordinary one: the state says itself that it is not calibrated.

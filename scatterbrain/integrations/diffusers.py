@@ -1,0 +1,217 @@
+"""diffusers: an attention processor for self and cross attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from scatterbrain.integrations.masks import padding_of
+from scatterbrain.integrations.replace import NotReplaceable, register_handler
+from scatterbrain.low_rank import LowRank
+from scatterbrain.nn.attention import ScatterbrainAttention
+from scatterbrain.nn.holder import AttentionHolder
+from scatterbrain.nn.multihead import LOW_RANK, SUPPORT
+from scatterbrain.support import Full, Support
+
+HIDDEN = -9000.0  # diffusers adds -10000 to scores of hidden keys, which bfloat16 rounds to -9984
+
+
+class ScatterbrainAttnProcessor(AttentionHolder, nn.Module):
+    """Sparse + low-rank attention in a diffusers ``Attention`` layer, where AttnProcessor2_0 computes exact attention.
+
+    A submodule of its layer: calibrated statistics or learned projections are in the model's state dict and move with
+    it. Every layer needs a processor of its own::
+
+        model.set_attn_processor(processors(model, support, low_rank))
+
+    An ``attention_mask`` that only hides keys (for all queries of an image alike, as diffusers makes it from
+    ``encoder_attention_mask``) is honoured; any other runs exactly, as AttnProcessor2_0 computes it, and warns once.
+    ``support=Full()`` is AttnProcessor2_0 itself.
+
+    Args:
+        num_heads, head_dim: of the layer.
+        support, low_rank: default those of :func:`scatterbrain.presets.drop_in`, which must be calibrated
+            (:func:`scatterbrain.calibrate`).
+
+    Raises:
+        ValueError: for a low-rank kernel that does not fit the head.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, support: Support = SUPPORT, low_rank: LowRank = LOW_RANK) -> None:
+        super().__init__()
+        self._attach(ScatterbrainAttention(num_heads, head_dim, support=support, low_rank=low_rank))
+        self._layer: list[Attention] = []  # in a list, so that it is no submodule
+
+    def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        # The original processor has no entries, and those of the layer are not shown to its submodules. Without a prefix
+        # the processor itself is loaded.
+        return prefix != ""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Called by the layer, with its own arguments."""
+        self._check_layer(attn)
+        arguments = (attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if isinstance(self.attention.support, Full):
+            return AttnProcessor2_0()(*arguments)
+        keys = _tokens(hidden_states if encoder_hidden_states is None else encoder_hidden_states)
+        padding = None
+        if attention_mask is not None:
+            padding = _key_padding(attention_mask, hidden_states.shape[0], keys)
+            if padding is None:
+                self._warn_exact("attention_mask is more than the padding of keys; pass (batch, 1, keys) or none")
+                return AttnProcessor2_0()(*arguments)
+        return self._attend(attn, hidden_states, encoder_hidden_states, padding, temb)
+
+    def _check_layer(self, attn: Attention) -> None:
+        if not self._layer:
+            self._layer.append(attn)
+        if self._layer[0] is not attn and not getattr(attn, "_is_replica", False):
+            raise ValueError(
+                "ScatterbrainAttnProcessor: a processor holds the statistics of one layer, got a second layer; use "
+                "model.set_attn_processor(scatterbrain.integrations.diffusers.processors(model))"
+            )
+
+    def _attend(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        padding: Tensor | None,
+        temb: Tensor | None,
+    ) -> Tensor:
+        # 1. Image tokens: norms, and a map (batch, channels, height, width) as a sequence.
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        shape = hidden_states.shape if hidden_states.dim() == 4 else None
+        if shape is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        # 2. Queries from them, keys and values from them or from the other sequence.
+        context = encoder_hidden_states
+        if context is None:
+            context = hidden_states
+        elif attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        projections = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projections)
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        # 3. Attention. Padding is of keys: every image token is a query.
+        queries = None if padding is None else padding.new_zeros(q.shape[0], q.shape[2])
+        out = self.attention(q, k, v, key_padding_mask=padding, query_padding_mask=queries)
+        # 4. Output projection with its dropout, and back to a map.
+        out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(q.dtype)))
+        if shape is not None:
+            out = out.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor
+
+
+def _tokens(x: Tensor) -> int:
+    return x.shape[1] if x.dim() == 3 else x.shape[2] * x.shape[3]
+
+
+def _key_padding(mask: Tensor, batch: int, keys: int) -> Tensor | None:
+    """(batch, keys) of a mask (batch, keys) or (batch, 1, keys), which the layer repeats for its heads."""
+    if mask.shape[0] != batch or mask.numel() != batch * keys or mask.shape[-1] != keys:
+        return None
+    padding = padding_of(mask.reshape(batch, 1, 1, keys), batch, keys, HIDDEN)
+    return padding
+
+
+# -------------------- whole models
+
+
+def processors(model: nn.Module, support: Support = SUPPORT, low_rank: LowRank = LOW_RANK) -> dict[str, Any]:
+    """Processors for ``model.set_attn_processor``: one of its own for every layer that can have one, and what they have
+    now for the others. :func:`scatterbrain.replace_attention` sets them too, and says which layers were left and why.
+
+    Args:
+        model: a model of diffusers with ``attn_processors``.
+        support, low_rank: as :class:`ScatterbrainAttnProcessor`.
+    """
+    found = dict(model.attn_processors)
+    for name, layer in model.named_modules():
+        if f"{name}.processor" in found and type(layer) is Attention and _obstacle(layer) is None:
+            found[f"{name}.processor"] = _processor_for(layer, support, low_rank)
+    return found
+
+
+def _processor_for(layer: Attention, support: Support, low_rank: LowRank) -> ScatterbrainAttnProcessor:
+    processor = ScatterbrainAttnProcessor(layer.heads, layer.inner_dim // layer.heads, support, low_rank)
+    return processor.to(layer.to_q.weight.device).train(layer.training)
+
+
+def _obstacle(layer: Attention) -> str | None:
+    """Why a layer cannot have the processor; None if it can."""
+    processor = type(layer.processor).__name__
+    if type(layer.processor) is not AttnProcessor2_0:
+        joint = ": it attends over two joined streams of tokens" if "Joint" in processor or "Flux" in processor else ""
+        return f"its processor is {processor}, not AttnProcessor2_0{joint}"
+    if layer.fused_projections:
+        return "its projections are fused; call unfuse_qkv_projections() first"
+    if layer.add_k_proj is not None or layer.to_k is None:
+        return "it has added key and value projections"
+    if layer.inner_kv_dim != layer.inner_dim:
+        return "its keys have fewer heads than its queries, which AttnProcessor2_0 does not support either"
+    return None
+
+
+class AttentionHandler:
+    """diffusers' Attention with its standard processor gets :class:`ScatterbrainAttnProcessor`; others are refused."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return type(module) is Attention
+
+    def replace(self, module: Attention, support: Support, low_rank: LowRank) -> tuple[str, Callable[[], None]]:
+        obstacle = _obstacle(module)
+        if obstacle is not None:
+            raise NotReplaceable(obstacle)
+        try:
+            processor = _processor_for(module, support, low_rank)
+        except ValueError as error:
+            raise NotReplaceable(str(error)) from error
+        before = module.processor
+        module.set_processor(processor)
+
+        def undo() -> None:
+            module._modules.pop("processor", None)
+            module.processor = before
+
+        note = ""
+        if module.is_cross_attention and not isinstance(support, Full):
+            note = "cross attention: with few keys exact attention is faster; where= leaves it out"
+        return note, undo
+
+
+class RefusalHandler:
+    """Attention classes of diffusers with processors of their own."""
+
+    def matches(self, module: nn.Module) -> bool:
+        cls = type(module)
+        own = cls.__module__.startswith("diffusers.") and cls is not Attention and not is_parametrized(module)
+        return own and hasattr(module, "processor") and next(module.parameters(), None) is not None
+
+    def replace(self, module: nn.Module, support: Support, low_rank: LowRank) -> tuple[str, Callable[[], None]]:
+        raise NotReplaceable(
+            f"{type(module).__name__} runs {type(module.processor).__name__}; only diffusers' Attention with "
+            "AttnProcessor2_0 is handled"
+        )
+
+
+register_handler(RefusalHandler())
+register_handler(AttentionHandler())

@@ -1,0 +1,342 @@
+"""timm's vision transformers with sparse + low-rank attention, by swap and by attn_layer=."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+timm = pytest.importorskip("timm")
+import timm_models as models
+
+import scatterbrain as sb
+from scatterbrain.integrations.timm import Attention, attention_layer
+
+SETTINGS: dict[str, Any] = {"support": sb.Window(16), "low_rank": sb.Quadratic(4, "input")}
+EVERY_KEY: dict[str, Any] = {"support": sb.Window(4096), "low_rank": None}
+DIM, HEADS, TOKENS = 48, 3, 40
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_strict_warnings():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+def layer(**arguments: Any) -> timm.layers.Attention:
+    module = timm.layers.Attention(DIM, HEADS, qkv_bias=True, norm_layer=torch.nn.LayerNorm, **arguments).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, TOKENS, DIM)
+
+
+def close(mine: Tensor, exact: Tensor) -> None:
+    assert exact.std() > 0.01
+    torch.testing.assert_close(mine / exact.std(), exact / exact.std(), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ pass-through
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_every_family_gives_its_own_output_where_every_key_is_exact(name: str):
+    model, x = models.build(name), models.images(name)
+    with torch.no_grad():
+        before = model(x)
+        report = sb.replace_attention(model, sb.Full())
+        assert torch.equal(model(x), before)
+        report.restore()
+        report = sb.replace_attention(model, **EVERY_KEY)
+        assert {entry.now for entry in report.replaced} == {"scatterbrain.Attention"}
+        close(model(x), before)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"qk_norm": True}, {"scale_norm": True}, {"gated": True}, {"attn_head_dim": 8}, {"dim_out": 20}]
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_options_of_the_module_stay(arguments: dict[str, Any], fused: bool):
+    module, x = layer(**arguments), tokens()
+    module.fused_attn = fused
+    before = module(x)
+    sb.replace_attention(module, **EVERY_KEY)
+    close(module(x), before)
+
+
+def test_gradients_are_those_of_exact_attention_where_every_key_is_exact():
+    module, x = layer(), tokens()
+    module(x).square().sum().backward()
+    before = module.qkv.weight.grad.clone()
+    module.qkv.weight.grad = None
+    sb.replace_attention(module, **EVERY_KEY)
+    module(x).square().sum().backward()
+    close(module.qkv.weight.grad, before)
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+def padding() -> Tensor:
+    mask = torch.zeros(2, TOKENS, dtype=torch.bool)
+    mask[0, 30:] = True
+    mask[1, :3] = True
+    return mask
+
+
+PADDING_MASKS = {  # of what attends, True; from padding
+    "keys": lambda p: ~p[:, None, None, :],
+    "keys for every query": lambda p: (~p[:, None, None, :]).expand(-1, 1, TOKENS, -1),
+    "both tokens valid": lambda p: ~(p[:, None, None, :] | p[:, None, :, None]),
+}
+
+
+@pytest.mark.parametrize("as_float", [None, float("-inf"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("kind", PADDING_MASKS)
+def test_masks_of_padded_tokens_are_approximated_and_honoured(kind: str, as_float: float | None):
+    module, x, p = layer(), tokens(), padding()
+    mask = PADDING_MASKS[kind](p)
+    if as_float is not None:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, as_float)
+    before = module(x, attn_mask=mask)
+    sb.replace_attention(module, **EVERY_KEY)
+    close(module(x, attn_mask=mask)[~p], before[~p])
+    module.attention.support = sb.Window(8)
+    other = module(x, attn_mask=mask)[~p]
+    assert not torch.allclose(other, before[~p], rtol=1e-3, atol=1e-3)
+    assert torch.equal(module(x.masked_fill(p[..., None], 1e4), attn_mask=mask)[~p], other)
+
+
+def test_other_masks_run_exactly_and_say_so_once():
+    module, x = layer(), tokens()
+    mask = torch.rand(TOKENS, TOKENS) > 0.3
+    before = module(x, attn_mask=mask)
+    sb.replace_attention(module, **SETTINGS)
+    with pytest.warns(UserWarning, match="runs exact attention.*attn_mask is more than the padding"):
+        after = module(x, attn_mask=mask)
+    assert torch.equal(after, before) and torch.equal(module(x, attn_mask=mask), before)
+
+
+def test_a_mask_that_changes_in_place_is_read_again():
+    module, x = layer(), tokens()
+    sb.replace_attention(module, **EVERY_KEY)
+    mask = torch.ones(2, 1, 1, TOKENS, dtype=torch.bool)
+    first = module(x, attn_mask=mask)
+    mask[:, :, :, 20:] = False
+    assert not torch.allclose(module(x, attn_mask=mask)[:, :20], first[:, :20])
+
+
+def test_causal_attention_stays_causal():
+    module, x = layer(), tokens()
+    before = module(x, is_causal=True)
+    sb.replace_attention(module, **EVERY_KEY)
+    close(module(x, is_causal=True), before)
+    module.attention.support = sb.Window(8)
+    changed = x.clone()
+    changed[:, 20:] += 1
+    assert torch.equal(module(changed, is_causal=True)[:, :20], module(x, is_causal=True)[:, :20])
+
+
+def test_attention_dropout_in_training_runs_exactly_and_says_so():
+    module, x = layer(attn_drop=0.5).train(), tokens()
+    torch.manual_seed(1)
+    before = module(x)
+    (entry,) = sb.replace_attention(module, **SETTINGS).replaced
+    assert "exact in training for its attn_drop=0.5" in entry.note
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="attn_drop=0.5 acts on attention weights in training; set attn_drop.p = 0.0"):
+        assert torch.equal(module(x), before)
+
+
+def naflex_batch() -> dict[str, Tensor]:
+    """Images of 4 x 6 and 5 x 3 patches."""
+    batch = {"patches": torch.randn(2, 24, 16 * 16 * 3), "patch_coord": torch.zeros(2, 24, 2, dtype=torch.long)}
+    batch["patch_valid"] = torch.zeros(2, 24, dtype=torch.bool)
+    for row, (height, width) in enumerate(((4, 6), (5, 3))):
+        grid = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        batch["patch_coord"][row, : len(grid)] = grid
+        batch["patch_valid"][row, : len(grid)] = True
+    return batch
+
+
+@pytest.mark.parametrize("key_only", [False, True])
+@pytest.mark.parametrize("token_order", [None, "hilbert"])
+def test_naflex_batches_of_several_image_sizes(key_only: bool, token_order: str | None):
+    model, batch = (
+        models.build("naflex", use_key_only_attn_mask=key_only, reg_tokens=1, class_token=True),
+        naflex_batch(),
+    )
+    valid = batch["patch_valid"]
+    with torch.no_grad():
+        before = model(batch)
+        features = model.forward_features(**batch)["patches"][:, 2:][valid]
+        middle = model.forward_intermediates(batch, output_fmt="NLC")[1][0][valid]
+        sb.replace_attention(model, **EVERY_KEY, token_order=token_order)
+        close(model(batch), before)
+        close(model.forward_features(**batch)["patches"][:, 2:][valid], features)
+        close(model.forward_intermediates(batch, output_fmt="NLC")[1][0][valid], middle)
+
+
+# --------------------------------------------------------------------------------------------------------- the swap
+
+
+def test_identity_parameters_hooks_and_mode_stay_and_restore_gives_them_back():
+    model = models.build("vit")
+    module = model.blocks[0].attn
+    parameters, names, x = dict(module.named_parameters()), list(model.state_dict()), models.images("vit")
+    seen: list[type] = []
+    module.register_forward_hook(lambda module, args, out: seen.append(type(module)))
+    before = model(x)
+    report = sb.replace_attention(model, **SETTINGS)
+    assert model.blocks[0].attn is module and type(module) is Attention and not module.attention.training
+    assert all(parameter is parameters[name] for name, parameter in module.named_parameters())
+    assert not torch.equal(model(x), before)
+    report.restore()
+    assert torch.equal(model(x), before) and list(model.state_dict()) == names
+    assert vars(module).keys() == vars(model.blocks[1].attn).keys() == vars(models.build("vit").blocks[0].attn).keys()
+    assert seen == [timm.layers.Attention, Attention, timm.layers.Attention]
+
+
+def test_checkpoints_of_the_original_and_of_calibrated_models_load_strictly():
+    original, model, again = (models.build("vit") for _ in range(3))
+    x = models.images("vit")
+    for swapped in (model, again):
+        sb.replace_attention(swapped, sb.Window(8), sb.Quadratic(4))
+        swapped.load_state_dict(original.state_dict())
+    original.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="not calibrated"):
+        model(x)
+    with sb.calibrate(model), torch.no_grad():
+        model(x)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+    again.load_state_dict(original.state_dict())
+    with pytest.raises(ValueError, match="not calibrated"):
+        again(x)
+
+
+@pytest.mark.parametrize("name", ["vit", "distilled", "naflex"])
+def test_attn_layer_builds_a_model_with_it(name: str):
+    original = models.build(name)
+    model = models.build(name, attn_layer=attention_layer(**EVERY_KEY))
+    model.load_state_dict(original.state_dict())
+    assert {type(block.attn).__mro__[1] for block in model.blocks} == {Attention}
+    close(model(models.images(name)), original(models.images(name)))
+
+
+def test_attn_layer_takes_the_drop_in_preset_by_default_and_its_head_width_is_checked():
+    model = models.build("vit", attn_layer=Attention)
+    core = model.blocks[0].attn.attention
+    assert (core.support, core.low_rank) == sb.presets.drop_in()
+    with pytest.raises(ValueError, match="rank must be at most head_dim=16, got 20"):
+        models.build("vit", attn_layer=attention_layer(low_rank=sb.Quadratic(20)))
+    with pytest.raises((TypeError, ValueError), match="support"):
+        attention_layer(support=64)
+
+
+@pytest.mark.parametrize("how", ["swap", "attn_layer"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_keep_attention_and_its_state(how: str, copied):
+    if how == "swap":
+        model = models.build("vit")
+        sb.replace_attention(model, sb.Window(8), sb.Quadratic(4), token_order="hilbert")
+    else:
+        model = models.build("vit", attn_layer=attention_layer(sb.Window(8), sb.Quadratic(4)))
+    x = models.images("vit")
+    with torch.no_grad(), sb.calibrate(model):
+        model(x)
+    other = copied(model)
+    assert torch.equal(other(x), model(x))
+    assert other.blocks[0].attn.attention.support == sb.Window(8) and other.blocks[0].attn.attention.exact_queries == (
+        1 if how == "swap" else 0
+    )
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, x = models.build("vit").train(), models.images("vit")
+    sb.replace_attention(model, sb.Window(8), sb.Quadratic(4, "learned"), token_order="hilbert")
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(model.parameters()))
+    for first, second in zip(*gradients):
+        torch.testing.assert_close(second, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_half_precision_models(dtype: torch.dtype):
+    model, x = models.build("vit"), models.images("vit")
+    exact = model(x)
+    sb.replace_attention(model, **EVERY_KEY)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        out = model(x)
+    assert F.cosine_similarity(out.float(), exact).min() > 0.99
+    out = model.to(dtype)(x.to(dtype))
+    assert out.dtype == dtype and F.cosine_similarity(out.float(), exact).min() > 0.99
+
+
+@pytest.mark.parametrize("token_order", [None, "hilbert"])
+def test_torch_compile_without_a_graph_break(token_order: str | None):
+    model, x = models.build("dinov2 with registers"), models.images("dinov2 with registers")
+    sb.replace_attention(model, **SETTINGS, token_order=token_order)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+REFUSED = {  # model: (class name, part of the reason)
+    "eva02_tiny_patch14_224": ("eva.EvaAttention", "rotated by position"),
+    "beit_base_patch16_224": ("beit.Attention", "a bias for the position"),
+    "cait_xxs24_224": ("cait.TalkingHeadAttn", "attention weights of several heads"),
+    "swin_tiny_patch4_window7_224": ("swin_transformer.WindowAttention", "small windows"),
+    "vit_relpos_small_patch16_224": ("vision_transformer_relpos.RelPosAttention", "a bias for the position"),
+    "xcit_nano_12_p16_224": ("xcit.XCA", "over channels"),
+    "tnt_s_patch16_224": ("tnt.Attention", "its forward is its own"),
+    "volo_d1_224": ("volo.OutlookAttention", "small windows"),
+    "mvitv2_tiny": ("mvitv2.MultiScaleAttention", "a bias for the position"),
+    "pvt_v2_b0": ("pvt_v2.Attention", "a reduced set of keys"),
+    "vit_base_patch16_xp_224": ("vision_transformer.ParallelScalingBlock", "a part of the block's own forward"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_families_are_refused_by_class_and_reason(name: str):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.warns(UserWarning, match="changed nothing"):
+        report = sb.replace_attention(model)
+    assert not report.replaced
+    assert f"timm.models.{REFUSED[name][0]}: " in report.entries[0].note and REFUSED[name][1] in report.entries[0].note
+
+
+def test_a_forward_on_the_instance_and_a_narrow_head_are_refused():
+    model = models.build("vit", attn_layer="attn", num_heads=12)
+    model.blocks[0].attn.forward = lambda *args, **kwargs: None
+    with pytest.warns(UserWarning, match="changed nothing"):
+        report = sb.replace_attention(model)
+    assert "its forward is overridden on the instance" in report.entries[0].note
+    assert "rank must be at most head_dim=4" in report.entries[1].note
+    assert type(model.blocks[1].attn) is timm.layers.Attention
+
+
+def test_attention_pools_are_listed():
+    report = sb.replace_attention(models.build("siglip, attention pool"), **SETTINGS)
+    assert [entry.path for entry in report.skipped] == ["attn_pool"]
+    assert "only a class token or a few latents attend" in report.skipped[0].note

@@ -1,0 +1,423 @@
+"""Tokens along a Hilbert curve inside the blocks: outputs stay, whatever the grid, and what sees the curve is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import scatterbrain as sb
+from scatterbrain.hilbert import hilbert_distance, hilbert_order
+from scatterbrain.integrations.token_order import coordinate_order
+from scatterbrain.integrations.vision import apply_order
+
+timm = pytest.importorskip("timm")
+hf = pytest.importorskip("transformers")
+import timm_models as models
+
+EVERY_KEY: dict[str, Any] = {"support": sb.Window(4096), "low_rank": None, "token_order": "hilbert"}
+ORDERED: dict[str, Any] = {"support": sb.Full(), "token_order": "hilbert"}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def close(mine: Any, exact: Any) -> None:
+    """Equal to rounding, for tensors and for tuples, lists and dictionaries of them."""
+    if isinstance(exact, Tensor):
+        assert exact.std() > 0.01
+        torch.testing.assert_close(mine / exact.std(), exact / exact.std(), rtol=1e-4, atol=1e-4)
+    elif isinstance(exact, dict):
+        assert mine.keys() == exact.keys()
+        close(list(mine.values()), list(exact.values()))
+    elif exact is not None:
+        assert type(mine) is type(exact) and len(mine) == len(exact)
+        for a, b in zip(mine, exact):
+            close(a, b)
+
+
+class Seen:
+    """Tokens that enter the first block. A hook that is itself allowed inside the ordered part."""
+
+    __module__ = "scatterbrain.tests"
+
+    def __init__(self, block: nn.Module) -> None:
+        block.register_forward_pre_hook(self)
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        self.tokens = args[0]
+
+
+def check_curve(model: nn.Module, block: nn.Module, x: Tensor, prefix: int, grid: tuple[int, int], **arguments) -> None:
+    """The first block of the ordered model gets the original's tokens along the curve, prefix tokens first."""
+    seen = Seen(block)
+    with torch.no_grad():
+        model(x, **arguments)
+        before = seen.tokens
+        report = sb.replace_attention(model, **ORDERED)
+        model(x, **arguments)
+        report.restore()
+    order = torch.cat([torch.arange(prefix), hilbert_order(*grid) + prefix])
+    assert prefix + grid[0] * grid[1] == before.shape[1]
+    torch.testing.assert_close(seen.tokens, before[:, order])
+    assert not torch.equal(seen.tokens, before)
+
+
+# ------------------------------------------------------------------------------------------------------------- curves
+
+
+def test_distances_give_the_order():
+    rows, columns = torch.meshgrid(torch.arange(5), torch.arange(11), indexing="ij")
+    assert torch.equal(hilbert_distance(rows.flatten(), columns.flatten(), 16).argsort(), hilbert_order(5, 11))
+    square = hilbert_distance(rows.flatten(), columns.flatten(), 64).sort().values
+    assert square.unique().numel() == 55
+
+
+def test_coordinates_are_ordered_for_each_image_and_padding_keeps_its_place():
+    grids, tokens = [(2, 4), (3, 2)], 9
+    coordinates, valid = torch.zeros(2, tokens, 2, dtype=torch.long), torch.zeros(2, tokens, dtype=torch.bool)
+    coordinates[0, :8] = torch.cartesian_prod(torch.arange(2), torch.arange(4))
+    valid[0, :8] = True
+    coordinates[1, [0, 2, 3, 5, 6, 8]] = torch.cartesian_prod(torch.arange(3), torch.arange(2))
+    valid[1, [0, 2, 3, 5, 6, 8]] = True
+    order = coordinate_order(coordinates, valid, 1)
+    assert torch.equal(order.sort(-1).values, torch.arange(tokens + 1).expand(2, -1)) and (order[:, 0] == 0).all()
+    for row, (height, width) in enumerate(grids):
+        kept = order[row, 1:] - 1
+        assert torch.equal(kept[~valid[row]], torch.arange(tokens)[~valid[row]])
+        cells = coordinates[row, kept[valid[row]]]
+        steps = (cells[1:] - cells[:-1]).abs().sum(-1)
+        assert len(cells) == height * width and steps.max() <= 3
+
+
+# --------------------------------------------------------------------------------------------------------------- timm
+
+PREFIX = {
+    "no class token": 0,
+    "distilled": 2,
+    "residual post norm": 0,
+    "siglip, attention pool": 0,
+    "dinov2 with registers": 5,
+    "naflex": 4,
+}
+GRIDS = {"dynamic image size": (5, 2), "dynamic padding": (4, 5)}
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_timm_blocks_see_the_curve(name: str):
+    model = models.build(name)
+    check_curve(model, model.blocks[0], models.images(name), PREFIX.get(name, 1), GRIDS.get(name, (3, 5)))
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+@pytest.mark.parametrize("settings", [ORDERED, EVERY_KEY], ids=["full", "every key"])
+def test_timm_outputs_stay(name: str, settings: dict[str, Any]):
+    model, x = models.build(name), models.images(name)
+
+    def outputs() -> list[Any]:
+        return [
+            model(x),
+            model.forward_features(x),
+            model.forward_intermediates(x),
+            model.forward_intermediates(x, [0], True, True, True, "NLC", True),
+            model.forward_intermediates(x, output_dict=True, return_prefix_tokens=True),
+        ]
+
+    with torch.no_grad():
+        before = outputs()
+        report = sb.replace_attention(model, **settings)
+        close(outputs(), before)
+        report.restore()
+        close(outputs(), before)
+
+
+def test_timm_get_intermediate_layers_and_features_only():
+    model, x = models.build("vit"), models.images("vit")
+    features = timm.create_model(
+        "vit_tiny_patch16_224", img_size=models.SIZE, features_only=True, out_indices=2, **models.TINY
+    ).eval()
+    for parameter in features.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        before = model.get_intermediate_layers(x, 2, reshape=True, norm=True), features(x)
+        for swapped in (model, features):
+            sb.replace_attention(swapped, **ORDERED)
+        close((model.get_intermediate_layers(x, 2, reshape=True, norm=True), features(x)), before)
+
+
+def test_one_model_takes_images_of_any_size():
+    model = models.build("dynamic image size")
+    sizes = [(14, 14), (28, 98), (98, 28), (70, 42)]
+    images = [torch.randn(1, 3, *size) for size in sizes]
+    with torch.no_grad():
+        before = [model.forward_features(x) for x in images]
+        sb.replace_attention(model, **ORDERED)
+        for x, expected in zip(images, before):
+            close(model.forward_features(x), expected)
+
+
+def test_gradients_stay():
+    model, x = models.build("distilled").train(), models.images("distilled").requires_grad_()
+    sum(model(x)).square().sum().backward() if isinstance(model(x), tuple) else model(x).square().sum().backward()
+    before = x.grad.clone()
+    x.grad = None
+    sb.replace_attention(model, **ORDERED)
+    out = model(x)
+    (sum(out) if isinstance(out, tuple) else out).square().sum().backward()
+    close(x.grad, before)
+
+
+def test_patch_dropout_in_training_keeps_its_own_order_and_says_so():
+    model, x = models.build("vit", patch_drop_rate=0.5), models.images("vit")
+    exact = copy.deepcopy(model)
+    sb.replace_attention(model, **ORDERED)
+    close(model(x), exact(x))
+    model.train(), exact.train()
+    torch.manual_seed(3)
+    before = exact(x)
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="token_order has no effect in training with patch dropout"):
+        after = model(x)
+    torch.testing.assert_close(after, before)
+
+
+def test_prune_and_reset_of_a_timm_model_keep_its_order():
+    model, x = models.build("vit"), models.images("vit")
+    exact = copy.deepcopy(model)
+    sb.replace_attention(model, **ORDERED)
+    for each in (model, exact):
+        each.prune_intermediate_layers([0], prune_norm=True)
+    with torch.no_grad():
+        close(model.forward_intermediates(x, [0]), exact.forward_intermediates(x, [0]))
+        close(model.forward_features(x), exact.forward_features(x))
+
+
+# ------------------------------------------------------------------------------------------------------- transformers
+
+SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64, "patch_size": 4}
+ODD = (20, 36)  # a grid of 5 x 9
+ANY = {"interpolate_pos_encoding": True}
+HUGGING_FACE = {  # model, configuration, image size, arguments of its forward, prefix
+    "vit": (hf.ViTModel, hf.ViTConfig(image_size=ODD, **SMALL), ODD, {}, 1),
+    "vit, other size": (hf.ViTModel, hf.ViTConfig(image_size=24, **SMALL), ODD, ANY, 1),
+    "deit": (hf.DeiTModel, hf.DeiTConfig(image_size=20, **SMALL), (20, 20), {}, 2),
+    "dinov2": (hf.Dinov2Model, hf.Dinov2Config(image_size=24, **SMALL), ODD, {}, 1),
+    "registers": (hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig(image_size=24, **SMALL), ODD, {}, 5),
+    "backbone": (hf.Dinov2Backbone, hf.Dinov2Config(image_size=24, out_indices=[1, 2], **SMALL), ODD, {}, 1),
+    "clip": (hf.CLIPVisionModel, hf.CLIPVisionConfig(image_size=24, **SMALL), ODD, ANY, 1),
+    "siglip": (hf.SiglipVisionModel, hf.SiglipVisionConfig(image_size=24, **SMALL), ODD, ANY, 0),
+}
+
+
+def hugging_face(name: str) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    cls, config, size, arguments, _ = HUGGING_FACE[name]
+    model = cls(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=0.0 if parameter.dim() > 1 else 0.7, std=0.25)
+    return model, torch.randn(2, 3, *size), arguments
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_transformers_layers_see_the_curve(name: str):
+    model, x, arguments = hugging_face(name)
+    block = next(m for m in model.modules() if isinstance(m, nn.ModuleList))[0]
+    check_curve(model, block, x, HUGGING_FACE[name][4], (x.shape[2] // 4, x.shape[3] // 4), **arguments)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+@pytest.mark.parametrize("settings", [ORDERED, EVERY_KEY], ids=["full", "every key"])
+def test_transformers_outputs_and_hidden_states_stay(name: str, settings: dict[str, Any]):
+    model, x, arguments = hugging_face(name)
+    with torch.no_grad():
+        before = model(x, output_hidden_states=True, **arguments)
+        report = sb.replace_attention(model, **settings)
+        close(dict(model(x, output_hidden_states=True, **arguments)), dict(before))
+        as_tuple = model(x, return_dict=False, **arguments)
+        assert isinstance(as_tuple, tuple)
+        close(as_tuple[0], before[0])
+        report.restore()
+        close(dict(model(x, output_hidden_states=True, **arguments)), dict(before))
+
+
+def test_attention_weights_are_put_back():
+    model, x, _ = hugging_face("dinov2")
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        before = model(x, output_attentions=True).attentions
+        apply_order(model)
+        close(model(x, output_attentions=True).attentions, before)
+
+
+def test_padding_masks_of_transformers_are_ordered_with_the_tokens():
+    model, x, _ = hugging_face("dinov2")
+    mask = torch.ones(2, 1 + 5 * 9, dtype=torch.long)
+    mask[:, 20:] = 0
+    with torch.no_grad():
+        before = model(x, attention_mask=mask).last_hidden_state[:, :20]
+        sb.replace_attention(model, **ORDERED)
+        close(model(x, attention_mask=mask).last_hidden_state[:, :20], before)
+        with pytest.raises(ValueError, match=r"expected attention_mask of shape \(batch, tokens\)"):
+            model(x, attention_mask=mask[:, None, None, :])
+
+
+def test_models_around_an_ordered_model_work_and_checkpoint_gradients():
+    model = hf.ViTForImageClassification(hf.ViTConfig(image_size=20, **SMALL)).train()
+    x = torch.randn(2, 3, 20, 20)
+    model(x, labels=torch.tensor([0, 1])).loss.backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    report = sb.replace_attention(model, **EVERY_KEY)
+    assert "vit: tokens in Hilbert order" in report.notes
+    model.gradient_checkpointing_enable()
+    model.zero_grad()
+    model(x, labels=torch.tensor([0, 1])).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, before[name], rtol=1e-3, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_masks_of_a_timm_model_are_refused():
+    model, x = models.build("vit"), models.images("vit")
+    sb.replace_attention(model, **ORDERED)
+    for arguments in ({"attn_mask": torch.ones(16, 16, dtype=torch.bool)}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="speaks of tokens in the model's order"):
+            model.forward_features(x, **arguments)
+        with pytest.raises(ValueError, match="speaks of tokens in the model's order"):
+            model.forward_intermediates(x, **arguments)
+    close(model(x), models.build("vit")(x))
+
+
+@pytest.mark.parametrize("where", ["blocks.1", "blocks.0.attn.qkv", "norm"])
+def test_hooks_that_would_see_the_curve_are_refused_by_name(where: str):
+    model, x = models.build("vit"), models.images("vit")
+    sb.replace_attention(model, **ORDERED)
+    handle = model.get_submodule(where).register_forward_hook(lambda module, args, out: None)
+    with pytest.raises(RuntimeError, match=f"a forward hook on {where} would see tokens in the order"):
+        model(x)
+    handle.remove()
+    model.patch_embed.register_forward_hook(lambda module, args, out: None)
+    close(model(x), models.build("vit")(x))
+
+
+class Shuffling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def with_own_block() -> nn.Module:
+    model = models.build("vit")
+    model.blocks[1].ls1 = Shuffling()
+    return model
+
+
+def with_convolution() -> nn.Module:
+    model = models.build("vit")
+    model.blocks[1].ls1 = nn.Conv1d(16, 16, 1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 3)), "expected a model with a vision transformer among timm.VisionTransf"),
+        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28), "Eva: .*rotated by position"),
+        (
+            lambda: timm.create_model("vit_relpos_small_patch16_224", depth=1),
+            "VisionTransformerRelPos: .*bias for each",
+        ),
+        (lambda: models.build("naflex", rope_type="axial"), "NaFlexVit: .*rotated by position"),
+        (with_own_block, "Shuffling inside blocks may depend on the order"),
+        (with_convolution, "Conv1d inside blocks depends on the order"),
+    ],
+)
+def test_models_that_depend_on_the_order_are_refused_before_anything_changes(build, reason: str):
+    model = build()
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=reason):
+        sb.replace_attention(model, **EVERY_KEY)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_second_order_and_an_unknown_one_are_refused():
+    model = models.build("vit")
+    sb.replace_attention(model, **ORDERED)
+    with pytest.raises(ValueError, match="its tokens are ordered already"):
+        sb.replace_attention(model, **ORDERED)
+    with pytest.raises(ValueError, match="token_order must be 'hilbert' or None, got 'raster'"):
+        sb.replace_attention(model, token_order="raster")
+
+
+def test_the_report_names_ordered_models_and_others():
+    pair = nn.ModuleDict(
+        {"vit": models.build("vit"), "eva": timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28)}
+    )
+    text = str(sb.replace_attention(pair, **EVERY_KEY)).splitlines()
+    assert text[-3:] == [
+        "vit: tokens in Hilbert order",
+        "eva: tokens in their own order, Eva: its queries and keys are rotated by position (RoPE), in raster order",
+        "vit: its first token attends to every key exactly",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- class tokens
+
+
+@pytest.mark.parametrize("name", ["vit", "distilled", "dinov2 with registers", "no class token"])
+def test_tokens_before_the_patches_attend_to_every_key_exactly(name: str):
+    model, x = models.build(name), models.images(name)
+    attention, inputs = model.blocks[0].attn, []
+    attention.register_forward_hook(lambda module, args, out: inputs.append((args[0], out)))
+    with torch.no_grad():
+        model(x)
+        sb.replace_attention(model, sb.Window(1, block_q=1), None)
+        model(x)
+    prefix = PREFIX.get(name, 1)
+    assert attention.attention.exact_queries == prefix
+    assert torch.equal(inputs[1][0], inputs[0][0])
+    torch.testing.assert_close(inputs[1][1][:, :prefix], inputs[0][1][:, :prefix])
+    assert not torch.allclose(inputs[1][1][:, prefix:], inputs[0][1][:, prefix:], rtol=1e-2, atol=1e-2)
+
+
+def test_models_of_transformers_that_choose_the_implementation_have_exact_class_tokens_too():
+    import scatterbrain.integrations.transformers  # noqa: F401  (registers the implementations)
+
+    config = hf.Dinov2WithRegistersConfig(image_size=24, **SMALL)
+    config._attn_implementation = "scatterbrain"
+    model = hf.Dinov2WithRegistersModel(config)
+    cores = [module for module in model.modules() if isinstance(module, sb.ScatterbrainAttention)]
+    assert [core.exact_queries for core in cores] == [5, 5]
+
+
+def test_an_ordered_model_saves_as_its_own_class(tmp_path):
+    model, x, _ = hugging_face("dinov2")
+    before = model(x).last_hidden_state
+    sb.replace_attention(model, **ORDERED)
+    model.save_pretrained(tmp_path)
+    again = hf.AutoModel.from_pretrained(tmp_path)
+    assert type(again) is hf.Dinov2Model and model.config.architectures == ["Dinov2Model"]
+    close(again(x).last_hidden_state, before)
+
+
+# ------------------------------------------------------------------------------------------------------------ compile
+
+
+def test_compiled_models_take_images_of_several_sizes():
+    model = models.build("dynamic image size", depth=1)
+    sb.replace_attention(model, sb.Window(4), sb.Quadratic(4, "input"), token_order="hilbert")
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        for size in ((70, 28), (56, 84), (28, 70)):
+            x = torch.randn(1, 3, *size)
+            close(compiled(x), model(x))
+
+
+def test_ordered_models_can_be_exported():
+    model, x = models.build("vit", depth=1), models.images("vit")
+    sb.replace_attention(model, sb.Window(4), sb.Quadratic(4, "input"), token_order="hilbert")
+    close(torch.export.export(model, (x,)).module()(x), model(x))
