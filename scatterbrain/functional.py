@@ -23,6 +23,7 @@ from scatterbrain.low_rank import (
     statistics_from_moments,
 )
 from scatterbrain.rows import Rows, rows_of
+from scatterbrain.rows import valid_range as valid_range
 from scatterbrain.support import LSH, Blocks, Full, Routed, Support, Window
 
 DEFAULT_LOW_RANK = Quadratic(rank=9)

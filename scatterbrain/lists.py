@@ -70,9 +70,10 @@ def _span(support: Window, n: int, m: int, rows: Rows, is_causal: bool, device: 
 
 def covers_every_key(support: Support, n: int, m: int, is_causal: bool) -> bool:
     """Whether every query's support holds all keys that it may see, for n queries and m keys without padding or
-    offset, and there are any of both. Lists that a caller gives are not looked into. Lengths of a graph for any length count as unknown: never a
-    condition on them."""
-    known = _always if torch.compiler.is_compiling() or not type(n) is type(m) is int else bool
+    offset, and there are any of both. Lists that a caller gives are not looked into. Lengths of a graph for any length
+    count as unknown: never a condition on them."""
+    is_number = type(n) is type(m) is int and not torch.compiler.is_compiling()
+    known = bool if is_number else _always
     if not (known(n > 0) and known(m > 0)):
         return False
     if isinstance(support, Window):
