@@ -36,7 +36,7 @@ def is_plain() -> bool:
 
 
 def project_both(query: Tensor, key: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
-    """The maps of queries and keys, outside the graph; with ``projection``, :func:`attention` carries their gradients."""
+    """The maps of queries and keys, outside the graph: :func:`attention` carries their gradients."""
     query_weight, query_bias, key_weight, key_bias = projection
     with _BelowAutograd():
         return _PROJECT(query, query_weight, query_bias), _PROJECT(key, key_weight, key_bias)
