@@ -3,6 +3,7 @@ correct: tests hold each against its dense definition."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -45,7 +46,7 @@ def performer(query: Tensor, key: Tensor, value: Tensor, features: int, is_causa
         features: number of random features.
     """
     q_size, k_size = favor_sizes(query.shape[3] ** -0.5)
-    projection = seeded_projection(Favor(features), query.shape[3]).to(query)
+    projection = _projection(features, query.shape[3]).to(query)
 
     def logs(tokens: Tensor, size: float) -> Tensor:
         x = tokens * size
@@ -58,6 +59,12 @@ def performer(query: Tensor, key: Tensor, value: Tensor, features: int, is_causa
         return (q @ (k.transpose(-1, -2) @ value)) / (q @ k.sum(-2)[..., None])
     states = (k[..., :, None] * value[..., None, :]).cumsum(2)
     return torch.einsum("bhnm,bhnmd->bhnd", q, states) / (q * k.cumsum(2)).sum(-1, keepdim=True)
+
+
+@functools.cache
+def _projection(features: int, head_dim: int) -> Tensor:
+    """Drawn once, as a model would."""
+    return seeded_projection(Favor(features), head_dim)
 
 
 def clusters(query: Tensor, key: Tensor, value: Tensor, keys: int, rounds: int = 2, seed: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from scatterbrain.bench.inputs import entries
+from scatterbrain.bench.inputs import entries, tokens_in
 from scatterbrain.bench.methods import parse_method
 
 DTYPES = {
@@ -148,6 +148,13 @@ class BenchConfig:
         found = entries(self.inputs)
         if self.entry is not None and self.entry not in found:
             raise ValueError(f"--entry {self.entry} is not in {self.inputs}; it has {', '.join(found)}")
+        entry = self.entry or found[0]
+        available, longest = tokens_in(self.inputs, entry), max(setting.tokens for setting, _ in self.settings())
+        if longest > available:
+            raise ValueError(
+                f"{self.inputs}: entry {entry} has {available} tokens, too few for a length of {longest}; choose "
+                "shorter --lengths"
+            )
 
     def settings(self) -> list[tuple[Setting, list[str]]]:
         """The grid, each point with the methods to measure there."""

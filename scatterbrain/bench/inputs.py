@@ -96,7 +96,7 @@ def file_inputs(path: Path, entry: str | None, tokens: int, heads: int | None, r
         ValueError: no such file or entry, or too few tokens.
     """
     found = entries(path)
-    entry = entry if entry is not None else next(iter(found))
+    entry = entry if entry is not None else found[0]
     if entry not in found:
         raise ValueError(f"{path} has no entry {entry!r}; it has {', '.join(found)}")
     from safetensors import safe_open
@@ -106,7 +106,11 @@ def file_inputs(path: Path, entry: str | None, tokens: int, heads: int | None, r
         calibration = _calibration_entry(entry)
         names = set(file.keys())
         pair = [f"{calibration}.{part}" for part in "qk"]
-        others = [_four_dimensional(file.get_tensor(name)) for name in pair] if names.issuperset(pair) else None
+        others = (
+            [_four_dimensional(file.get_tensor(name)) for name in pair]
+            if calibration != entry and names.issuperset(pair)
+            else None
+        )
     available = query.shape[2]
     if tokens > available:
         raise ValueError(f"{path}: entry {entry!r} has {available} tokens, too few for a length of {tokens}")
@@ -145,6 +149,14 @@ def entries(path: Path) -> list[str]:
     if not found:
         raise ValueError(f"{path}: expected tensors <entry>.q, <entry>.k and <entry>.v, found none")
     return found
+
+
+def tokens_in(path: Path, entry: str) -> int:
+    """How many queries an entry has, without reading them."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_slice(f"{entry}.q").get_shape()[-2]
 
 
 def _calibration_entry(entry: str) -> str:

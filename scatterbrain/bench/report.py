@@ -164,6 +164,7 @@ def draw(path: Path, rows: list[Row]) -> None:
             right.plot(row.seconds * 1e3, row.error, marker, color=colours[row.method], label=row.method)
         right.set(xscale="log", xlabel="ms", ylabel="error against exact attention")
         right.set_title(f"{largest} tokens", fontsize=10)
+        _label(right.xaxis)
         right.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format="png")
@@ -179,5 +180,15 @@ def _draw_times(axis: object, rows: list[Row], colours: dict[str, str]) -> None:
     lengths = sorted({row.tokens for row in rows})
     axis.set_xticks(lengths, [str(n) for n in lengths])
     axis.minorticks_off()
+    _label(axis.yaxis)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
+
+
+def _label(axis: object) -> None:
+    """1, 2 and 5 of every decade as plain numbers, also where an axis spans less than a decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())

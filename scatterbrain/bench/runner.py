@@ -19,7 +19,7 @@ def run(config: BenchConfig) -> int:
     """Measures, prints the tables and writes the files.
 
     Returns:
-        0, or 130 after Ctrl-C, with what was measured until then printed and written.
+        0; 1 where nothing could be measured; 130 after Ctrl-C, with what was measured until then printed and written.
 
     Raises:
         ValueError, OSError: ``--resume`` with a file of other options; a file that cannot be read or written.
@@ -39,17 +39,18 @@ def run(config: BenchConfig) -> int:
         rows, interrupted = stopped.rows, True
     finally:
         torch.set_num_threads(threads)
-    print(tables(rows, config))
+    print(tables(rows, config), end="\n\n")
     if config.json is not None:
         # Settings that were cut short are measured again by --resume.
         write_json(config.json, rows, config, is_complete=not interrupted)
-        print(f"\nwritten: {config.json}")
+        print(f"written: {config.json}")
     if config.png is not None:
         draw(config.png, rows)
-        print(f"{'' if config.json else chr(10)}written: {config.png}")
+        print(f"written: {config.png}")
     if interrupted:
         print("stopped before the end: these are the results so far", file=sys.stderr)
-    return INTERRUPTED if interrupted else 0
+        return INTERRUPTED
+    return 0 if any(row.seconds is not None for row in rows) else 1
 
 
 class _Stopped(Exception):
