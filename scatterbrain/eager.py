@@ -135,6 +135,7 @@ def _gradients(
         if need[0] or need[5] or need[6]:
             d_query, weights[0], weights[1] = _PROJECT_BACKWARD(maps[0], tensors[0], query_weight)
             dq.add_(d_query)
+            d_query = maps[0] = None  # memory for the keys' turn
         if need[1] or need[7] or need[8]:
             d_key, weights[2], weights[3] = _PROJECT_BACKWARD(maps[1], tensors[1], key_weight)
             dk.add_(d_key)
