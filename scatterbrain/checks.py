@@ -17,6 +17,37 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_tensors(query: Tensor, key: Tensor, *value: Tensor) -> None:
     """query (B, Hq, N, d), key (B, Hkv, M, d) and, where there is one, value (B, Hkv, M, dv): rank, dtype, device and
     sizes that fit together."""
+    if not _fit(query, key, value[0] if value else key):
+        _explain(query, key, *value)
+
+
+def _fit(query: object, key: object, value: object) -> bool:
+    """All of :func:`check_tensors` in one go: what a short sequence has to wait for."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return False
+    q_shape, k_shape, v_shape = query.shape, key.shape, value.shape
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
+        return False
+    (batch, q_heads, _, q_width), (k_batch, k_heads, k_tokens, k_width) = q_shape, k_shape
+    v_batch, v_heads, v_tokens, v_width = v_shape
+    return (
+        query.dtype in DTYPES
+        and query.dtype == key.dtype == value.dtype
+        and query.device == key.device == value.device
+        and batch == k_batch == v_batch
+        and q_width == k_width
+        and k_heads == v_heads
+        and k_tokens == v_tokens
+        and q_width >= 1
+        and v_width >= 1
+        and q_heads >= 1
+        and k_heads >= 1
+        and q_heads % k_heads == 0
+    )
+
+
+def _explain(query: object, key: object, *value: object) -> None:
+    """Raises for the first thing that does not fit."""
     for name, tensor in zip(("query", "key", "value"), (query, key, *value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -111,6 +142,8 @@ def check_scale(scale: float | None) -> None:
 
 def check_offset(query_offset: int | Tensor, batch: int, is_causal: bool) -> None:
     """An int, or an integer tensor of shape (batch,)."""
+    if type(query_offset) is int and query_offset == 0:
+        return
     if isinstance(query_offset, Tensor):
         if query_offset.dtype not in (torch.int32, torch.int64) or tuple(query_offset.shape) != (batch,):
             raise ValueError(
@@ -192,6 +225,8 @@ def check_statistics(
                 f"{tuple(statistics.projection.shape)}"
             )
         return
+    if _fits(statistics, low_rank, scale, kv_heads, head_dim):
+        return
     if low_rank.rank > head_dim:
         raise ValueError(f"Quadratic: rank must be at most head_dim={head_dim}, got {low_rank.rank}")
     if low_rank.statistics == "input":
@@ -242,6 +277,20 @@ def check_statistics(
             f"{kv_heads}), got {leading}"
         )
     _check_shapes(statistics, (*leading, r, d), (*leading, d), (*leading, r, d), (*leading, d))
+
+
+def _fits(statistics: object, low_rank: Quadratic, scale: float, kv_heads: int, head_dim: int) -> bool:
+    """Whether these are statistics of this very kernel, per key/value head: the common case, without delay."""
+    if type(statistics) is not Statistics or statistics.scale != scale or low_rank.statistics == "input":
+        return False
+    of_map, of_mean = (kv_heads, low_rank.rank, head_dim), (kv_heads, head_dim)
+    return (
+        low_rank.rank <= head_dim
+        and statistics.query_projection.shape == of_map
+        and statistics.key_projection.shape == of_map
+        and statistics.query_mean.shape == of_mean
+        and statistics.key_mean.shape == of_mean
+    )
 
 
 def _check_shapes(owner: Statistics | Projections, *shapes: tuple[int, ...]) -> None:

@@ -84,6 +84,7 @@ class Favor:
 
 
 LowRank = Union[Quadratic, Favor, None]
+LOW_RANK_CODE = {type(None): 0, Quadratic: 1, Favor: 2}  # of the operators' argument low_rank
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "info": "versions, instruction set in use, compiled architectures and devices",
     "train": "train a byte-level language model",
+    "bench": "time, error and memory of attention over sequence lengths, against exact attention and plain torch",
 }
 
 

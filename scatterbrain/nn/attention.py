@@ -34,6 +34,7 @@ from scatterbrain.support import Full, Support
 EMA_MOMENTUM = 0.8  # share of the past in a moving average
 EMA_EVERY = 10  # optimizer steps between commits of a moving average
 
+_LEARNED = ("query_projection", "query_bias", "query_log_scale", "key_projection", "key_bias")
 _MAPS = ("query_projection", "query_mean", "key_projection", "key_mean")
 
 
@@ -123,8 +124,7 @@ class ScatterbrainAttention(nn.Module):
         rows = torch.linalg.qr(torch.randn(kv_heads, d, r, dtype=torch.float32)).Q.transpose(-1, -2).contiguous()
         if self.low_rank.statistics == "learned":
             query_rows = rows.repeat_interleave(heads // kv_heads, 0)
-            names = ("query_projection", "query_bias", "query_log_scale", "key_projection", "key_bias")
-            return dict(zip(names, (query_rows, zeros(heads, d), zeros(heads), rows, zeros(kv_heads, d)))), {}
+            return dict(zip(_LEARNED, (query_rows, zeros(heads, d), zeros(heads), rows, zeros(kv_heads, d)))), {}
         # A moving average starts as the learned form does, without means; stored statistics are nothing yet.
         start = rows if self.low_rank.statistics == "ema" else zeros(kv_heads, r, d)
         maps = (start.clone(), zeros(kv_heads, d), start.clone(), zeros(kv_heads, d))
@@ -157,17 +157,12 @@ class ScatterbrainAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Arguments as :func:`scatterbrain.attention`; query (B, num_heads, N, head_dim), key and value (B,
         num_kv_heads, M, ...)."""
-        query, key, value = functional._autocast(query, key, value)
-        checks.check_tensors(query, key, value)
-        expected = (self.num_heads, self.num_kv_heads, self.head_dim)
-        if (query.shape[1], key.shape[1], query.shape[3]) != expected:
-            raise ValueError(
-                f"expected query with {expected[0]} heads, key with {expected[1]} heads and head_dim "
-                f"{expected[2]}, got {query.shape[1]}, {key.shape[1]} and {query.shape[3]}"
-            )
+        self._check_heads(query, key)
         support, low_rank = self.support, self.low_rank
         if self._collecting or self._is_average_due():
-            self._gather(query, key, key_padding_mask, query_padding_mask, functional._default_scale(query, scale))
+            query, key, value = functional.cast_for_autocast(query, key, value)
+            checks.check_tensors(query, key, value)
+            self._gather(query, key, key_padding_mask, query_padding_mask, functional.default_scale(query, scale))
         if self._collecting:
             support, low_rank = Full(), None
         out = functional.attention(
@@ -202,6 +197,17 @@ class ScatterbrainAttention(nn.Module):
         )
         return tuple(map(_replace_first, out, exact)) if return_lse else _replace_first(out, exact)
 
+    def _check_heads(self, query: Tensor, key: Tensor) -> None:
+        """That queries and keys are those of this module. What else may be wrong with them, the function says."""
+        if not (isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == key.dim() == 4):
+            return
+        expected = (self.num_heads, self.num_kv_heads, self.head_dim)
+        if (query.shape[1], key.shape[1], query.shape[3]) != expected:
+            raise ValueError(
+                f"expected query with {expected[0]} heads, key with {expected[1]} heads and head_dim "
+                f"{expected[2]}, got {query.shape[1]}, {key.shape[1]} and {query.shape[3]}"
+            )
+
     def coefficients(self) -> Coefficients | None:
         """What the low-rank kernel runs with now; None where it needs nothing, or has nothing yet (which then raises
         with the cure)."""
@@ -211,10 +217,8 @@ class ScatterbrainAttention(nn.Module):
         if not isinstance(low_rank, Quadratic) or low_rank.statistics == "input":
             return None
         if low_rank.statistics == "learned":
-            return Projections(
-                self.query_projection, self.query_bias, self.query_log_scale, self.key_projection, self.key_bias
-            )
-        maps = [getattr(self, name) for name in _MAPS]
+            return Projections(*self._tensors(self._parameters, _LEARNED))
+        maps = self._tensors(self._buffers, _MAPS)
         if self._is_calibrated:
             return Statistics(*maps, self._scale)
         if low_rank.statistics == "stored":
@@ -227,6 +231,11 @@ class ScatterbrainAttention(nn.Module):
             maps[2],
             maps[3],
         )
+
+    def _tensors(self, owned: dict[str, Tensor | None], names: tuple[str, ...]) -> list[Tensor]:
+        """The module's tensors of these names, past nn.Module's slow lookup where nothing has taken their place (as
+        parametrizations and sharding do)."""
+        return [owned[name] if name in owned else getattr(self, name) for name in names]
 
     # -------------------- statistics
 

@@ -1,0 +1,1 @@
+"""Speed, error and memory of attention methods over sequence lengths, measured side by side."""

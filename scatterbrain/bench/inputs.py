@@ -1,0 +1,171 @@
+"""Queries, keys and values to measure on: random ones with structure, or real ones from a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import scatterbrain as sb
+
+TOPICS, STAY, SMOOTH = 16, 0.97, 0.95
+
+
+@dataclass
+class Inputs:
+    """query (B, H, N, d), key and value (B, Hkv, N, d), and statistics from other tokens of the same kind."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    statistics: sb.Statistics
+    fitted_on: str
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        tensors = (t.to(dtype) for t in (self.query, self.key, self.value))
+        return Inputs(*tensors, self.statistics, self.fitted_on)
+
+
+def random_inputs(
+    batch: int, heads: int, kv_heads: int, tokens: int, head_dim: int, rank: int, seed: int = 0
+) -> Inputs:
+    """Gaussian tokens with what sparse + low-rank attention lives on: topics that come back, neighbours that resemble
+    each other, a spectrum that decays. Statistics are fitted on 2048 other tokens from the same source."""
+    source = _Source(heads, kv_heads, head_dim, torch.Generator().manual_seed(seed))
+    fitted = sb.fit_statistics(*source.draw(1, 2048)[:2], rank)
+    return Inputs(*source.draw(batch, tokens), fitted, "other tokens of the same source")
+
+
+class _Source:
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, generator: torch.Generator) -> None:
+        self.kv_heads, self.group, self.generator = kv_heads, heads // kv_heads, generator
+        self.head_dim = head_dim
+        self._strength: float | None = None
+        self.topics = self._normal(kv_heads, TOPICS, head_dim)
+        decay = torch.arange(1, head_dim + 1).float() ** -0.5
+        self.spectrum = decay / decay.square().mean().sqrt()
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def draw(self, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (batch, self.kv_heads, tokens)
+        jumps = torch.rand(shape, generator=self.generator) > STAY
+        jumps[..., 0] = True
+        chosen = torch.randint(TOPICS, shape, generator=self.generator)
+        last_jump = torch.where(jumps, torch.arange(tokens), 0).cummax(-1).values
+        topic = torch.gather(chosen, -1, last_jump)
+        heads = torch.arange(self.kv_heads)[None, :, None]
+        latent = self.topics[heads, topic] + self._smooth(*shape, self.head_dim)
+        key = (latent + 0.5 * self._normal(*latent.shape)) * self.spectrum
+        query = latent.repeat_interleave(self.group, 1)
+        query = (query + 0.5 * self._normal(*query.shape)) * self.spectrum
+        value = latent + self._normal(*latent.shape)
+        return query * self.strength(query, key), key * self.strength(query, key), value
+
+    def strength(self, query: Tensor, key: Tensor) -> float:
+        """What gives the scores a standard deviation of 2.5, about that of trained models."""
+        if self._strength is None:
+            some_keys = key[0, :, :2048:8].repeat_interleave(self.group, 0)
+            scores = query[0, :, :2048:8] @ some_keys.transpose(-1, -2) * self.head_dim**-0.5
+            self._strength = float((2.5 / scores.std()) ** 0.5)
+        return self._strength
+
+    def _smooth(self, *shape: int) -> Tensor:
+        """A stationary Gaussian walk along the tokens: noise under an exponential kernel, by FFT."""
+        noise, tokens = self._normal(*shape), shape[-2]
+        kernel = SMOOTH ** torch.arange(tokens).float()
+        length = 2 * tokens
+        product = torch.fft.rfft(noise, length, dim=-2) * torch.fft.rfft(kernel, length)[:, None]
+        return torch.fft.irfft(product, length, dim=-2)[..., :tokens, :] * (1 - SMOOTH**2) ** 0.5
+
+
+# -------------------- from a file
+
+
+def file_inputs(path: Path, entry: str | None, tokens: int, heads: int | None, rank: int) -> Inputs:
+    """The first ``tokens`` tokens of one entry of a safetensors file.
+
+    An entry is three tensors ``<entry>.q``, ``<entry>.k`` and ``<entry>.v`` of shape (heads, tokens, head_dim) or
+    (batch, heads, tokens, head_dim). Statistics come from ``<entry with .N<tokens> replaced by .cal>``, where the file
+    has its q and k, else from the tokens after the measured ones, if there are 512 or more, else from all tokens.
+
+    Raises:
+        ValueError: no such file or entry, or too few tokens.
+    """
+    found = entries(path)
+    entry = entry if entry is not None else found[0]
+    if entry not in found:
+        raise ValueError(f"{path} has no entry {entry!r}; it has {', '.join(found)}")
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        query, key, value = (_four_dimensional(file.get_tensor(f"{entry}.{part}")) for part in "qkv")
+        calibration = _calibration_entry(entry)
+        names = set(file.keys())
+        pair = [f"{calibration}.{part}" for part in "qk"]
+        others = (
+            [_four_dimensional(file.get_tensor(name)) for name in pair]
+            if calibration != entry and names.issuperset(pair)
+            else None
+        )
+    available = query.shape[2]
+    if tokens > available:
+        raise ValueError(f"{path}: entry {entry!r} has {available} tokens, too few for a length of {tokens}")
+    if heads is not None:
+        if heads > query.shape[1] or heads % (query.shape[1] // key.shape[1]):
+            raise ValueError(
+                f"{path}: entry {entry!r} has {query.shape[1]} query and {key.shape[1]} key heads, got --heads {heads}"
+            )
+        kv_heads = heads * key.shape[1] // query.shape[1]
+        query, key, value = query[:, :heads], key[:, :kv_heads], value[:, :kv_heads]
+        others = others and [others[0][:, :heads], others[1][:, :kv_heads]]
+    fitted_on = f"entry {calibration}"
+    if others is None and available - tokens >= 512:
+        others, fitted_on = [query[:, :, tokens:], key[:, :, tokens:]], "the tokens after the measured ones"
+    if others is None:
+        others, fitted_on = [query, key], "the measured tokens themselves: errors are flattered"
+    statistics = sb.fit_statistics(*others, rank)
+    query, key, value = (t[:, :, :tokens].contiguous() for t in (query, key, value))
+    return Inputs(query, key, value, statistics, fitted_on)
+
+
+def entries(path: Path) -> list[str]:
+    """Names in a safetensors file that have q, k and v.
+
+    Raises:
+        ValueError: where the file cannot be read or has none.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path} as a safetensors file: {error}") from None
+    found = sorted(n[:-2] for n in names if n.endswith(".q") and {n[:-2] + ".k", n[:-2] + ".v"} <= names)
+    if not found:
+        raise ValueError(f"{path}: expected tensors <entry>.q, <entry>.k and <entry>.v, found none")
+    return found
+
+
+def tokens_in(path: Path, entry: str) -> int:
+    """How many queries an entry has, without reading them."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_slice(f"{entry}.q").get_shape()[-2]
+
+
+def _calibration_entry(entry: str) -> str:
+    return ".".join("cal" if part[:1] == "N" and part[1:].isdigit() else part for part in entry.split("."))
+
+
+def _four_dimensional(tokens: Tensor) -> Tensor:
+    if tokens.dim() not in (3, 4):
+        raise ValueError(
+            f"expected tensors (heads, tokens, head_dim) or (batch, heads, tokens, head_dim), got {tuple(tokens.shape)}"
+        )
+    return (tokens if tokens.dim() == 4 else tokens[None]).float()

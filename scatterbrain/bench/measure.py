@@ -1,0 +1,183 @@
+"""Times of methods side by side: one call of each in turn, medians over the turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from scatterbrain.bench.config import DTYPES, BenchConfig, Setting
+from scatterbrain.bench.inputs import Inputs, file_inputs, random_inputs
+from scatterbrain.bench.methods import Attention, Method, exact_attention, parse_method
+
+SAMPLE_SECONDS = 0.005  # a sample is repeated calls of at least this long, so that the clock does not count
+
+
+@dataclass
+class Row:
+    """One method at one setting in one direction. Times in seconds; None where ``note`` says why not."""
+
+    method: str
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int
+    dtype: str
+    is_causal: bool
+    direction: str
+    seconds: float | None = None  # median of the repeats
+    fastest: float | None = None
+    repeats: int = 0
+    times_faster: float | None = None  # than sdpa, measured in turn with it
+    tokens_per_second: float | None = None
+    error: float | None = None  # relative Frobenius norm against exact attention on the same inputs
+    peak_bytes: int | None = None  # above query, key and value
+    bytes_per_token_and_head: float | None = None
+    note: str = ""
+
+    def setting(self) -> Setting:
+        return Setting(self.tokens, self.heads, self.kv_heads, self.head_dim, self.batch, self.dtype, self.is_causal)
+
+
+def make_inputs(config: BenchConfig, setting: Setting) -> Inputs:
+    """Inputs of a setting: the same in every process."""
+    if config.inputs is not None:
+        inputs = file_inputs(config.inputs, config.entry, setting.tokens, config.heads, config.rank)
+    else:
+        inputs = random_inputs(
+            setting.batch, setting.heads, setting.kv_heads, setting.tokens, setting.head_dim, config.rank, config.seed
+        )
+    return inputs.to(DTYPES[setting.dtype])
+
+
+def clock_of(config: BenchConfig) -> tuple[Callable[[], float], str]:
+    """(clock, its name): a busy machine does not count in the CPU time of one thread; with more threads nothing but the
+    wall clock says how long a call took."""
+    if config.threads == 1:
+        return time.thread_time, "CPU time of one thread"
+    return time.perf_counter, f"wall time, {config.threads} threads"
+
+
+def steps(attention: Attention, inputs: Inputs) -> dict[str, Callable[[], object]]:
+    """By direction, what is timed."""
+    plain = (inputs.query, inputs.key, inputs.value)
+    leaves = [t.detach().requires_grad_() for t in plain]
+    gradient = torch.ones_like(inputs.query[..., :1]).expand(*inputs.query.shape[:3], inputs.value.shape[3])
+    gradient = gradient.contiguous()
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attention(*plain)
+
+    def forward_backward() -> object:
+        return torch.autograd.grad(attention(*leaves), leaves, gradient)
+
+    return {"F": forward, "F+B": forward_backward}
+
+
+def describe_failure(error: Exception) -> str:
+    """A short reason for the table."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
+        return "out of memory"
+    return f"{type(error).__name__}: {text.strip().splitlines()[0][:120] if text.strip() else ''}"
+
+
+def available_memory() -> int | None:
+    """Bytes that can be used without swapping; None where the system does not say (other than Linux)."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def refusal(method: Method, setting: Setting) -> str | None:
+    """Why a method is not run at a setting; None if it is."""
+    reason = method.refusal(setting.is_causal)
+    if reason is None:
+        needed = method.bytes_needed(setting.batch, setting.heads, setting.tokens, setting.head_dim, setting.is_causal)
+        available = available_memory()
+        if available is not None and needed > 0.8 * available:
+            reason = f"needs about {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} are available"
+    return reason
+
+
+class Measurement:
+    """Times and errors of the methods of one setting. Rows are filled as it goes, so that an interruption leaves what
+    was measured."""
+
+    def __init__(self, config: BenchConfig, setting: Setting, methods: list[str]) -> None:
+        self.config, self.clock = config, clock_of(config)[0]
+        inputs = make_inputs(config, setting)
+        self.fitted_on = inputs.fitted_on
+        self.setting = setting = Setting(
+            setting.tokens,
+            inputs.query.shape[1],
+            inputs.key.shape[1],
+            inputs.query.shape[3],
+            inputs.query.shape[0],
+            setting.dtype,
+            setting.is_causal,
+        )
+        self.rows = {
+            (name, direction): Row(name, **asdict(setting), direction=direction)
+            for name in methods
+            for direction in config.directions
+        }
+        self.inputs = inputs
+        self.samples: dict[tuple[str, str], list[float]] = {}
+
+    def run(self) -> Iterator[str]:
+        """Measures, and says before every step what comes next."""
+        yield "exact attention"
+        exact = exact_attention(self.inputs.query, self.inputs.key, self.inputs.value, self.setting.is_causal)
+        norm = exact.double().norm()
+        ready: dict[tuple[str, str], tuple[Callable[[], object], int]] = {}
+        for name in dict.fromkeys(method for method, _ in self.rows):
+            yield f"{name}: error, first call"
+            for key, step in self._prepare(name, exact, norm).items():
+                ready[key] = step
+        for _ in range(self.config.repeats):
+            for key, (step, calls) in ready.items():
+                yield f"{key[0]} {key[1]}"
+                start = self.clock()
+                for _ in range(calls):
+                    step()
+                self.samples.setdefault(key, []).append((self.clock() - start) / calls)
+                self._fill(key)
+
+    def _prepare(self, name: str, exact: Tensor, norm: Tensor) -> dict[tuple[str, str], tuple[Callable, int]]:
+        """Error and first calls of one method; none of its steps where it cannot run."""
+        method, config, inputs = parse_method(name), self.config, self.inputs
+        reason, found = refusal(method, self.setting), {}
+        if reason is None:
+            try:
+                attention = method.build(inputs.statistics, config.rank, self.setting.is_causal)
+                runs = steps(attention, inputs)
+                error = float((runs["F"]().double() - exact.double()).norm() / norm)
+                for direction in config.directions:
+                    start = self.clock()
+                    runs[direction]()
+                    once = max(self.clock() - start, 1e-7)
+                    found[name, direction] = runs[direction], max(1, round(SAMPLE_SECONDS / once))
+                    self.rows[name, direction].error = error
+            except (RuntimeError, ValueError, TypeError, MemoryError, NotImplementedError) as failure:
+                reason, found = describe_failure(failure), {}
+        for direction in config.directions:
+            self.rows[name, direction].note = reason or ""
+        return found
+
+    def _fill(self, key: tuple[str, str]) -> None:
+        row, samples = self.rows[key], self.samples[key]
+        row.seconds, row.fastest, row.repeats = statistics.median(samples), min(samples), len(samples)
+        row.tokens_per_second = self.setting.batch * self.setting.tokens / row.seconds
+        exact = self.rows.get(("sdpa", key[1]))
+        for other in self.rows.values():
+            if exact is not None and exact.seconds and other.direction == key[1] and other.seconds:
+                other.times_faster = exact.seconds / other.seconds

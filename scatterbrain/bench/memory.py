@@ -1,0 +1,144 @@
+"""Peak memory of one call, from the high-water mark of a process that does nothing else (Linux).
+
+``python -m scatterbrain.bench.memory`` reads jobs from its input, a JSON object a line, and answers each with a line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from scatterbrain.bench.config import BenchConfig, Setting
+from scatterbrain.bench.inputs import Inputs
+from scatterbrain.bench.measure import Row, describe_failure, make_inputs, steps
+from scatterbrain.bench.methods import parse_method
+
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """A process that measures rows one by one. It is started again where a row has brought it down."""
+
+    def __init__(self, config: BenchConfig) -> None:
+        self.config = config
+        self.reason = None if _CLEAR.exists() else "memory is measured on Linux only"
+        self._process: subprocess.Popen | None = None
+
+    def fill(self, row: Row) -> None:
+        """Adds the peak to a row that ran."""
+        if self.reason is not None:
+            return
+        process = self._start()
+        job = {
+            "config": _plain(self.config),
+            "setting": asdict(row.setting()),
+            "method": row.method,
+            "direction": row.direction,
+        }
+        try:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self.close()
+            row.note = row.note or "its process was stopped while memory was measured: out of memory?"
+            return
+        found = json.loads(answer)
+        if "peak" in found:
+            row.peak_bytes = found["peak"]
+            row.bytes_per_token_and_head = row.peak_bytes / (row.batch * row.tokens * row.heads)
+        else:
+            row.note = row.note or found["failure"]
+
+    def _start(self) -> subprocess.Popen:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "scatterbrain.bench.memory"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the parent, which ends this one
+            )
+        return self._process
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process.stdin.close()
+            self._process.stdout.close()
+            self._process = None
+
+
+def resident(mark: str) -> int:
+    """VmRSS (now) or VmHWM (high-water mark) of this process in bytes."""
+    return int(re.search(rf"{mark}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+
+def peak_of(config: BenchConfig, setting: Setting, method: str, direction: str) -> int:
+    """Bytes above what is resident with the inputs in place."""
+
+    def run(setting: Setting) -> int:
+        inputs = _inputs(json.dumps(_plain(config)), setting)
+        attention = parse_method(method).build(inputs.statistics, config.rank, setting.is_causal)
+        step = steps(attention, inputs)[direction]
+        _trim()
+        _CLEAR.write_text("5")  # resets the high-water mark
+        before = resident("VmRSS")
+        step()
+        return resident("VmHWM") - before
+
+    if setting.tokens > 512:  # code pages and thread pools are not the method's
+        run(Setting(**asdict(setting) | {"tokens": 512}))
+    else:
+        run(setting)
+    return run(setting)
+
+
+@functools.lru_cache(maxsize=2)  # of a setting and of what goes before it: rows of one setting come one after another
+def _inputs(config: str, setting: Setting) -> Inputs:
+    return make_inputs(_config(json.loads(config)), setting)
+
+
+def _plain(config: BenchConfig) -> dict[str, object]:
+    """The options as JSON has them, without files to write."""
+    options = asdict(config) | {"json": None, "png": None, "resume": False}
+    return options | {"inputs": None if config.inputs is None else str(config.inputs)}
+
+
+def _config(options: dict[str, object]) -> BenchConfig:
+    return BenchConfig(**options | {"inputs": options["inputs"] and Path(options["inputs"])})
+
+
+def _trim() -> None:
+    """Gives freed memory back, so that the next peak does not hide in it."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        pass  # not glibc: peaks of small rows may read low
+
+
+def main() -> None:
+    for line in sys.stdin:
+        job = json.loads(line)
+        config = _config(job["config"])
+        torch.set_num_threads(config.threads)
+        try:
+            answer = {"peak": peak_of(config, Setting(**job["setting"]), job["method"], job["direction"])}
+        except Exception as failure:  # the parent decides what to do with it
+            answer = {"failure": describe_failure(failure)}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""``scatterbrain bench [--suite NAME] [options]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scatterbrain.bench.config import BenchConfig
+
+USAGE = "scatterbrain bench [--suite NAME] [--lengths N ...] [--methods NAME ...] [options]"
+DESCRIPTION = """\
+Times attention forward (F) and forward + backward (F+B) over sequence lengths, side by side in one process with
+torch's F.scaled_dot_product_attention and with sliding window, Performer and clusters written in plain torch. Beside
+each time stand its error against exact attention on the same inputs, and its memory.
+
+  scatterbrain bench                                       the suite "quick": about two minutes on two cores
+  scatterbrain bench --suite standard --json out.json --png out.png
+  scatterbrain bench --lengths 512 2048 --methods sdpa window-64 routed-128 --causal both
+  scatterbrain bench --suite short --repeats 30            what a call costs on few tokens
+  scatterbrain bench --dtypes float32 bfloat16 --directions F+B --threads 2
+  scatterbrain bench --inputs qkv.safetensors --entry bert.N512.layer3 --lengths 512 --heads 4
+  scatterbrain bench --suite standard --json out.json --resume        go on where Ctrl-C stopped it
+
+suites:
+{suites}
+
+methods:
+{methods}
+
+Times are medians of interleaved repeats: every method once, then all again. With one thread they are CPU time of that
+thread, so that other programs do not count; with more, wall time. What is timed includes Python, autograd, projections
+and routing. Statistics of the low-rank kernel are fitted on other tokens of the same kind, before the clock runs.
+Random inputs have topics, smooth neighbourhoods and a decaying spectrum; for real ones give --inputs.
+Ctrl-C prints and writes what there is so far."""
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit code: 0 when measured to the end, 1 for bad input or a file that cannot be written, 2 for a wrong
+        command line, 130 after Ctrl-C.
+    """
+    try:
+        from scatterbrain.bench.runner import run
+
+        config = parse_bench_config(arguments)
+        return run(config)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("scatterbrain"):
+            raise
+        return _fail(f"needs the package {error.name}: pip install 'scatterbrain[train]'")
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+
+
+def parse_bench_config(arguments: Sequence[str]) -> BenchConfig:
+    """The options of a command line.
+
+    Raises:
+        ValueError: for a value out of range.
+        SystemExit: with code 2, after a message that names the option, for an unknown one or a value of the wrong
+            type; with code 0 after --help.
+    """
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    from jsonargparse.typing import Path_fr
+
+    from scatterbrain.bench import methods
+    from scatterbrain.bench.config import DEFAULT_SUITE, DIRECTIONS, DTYPES, SUITES, BenchConfig
+
+    class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Shows types and defaults, and leaves the lines of the description as they are."""
+
+    suites = "\n".join(f"  {name:<10}{suite.summary}" for name, suite in SUITES.items())
+    names = methods.__doc__.split("\n\n", 1)[1].replace("\n    ", "\n  ")[2:]
+    parser = ArgumentParser(
+        prog="scatterbrain bench",
+        usage=USAGE,
+        description=DESCRIPTION.format(suites=suites, methods=names.rstrip()),
+        formatter_class=Formatter,
+    )
+    add = parser.add_argument
+    add("--suite", default=DEFAULT_SUITE, choices=list(SUITES), help="Lengths and methods.")
+    add("--lengths", type=int, nargs="+", metavar="N", help="Tokens, in place of the suite's.")
+    add("--methods", nargs="+", metavar="NAME", help="Methods, in place of the suite's; names as above.")
+    add("--causal", default="suite", choices=["suite", "no", "yes", "both"], help="Kinds of attention.")
+    add("--dtypes", nargs="+", default=["float32"], metavar="TYPE", help=f"Some of {', '.join(DTYPES)}.")
+    add("--directions", nargs="+", default=list(DIRECTIONS), metavar="F", help="F, F+B or both.")
+    add("--heads", type=int, help="Query heads, in place of the suite's 4 (1 for 16384 tokens in standard).")
+    add("--kv_heads", type=int, help="Key/value heads; default as many as query heads.")
+    add("--head_dim", type=int, default=64, help="Width of a head.")
+    add("--batch", type=int, default=1, help="Batch rows.")
+    add("--rank", type=int, default=9, help="Rank of the quadratic kernel.")
+    add("--repeats", type=int, default=5, help="Interleaved repeats, of which the median counts.")
+    add("--threads", type=int, default=1, help="Threads of torch.")
+    add("--seed", type=int, default=0, help="Of the random inputs.")
+    add("--inputs", type=Path_fr | None, metavar="FILE", help="Queries, keys and values: a safetensors file.")
+    add("--entry", type=str | None, help="Entry of the file: tensors ENTRY.q, ENTRY.k, ENTRY.v. Default the first.")
+    add("--memory", type=bool, default=True, help="Measure peak memory, in a process of its own.")
+    add("--json", type=str | None, metavar="FILE", help="Write all results there, after every length.")
+    add("--png", type=str | None, metavar="FILE", help="Draw time against tokens and error against time.")
+    add("--resume", nargs="?", type=bool, const=True, default=False, help="Keep what --json FILE already has.")
+    chosen = vars(parser.parse_args(list(arguments)))
+    from pathlib import Path
+
+    for name in ("inputs", "json", "png"):
+        chosen[name] = None if chosen[name] is None else Path(str(chosen[name]))
+    return BenchConfig(**chosen)
+
+
+def _fail(message: str, exit_code: int = 1) -> int:
+    print(f"scatterbrain bench: {message}", file=sys.stderr)
+    return exit_code

@@ -1,0 +1,71 @@
+"""What of each batch row counts: padding masks, the ranges they leave, and the causal offset."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scatterbrain import checks
+
+
+class Rows(NamedTuple):
+    """What of each batch row counts: masks, their [first, last + 1) ranges and the causal offset; None where everything
+    does."""
+
+    query_mask: Tensor | None
+    key_mask: Tensor | None
+    query_range: Tensor | None
+    key_range: Tensor | None
+    offset: Tensor | None
+
+    def is_everything(self) -> bool:
+        """Whether there is no mask and no offset."""
+        return self.query_mask is None and self.key_mask is None and self.offset is None
+
+
+EVERYTHING = Rows(None, None, None, None, None)
+
+
+def valid_range(mask: Tensor) -> Tensor:
+    """int32 (B, 2), [first, last + 1) of the tokens that bool ``mask`` (B, tokens) does not ignore; (0, 0) if it
+    ignores all."""
+    tokens = mask.shape[1]
+    if tokens == 0:
+        return torch.zeros(mask.shape[0], 2, dtype=torch.int32, device=mask.device)
+    position = torch.arange(tokens, device=mask.device)
+    end = torch.where(mask, 0, position + 1).amax(1)
+    first = torch.minimum(torch.where(mask, tokens, position).amin(1), end)
+    return torch.stack([first, end], 1).to(torch.int32)
+
+
+def rows_of(
+    query: Tensor,
+    key: Tensor,
+    key_padding_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
+    query_offset: int | Tensor,
+) -> Rows:
+    """Masks with their ranges; the query mask defaults to the key mask where there are as many queries as keys."""
+    if key_padding_mask is None and query_padding_mask is None and type(query_offset) is int and query_offset == 0:
+        return EVERYTHING
+    batch, n, m = query.shape[0], query.shape[2], key.shape[2]
+    checks.check_mask("key_padding_mask", key_padding_mask, batch, m, query.device)
+    checks.check_mask("query_padding_mask", query_padding_mask, batch, n, query.device)
+    if query_padding_mask is None and key_padding_mask is not None and n == m:
+        query_padding_mask = key_padding_mask
+    key_range = None if key_padding_mask is None else valid_range(key_padding_mask)
+    query_range = (
+        None
+        if query_padding_mask is None
+        else key_range
+        if query_padding_mask is key_padding_mask
+        else valid_range(query_padding_mask)
+    )
+    offset = None
+    if isinstance(query_offset, Tensor):
+        offset = query_offset.to(device=query.device, dtype=torch.int32)
+    elif not (isinstance(query_offset, int) and query_offset == 0):
+        offset = torch.full((batch,), query_offset, dtype=torch.int32, device=query.device)
+    return Rows(query_padding_mask, key_padding_mask, query_range, key_range, offset)

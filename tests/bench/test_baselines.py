@@ -1,0 +1,140 @@
+"""The baselines in plain torch compute what their names say: each against its dense definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import scatterbrain as sb
+from scatterbrain.bench import baselines
+from scatterbrain.bench.methods import parse_method
+from scatterbrain.low_rank import seeded_projection
+
+B, H, N, D = 2, 3, 48, 8
+
+
+def qkv(n: int = N) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(B, H, n, D, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+
+
+def masked(tensors: list[Tensor], mask: Tensor) -> Tensor:
+    query, key, value = tensors
+    scores = (query @ key.transpose(-1, -2) * D**-0.5).masked_fill(~mask, -math.inf)
+    return torch.softmax(scores, -1) @ value
+
+
+def assert_same(function: object, want: object, tensors: list[Tensor]) -> None:
+    """Outputs and gradients."""
+    results = []
+    for f in (function, want):
+        out = f(*tensors)
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("keys", [1, 7, 16, 48, 100])
+def test_the_sliding_window_is_attention_under_the_mask_of_its_support(keys: int, is_causal: bool) -> None:
+    tensors = qkv()
+    mask = sb.reference.mask(sb.Window(keys, block_q=1), *tensors[:2], is_causal=is_causal)
+    assert_same(lambda *t: baselines.sliding_window(*t, keys, is_causal), lambda *t: masked(list(t), mask), tensors)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("features", [8, 20])
+def test_the_performer_is_attention_with_its_features_alone(features: int, is_causal: bool) -> None:
+    low_rank = sb.Favor(features)
+    statistics = sb.RandomFeatures(seeded_projection(low_rank, D))
+    assert_same(
+        lambda *t: baselines.performer(*t, features, is_causal),
+        lambda *t: sb.reference.attention(*t, sb.Empty(), low_rank, is_causal=is_causal, statistics=statistics),
+        qkv(),
+    )
+
+
+def cluster_mask(orders: tuple[Tensor, Tensor], size: int) -> Tensor:
+    """bool (B, H, N, N): query and key have ranks in one run of ``size``."""
+    q_cluster, k_cluster = (torch.argsort(order, -1) // size for order in orders)
+    return q_cluster[..., :, None] == k_cluster[..., None, :]
+
+
+def test_one_round_of_clusters_is_attention_under_their_mask() -> None:
+    tensors = qkv()
+    (orders,) = baselines.cluster_orders(*tensors[:2], rounds=1, seed=3)
+    mask = cluster_mask(orders, 12)
+    assert (mask.sum(-1) == 12).all() and (mask.sum(-2) == 12).all()
+    assert_same(lambda *t: baselines.clusters(*t, 12, rounds=1, seed=3), lambda *t: masked(list(t), mask), tensors)
+
+
+def test_rounds_of_clusters_count_a_pair_as_often_as_they_join_it() -> None:
+    tensors = qkv()
+    masks = [cluster_mask(orders, 8) for orders in baselines.cluster_orders(*tensors[:2], rounds=3, seed=3)]
+
+    def definition(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = sum(torch.exp(query @ key.transpose(-1, -2) * D**-0.5) * mask for mask in masks)
+        return weights @ value / weights.sum(-1, keepdim=True)
+
+    assert_same(lambda *t: baselines.clusters(*t, 24, rounds=3, seed=3), definition, tensors)
+
+
+def test_clusters_bring_queries_to_keys_with_large_products() -> None:
+    generator = torch.Generator().manual_seed(1)
+    topics = torch.randn(4, D, generator=generator) * 3
+    tokens = topics[torch.arange(N) % 4].expand(1, 1, N, D) + 0.1 * torch.randn(1, 1, N, D, generator=generator)
+    (orders,) = baselines.cluster_orders(tokens, tokens, rounds=1, seed=0)
+    products = tokens @ tokens.transpose(-1, -2)
+    mask = cluster_mask(orders, N // 4)
+    assert products[mask].mean() > products.mean() + products.std()
+
+
+def test_clusters_refuse_lengths_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="multiple of 10 tokens"):
+        baselines.clusters(*qkv(), keys=20)
+
+
+# ---------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("flash", "unknown method"),
+        ("window", "window-64"),
+        ("sdpa-64", "sdpa without a number"),
+        ("torch-window-64+favor", "takes no low-rank kernel"),
+        ("per-query-60", "multiples of 8"),
+        ("routed-4", "at least block_q"),
+        ("lsh-63", "divide by rounds"),
+        ("torch-window-0", "at least 1"),
+        ("empty+none", "nothing would be left"),
+    ],
+)
+def test_names_of_no_method_are_explained(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_method(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sdpa", "full", "window-8", "window-8+none", "window-8+input", "routed-16+favor", "per-query-24", "lsh-8", "empty"]
+    + ["torch-window-8", "torch-performer-8", "torch-clusters-8"],
+)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+def test_every_method_runs_with_grouped_heads(name: str, is_causal: bool) -> None:
+    method = parse_method(name)
+    if method.refusal(is_causal):
+        assert is_causal and ("lsh" in name or "clusters" in name or "input" in name)
+        return
+    query, key, value = (t.detach().float() for t in qkv())
+    query = torch.cat([query, query.flip(1)], 1)
+    attention = method.build(sb.fit_statistics(query, key, 3), 3, is_causal)
+    out = attention(query, key, value)
+    assert out.shape == query.shape and out.isfinite().all()
+    if is_causal:
+        changed = attention(query, key, torch.cat([value[:, :, :-1], value[:, :, -1:] + 1], 2))
+        torch.testing.assert_close(out[:, :, :-1], changed[:, :, :-1])
