@@ -28,12 +28,12 @@ struct RowRange {
 inline constexpr int64_t kPad = 16;  // every row operand is padded with zeros to a multiple of this many elements
 inline constexpr int64_t kChunk =
     64;  // keys of a state chunk: inside the chunk of the causal edge nothing comes from a state
-inline constexpr int64_t kDirectKeys = 64;  // a complement of no more keys than this is evaluated pair by pair
+inline constexpr int64_t kDirectKeys = 64;     // a complement of no more keys than this is evaluated pair by pair
 inline constexpr int64_t kDirectQueries = 16;  // a row with no more queries than this evaluates every complement so
 // Where a state's L of the listed keys, which is taken back, is this many times the query's whole weight, what is left
 // of it is mostly rounding: that query's complement is summed key by key.
 inline constexpr int64_t kCancelling = 8;
-inline constexpr int64_t kSegment = 1024;   // keys of one partial state when there is no causal edge
+inline constexpr int64_t kSegment = 1024;  // keys of one partial state when there is no causal edge
 inline constexpr int64_t kQueriesPerUnit =
     256;  // queries that one task takes when there is no causal edge; 64 (a chunk) with one
 

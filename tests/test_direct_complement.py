@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import row_error
 
 import scatterbrain as sb  # noqa: F401  (registers the operator)
-from oracle import row_error
 
 KEYS, LISTED, HEAD_DIM, RANK = 320, 48, 16, 2
 
@@ -14,7 +14,7 @@ KEYS, LISTED, HEAD_DIM, RANK = 320, 48, 16, 2
 def peaked_call(block_q: int, is_causal: bool, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Results and gradients of the operator where L of the listed keys is 1e6 times every other weight."""
     generator = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
     query, key, value = (normal(1, 2, KEYS, HEAD_DIM) for _ in range(3))
     query_map, key_map = 0.3 * normal(1, 2, KEYS, RANK + 1), 0.3 * normal(1, 2, KEYS, RANK + 1)
     query_map[..., 0], key_map[:, :, :LISTED, 0] = 4.0, 500.0
@@ -60,4 +60,3 @@ def test_the_result_is_the_same_for_any_number_of_threads(block_q: int) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip((*one[0], *one[1]), (*four[0], *four[1])))
-

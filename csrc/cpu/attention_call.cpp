@@ -118,9 +118,8 @@ void AttentionCall<T>::build_states() {
   if (p.low_rank == LowRank::kNone) return;
   state = empty_cpu({p.batch, p.kv_heads, p.slots, p.slot_size}, kScalar<T>);
   p.state = state.data_ptr();
-  const bool unused = std::all_of(rows.begin(), rows.end(), [](const RowRange& row) {
-    return direct_keys(row) >= row.k_end - row.k_first;
-  });
+  const bool unused = std::all_of(rows.begin(), rows.end(),
+                                  [](const RowRange& row) { return direct_keys(row) >= row.k_end - row.k_first; });
   if (unused) {
     std::memset(p.state, 0, size_t(state.numel()) * sizeof(T));
     return;

@@ -1,0 +1,61 @@
+"""sb.profile: the operators' time by stage."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+
+import scatterbrain as sb
+
+
+def call(tokens: int = 256) -> None:
+    query, key, value = (torch.randn(1, 2, tokens, 16, requires_grad=True) for _ in range(3))
+    statistics = sb.fit_statistics(query.detach(), key.detach(), 4)
+    sb.attention(query, key, value, sb.Routed(32), sb.Quadratic(4), statistics=statistics).sum().backward()
+
+
+def test_every_stage_of_a_call_is_recorded() -> None:
+    with sb.profile() as profile:
+        call()
+    expected = {"projection", "routing, keys", "routing, lists", "states", "forward of queries", "backward of queries"}
+    assert expected <= set(profile.stages)
+    assert all(stage.calls >= 1 and stage.seconds >= 0 for stage in profile.stages.values())
+
+
+def test_stages_do_not_overlap() -> None:
+    with sb.profile() as profile:
+        call()
+    assert sum(stage.seconds for stage in profile.stages.values()) <= profile.total
+
+
+def test_nothing_is_recorded_outside_the_block() -> None:
+    call()
+    with sb.profile() as profile:
+        pass
+    assert profile.stages == {}
+
+
+def test_the_table_names_stages_and_the_rest() -> None:
+    with sb.profile() as profile:
+        call()
+    lines = str(profile).splitlines()
+    assert lines[0].split() == ["stage", "calls", "ms", "share"]
+    assert any(line.startswith("forward of queries") for line in lines)
+    assert lines[-1].startswith("outside the operators") and lines[-1].endswith("%")
+
+
+def test_the_environment_variable_prints_the_table_at_exit() -> None:
+    program = (
+        "import torch, scatterbrain as sb; q = torch.randn(1, 1, 200, 8); sb.attention(q, q, q, sb.Window(16), None)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "SCATTERBRAIN_PROFILE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "forward of queries" in run.stderr and "outside the operators" in run.stderr
