@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -130,31 +131,31 @@ class EntryHook:
         return output if self.order.applied is None else self.order.applied.apply(output)
 
 
-class Family:
+class Family(ABC):
     """How models of one kind are ordered."""
 
     METHODS: tuple[str, ...] = ("forward",)  # each takes images and returns tokens
     INSIDE: tuple[str, ...] = ()  # submodules that see tokens along the curve
 
+    @abstractmethod
     def entry(self, model: nn.Module) -> nn.Module:
         """The module whose output are the tokens before the first block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prefix(self, model: nn.Module) -> int:
         """Class, register and distillation tokens, which stay before the patches."""
-        raise NotImplementedError
 
     def obstacle(self, model: nn.Module) -> str | None:
         """Why this model cannot be ordered; None if it can."""
         return None
 
+    @abstractmethod
     def prepare(self, model: nn.Module, arguments: dict[str, Any]) -> PermutationFor:
         """The permutation for a call with these arguments, which may be changed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put_back(self, permutation: Permutation, out: Any) -> Any:
         """The output of a method with its tokens in their own order."""
-        raise NotImplementedError
 
     def run(self, model: nn.Module, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """``function`` of the model with its tokens along the curve between entry and output."""
