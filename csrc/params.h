@@ -31,8 +31,12 @@ inline constexpr int64_t kChunk =
 inline constexpr int64_t kDirectKeys = 64;     // a complement of no more keys than this is evaluated pair by pair
 inline constexpr int64_t kDirectQueries = 16;  // a row with no more queries than this evaluates every complement so
 // Where a state's L of the listed keys, which is taken back, is this many times the query's whole weight, what is left
-// of it is mostly rounding: that query's complement is summed key by key.
-inline constexpr int64_t kCancelling = 8;
+// of it carries too much rounding. Such a query is evaluated again in double (attention_cancelling.h), where float32
+// results allow a larger bound; one beyond that too sums its complement key by key, in time linear in the keys.
+inline constexpr double kCancelling = 1, kCancellingInDouble = 1 << 30;
+// Heads of fewer dimensions than this are computed in double. Sums that short do not average roundings out, and their
+// rows are mostly padding.
+inline constexpr int64_t kNarrowHead = 16;
 inline constexpr int64_t kSegment = 1024;  // keys of one partial state when there is no causal edge
 inline constexpr int64_t kQueriesPerUnit =
     256;  // queries that one task takes when there is no causal edge; 64 (a chunk) with one
@@ -76,6 +80,9 @@ struct AttentionParams {
   int64_t segment, slots, slot_size;
   void* state;
   const int32_t* valid_before;  // (B, slots): keys before segment s that are not ignored
+
+  double cancelling;   // bound of what is taken back over the whole weight, see kCancelling
+  uint8_t* cancelled;  // (B, Hq, N), set for queries beyond the bound, which get no result here; null in double
 
   int64_t units;  // tasks that the queries of one head are cut into; with a causal edge a unit is a state slot
 

@@ -112,8 +112,8 @@ class Case:
         return [out.detach(), *gradients]
 
     def low_rank_share(self) -> float:
-        """The largest share of L before the support is subtracted: over a query's keys, in its normaliser, or over a
-        key's queries, in its gradients."""
+        """The largest share that L of all keys a query sees, before the support is subtracted, is of the query's
+        normaliser."""
         if self.low_rank is None or not self.queries or not self.keys:
             return 0.0
         q, k, v = (t.double() for t in (self.query, self.key, self.value))
@@ -130,7 +130,7 @@ class Case:
         )
         seen = visible(q, k, **arguments)
         weight = torch.where(seen & torch.isfinite(lse)[..., None], torch.exp(exponent - lse[..., None]) * factor, 0)
-        return max(float(weight.sum(-1).max()), float(weight.sum(-2).max()))
+        return float(weight.sum(-1).max())
 
 
 def row_error(got: torch.Tensor, want: torch.Tensor, floor: float = 1e-3) -> float:

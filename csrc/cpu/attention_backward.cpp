@@ -1,12 +1,12 @@
 // Launcher of the backward pass. Every key's gradient is summed over its queries in ascending order, in one of two ways
 // that give the same bits: whole key/value heads in parallel, or, where there are fewer of those than threads, rounds
-// of units whose pairs are kept and then scattered by key range.
+// of units whose pairs are kept and then scattered by key range. Queries that cancel follow in double.
 #include <algorithm>
 #include <limits>
 
 #include "../launchers.h"
 #include "../profile.h"
-#include "attention_call.h"
+#include "attention_cancelling.h"
 
 namespace sb::cpu {
 namespace {
@@ -18,7 +18,7 @@ class Backward {
  public:
   Backward(const AttentionArguments& a, const Tensor& out, const Tensor& lse, const Tensor& d_out,
            const std::optional<Tensor>& d_lse)
-      : args(a), call(a), p(call.p) {
+      : args(a), out(out), d_out(d_out), lse(lse), d_lse(d_lse), call(a), p(call.p), cancelled(call.p) {
     const ScalarType dtype = a.query.scalar_type();
     dq = empty_like(a.query, dtype), dk = empty_like(a.key, dtype), dv = empty_like(a.value, dtype);
     dq_rows = result_rows<T>(dq, p.head_pad), dk_rows = result_rows<T>(dk, p.head_pad),
@@ -26,9 +26,8 @@ class Backward {
     p.dq = dq_rows.rows, p.dk = dk_rows.rows, p.dv = dv_rows.rows;
     out_rows = as_rows<T>(out, p.value_pad), d_out_rows = as_rows<T>(d_out, p.value_pad);
     p.out = out_rows.rows, p.d_out = d_out_rows.rows;
-    lse_rows = torch::stable::contiguous(lse);
-    p.lse = lse_rows.data_ptr();
-    if (d_lse) d_lse_rows = torch::stable::contiguous(*d_lse), p.d_lse = d_lse_rows->data_ptr();
+    lse_values = values(lse), p.lse = lse_values.data();
+    if (d_lse) d_lse_values = values(*d_lse), p.d_lse = d_lse_values.data();
     const bool mapped = p.low_rank != LowRank::kNone;
     d_query_map = zeros_cpu({p.batch, p.q_heads, mapped ? p.q_tokens : 0, p.rank + 1}, kScalar<T>);
     d_key_map = zeros_cpu({p.batch, p.kv_heads, mapped ? p.k_tokens : 0, p.rank + 1}, kScalar<T>);
@@ -39,6 +38,16 @@ class Backward {
   }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
+    compute();
+    write_back<T>(dq_rows, dq), write_back<T>(dk_rows, dk), write_back<T>(dv_rows, dv);
+    const ScalarType dtype = accumulation_type(dq);
+    return {dq, dk, dv, as_dtype(d_query_map, dtype), as_dtype(d_key_map, dtype)};
+  }
+
+ private:
+  friend class Backward<float>;
+
+  void compute() {
     call.build_states();
     BackwardTask sizes;
     kernel.backward_unit(p, sizes);
@@ -51,11 +60,38 @@ class Backward {
           for (int64_t kv = 0; kv < p.kv_heads; ++kv) units_in_parallel(sizes, b, kv);
     }
     if (p.low_rank != LowRank::kNone) keys();
-    write_back<T>(dq_rows, dq), write_back<T>(dk_rows, dk), write_back<T>(dv_rows, dv);
-    return {dq, dk, dv, d_query_map, d_key_map};
+    cancelled.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
+      const Stage stage("queries again in double");
+      Backward<double> again(one_head(args, b, h, flags), head_of(out, b, h), head_of(lse, b, h), head_of(d_out, b, h),
+                             d_lse ? std::optional<Tensor>(head_of(*d_lse, b, h)) : std::nullopt);
+      again.compute();
+      const int64_t kv = p.kv_head(h);
+      const AttentionParams& from = again.p;
+      add(from.dq, p.dq, b, h, p.q_tokens, p.head_pad),
+          add(from.d_query_map, p.d_query_map, b, h, p.q_tokens, p.rank + 1);
+      add(from.dk, p.dk, b, kv, p.k_tokens, p.head_pad), add(from.dv, p.dv, b, kv, p.k_tokens, p.value_pad);
+      add(from.d_key_map, p.d_key_map, b, kv, p.k_tokens, p.rank + 1);
+    });
   }
 
- private:
+  // Adds the rows of the one head of a call in double.
+  static void add(const Rows& from, const Rows& to, int64_t b, int64_t h, int64_t tokens, int64_t width) {
+    for (int64_t i = 0; i < tokens; ++i) {
+      const double* source = from.at<const double>(0, 0, i);
+      T* target = to.at<T>(b, h, i);
+      for (int64_t e = 0; e < width; ++e) target[e] += T(source[e]);
+    }
+  }
+
+  // A (B, H, N) tensor as contiguous T.
+  static std::vector<T> values(const Tensor& t) {
+    const Tensor packed = torch::stable::contiguous(t);
+    std::vector<T> copy(size_t(t.numel()));
+    const Tensor converted = as_dtype(packed, kScalar<T>);
+    std::copy_n(static_cast<const T*>(converted.data_ptr()), t.numel(), copy.data());
+    return copy;
+  }
+
   static Tensor empty_like(const Tensor& t, ScalarType dtype) {
     return empty_cpu({t.size(0), t.size(1), t.size(2), t.size(3)}, dtype);
   }
@@ -129,12 +165,15 @@ class Backward {
                    });
   }
 
-  const AttentionArguments& args;
+  const AttentionArguments args;
+  const Tensor out, d_out, lse;
+  const std::optional<Tensor> d_lse;
   AttentionCall<T> call;
   AttentionParams& p;
+  CancelledQueries<T> cancelled;
   const Kernels<T>& kernel = kernels<T>();
-  Tensor dq, dk, dv, d_query_map, d_key_map, dy, d_state, lse_rows;
-  std::optional<Tensor> d_lse_rows;
+  Tensor dq, dk, dv, d_query_map, d_key_map, dy, d_state;
+  std::vector<T> lse_values, d_lse_values;
   Operand dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
 };
 
@@ -143,8 +182,8 @@ class Backward {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments& a, const Tensor& out,
                                                                       const Tensor& lse, const Tensor& d_out,
                                                                       const std::optional<Tensor>& d_lse) {
-  if (a.query.scalar_type() == ScalarType::Double) return Backward<double>(a, out, lse, d_out, d_lse).run();
-  return Backward<float>(a, out, lse, d_out, d_lse).run();
+  return in_double(a) ? Backward<double>(a, out, lse, d_out, d_lse).run()
+                      : Backward<float>(a, out, lse, d_out, d_lse).run();
 }
 
 }  // namespace sb::cpu

@@ -13,6 +13,8 @@ AttentionCall<T>::AttentionCall(const AttentionArguments& a)
   p.batch = a.query.size(0), p.q_heads = a.query.size(1), p.kv_heads = a.key.size(1), p.q_tokens = a.query.size(2),
   p.k_tokens = a.key.size(2);
   p.head_dim = a.query.size(3), p.head_pad = pad_to(p.head_dim, kPad), p.value_pad = pad_to(a.value.size(3), kPad);
+  const bool exact = a.query.scalar_type() == ScalarType::Double;
+  p.cancelling = std::is_same_v<T, double> && !exact ? kCancellingInDouble : kCancelling;
   p.low_rank = static_cast<LowRank>(a.low_rank), p.is_causal = a.is_causal, p.scale = a.scale;
   rows = row_ranges(p.batch, p.q_tokens, p.k_tokens, a.query_range, a.key_range, a.query_offset);
   p.rows = rows.data();

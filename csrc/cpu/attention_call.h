@@ -5,6 +5,11 @@
 
 namespace sb {
 
+// Whether a call is computed in double: float64 inputs, and narrow heads of any dtype.
+inline bool in_double(const AttentionArguments& a) {
+  return a.query.scalar_type() == ScalarType::Double || a.query.size(3) < kNarrowHead;
+}
+
 template <class T>
 struct AttentionCall {
   explicit AttentionCall(const AttentionArguments& a);

@@ -1,36 +1,68 @@
-// Launcher of the forward pass: states, then units of queries in parallel.
+// Launcher of the forward pass: states, then units of queries in parallel, then what cancelled again in double.
 #include "../launchers.h"
 #include "../profile.h"
-#include "attention_call.h"
+#include "attention_cancelling.h"
 
 namespace sb::cpu {
 namespace {
 
 template <class T>
-std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
-  AttentionCall<T> call(a);
-  AttentionParams& p = call.p;
-  Tensor out = empty_cpu({p.batch, p.q_heads, p.q_tokens, a.value.size(3)}, a.query.scalar_type());
-  Tensor lse = empty_cpu({p.batch, p.q_heads, p.q_tokens}, kScalar<T>);
-  const Operand out_rows = result_rows<T>(out, p.value_pad);
-  p.out = out_rows.rows, p.lse = lse.data_ptr();
-  std::fill_n(static_cast<T*>(lse.data_ptr()), lse.numel(), -std::numeric_limits<T>::infinity());
-  call.build_states();
+class Forward {
+ public:
+  explicit Forward(const AttentionArguments& a) : args(a), call(a), p(call.p), cancelled(call.p) {
+    out = empty_cpu({p.batch, p.q_heads, p.q_tokens, a.value.size(3)}, a.query.scalar_type());
+    lse = empty_cpu({p.batch, p.q_heads, p.q_tokens}, kScalar<T>);
+    out_rows = result_rows<T>(out, p.value_pad);
+    p.out = out_rows.rows, p.lse = lse.data_ptr();
+    std::fill_n(static_cast<T*>(p.lse), lse.numel(), -std::numeric_limits<T>::infinity());
+  }
 
-  const Stage stage("forward of queries");
-  const Kernels<T>& kernel = kernels<T>();
-  parallel_units(p.batch, p.q_heads, p.units, kernel.forward_unit(p, 0, 0, 0, nullptr, nullptr),
-                 [&](int64_t b, int64_t h, int64_t unit, void* scratch) {
-                   kernel.forward_unit(p, b, h, unit, scratch, call.zero_row.data());
-                 });
-  write_back<T>(out_rows, out);
-  return {out, lse};
-}
+  std::tuple<Tensor, Tensor> run() {
+    compute();
+    write_back<T>(out_rows, out);
+    return {out, as_dtype(lse, accumulation_type(out))};
+  }
+
+ private:
+  friend class Forward<float>;
+
+  void compute() {
+    call.build_states();
+    {
+      const Stage stage("forward of queries");
+      const Kernels<T>& kernel = kernels<T>();
+      parallel_units(p.batch, p.q_heads, p.units, kernel.forward_unit(p, 0, 0, 0, nullptr, nullptr),
+                     [&](int64_t b, int64_t h, int64_t unit, void* scratch) {
+                       kernel.forward_unit(p, b, h, unit, scratch, call.zero_row.data());
+                     });
+    }
+    cancelled.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
+      const Stage stage("queries again in double");
+      Forward<double> again(one_head(args, b, h, flags));
+      again.compute();
+      const auto* again_lse = static_cast<const double*>(again.p.lse);
+      for (int64_t i = 0; i < p.q_tokens; ++i) {
+        if (!flags[i]) continue;
+        const double* from = again.p.out.template at<const double>(0, 0, i);
+        T* to = p.out.template at<T>(b, h, i);
+        for (int64_t e = 0; e < p.value_pad; ++e) to[e] = T(from[e]);
+        static_cast<T*>(p.lse)[(b * p.q_heads + h) * p.q_tokens + i] = T(again_lse[i]);
+      }
+    });
+  }
+
+  const AttentionArguments args;
+  AttentionCall<T> call;
+  AttentionParams& p;
+  CancelledQueries<T> cancelled;
+  Tensor out, lse;
+  Operand out_rows;
+};
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention(const AttentionArguments& a) {
-  return a.query.scalar_type() == ScalarType::Double ? forward<double>(a) : forward<float>(a);
+  return in_double(a) ? Forward<double>(a).run() : Forward<float>(a).run();
 }
 
 }  // namespace sb::cpu

@@ -97,6 +97,21 @@ void write_back(const Operand& from, const Tensor& result) {
   });
 }
 
+Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  if (t.scalar_type() == dtype) return t;
+  Tensor converted = torch::stable::empty(t.sizes(), dtype);
+  with_element(dtype, [&](auto* to) {
+    with_element(t.scalar_type(), [&](auto* from) {
+      using From = std::remove_pointer_t<decltype(from)>;
+      using To = std::remove_pointer_t<decltype(to)>;
+      const From* source = static_cast<const From*>(t.data_ptr());
+      std::transform(source, source + t.numel(), static_cast<To*>(converted.data_ptr()),
+                     [](From x) { return static_cast<To>(x); });
+    });
+  });
+  return converted;
+}
+
 template <class T>
 MapOperand<T> as_map(const Tensor& map, int64_t width_pad, bool ones, const uint8_t* mask) {
   const Stage stage("conversion of coordinates");
@@ -105,14 +120,17 @@ MapOperand<T> as_map(const Tensor& map, int64_t width_pad, bool ones, const uint
   Tensor logs = empty_cpu({map.size(0), map.size(1), map.size(2)}, kScalar<T>);
   const Rows from = rows_of(map), to = rows_of(packed);
   T* log_scale = static_cast<T*>(logs.data_ptr());
-  for_each_row(map, width_pad * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
-    const T* source = from.at<const T>(b, h, i);
-    T* target = to.at<T>(b, h, i);
-    const bool ignored = mask && mask[b * map.size(2) + i];
-    for (int64_t e = 0; e < rank; ++e) target[e] = ignored ? T(0) : source[e * step];
-    for (int64_t e = rank; e < width_pad; ++e) target[e] = ones && e == rank ? T(1) : T(0);
-    log_scale[(b * map.size(1) + h) * map.size(2) + i] =
-        ignored ? T(0) : source[rank * step] * T(1.44269504088896340736);
+  with_element(map.scalar_type(), [&](auto* element) {
+    using E = std::remove_pointer_t<decltype(element)>;
+    for_each_row(map, width_pad * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
+      const E* source = from.at<const E>(b, h, i);
+      T* target = to.at<T>(b, h, i);
+      const bool ignored = mask && mask[b * map.size(2) + i];
+      for (int64_t e = 0; e < rank; ++e) target[e] = ignored ? T(0) : static_cast<T>(source[e * step]);
+      for (int64_t e = rank; e < width_pad; ++e) target[e] = ones && e == rank ? T(1) : T(0);
+      log_scale[(b * map.size(1) + h) * map.size(2) + i] =
+          ignored ? T(0) : static_cast<T>(source[rank * step]) * T(1.44269504088896340736);
+    });
   });
   return {{packed, to, false}, logs};
 }

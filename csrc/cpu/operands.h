@@ -43,6 +43,9 @@ Operand result_rows(const Tensor& result, int64_t width_pad);
 template <class T>
 void write_back(const Operand& from, const Tensor& result);
 
+// A contiguous float32 or float64 tensor in the other of the two, or itself.
+Tensor as_dtype(const Tensor& t, ScalarType dtype);
+
 // (B, H, N, r + 1) coordinates, the last column a natural log scale -> rows of r coordinates (with `ones` a 1 behind
 // them) and log scales in base 2. Masked tokens get zeros, whatever they hold.
 template <class T>

@@ -1,0 +1,90 @@
+"""Queries whose listed keys hold nearly all of the low-rank part: what is left of it must not be rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import row_error
+from torch import Tensor
+
+import scatterbrain as sb  # noqa: F401  (registers the operator)
+
+KEYS, LISTED, HEAD_DIM, RANK, SCALE = 320, 48, 16, 2, 0.25
+# L of the listed keys over every other weight: within what float64 can subtract, and beyond it
+PEAKS = {"peaked": 500.0, "extreme": 1e8}
+
+
+def peaked_inputs(peak: float) -> list[Tensor]:
+    """query, key, value, two maps, and gradients of out and lse."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    query, key, value, d_out = (normal(1, 2, KEYS, HEAD_DIM) for _ in range(4))
+    query_map, key_map = 0.3 * normal(1, 2, KEYS, RANK + 1), 0.3 * normal(1, 2, KEYS, RANK + 1)
+    query_map[..., 0], key_map[:, :, :LISTED, 0] = 4.0, peak
+    query_map[:, :, 1::3, -1] = -60.0  # these queries have no low-rank part to speak of, in the same tiles
+    return [query, key, value, query_map, key_map, d_out, normal(1, 2, KEYS)]
+
+
+def lists(block_q: int, is_causal: bool) -> tuple[Tensor, Tensor]:
+    blocks = -(-KEYS // block_q)
+    index = torch.arange(LISTED, dtype=torch.int32).expand(1, 1, blocks, LISTED).contiguous()
+    count = torch.full((1, 1, blocks), LISTED, dtype=torch.int32)
+    if is_causal:  # a list names no key after its block's last query
+        last = torch.arange(1, blocks + 1, dtype=torch.int32) * block_q
+        count = torch.minimum(count, last.expand(1, 1, blocks)).contiguous()
+        index = torch.where(torch.arange(LISTED) < count[..., None], index, -1).to(torch.int32)
+    return index, count
+
+
+def peaked_call(peak: float, block_q: int, is_causal: bool) -> list[Tensor]:
+    """Results and gradients of the operator."""
+    *inputs, d_out, d_lse = peaked_inputs(peak)
+    leaves = [t.requires_grad_() for t in inputs]
+    out, lse = torch.ops.scatterbrain.attention(
+        *leaves, *lists(block_q, is_causal), *(None,) * 7, 1, block_q, 1, 0, is_causal, SCALE
+    )
+    return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, [d_out, d_lse])]
+
+
+def dense(peak: float, is_causal: bool) -> list[Tensor]:
+    """The same by the definition, every weight on its own, in float64."""
+    *inputs, d_out, d_lse = (t.double() for t in peaked_inputs(peak))
+    query, key, value, query_map, key_map = leaves = [t.requires_grad_() for t in inputs]
+    x, y = query_map[..., :-1], key_map[..., :-1]
+    low_rank = (query_map[..., -1:] + key_map[..., -1][..., None, :]).exp() * (1 + x @ y.mT / 2).square()
+    listed = torch.arange(KEYS) < LISTED
+    weight = torch.where(listed, (SCALE * query @ key.mT).exp(), low_rank)
+    if is_causal:
+        weight = weight.tril()
+    total = weight.sum(-1)
+    out, lse = weight @ value / total[..., None], total.log()
+    return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, [d_out, d_lse])]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("block_q", [1, 8, 16, 32])
+@pytest.mark.parametrize("peak", PEAKS)
+def test_what_is_left_of_a_peaked_low_rank_part_is_exact(peak: str, block_q: int, is_causal: bool) -> None:
+    for got, want in zip(peaked_call(PEAKS[peak], block_q, is_causal), dense(PEAKS[peak], is_causal)):
+        assert row_error(got, want) < 1e-5
+
+
+def test_the_state_alone_would_lose_it() -> None:
+    """The cases are ones where subtracting listed keys from the state leaves nothing but rounding: in float32, and then
+    in float64."""
+    for peak, dtype in zip(PEAKS.values(), (torch.float32, torch.float64)):
+        assert torch.finfo(dtype).eps * LISTED * (1 + 4.0 * peak / 2) ** 2 > 1e-2 * (KEYS - LISTED)
+
+
+@pytest.mark.parametrize("block_q", [1, 16])
+@pytest.mark.parametrize("peak", PEAKS)
+def test_the_result_is_the_same_for_any_number_of_threads(peak: str, block_q: int) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = peaked_call(PEAKS[peak], block_q, True)
+        torch.set_num_threads(4)
+        four = peaked_call(PEAKS[peak], block_q, True)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, one, four))
