@@ -126,8 +126,10 @@ MapOperand<T> as_map(const Tensor& map, int64_t width_pad, bool ones, const uint
       const E* source = from.at<const E>(b, h, i);
       T* target = to.at<T>(b, h, i);
       const bool ignored = mask && mask[b * map.size(2) + i];
-      for (int64_t e = 0; e < rank; ++e) target[e] = ignored ? T(0) : static_cast<T>(source[e * step]);
-      for (int64_t e = rank; e < width_pad; ++e) target[e] = ones && e == rank ? T(1) : T(0);
+      std::memset(target, 0, size_t(width_pad) * sizeof(T));
+      if (!ignored)
+        for (int64_t e = 0; e < rank; ++e) target[e] = static_cast<T>(source[e * step]);
+      if (ones) target[rank] = T(1);
       log_scale[(b * map.size(1) + h) * map.size(2) + i] =
           ignored ? T(0) : static_cast<T>(source[rank * step]) * T(1.44269504088896340736);
     });
