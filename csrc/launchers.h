@@ -16,6 +16,7 @@ struct Launchers {
                                                                            const std::optional<Tensor>& d_lse);
   std::tuple<Tensor, Tensor> (*route)(const RouteArguments&);
   Tensor (*project)(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias);
+  void (*project_add)(const Tensor& d_tokens, const Tensor& grad, const Tensor& weight);
   std::tuple<Tensor, Tensor, Tensor> (*project_backward)(const Tensor& grad, const Tensor& tokens,
                                                          const Tensor& weight);
 };
@@ -29,6 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Atte
                                                                       const std::optional<Tensor>& d_lse);
 std::tuple<Tensor, Tensor> route(const RouteArguments&);
 Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias);
+void project_add(const Tensor& d_tokens, const Tensor& grad, const Tensor& weight);
 std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight);
 }  // namespace cpu
 

@@ -11,7 +11,8 @@
 namespace sb {
 
 Launchers& cpu_launchers() {
-  static Launchers table{&cpu::attention, &cpu::attention_backward, &cpu::route, &cpu::project, &cpu::project_backward};
+  static Launchers table{&cpu::attention, &cpu::attention_backward, &cpu::route,
+                         &cpu::project,   &cpu::project_add,        &cpu::project_backward};
   return table;
 }
 
@@ -61,6 +62,12 @@ Tensor project(Tensor tokens, Tensor weight, MaybeTensor bias) {
   return cpu_launchers().project(tokens, weight, bias);
 }
 
+void project_add(Tensor d_tokens, Tensor grad, Tensor weight) {
+  check_projection(d_tokens, weight);
+  check_projection_gradient(grad, d_tokens, weight);
+  cpu_launchers().project_add(d_tokens, grad, weight);
+}
+
 std::tuple<Tensor, Tensor, Tensor> project_backward(Tensor grad, Tensor tokens, Tensor weight) {
   check_projection(tokens, weight);
   check_projection_gradient(grad, tokens, weight);
@@ -83,6 +90,7 @@ STABLE_TORCH_LIBRARY(scatterbrain, m) {
       "Tensor? query_offset, int low_rank, int keys, int block_q, int block_k, int window, bool is_causal, float "
       "scale) -> (Tensor index, Tensor count)");
   m.def("project(Tensor tokens, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("project_add(Tensor(a!) d_tokens, Tensor grad, Tensor weight) -> ()");
   m.def("project_backward(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor, Tensor, Tensor)");
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? query_map, Tensor? key_map, Tensor? index, Tensor? "
@@ -107,6 +115,7 @@ STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CPU, m) {
   m.impl("route", TORCH_BOX(&sb::route));
   m.impl("project", TORCH_BOX(&sb::project));
+  m.impl("project_add", TORCH_BOX(&sb::project_add));
   m.impl("project_backward", TORCH_BOX(&sb::project_backward));
   m.impl("attention", TORCH_BOX(&sb::attention));
   m.impl("attention_backward", TORCH_BOX(&sb::attention_backward));

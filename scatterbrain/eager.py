@@ -15,6 +15,7 @@ from scatterbrain import ops  # noqa: F401  (loads the operators)
 _ATTENTION = torch.ops.scatterbrain.attention.default
 _ATTENTION_BACKWARD = torch.ops.scatterbrain.attention_backward.default
 _PROJECT = torch.ops.scatterbrain.project.default
+_PROJECT_ADD = torch.ops.scatterbrain.project_add.default
 _PROJECT_BACKWARD = torch.ops.scatterbrain.project_backward.default
 _ROUTE = torch.ops.scatterbrain.route.default
 
@@ -110,10 +111,12 @@ class _Attention(torch.autograd.Function):
             d_out = torch.zeros_like(out)
         # With a graph of the backward pass, or a vmap over it, the operators need what is registered with them.
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            gradients = _gradients(ctx, d_out, d_lse, out, lse, query_weight, key_weight, tensors)
+            gradients = _gradients(ctx, d_out, d_lse, out, lse, query_weight, key_weight, tensors, False)
         else:
+            # torch.autograd.grad(is_grads_batched=True) loops over operators, but not over ones that change an input.
+            batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in (d_out, d_lse) if g is not None)
             with _BelowAutograd():
-                gradients = _gradients(ctx, d_out, d_lse, out, lse, query_weight, key_weight, tensors)
+                gradients = _gradients(ctx, d_out, d_lse, out, lse, query_weight, key_weight, tensors, not batched)
         return (*gradients, *rest)
 
 
@@ -126,17 +129,29 @@ def _gradients(
     query_weight: Tensor | None,
     key_weight: Tensor | None,
     tensors: list[Tensor | None],
+    in_place: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the tracked inputs of :class:`_Attention`; None where nobody asked."""
+    """Gradients of the tracked inputs of :class:`_Attention`; None where nobody asked. ``in_place``: operators without
+    rules of autograd or vmap may be used."""
     need = ctx.needs_input_grad
     dq, dk, dv, *maps = _ATTENTION_BACKWARD(d_out, d_lse, out, lse, *tensors, *ctx.settings)
     weights: list[Tensor | None] = [None] * 4
     if query_weight is not None:
         if need[0] or need[5] or need[6]:
-            d_query, weights[0], weights[1] = _PROJECT_BACKWARD(maps[0], tensors[0], query_weight)
-            dq.add_(d_query)
-            d_query = maps[0] = None  # memory for the keys' turn
+            weights[:2] = _to_tokens(dq, maps[0], tensors[0], query_weight, not in_place or need[5] or need[6])
+            maps[0] = None  # memory for the keys' turn
         if need[1] or need[7] or need[8]:
-            d_key, weights[2], weights[3] = _PROJECT_BACKWARD(maps[1], tensors[1], key_weight)
-            dk.add_(d_key)
+            weights[2:] = _to_tokens(dk, maps[1], tensors[1], key_weight, not in_place or need[7] or need[8])
     return tuple(g if wanted else None for g, wanted in zip((dq, dk, dv, *maps, *weights), need))
+
+
+def _to_tokens(
+    d_tokens: Tensor, d_map: Tensor, tokens: Tensor, weight: Tensor, with_weights: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Adds the tokens' gradient through their map to ``d_tokens``; the gradients of weight and bias if wanted."""
+    if not with_weights and d_tokens.dtype == weight.dtype:
+        _PROJECT_ADD(d_tokens, d_map, weight)
+        return None, None
+    through_map, d_weight, d_bias = _PROJECT_BACKWARD(d_map, tokens, weight)
+    d_tokens.add_(through_map)
+    return d_weight, d_bias

@@ -112,6 +112,12 @@ def project_flops(tokens, weight, bias, *, out_shape=None, **kwargs) -> int:
     return 2 * tokens[0] * tokens[1] * tokens[2] * tokens[3] * weight[2]
 
 
+@register_flop_formula(torch.ops.scatterbrain.project_add)
+def project_add_flops(d_tokens, grad, weight, *, out_shape=None, **kwargs) -> int:
+    """As many as the forward projection."""
+    return project_flops(d_tokens, weight, None)
+
+
 @register_flop_formula(torch.ops.scatterbrain.project_backward)
 def project_backward_flops(grad, tokens, weight, *, out_shape=None, **kwargs) -> int:
     """Twice the forward projection: by the tokens and by the weight."""

@@ -56,16 +56,30 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 # -------------------- shapes
 
 
+def _like_tokens(tokens: Tensor, width: int) -> Tensor:
+    """Empty rows of ``width`` for ``tokens`` (B, H, N, d), in memory as they are: with the heads of a token next to each
+    other, or head after head."""
+    batch, heads, n, _ = tokens.shape
+    if tokens.stride(1) >= tokens.stride(2):
+        return tokens.new_empty((batch, heads, n, width))
+    return tokens.new_empty((batch, n, heads, width)).transpose(1, 2)
+
+
 @torch.library.register_fake("scatterbrain::project")
 def _(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return tokens.new_empty((*tokens.shape[:3], weight.shape[2]), dtype=_accumulation_dtype(tokens.dtype))
+
+
+@torch.library.register_fake("scatterbrain::project_add")
+def _(d_tokens: Tensor, grad: Tensor, weight: Tensor) -> None:
+    pass  # adds grad weight to d_tokens
 
 
 @torch.library.register_fake("scatterbrain::project_backward")
 def _(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _accumulation_dtype(tokens.dtype)
     return (
-        tokens.new_empty(tokens.shape),
+        _like_tokens(tokens, tokens.shape[3]),
         weight.new_empty(weight.shape, dtype=dtype),
         weight.new_empty(weight.shape[:3], dtype=dtype),
     )
@@ -75,7 +89,7 @@ def _(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Ten
 def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _d = query.shape
     lse = query.new_empty((batch, heads, tokens), dtype=_accumulation_dtype(query.dtype))
-    return query.new_empty((batch, heads, tokens, value.shape[3])), lse
+    return _like_tokens(query, value.shape[3]), lse
 
 
 @torch.library.register_fake("scatterbrain::attention_backward")
@@ -97,7 +111,7 @@ def _(
         else m.new_empty(m.shape)
         for tokens, m in ((query, query_map), (key, key_map))
     ]
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), *maps
+    return *(_like_tokens(t, t.shape[3]) for t in (query, key, value)), *maps
 
 
 @torch.library.register_fake("scatterbrain::route")

@@ -163,3 +163,20 @@ def test_windows_of_one_shape_are_told_apart() -> None:
                 got = sb.attention(*some, support, None, is_causal=is_causal)
                 want = sb.reference.attention(*some, support, None, is_causal=is_causal)
                 torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("low_rank", [None, sb.Quadratic(R)], ids=["none", "stored"])
+def test_results_lie_in_memory_as_their_tokens_do(low_rank: sb.Quadratic | None) -> None:
+    """Heads of a token next to each other, as linear layers make them, stay so: what follows needs no copy. The bits
+    are those of the other layout."""
+    statistics = fitted() if low_rank else None
+    tokens = [t.detach() for t in qkv()]
+    by_token = [t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in tokens]
+    by_head = [t.clone().requires_grad_() for t in tokens]
+    results = []
+    for leaves in (by_token, by_head):
+        out = sb.attention(*leaves, sb.Window(16), low_rank, statistics=statistics)
+        results.append([out, *torch.autograd.grad(out, leaves, rand(*out.shape, seed=20))])
+    assert all(t.transpose(1, 2).is_contiguous() for t in results[0])
+    assert all(t.is_contiguous() for t in results[1])
+    assert all(map(torch.equal, *results))

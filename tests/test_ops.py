@@ -118,6 +118,10 @@ def test_opcheck_of_the_projection(dtype: torch.dtype, batch: int, heads: int, b
     grad = rand(B, H, N, 4, seed=3, dtype=maps)
     arguments = (grad, tokens.detach(), weight.detach())
     torch.library.opcheck(torch.ops.scatterbrain.project_backward.default, arguments, test_utils=WITHOUT_GRADIENT)
+    d_tokens = torch.randn(*tokens.shape).to(tokens.dtype)
+    torch.library.opcheck(
+        torch.ops.scatterbrain.project_add.default, (d_tokens, arguments[0], arguments[2]), test_utils=WITHOUT_GRADIENT
+    )
 
 
 @pytest.mark.parametrize(

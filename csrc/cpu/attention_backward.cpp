@@ -20,7 +20,8 @@ class Backward {
            const std::optional<Tensor>& d_lse)
       : args(a), out(out), d_out(d_out), lse(lse), d_lse(d_lse), call(a), p(call.p), cancelled(call.p) {
     const ScalarType dtype = a.query.scalar_type();
-    dq = empty_like(a.query, dtype), dk = empty_like(a.key, dtype), dv = empty_like(a.value, dtype);
+    dq = empty_like_tokens(a.query, a.query.size(3), dtype), dk = empty_like_tokens(a.key, a.key.size(3), dtype),
+    dv = empty_like_tokens(a.value, a.value.size(3), dtype);
     dq_rows = result_rows<T>(dq, p.head_pad), dk_rows = result_rows<T>(dk, p.head_pad),
     dv_rows = result_rows<T>(dv, p.value_pad);
     p.dq = dq_rows.rows, p.dk = dk_rows.rows, p.dv = dv_rows.rows;
@@ -92,9 +93,6 @@ class Backward {
     return copy;
   }
 
-  static Tensor empty_like(const Tensor& t, ScalarType dtype) {
-    return empty_cpu({t.size(0), t.size(1), t.size(2), t.size(3)}, dtype);
-  }
   static Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
   void heads_in_parallel(const BackwardTask& sizes) {

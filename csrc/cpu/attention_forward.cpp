@@ -10,7 +10,7 @@ template <class T>
 class Forward {
  public:
   explicit Forward(const AttentionArguments& a) : args(a), call(a), p(call.p), cancelled(call.p) {
-    out = empty_cpu({p.batch, p.q_heads, p.q_tokens, a.value.size(3)}, a.query.scalar_type());
+    out = empty_like_tokens(a.query, a.value.size(3), a.query.scalar_type());
     lse = empty_cpu({p.batch, p.q_heads, p.q_tokens}, kScalar<T>);
     out_rows = result_rows<T>(out, p.value_pad);
     p.out = out_rows.rows, p.lse = lse.data_ptr();

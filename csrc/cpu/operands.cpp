@@ -31,8 +31,12 @@ void for_each_row(const Tensor& t, int64_t row_bytes, const Visit& visit) {
   torch::stable::parallel_for(0, t.size(0) * heads * tokens,
                               std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)),
                               [&](int64_t begin, int64_t end) {
-                                for (int64_t at = begin; at < end; ++at)
-                                  visit(at / (heads * tokens), at / tokens % heads, at % tokens);
+                                int64_t i = begin % tokens, h = begin / tokens % heads, b = begin / tokens / heads;
+                                for (int64_t at = begin; at < end; ++at) {
+                                  visit(b, h, i);
+                                  if (++i == tokens) i = 0, ++h;
+                                  if (h == heads) h = 0, ++b;
+                                }
                               });
 }
 
@@ -48,6 +52,12 @@ Tensor zeros_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   Tensor t = empty_cpu(sizes, dtype);
   if (t.numel() > 0) std::memset(t.data_ptr(), 0, size_t(t.numel()) * t.element_size());
   return t;
+}
+
+Tensor empty_like_tokens(const Tensor& tokens, int64_t width, ScalarType dtype) {
+  const int64_t batch = tokens.size(0), heads = tokens.size(1), n = tokens.size(2);
+  if (tokens.stride(1) >= tokens.stride(2)) return empty_cpu({batch, heads, n, width}, dtype);
+  return torch::stable::transpose(empty_cpu({batch, n, heads, width}, dtype), 1, 2);
 }
 
 template <class T>

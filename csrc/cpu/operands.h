@@ -26,6 +26,10 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype);
 Tensor zeros_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype);
 
+// Uninitialised (B, heads, tokens, width) of `tokens`' batch, heads and number, in memory as `tokens` is: with the
+// heads of a token next to each other, or head after head.
+Tensor empty_like_tokens(const Tensor& tokens, int64_t width, ScalarType dtype);
+
 struct Operand {
   Tensor storage;  // keeps the rows alive
   Rows rows;

@@ -58,8 +58,9 @@ Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<T
   }
   Tensor out = empty_cpu({call.batch, call.heads, call.n, p.outputs}, kScalar<T>);
   T* z = static_cast<T*>(out.data_ptr());
-  parallel_units(call.batch, call.heads, call.blocks, kTokensPerTask * p.outputs_pad * int64_t(sizeof(T)),
-                 [&](int64_t b, int64_t h, int64_t i, void* scratch) {
+  // Heads within blocks: the heads of a token are often neighbours in memory.
+  parallel_units(call.batch, call.blocks, call.heads, kTokensPerTask * p.outputs_pad * int64_t(sizeof(T)),
+                 [&](int64_t b, int64_t i, int64_t h, void* scratch) {
                    const int64_t m = call.weight_of(b, h);
                    kernels<T>().project(call.block(i), call.rows.rows.template at<const T>(b, h, i * kTokensPerTask),
                                         call.rows.rows.row, &weight_t[size_t(m * p.head_dim * p.outputs_pad)],
@@ -69,18 +70,44 @@ Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<T
   return out;
 }
 
+// (maps, outputs, head_pad), padded with zeros.
+template <class T>
+std::vector<T> padded_weight(const Projection<T>& call, const Tensor& weight) {
+  const ProjectParams& p = call.p;
+  const Tensor packed = torch::stable::contiguous(weight);
+  const int64_t rows = call.weight_batch * call.weight_heads * p.outputs;
+  std::vector<T> padded(size_t(rows * p.head_pad), T(0));
+  const T* w = static_cast<const T*>(packed.data_ptr());
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t e = 0; e < p.head_dim; ++e) padded[size_t(row * p.head_pad + e)] = w[row * p.head_dim + e];
+  return padded;
+}
+
+template <class T>
+void add(const Tensor& d_tokens, const Tensor& grad, const Tensor& weight) {
+  const Projection<T> call(d_tokens, weight);
+  const std::vector<T> padded = padded_weight(call, weight);
+  const int64_t size = call.p.outputs * call.p.head_pad;
+  const Tensor g = torch::stable::contiguous(grad);
+  parallel_units(call.batch, call.blocks, call.heads, 0, [&](int64_t b, int64_t i, int64_t h, void*) {
+    kernels<T>().project_add(
+        call.block(i),
+        static_cast<const T*>(g.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * call.p.outputs,
+        &padded[size_t(call.weight_of(b, h) * size)], call.rows.rows.template at<T>(b, h, i * kTokensPerTask),
+        call.rows.rows.row);
+  });
+  write_back<T>(call.rows, d_tokens);
+}
+
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
   const Projection<T> call(tokens, weight);
   const ProjectParams& p = call.p;
-  const Tensor g = torch::stable::contiguous(grad), packed = torch::stable::contiguous(weight);
-  const int64_t maps = call.weight_batch * call.weight_heads, size = p.outputs * p.head_pad;
-  std::vector<T> padded(size_t(maps * size), T(0));
-  const T* w = static_cast<const T*>(packed.data_ptr());
-  for (int64_t row = 0; row < maps * p.outputs; ++row)
-    for (int64_t e = 0; e < p.head_dim; ++e) padded[size_t(row * p.head_pad + e)] = w[row * p.head_dim + e];
+  const Tensor g = torch::stable::contiguous(grad);
+  const int64_t size = p.outputs * p.head_pad;
+  const std::vector<T> padded = padded_weight(call, weight);
 
-  Tensor d_tokens = empty_cpu({call.batch, call.heads, call.n, p.head_dim}, tokens.scalar_type());
+  Tensor d_tokens = empty_like_tokens(tokens, p.head_dim, tokens.scalar_type());
   const Operand d_rows = result_rows<T>(d_tokens, p.head_pad);
   const ZeroRow<T> zero_row(p.head_pad);
   std::vector<T> partial(size_t(call.batch * call.heads * call.blocks * (size + p.outputs)));
@@ -114,6 +141,12 @@ Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<T
   const Stage stage("projection");
   return tokens.scalar_type() == ScalarType::Double ? forward<double>(tokens, weight, bias)
                                                     : forward<float>(tokens, weight, bias);
+}
+
+void project_add(const Tensor& d_tokens, const Tensor& grad, const Tensor& weight) {
+  const Stage stage("backward of projection");
+  d_tokens.scalar_type() == ScalarType::Double ? add<double>(d_tokens, grad, weight)
+                                               : add<float>(d_tokens, grad, weight);
 }
 
 std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
