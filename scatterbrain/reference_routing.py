@@ -258,7 +258,7 @@ def per_query_lists(q: Tensor, row: Row, grid: Grid, block_k: int, window: int, 
         else:
             p = i + grid.shift if grid.same_tokens else (i - grid.q_first) * length // (grid.q_end - grid.q_first)
             low = max(p - window // 2, 0) // block_k
-            high = min(-(-min(p + window // 2, length) // block_k), count)
+            high = min(-(-min(p + window // 2, length) // block_k), count) if window > 1 else low
         low, high = min(low, count), max(high, 0)
         nearby = [c for c in range(low, high) if fine.valid[c]]
 

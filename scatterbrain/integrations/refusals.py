@@ -35,4 +35,7 @@ def query_by_query(support: Support, low_rank: LowRank) -> tuple[Support, str]:
     if isinstance(support, Routed) and support.block_q > 1:
         own = Routed(8 * math.ceil(support.keys / 8), block_q=1, block_k=8)
         return own, f"{own}: lists that queries share would show a target token the ones after it"
+    if isinstance(support, Routed) and support.window:
+        own = Routed(support.keys, block_q=1, block_k=8)
+        return own, f"{own}: a window lies where the number of target tokens puts it"
     return support, ""

@@ -232,6 +232,35 @@ def test_beams_and_assistants_generate():
     assert model.generate(**arguments, assistant_model=calibrated("llama"), do_sample=False).shape[0] == 1
 
 
+@pytest.mark.parametrize("implementation", [ROUTED, LEARNED, INPUT, "scatterbrain:paper"])
+@pytest.mark.parametrize("name", ["bart", "whisper", "gpt2 with cross-attention"])
+def test_a_target_token_sees_nothing_after_it_through_cross_attention(name: str, implementation: str):
+    """Neither what later target tokens are, nor that they are there, chooses its keys."""
+    model = hf.FAMILIES[name].build("sdpa")
+    report = sb.replace_attention(model, *SETTINGS[implementation], where=lambda path: path in crossing(model))
+    assert {entry.path for entry in report.replaced} == set(crossing(model))
+    if SETTINGS[implementation].low_rank == sb.Quadratic(5):
+        with sb.calibrate(model):
+            hf.run(model, **hf.inputs(name, seed=9)[0])
+    arguments, _ = hf.inputs(name)
+    ids = "input_ids" if name.startswith("gpt2") else "decoder_input_ids"
+    masks = [
+        k for k in ("decoder_attention_mask", "attention_mask" if name.startswith("gpt2") else "") if k in arguments
+    ]
+    kept = hf.TOKENS - 21
+    changed = {**arguments, ids: arguments[ids].clone()}
+    changed[ids][:, kept:] = changed[ids][:, kept:].flip(1)
+    cut = {**arguments, **{k: arguments[k][:, :kept] for k in (ids, *masks)}}
+    before, after, alone = (hf.run(model, **a)[:, :kept] for a in (arguments, changed, cut))
+    assert torch.equal(before, after)
+    torch.testing.assert_close(alone, before, rtol=1e-5, atol=1e-5)
+
+
+def crossing(model: nn.Module) -> list[str]:
+    names = ("encoder_attn", "crossattention")
+    return [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in names]
+
+
 def test_whisper_generates():
     model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**hf.WHISPER)).eval()
     model.set_attn_implementation(ROUTED)

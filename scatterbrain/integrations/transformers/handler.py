@@ -15,6 +15,7 @@ from scatterbrain.integrations.transformers.layers import (
     attach,
     attention_layers,
     core_of,
+    cross_note,
     detach,
     implementation,
     routes,
@@ -46,9 +47,9 @@ class TransformersHandler:
                 "it runs Scatterbrain already; restore() the earlier report, or set_attn_implementation('sdpa'), to "
                 "change it"
             )
-        parked = module.__dict__.pop(PARKED, None)
+        parked, path = module.__dict__.pop(PARKED, None), self._paths.get(module, "")
         try:
-            attach(module, support, low_rank, path=self._paths.get(module, ""), seed=len(self._paths))
+            attach(module, support, low_rank, path=path, seed=len(self._paths))
         except ValueError as error:
             if parked is not None:
                 module.__dict__[PARKED] = parked
@@ -63,7 +64,7 @@ class TransformersHandler:
             if implementation(module) == PER_LAYER:
                 config._attn_implementation_internal = before
 
-        return "", undo
+        return cross_note(module, path, support, low_rank), undo
 
 
 class UpdateStatistics(TrainerCallback):

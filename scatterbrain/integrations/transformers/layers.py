@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scatterbrain.integrations.refusals import NotReplaceable, query_by_query
 from scatterbrain.low_rank import LowRank, Quadratic
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.support import Full, Support
@@ -118,7 +119,7 @@ def attach(
 ) -> ScatterbrainAttention:
     """Gives an attention module its ScatterbrainAttention.
 
-    One that is there already, or was before another implementation was chosen, keeps its calibration and its learned
+    Cross-attention gets a support of :func:`cross_support`. One that is there already, or was before another implementation was chosen, keeps its calibration and its learned
     projections if its low-rank kernel is the same: a support owns no state.
 
     Args:
@@ -131,6 +132,8 @@ def attach(
     Raises:
         ValueError: the heads are too narrow for the rank of the low-rank kernel.
     """
+    if not _is_self(module, path):
+        support = cross_support(support, low_rank)[0]
     core = core_of(module) or module.__dict__.get(PARKED)
     known = geometry or geometry_of(module)
     if core is None or core.low_rank != low_rank or (geometry is not None and _geometry(core) != geometry):
@@ -194,6 +197,20 @@ def fit_to(module: nn.Module, core: ScatterbrainAttention, query: Tensor, key: T
         core._buffers[name] = buffer
     core.num_heads, core.head_dim, core.num_kv_heads = came
     core.is_guess = False
+
+
+def cross_support(support: Support, low_rank: LowRank) -> tuple[Support, str]:
+    """A support for cross-attention, where a target token must not see those after it through what chooses its keys,
+    and a note if it is another one than asked for: exact attention if there is none."""
+    try:
+        return query_by_query(support, low_rank)
+    except NotReplaceable as reason:
+        return Full(), f"exact: {reason}"
+
+
+def cross_note(module: nn.Module, path: str, support: Support, low_rank: LowRank) -> str:
+    """What of ``support`` is otherwise in this layer, for a report."""
+    return "" if _is_self(module, path) else cross_support(support, low_rank)[1]
 
 
 def _is_self(module: nn.Module, path: str) -> bool:
