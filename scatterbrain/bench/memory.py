@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -75,7 +76,8 @@ class PeakMemory:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # a job that it did not live to read
+                self._process.stdin.close()
             self._process.stdout.close()
             self._process = None
 

@@ -303,7 +303,8 @@ def test_a_causal_decoder_reads_no_later_token():
     ("support", "low_rank", "now", "note"),
     [
         (sb.Routed(20), None, sb.Routed(24, block_q=1, block_k=8), "lists that queries share would show"),
-        (sb.Routed(24, 1, 8, 8), None, sb.Routed(24, 1, 8, 8), ""),
+        (sb.Routed(24, 1, 8, 8), None, sb.Routed(24, 1, 8), "where the number of target tokens puts it"),
+        (sb.Routed(24, 1, 8), None, sb.Routed(24, 1, 8), ""),
         (sb.Window(8), sb.Favor(8), sb.Window(8), ""),
         (sb.LSH(16), None, None, "LSH sorts all queries"),
         (sb.Window(8), sb.Quadratic(4, "input"), None, "use stored statistics"),
