@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from scatterbrain.low_rank import LowRank, Quadratic
-from scatterbrain.support import LSH, Full, Routed, Support
+from scatterbrain.support import LSH, Full, Routed, Support, Window
 
 
 class NotReplaceable(Exception):
@@ -23,7 +23,7 @@ def parallel_wrapper(model: nn.Module) -> str | None:
 
 def query_by_query(support: Support, low_rank: LowRank) -> tuple[Support, str]:
     """A support for the cross-attention of a decoder, where what one target token reads must not depend on the tokens
-    after it, and a note if it is another one than asked for.
+    after it, nor on how many they are, and a note if it is another one than asked for.
 
     Raises:
         NotReplaceable: where there is none.
@@ -33,9 +33,14 @@ def query_by_query(support: Support, low_rank: LowRank) -> tuple[Support, str]:
     if isinstance(support, LSH):
         raise NotReplaceable("LSH sorts all queries, which would show a target token the ones after it; use Routed")
     if isinstance(support, Routed) and support.block_q > 1:
-        own = Routed(8 * math.ceil(support.keys / 8), block_q=1, block_k=8)
-        return own, f"{own}: lists that queries share would show a target token the ones after it"
-    if isinstance(support, Routed) and support.window:
-        own = Routed(support.keys, block_q=1, block_k=8)
-        return own, f"{own}: a window lies where the number of target tokens puts it"
-    return support, ""
+        own, why = _own_lists(support.keys), "lists that queries share would show a target token the ones after it"
+    elif isinstance(support, Window) or (isinstance(support, Routed) and support.window):
+        own, why = _own_lists(support.keys), "a window lies where the number of target tokens puts it"
+    else:
+        return support, ""
+    return own, f"{own}: {why}"
+
+
+def _own_lists(keys: int) -> Routed:
+    """Lists of single queries that hold at least ``keys`` keys, chosen by content alone."""
+    return Routed(8 * math.ceil(keys / 8), block_q=1, block_k=8)

@@ -173,10 +173,9 @@ def replace_attention(
     nested tensors, which only torch's own attention reads. A subclass of nn.MultiheadAttention is left alone, since its
     forward may do anything.
 
-    The cross-attention of an nn.TransformerDecoderLayer is routed per query where lists shared by a block of queries
-    were asked for, and left alone with LSH or statistics="input": a target token must not see the ones after it (how
-    many there are does matter: it places the block that is nearest by position). In a decoder of your own choose such a
-    support yourself, with ``where``.
+    The cross-attention of an nn.TransformerDecoderLayer is routed per query where a window or lists shared by a block of
+    queries were asked for, and left alone with LSH or statistics="input": neither what the target tokens after a token
+    are, nor how many, may choose its keys. In a decoder of your own choose such a support yourself, with ``where``.
 
     Attention layers of Hugging Face transformers get a :class:`scatterbrain.ScatterbrainAttention` as their submodule
     ``scatterbrain``; layers that are left out stay exact (:mod:`scatterbrain.integrations.transformers`).

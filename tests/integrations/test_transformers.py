@@ -232,7 +232,7 @@ def test_beams_and_assistants_generate():
     assert model.generate(**arguments, assistant_model=calibrated("llama"), do_sample=False).shape[0] == 1
 
 
-@pytest.mark.parametrize("implementation", [ROUTED, LEARNED, INPUT, "scatterbrain:paper"])
+@pytest.mark.parametrize("implementation", [ROUTED, WINDOW, LEARNED, INPUT, "scatterbrain:paper"])
 @pytest.mark.parametrize("name", ["bart", "whisper", "gpt2 with cross-attention"])
 def test_a_target_token_sees_nothing_after_it_through_cross_attention(name: str, implementation: str):
     """Neither what later target tokens are, nor that they are there, chooses its keys."""

@@ -21,8 +21,8 @@ call                                         what happens
 no mask, padding on any side, causal         approximated; outputs of padded queries are zero before the projection
 several tokens behind a cache                approximated, each query at its position in the cache
 one token                                    exact over the cache
-cross-attention                              approximated, each query with a list of its own: lists that queries share
-                                             would show a target token the ones after it
+cross-attention                              approximated, each query with a list of its own: windows and lists that
+                                             queries share depend on the target tokens after it; LSH, "input" exact
 dropout on attention weights in training     exact, warns: :func:`set_attention_dropout`
 4-D bool masks of padding and causality      approximated
 sliding windows shorter than the sequence,   exact, warns

@@ -119,8 +119,9 @@ def attach(
 ) -> ScatterbrainAttention:
     """Gives an attention module its ScatterbrainAttention.
 
-    Cross-attention gets a support of :func:`cross_support`. One that is there already, or was before another implementation was chosen, keeps its calibration and its learned
-    projections if its low-rank kernel is the same: a support owns no state.
+    Cross-attention gets a support of :func:`cross_support`. One that is there already, or was before another
+    implementation was chosen, keeps its calibration and its learned projections if its low-rank kernel is the same: a
+    support owns no state.
 
     Args:
         module: an attention module of transformers.
