@@ -27,8 +27,8 @@ class Backward {
     p.dq = dq_rows.rows, p.dk = dk_rows.rows, p.dv = dv_rows.rows;
     out_rows = as_rows<T>(out, p.value_pad), d_out_rows = as_rows<T>(d_out, p.value_pad);
     p.out = out_rows.rows, p.d_out = d_out_rows.rows;
-    lse_values = values(lse), p.lse = lse_values.data();
-    if (d_lse) d_lse_values = values(*d_lse), p.d_lse = d_lse_values.data();
+    lse_values = values(lse), p.lse = lse_values.data_ptr();
+    if (d_lse) d_lse_values = values(*d_lse), p.d_lse = d_lse_values->data_ptr();
     const bool mapped = p.low_rank != LowRank::kNone;
     d_query_map = zeros_cpu({p.batch, p.q_heads, mapped ? p.q_tokens : 0, p.rank + 1}, kScalar<T>);
     d_key_map = zeros_cpu({p.batch, p.kv_heads, mapped ? p.k_tokens : 0, p.rank + 1}, kScalar<T>);
@@ -84,15 +84,7 @@ class Backward {
     }
   }
 
-  // A (B, H, N) tensor as contiguous T.
-  static std::vector<T> values(const Tensor& t) {
-    const Tensor packed = torch::stable::contiguous(t);
-    std::vector<T> copy(size_t(t.numel()));
-    const Tensor converted = as_dtype(packed, kScalar<T>);
-    std::copy_n(static_cast<const T*>(converted.data_ptr()), t.numel(), copy.data());
-    return copy;
-  }
-
+  static Tensor values(const Tensor& t) { return as_dtype(torch::stable::contiguous(t), kScalar<T>); }
   static Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
   void heads_in_parallel(const BackwardTask& sizes) {
@@ -170,8 +162,8 @@ class Backward {
   AttentionParams& p;
   CancelledQueries<T> cancelled;
   const Kernels<T>& kernel = kernels<T>();
-  Tensor dq, dk, dv, d_query_map, d_key_map, dy, d_state;
-  std::vector<T> lse_values, d_lse_values;
+  Tensor dq, dk, dv, d_query_map, d_key_map, dy, d_state, lse_values;
+  std::optional<Tensor> d_lse_values;
   Operand dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
 };
 
