@@ -8,6 +8,8 @@
 #include <initializer_list>
 #include <optional>
 
+#include "params.h"
+
 namespace sb {
 
 using torch::headeronly::ScalarType;
@@ -21,6 +23,8 @@ struct AttentionArguments {
   int64_t low_rank, block_q, block_k, span_keys;
   bool is_causal;
   double scale;
+  int64_t packed_rank;
+  std::optional<Tensor> state;
 };
 
 struct RouteArguments {
@@ -29,6 +33,7 @@ struct RouteArguments {
   int64_t low_rank, keys, block_q, block_k, window;
   bool is_causal;
   double scale;
+  int64_t packed_rank;
 };
 
 inline bool is_floating(const Tensor& t) {
@@ -45,6 +50,24 @@ inline bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
   for (const int64_t size : sizes)
     if (t.size(i++) != size) return false;
   return true;
+}
+
+// Coordinates and log scales of queries and keys: maps (B, H, N, rank + 1), or with packed_rank packed rows.
+inline void check_maps(const char* op, const Tensor& q, const Tensor& k, const Tensor& x, const Tensor& y,
+                       int64_t low_rank, int64_t packed_rank, ScalarType dtype) {
+  STD_TORCH_CHECK(packed_rank >= 0 && (packed_rank == 0 || low_rank == 1), op,
+                  ": packed_rank is for the quadratic kernel (low_rank 1), got ", packed_rank, " with low_rank ",
+                  low_rank);
+  STD_TORCH_CHECK(x.dim() == 4 && y.dim() == 4 && x.size(3) == y.size(3) && x.size(3) >= 2, op,
+                  ": query_map and key_map must be (B, H, N, rank + 1)");
+  STD_TORCH_CHECK(packed_rank == 0 || x.size(3) == packed_width(packed_rank), op,
+                  ": query_map and key_map of packed_rank ", packed_rank, " must be ", packed_width(packed_rank),
+                  " wide, as project_packed makes them");
+  for (int64_t i = 0; i < 3; ++i)
+    STD_TORCH_CHECK(x.size(i) == q.size(i) && y.size(i) == k.size(i), op,
+                    ": query_map and key_map must have the batch, heads and tokens of query and key");
+  STD_TORCH_CHECK(x.scalar_type() == dtype && y.scalar_type() == dtype, op,
+                  ": query_map and key_map must be float32 (float64 for float64 inputs)");
 }
 
 inline void check_projection(const Tensor& tokens, const Tensor& weight) {
@@ -171,14 +194,7 @@ inline void check_attention(const AttentionArguments& a) {
                     "attention: query_map and key_map need a low-rank kernel, got low_rank 0");
   } else {
     STD_TORCH_CHECK(a.query_map && a.key_map, "attention: a low-rank kernel needs query_map and key_map");
-    const Tensor &x = *a.query_map, &y = *a.key_map;
-    STD_TORCH_CHECK(x.dim() == 4 && y.dim() == 4 && x.size(3) == y.size(3) && x.size(3) >= 2,
-                    "attention: query_map and key_map must be (B, H, N, rank + 1)");
-    for (int64_t i = 0; i < 3; ++i)
-      STD_TORCH_CHECK(x.size(i) == q.size(i) && y.size(i) == k.size(i),
-                      "attention: query_map and key_map must have the batch, heads and tokens of query and key");
-    STD_TORCH_CHECK(x.scalar_type() == accumulation_type(q) && y.scalar_type() == accumulation_type(q),
-                    "attention: query_map and key_map must be float32 (float64 for float64 inputs)");
+    check_maps("attention", q, k, *a.query_map, *a.key_map, a.low_rank, a.packed_rank, accumulation_type(q));
   }
 }
 
@@ -217,13 +233,7 @@ inline void check_route(const RouteArguments& a) {
   check_rows("route", a);
   if (a.low_rank != 0 && pooled) {
     STD_TORCH_CHECK(a.query_map && a.key_map, "route: a low-rank kernel needs query_map and key_map");
-    const Tensor &x = *a.query_map, &y = *a.key_map;
-    STD_TORCH_CHECK(x.dim() == 4 && y.dim() == 4 && x.size(3) == y.size(3) && x.size(3) >= 2 &&
-                        x.scalar_type() == ScalarType::Float && y.scalar_type() == ScalarType::Float,
-                    "route: query_map and key_map must be float32 of shape (B, H, N, rank + 1)");
-    for (int64_t i = 0; i < 3; ++i)
-      STD_TORCH_CHECK(x.size(i) == q.size(i) && y.size(i) == k.size(i),
-                      "route: query_map and key_map must have the batch, heads and tokens of query and key");
+    check_maps("route", q, k, *a.query_map, *a.key_map, a.low_rank, a.packed_rank, ScalarType::Float);
   }
 }
 

@@ -9,13 +9,15 @@
 namespace sb {
 
 struct Launchers {
-  std::tuple<Tensor, Tensor> (*attention)(const AttentionArguments&);
+  // out, lse, and the states for the backward pass: empty where it builds them again.
+  std::tuple<Tensor, Tensor, Tensor> (*attention)(const AttentionArguments&);
   // Gradients of query, key, value, query_map and key_map; the last two are empty without a low-rank kernel.
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> (*attention_backward)(const AttentionArguments&, const Tensor& out,
                                                                            const Tensor& lse, const Tensor& d_out,
                                                                            const std::optional<Tensor>& d_lse);
   std::tuple<Tensor, Tensor> (*route)(const RouteArguments&);
   Tensor (*project)(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias);
+  Tensor (*project_packed)(const Tensor& tokens, const Tensor& weight, const Tensor& bias);
   void (*project_add)(const Tensor& d_tokens, const Tensor& grad, const Tensor& weight);
   std::tuple<Tensor, Tensor, Tensor> (*project_backward)(const Tensor& grad, const Tensor& tokens,
                                                          const Tensor& weight);
@@ -24,12 +26,13 @@ struct Launchers {
 Launchers& cpu_launchers();
 
 namespace cpu {
-std::tuple<Tensor, Tensor> attention(const AttentionArguments&);
+std::tuple<Tensor, Tensor, Tensor> attention(const AttentionArguments&);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments&, const Tensor& out,
                                                                       const Tensor& lse, const Tensor& d_out,
                                                                       const std::optional<Tensor>& d_lse);
 std::tuple<Tensor, Tensor> route(const RouteArguments&);
 Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias);
+Tensor project_packed(const Tensor& tokens, const Tensor& weight, const Tensor& bias);
 void project_add(const Tensor& d_tokens, const Tensor& grad, const Tensor& weight);
 std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight);
 }  // namespace cpu

@@ -11,8 +11,8 @@
 namespace sb {
 
 Launchers& cpu_launchers() {
-  static Launchers table{&cpu::attention, &cpu::attention_backward, &cpu::route,
-                         &cpu::project,   &cpu::project_add,        &cpu::project_backward};
+  static Launchers table{&cpu::attention,      &cpu::attention_backward, &cpu::route,           &cpu::project,
+                         &cpu::project_packed, &cpu::project_add,        &cpu::project_backward};
   return table;
 }
 
@@ -20,27 +20,33 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, MaybeTensor query_map, MaybeTensor key_map,
-                                     MaybeTensor index, MaybeTensor count, MaybeTensor span, MaybeTensor query_order,
-                                     MaybeTensor query_mask, MaybeTensor key_mask, MaybeTensor query_range,
-                                     MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank, int64_t block_q,
-                                     int64_t block_k, int64_t span_keys, bool is_causal, double scale) {
-  const AttentionArguments a{query,    key,         value,      query_map, key_map,     index,     count,
-                             span,     query_order, query_mask, key_mask,  query_range, key_range, query_offset,
-                             low_rank, block_q,     block_k,    span_keys, is_causal,   scale};
+// Arguments of the schema `kAttention`, in its order.
+#define SB_ATTENTION_ARGUMENTS                                                                                     \
+  Tensor query, Tensor key, Tensor value, MaybeTensor query_map, MaybeTensor key_map, MaybeTensor index,           \
+      MaybeTensor count, MaybeTensor span, MaybeTensor query_order, MaybeTensor query_mask, MaybeTensor key_mask,  \
+      MaybeTensor query_range, MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank, int64_t block_q, \
+      int64_t block_k, int64_t span_keys, bool is_causal, double scale, int64_t packed_rank
+#define SB_ATTENTION_VALUES(state)                                                                           \
+  query, key, value, query_map, key_map, index, count, span, query_order, query_mask, key_mask, query_range, \
+      key_range, query_offset, low_rank, block_q, block_k, span_keys, is_causal, scale, packed_rank, state
+
+std::tuple<Tensor, Tensor, Tensor> attention_with_state(SB_ATTENTION_ARGUMENTS) {
+  const AttentionArguments a{SB_ATTENTION_VALUES(std::nullopt)};
   check_attention(a);
   return cpu_launchers().attention(a);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    Tensor d_out, MaybeTensor d_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value,
-    MaybeTensor query_map, MaybeTensor key_map, MaybeTensor index, MaybeTensor count, MaybeTensor span,
-    MaybeTensor query_order, MaybeTensor query_mask, MaybeTensor key_mask, MaybeTensor query_range,
-    MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank, int64_t block_q, int64_t block_k,
-    int64_t span_keys, bool is_causal, double scale) {
-  const AttentionArguments a{query,    key,         value,      query_map, key_map,     index,     count,
-                             span,     query_order, query_mask, key_mask,  query_range, key_range, query_offset,
-                             low_rank, block_q,     block_k,    span_keys, is_causal,   scale};
+std::tuple<Tensor, Tensor> attention(SB_ATTENTION_ARGUMENTS) {
+  const AttentionArguments a{SB_ATTENTION_VALUES(std::nullopt)};
+  check_attention(a);
+  auto [out, lse, state] = cpu_launchers().attention(a);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor d_out, MaybeTensor d_lse, Tensor out,
+                                                                      Tensor lse, SB_ATTENTION_ARGUMENTS,
+                                                                      MaybeTensor state) {
+  const AttentionArguments a{SB_ATTENTION_VALUES(state)};
   check_attention(a);
   check_attention_backward(a, d_out, d_lse, out, lse);
   return cpu_launchers().attention_backward(a, out, lse, d_out, d_lse);
@@ -49,9 +55,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 std::tuple<Tensor, Tensor> route(Tensor query, Tensor key, MaybeTensor query_map, MaybeTensor key_map,
                                  MaybeTensor query_mask, MaybeTensor key_mask, MaybeTensor query_range,
                                  MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank, int64_t keys,
-                                 int64_t block_q, int64_t block_k, int64_t window, bool is_causal, double scale) {
-  const RouteArguments a{query,        key,      query_map, key_map, query_mask, key_mask, query_range, key_range,
-                         query_offset, low_rank, keys,      block_q, block_k,    window,   is_causal,   scale};
+                                 int64_t block_q, int64_t block_k, int64_t window, bool is_causal, double scale,
+                                 int64_t packed_rank) {
+  const RouteArguments a{query,       key,       query_map,    key_map,  query_mask, key_mask,
+                         query_range, key_range, query_offset, low_rank, keys,       block_q,
+                         block_k,     window,    is_causal,    scale,    packed_rank};
   check_route(a);
   return cpu_launchers().route(a);
 }
@@ -60,6 +68,13 @@ Tensor project(Tensor tokens, Tensor weight, MaybeTensor bias) {
   check_projection(tokens, weight);
   check_projection_bias(weight, bias);
   return cpu_launchers().project(tokens, weight, bias);
+}
+
+Tensor project_packed(Tensor tokens, Tensor weight, Tensor bias) {
+  check_projection(tokens, weight);
+  check_projection_bias(weight, bias);
+  STD_TORCH_CHECK(weight.size(2) >= 2, "project_packed: weight needs rows for coordinates and one for the log scale");
+  return cpu_launchers().project_packed(tokens, weight, bias);
 }
 
 void project_add(Tensor d_tokens, Tensor grad, Tensor weight) {
@@ -81,30 +96,27 @@ std::string instruction_set_name() { return instruction_set().name; }
 }  // namespace
 }  // namespace sb
 
+#define SB_ROWS_SCHEMA \
+  "Tensor? query_mask, Tensor? key_mask, Tensor? query_range, Tensor? key_range, Tensor? query_offset, int low_rank, "
+#define SB_ATTENTION_SCHEMA                                                                             \
+  "Tensor query, Tensor key, Tensor value, Tensor? query_map, Tensor? key_map, Tensor? index, Tensor? " \
+  "count, Tensor? span, Tensor? query_order, " SB_ROWS_SCHEMA                                           \
+  "int block_q, int block_k, int span_keys, bool is_causal, float scale, int packed_rank=0"
+
 STABLE_TORCH_LIBRARY(scatterbrain, m) {
   m.def("instruction_set() -> str");
   m.def("stages(bool on) -> str");
-  m.def(
-      "route(Tensor query, Tensor key, Tensor? query_map, Tensor? key_map, Tensor? query_mask, Tensor? key_mask, "
-      "Tensor? query_range, Tensor? key_range, "
-      "Tensor? query_offset, int low_rank, int keys, int block_q, int block_k, int window, bool is_causal, float "
-      "scale) -> (Tensor index, Tensor count)");
+  m.def("route(Tensor query, Tensor key, Tensor? query_map, Tensor? key_map, " SB_ROWS_SCHEMA
+        "int keys, int block_q, int block_k, int window, bool is_causal, float scale, int packed_rank=0) -> (Tensor "
+        "index, Tensor count)");
   m.def("project(Tensor tokens, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("project_packed(Tensor tokens, Tensor weight, Tensor bias) -> Tensor");
   m.def("project_add(Tensor(a!) d_tokens, Tensor grad, Tensor weight) -> ()");
   m.def("project_backward(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "attention(Tensor query, Tensor key, Tensor value, Tensor? query_map, Tensor? key_map, Tensor? index, Tensor? "
-      "count, Tensor? span, Tensor? query_order, "
-      "Tensor? query_mask, Tensor? key_mask, Tensor? query_range, Tensor? key_range, Tensor? query_offset, int "
-      "low_rank, int block_q, int block_k, int span_keys, "
-      "bool is_causal, float scale) -> (Tensor out, Tensor lse)");
-  m.def(
-      "attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, "
-      "Tensor? query_map, Tensor? key_map, "
-      "Tensor? index, Tensor? count, Tensor? span, Tensor? query_order, Tensor? query_mask, Tensor? key_mask, Tensor? "
-      "query_range, Tensor? key_range, "
-      "Tensor? query_offset, int low_rank, int block_q, int block_k, int span_keys, bool is_causal, float scale) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention(" SB_ATTENTION_SCHEMA ") -> (Tensor out, Tensor lse)");
+  m.def("attention_with_state(" SB_ATTENTION_SCHEMA ") -> (Tensor out, Tensor lse, Tensor state)");
+  m.def("attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, " SB_ATTENTION_SCHEMA
+        ", Tensor? state=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, m) {
@@ -115,8 +127,10 @@ STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CPU, m) {
   m.impl("route", TORCH_BOX(&sb::route));
   m.impl("project", TORCH_BOX(&sb::project));
+  m.impl("project_packed", TORCH_BOX(&sb::project_packed));
   m.impl("project_add", TORCH_BOX(&sb::project_add));
   m.impl("project_backward", TORCH_BOX(&sb::project_backward));
   m.impl("attention", TORCH_BOX(&sb::attention));
+  m.impl("attention_with_state", TORCH_BOX(&sb::attention_with_state));
   m.impl("attention_backward", TORCH_BOX(&sb::attention_backward));
 }

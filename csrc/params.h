@@ -49,6 +49,9 @@ inline constexpr int64_t direct_keys(const RowRange& row) {
 
 inline constexpr int64_t pad_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Width of a packed row of the quadratic kernel: r coordinates, 1, the log scale in base 2, zeros.
+inline constexpr int64_t packed_width(int64_t rank) { return pad_to(rank + 2, kPad); }
+
 // The attention operator. T is float, or double for float64 inputs; every T array is in that type. Log scales are in
 // base 2.
 struct AttentionParams {
@@ -60,7 +63,7 @@ struct AttentionParams {
   double scale;
   Rows q, k, v;                    // T (B, Hq|Hkv, N|M, head_pad|value_pad)
   Rows x, y;                       // T (B, Hq|Hkv, N|M, map_pad); for the quadratic kernel column r holds 1
-  const void *rho, *kappa;         // T (B, Hq|Hkv, N|M)
+  Rows rho, kappa;                 // T (B, Hq|Hkv, N|M, 1), log scales
   Rows out;                        // T (B, Hq, N, value_pad)
   void* lse;                       // T (B, Hq, N), natural logarithm
   const RowRange* rows;            // (B)
@@ -112,7 +115,8 @@ struct RouteParams {
   bool is_causal;
   float scale;
   Rows q, k;                            // (B, Hq|Hkv, N|M, head_pad)
-  Rows query_map, key_map;              // (B, Hq|Hkv, N|M, rank + 1): x and rho, y and kappa, natural logarithm
+  Rows x, y;                            // (B, Hq|Hkv, N|M, rank)
+  Rows rho, kappa;                      // (B, Hq|Hkv, N|M, 1), log scales in base 2
   const RowRange* rows;                 // (B)
   const uint8_t *q_mask, *k_mask;       // (B, N|M) or null; nonzero = ignore
   int64_t blocks, capacity;             // blocks = ceil(N / block_q)

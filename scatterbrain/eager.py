@@ -13,8 +13,10 @@ from torch import Tensor
 from scatterbrain import ops  # noqa: F401  (loads the operators)
 
 _ATTENTION = torch.ops.scatterbrain.attention.default
+_ATTENTION_WITH_STATE = torch.ops.scatterbrain.attention_with_state.default
 _ATTENTION_BACKWARD = torch.ops.scatterbrain.attention_backward.default
 _PROJECT = torch.ops.scatterbrain.project.default
+_PROJECT_PACKED = torch.ops.scatterbrain.project_packed.default
 _PROJECT_ADD = torch.ops.scatterbrain.project_add.default
 _PROJECT_BACKWARD = torch.ops.scatterbrain.project_backward.default
 _ROUTE = torch.ops.scatterbrain.route.default
@@ -36,11 +38,19 @@ def is_plain() -> bool:
     )
 
 
-def project_both(query: Tensor, key: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
-    """The maps of queries and keys, outside the graph: :func:`attention` carries their gradients."""
+def project_both(query: Tensor, key: Tensor, projection: Projection) -> tuple[Tensor, Tensor, int]:
+    """The maps of queries and keys, outside the graph (:func:`attention` carries their gradients), and their
+    ``packed_rank``."""
     query_weight, query_bias, key_weight, key_bias = projection
+    # Heads that narrow, and float64, are computed in double, which packed rows of float32 would have to be brought to.
+    packed = query_weight.dtype == torch.float32 and query.shape[3] >= 16
+    project = _PROJECT_PACKED if packed else _PROJECT
     with _BelowAutograd():
-        return _PROJECT(query, query_weight, query_bias), _PROJECT(key, key_weight, key_bias)
+        return (
+            project(query, query_weight, query_bias),
+            project(key, key_weight, key_bias),
+            query_weight.shape[2] - 1 if packed else 0,
+        )
 
 
 def route(*arguments: object) -> tuple[Tensor, Tensor]:
@@ -95,9 +105,9 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: object, *inputs: object) -> tuple[Tensor, Tensor]:
         arguments = (*inputs[:5], *inputs[_TRACKED:])
         with _BelowAutograd():
-            out, lse = _ATTENTION(*arguments)
+            out, lse, state = _ATTENTION_WITH_STATE(*arguments)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, inputs[5], inputs[7], *arguments[: 5 + _TENSORS])
+        ctx.save_for_backward(out, lse, state, inputs[5], inputs[7], *arguments[: 5 + _TENSORS])
         ctx.settings = arguments[5 + _TENSORS :]
         return out, lse
 
@@ -106,17 +116,19 @@ class _Attention(torch.autograd.Function):
         rest = (None,) * (_TENSORS + len(ctx.settings))
         if d_out is None and d_lse is None:
             return (None,) * _TRACKED + rest
-        out, lse, query_weight, key_weight, *tensors = ctx.saved_tensors
+        out, lse, state, query_weight, key_weight, *tensors = ctx.saved_tensors
         if d_out is None:
             d_out = torch.zeros_like(out)
         # With a graph of the backward pass, or a vmap over it, the operators need what is registered with them.
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            gradients = _gradients(ctx, d_out, d_lse, out, lse, query_weight, key_weight, tensors, False)
+            gradients = _gradients(ctx, d_out, d_lse, out, lse, state, query_weight, key_weight, tensors, False)
         else:
             # torch.autograd.grad(is_grads_batched=True) loops over operators, but not over ones that change an input.
             batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in (d_out, d_lse) if g is not None)
             with _BelowAutograd():
-                gradients = _gradients(ctx, d_out, d_lse, out, lse, query_weight, key_weight, tensors, not batched)
+                gradients = _gradients(
+                    ctx, d_out, d_lse, out, lse, state, query_weight, key_weight, tensors, not batched
+                )
         return (*gradients, *rest)
 
 
@@ -126,6 +138,7 @@ def _gradients(
     d_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    state: Tensor,
     query_weight: Tensor | None,
     key_weight: Tensor | None,
     tensors: list[Tensor | None],
@@ -134,7 +147,7 @@ def _gradients(
     """Gradients of the tracked inputs of :class:`_Attention`; None where nobody asked. ``in_place``: operators without
     rules of autograd or vmap may be used."""
     need = ctx.needs_input_grad
-    dq, dk, dv, *maps = _ATTENTION_BACKWARD(d_out, d_lse, out, lse, *tensors, *ctx.settings)
+    dq, dk, dv, *maps = _ATTENTION_BACKWARD(d_out, d_lse, out, lse, *tensors, *ctx.settings, state)
     weights: list[Tensor | None] = [None] * 4
     if query_weight is not None:
         if need[0] or need[5] or need[6]:

@@ -18,14 +18,15 @@ def _pairs_and_features(
     block_k: int,
     span_keys: int,
     keys: int,
+    packed_rank: int,
 ) -> tuple[int, int, int]:
     listed = (index[-1] * block_k if index is not None else 0) + (span_keys if span is not None else 0)
-    rank = 0 if query_map is None else query_map[-1] - 1
+    rank = packed_rank or (0 if query_map is None else query_map[-1] - 1)
     features = {0: 0, 1: (rank + 1) * (rank + 2) // 2, 2: rank}[low_rank]
     return min(listed, keys), rank, features
 
 
-@register_flop_formula(torch.ops.scatterbrain.attention)
+@register_flop_formula([torch.ops.scatterbrain.attention, torch.ops.scatterbrain.attention_with_state])
 def attention_flops(
     query,
     key,
@@ -47,6 +48,7 @@ def attention_flops(
     span_keys,
     is_causal,
     scale,
+    packed_rank=0,
     *,
     out_shape=None,
     **kwargs,
@@ -56,7 +58,7 @@ def attention_flops(
     batch, heads, tokens, d = query
     dv = value[-1]
     pairs, rank, features = _pairs_and_features(
-        query, value, query_map, index, span, low_rank, block_k, span_keys, key[2]
+        query, value, query_map, index, span, low_rank, block_k, span_keys, key[2], packed_rank
     )
     return (
         2
@@ -91,6 +93,8 @@ def attention_backward_flops(
     span_keys,
     is_causal,
     scale,
+    packed_rank=0,
+    state=None,
     *,
     out_shape=None,
     **kwargs,
@@ -100,7 +104,7 @@ def attention_backward_flops(
     batch, heads, tokens, d = query
     dv = value[-1]
     pairs, rank, features = _pairs_and_features(
-        query, value, query_map, index, span, low_rank, block_k, span_keys, key[2]
+        query, value, query_map, index, span, low_rank, block_k, span_keys, key[2], packed_rank
     )
     queries = heads * tokens * (pairs * (3 * d + 2 * dv + 3 * rank) + 2 * features * (dv + 1))
     return 2 * batch * (queries + key[1] * key[2] * 3 * features * (dv + 1))
@@ -110,6 +114,12 @@ def attention_backward_flops(
 def project_flops(tokens, weight, bias, *, out_shape=None, **kwargs) -> int:
     """2 N d outputs per head."""
     return 2 * tokens[0] * tokens[1] * tokens[2] * tokens[3] * weight[2]
+
+
+@register_flop_formula(torch.ops.scatterbrain.project_packed)
+def project_packed_flops(tokens, weight, bias, *, out_shape=None, **kwargs) -> int:
+    """As :func:`project_flops`."""
+    return project_flops(tokens, weight, bias)
 
 
 @register_flop_formula(torch.ops.scatterbrain.project_add)

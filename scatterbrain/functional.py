@@ -193,13 +193,13 @@ def _run(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the operator, from arguments that were checked."""
-    plain, projection = eager.is_plain(), None
+    plain, projection, packed_rank = eager.is_plain(), None, 0
     if plain and isinstance(low_rank, Quadratic):
         projection = quadratic_projection(query, key, low_rank, statistics, scale, rows)
-        query_map, key_map = eager.project_both(query, key, projection)
+        query_map, key_map, packed_rank = eager.project_both(query, key, projection)
     else:
         query_map, key_map = coordinates(query, key, low_rank, statistics, scale, rows, is_causal)
-    lists = lists_of(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
+    lists = lists_of(support, query, key, query_map, key_map, packed_rank, low_rank, scale, rows, is_causal)
     rest = (
         lists.index,
         lists.count,
@@ -216,6 +216,7 @@ def _run(
         lists.span_keys,
         is_causal,
         scale,
+        packed_rank,
     )
     if plain:
         return eager.attention(query, key, value, query_map, key_map, projection, *rest)
@@ -273,7 +274,7 @@ def route(
     scale = default_scale(query, scale)
     with torch.no_grad():
         query_map, key_map = coordinates(query, key, low_rank, statistics, scale, rows, is_causal)
-        return content_lists(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
+        return content_lists(support, query, key, query_map, key_map, 0, low_rank, scale, rows, is_causal)
 
 
 # -------------------- scale and autocast

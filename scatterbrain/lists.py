@@ -108,6 +108,7 @@ def lists_of(
     key: Tensor,
     query_map: Tensor | None,
     key_map: Tensor | None,
+    packed_rank: int,
     low_rank: LowRank,
     scale: float,
     rows: Rows,
@@ -131,7 +132,7 @@ def lists_of(
             support.keys,
         )
     if isinstance(support, (Routed, LSH)):
-        support = content_lists(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
+        support = content_lists(support, query, key, query_map, key_map, packed_rank, low_rank, scale, rows, is_causal)
     else:
         checks.check_blocks(
             support,
@@ -154,6 +155,7 @@ def content_lists(
     key: Tensor,
     query_map: Tensor | None,
     key_map: Tensor | None,
+    packed_rank: int,
     low_rank: LowRank,
     scale: float,
     rows: Rows,
@@ -181,5 +183,6 @@ def content_lists(
         support.window,
         is_causal,
         scale,
+        packed_rank,
     )
     return Blocks._from_kernel(index, count, support.block_q, support.block_k)

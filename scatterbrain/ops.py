@@ -13,6 +13,11 @@ happens before it. Its arguments:
     query_range, key_range (B, 2)             int32, [first, last + 1) of what is not ignored
     query_offset (B,)                         int32, position of query 0 among the keys, for causal attention
     low_rank                                  0 none, 1 quadratic, 2 general features
+    packed_rank                               r > 0: the maps are rows of ``project_packed``, which kernels read in place
+
+``attention_with_state`` also returns the states of the low-rank kernel, which ``attention_backward`` then need not build
+again (empty where keeping them is not worth their memory). It and what is packed serve scatterbrain.eager, below
+autograd.
 """
 
 from __future__ import annotations
@@ -70,6 +75,12 @@ def _(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return tokens.new_empty((*tokens.shape[:3], weight.shape[2]), dtype=_accumulation_dtype(tokens.dtype))
 
 
+@torch.library.register_fake("scatterbrain::project_packed")
+def _(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    width = (weight.shape[2] + 1 + 15) // 16 * 16  # coordinates, 1, log scale in base 2, zeros
+    return tokens.new_empty((*tokens.shape[:3], width), dtype=_accumulation_dtype(tokens.dtype))
+
+
 @torch.library.register_fake("scatterbrain::project_add")
 def _(d_tokens: Tensor, grad: Tensor, weight: Tensor) -> None:
     pass  # adds grad weight to d_tokens
@@ -92,6 +103,23 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
     return _like_tokens(query, value.shape[3]), lse
 
 
+@torch.library.register_fake("scatterbrain::attention_with_state")
+def _(
+    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor | None, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    low_rank, is_causal, packed_rank = rest[10], rest[14], rest[16] if len(rest) > 16 else 0
+    out, lse = torch.ops.scatterbrain.attention(query, key, value, query_map, *rest)
+    dtype = torch.float64 if query.shape[3] < 16 else lse.dtype
+    if query_map is None or is_causal:
+        return out, lse, lse.new_empty(0, dtype=dtype)
+    rank = packed_rank or query_map.shape[3] - 1
+    features = (rank + 1) * (rank + 2) // 2 if low_rank == 1 else rank
+    pad = lambda n: (n + 15) // 16 * 16  # noqa: E731
+    slots = (key.shape[2] + 1023) // 1024 + 1  # kSegment of csrc/params.h
+    size = features * pad(value.shape[3]) + pad(features) + 16
+    return out, lse, lse.new_empty((key.shape[0], key.shape[1], slots, size), dtype=dtype)
+
+
 @torch.library.register_fake("scatterbrain::attention_backward")
 def _(
     d_out: Tensor,
@@ -103,12 +131,13 @@ def _(
     value: Tensor,
     query_map: Tensor | None,
     key_map: Tensor | None,
-    *_: object,
+    *rest: object,
 ) -> tuple[Tensor, ...]:
+    packed_rank = rest[15] if len(rest) > 15 else 0
     maps = [
         tokens.new_empty((tokens.shape[0], tokens.shape[1], 0, 1), dtype=lse.dtype)
         if m is None
-        else m.new_empty(m.shape)
+        else m.new_empty((*m.shape[:3], packed_rank + 1 if packed_rank else m.shape[3]))
         for tokens, m in ((query, query_map), (key, key_map))
     ]
     return *(_like_tokens(t, t.shape[3]) for t in (query, key, value)), *maps
@@ -132,6 +161,7 @@ def _(
     window: int,
     is_causal: bool,
     scale: float,
+    packed_rank: int = 0,
 ) -> tuple[Tensor, Tensor]:
     from scatterbrain.support import Routed
 
@@ -169,7 +199,7 @@ def _no_second_derivative(ctx: object, *grads: object) -> None:
 for _name in ("attention_backward", "project_backward"):
     torch.library.register_autograd(f"scatterbrain::{_name}", _no_second_derivative)
 
-_TENSORS, _ARGUMENTS = 14, 20  # of attention: leading tensor arguments, all arguments
+_TENSORS = 14  # of attention: leading tensor arguments
 
 
 def _attention_setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -180,13 +210,13 @@ def _attention_setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) 
 
 def _attention_backward(ctx: object, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_out is None and d_lse is None:
-        return (None,) * _ARGUMENTS
+        return (None,) * len(ctx.needs_input_grad)
     *tensors, out, lse = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
     gradients = torch.ops.scatterbrain.attention_backward(d_out, d_lse, out, lse, *tensors, *ctx.settings)
     wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:5])]
-    return (*wanted, *(None,) * (_ARGUMENTS - 5))
+    return (*wanted, *(None,) * (len(ctx.needs_input_grad) - 5))
 
 
 torch.library.register_autograd("scatterbrain::attention", _attention_backward, setup_context=_attention_setup)

@@ -105,6 +105,80 @@ def test_opcheck_of_attention_and_its_backward(kernel: str, lists: str, dtype: t
     torch.library.opcheck(torch.ops.scatterbrain.attention_backward.default, gradients, test_utils=WITHOUT_GRADIENT)
 
 
+@pytest.mark.parametrize("kernel, lists, dtype, is_causal", SAMPLES)
+def test_a_kept_state_changes_no_bit_of_the_backward_pass(
+    kernel: str, lists: str, dtype: torch.dtype, is_causal: bool
+) -> None:
+    arguments = tuple(
+        a.detach() if isinstance(a, Tensor) else a for a in attention_arguments(kernel, lists, dtype, is_causal)
+    )
+    torch.library.opcheck(torch.ops.scatterbrain.attention_with_state.default, arguments, test_utils=WITHOUT_GRADIENT)
+    out, lse, state = torch.ops.scatterbrain.attention_with_state(*arguments)
+    assert (state.numel() > 0) == (kernel != "none" and not is_causal)
+    for a, b in zip((out, lse), torch.ops.scatterbrain.attention(*arguments)):
+        assert torch.equal(a, b)
+    gradients = (torch.randn_like(out), None, out, lse, *arguments)
+    again = torch.ops.scatterbrain.attention_backward(*gradients)
+    for a, b in zip(torch.ops.scatterbrain.attention_backward(*gradients, state=state), again):
+        assert torch.equal(a, b)
+
+
+def test_a_state_of_other_arguments_is_refused() -> None:
+    arguments = tuple(
+        a.detach() if isinstance(a, Tensor) else a
+        for a in attention_arguments("quadratic", "span", torch.float64, False)
+    )
+    out, lse, state = torch.ops.scatterbrain.attention_with_state(*arguments)
+    with pytest.raises(RuntimeError, match="state must be what attention_with_state returned"):
+        torch.ops.scatterbrain.attention_backward(out, None, out, lse, *arguments, state=state[..., 1:].contiguous())
+
+
+WIDE = 32  # narrower heads are computed in double and do not use packed rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 9, 14, 15])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_rows_are_the_map_in_another_layout(rank: int, is_causal: bool, dtype: torch.dtype) -> None:
+    q, k, v = (rand(B, h, N, WIDE, seed=seed, dtype=dtype) for seed, h in enumerate((H, KV, KV)))
+    weights = [
+        (rand(1, h, rank + 1, WIDE, seed=3 + h) / WIDE, rand(1, h, rank + 1, seed=5 + h) / rank) for h in (H, KV)
+    ]
+    maps = [torch.ops.scatterbrain.project(t, *w) for t, w in zip((q, k), weights)]
+    packed = [torch.ops.scatterbrain.project_packed(t, *w) for t, w in zip((q, k), weights)]
+    for rows, map_ in zip(packed, maps):
+        assert torch.equal(rows[..., :rank], map_[..., :rank]) and (rows[..., rank] == 1).all()
+        torch.testing.assert_close(rows[..., rank + 1], map_[..., rank] / torch.log(torch.tensor(2.0)))
+        assert not rows[..., rank + 2 :].any()
+    torch.library.opcheck(torch.ops.scatterbrain.project_packed.default, (q, *weights[0]), test_utils=WITHOUT_GRADIENT)
+    masks = (None,) * 5
+    route = (*masks, 1, 16, 16, 1, 0, is_causal, 0.2)
+    lists = torch.ops.scatterbrain.route(q.float(), k.float(), *maps, *route)
+    for a, b in zip(lists, torch.ops.scatterbrain.route(q.float(), k.float(), *packed, *route, packed_rank=rank)):
+        assert torch.equal(a, b)
+    rest = (*lists, None, None, *masks, 1, 16, 1, 0, is_causal, 0.2)
+    results = [
+        torch.ops.scatterbrain.attention(q, k, v, *m, *rest, packed_rank=r) for m, r in ((maps, 0), (packed, rank))
+    ]
+    d_out = torch.randn_like(results[0][0])
+    results = [
+        (*result, *torch.ops.scatterbrain.attention_backward(d_out, None, *result, q, k, v, *m, *rest, packed_rank=r))
+        for result, m, r in zip(results, (maps, packed), (0, rank))
+    ]
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+def test_packed_rows_of_another_rank_are_refused() -> None:
+    q = rand(B, H, N, WIDE)
+    rows = torch.ops.scatterbrain.project_packed(q, rand(1, 1, 4, WIDE), rand(1, 1, 4))
+    rest = (None,) * 9
+    with pytest.raises(RuntimeError, match="packed_rank 20 must be 32 wide"):
+        torch.ops.scatterbrain.attention(q, q, q, rows, rows, *rest, 1, 16, 1, 0, False, 0.2, packed_rank=20)
+    with pytest.raises(RuntimeError, match="packed_rank is for the quadratic kernel"):
+        torch.ops.scatterbrain.attention(q, q, q, rows, rows, *rest, 2, 16, 1, 0, False, 0.2, packed_rank=3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch, heads, bias", [(1, 1, True), (1, H, False), (B, H, True)])
 def test_opcheck_of_the_projection(dtype: torch.dtype, batch: int, heads: int, bias: bool) -> None:

@@ -22,7 +22,7 @@ class Backward {
     const ScalarType dtype = a.query.scalar_type();
     dq = empty_like_tokens(a.query, a.query.size(3), dtype), dk = empty_like_tokens(a.key, a.key.size(3), dtype),
     dv = empty_like_tokens(a.value, a.value.size(3), dtype);
-    dq_rows = result_rows<T>(dq, p.head_pad), dk_rows = result_rows<T>(dk, p.head_pad),
+    dq_rows = result_rows<T>(dq, p.head_pad, call.every_query()), dk_rows = result_rows<T>(dk, p.head_pad),
     dv_rows = result_rows<T>(dv, p.value_pad);
     p.dq = dq_rows.rows, p.dk = dk_rows.rows, p.dv = dv_rows.rows;
     out_rows = as_rows<T>(out, p.value_pad), d_out_rows = as_rows<T>(d_out, p.value_pad);
@@ -30,8 +30,11 @@ class Backward {
     lse_values = values(lse), p.lse = lse_values.data_ptr();
     if (d_lse) d_lse_values = values(*d_lse), p.d_lse = d_lse_values->data_ptr();
     const bool mapped = p.low_rank != LowRank::kNone;
-    d_query_map = zeros_cpu({p.batch, p.q_heads, mapped ? p.q_tokens : 0, p.rank + 1}, kScalar<T>);
-    d_key_map = zeros_cpu({p.batch, p.kv_heads, mapped ? p.k_tokens : 0, p.rank + 1}, kScalar<T>);
+    const auto map_like = [&](bool written, std::initializer_list<int64_t> sizes) {
+      return written ? empty_cpu(sizes, kScalar<T>) : zeros_cpu(sizes, kScalar<T>);
+    };
+    d_query_map = map_like(call.every_query(), {p.batch, p.q_heads, mapped ? p.q_tokens : 0, p.rank + 1});
+    d_key_map = map_like(call.every_key(), {p.batch, p.kv_heads, mapped ? p.k_tokens : 0, p.rank + 1});
     dy = zeros_cpu({p.batch, p.kv_heads, mapped ? p.k_tokens : 0, p.map_pad}, kScalar<T>);
     d_state = empty_cpu({p.batch, p.q_heads, mapped ? p.units : 0, p.slot_size}, kScalar<T>);
     p.d_query_map = rows_of(d_query_map), p.d_key_map = rows_of(d_key_map), p.dy = rows_of(dy);

@@ -9,7 +9,8 @@ namespace sb {
 template <class T>
 AttentionCall<T>::AttentionCall(const AttentionArguments& a)
     : zero_row(std::max({pad_to(a.query.size(3), kPad), pad_to(a.value.size(3), kPad),
-                         a.query_map ? pad_to(a.query_map->size(3), kPad) : kPad})) {
+                         a.query_map ? pad_to(a.query_map->size(3) + 1, kPad) : kPad})),
+      given_state(a.state) {
   p.batch = a.query.size(0), p.q_heads = a.query.size(1), p.kv_heads = a.key.size(1), p.q_tokens = a.query.size(2),
   p.k_tokens = a.key.size(2);
   p.head_dim = a.query.size(3), p.head_pad = pad_to(p.head_dim, kPad), p.value_pad = pad_to(a.value.size(3), kPad);
@@ -28,13 +29,13 @@ AttentionCall<T>::AttentionCall(const AttentionArguments& a)
   p.units = p.is_causal ? p.slots : std::max<int64_t>(1, ceil_div(p.q_tokens, kQueriesPerUnit));
   if (p.low_rank != LowRank::kNone) {
     const bool quadratic = p.low_rank == LowRank::kQuadratic;
-    p.rank = a.query_map->size(3) - 1;
+    p.rank = a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1;
     p.features = quadratic ? (p.rank + 1) * (p.rank + 2) / 2 : p.rank;
-    p.map_pad = pad_to(p.rank + quadratic, kPad);
-    x = as_map<T>(*a.query_map, p.map_pad, quadratic, p.q_mask),
-    y = as_map<T>(*a.key_map, p.map_pad, quadratic, p.k_mask);
-    p.x = x.coordinates.rows, p.y = y.coordinates.rows;
-    p.rho = x.log_scale.data_ptr(), p.kappa = y.log_scale.data_ptr();
+    p.map_pad = quadratic ? packed_width(p.rank) : pad_to(p.rank, kPad);
+    const MapKind kind = map_kind(a.low_rank, a.packed_rank);
+    const bool fine = p.head_dim < kNarrowHead;
+    x = as_map<T>(*a.query_map, kind, p.rank, fine), y = as_map<T>(*a.key_map, kind, p.rank, fine);
+    p.x = x.coordinates, p.y = y.coordinates, p.rho = x.log_scales, p.kappa = y.log_scales;
     p.slot_size = p.features * p.value_pad + p.features_pad() + kPad;
     count_valid();
     p.valid_before = valid_before.data();
@@ -118,6 +119,13 @@ int64_t AttentionCall<T>::longest_list() const {
 template <class T>
 void AttentionCall<T>::build_states() {
   if (p.low_rank == LowRank::kNone) return;
+  if (given_state && given_state->numel() > 0 && given_state->scalar_type() == kScalar<T>) {
+    const std::initializer_list<int64_t> sizes = {p.batch, p.kv_heads, p.slots, p.slot_size};
+    STD_TORCH_CHECK(has_shape(*given_state, sizes) && given_state->is_contiguous(),
+                    "attention_backward: state must be what attention_with_state returned for the same arguments");
+    state = *given_state, p.state = state.data_ptr();
+    return;
+  }
   state = empty_cpu({p.batch, p.kv_heads, p.slots, p.slot_size}, kScalar<T>);
   p.state = state.data_ptr();
   const bool unused = std::all_of(rows.begin(), rows.end(),
@@ -135,6 +143,17 @@ void AttentionCall<T>::build_states() {
                    kernel.state_segment(p, b, h, segment, scratch, zero_row.data());
                  });
   parallel_units(p.batch, p.kv_heads, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_scan(p, b, h); });
+}
+
+template <class T>
+Tensor AttentionCall<T>::state_to_keep() const {
+  return p.low_rank == LowRank::kNone || p.is_causal ? empty_cpu({0}, kScalar<T>) : state;
+}
+
+template <class T>
+bool AttentionCall<T>::all_of(int32_t RowRange::* first, int32_t RowRange::* end, int64_t tokens) const {
+  return std::all_of(rows.begin(), rows.end(),
+                     [&](const RowRange& row) { return row.*first == 0 && row.*end == tokens; });
 }
 
 template struct AttentionCall<float>;

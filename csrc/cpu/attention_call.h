@@ -13,14 +13,21 @@ inline bool in_double(const AttentionArguments& a) {
 template <class T>
 struct AttentionCall {
   explicit AttentionCall(const AttentionArguments& a);
-  // Fills the prefix states of every key/value head, in parallel over segments.
+  // Takes the states that were given, or fills those of every key/value head, in parallel over segments.
   void build_states();
+  // States that are worth keeping from the forward to the backward pass: a few per head. Those of a causal call are one
+  // for every 64 keys, as large as the rest of what is kept.
+  Tensor state_to_keep() const;
+
+  // Whether every query and every key is one that the kernels write results for.
+  bool every_query() const { return !p.q_mask && !p.order && all_of(&RowRange::q_first, &RowRange::q_end, p.q_tokens); }
+  bool every_key() const { return !p.k_mask && all_of(&RowRange::k_first, &RowRange::k_end, p.k_tokens); }
 
   AttentionParams p{};
   std::vector<RowRange> rows;
   std::vector<int32_t> valid_before;
   Operand q, k, v;
-  MapOperand<T> x, y;
+  MapOperand x, y;
   MaskOperand q_mask, k_mask;
   std::optional<Tensor> index, count, span, order;  // contiguous
   Tensor state;
@@ -31,6 +38,8 @@ struct AttentionCall {
   void check_lists(const AttentionArguments& a) const;
   void count_valid();
   int64_t longest_list() const;
+  bool all_of(int32_t RowRange::* first, int32_t RowRange::* end, int64_t tokens) const;
+  std::optional<Tensor> given_state;
 };
 
 // Runs body(b, head, unit) for every unit of every head, each thread with its own scratch of `bytes`.

@@ -12,15 +12,15 @@ class Forward {
   explicit Forward(const AttentionArguments& a) : args(a), call(a), p(call.p), cancelled(call.p) {
     out = empty_like_tokens(a.query, a.value.size(3), a.query.scalar_type());
     lse = empty_cpu({p.batch, p.q_heads, p.q_tokens}, kScalar<T>);
-    out_rows = result_rows<T>(out, p.value_pad);
+    out_rows = result_rows<T>(out, p.value_pad, call.every_query());
     p.out = out_rows.rows, p.lse = lse.data_ptr();
-    std::fill_n(static_cast<T*>(p.lse), lse.numel(), -std::numeric_limits<T>::infinity());
+    if (!call.every_query()) std::fill_n(static_cast<T*>(p.lse), lse.numel(), -std::numeric_limits<T>::infinity());
   }
 
-  std::tuple<Tensor, Tensor> run() {
+  std::tuple<Tensor, Tensor, Tensor> run() {
     compute();
     write_back<T>(out_rows, out);
-    return {out, as_dtype(lse, accumulation_type(out))};
+    return {out, as_dtype(lse, accumulation_type(out)), call.state_to_keep()};
   }
 
  private:
@@ -61,7 +61,7 @@ class Forward {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention(const AttentionArguments& a) {
+std::tuple<Tensor, Tensor, Tensor> attention(const AttentionArguments& a) {
   return in_double(a) ? Forward<double>(a).run() : Forward<float>(a).run();
 }
 

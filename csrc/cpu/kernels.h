@@ -39,8 +39,7 @@ struct Kernels {
   void (*backward_scan)(const AttentionParams&, int64_t b, int64_t kv);
   int64_t (*backward_keys)(const AttentionParams&, int64_t b, int64_t kv, int64_t chunk, void* scratch,
                            const void* zero_row);
-  void (*project)(const ProjectParams&, const T* tokens, int64_t row_stride, const T* weight_t, const T* bias,
-                  T* scratch, T* out);
+  void (*project)(const ProjectParams&, const T* tokens, int64_t row_stride, const T* weight_t, const T* bias, T* rows);
   void (*project_add)(const ProjectParams&, const T* grad, const T* weight, T* d_tokens, int64_t d_row_stride);
   void (*project_backward)(const ProjectParams&, const T* grad, const T* tokens, int64_t row_stride, const T* weight,
                            const T* zero_row, T* d_tokens, int64_t d_row_stride, T* d_weight, T* d_bias);

@@ -81,10 +81,10 @@ Operand as_rows(const Tensor& t, int64_t width_pad) {
 }
 
 template <class T>
-Operand result_rows(const Tensor& result, int64_t width_pad) {
+Operand result_rows(const Tensor& result, int64_t width_pad, bool written) {
   const Stage stage("zeros");
   if (usable<T>(result, width_pad)) {
-    if (result.numel() > 0) std::memset(result.data_ptr(), 0, size_t(result.numel()) * sizeof(T));
+    if (result.numel() > 0 && !written) std::memset(result.data_ptr(), 0, size_t(result.numel()) * sizeof(T));
     return {result, rows_of(result), true};
   }
   Tensor padded = zeros_cpu({result.size(0), result.size(1), result.size(2), width_pad}, kScalar<T>);
@@ -123,28 +123,35 @@ Tensor as_dtype(const Tensor& t, ScalarType dtype) {
 }
 
 template <class T>
-MapOperand<T> as_map(const Tensor& map, int64_t width_pad, bool ones, const uint8_t* mask) {
+MapOperand as_map(const Tensor& map, MapKind kind, int64_t rank, bool fine) {
+  const bool packed = kind == MapKind::kPacked, features = kind == MapKind::kFeatures;
+  if (packed && usable<T>(map, packed_width(rank))) {
+    Rows logs = rows_of(map);
+    logs.data = logs.at<T>(0, 0, 0) + rank + 1;
+    return {map, map, rows_of(map), logs};
+  }
   const Stage stage("conversion of coordinates");
-  const int64_t rank = map.size(3) - 1, step = map.stride(3);
-  Tensor packed = empty_cpu({map.size(0), map.size(1), map.size(2), width_pad}, kScalar<T>);
-  Tensor logs = empty_cpu({map.size(0), map.size(1), map.size(2)}, kScalar<T>);
-  const Rows from = rows_of(map), to = rows_of(packed);
-  T* log_scale = static_cast<T*>(logs.data_ptr());
+  const int64_t step = map.stride(3), width = features ? pad_to(rank, kPad) : packed_width(rank);
+  Tensor rows = empty_cpu({map.size(0), map.size(1), map.size(2), width}, kScalar<T>);
+  Tensor logs = features ? empty_cpu({map.size(0), map.size(1), map.size(2), 1}, kScalar<T>) : rows;
+  const Rows from = rows_of(map), to = rows_of(rows);
+  Rows log_to = rows_of(logs);
+  if (!features) log_to.data = to.at<T>(0, 0, 0) + rank + 1;
   with_element(map.scalar_type(), [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
-    for_each_row(map, width_pad * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
+    for_each_row(map, width * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
       const E* source = from.at<const E>(b, h, i);
       T* target = to.at<T>(b, h, i);
-      const bool ignored = mask && mask[b * map.size(2) + i];
-      std::memset(target, 0, size_t(width_pad) * sizeof(T));
-      if (!ignored)
-        for (int64_t e = 0; e < rank; ++e) target[e] = static_cast<T>(source[e * step]);
-      if (ones) target[rank] = T(1);
-      log_scale[(b * map.size(1) + h) * map.size(2) + i] =
-          ignored ? T(0) : static_cast<T>(source[rank * step]) * T(1.44269504088896340736);
+      for (int64_t e = 0; e < rank; ++e) target[e] = static_cast<T>(source[e * step]);
+      for (int64_t e = rank; e < width; ++e) target[e] = T(0);
+      if (!features) target[rank] = T(1);
+      constexpr double log2e = 1.44269504088896340736;
+      *log_to.at<T>(b, h, i) = packed ? static_cast<T>(source[(rank + 1) * step])
+                               : fine ? static_cast<T>(source[rank * step]) * T(log2e)
+                                      : static_cast<T>(source[rank * step] * static_cast<E>(log2e));
     });
   });
-  return {{packed, to, false}, logs};
+  return {rows, logs, to, log_to};
 }
 
 MaskOperand as_mask(const std::optional<Tensor>& mask) {
@@ -169,11 +176,11 @@ std::vector<RowRange> row_ranges(int64_t batch, int64_t q_tokens, int64_t k_toke
   return rows;
 }
 
-#define SB_INSTANTIATE(T)                                     \
-  template Operand as_rows<T>(const Tensor&, int64_t);        \
-  template Operand result_rows<T>(const Tensor&, int64_t);    \
-  template void write_back<T>(const Operand&, const Tensor&); \
-  template MapOperand<T> as_map<T>(const Tensor&, int64_t, bool, const uint8_t*);
+#define SB_INSTANTIATE(T)                                        \
+  template Operand as_rows<T>(const Tensor&, int64_t);           \
+  template Operand result_rows<T>(const Tensor&, int64_t, bool); \
+  template void write_back<T>(const Operand&, const Tensor&);    \
+  template MapOperand as_map<T>(const Tensor&, MapKind, int64_t, bool);
 SB_INSTANTIATE(float)
 SB_INSTANTIATE(double)
 

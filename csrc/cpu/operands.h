@@ -40,9 +40,9 @@ struct Operand {
 template <class T>
 Operand as_rows(const Tensor& t, int64_t width_pad);
 // Rows for a result of dtype `dtype`: the tensor's own memory if that is T and needs no padding, else a padded buffer;
-// zeros.
+// zeros, unless every row is going to be `written`.
 template <class T>
-Operand result_rows(const Tensor& result, int64_t width_pad);
+Operand result_rows(const Tensor& result, int64_t width_pad, bool written = false);
 // Copies a padded buffer back into the result it stands for; nothing to do if it was in place.
 template <class T>
 void write_back(const Operand& from, const Tensor& result);
@@ -50,15 +50,20 @@ void write_back(const Operand& from, const Tensor& result);
 // A contiguous float32 or float64 tensor in the other of the two, or itself.
 Tensor as_dtype(const Tensor& t, ScalarType dtype);
 
-// (B, H, N, r + 1) coordinates, the last column a natural log scale -> rows of r coordinates (with `ones` a 1 behind
-// them) and log scales in base 2. Masked tokens get zeros, whatever they hold.
-template <class T>
+// Coordinates and log scales in base 2. Of the quadratic kernel both are columns of packed rows (packed_width), which
+// are used where they lie; a map (B, H, N, r + 1), whose last column is a natural log scale, is packed first. General
+// features are rows of their own and their log scales one array.
 struct MapOperand {
-  Operand coordinates;
-  Tensor log_scale;
+  Tensor storage, log_storage;
+  Rows coordinates, log_scales;
 };
+enum class MapKind { kMap, kPacked, kFeatures };
+inline MapKind map_kind(int64_t low_rank, int64_t packed_rank) {
+  return low_rank == int64_t(LowRank::kFeatures) ? MapKind::kFeatures : packed_rank ? MapKind::kPacked : MapKind::kMap;
+}
+// `fine`: log scales brought to base 2 in T, where T is wider than the map.
 template <class T>
-MapOperand<T> as_map(const Tensor& map, int64_t width_pad, bool ones, const uint8_t* mask);
+MapOperand as_map(const Tensor& map, MapKind kind, int64_t rank, bool fine);
 
 // The mask as (B, N) bytes, contiguous; null without a mask.
 struct MaskOperand {

@@ -37,36 +37,76 @@ struct Projection {
   Operand rows;
 };
 
+// Transposed weights and offsets with padded rows: the outputs are the lanes. Output o is column column_of(o).
+template <class T>
+struct TransposedWeight {
+  template <class ColumnOf>
+  TransposedWeight(const Projection<T>& call, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const ColumnOf& column_of)
+      : p(call.p),
+        values(size_t(maps(call) * p.head_dim * p.outputs_pad), T(0)),
+        offsets(size_t(maps(call) * p.outputs_pad), T(0)) {
+    const Tensor packed = torch::stable::contiguous(weight);
+    const T* w = static_cast<const T*>(packed.data_ptr());
+    for (int64_t m = 0; m < maps(call); ++m)
+      for (int64_t o = 0; o < p.outputs; ++o)
+        for (int64_t e = 0; e < p.head_dim; ++e)
+          values[size_t((m * p.head_dim + e) * p.outputs_pad + column_of(o))] = w[(m * p.outputs + o) * p.head_dim + e];
+    if (!bias) return;
+    const Tensor flat = torch::stable::contiguous(*bias);
+    const T* from = static_cast<const T*>(flat.data_ptr());
+    for (int64_t m = 0; m < maps(call); ++m)
+      for (int64_t o = 0; o < p.outputs; ++o)
+        offsets[size_t(m * p.outputs_pad + column_of(o))] = from[m * p.outputs + o];
+  }
+  static int64_t maps(const Projection<T>& call) { return call.weight_batch * call.weight_heads; }
+  const T* of(int64_t map) const { return &values[size_t(map * p.head_dim * p.outputs_pad)]; }
+  const T* offset_of(int64_t map) const { return &offsets[size_t(map * p.outputs_pad)]; }
+
+  ProjectParams p;
+  std::vector<T> values, offsets;
+};
+
 template <class T>
 Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Projection<T> call(tokens, weight);
   const ProjectParams& p = call.p;
-  // Transposed weights with padded rows: the outputs are the lanes.
-  const Tensor packed = torch::stable::contiguous(weight);
-  const int64_t maps = call.weight_batch * call.weight_heads;
-  std::vector<T> weight_t(size_t(maps * p.head_dim * p.outputs_pad), T(0)), offsets(size_t(maps * p.outputs_pad), T(0));
-  const T* w = static_cast<const T*>(packed.data_ptr());
-  for (int64_t m = 0; m < maps; ++m)
-    for (int64_t o = 0; o < p.outputs; ++o)
-      for (int64_t e = 0; e < p.head_dim; ++e)
-        weight_t[size_t((m * p.head_dim + e) * p.outputs_pad + o)] = w[(m * p.outputs + o) * p.head_dim + e];
-  if (bias) {
-    const Tensor flat = torch::stable::contiguous(*bias);
-    const T* from = static_cast<const T*>(flat.data_ptr());
-    for (int64_t m = 0; m < maps; ++m)
-      for (int64_t o = 0; o < p.outputs; ++o) offsets[size_t(m * p.outputs_pad + o)] = from[m * p.outputs + o];
-  }
+  const TransposedWeight<T> w(call, weight, bias, [](int64_t o) { return o; });
   Tensor out = empty_cpu({call.batch, call.heads, call.n, p.outputs}, kScalar<T>);
   T* z = static_cast<T*>(out.data_ptr());
   // Heads within blocks: the heads of a token are often neighbours in memory.
   parallel_units(call.batch, call.blocks, call.heads, kTokensPerTask * p.outputs_pad * int64_t(sizeof(T)),
                  [&](int64_t b, int64_t i, int64_t h, void* scratch) {
+                   const ProjectParams block = call.block(i);
                    const int64_t m = call.weight_of(b, h);
-                   kernels<T>().project(call.block(i), call.rows.rows.template at<const T>(b, h, i * kTokensPerTask),
-                                        call.rows.rows.row, &weight_t[size_t(m * p.head_dim * p.outputs_pad)],
-                                        &offsets[size_t(m * p.outputs_pad)], static_cast<T*>(scratch),
-                                        z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs);
+                   T* rows = static_cast<T*>(scratch);
+                   kernels<T>().project(block, call.rows.rows.template at<const T>(b, h, i * kTokensPerTask),
+                                        call.rows.rows.row, w.of(m), w.offset_of(m), rows);
+                   T* to = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs;
+                   for (int64_t at = 0; at < block.tokens; ++at)
+                     std::copy_n(rows + at * p.outputs_pad, p.outputs, to + at * p.outputs);
                  });
+  return out;
+}
+
+// Packed rows: the column of ones is an output of its own with a weight of zero.
+template <class T>
+Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const Tensor& bias) {
+  Projection<T> call(tokens, weight);
+  const int64_t rank = call.p.outputs - 1, width = packed_width(rank);
+  call.p.outputs_pad = width;
+  TransposedWeight<T> w(call, weight, bias, [rank](int64_t o) { return o + (o == rank); });
+  for (int64_t m = 0; m < w.maps(call); ++m) w.offsets[size_t(m * width + rank)] = T(1);
+  Tensor out = empty_cpu({call.batch, call.heads, call.n, width}, kScalar<T>);
+  T* z = static_cast<T*>(out.data_ptr());
+  parallel_units(call.batch, call.blocks, call.heads, 0, [&](int64_t b, int64_t i, int64_t h, void*) {
+    const ProjectParams block = call.block(i);
+    const int64_t m = call.weight_of(b, h);
+    T* rows = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * width;
+    kernels<T>().project(block, call.rows.rows.template at<const T>(b, h, i * kTokensPerTask), call.rows.rows.row,
+                         w.of(m), w.offset_of(m), rows);
+    for (int64_t at = 0; at < block.tokens; ++at) rows[at * width + rank + 1] *= T(1.44269504088896340736);
+  });
   return out;
 }
 
@@ -141,6 +181,12 @@ Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<T
   const Stage stage("projection");
   return tokens.scalar_type() == ScalarType::Double ? forward<double>(tokens, weight, bias)
                                                     : forward<float>(tokens, weight, bias);
+}
+
+Tensor project_packed(const Tensor& tokens, const Tensor& weight, const Tensor& bias) {
+  const Stage stage("projection");
+  return tokens.scalar_type() == ScalarType::Double ? forward_packed<double>(tokens, weight, bias)
+                                                    : forward_packed<float>(tokens, weight, bias);
 }
 
 void project_add(const Tensor& d_tokens, const Tensor& grad, const Tensor& weight) {

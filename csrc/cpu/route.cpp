@@ -11,9 +11,6 @@ namespace {
 // Heads are taken together until they have this many keys: enough to share among threads, little enough to hold.
 constexpr int64_t kTokensPerWave = 16384;
 
-Tensor with_dense_rows(const Tensor& t) { return t.stride(3) == 1 ? t : torch::stable::contiguous(t); }
-Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
-
 // Where each level of a head's panels begins, in floats, and the size of all of them.
 int64_t place_panels(RouteParams& p) {
   const int64_t panel = p.panel_rows * kRouteLanes;
@@ -43,10 +40,12 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
 
   const Operand q = as_rows<float>(a.query, p.head_pad), k = as_rows<float>(a.key, p.head_pad);
   p.q = q.rows, p.k = k.rows;
-  std::optional<Tensor> query_map, key_map;
+  MapOperand x, y;
   if (p.low_rank != LowRank::kNone) {
-    query_map = with_dense_rows(*a.query_map), key_map = with_dense_rows(*a.key_map);
-    p.query_map = rows_of(*query_map), p.key_map = rows_of(*key_map), p.rank = key_map->size(3) - 1;
+    p.rank = a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1;
+    const MapKind kind = map_kind(a.low_rank, a.packed_rank);
+    x = as_map<float>(*a.query_map, kind, p.rank, false), y = as_map<float>(*a.key_map, kind, p.rank, false);
+    p.x = x.coordinates, p.y = y.coordinates, p.rho = x.log_scales, p.kappa = y.log_scales;
   }
   const MaskOperand q_mask = as_mask(a.query_mask), k_mask = as_mask(a.key_mask);
   p.q_mask = q_mask.data, p.k_mask = k_mask.data;
