@@ -36,7 +36,7 @@ HEADERS = sorted(
 
 # Kernel files choose their instruction set themselves (#pragma GCC target), so that one build runs on every machine of
 # the architecture: no -march here. -Wno-psabi: GCC remarks on vector types passed between functions of one file.
-CXX_FLAGS = ["-std=c++20", "-O2", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fvisibility=hidden"]
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
