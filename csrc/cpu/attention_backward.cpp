@@ -11,7 +11,7 @@
 namespace sb::cpu {
 namespace {
 
-constexpr int64_t kRoundBytes = int64_t(1) << 23;  // kept pairs of one round, about the size of a shared cache
+constexpr int64_t kRoundBytes = int64_t(1) << 22;  // kept pairs of one round, about the size of a shared cache
 
 template <class T>
 class Backward {
@@ -107,11 +107,13 @@ class Backward {
     const int64_t group = p.q_heads / p.kv_heads, threads = torch::stable::get_num_threads();
     std::vector<BackwardTask> round;
     int64_t groups = 0;
+    std::unique_ptr<Scratch> records;  // of the largest round so far: memory that is used again needs no new pages
+    int64_t reserved = 0;
     const auto flush = [&] {
-      const Scratch records(groups * sizes.record_bytes);
+      if (groups > reserved) records = std::make_unique<Scratch>(groups * sizes.record_bytes), reserved = groups;
       int64_t at = 0;
       for (BackwardTask& task : round) {
-        task.records = static_cast<char*>(records.data()) + at * sizes.record_bytes;
+        task.records = static_cast<char*>(records->data()) + at * sizes.record_bytes;
         at += task.groups;
       }
       in_parallel(int64_t(round.size()), sizes, [&](int64_t i, void* scratch) {
@@ -119,7 +121,7 @@ class Backward {
         task.stage = BackwardTask::kCompute, task.keep = true, task.scratch = scratch;
         kernel.backward_unit(p, task);
       });
-      const int64_t ranges = 4 * threads, width = ceil_div(p.k_tokens, ranges);
+      const int64_t ranges = 16 * threads, width = ceil_div(p.k_tokens, ranges);
       in_parallel(ranges, sizes, [&](int64_t i, void* scratch) {
         for (BackwardTask task : round) {
           task.stage = BackwardTask::kScatter, task.scratch = scratch;
