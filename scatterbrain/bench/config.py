@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from scatterbrain.bench.allocator import ALLOCATORS
 from scatterbrain.bench.inputs import entries, tokens_in
 from scatterbrain.bench.methods import parse_method
 
@@ -112,12 +113,14 @@ class BenchConfig:
     inputs: Path | None = None
     entry: str | None = None
     memory: bool = True
+    allocator: str = "keep"
     json: Path | None = None
     png: Path | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
         _one_of("suite", self.suite, SUITES)
+        _one_of("allocator", self.allocator, ALLOCATORS)
         _one_of("causal", self.causal, ("suite", "no", "yes", "both"))
         for name, allowed in (("dtypes", DTYPES), ("directions", DIRECTIONS)):
             for value in _not_empty(name, getattr(self, name)):

@@ -24,6 +24,7 @@ def facts(config: BenchConfig) -> dict[str, object]:
         "instruction_set": torch.ops.scatterbrain.instruction_set(),
         "machine": platform.machine(),
         "threads": config.threads,
+        "allocator": config.allocator,
         "clock": clock_of(config)[1],
         "statistic": f"median of {config.repeats} interleaved repeats",
         "error": "relative Frobenius norm of the difference to exact attention in float32 on the same inputs",

@@ -7,6 +7,7 @@ import sys
 import torch
 from tqdm import tqdm
 
+from scatterbrain.bench.allocator import keep_freed_memory
 from scatterbrain.bench.config import BenchConfig
 from scatterbrain.bench.measure import Measurement, Row
 from scatterbrain.bench.memory import PeakMemory
@@ -32,6 +33,8 @@ def run(config: BenchConfig) -> int:
         write_json(config.json, rows, config, is_complete=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
+    if config.allocator == "keep":
+        keep_freed_memory()
     interrupted = False
     try:
         rows = _measure_all(config, rows)

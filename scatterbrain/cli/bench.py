@@ -33,6 +33,8 @@ methods:
 Times are medians of interleaved repeats: every method once, then all again. With one thread they are CPU time of that
 thread, so that other programs do not count; with more, wall time. What is timed includes Python, autograd, projections
 and routing. Statistics of the low-rank kernel are fitted on other tokens of the same kind, before the clock runs.
+Memory that a method freed stays with the process (glibc), or else its pages would be asked for again in the time of
+whoever comes next; --allocator system leaves that to the C library, as in a program that does nothing about it.
 Random inputs have topics, smooth neighbourhoods and a decaying spectrum; for real ones give --inputs.
 Ctrl-C prints and writes what there is so far."""
 
@@ -69,6 +71,7 @@ def parse_bench_config(arguments: Sequence[str]) -> BenchConfig:
     from jsonargparse.typing import Path_fr
 
     from scatterbrain.bench import methods
+    from scatterbrain.bench.allocator import ALLOCATORS
     from scatterbrain.bench.config import DEFAULT_SUITE, DIRECTIONS, DTYPES, SUITES, BenchConfig
 
     class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -100,6 +103,7 @@ def parse_bench_config(arguments: Sequence[str]) -> BenchConfig:
     add("--inputs", type=Path_fr | None, metavar="FILE", help="Queries, keys and values: a safetensors file.")
     add("--entry", type=str | None, help="Entry of the file: tensors ENTRY.q, ENTRY.k, ENTRY.v. Default the first.")
     add("--memory", type=bool, default=True, help="Measure peak memory, in a process of its own.")
+    add("--allocator", default="keep", choices=list(ALLOCATORS), help="Whether freed memory is kept.")
     add("--json", type=str | None, metavar="FILE", help="Write all results there, after every length.")
     add("--png", type=str | None, metavar="FILE", help="Draw time against tokens and error against time.")
     add("--resume", nargs="?", type=bool, const=True, default=False, help="Keep what --json FILE already has.")

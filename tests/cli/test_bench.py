@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from scatterbrain.bench.inputs import random_inputs
 from scatterbrain.bench.methods import parse_method
 from scatterbrain.cli import main
 
-TINY = ["--heads", "2", "--kv_heads", "1", "--head_dim", "8", "--rank", "3", "--repeats", "2"]
+TINY = ["--heads", "2", "--kv_heads", "1", "--head_dim", "8", "--rank", "3", "--repeats", "2", "--allocator", "system"]
 SMALL = [*TINY, "--memory", "false"]
 
 
@@ -59,6 +60,7 @@ def test_json_has_every_row_with_time_error_and_rate(results: tuple[str, Path]) 
     path = results[1] / "out.json"
     content, found = json.loads(path.read_text()), rows(path)
     assert content["complete"] and content["facts"]["clock"] == "CPU time of one thread"
+    assert content["facts"]["allocator"] == "system"
     assert len(found) == 4 * 2 * 2 * 2
     for (method, tokens, direction, is_causal, _), row in found.items():
         if method == "lsh-8" and is_causal:
@@ -83,6 +85,26 @@ def test_the_error_is_that_of_the_method_on_these_inputs(results: tuple[str, Pat
 def test_the_picture_is_a_png(results: tuple[str, Path]) -> None:
     image = (results[1] / "out.png").read_bytes()
     assert image[:8] == b"\x89PNG\r\n\x1a\n" and len(image) > 10_000
+
+
+def test_freed_memory_stays_with_the_process_if_it_is_asked_to() -> None:
+    """Counts the pages that a second tensor of 40 MiB needs: all of them, or next to none."""
+    program = (
+        "import resource, sys, torch\n"
+        "from scatterbrain.bench.allocator import keep_freed_memory\n"
+        "if sys.argv[1] == 'keep' and not keep_freed_memory(): sys.exit('not glibc')\n"
+        "torch.ones(10 << 20)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.ones(10 << 20)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    faults = {}
+    for allocator in ("keep", "system"):
+        done = subprocess.run([sys.executable, "-c", program, allocator], capture_output=True, text=True)
+        if "not glibc" in done.stderr:
+            pytest.skip("glibc only")
+        faults[allocator] = int(done.stdout)
+    assert faults["keep"] < 100 and faults["keep"] < faults["system"]
 
 
 def test_memory_is_measured_beyond_the_inputs(tmp_path: Path) -> None:
