@@ -20,7 +20,13 @@ from scatterbrain.ops import ISA_VARIABLE
 
 TESTS = Path(__file__).parent
 IN_USE = torch.ops.scatterbrain.instruction_set()
-FILES = ("test_attention_parity.py", "test_causality_and_padding.py", "test_determinism.py", "test_route.py")
+FILES = (
+    "test_half_types.py",
+    "test_attention_parity.py",
+    "test_causality_and_padding.py",
+    "test_determinism.py",
+    "test_route.py",
+)
 # Every 17th case of a test: prime to the periods in which the parity table goes through supports and kernels.
 STRIDE = 17
 SAMPLE = f"""

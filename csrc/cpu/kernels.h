@@ -53,11 +53,20 @@ struct RouteKernels {
   int64_t (*group)(const RouteParams&, int64_t b, int64_t h, int64_t group, const float* panels, void* scratch);
 };
 
+// Rows of bfloat16 and float16, as their bits, to float32 and back; null where the instruction set has no conversion.
+struct ConvertKernels {
+  void (*widen_bfloat16)(const uint16_t* from, int64_t n, float* to);
+  void (*narrow_bfloat16)(const float* from, int64_t n, uint16_t* to);
+  void (*widen_float16)(const uint16_t* from, int64_t n, float* to);
+  void (*narrow_float16)(const float* from, int64_t n, uint16_t* to);
+};
+
 struct InstructionSet {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
   RouteKernels route;
+  ConvertKernels convert;
 };
 
 extern const InstructionSet kAvx512, kAvx2, kBaseline;

@@ -1,12 +1,12 @@
 #include "kernels.h"
 
 // Only what follows is compiled for these instructions: everything included above may be shared with other processors.
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define SB_VECTOR_BYTES 32
 namespace sb::avx2 {
 #include "kernels.inc"
 }  // namespace sb::avx2
 
 namespace sb {
-extern const InstructionSet kAvx2 = {"avx2", avx2::table<float>(), avx2::table<double>(), avx2::route_table()};
+extern const InstructionSet kAvx2 = {"avx2", avx2::table<float>(), avx2::table<double>(), avx2::route_table(), avx2::convert_table()};
 }  // namespace sb

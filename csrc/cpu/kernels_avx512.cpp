@@ -1,7 +1,7 @@
 #include "kernels.h"
 
 // Only what follows is compiled for these instructions: everything included above may be shared with other processors.
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #define SB_VECTOR_BYTES 64
 namespace sb::avx512 {
 #include "kernels.inc"
@@ -9,5 +9,5 @@ namespace sb::avx512 {
 
 namespace sb {
 extern const InstructionSet kAvx512 = {"avx512", avx512::table<float>(), avx512::table<double>(),
-                                       avx512::route_table()};
+                                       avx512::route_table(), avx512::convert_table()};
 }  // namespace sb

@@ -7,5 +7,5 @@ namespace sb::baseline {
 
 namespace sb {
 extern const InstructionSet kBaseline = {"baseline", baseline::table<float>(), baseline::table<double>(),
-                                         baseline::route_table()};
+                                         baseline::route_table(), baseline::convert_table()};
 }  // namespace sb

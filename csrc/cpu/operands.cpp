@@ -45,6 +45,22 @@ bool usable(const Tensor& t, int64_t width_pad) {
   return t.scalar_type() == kScalar<T> && t.size(3) == width_pad && (t.stride(3) == 1 || width_pad == 1);
 }
 
+// The conversions of the instruction set in use between elements E and float32; null where there is none.
+template <class E>
+auto widen_of() -> void (*)(const uint16_t*, int64_t, float*) {
+  const ConvertKernels& kernels = instruction_set().convert;
+  if constexpr (std::is_same_v<E, torch::headeronly::BFloat16>) return kernels.widen_bfloat16;
+  if constexpr (std::is_same_v<E, torch::headeronly::Half>) return kernels.widen_float16;
+  return nullptr;
+}
+template <class E>
+auto narrow_of() -> void (*)(const float*, int64_t, uint16_t*) {
+  const ConvertKernels& kernels = instruction_set().convert;
+  if constexpr (std::is_same_v<E, torch::headeronly::BFloat16>) return kernels.narrow_bfloat16;
+  if constexpr (std::is_same_v<E, torch::headeronly::Half>) return kernels.narrow_float16;
+  return nullptr;
+}
+
 }  // namespace
 
 Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) { return torch::stable::empty(sizes, dtype); }
@@ -70,10 +86,14 @@ Operand as_rows(const Tensor& t, int64_t width_pad) {
   with_element(t.scalar_type(), [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
     const Rows from = rows_of(t);
+    const auto widen = step == 1 ? widen_of<E>() : nullptr;
     for_each_row(t, width_pad * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
       const E* source = from.at<const E>(b, h, i);
       T* target = to.at<T>(b, h, i);
-      for (int64_t e = 0; e < width; ++e) target[e] = static_cast<T>(source[e * step]);
+      if (std::is_same_v<T, float> && widen)
+        widen(reinterpret_cast<const uint16_t*>(source), width, reinterpret_cast<float*>(target));
+      else
+        for (int64_t e = 0; e < width; ++e) target[e] = static_cast<T>(source[e * step]);
       for (int64_t e = width; e < width_pad; ++e) target[e] = T(0);
     });
   });
@@ -99,10 +119,14 @@ void write_back(const Operand& from, const Tensor& result) {
   with_element(result.scalar_type(), [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
     const Rows to = rows_of(result);
+    const auto narrow = narrow_of<E>();
     for_each_row(result, width * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
       const T* source = from.rows.at<const T>(b, h, i);
       E* target = to.at<E>(b, h, i);
-      for (int64_t e = 0; e < width; ++e) target[e] = static_cast<E>(source[e]);
+      if (std::is_same_v<T, float> && narrow)
+        narrow(reinterpret_cast<const float*>(source), width, reinterpret_cast<uint16_t*>(target));
+      else
+        for (int64_t e = 0; e < width; ++e) target[e] = static_cast<E>(source[e]);
     });
   });
 }

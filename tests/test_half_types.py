@@ -1,0 +1,60 @@
+"""bfloat16 and float16 on their way into the kernels and out: every value, every width, rounded as torch rounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import scatterbrain as sb
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def mean_of_two(first: Tensor, second: Tensor) -> Tensor:
+    """Exact attention of one query per head over two keys with equal scores. first, second (heads, width)."""
+    value = torch.stack([first, second], 1)[None]
+    query = torch.zeros(1, first.shape[0], 1, 16, dtype=first.dtype)
+    key = torch.zeros(1, first.shape[0], 2, 16, dtype=first.dtype)
+    out, _ = sb.attention(
+        query, key, value, support=sb.Full(), low_rank=None, return_lse=True
+    )  # torch's kernel has no lse
+    return out[0, :, 0]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 64, 100])
+def test_every_finite_value_comes_back_as_it_went_in(width: int, dtype: torch.dtype) -> None:
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    values = bits.view(dtype)
+    values = values[values.isfinite()]
+    # A sum of two keys passes through zero weight nowhere, so only the sign of zero can change.
+    values = torch.where(values == 0, values.abs(), values)
+    values = values[: len(values) // width * width].view(-1, width)
+    half = values.float().abs() < torch.finfo(dtype).max / 2  # the sum must fit
+    assert same_bits(torch.where(half, mean_of_two(values, values), values), values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_round_to_nearest_with_ties_to_even(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(512, 33, generator=generator).to(dtype) for _ in range(2))
+    # Neighbours: their mean lies exactly between two representable numbers.
+    second[::2] = (first[::2].view(torch.int16) + 1).view(dtype)
+    expected = ((first.float() + second.float()) / 2).to(dtype)
+    assert same_bits(mean_of_two(first, second), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_overflow_gives_infinity_and_nan_stays_nan(dtype: torch.dtype) -> None:
+    largest, nan = torch.finfo(dtype).max, float("nan")
+    first = torch.tensor([[largest, nan, 1.0, 0.0]], dtype=dtype)
+    second = torch.tensor([[largest, 1.0, nan, 0.0]], dtype=dtype)
+    out = mean_of_two(first, second)
+    assert out.isnan().tolist() == [[False, True, True, False]]
+    if dtype == torch.float16:  # the sum fits into float32
+        assert out[0, 0] == largest
