@@ -24,7 +24,9 @@ struct AttentionArguments {
   bool is_causal;
   double scale;
   int64_t packed_rank;
-  std::optional<Tensor> state;
+  // Of the backward pass: states of the forward pass, and projections that made the maps, whose gradients then go on to
+  // query and key.
+  std::optional<Tensor> state, query_weight = std::nullopt, key_weight = std::nullopt;
 };
 
 struct RouteArguments {
@@ -211,6 +213,16 @@ inline void check_attention_backward(const AttentionArguments& a, const Tensor& 
                       (!d_lse || (d_lse->scalar_type() == dtype && has_shape(*d_lse, {batch, heads, tokens}))),
                   "attention_backward: lse and d_lse must be float32 (float64 for float64 inputs) of shape (", batch,
                   ", ", heads, ", ", tokens, ")");
+  STD_TORCH_CHECK(a.low_rank != 0 || (!a.query_weight && !a.key_weight),
+                  "attention_backward: query_weight and key_weight need a low-rank kernel, got low_rank 0");
+  const auto check_weight = [&](const std::optional<Tensor>& weight, const Tensor& of, const Tensor& map) {
+    if (!weight) return;
+    check_projection(of, *weight);
+    STD_TORCH_CHECK(weight->size(2) == (a.packed_rank ? a.packed_rank + 1 : map.size(3)),
+                    "attention_backward: query_weight and key_weight must have a row for every column of the map");
+  };
+  if (a.low_rank != 0)
+    check_weight(a.query_weight, a.query, *a.query_map), check_weight(a.key_weight, a.key, *a.key_map);
 }
 
 inline void check_route(const RouteArguments& a) {

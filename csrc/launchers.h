@@ -18,7 +18,6 @@ struct Launchers {
   std::tuple<Tensor, Tensor> (*route)(const RouteArguments&);
   Tensor (*project)(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias);
   Tensor (*project_packed)(const Tensor& tokens, const Tensor& weight, const Tensor& bias);
-  void (*project_add)(const Tensor& d_tokens, const Tensor& grad, const Tensor& weight);
   std::tuple<Tensor, Tensor, Tensor> (*project_backward)(const Tensor& grad, const Tensor& tokens,
                                                          const Tensor& weight);
 };
@@ -33,7 +32,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Atte
 std::tuple<Tensor, Tensor> route(const RouteArguments&);
 Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias);
 Tensor project_packed(const Tensor& tokens, const Tensor& weight, const Tensor& bias);
-void project_add(const Tensor& d_tokens, const Tensor& grad, const Tensor& weight);
 std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight);
 }  // namespace cpu
 

@@ -11,8 +11,8 @@
 namespace sb {
 
 Launchers& cpu_launchers() {
-  static Launchers table{&cpu::attention,      &cpu::attention_backward, &cpu::route,           &cpu::project,
-                         &cpu::project_packed, &cpu::project_add,        &cpu::project_backward};
+  static Launchers table{&cpu::attention, &cpu::attention_backward, &cpu::route,
+                         &cpu::project,   &cpu::project_packed,     &cpu::project_backward};
   return table;
 }
 
@@ -45,8 +45,10 @@ std::tuple<Tensor, Tensor> attention(SB_ATTENTION_ARGUMENTS) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor d_out, MaybeTensor d_lse, Tensor out,
                                                                       Tensor lse, SB_ATTENTION_ARGUMENTS,
-                                                                      MaybeTensor state) {
-  const AttentionArguments a{SB_ATTENTION_VALUES(state)};
+                                                                      MaybeTensor state, MaybeTensor query_weight,
+                                                                      MaybeTensor key_weight) {
+  AttentionArguments a{SB_ATTENTION_VALUES(state)};
+  a.query_weight = query_weight, a.key_weight = key_weight;
   check_attention(a);
   check_attention_backward(a, d_out, d_lse, out, lse);
   return cpu_launchers().attention_backward(a, out, lse, d_out, d_lse);
@@ -77,12 +79,6 @@ Tensor project_packed(Tensor tokens, Tensor weight, Tensor bias) {
   return cpu_launchers().project_packed(tokens, weight, bias);
 }
 
-void project_add(Tensor d_tokens, Tensor grad, Tensor weight) {
-  check_projection(d_tokens, weight);
-  check_projection_gradient(grad, d_tokens, weight);
-  cpu_launchers().project_add(d_tokens, grad, weight);
-}
-
 std::tuple<Tensor, Tensor, Tensor> project_backward(Tensor grad, Tensor tokens, Tensor weight) {
   check_projection(tokens, weight);
   check_projection_gradient(grad, tokens, weight);
@@ -111,12 +107,12 @@ STABLE_TORCH_LIBRARY(scatterbrain, m) {
         "index, Tensor count)");
   m.def("project(Tensor tokens, Tensor weight, Tensor? bias) -> Tensor");
   m.def("project_packed(Tensor tokens, Tensor weight, Tensor bias) -> Tensor");
-  m.def("project_add(Tensor(a!) d_tokens, Tensor grad, Tensor weight) -> ()");
   m.def("project_backward(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor, Tensor, Tensor)");
   m.def("attention(" SB_ATTENTION_SCHEMA ") -> (Tensor out, Tensor lse)");
   m.def("attention_with_state(" SB_ATTENTION_SCHEMA ") -> (Tensor out, Tensor lse, Tensor state)");
   m.def("attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, " SB_ATTENTION_SCHEMA
-        ", Tensor? state=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        ", Tensor? state=None, Tensor? query_weight=None, Tensor? key_weight=None) -> (Tensor, Tensor, Tensor, Tensor, "
+        "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, m) {
@@ -128,7 +124,6 @@ STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CPU, m) {
   m.impl("route", TORCH_BOX(&sb::route));
   m.impl("project", TORCH_BOX(&sb::project));
   m.impl("project_packed", TORCH_BOX(&sb::project_packed));
-  m.impl("project_add", TORCH_BOX(&sb::project_add));
   m.impl("project_backward", TORCH_BOX(&sb::project_backward));
   m.impl("attention", TORCH_BOX(&sb::attention));
   m.impl("attention_with_state", TORCH_BOX(&sb::attention_with_state));

@@ -2,7 +2,8 @@
 
 The autograd that is registered with the operators serves torch.compile, export, functorch and dispatch modes. For an
 operator of twenty arguments it takes several times as long as one torch.autograd.Function around the operators, which
-is what short sequences wait for. Both use the same operators and give the same bits.
+is what short sequences wait for. Both use the same operators and give the same bits, but for gradients of bfloat16 and
+float16 tokens through stored statistics: added up inside the operator they are rounded once, not twice.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ _ATTENTION_WITH_STATE = torch.ops.scatterbrain.attention_with_state.default
 _ATTENTION_BACKWARD = torch.ops.scatterbrain.attention_backward.default
 _PROJECT = torch.ops.scatterbrain.project.default
 _PROJECT_PACKED = torch.ops.scatterbrain.project_packed.default
-_PROJECT_ADD = torch.ops.scatterbrain.project_add.default
 _PROJECT_BACKWARD = torch.ops.scatterbrain.project_backward.default
 _ROUTE = torch.ops.scatterbrain.route.default
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _TRACKED = 9  # query, key, value, two maps, two weights, two biases: what _Attention gives gradients to
+_WIDE_HEAD = 16  # dimensions from which a head is not computed in double (kNarrowHead of csrc/params.h)
 _TENSORS = 9  # lists, masks, ranges and offset, which follow them
 
 # (query weight, query bias, key weight, key bias) of ``map = weight token + bias``, each leading with a batch of 1 or B
@@ -43,7 +44,7 @@ def project_both(query: Tensor, key: Tensor, projection: Projection) -> tuple[Te
     ``packed_rank``."""
     query_weight, query_bias, key_weight, key_bias = projection
     # Heads that narrow, and float64, are computed in double, which packed rows of float32 would have to be brought to.
-    packed = query_weight.dtype == torch.float32 and query.shape[3] >= 16
+    packed = query_weight.dtype == torch.float32 and query.shape[3] >= _WIDE_HEAD
     project = _PROJECT_PACKED if packed else _PROJECT
     with _BelowAutograd():
         return (
@@ -119,16 +120,13 @@ class _Attention(torch.autograd.Function):
         out, lse, state, query_weight, key_weight, *tensors = ctx.saved_tensors
         if d_out is None:
             d_out = torch.zeros_like(out)
+        arguments = (ctx, d_out, d_lse, out, lse, state, query_weight, key_weight, tensors)
         # With a graph of the backward pass, or a vmap over it, the operators need what is registered with them.
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            gradients = _gradients(ctx, d_out, d_lse, out, lse, state, query_weight, key_weight, tensors, False)
+            gradients = _gradients(*arguments, fused=False)
         else:
-            # torch.autograd.grad(is_grads_batched=True) loops over operators, but not over ones that change an input.
-            batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in (d_out, d_lse) if g is not None)
             with _BelowAutograd():
-                gradients = _gradients(
-                    ctx, d_out, d_lse, out, lse, state, query_weight, key_weight, tensors, not batched
-                )
+                gradients = _gradients(*arguments, fused=True)
         return (*gradients, *rest)
 
 
@@ -142,29 +140,36 @@ def _gradients(
     query_weight: Tensor | None,
     key_weight: Tensor | None,
     tensors: list[Tensor | None],
-    in_place: bool,
+    fused: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the tracked inputs of :class:`_Attention`; None where nobody asked. ``in_place``: operators without
-    rules of autograd or vmap may be used."""
+    """Gradients of the tracked inputs of :class:`_Attention`; None where nobody asked. ``fused``: where the projections
+    are constants, the attention operator itself takes the maps' gradients on to the tokens, in the precision that it
+    computes in."""
     need = ctx.needs_input_grad
-    dq, dk, dv, *maps = _ATTENTION_BACKWARD(d_out, d_lse, out, lse, *tensors, *ctx.settings, state)
+    fused = fused and tensors[0].shape[3] >= _WIDE_HEAD  # narrower ones would be rounded once less than elsewhere
+    fuse_query = fused and query_weight is not None and not (need[5] or need[6])
+    fuse_key = fused and key_weight is not None and not (need[7] or need[8])
+    dq, dk, dv, *maps = _ATTENTION_BACKWARD(
+        d_out,
+        d_lse,
+        out,
+        lse,
+        *tensors,
+        *ctx.settings,
+        state,
+        query_weight if fuse_query else None,
+        key_weight if fuse_key else None,
+    )
     weights: list[Tensor | None] = [None] * 4
-    if query_weight is not None:
-        if need[0] or need[5] or need[6]:
-            weights[:2] = _to_tokens(dq, maps[0], tensors[0], query_weight, not in_place or need[5] or need[6])
-            maps[0] = None  # memory for the keys' turn
-        if need[1] or need[7] or need[8]:
-            weights[2:] = _to_tokens(dk, maps[1], tensors[1], key_weight, not in_place or need[7] or need[8])
+    if query_weight is not None and not fuse_query and (need[0] or need[5] or need[6]):
+        weights[:2] = _to_tokens(dq, maps[0], tensors[0], query_weight)
+    if key_weight is not None and not fuse_key and (need[1] or need[7] or need[8]):
+        weights[2:] = _to_tokens(dk, maps[1], tensors[1], key_weight)
     return tuple(g if wanted else None for g, wanted in zip((dq, dk, dv, *maps, *weights), need))
 
 
-def _to_tokens(
-    d_tokens: Tensor, d_map: Tensor, tokens: Tensor, weight: Tensor, with_weights: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Adds the tokens' gradient through their map to ``d_tokens``; the gradients of weight and bias if wanted."""
-    if not with_weights and d_tokens.dtype == weight.dtype:
-        _PROJECT_ADD(d_tokens, d_map, weight)
-        return None, None
+def _to_tokens(d_tokens: Tensor, d_map: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds the tokens' gradient through their map to ``d_tokens``; the gradients of weight and bias."""
     through_map, d_weight, d_bias = _PROJECT_BACKWARD(d_map, tokens, weight)
     d_tokens.add_(through_map)
     return d_weight, d_bias

@@ -95,6 +95,8 @@ def attention_backward_flops(
     scale,
     packed_rank=0,
     state=None,
+    query_weight=None,
+    key_weight=None,
     *,
     out_shape=None,
     **kwargs,
@@ -107,7 +109,12 @@ def attention_backward_flops(
         query, value, query_map, index, span, low_rank, block_k, span_keys, key[2], packed_rank
     )
     queries = heads * tokens * (pairs * (3 * d + 2 * dv + 3 * rank) + 2 * features * (dv + 1))
-    return 2 * batch * (queries + key[1] * key[2] * 3 * features * (dv + 1))
+    through_maps = sum(
+        project_flops(tokens_of, weight, None)
+        for tokens_of, weight in ((query, query_weight), (key, key_weight))
+        if weight
+    )
+    return 2 * batch * (queries + key[1] * key[2] * 3 * features * (dv + 1)) + through_maps
 
 
 @register_flop_formula(torch.ops.scatterbrain.project)
@@ -120,12 +127,6 @@ def project_flops(tokens, weight, bias, *, out_shape=None, **kwargs) -> int:
 def project_packed_flops(tokens, weight, bias, *, out_shape=None, **kwargs) -> int:
     """As :func:`project_flops`."""
     return project_flops(tokens, weight, bias)
-
-
-@register_flop_formula(torch.ops.scatterbrain.project_add)
-def project_add_flops(d_tokens, grad, weight, *, out_shape=None, **kwargs) -> int:
-    """As many as the forward projection."""
-    return project_flops(d_tokens, weight, None)
 
 
 @register_flop_formula(torch.ops.scatterbrain.project_backward)

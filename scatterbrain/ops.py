@@ -16,8 +16,9 @@ happens before it. Its arguments:
     packed_rank                               r > 0: the maps are rows of ``project_packed``, which kernels read in place
 
 ``attention_with_state`` also returns the states of the low-rank kernel, which ``attention_backward`` then need not build
-again (empty where keeping them is not worth their memory). It and what is packed serve scatterbrain.eager, below
-autograd.
+again (empty where keeping them is not worth their memory). With ``query_weight`` and ``key_weight``, the projections that
+made the maps, ``attention_backward`` adds the maps' gradients, through them, to those of query and key. These and what is
+packed serve scatterbrain.eager, below autograd.
 """
 
 from __future__ import annotations
@@ -79,11 +80,6 @@ def _(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     width = (weight.shape[2] + 1 + 15) // 16 * 16  # coordinates, 1, log scale in base 2, zeros
     return tokens.new_empty((*tokens.shape[:3], width), dtype=_accumulation_dtype(tokens.dtype))
-
-
-@torch.library.register_fake("scatterbrain::project_add")
-def _(d_tokens: Tensor, grad: Tensor, weight: Tensor) -> None:
-    pass  # adds grad weight to d_tokens
 
 
 @torch.library.register_fake("scatterbrain::project_backward")

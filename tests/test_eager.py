@@ -64,6 +64,27 @@ def test_one_node_gives_the_bits_of_the_registered_autograd(kernel: str, dtype: 
         assert all(torch.equal(mine, theirs) and mine.dtype == theirs.dtype for mine, theirs in zip(got, want))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_wide_heads_too_and_half_types_are_rounded_once_less(dtype: torch.dtype) -> None:
+    tensors = [rand(2, h, N, 32, seed=s, dtype=dtype).requires_grad_() for s, h in enumerate((H, KV, KV))]
+    statistics = sb.fit_statistics(rand(1, H, 99, 32, seed=5), rand(1, KV, 99, 32, seed=6), R)
+
+    def gradients(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        out = sb.attention(*tensors, sb.Routed(24), sb.Quadratic(R), statistics=statistics)
+        return torch.autograd.grad(out, tensors, rand(*out.shape, seed=20, dtype=out.dtype))
+
+    got = gradients(tensors)
+    with FlopCounterMode(display=False):
+        want = gradients(tensors)
+    if dtype in (torch.float32, torch.float64):
+        assert all(map(torch.equal, got, want))
+        return
+    assert torch.equal(got[2], want[2])  # values have no coordinates
+    exact = gradients([t.detach().float().requires_grad_() for t in tensors])
+    for mine, theirs, truth in zip(got[:2], want, exact):
+        assert (mine - truth).norm() < (theirs - truth).norm()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 def test_a_gradient_does_not_depend_on_which_others_are_asked_for(kernel: str, wanted: int) -> None:

@@ -7,6 +7,7 @@
 #include "../launchers.h"
 #include "../profile.h"
 #include "attention_cancelling.h"
+#include "project.h"
 
 namespace sb::cpu {
 namespace {
@@ -43,6 +44,8 @@ class Backward {
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
     compute();
+    if (args.query_weight) add_through_map<T>(args.query, d_query_map, *args.query_weight, p.dq);
+    if (args.key_weight) add_through_map<T>(args.key, d_key_map, *args.key_weight, p.dk);
     write_back<T>(dq_rows, dq), write_back<T>(dk_rows, dk), write_back<T>(dv_rows, dv);
     const ScalarType dtype = accumulation_type(dq);
     return {dq, dk, dv, as_dtype(d_query_map, dtype), as_dtype(d_key_map, dtype)};

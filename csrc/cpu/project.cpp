@@ -4,13 +4,14 @@
 #include "../launchers.h"
 #include "../profile.h"
 #include "attention_call.h"
+#include "project.h"
 
 namespace sb::cpu {
 namespace {
 
 constexpr int64_t kTokensPerTask = 256;
 
-template <class T>
+// Shapes of a projection of tokens (B, H, N, d) by a weight (1 or B, heads, outputs, d).
 struct Projection {
   Projection(const Tensor& tokens, const Tensor& weight)
       : batch(tokens.size(0)),
@@ -21,7 +22,6 @@ struct Projection {
         blocks(ceil_div(n, kTokensPerTask)) {
     p.head_dim = tokens.size(3), p.head_pad = pad_to(p.head_dim, kPad), p.outputs = weight.size(2),
     p.outputs_pad = pad_to(p.outputs, kPad);
-    rows = as_rows<T>(tokens, p.head_pad);
   }
   ProjectParams block(int64_t i) const {
     ProjectParams part = p;
@@ -34,14 +34,13 @@ struct Projection {
 
   ProjectParams p{};
   int64_t batch, heads, n, weight_heads, weight_batch, blocks;
-  Operand rows;
 };
 
 // Transposed weights and offsets with padded rows: the outputs are the lanes. Output o is column column_of(o).
 template <class T>
 struct TransposedWeight {
   template <class ColumnOf>
-  TransposedWeight(const Projection<T>& call, const Tensor& weight, const std::optional<Tensor>& bias,
+  TransposedWeight(const Projection& call, const Tensor& weight, const std::optional<Tensor>& bias,
                    const ColumnOf& column_of)
       : p(call.p),
         values(size_t(maps(call) * p.head_dim * p.outputs_pad), T(0)),
@@ -59,7 +58,7 @@ struct TransposedWeight {
       for (int64_t o = 0; o < p.outputs; ++o)
         offsets[size_t(m * p.outputs_pad + column_of(o))] = from[m * p.outputs + o];
   }
-  static int64_t maps(const Projection<T>& call) { return call.weight_batch * call.weight_heads; }
+  static int64_t maps(const Projection& call) { return call.weight_batch * call.weight_heads; }
   const T* of(int64_t map) const { return &values[size_t(map * p.head_dim * p.outputs_pad)]; }
   const T* offset_of(int64_t map) const { return &offsets[size_t(map * p.outputs_pad)]; }
 
@@ -69,7 +68,8 @@ struct TransposedWeight {
 
 template <class T>
 Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Projection<T> call(tokens, weight);
+  const Projection call(tokens, weight);
+  const Operand rows_in = as_rows<T>(tokens, call.p.head_pad);
   const ProjectParams& p = call.p;
   const TransposedWeight<T> w(call, weight, bias, [](int64_t o) { return o; });
   Tensor out = empty_cpu({call.batch, call.heads, call.n, p.outputs}, kScalar<T>);
@@ -80,8 +80,8 @@ Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<T
                    const ProjectParams block = call.block(i);
                    const int64_t m = call.weight_of(b, h);
                    T* rows = static_cast<T*>(scratch);
-                   kernels<T>().project(block, call.rows.rows.template at<const T>(b, h, i * kTokensPerTask),
-                                        call.rows.rows.row, w.of(m), w.offset_of(m), rows);
+                   kernels<T>().project(block, rows_in.rows.template at<const T>(b, h, i * kTokensPerTask),
+                                        rows_in.rows.row, w.of(m), w.offset_of(m), rows);
                    T* to = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs;
                    for (int64_t at = 0; at < block.tokens; ++at)
                      std::copy_n(rows + at * p.outputs_pad, p.outputs, to + at * p.outputs);
@@ -92,7 +92,8 @@ Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<T
 // Packed rows: the column of ones is an output of its own with a weight of zero.
 template <class T>
 Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const Tensor& bias) {
-  Projection<T> call(tokens, weight);
+  Projection call(tokens, weight);
+  const Operand rows_in = as_rows<T>(tokens, call.p.head_pad);
   const int64_t rank = call.p.outputs - 1, width = packed_width(rank);
   call.p.outputs_pad = width;
   TransposedWeight<T> w(call, weight, bias, [rank](int64_t o) { return o + (o == rank); });
@@ -103,8 +104,8 @@ Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const Tensor& 
     const ProjectParams block = call.block(i);
     const int64_t m = call.weight_of(b, h);
     T* rows = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * width;
-    kernels<T>().project(block, call.rows.rows.template at<const T>(b, h, i * kTokensPerTask), call.rows.rows.row,
-                         w.of(m), w.offset_of(m), rows);
+    kernels<T>().project(block, rows_in.rows.template at<const T>(b, h, i * kTokensPerTask), rows_in.rows.row, w.of(m),
+                         w.offset_of(m), rows);
     for (int64_t at = 0; at < block.tokens; ++at) rows[at * width + rank + 1] *= T(1.44269504088896340736);
   });
   return out;
@@ -112,7 +113,7 @@ Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const Tensor& 
 
 // (maps, outputs, head_pad), padded with zeros.
 template <class T>
-std::vector<T> padded_weight(const Projection<T>& call, const Tensor& weight) {
+std::vector<T> padded_weight(const Projection& call, const Tensor& weight) {
   const ProjectParams& p = call.p;
   const Tensor packed = torch::stable::contiguous(weight);
   const int64_t rows = call.weight_batch * call.weight_heads * p.outputs;
@@ -124,28 +125,13 @@ std::vector<T> padded_weight(const Projection<T>& call, const Tensor& weight) {
 }
 
 template <class T>
-void add(const Tensor& d_tokens, const Tensor& grad, const Tensor& weight) {
-  const Projection<T> call(d_tokens, weight);
-  const std::vector<T> padded = padded_weight(call, weight);
-  const int64_t size = call.p.outputs * call.p.head_pad;
-  const Tensor g = torch::stable::contiguous(grad);
-  parallel_units(call.batch, call.blocks, call.heads, 0, [&](int64_t b, int64_t i, int64_t h, void*) {
-    kernels<T>().project_add(
-        call.block(i),
-        static_cast<const T*>(g.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * call.p.outputs,
-        &padded[size_t(call.weight_of(b, h) * size)], call.rows.rows.template at<T>(b, h, i * kTokensPerTask),
-        call.rows.rows.row);
-  });
-  write_back<T>(call.rows, d_tokens);
-}
-
-template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
-  const Projection<T> call(tokens, weight);
+  const Projection call(tokens, weight);
+  const Operand rows_in = as_rows<T>(tokens, call.p.head_pad);
   const ProjectParams& p = call.p;
   const Tensor g = torch::stable::contiguous(grad);
   const int64_t size = p.outputs * p.head_pad;
-  const std::vector<T> padded = padded_weight(call, weight);
+  const std::vector<T> padded = padded_weight<T>(call, weight);
 
   Tensor d_tokens = empty_like_tokens(tokens, p.head_dim, tokens.scalar_type());
   const Operand d_rows = result_rows<T>(d_tokens, p.head_pad);
@@ -156,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
     kernels<T>().project_backward(
         call.block(i),
         static_cast<const T*>(g.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs,
-        call.rows.rows.template at<const T>(b, h, i * kTokensPerTask), call.rows.rows.row,
+        rows_in.rows.template at<const T>(b, h, i * kTokensPerTask), rows_in.rows.row,
         &padded[size_t(call.weight_of(b, h) * size)], static_cast<const T*>(zero_row.data()),
         d_rows.rows.template at<T>(b, h, i * kTokensPerTask), d_rows.rows.row, d_weight, d_weight + size);
   });
@@ -177,6 +163,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
 
 }  // namespace
 
+template <class T>
+void add_through_map(const Tensor& tokens, const Tensor& d_map, const Tensor& weight, const Rows& d_tokens) {
+  const Stage stage("backward of projection");
+  const Projection call(tokens, weight);
+  const std::vector<T> padded = padded_weight<T>(call, as_dtype(torch::stable::contiguous(weight), kScalar<T>));
+  const int64_t size = call.p.outputs * call.p.head_pad;
+  parallel_units(call.batch, call.blocks, call.heads, 0, [&](int64_t b, int64_t i, int64_t h, void*) {
+    kernels<T>().project_add(
+        call.block(i),
+        static_cast<const T*>(d_map.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * call.p.outputs,
+        &padded[size_t(call.weight_of(b, h) * size)], d_tokens.at<T>(b, h, i * kTokensPerTask), d_tokens.row);
+  });
+}
+template void add_through_map<float>(const Tensor&, const Tensor&, const Tensor&, const Rows&);
+template void add_through_map<double>(const Tensor&, const Tensor&, const Tensor&, const Rows&);
+
 Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Stage stage("projection");
   return tokens.scalar_type() == ScalarType::Double ? forward<double>(tokens, weight, bias)
@@ -187,12 +189,6 @@ Tensor project_packed(const Tensor& tokens, const Tensor& weight, const Tensor& 
   const Stage stage("projection");
   return tokens.scalar_type() == ScalarType::Double ? forward_packed<double>(tokens, weight, bias)
                                                     : forward_packed<float>(tokens, weight, bias);
-}
-
-void project_add(const Tensor& d_tokens, const Tensor& grad, const Tensor& weight) {
-  const Stage stage("backward of projection");
-  d_tokens.scalar_type() == ScalarType::Double ? add<double>(d_tokens, grad, weight)
-                                               : add<float>(d_tokens, grad, weight);
 }
 
 std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
