@@ -20,7 +20,7 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// Arguments of the schema `kAttention`, in its order.
+// Arguments of SB_ATTENTION_SCHEMA below, in its order.
 #define SB_ATTENTION_ARGUMENTS                                                                                     \
   Tensor query, Tensor key, Tensor value, MaybeTensor query_map, MaybeTensor key_map, MaybeTensor index,           \
       MaybeTensor count, MaybeTensor span, MaybeTensor query_order, MaybeTensor query_mask, MaybeTensor key_mask,  \
