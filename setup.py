@@ -54,7 +54,8 @@ def compiled_instruction_sets() -> tuple[str, ...]:
     text = "".join((ROOT / path).read_text() for path in OPERATOR_SOURCES if path.startswith("csrc/cpu/"))
     targets = " ".join(re.findall(r"#pragma GCC target\s*\(([^)]*)\)", text))
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return (*(name for name in ("avx512", "avx2") if on_x86 and name in targets), "baseline")
+    sets = {"avx512_bf16": "avx512bf16", "avx512": "avx512f", "avx2": "avx2"}
+    return (*(name for name, target in sets.items() if on_x86 and target in targets), "baseline")
 
 
 def system_includes(folders: list[str]) -> list[str]:

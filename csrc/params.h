@@ -4,6 +4,11 @@
 
 namespace sb {
 
+// The bits of a bfloat16. Kernels read and write rows of them; nothing computes in it.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
 // A (batch, heads, tokens, width) operand whose last dimension is contiguous.
 struct Rows {
   void* data = nullptr;

@@ -45,8 +45,8 @@ def _load() -> None:
     used = torch.ops.scatterbrain.instruction_set()
     if wanted and wanted != used:
         raise ImportError(
-            f"scatterbrain: {ISA_VARIABLE}={wanted!r} is not available here; expected one of avx512, "
-            f"avx2, baseline that this processor has (best: {used})"
+            f"scatterbrain: {ISA_VARIABLE}={wanted!r} is not available here; expected one of avx512_bf16, "
+            f"avx512, avx2, baseline that this processor has (best: {used})"
         )
 
 

@@ -14,8 +14,10 @@ namespace {
 
 constexpr int64_t kRoundBytes = int64_t(1) << 22;  // kept pairs of one round, about the size of a shared cache
 
-template <class T>
+template <class E>
 class Backward {
+  typedef typename Sum<E>::type T;
+
  public:
   Backward(const AttentionArguments& a, const Tensor& out, const Tensor& lse, const Tensor& d_out,
            const std::optional<Tensor>& d_lse)
@@ -26,7 +28,7 @@ class Backward {
     dq_rows = result_rows<T>(dq, p.head_pad, call.every_query()), dk_rows = result_rows<T>(dk, p.head_pad),
     dv_rows = result_rows<T>(dv, p.value_pad);
     p.dq = dq_rows.rows, p.dk = dk_rows.rows, p.dv = dv_rows.rows;
-    out_rows = as_rows<T>(out, p.value_pad), d_out_rows = as_rows<T>(d_out, p.value_pad);
+    out_rows = as_rows<E>(out, p.value_pad), d_out_rows = as_rows<E>(d_out, p.value_pad);
     p.out = out_rows.rows, p.d_out = d_out_rows.rows;
     lse_values = values(lse), p.lse = lse_values.data_ptr();
     if (d_lse) d_lse_values = values(*d_lse), p.d_lse = d_lse_values->data_ptr();
@@ -52,7 +54,8 @@ class Backward {
   }
 
  private:
-  friend class Backward<float>;
+  template <class>
+  friend class Backward;
 
   void compute() {
     call.build_states();
@@ -166,10 +169,10 @@ class Backward {
   const AttentionArguments args;
   const Tensor out, d_out, lse;
   const std::optional<Tensor> d_lse;
-  AttentionCall<T> call;
+  AttentionCall<E> call;
   AttentionParams& p;
   CancelledQueries<T> cancelled;
-  const Kernels<T>& kernel = kernels<T>();
+  const AttentionKernels& kernel = attention_kernels<E>();
   Tensor dq, dk, dv, d_query_map, d_key_map, dy, d_state, lse_values;
   std::optional<Tensor> d_lse_values;
   Operand dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
@@ -180,8 +183,9 @@ class Backward {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments& a, const Tensor& out,
                                                                       const Tensor& lse, const Tensor& d_out,
                                                                       const std::optional<Tensor>& d_lse) {
-  return in_double(a) ? Backward<double>(a, out, lse, d_out, d_lse).run()
-                      : Backward<float>(a, out, lse, d_out, d_lse).run();
+  return with_rows_of(a, [&](auto* element) {
+    return Backward<std::remove_pointer_t<decltype(element)>>(a, out, lse, d_out, d_lse).run();
+  });
 }
 
 }  // namespace sb::cpu

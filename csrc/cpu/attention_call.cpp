@@ -6,8 +6,8 @@
 
 namespace sb {
 
-template <class T>
-AttentionCall<T>::AttentionCall(const AttentionArguments& a)
+template <class E>
+AttentionCall<E>::AttentionCall(const AttentionArguments& a)
     : zero_row(std::max({pad_to(a.query.size(3), kPad), pad_to(a.value.size(3), kPad),
                          a.query_map ? pad_to(a.query_map->size(3) + 1, kPad) : kPad})),
       given_state(a.state) {
@@ -21,7 +21,7 @@ AttentionCall<T>::AttentionCall(const AttentionArguments& a)
   p.rows = rows.data();
   q_mask = as_mask(a.query_mask), k_mask = as_mask(a.key_mask);
   p.q_mask = q_mask.data, p.k_mask = k_mask.data;
-  q = as_rows<T>(a.query, p.head_pad), k = as_rows<T>(a.key, p.head_pad), v = as_rows<T>(a.value, p.value_pad);
+  q = as_rows<E>(a.query, p.head_pad), k = as_rows<E>(a.key, p.head_pad), v = as_rows<E>(a.value, p.value_pad);
   p.q = q.rows, p.k = k.rows, p.v = v.rows;
 
   p.segment = p.is_causal ? kChunk : kSegment;
@@ -46,8 +46,8 @@ AttentionCall<T>::AttentionCall(const AttentionArguments& a)
   p.max_pairs = pad_to(longest_list() + kChunk + direct + 2 * kPad, kPad);
 }
 
-template <class T>
-void AttentionCall<T>::count_valid() {
+template <class E>
+void AttentionCall<E>::count_valid() {
   valid_before.resize(size_t(p.batch * p.slots));
   for (int64_t b = 0; b < p.batch; ++b) {
     int32_t valid = 0;
@@ -60,8 +60,8 @@ void AttentionCall<T>::count_valid() {
   }
 }
 
-template <class T>
-void AttentionCall<T>::set_lists(const AttentionArguments& a) {
+template <class E>
+void AttentionCall<E>::set_lists(const AttentionArguments& a) {
   p.block_q = a.block_q, p.block_k = a.block_k, p.blocks = ceil_div(p.q_tokens, p.block_q);
   if (a.index) {
     index = torch::stable::contiguous(*a.index), count = torch::stable::contiguous(*a.count);
@@ -83,8 +83,8 @@ void AttentionCall<T>::set_lists(const AttentionArguments& a) {
   }
 }
 
-template <class T>
-void AttentionCall<T>::check_lists(const AttentionArguments& a) const {
+template <class E>
+void AttentionCall<E>::check_lists(const AttentionArguments& a) const {
   for (int64_t row = 0; row < p.batch * p.list_heads * p.blocks; ++row) {
     const RowRange& range = rows[size_t(row / (p.list_heads * p.blocks))];
     const int64_t used = p.count[row], key_blocks = ceil_div(range.k_end - range.k_first, p.block_k),
@@ -108,16 +108,16 @@ void AttentionCall<T>::check_lists(const AttentionArguments& a) const {
   }
 }
 
-template <class T>
-int64_t AttentionCall<T>::longest_list() const {
+template <class E>
+int64_t AttentionCall<E>::longest_list() const {
   int64_t longest_index = 0;
   for (int64_t row = 0; p.index && row < p.batch * p.list_heads * p.blocks; ++row)
     longest_index = std::max<int64_t>(longest_index, p.count[row]);
   return std::min((p.span ? p.span_keys : 0) + longest_index * p.block_k, p.k_tokens);
 }
 
-template <class T>
-void AttentionCall<T>::build_states() {
+template <class E>
+void AttentionCall<E>::build_states() {
   if (p.low_rank == LowRank::kNone) return;
   if (given_state && given_state->numel() > 0 && given_state->scalar_type() == kScalar<T>) {
     const std::initializer_list<int64_t> sizes = {p.batch, p.kv_heads, p.slots, p.slot_size};
@@ -135,7 +135,7 @@ void AttentionCall<T>::build_states() {
     return;
   }
   const Stage stage("states");
-  const Kernels<T>& kernel = kernels<T>();
+  const AttentionKernels& kernel = attention_kernels<E>();
   parallel_units(p.batch, p.kv_heads, 1, 0,
                  [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_references(p, b, h); });
   parallel_units(p.batch, p.kv_heads, p.slots - 1, kernel.state_segment(p, 0, 0, 0, nullptr, nullptr),
@@ -145,18 +145,19 @@ void AttentionCall<T>::build_states() {
   parallel_units(p.batch, p.kv_heads, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_scan(p, b, h); });
 }
 
-template <class T>
-Tensor AttentionCall<T>::state_to_keep() const {
+template <class E>
+Tensor AttentionCall<E>::state_to_keep() const {
   return p.low_rank == LowRank::kNone || p.is_causal ? empty_cpu({0}, kScalar<T>) : state;
 }
 
-template <class T>
-bool AttentionCall<T>::all_of(int32_t RowRange::* first, int32_t RowRange::* end, int64_t tokens) const {
+template <class E>
+bool AttentionCall<E>::all_of(int32_t RowRange::* first, int32_t RowRange::* end, int64_t tokens) const {
   return std::all_of(rows.begin(), rows.end(),
                      [&](const RowRange& row) { return row.*first == 0 && row.*end == tokens; });
 }
 
 template struct AttentionCall<float>;
 template struct AttentionCall<double>;
+template struct AttentionCall<Bfloat16>;
 
 }  // namespace sb

@@ -10,8 +10,22 @@ inline bool in_double(const AttentionArguments& a) {
   return a.query.scalar_type() == ScalarType::Double || a.query.size(3) < kNarrowHead;
 }
 
-template <class T>
+// Whether rows of bfloat16 are what the kernels read, in place. A query that has its own list is computed on float32.
+inline bool in_bfloat16(const AttentionArguments& a) {
+  return a.query.scalar_type() == ScalarType::BFloat16 && instruction_set().bf16 && a.block_q > 1;
+}
+// Calls visit(pointer to the element of the rows that kernels read).
+template <class Visit>
+auto with_rows_of(const AttentionArguments& a, const Visit& visit) {
+  if (in_double(a)) return visit(static_cast<double*>(nullptr));
+  if (in_bfloat16(a)) return visit(static_cast<Bfloat16*>(nullptr));
+  return visit(static_cast<float*>(nullptr));
+}
+
+// Rows of q, k, v, o and dO are of E; all else is of the type T that sums over them are in.
+template <class E>
 struct AttentionCall {
+  typedef typename Sum<E>::type T;
   explicit AttentionCall(const AttentionArguments& a);
   // Takes the states that were given, or fills those of every key/value head, in parallel over segments.
   void build_states();

@@ -6,31 +6,34 @@
 namespace sb::cpu {
 namespace {
 
-template <class T>
+template <class E>
 class Forward {
+  typedef typename Sum<E>::type T;
+
  public:
   explicit Forward(const AttentionArguments& a) : args(a), call(a), p(call.p), cancelled(call.p) {
     out = empty_like_tokens(a.query, a.value.size(3), a.query.scalar_type());
     lse = empty_cpu({p.batch, p.q_heads, p.q_tokens}, kScalar<T>);
-    out_rows = result_rows<T>(out, p.value_pad, call.every_query());
+    out_rows = result_rows<E>(out, p.value_pad, call.every_query());
     p.out = out_rows.rows, p.lse = lse.data_ptr();
     if (!call.every_query()) std::fill_n(static_cast<T*>(p.lse), lse.numel(), -std::numeric_limits<T>::infinity());
   }
 
   std::tuple<Tensor, Tensor, Tensor> run() {
     compute();
-    write_back<T>(out_rows, out);
+    write_back<E>(out_rows, out);
     return {out, as_dtype(lse, accumulation_type(out)), call.state_to_keep()};
   }
 
  private:
-  friend class Forward<float>;
+  template <class>
+  friend class Forward;
 
   void compute() {
     call.build_states();
     {
       const Stage stage("forward of queries");
-      const Kernels<T>& kernel = kernels<T>();
+      const AttentionKernels& kernel = attention_kernels<E>();
       parallel_units(p.batch, p.q_heads, p.units, kernel.forward_unit(p, 0, 0, 0, nullptr, nullptr),
                      [&](int64_t b, int64_t h, int64_t unit, void* scratch) {
                        kernel.forward_unit(p, b, h, unit, scratch, call.zero_row.data());
@@ -44,15 +47,15 @@ class Forward {
       for (int64_t i = 0; i < p.q_tokens; ++i) {
         if (!flags[i]) continue;
         const double* from = again.p.out.template at<const double>(0, 0, i);
-        T* to = p.out.template at<T>(b, h, i);
-        for (int64_t e = 0; e < p.value_pad; ++e) to[e] = T(from[e]);
+        E* to = p.out.template at<E>(b, h, i);
+        for (int64_t e = 0; e < p.value_pad; ++e) to[e] = narrowed<E>(from[e]);
         static_cast<T*>(p.lse)[(b * p.q_heads + h) * p.q_tokens + i] = T(again_lse[i]);
       }
     });
   }
 
   const AttentionArguments args;
-  AttentionCall<T> call;
+  AttentionCall<E> call;
   AttentionParams& p;
   CancelledQueries<T> cancelled;
   Tensor out, lse;
@@ -62,7 +65,7 @@ class Forward {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> attention(const AttentionArguments& a) {
-  return in_double(a) ? Forward<double>(a).run() : Forward<float>(a).run();
+  return with_rows_of(a, [&](auto* element) { return Forward<std::remove_pointer_t<decltype(element)>>(a).run(); });
 }
 
 }  // namespace sb::cpu

@@ -1,37 +1,47 @@
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "kernels.h"
 
 namespace sb {
 namespace {
 
-bool supported(const InstructionSet& set) {
+// Every set this processor runs, best first.
+std::vector<InstructionSet> supported_sets() {
+  std::vector<InstructionSet> sets;
 #if defined(__x86_64__)
-  if (&set == &kAvx512)
+  const auto has_avx512 = [] {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (&set == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  };
+  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) {
+    InstructionSet set = kAvx512;
+    set.name = "avx512_bf16", set.bf16 = &kAvx512Bf16;
+    sets.push_back(set);
+  }
+  if (has_avx512()) sets.push_back(kAvx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    sets.push_back(kAvx2);
 #endif
-  return true;
+  sets.push_back(kBaseline);
+  return sets;
 }
 
-const InstructionSet& choose() {
-  const InstructionSet* const sets[] = {&kAvx512, &kAvx2, &kBaseline};
+InstructionSet choose() {
+  const std::vector<InstructionSet> sets = supported_sets();
   // A name the processor does not have is not an error here: scatterbrain.ops checks the variable at import, where it
   // can say what to do.
   if (const char* wanted = std::getenv("SCATTERBRAIN_ISA"))
-    for (const InstructionSet* set : sets)
-      if (std::strcmp(set->name, wanted) == 0 && supported(*set)) return *set;
-  for (const InstructionSet* set : sets)
-    if (supported(*set)) return *set;
-  return kBaseline;
+    for (const InstructionSet& set : sets)
+      if (std::strcmp(set.name, wanted) == 0) return set;
+  return sets.front();
 }
 
 }  // namespace
 
 const InstructionSet& instruction_set() {
-  static const InstructionSet& chosen = choose();
+  static const InstructionSet chosen = choose();
   return chosen;
 }
 

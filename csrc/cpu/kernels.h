@@ -27,8 +27,8 @@ struct ProjectParams {
   int64_t tokens, head_dim, head_pad, outputs, outputs_pad;
 };
 
-template <class T>
-struct Kernels {
+// Attention on rows of one type of element.
+struct AttentionKernels {
   void (*state_references)(const AttentionParams&, int64_t b, int64_t kv);
   int64_t (*state_segment)(const AttentionParams&, int64_t b, int64_t kv, int64_t segment, void* scratch,
                            const void* zero_row);
@@ -39,6 +39,9 @@ struct Kernels {
   void (*backward_scan)(const AttentionParams&, int64_t b, int64_t kv);
   int64_t (*backward_keys)(const AttentionParams&, int64_t b, int64_t kv, int64_t chunk, void* scratch,
                            const void* zero_row);
+};
+template <class T>
+struct ProjectKernels {
   void (*project)(const ProjectParams&, const T* tokens, int64_t row_stride, const T* weight_t, const T* bias, T* rows);
   void (*project_add)(const ProjectParams&, const T* grad, const T* weight, T* d_tokens, int64_t d_row_stride);
   void (*project_backward)(const ProjectParams&, const T* grad, const T* tokens, int64_t row_stride, const T* weight,
@@ -63,24 +66,40 @@ struct ConvertKernels {
 
 struct InstructionSet {
   const char* name;
-  Kernels<float> f32;
-  Kernels<double> f64;
+  AttentionKernels f32, f64;
+  ProjectKernels<float> project_f32;
+  ProjectKernels<double> project_f64;
   RouteKernels route;
   ConvertKernels convert;
+  const AttentionKernels* bf16 = nullptr;  // where bfloat16 has dot instructions
 };
 
 extern const InstructionSet kAvx512, kAvx2, kBaseline;
+extern const AttentionKernels kAvx512Bf16;
 const InstructionSet& instruction_set();
 
-template <class T>
-const Kernels<T>& kernels();
+// The type that sums over rows of E are in.
+template <class E>
+struct Sum {
+  typedef E type;
+};
 template <>
-inline const Kernels<float>& kernels<float>() {
-  return instruction_set().f32;
+struct Sum<Bfloat16> {
+  typedef float type;
+};
+
+template <class E>
+const AttentionKernels& attention_kernels() {
+  if constexpr (sizeof(E) == sizeof(double)) return instruction_set().f64;
+  if constexpr (sizeof(E) == sizeof(float)) return instruction_set().f32;
+  return *instruction_set().bf16;
 }
-template <>
-inline const Kernels<double>& kernels<double>() {
-  return instruction_set().f64;
+template <class T>
+const ProjectKernels<T>& project_kernels() {
+  if constexpr (sizeof(T) == sizeof(double))
+    return instruction_set().project_f64;
+  else
+    return instruction_set().project_f32;
 }
 
 }  // namespace sb

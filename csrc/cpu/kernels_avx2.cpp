@@ -1,3 +1,4 @@
+#if defined(__x86_64__)
 #include "kernels.h"
 
 // Only what follows is compiled for these instructions: everything included above may be shared with other processors.
@@ -8,5 +9,6 @@ namespace sb::avx2 {
 }  // namespace sb::avx2
 
 namespace sb {
-extern const InstructionSet kAvx2 = {"avx2", avx2::table<float>(), avx2::table<double>(), avx2::route_table(), avx2::convert_table()};
+extern const InstructionSet kAvx2 = avx2::instruction_set_named("avx2");
 }  // namespace sb
+#endif

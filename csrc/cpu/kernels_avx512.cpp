@@ -1,3 +1,4 @@
+#if defined(__x86_64__)
 #include "kernels.h"
 
 // Only what follows is compiled for these instructions: everything included above may be shared with other processors.
@@ -8,6 +9,6 @@ namespace sb::avx512 {
 }  // namespace sb::avx512
 
 namespace sb {
-extern const InstructionSet kAvx512 = {"avx512", avx512::table<float>(), avx512::table<double>(),
-                                       avx512::route_table(), avx512::convert_table()};
+extern const InstructionSet kAvx512 = avx512::instruction_set_named("avx512");
 }  // namespace sb
+#endif

@@ -6,6 +6,5 @@ namespace sb::baseline {
 }  // namespace sb::baseline
 
 namespace sb {
-extern const InstructionSet kBaseline = {"baseline", baseline::table<float>(), baseline::table<double>(),
-                                         baseline::route_table(), baseline::convert_table()};
+extern const InstructionSet kBaseline = baseline::instruction_set_named("baseline");
 }  // namespace sb

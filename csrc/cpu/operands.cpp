@@ -90,11 +90,14 @@ Operand as_rows(const Tensor& t, int64_t width_pad) {
     for_each_row(t, width_pad * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
       const E* source = from.at<const E>(b, h, i);
       T* target = to.at<T>(b, h, i);
-      if (std::is_same_v<T, float> && widen)
+      if constexpr (std::is_same_v<T, Bfloat16>)  // of the same type: copied, to be padded or to have its elements
+                                                  // together
+        for (int64_t e = 0; e < width; ++e) std::memcpy(target + e, source + e * step, sizeof(T));
+      else if (std::is_same_v<T, float> && widen)
         widen(reinterpret_cast<const uint16_t*>(source), width, reinterpret_cast<float*>(target));
       else
         for (int64_t e = 0; e < width; ++e) target[e] = static_cast<T>(source[e * step]);
-      for (int64_t e = width; e < width_pad; ++e) target[e] = T(0);
+      std::fill(target + width, target + width_pad, T{});
     });
   });
   return {packed, to, false};
@@ -123,7 +126,9 @@ void write_back(const Operand& from, const Tensor& result) {
     for_each_row(result, width * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
       const T* source = from.rows.at<const T>(b, h, i);
       E* target = to.at<E>(b, h, i);
-      if (std::is_same_v<T, float> && narrow)
+      if constexpr (std::is_same_v<T, Bfloat16>)
+        std::memcpy(target, source, size_t(width) * sizeof(T));
+      else if (std::is_same_v<T, float> && narrow)
         narrow(reinterpret_cast<const float*>(source), width, reinterpret_cast<uint16_t*>(target));
       else
         for (int64_t e = 0; e < width; ++e) target[e] = static_cast<E>(source[e]);
@@ -207,5 +212,8 @@ std::vector<RowRange> row_ranges(int64_t batch, int64_t q_tokens, int64_t k_toke
   template MapOperand as_map<T>(const Tensor&, MapKind, int64_t, bool);
 SB_INSTANTIATE(float)
 SB_INSTANTIATE(double)
+template Operand as_rows<Bfloat16>(const Tensor&, int64_t);
+template Operand result_rows<Bfloat16>(const Tensor&, int64_t, bool);
+template void write_back<Bfloat16>(const Operand&, const Tensor&);
 
 }  // namespace sb

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 #include <cstring>
 #include <memory>
@@ -19,7 +20,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 template <class T>
-inline constexpr ScalarType kScalar = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+inline constexpr ScalarType kScalar = std::is_same_v<T, double>     ? ScalarType::Double
+                                      : std::is_same_v<T, Bfloat16> ? ScalarType::BFloat16
+                                                                    : ScalarType::Float;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -43,6 +46,14 @@ Operand as_rows(const Tensor& t, int64_t width_pad);
 // zeros, unless every row is going to be `written`.
 template <class T>
 Operand result_rows(const Tensor& result, int64_t width_pad, bool written = false);
+// A double as an element of such rows.
+template <class E>
+E narrowed(double x) {
+  if constexpr (std::is_same_v<E, Bfloat16>)
+    return {torch::headeronly::BFloat16(float(x)).x};
+  else
+    return E(x);
+}
 // Copies a padded buffer back into the result it stands for; nothing to do if it was in place.
 template <class T>
 void write_back(const Operand& from, const Tensor& result);

@@ -80,8 +80,8 @@ Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<T
                    const ProjectParams block = call.block(i);
                    const int64_t m = call.weight_of(b, h);
                    T* rows = static_cast<T*>(scratch);
-                   kernels<T>().project(block, rows_in.rows.template at<const T>(b, h, i * kTokensPerTask),
-                                        rows_in.rows.row, w.of(m), w.offset_of(m), rows);
+                   project_kernels<T>().project(block, rows_in.rows.template at<const T>(b, h, i * kTokensPerTask),
+                                                rows_in.rows.row, w.of(m), w.offset_of(m), rows);
                    T* to = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs;
                    for (int64_t at = 0; at < block.tokens; ++at)
                      std::copy_n(rows + at * p.outputs_pad, p.outputs, to + at * p.outputs);
@@ -104,8 +104,8 @@ Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const Tensor& 
     const ProjectParams block = call.block(i);
     const int64_t m = call.weight_of(b, h);
     T* rows = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * width;
-    kernels<T>().project(block, rows_in.rows.template at<const T>(b, h, i * kTokensPerTask), rows_in.rows.row, w.of(m),
-                         w.offset_of(m), rows);
+    project_kernels<T>().project(block, rows_in.rows.template at<const T>(b, h, i * kTokensPerTask), rows_in.rows.row,
+                                 w.of(m), w.offset_of(m), rows);
     for (int64_t at = 0; at < block.tokens; ++at) rows[at * width + rank + 1] *= T(1.44269504088896340736);
   });
   return out;
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
   std::vector<T> partial(size_t(call.batch * call.heads * call.blocks * (size + p.outputs)));
   parallel_units(call.batch, call.heads, call.blocks, 0, [&](int64_t b, int64_t h, int64_t i, void*) {
     T* d_weight = &partial[size_t(((b * call.heads + h) * call.blocks + i) * (size + p.outputs))];
-    kernels<T>().project_backward(
+    project_kernels<T>().project_backward(
         call.block(i),
         static_cast<const T*>(g.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs,
         rows_in.rows.template at<const T>(b, h, i * kTokensPerTask), rows_in.rows.row,
@@ -170,7 +170,7 @@ void add_through_map(const Tensor& tokens, const Tensor& d_map, const Tensor& we
   const std::vector<T> padded = padded_weight<T>(call, as_dtype(torch::stable::contiguous(weight), kScalar<T>));
   const int64_t size = call.p.outputs * call.p.head_pad;
   parallel_units(call.batch, call.blocks, call.heads, 0, [&](int64_t b, int64_t i, int64_t h, void*) {
-    kernels<T>().project_add(
+    project_kernels<T>().project_add(
         call.block(i),
         static_cast<const T*>(d_map.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * call.p.outputs,
         &padded[size_t(call.weight_of(b, h) * size)], d_tokens.at<T>(b, h, i * kTokensPerTask), d_tokens.row);
