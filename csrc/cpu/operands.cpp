@@ -76,31 +76,51 @@ Tensor empty_like_tokens(const Tensor& tokens, int64_t width, ScalarType dtype) 
   return torch::stable::transpose(empty_cpu({batch, n, heads, width}, dtype), 1, 2);
 }
 
+// One row of elements E, `step` apart, as a row of T padded with zeros.
+template <class T, class E>
+struct RowCopy {
+  int64_t width, width_pad, step;
+  void (*widen)(const uint16_t*, int64_t, float*);
+  RowCopy(const Tensor& t, int64_t width_pad)
+      : width(t.size(3)), width_pad(width_pad), step(t.stride(3)), widen(step == 1 ? widen_of<E>() : nullptr) {}
+  void operator()(const E* source, T* target) const {
+    if constexpr (std::is_same_v<T, Bfloat16>)  // of the same type: padded, or its elements brought together
+      for (int64_t e = 0; e < width; ++e) std::memcpy(target + e, source + e * step, sizeof(T));
+    else if (std::is_same_v<T, float> && widen)
+      widen(reinterpret_cast<const uint16_t*>(source), width, reinterpret_cast<float*>(target));
+    else
+      for (int64_t e = 0; e < width; ++e) target[e] = static_cast<T>(source[e * step]);
+    std::fill(target + width, target + width_pad, T{});
+  }
+};
+
 template <class T>
 Operand as_rows(const Tensor& t, int64_t width_pad) {
   if (usable<T>(t, width_pad)) return {t, rows_of(t), true};
   const Stage stage("conversion of tensors");
   Tensor packed = empty_cpu({t.size(0), t.size(1), t.size(2), width_pad}, kScalar<T>);
   const Rows to = rows_of(packed);
-  const int64_t width = t.size(3), step = t.stride(3);
   with_element(t.scalar_type(), [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
     const Rows from = rows_of(t);
-    const auto widen = step == 1 ? widen_of<E>() : nullptr;
-    for_each_row(t, width_pad * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
-      const E* source = from.at<const E>(b, h, i);
-      T* target = to.at<T>(b, h, i);
-      if constexpr (std::is_same_v<T, Bfloat16>)  // of the same type: copied, to be padded or to have its elements
-                                                  // together
-        for (int64_t e = 0; e < width; ++e) std::memcpy(target + e, source + e * step, sizeof(T));
-      else if (std::is_same_v<T, float> && widen)
-        widen(reinterpret_cast<const uint16_t*>(source), width, reinterpret_cast<float*>(target));
-      else
-        for (int64_t e = 0; e < width; ++e) target[e] = static_cast<T>(source[e * step]);
-      std::fill(target + width, target + width_pad, T{});
-    });
+    const RowCopy<T, E> copy(t, width_pad);
+    for_each_row(t, width_pad * int64_t(sizeof(T)),
+                 [&](int64_t b, int64_t h, int64_t i) { copy(from.at<const E>(b, h, i), to.at<T>(b, h, i)); });
   });
   return {packed, to, false};
+}
+
+template <class T>
+BlockRows<T> rows_of_block(const Tensor& t, int64_t width_pad, int64_t b, int64_t h, int64_t first, int64_t n,
+                           T* scratch) {
+  const Rows from = rows_of(t);
+  if (usable<T>(t, width_pad)) return {from.at<const T>(b, h, first), from.row};
+  with_element(t.scalar_type(), [&](auto* element) {
+    using E = std::remove_pointer_t<decltype(element)>;
+    const RowCopy<T, E> copy(t, width_pad);
+    for (int64_t i = 0; i < n; ++i) copy(from.at<const E>(b, h, first + i), scratch + i * width_pad);
+  });
+  return {scratch, width_pad};
 }
 
 template <class T>
@@ -205,10 +225,11 @@ std::vector<RowRange> row_ranges(int64_t batch, int64_t q_tokens, int64_t k_toke
   return rows;
 }
 
-#define SB_INSTANTIATE(T)                                        \
-  template Operand as_rows<T>(const Tensor&, int64_t);           \
-  template Operand result_rows<T>(const Tensor&, int64_t, bool); \
-  template void write_back<T>(const Operand&, const Tensor&);    \
+#define SB_INSTANTIATE(T)                                                                                 \
+  template Operand as_rows<T>(const Tensor&, int64_t);                                                    \
+  template BlockRows<T> rows_of_block<T>(const Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t, T*); \
+  template Operand result_rows<T>(const Tensor&, int64_t, bool);                                          \
+  template void write_back<T>(const Operand&, const Tensor&);                                             \
   template MapOperand as_map<T>(const Tensor&, MapKind, int64_t, bool);
 SB_INSTANTIATE(float)
 SB_INSTANTIATE(double)

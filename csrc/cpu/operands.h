@@ -42,6 +42,15 @@ struct Operand {
 // (B, H, N, width) of any floating dtype and strides -> rows of T padded to `width_pad`.
 template <class T>
 Operand as_rows(const Tensor& t, int64_t width_pad);
+// Rows first .. first + n - 1 of one head alone, in place or in `scratch` (n * width_pad).
+template <class T>
+struct BlockRows {
+  const T* data;
+  int64_t row;
+};
+template <class T>
+BlockRows<T> rows_of_block(const Tensor& t, int64_t width_pad, int64_t b, int64_t h, int64_t first, int64_t n,
+                           T* scratch);
 // Rows for a result of dtype `dtype`: the tensor's own memory if that is T and needs no padding, else a padded buffer;
 // zeros, unless every row is going to be `written`.
 template <class T>

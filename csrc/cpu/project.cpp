@@ -28,6 +28,15 @@ struct Projection {
     part.tokens = std::min(kTokensPerTask, n - i * kTokensPerTask);
     return part;
   }
+  // Tokens of block i, and the bytes of scratch that takes.
+  template <class T>
+  BlockRows<T> rows(const Tensor& tokens, int64_t b, int64_t h, int64_t i, T* scratch) const {
+    return rows_of_block<T>(tokens, p.head_pad, b, h, i * kTokensPerTask, block(i).tokens, scratch);
+  }
+  template <class T>
+  int64_t bytes_of_rows() const {
+    return kTokensPerTask * p.head_pad * int64_t(sizeof(T));
+  }
   int64_t weight_of(int64_t b, int64_t h) const {
     return (weight_batch == 1 ? 0 : b) * weight_heads + h * weight_heads / heads;
   }
@@ -69,19 +78,19 @@ struct TransposedWeight {
 template <class T>
 Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Projection call(tokens, weight);
-  const Operand rows_in = as_rows<T>(tokens, call.p.head_pad);
   const ProjectParams& p = call.p;
   const TransposedWeight<T> w(call, weight, bias, [](int64_t o) { return o; });
   Tensor out = empty_cpu({call.batch, call.heads, call.n, p.outputs}, kScalar<T>);
   T* z = static_cast<T*>(out.data_ptr());
   // Heads within blocks: the heads of a token are often neighbours in memory.
-  parallel_units(call.batch, call.blocks, call.heads, kTokensPerTask * p.outputs_pad * int64_t(sizeof(T)),
+  parallel_units(call.batch, call.blocks, call.heads,
+                 kTokensPerTask * (p.head_pad + p.outputs_pad) * int64_t(sizeof(T)),
                  [&](int64_t b, int64_t i, int64_t h, void* scratch) {
                    const ProjectParams block = call.block(i);
                    const int64_t m = call.weight_of(b, h);
                    T* rows = static_cast<T*>(scratch);
-                   project_kernels<T>().project(block, rows_in.rows.template at<const T>(b, h, i * kTokensPerTask),
-                                                rows_in.rows.row, w.of(m), w.offset_of(m), rows);
+                   const BlockRows<T> in = call.rows<T>(tokens, b, h, i, rows + kTokensPerTask * p.outputs_pad);
+                   project_kernels<T>().project(block, in.data, in.row, w.of(m), w.offset_of(m), rows);
                    T* to = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs;
                    for (int64_t at = 0; at < block.tokens; ++at)
                      std::copy_n(rows + at * p.outputs_pad, p.outputs, to + at * p.outputs);
@@ -93,21 +102,22 @@ Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<T
 template <class T>
 Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const Tensor& bias) {
   Projection call(tokens, weight);
-  const Operand rows_in = as_rows<T>(tokens, call.p.head_pad);
   const int64_t rank = call.p.outputs - 1, width = packed_width(rank);
   call.p.outputs_pad = width;
   TransposedWeight<T> w(call, weight, bias, [rank](int64_t o) { return o + (o == rank); });
   for (int64_t m = 0; m < w.maps(call); ++m) w.offsets[size_t(m * width + rank)] = T(1);
   Tensor out = empty_cpu({call.batch, call.heads, call.n, width}, kScalar<T>);
   T* z = static_cast<T*>(out.data_ptr());
-  parallel_units(call.batch, call.blocks, call.heads, 0, [&](int64_t b, int64_t i, int64_t h, void*) {
-    const ProjectParams block = call.block(i);
-    const int64_t m = call.weight_of(b, h);
-    T* rows = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * width;
-    project_kernels<T>().project(block, rows_in.rows.template at<const T>(b, h, i * kTokensPerTask), rows_in.rows.row,
-                                 w.of(m), w.offset_of(m), rows);
-    for (int64_t at = 0; at < block.tokens; ++at) rows[at * width + rank + 1] *= T(1.44269504088896340736);
-  });
+  parallel_units(call.batch, call.blocks, call.heads, call.bytes_of_rows<T>(),
+                 [&](int64_t b, int64_t i, int64_t h, void* scratch) {
+                   const ProjectParams block = call.block(i);
+                   const int64_t m = call.weight_of(b, h);
+                   const BlockRows<T> in = call.rows<T>(tokens, b, h, i, static_cast<T*>(scratch));
+                   T* rows = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * width;
+                   project_kernels<T>().project(block, in.data, in.row, w.of(m), w.offset_of(m), rows);
+                   for (int64_t at = 0; at < block.tokens; ++at)
+                     rows[at * width + rank + 1] *= T(1.44269504088896340736);
+                 });
   return out;
 }
 
@@ -127,7 +137,6 @@ std::vector<T> padded_weight(const Projection& call, const Tensor& weight) {
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
   const Projection call(tokens, weight);
-  const Operand rows_in = as_rows<T>(tokens, call.p.head_pad);
   const ProjectParams& p = call.p;
   const Tensor g = torch::stable::contiguous(grad);
   const int64_t size = p.outputs * p.head_pad;
@@ -137,15 +146,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
   const Operand d_rows = result_rows<T>(d_tokens, p.head_pad);
   const ZeroRow<T> zero_row(p.head_pad);
   std::vector<T> partial(size_t(call.batch * call.heads * call.blocks * (size + p.outputs)));
-  parallel_units(call.batch, call.heads, call.blocks, 0, [&](int64_t b, int64_t h, int64_t i, void*) {
-    T* d_weight = &partial[size_t(((b * call.heads + h) * call.blocks + i) * (size + p.outputs))];
-    project_kernels<T>().project_backward(
-        call.block(i),
-        static_cast<const T*>(g.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs,
-        rows_in.rows.template at<const T>(b, h, i * kTokensPerTask), rows_in.rows.row,
-        &padded[size_t(call.weight_of(b, h) * size)], static_cast<const T*>(zero_row.data()),
-        d_rows.rows.template at<T>(b, h, i * kTokensPerTask), d_rows.rows.row, d_weight, d_weight + size);
-  });
+  parallel_units(
+      call.batch, call.heads, call.blocks, call.bytes_of_rows<T>(),
+      [&](int64_t b, int64_t h, int64_t i, void* scratch) {
+        const BlockRows<T> in = call.rows<T>(tokens, b, h, i, static_cast<T*>(scratch));
+        T* d_weight = &partial[size_t(((b * call.heads + h) * call.blocks + i) * (size + p.outputs))];
+        project_kernels<T>().project_backward(
+            call.block(i),
+            static_cast<const T*>(g.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs,
+            in.data, in.row, &padded[size_t(call.weight_of(b, h) * size)], static_cast<const T*>(zero_row.data()),
+            d_rows.rows.template at<T>(b, h, i * kTokensPerTask), d_rows.rows.row, d_weight, d_weight + size);
+      });
   Tensor d_weight = zeros_cpu({call.weight_batch, call.weight_heads, p.outputs, p.head_dim}, kScalar<T>);
   Tensor d_bias = zeros_cpu({call.weight_batch, call.weight_heads, p.outputs}, kScalar<T>);
   T *dw = static_cast<T*>(d_weight.data_ptr()), *db = static_cast<T*>(d_bias.data_ptr());
