@@ -93,7 +93,7 @@ def test_freed_memory_stays_with_the_process_if_it_is_asked_to() -> None:
         "import resource, sys, torch\n"
         "from scatterbrain.bench.allocator import keep_freed_memory\n"
         "if sys.argv[1] == 'keep' and not keep_freed_memory(): sys.exit('not glibc')\n"
-        "torch.ones(10 << 20)\n"
+        "torch.ones(11 << 20)\n"  # leaves room for the next one, however that has to be aligned
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "torch.ones(10 << 20)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
