@@ -3,6 +3,7 @@
 // of units whose pairs are kept and then scattered by key range. Queries that cancel follow in double.
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "../launchers.h"
 #include "../profile.h"
@@ -127,11 +128,11 @@ class Backward {
         task.stage = BackwardTask::kCompute, task.keep = true, task.scratch = scratch;
         kernel.backward_unit(p, task);
       });
-      const int64_t ranges = 16 * threads, width = ceil_div(p.k_tokens, ranges);
-      in_parallel(ranges, sizes, [&](int64_t i, void* scratch) {
+      const std::vector<int64_t> bounds = even_ranges(round, threads);
+      in_parallel(threads, sizes, [&](int64_t i, void* scratch) {
         for (BackwardTask task : round) {
           task.stage = BackwardTask::kScatter, task.scratch = scratch;
-          task.key_begin = i * width, task.key_end = std::min((i + 1) * width, p.k_tokens);
+          task.key_begin = bounds[size_t(i)], task.key_end = bounds[size_t(i) + 1];
           kernel.backward_unit(p, task);
         }
       });
@@ -147,6 +148,26 @@ class Backward {
         const bool full = groups * sizes.record_bytes >= kRoundBytes && int64_t(round.size()) % threads == 0;
         if (full || (h + 1 == (kv + 1) * group && unit + 1 == p.units)) flush();
       }
+  }
+
+  // Bounds of `count` ranges of keys with about as many kept pairs each. A range for every thread and no more: the
+  // fewer pieces a record falls into, the less often its queries are read.
+  std::vector<int64_t> even_ranges(const std::vector<BackwardTask>& round, int64_t count) {
+    std::vector<int64_t> pairs(size_t(ceil_div(p.k_tokens, kChunk)), 0);
+    for (BackwardTask task : round) {
+      task.stage = BackwardTask::kSpread, task.pairs = pairs.data();
+      kernel.backward_unit(p, task);
+    }
+    const int64_t total = std::accumulate(pairs.begin(), pairs.end(), int64_t(0));
+    std::vector<int64_t> bounds = {0};
+    int64_t before = 0;
+    for (size_t block = 0; block < pairs.size(); ++block) {
+      while (before * count > total * int64_t(bounds.size()) && int64_t(bounds.size()) < count)
+        bounds.push_back(int64_t(block) * kChunk);
+      before += pairs[block];
+    }
+    bounds.resize(size_t(count) + 1, p.k_tokens);
+    return bounds;
   }
 
   template <class Body>

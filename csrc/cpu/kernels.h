@@ -10,13 +10,14 @@ namespace sb {
 
 // One call of the backward pass on the queries of one unit. Stages: kMeasure fills scratch_bytes and record_bytes;
 // kCount fills groups; kCompute writes dq, dx and the states' gradient, and either scatters each group's pairs at once
-// or keeps them in `records` (groups * record_bytes); kScatter adds kept records to dk, dv and dy for keys in
-// [key_begin, key_end).
+// or keeps them in `records` (groups * record_bytes); kSpread counts some of the kept pairs in `pairs`, by blocks of
+// kChunk keys; kScatter adds kept records to dk, dv and dy for keys in [key_begin, key_end).
 struct BackwardTask {
-  enum Stage { kMeasure, kCount, kCompute, kScatter } stage = kMeasure;
+  enum Stage { kMeasure, kCount, kCompute, kSpread, kScatter } stage = kMeasure;
   int64_t b = 0, h = 0, unit = 0;
   bool keep = false;
   int64_t key_begin = 0, key_end = 0;
+  int64_t* pairs = nullptr;
   void *scratch = nullptr, *records = nullptr;
   const void* zero_row = nullptr;
   int64_t scratch_bytes = 0, record_bytes = 0, groups = 0;
