@@ -13,7 +13,7 @@
 namespace sb::cpu {
 namespace {
 
-constexpr int64_t kRoundBytes = int64_t(1) << 22;  // kept pairs of one round, about the size of a shared cache
+constexpr int64_t kRoundBytes = int64_t(1) << 21;  // kept pairs of one round, about the size of a shared cache
 
 template <class E>
 class Backward {
