@@ -87,6 +87,7 @@ struct AttentionParams {
   // (features_pad), then kappa_ref.
   int64_t segment, slots, slot_size;
   void* state;
+  bool uses_state;  // whether any query's complement is that of a state: false only where all are evaluated pair by pair
   const int32_t* valid_before;  // (B, slots): keys before segment s that are not ignored
 
   double cancelling;   // bound of what is taken back over the whole weight, see kCancelling

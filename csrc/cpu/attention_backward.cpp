@@ -178,8 +178,9 @@ class Backward {
   // The states' share of dk-side gradients, and the end of the key coordinates' gradient.
   void keys() {
     const Stage stage("backward of keys");
-    parallel_units(p.batch, p.kv_heads, 1, 0,
-                   [&](int64_t b, int64_t kv, int64_t, void*) { kernel.backward_scan(p, b, kv); });
+    if (p.uses_state)
+      parallel_units(p.batch, p.kv_heads, 1, 0,
+                     [&](int64_t b, int64_t kv, int64_t, void*) { kernel.backward_scan(p, b, kv); });
     parallel_units(p.batch, p.kv_heads, ceil_div(p.k_tokens, kChunk),
                    kernel.backward_keys(p, 0, 0, 0, nullptr, nullptr),
                    [&](int64_t b, int64_t kv, int64_t chunk, void* scratch) {

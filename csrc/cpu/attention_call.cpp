@@ -43,7 +43,9 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
   set_lists(a);
   int64_t direct = kDirectKeys;
   for (const RowRange& row : rows) direct = std::max(direct, direct_keys(row));
-  p.max_pairs = pad_to(longest_list() + kChunk + direct + 2 * kPad, kPad);
+  const int64_t longest = longest_list();
+  p.max_pairs = pad_to(longest + kChunk + direct + 2 * kPad, kPad);
+  p.uses_state = p.low_rank != LowRank::kNone && any_state(longest);
 }
 
 template <class E>
@@ -116,6 +118,43 @@ int64_t AttentionCall<E>::longest_list() const {
   return std::min((p.span ? p.span_keys : 0) + longest_index * p.block_k, p.k_tokens);
 }
 
+// Keys that every query of a row lists at least, without a causal edge. The window of a block lies inside the row; of
+// its list only the last block may be cut.
+template <class E>
+int64_t AttentionCall<E>::shortest_list(int64_t b) const {
+  if (p.k_mask || p.order) return 0;
+  int64_t shortest = p.k_tokens;
+  for (int64_t h = 0; h < std::max<int64_t>(p.list_heads, 1); ++h)
+    for (int64_t block = 0; block * p.block_q < rows[size_t(b)].q_end - rows[size_t(b)].q_first; ++block) {
+      int64_t keys = 0;
+      if (p.span) {
+        const int32_t* span = p.span + b * p.span_batch + block * 2;
+        keys = std::min(span[1], rows[size_t(b)].k_end) - std::max(span[0], rows[size_t(b)].k_first);
+      }
+      if (p.index) {
+        const int64_t listed = p.count[(b * p.list_heads + h) * p.blocks + block];
+        keys = std::max(keys, listed * p.block_k - (p.block_k - 1));
+      }
+      shortest = std::min(shortest, keys);
+    }
+  return shortest;
+}
+
+// Whether any query's complement is too large to be evaluated pair by pair (collect_pairs).
+template <class E>
+bool AttentionCall<E>::any_state(int64_t longest) const {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const RowRange& row = rows[size_t(b)];
+    const int64_t length = row.k_end - row.k_first;
+    if (length <= 0) continue;
+    const int64_t before = valid_before[size_t(b * p.slots + (p.is_causal ? (length - 1) / kChunk : p.slots - 1))];
+    if (before <= direct_keys(row)) continue;
+    if (p.is_causal || before - longest > direct_keys(row)) return true;
+    if (before - shortest_list(b) > direct_keys(row)) return true;
+  }
+  return false;
+}
+
 template <class E>
 void AttentionCall<E>::build_states() {
   if (p.low_rank == LowRank::kNone) return;
@@ -128,9 +167,7 @@ void AttentionCall<E>::build_states() {
   }
   state = empty_cpu({p.batch, p.kv_heads, p.slots, p.slot_size}, kScalar<T>);
   p.state = state.data_ptr();
-  const bool unused = std::all_of(rows.begin(), rows.end(),
-                                  [](const RowRange& row) { return direct_keys(row) >= row.k_end - row.k_first; });
-  if (unused) {
+  if (!p.uses_state) {
     std::memset(p.state, 0, size_t(state.numel()) * sizeof(T));
     return;
   }

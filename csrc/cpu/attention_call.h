@@ -52,6 +52,8 @@ struct AttentionCall {
   void check_lists(const AttentionArguments& a) const;
   void count_valid();
   int64_t longest_list() const;
+  int64_t shortest_list(int64_t b) const;
+  bool any_state(int64_t longest) const;
   bool all_of(int32_t RowRange::* first, int32_t RowRange::* end, int64_t tokens) const;
   std::optional<Tensor> given_state;
 };
