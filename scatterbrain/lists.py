@@ -163,9 +163,14 @@ def content_lists(
 ) -> Blocks:
     if isinstance(support, LSH):
         return lsh.lsh_lists(query, key, support, rows.query_mask, rows.key_mask, rows.query_range, rows.key_range)
-    # Always in float32, so that float64 copies of the same inputs are routed alike.
-    as_float = lambda t: None if t is None else t.detach().float()  # noqa: E731
-    operator = eager.route if eager.is_plain() else torch.ops.scatterbrain.route
+    # Always in float32, so that float64 copies of the same inputs are routed alike. The operator itself brings half types
+    # to it; below autograd there is nothing to detach from.
+    if eager.is_plain():
+        operator = eager.route
+        as_float = lambda t: t.float() if t is not None and t.dtype == torch.float64 else t  # noqa: E731
+    else:
+        operator = torch.ops.scatterbrain.route
+        as_float = lambda t: None if t is None else t.detach().float()  # noqa: E731
     index, count = operator(
         as_float(query),
         as_float(key),

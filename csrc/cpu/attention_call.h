@@ -10,9 +10,9 @@ inline bool in_double(const AttentionArguments& a) {
   return a.query.scalar_type() == ScalarType::Double || a.query.size(3) < kNarrowHead;
 }
 
-// Whether rows of bfloat16 are what the kernels read, in place. A query that has its own list is computed on float32.
+// Whether rows of bfloat16 are what the kernels read, in place.
 inline bool in_bfloat16(const AttentionArguments& a) {
-  return a.query.scalar_type() == ScalarType::BFloat16 && instruction_set().bf16 && a.block_q > 1;
+  return a.query.scalar_type() == ScalarType::BFloat16 && instruction_set().bf16;
 }
 // Calls visit(pointer to the element of the rows that kernels read).
 template <class Visit>
