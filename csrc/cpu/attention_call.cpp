@@ -94,7 +94,10 @@ void AttentionCall<E>::check_lists(const AttentionArguments& a) const {
     STD_TORCH_CHECK(used >= 0 && used <= p.capacity, "attention: count must be between 0 and the capacity ", p.capacity,
                     ", got ", used);
     const int32_t* entry = p.index + row * p.capacity;
-    for (int64_t i = 0; i < used; ++i) {
+    // One pass without branches; only a wrong list is looked at again.
+    bool wrong = used > 0 && (entry[0] < 0 || entry[used - 1] >= key_blocks);
+    for (int64_t i = 1; i < used; ++i) wrong |= entry[i - 1] >= entry[i];
+    for (int64_t i = 0; wrong && i < used; ++i) {
       STD_TORCH_CHECK(entry[i] >= 0 && entry[i] < key_blocks, "attention: index names key block ", entry[i], " of ",
                       key_blocks, " (blocks of ", p.block_k, " keys)");
       STD_TORCH_CHECK(i == 0 || entry[i - 1] < entry[i],
