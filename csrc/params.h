@@ -33,6 +33,9 @@ struct RowRange {
 inline constexpr int64_t kPad = 16;  // every row operand is padded with zeros to a multiple of this many elements
 inline constexpr int64_t kChunk =
     64;  // keys of a state chunk: inside the chunk of the causal edge nothing comes from a state
+// Rows of no more keys than this, and of more queries than kDirectQueries: queries that have lists of their own evaluate
+// all keys together, a list is then a mask.
+inline constexpr int64_t kDenseKeys = 128;
 inline constexpr int64_t kDirectKeys = 64;     // a complement of no more keys than this is evaluated pair by pair
 inline constexpr int64_t kDirectQueries = 16;  // a row with no more queries than this evaluates every complement so
 // Where a state's L of the listed keys, which is taken back, is this many times the query's whole weight, what is left
@@ -46,10 +49,14 @@ inline constexpr int64_t kSegment = 1024;  // keys of one partial state when the
 inline constexpr int64_t kQueriesPerUnit =
     256;  // queries that one task takes when there is no causal edge; 64 (a chunk) with one
 
+inline constexpr bool is_dense(const RowRange& row, int64_t block_q) {
+  return block_q == 1 && row.k_end - row.k_first <= kDenseKeys && row.q_end - row.q_first > kDirectQueries;
+}
 // Keys of the largest complement that a row evaluates pair by pair. Depends on what is valid in the row alone, so that
 // padding changes nothing.
-inline constexpr int64_t direct_keys(const RowRange& row) {
-  return row.q_end - row.q_first <= kDirectQueries ? row.k_end - row.k_first : kDirectKeys;
+inline constexpr int64_t direct_keys(const RowRange& row, int64_t block_q) {
+  const bool all = row.q_end - row.q_first <= kDirectQueries || is_dense(row, block_q);
+  return all ? row.k_end - row.k_first : kDirectKeys;
 }
 
 inline constexpr int64_t pad_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -87,7 +94,8 @@ struct AttentionParams {
   // (features_pad), then kappa_ref.
   int64_t segment, slots, slot_size;
   void* state;
-  bool uses_state;  // whether any query's complement is that of a state: false only where all are evaluated pair by pair
+  bool
+      uses_state;  // whether any query's complement is that of a state: false only where all are evaluated pair by pair
   const int32_t* valid_before;  // (B, slots): keys before segment s that are not ignored
 
   double cancelling;   // bound of what is taken back over the whole weight, see kCancelling

@@ -279,3 +279,65 @@ def test_queries_and_keys_are_padded_on_their_own(support: str, low_rank: str) -
     assert torch.equal(got.gradients[1][:, :, 50:], want.gradients[1]) and torch.equal(
         got.gradients[2][:, :, 50:], want.gradients[2]
     )
+
+
+# ---------------------------------------------------------------------------------------- few keys
+
+WIDE = 32  # computed in float32, where heads of D are computed in double
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("low_rank", ["none", "stored"])
+@pytest.mark.parametrize("n", [17, 100, 128])
+def test_a_short_row_is_the_same_alone_and_in_a_long_batch(
+    n: int, low_rank: str, is_causal: bool, dtype: torch.dtype
+) -> None:
+    """Rows of up to 128 keys are evaluated in another way than longer ones, whatever they are padded to."""
+    rows = [rand(2, H, 200, WIDE, seed=s).to(dtype) for s in (41, 42, 43)]
+    kernel, statistics = None, None
+    if low_rank == "stored":
+        kernel, statistics = sb.Quadratic(4), sb.fit_statistics(*(r.float() for r in rows[:2]), 4)
+    arguments = dict(low_rank=kernel, statistics=statistics, is_causal=is_causal, return_lse=True)
+    support, upstream = sb.Routed(32, block_q=1, block_k=8, window=16), rand(1, H, n, WIDE, seed=44).to(dtype)
+
+    def result(tokens: list[Tensor], where: slice, mask: Tensor | None) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in tokens]
+        out, lse = sb.attention(*leaves, support, key_padding_mask=mask, **arguments)
+        gradients = torch.autograd.grad(out[-1:, :, where], leaves, upstream)
+        return [out[-1:, :, where], lse[-1:, :, where], *(g[-1:, :, where] for g in gradients)]
+
+    alone = result([r[1:, :, :n] for r in rows], slice(n), None)
+    mask = torch.zeros(2, 200, dtype=torch.bool)
+    mask[1, :30] = mask[1, 30 + n :] = True
+    padded = [r.clone() for r in rows]
+    for long, short in zip(padded, rows):
+        long[1] = float("nan")
+        long[1, :, 30 : 30 + n] = short[1, :, :n]
+    for want, got in zip(alone, result(padded, slice(30, 30 + n), mask)):
+        assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("t", [0, 40, 63, 64, 99])
+def test_the_past_of_a_short_row_does_not_see_the_future(t: int, dtype: torch.dtype) -> None:
+    tokens = [rand(1, H, 120, WIDE, seed=s).to(dtype) for s in (51, 52, 53)]
+    future = [1e4 * rand(1, H, 120, WIDE, seed=s).to(dtype) for s in (54, 55, 56)]
+    changed = [torch.cat([x[:, :, : t + 1], y[:, :, t + 1 :]], 2) for x, y in zip(tokens, future)]
+    statistics = sb.fit_statistics(*(x.float() for x in tokens[:2]), 4)
+    upstream = rand(1, H, 120, WIDE, seed=57).to(dtype)
+    upstream[:, :, t + 1 :] = 0
+    results = []
+    for inputs in (tokens, changed):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = sb.attention(
+            *leaves,
+            sb.Routed(32, block_q=1, block_k=8, window=16),
+            sb.Quadratic(4),
+            is_causal=True,
+            statistics=statistics,
+        )
+        gradients = torch.autograd.grad(out, leaves, upstream)
+        assert not any(g[:, :, t + 1 :].any() for g in gradients)
+        results.append([x[:, :, : t + 1] for x in (out, *gradients)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))

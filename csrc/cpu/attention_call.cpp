@@ -42,7 +42,7 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
   }
   set_lists(a);
   int64_t direct = kDirectKeys;
-  for (const RowRange& row : rows) direct = std::max(direct, direct_keys(row));
+  for (const RowRange& row : rows) direct = std::max(direct, direct_keys(row, p.block_q));
   const int64_t longest = longest_list();
   p.max_pairs = pad_to(longest + kChunk + direct + 2 * kPad, kPad);
   p.uses_state = p.low_rank != LowRank::kNone && any_state(longest);
@@ -126,6 +126,7 @@ int64_t AttentionCall<E>::longest_list() const {
 template <class E>
 int64_t AttentionCall<E>::shortest_list(int64_t b) const {
   if (p.k_mask || p.order) return 0;
+  const int64_t length = rows[size_t(b)].k_end - rows[size_t(b)].k_first, cut = pad_to(length, p.block_k) - length;
   int64_t shortest = p.k_tokens;
   for (int64_t h = 0; h < std::max<int64_t>(p.list_heads, 1); ++h)
     for (int64_t block = 0; block * p.block_q < rows[size_t(b)].q_end - rows[size_t(b)].q_first; ++block) {
@@ -136,7 +137,7 @@ int64_t AttentionCall<E>::shortest_list(int64_t b) const {
       }
       if (p.index) {
         const int64_t listed = p.count[(b * p.list_heads + h) * p.blocks + block];
-        keys = std::max(keys, listed * p.block_k - (p.block_k - 1));
+        keys = std::max(keys, listed * p.block_k - cut);
       }
       shortest = std::min(shortest, keys);
     }
@@ -151,9 +152,9 @@ bool AttentionCall<E>::any_state(int64_t longest) const {
     const int64_t length = row.k_end - row.k_first;
     if (length <= 0) continue;
     const int64_t before = valid_before[size_t(b * p.slots + (p.is_causal ? (length - 1) / kChunk : p.slots - 1))];
-    if (before <= direct_keys(row)) continue;
-    if (p.is_causal || before - longest > direct_keys(row)) return true;
-    if (before - shortest_list(b) > direct_keys(row)) return true;
+    if (before <= direct_keys(row, p.block_q)) continue;
+    if (p.is_causal || before - longest > direct_keys(row, p.block_q)) return true;
+    if (before - shortest_list(b) > direct_keys(row, p.block_q)) return true;
   }
   return false;
 }
