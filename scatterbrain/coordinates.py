@@ -129,13 +129,17 @@ def _stored_weights(statistics: Statistics, scale: float, dtype: torch.dtype, de
 # -------------------- weights of statistics that are used again
 
 
-class _Kept(NamedTuple):
+class KeptWeights(NamedTuple):
     """Weights, and what they were made from: copies, since tensors can be changed in place behind any counter."""
 
     sources: list[Tensor]
     scale: float
     dtype: torch.dtype
     weights: eager.Projection
+
+    def are_of(self, statistics: Statistics) -> bool:
+        """Whether the statistics hold what these were made from."""
+        return all(map(torch.equal, self.sources, _sources(statistics)))
 
 
 _kept = WeakTensorKeyDictionary()  # by query_projection
@@ -159,12 +163,17 @@ def _kept_weights(statistics: Statistics, scale: float, dtype: torch.dtype) -> e
     twenty small operations, against which comparing is cheap."""
     sources = _sources(statistics)
     kept = _kept.get(sources[0])
-    if kept is None or kept.dtype != dtype or kept.scale != scale or not all(map(torch.equal, kept.sources, sources)):
+    if kept is None or kept.dtype != dtype or kept.scale != scale or not kept.are_of(statistics):
         with torch.inference_mode(False), torch.no_grad():  # usable by a later call that trains
             weights = _stored_weights(statistics, scale, dtype, sources[0].device)
-            kept = _Kept([t.detach().clone() for t in sources], scale, dtype, weights)
+            kept = KeptWeights([t.detach().clone() for t in sources], scale, dtype, weights)
         _kept[sources[0]] = kept
     return kept.weights
+
+
+def kept_weights(statistics: Statistics) -> KeptWeights | None:
+    """What was kept for these statistics last."""
+    return _kept.get(statistics.query_projection)
 
 
 # -------------------- random features

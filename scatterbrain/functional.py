@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scatterbrain import checks, eager, flops  # noqa: F401  (flops registers the operators' formulas)
+from scatterbrain import checks, eager, flops, plans  # noqa: F401  (flops registers the operators' formulas)
 from scatterbrain.coordinates import coordinates, quadratic_projection
 from scatterbrain.lists import content_lists, covers_every_key, lists_of
 from scatterbrain.low_rank import (
@@ -22,7 +22,7 @@ from scatterbrain.low_rank import (
     moments,
     statistics_from_moments,
 )
-from scatterbrain.rows import Rows, rows_of
+from scatterbrain.rows import EVERYTHING, Rows, rows_of
 from scatterbrain.rows import valid_range as valid_range
 from scatterbrain.support import LSH, Blocks, Full, Routed, Support, Window
 
@@ -127,6 +127,18 @@ def attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came and the cure.
     """
+    is_bare = (
+        key_padding_mask is None
+        and query_padding_mask is None
+        and type(query_offset) is int
+        and query_offset == 0
+        and return_lse is False
+    )
+    if is_bare:
+        plan = plans.find(query, key, value, support, low_rank, is_causal, scale, statistics)
+        if plan is not None:
+            projection = plan.weights.weights
+            return _run_plain(query, key, value, support, low_rank, projection, plan.scale, EVERYTHING, is_causal)[0]
     if _is_autocast(query):
         tokens = cast_for_autocast(query, key, value)
         with torch.autocast(query.device.type, enabled=False):
@@ -151,7 +163,7 @@ def attention(
     batch, q_heads, n, head_dim = query.shape
     _, kv_heads, m, _ = key.shape
     checks.check_offset(query_offset, batch, is_causal)
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    given_scale, scale = scale, 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     if isinstance(support, Full):  # nothing is left for the low-rank kernel
         low_rank = statistics = None
     checks.check_statistics(low_rank, statistics, scale, batch, q_heads, kv_heads, head_dim)
@@ -170,6 +182,8 @@ def attention(
                 )
             return eager.with_zero_gradients(out, unused) if unused else out
     out, lse = _run(query, key, value, support, low_rank, statistics, scale, rows, is_causal)
+    if is_bare:
+        plans.keep(query, key, value, support, low_rank, is_causal, given_scale, statistics, scale)
     return (out, lse) if return_lse else out
 
 
@@ -193,14 +207,49 @@ def _run(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the operator, from arguments that were checked."""
-    plain, projection, packed_rank = eager.is_plain(), None, 0
+    plain = eager.is_plain()
     if plain and isinstance(low_rank, Quadratic):
         projection = quadratic_projection(query, key, low_rank, statistics, scale, rows)
-        query_map, key_map, packed_rank = eager.project_both(query, key, projection)
-    else:
-        query_map, key_map = coordinates(query, key, low_rank, statistics, scale, rows, is_causal)
+        return _run_plain(query, key, value, support, low_rank, projection, scale, rows, is_causal)
+    query_map, key_map = coordinates(query, key, low_rank, statistics, scale, rows, is_causal)
+    rest = _lists_and_settings(support, query, key, query_map, key_map, 0, low_rank, scale, rows, is_causal)
+    if plain:
+        return eager.attention(query, key, value, query_map, key_map, None, *rest)
+    return torch.ops.scatterbrain.attention(query, key, value, query_map, key_map, *rest)
+
+
+def _run_plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    support: Support,
+    low_rank: Quadratic,
+    projection: eager.Projection,
+    scale: float,
+    rows: Rows,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a plain eager call with the quadratic kernel, whose projections are known."""
+    query_map, key_map, packed_rank = eager.project_both(query, key, projection)
+    rest = _lists_and_settings(support, query, key, query_map, key_map, packed_rank, low_rank, scale, rows, is_causal)
+    return eager.attention(query, key, value, query_map, key_map, projection, *rest)
+
+
+def _lists_and_settings(
+    support: Support,
+    query: Tensor,
+    key: Tensor,
+    query_map: Tensor | None,
+    key_map: Tensor | None,
+    packed_rank: int,
+    low_rank: LowRank,
+    scale: float,
+    rows: Rows,
+    is_causal: bool,
+) -> tuple:
+    """The operator's arguments after the maps."""
     lists = lists_of(support, query, key, query_map, key_map, packed_rank, low_rank, scale, rows, is_causal)
-    rest = (
+    return (
         lists.index,
         lists.count,
         lists.span,
@@ -218,9 +267,6 @@ def _run(
         scale,
         packed_rank,
     )
-    if plain:
-        return eager.attention(query, key, value, query_map, key_map, projection, *rest)
-    return torch.ops.scatterbrain.attention(query, key, value, query_map, key_map, *rest)
 
 
 def route(

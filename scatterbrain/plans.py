@@ -1,0 +1,116 @@
+"""Calls of :func:`scatterbrain.attention` that were checked before.
+
+A model calls attention with the same shapes, support and statistics again and again. What the checks found out is kept
+here, since on few hundred tokens they take as long as a tenth of a call, and more where other work has pushed the
+interpreter out of the caches. Only the common case is kept: plain eager calls on the CPU, without masks or offset.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scatterbrain import eager
+from scatterbrain.coordinates import KeptWeights, kept_weights
+from scatterbrain.low_rank import LowRank, Quadratic, Statistics
+from scatterbrain.support import Routed, Support, Window
+
+_MOST = 64  # plans; a program with more kinds of calls than this checks some of them anew
+
+
+class Plan(NamedTuple):
+    """What was found out about a call: the statistics themselves, so that no other object has their id; the projections
+    they came to; the scale."""
+
+    statistics: Statistics
+    weights: KeptWeights
+    scale: float
+
+
+_plans: dict[tuple, Plan] = {}
+
+
+def find(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    support: Support,
+    low_rank: LowRank,
+    is_causal: bool,
+    scale: float | None,
+    statistics: object,
+) -> Plan | None:
+    """The plan of a call with these arguments and no others, None where they have to be checked."""
+    if torch.compiler.is_compiling() or not eager.is_plain():
+        return None
+    arguments = _key(query, key, value, support, low_rank, is_causal, scale, statistics)
+    plan = _plans.get(arguments) if arguments else None
+    if plan is None or plan.statistics is not statistics:
+        return None
+    if torch._C._is_any_autocast_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        return None
+    return plan if plan.weights.are_of(statistics) else None
+
+
+def keep(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    support: Support,
+    low_rank: LowRank,
+    is_causal: bool,
+    scale: float | None,
+    statistics: object,
+    used_scale: float,
+) -> None:
+    """Keeps what a call came to that has passed every check, if it is of the kind that is kept."""
+    if torch.compiler.is_compiling() or not eager.is_plain():
+        return
+    arguments = _key(query, key, value, support, low_rank, is_causal, scale, statistics)
+    weights = kept_weights(statistics) if arguments else None
+    if weights is None or weights.scale != used_scale:
+        return
+    if len(_plans) >= _MOST:
+        _plans.pop(next(iter(_plans)))
+    _plans[arguments] = Plan(statistics, weights, used_scale)
+
+
+def _key(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    support: Support,
+    low_rank: LowRank,
+    is_causal: bool,
+    scale: float | None,
+    statistics: object,
+) -> tuple | None:
+    """All that the checks look at; None where a call is not of the kind that is kept. Types are compared, not instances:
+    what only equals a number or is a tensor of another kind goes through the checks."""
+    if not (
+        type(query) is type(key) is type(value) is Tensor
+        and type(statistics) is Statistics
+        and type(support) in (Window, Routed)
+        and type(low_rank) is Quadratic
+        and type(is_causal) is bool
+        and (scale is None or type(scale) is float)
+        and query.is_cpu
+        and key.is_cpu
+        and value.is_cpu
+    ):
+        return None
+    return (
+        id(statistics),
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        key.dtype,
+        value.dtype,
+        support,
+        low_rank,
+        is_causal,
+        scale,
+    )
