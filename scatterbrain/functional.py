@@ -136,6 +136,8 @@ def attention(
     )
     if is_bare:
         plan = plans.find(query, key, value, support, low_rank, is_causal, scale, statistics)
+        if plan is not None and plan.weights is None:
+            return _exact(query, key, value, is_causal, plan.scale)
         if plan is not None:
             projection = plan.weights.weights
             return _run_plain(query, key, value, support, low_rank, projection, plan.scale, EVERYTHING, is_causal)[0]
@@ -173,18 +175,21 @@ def attention(
         if isinstance(statistics, Projections):
             unused = [t for t in vars(statistics).values() if t.requires_grad]
         if _suits_torch(is_causal, scale) and (not unused or eager.is_plain()):
-            # Exact attention without masks: on few tokens nothing is faster than torch's own kernel.
-            if q_heads == kv_heads:
-                out = F.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal, scale=scale)
-            else:
-                out = F.scaled_dot_product_attention(
-                    query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=True
-                )
+            if is_bare and not unused:
+                plans.keep(query, key, value, support, low_rank, is_causal, given_scale, statistics, scale, True)
+            out = _exact(query, key, value, is_causal, scale)
             return eager.with_zero_gradients(out, unused) if unused else out
     out, lse = _run(query, key, value, support, low_rank, statistics, scale, rows, is_causal)
     if is_bare:
-        plans.keep(query, key, value, support, low_rank, is_causal, given_scale, statistics, scale)
+        plans.keep(query, key, value, support, low_rank, is_causal, given_scale, statistics, scale, False)
     return (out, lse) if return_lse else out
+
+
+def _exact(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """Exact attention without masks: on few tokens nothing is faster than torch's own kernel."""
+    if query.shape[1] == key.shape[1]:
+        return F.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal, scale=scale)
+    return F.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=True)
 
 
 def _suits_torch(is_causal: bool, scale: float) -> bool:

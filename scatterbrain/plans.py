@@ -22,10 +22,10 @@ _MOST = 64  # plans; a program with more kinds of calls than this checks some of
 
 class Plan(NamedTuple):
     """What was found out about a call: the statistics themselves, so that no other object has their id; the projections
-    they came to; the scale."""
+    they came to, None where the support covers every key and torch's own kernel does it; the scale."""
 
     statistics: Statistics
-    weights: KeptWeights
+    weights: KeptWeights | None
     scale: float
 
 
@@ -51,7 +51,7 @@ def find(
         return None
     if torch._C._is_any_autocast_enabled() or torch.autograd.forward_ad._current_level >= 0:
         return None
-    return plan if plan.weights.are_of(statistics) else None
+    return plan if plan.weights is None or plan.weights.are_of(statistics) else None
 
 
 def keep(
@@ -64,13 +64,16 @@ def keep(
     scale: float | None,
     statistics: object,
     used_scale: float,
+    is_exact: bool,
 ) -> None:
     """Keeps what a call came to that has passed every check, if it is of the kind that is kept."""
     if torch.compiler.is_compiling() or not eager.is_plain():
         return
     arguments = _key(query, key, value, support, low_rank, is_causal, scale, statistics)
-    weights = kept_weights(statistics) if arguments else None
-    if weights is None or weights.scale != used_scale:
+    if arguments is None:
+        return
+    weights = None if is_exact else kept_weights(statistics)
+    if not is_exact and (weights is None or weights.scale != used_scale):
         return
     if len(_plans) >= _MOST:
         _plans.pop(next(iter(_plans)))

@@ -105,3 +105,11 @@ def test_no_more_plans_are_kept_than_a_program_needs(tokens, statistics) -> None
     for n in range(40, 40 + plans._MOST + 5):
         call([t[:, :, :n] for t in tokens], statistics)
     assert len(plans._plans) == plans._MOST
+
+
+def test_exact_attention_is_planned_too(tokens, statistics) -> None:
+    short = [t[:, :, :20] for t in tokens]
+    first, second = call(short, statistics), call(short, statistics)
+    assert [plan.weights for plan in plans._plans.values()] == [None]
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, torch.nn.functional.scaled_dot_product_attention(*short))
