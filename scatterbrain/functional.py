@@ -127,15 +127,16 @@ def attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came and the cure.
     """
-    is_bare = (
+    plan_key = None
+    if (
         key_padding_mask is None
         and query_padding_mask is None
         and type(query_offset) is int
         and query_offset == 0
         and return_lse is False
-    )
-    if is_bare:
-        plan = plans.find(query, key, value, support, low_rank, is_causal, scale, statistics)
+    ):
+        plan_key = plans.key_of(query, key, value, support, low_rank, is_causal, scale, statistics)
+        plan = plans.find(plan_key, statistics)
         if plan is not None and plan.weights is None:
             return _exact(query, key, value, is_causal, plan.scale)
         if plan is not None:
@@ -165,7 +166,7 @@ def attention(
     batch, q_heads, n, head_dim = query.shape
     _, kv_heads, m, _ = key.shape
     checks.check_offset(query_offset, batch, is_causal)
-    given_scale, scale = scale, 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     if isinstance(support, Full):  # nothing is left for the low-rank kernel
         low_rank = statistics = None
     checks.check_statistics(low_rank, statistics, scale, batch, q_heads, kv_heads, head_dim)
@@ -175,13 +176,11 @@ def attention(
         if isinstance(statistics, Projections):
             unused = [t for t in vars(statistics).values() if t.requires_grad]
         if _suits_torch(is_causal, scale) and (not unused or eager.is_plain()):
-            if is_bare and not unused:
-                plans.keep(query, key, value, support, low_rank, is_causal, given_scale, statistics, scale, True)
+            plans.keep(plan_key, statistics, scale, is_exact=True)
             out = _exact(query, key, value, is_causal, scale)
             return eager.with_zero_gradients(out, unused) if unused else out
     out, lse = _run(query, key, value, support, low_rank, statistics, scale, rows, is_causal)
-    if is_bare:
-        plans.keep(query, key, value, support, low_rank, is_causal, given_scale, statistics, scale, False)
+    plans.keep(plan_key, statistics, scale, is_exact=False)
     return (out, lse) if return_lse else out
 
 

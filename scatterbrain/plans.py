@@ -32,55 +32,7 @@ class Plan(NamedTuple):
 _plans: dict[tuple, Plan] = {}
 
 
-def find(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    support: Support,
-    low_rank: LowRank,
-    is_causal: bool,
-    scale: float | None,
-    statistics: object,
-) -> Plan | None:
-    """The plan of a call with these arguments and no others, None where they have to be checked."""
-    if torch.compiler.is_compiling() or not eager.is_plain():
-        return None
-    arguments = _key(query, key, value, support, low_rank, is_causal, scale, statistics)
-    plan = _plans.get(arguments) if arguments else None
-    if plan is None or plan.statistics is not statistics:
-        return None
-    if torch._C._is_any_autocast_enabled() or torch.autograd.forward_ad._current_level >= 0:
-        return None
-    return plan if plan.weights is None or plan.weights.are_of(statistics) else None
-
-
-def keep(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    support: Support,
-    low_rank: LowRank,
-    is_causal: bool,
-    scale: float | None,
-    statistics: object,
-    used_scale: float,
-    is_exact: bool,
-) -> None:
-    """Keeps what a call came to that has passed every check, if it is of the kind that is kept."""
-    if torch.compiler.is_compiling() or not eager.is_plain():
-        return
-    arguments = _key(query, key, value, support, low_rank, is_causal, scale, statistics)
-    if arguments is None:
-        return
-    weights = None if is_exact else kept_weights(statistics)
-    if not is_exact and (weights is None or weights.scale != used_scale):
-        return
-    if len(_plans) >= _MOST:
-        _plans.pop(next(iter(_plans)))
-    _plans[arguments] = Plan(statistics, weights, used_scale)
-
-
-def _key(
+def key_of(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -92,6 +44,8 @@ def _key(
 ) -> tuple | None:
     """All that the checks look at; None where a call is not of the kind that is kept. Types are compared, not instances:
     what only equals a number or is a tensor of another kind goes through the checks."""
+    if torch.compiler.is_compiling() or not eager.is_plain():
+        return None
     if not (
         type(query) is type(key) is type(value) is Tensor
         and type(statistics) is Statistics
@@ -117,3 +71,25 @@ def _key(
         is_causal,
         scale,
     )
+
+
+def find(key: tuple | None, statistics: object) -> Plan | None:
+    """The plan of a call with this key; None where it has to be checked."""
+    plan = _plans.get(key) if key else None
+    if plan is None or plan.statistics is not statistics:
+        return None
+    if torch._C._is_any_autocast_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        return None
+    return plan if plan.weights is None or plan.weights.are_of(statistics) else None
+
+
+def keep(key: tuple | None, statistics: object, scale: float, is_exact: bool) -> None:
+    """Keeps what a call with this key came to, which has passed every check."""
+    if key is None:
+        return
+    weights = None if is_exact else kept_weights(statistics)
+    if not is_exact and (weights is None or weights.scale != scale):
+        return
+    if len(_plans) >= _MOST:
+        _plans.pop(next(iter(_plans)))
+    _plans[key] = Plan(statistics, weights, scale)
