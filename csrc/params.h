@@ -33,8 +33,8 @@ struct RowRange {
 inline constexpr int64_t kPad = 16;  // every row operand is padded with zeros to a multiple of this many elements
 inline constexpr int64_t kChunk =
     64;  // keys of a state chunk: inside the chunk of the causal edge nothing comes from a state
-// Rows of no more keys than this, and of more queries than kDirectQueries: queries that have lists of their own evaluate
-// all keys together, a list is then a mask.
+// Bidirectional rows of no more keys than this, and of more queries than kDirectQueries: queries that have lists of
+// their own evaluate all keys together, a list is then a mask (dense.inc).
 inline constexpr int64_t kDenseKeys = 128;
 inline constexpr int64_t kDirectKeys = 64;     // a complement of no more keys than this is evaluated pair by pair
 inline constexpr int64_t kDirectQueries = 16;  // a row with no more queries than this evaluates every complement so
@@ -48,16 +48,6 @@ inline constexpr int64_t kNarrowHead = 16;
 inline constexpr int64_t kSegment = 1024;  // keys of one partial state when there is no causal edge
 inline constexpr int64_t kQueriesPerUnit =
     256;  // queries that one task takes when there is no causal edge; 64 (a chunk) with one
-
-inline constexpr bool is_dense(const RowRange& row, int64_t block_q) {
-  return block_q == 1 && row.k_end - row.k_first <= kDenseKeys && row.q_end - row.q_first > kDirectQueries;
-}
-// Keys of the largest complement that a row evaluates pair by pair. Depends on what is valid in the row alone, so that
-// padding changes nothing.
-inline constexpr int64_t direct_keys(const RowRange& row, int64_t block_q) {
-  const bool all = row.q_end - row.q_first <= kDirectQueries || is_dense(row, block_q);
-  return all ? row.k_end - row.k_first : kDirectKeys;
-}
 
 inline constexpr int64_t pad_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -113,6 +103,18 @@ struct AttentionParams {
 
   int64_t features_pad() const { return pad_to(features, kPad); }
   int64_t kv_head(int64_t h) const { return h / (q_heads / kv_heads); }
+  // Whether a row's lists are masks over all its keys. Never with a causal edge, nor without a low-rank kernel: there
+  // some queries do not see some keys at all, and zero times what those hold need not be zero.
+  bool is_dense(const RowRange& row) const {
+    return block_q == 1 && !is_causal && low_rank != LowRank::kNone && row.k_end - row.k_first <= kDenseKeys &&
+           row.q_end - row.q_first > kDirectQueries;
+  }
+  // Keys of the largest complement that a row evaluates pair by pair. Depends on what is valid in the row alone, so
+  // that padding changes nothing.
+  int64_t direct_keys(const RowRange& row) const {
+    const bool all = row.q_end - row.q_first <= kDirectQueries || is_dense(row);
+    return all ? row.k_end - row.k_first : kDirectKeys;
+  }
 };
 
 // Routing (csrc/cpu/route.inc). Everything is float32; positions count from the row's first valid key.

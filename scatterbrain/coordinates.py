@@ -51,7 +51,7 @@ def coordinates(
     )
 
 
-def _coordinate_dtype(query: Tensor) -> torch.dtype:
+def coordinate_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
@@ -63,7 +63,7 @@ def quadratic_projection(
 ) -> eager.Projection:
     """(query weight, query bias, key weight, key bias) of ``map = weight token + bias``, leading with a batch of 1 or
     B. Learned projections stay part of the graph."""
-    dtype = _coordinate_dtype(query)
+    dtype = coordinate_dtype(query)
     if isinstance(statistics, Projections):
         arguments = (*vars(statistics).values(), scale, dtype, query.device)
         return _LearnedWeights.apply(*arguments) if eager.is_plain() else _learned_weights(*arguments)
@@ -139,13 +139,13 @@ class KeptWeights(NamedTuple):
 
     def are_of(self, statistics: Statistics) -> bool:
         """Whether the statistics hold what these were made from."""
-        return all(map(torch.equal, self.sources, _sources(statistics)))
+        return all(map(torch.equal, self.sources, tensors_of(statistics)))
 
 
 _kept = WeakTensorKeyDictionary()  # by query_projection
 
 
-def _sources(statistics: Statistics) -> tuple[Tensor, ...]:
+def tensors_of(statistics: Statistics) -> tuple[Tensor, ...]:
     return statistics.query_projection, statistics.query_mean, statistics.key_projection, statistics.key_mean
 
 
@@ -154,14 +154,14 @@ def _is_kept(statistics: Statistics, device: torch.device) -> bool:
     return (
         device.type == "cpu"
         and eager.is_plain()
-        and all(type(t) in (Tensor, torch.nn.Parameter) and t.device == device for t in _sources(statistics))
+        and all(type(t) in (Tensor, torch.nn.Parameter) and t.device == device for t in tensors_of(statistics))
     )
 
 
 def _kept_weights(statistics: Statistics, scale: float, dtype: torch.dtype) -> eager.Projection:
     """:func:`_stored_weights`, computed again only where the statistics' content, scale or dtype has changed: some
     twenty small operations, against which comparing is cheap."""
-    sources = _sources(statistics)
+    sources = tensors_of(statistics)
     kept = _kept.get(sources[0])
     if kept is None or kept.dtype != dtype or kept.scale != scale or not kept.are_of(statistics):
         with torch.inference_mode(False), torch.no_grad():  # usable by a later call that trains
@@ -190,7 +190,7 @@ def _favor_coordinates(
         projection = random_projection(
             low_rank.features, query.shape[3], low_rank.orthogonal, low_rank.hyperbolic, low_rank.seed
         )
-    projection = projection.detach().to(device=query.device, dtype=_coordinate_dtype(query))[None, None]
+    projection = projection.detach().to(device=query.device, dtype=coordinate_dtype(query))[None, None]
     maps = []
     for tokens, mask, size in zip((query, key), (rows.query_mask, rows.key_mask), favor_sizes(scale)):
         # A node of its own without a mask too: gradients of the features are then always added up before they join that

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scatterbrain import checks, eager, flops, plans  # noqa: F401  (flops registers the operators' formulas)
-from scatterbrain.coordinates import coordinates, quadratic_projection
+from scatterbrain.coordinates import coordinate_dtype, coordinates, quadratic_projection
 from scatterbrain.lists import content_lists, covers_every_key, lists_of
 from scatterbrain.low_rank import (
     LOW_RANK_CODE,
@@ -176,11 +176,11 @@ def attention(
         if isinstance(statistics, Projections):
             unused = [t for t in vars(statistics).values() if t.requires_grad]
         if _suits_torch(is_causal, scale) and (not unused or eager.is_plain()):
-            plans.keep(plan_key, statistics, scale, is_exact=True)
+            plans.keep(plan_key, statistics, scale, coordinate_dtype(query), is_exact=True)
             out = _exact(query, key, value, is_causal, scale)
             return eager.with_zero_gradients(out, unused) if unused else out
     out, lse = _run(query, key, value, support, low_rank, statistics, scale, rows, is_causal)
-    plans.keep(plan_key, statistics, scale, is_exact=False)
+    plans.keep(plan_key, statistics, scale, coordinate_dtype(query), is_exact=False)
     return (out, lse) if return_lse else out
 
 

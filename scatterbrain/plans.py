@@ -7,13 +7,14 @@ interpreter out of the caches. Only the common case is kept: plain eager calls o
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from scatterbrain import eager
-from scatterbrain.coordinates import KeptWeights, kept_weights
+from scatterbrain.coordinates import KeptWeights, kept_weights, tensors_of
 from scatterbrain.low_rank import LowRank, Quadratic, Statistics
 from scatterbrain.support import Routed, Support, Window
 
@@ -21,15 +22,16 @@ _MOST = 64  # plans; a program with more kinds of calls than this checks some of
 
 
 class Plan(NamedTuple):
-    """What was found out about a call: the statistics themselves, so that no other object has their id; the projections
-    they came to, None where the support covers every key and torch's own kernel does it; the scale."""
+    """What was found out about a call: the statistics' tensors, so that no others have their ids; the projections they
+    came to, None where the support covers every key and torch's own kernel does it; the scale."""
 
-    statistics: Statistics
+    tensors: tuple[Tensor, ...]
     weights: KeptWeights | None
     scale: float
 
 
 _plans: dict[tuple, Plan] = {}
+_lock = threading.Lock()  # of changes; looking up needs none
 
 
 def key_of(
@@ -59,7 +61,8 @@ def key_of(
     ):
         return None
     return (
-        id(statistics),
+        *map(id, tensors_of(statistics)),  # a module makes the object around them anew for every call
+        statistics.scale,
         query.shape,
         key.shape,
         value.shape,
@@ -76,20 +79,21 @@ def key_of(
 def find(key: tuple | None, statistics: object) -> Plan | None:
     """The plan of a call with this key; None where it has to be checked."""
     plan = _plans.get(key) if key else None
-    if plan is None or plan.statistics is not statistics:
+    if plan is None:
         return None
     if torch._C._is_any_autocast_enabled() or torch.autograd.forward_ad._current_level >= 0:
         return None
     return plan if plan.weights is None or plan.weights.are_of(statistics) else None
 
 
-def keep(key: tuple | None, statistics: object, scale: float, is_exact: bool) -> None:
-    """Keeps what a call with this key came to, which has passed every check."""
+def keep(key: tuple | None, statistics: object, scale: float, dtype: torch.dtype, is_exact: bool) -> None:
+    """Keeps what a call with this key came to, which has passed every check. ``dtype``: of its coordinates."""
     if key is None:
         return
     weights = None if is_exact else kept_weights(statistics)
-    if not is_exact and (weights is None or weights.scale != scale):
+    if not is_exact and (weights is None or weights.scale != scale or weights.dtype != dtype):
         return
-    if len(_plans) >= _MOST:
-        _plans.pop(next(iter(_plans)))
-    _plans[key] = Plan(statistics, weights, scale)
+    with _lock:
+        if len(_plans) >= _MOST:
+            del _plans[next(iter(_plans))]
+        _plans[key] = Plan(tensors_of(statistics), weights, scale)

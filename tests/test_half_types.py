@@ -61,3 +61,17 @@ def test_overflow_gives_infinity_and_nan_stays_nan(dtype: torch.dtype) -> None:
     assert out.isnan().tolist() == [[False, True, True, False]]
     if dtype == torch.float16:  # the sum fits into float32
         assert out[0, 0] == largest
+
+
+def test_gradients_of_another_type_are_converted() -> None:
+    """The operator takes them; autograd would have cast them."""
+    generator = torch.Generator().manual_seed(1)
+    query, key, value, d_out = (torch.randn(1, 1, 40, 32, generator=generator).to(torch.bfloat16) for _ in range(4))
+    rest = (None,) * 11 + (0, 16, 1, 40, False, 32**-0.5)
+    span = torch.tensor([[[0, 40]] * 3], dtype=torch.int32)
+    rest = (*rest[:4], span, *rest[5:])
+    out, lse = torch.ops.scatterbrain.attention(query, key, value, *rest)
+    backward = torch.ops.scatterbrain.attention_backward
+    want = backward(d_out, None, out, lse, query, key, value, *rest)
+    got = backward(d_out.float(), None, out.float(), lse, query, key, value, *rest)
+    assert all(torch.equal(a, b) for a, b in zip(want[:3], got[:3]))

@@ -56,10 +56,24 @@ def test_statistics_that_change_in_place_are_noticed(tokens, statistics) -> None
 def test_statistics_made_anew_are_not_taken_for_those_that_were_freed(tokens, statistics) -> None:
     call(tokens, statistics)
     key, plan = next(iter(plans._plans.items()))
-    assert plan.statistics is statistics and key[0] == id(statistics)
-    del statistics
+    ids = [id(t) for t in plan.tensors]
+    assert plan.tensors[0] is statistics.query_projection and list(key[:4]) == ids
+    del statistics, plan
     gc.collect()
-    assert id(next(iter(plans._plans.values())).statistics) == key[0]
+    assert [id(t) for t in next(iter(plans._plans.values())).tensors] == ids
+
+
+def test_modules_have_plans() -> None:
+    """They make the object around their statistics anew for every call."""
+    plans._plans.clear()
+    module = sb.ScatterbrainAttention(H, D, support=SUPPORTS[0], low_rank=sb.Quadratic(4))
+    heads = [rand(1, H, N, D, seed=s) for s in (1, 2, 3)]
+    with sb.calibrate(module), torch.no_grad():
+        module(*heads)
+    plans._plans.clear()
+    for _ in range(3):
+        module(*heads)
+    assert len(plans._plans) == 1
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
   }
   set_lists(a);
   int64_t direct = kDirectKeys;
-  for (const RowRange& row : rows) direct = std::max(direct, direct_keys(row, p.block_q));
+  for (const RowRange& row : rows) direct = std::max(direct, p.direct_keys(row));
   const int64_t longest = longest_list();
   p.max_pairs = pad_to(longest + kChunk + direct + 2 * kPad, kPad);
   p.uses_state = p.low_rank != LowRank::kNone && any_state(longest);
@@ -152,9 +152,9 @@ bool AttentionCall<E>::any_state(int64_t longest) const {
     const int64_t length = row.k_end - row.k_first;
     if (length <= 0) continue;
     const int64_t before = valid_before[size_t(b * p.slots + (p.is_causal ? (length - 1) / kChunk : p.slots - 1))];
-    if (before <= direct_keys(row, p.block_q)) continue;
-    if (p.is_causal || before - longest > direct_keys(row, p.block_q)) return true;
-    if (before - shortest_list(b) > direct_keys(row, p.block_q)) return true;
+    if (before <= p.direct_keys(row)) continue;
+    if (p.is_causal || before - longest > p.direct_keys(row)) return true;
+    if (before - shortest_list(b) > p.direct_keys(row)) return true;
   }
   return false;
 }

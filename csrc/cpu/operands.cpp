@@ -84,8 +84,9 @@ struct RowCopy {
   RowCopy(const Tensor& t, int64_t width_pad)
       : width(t.size(3)), width_pad(width_pad), step(t.stride(3)), widen(step == 1 ? widen_of<E>() : nullptr) {}
   void operator()(const E* source, T* target) const {
-    if constexpr (std::is_same_v<T, Bfloat16>)  // of the same type: padded, or its elements brought together
-      for (int64_t e = 0; e < width; ++e) std::memcpy(target + e, source + e * step, sizeof(T));
+    if constexpr (std::is_same_v<T, Bfloat16>)  // mostly of the same type, to be padded or brought together
+      for (int64_t e = 0; e < width; ++e)
+        target[e].bits = torch::headeronly::BFloat16(static_cast<float>(source[e * step])).x;
     else if (std::is_same_v<T, float> && widen)
       widen(reinterpret_cast<const uint16_t*>(source), width, reinterpret_cast<float*>(target));
     else
@@ -146,7 +147,7 @@ void write_back(const Operand& from, const Tensor& result) {
     for_each_row(result, width * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
       const T* source = from.rows.at<const T>(b, h, i);
       E* target = to.at<E>(b, h, i);
-      if constexpr (std::is_same_v<T, Bfloat16>)
+      if constexpr (std::is_same_v<T, Bfloat16>)  // results have the type of the query
         std::memcpy(target, source, size_t(width) * sizeof(T));
       else if (std::is_same_v<T, float> && narrow)
         narrow(reinterpret_cast<const float*>(source), width, reinterpret_cast<uint16_t*>(target));
