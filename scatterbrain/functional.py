@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scatterbrain import checks, eager, flops, plans  # noqa: F401  (flops registers the operators' formulas)
 from scatterbrain.coordinates import coordinate_dtype, coordinates, quadratic_projection
-from scatterbrain.lists import content_lists, covers_every_key, lists_of
+from scatterbrain.lists import Lists, content_lists, covers_every_key, lists_of
 from scatterbrain.low_rank import (
     LOW_RANK_CODE,
     Coefficients,
@@ -216,7 +216,8 @@ def _run(
         projection = quadratic_projection(query, key, low_rank, statistics, scale, rows)
         return _run_plain(query, key, value, support, low_rank, projection, scale, rows, is_causal)
     query_map, key_map = coordinates(query, key, low_rank, statistics, scale, rows, is_causal)
-    rest = _lists_and_settings(support, query, key, query_map, key_map, 0, low_rank, scale, rows, is_causal)
+    lists = lists_of(support, query, key, query_map, key_map, 0, low_rank, scale, rows, is_causal)
+    rest = _after_maps(lists, 0, low_rank, scale, rows, is_causal)
     if plain:
         return eager.attention(query, key, value, query_map, key_map, None, *rest)
     return torch.ops.scatterbrain.attention(query, key, value, query_map, key_map, *rest)
@@ -235,24 +236,13 @@ def _run_plain(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a plain eager call with the quadratic kernel, whose projections are known."""
     query_map, key_map, packed_rank = eager.project_both(query, key, projection)
-    rest = _lists_and_settings(support, query, key, query_map, key_map, packed_rank, low_rank, scale, rows, is_causal)
+    lists = lists_of(support, query, key, query_map, key_map, packed_rank, low_rank, scale, rows, is_causal)
+    rest = _after_maps(lists, packed_rank, low_rank, scale, rows, is_causal)
     return eager.attention(query, key, value, query_map, key_map, projection, *rest)
 
 
-def _lists_and_settings(
-    support: Support,
-    query: Tensor,
-    key: Tensor,
-    query_map: Tensor | None,
-    key_map: Tensor | None,
-    packed_rank: int,
-    low_rank: LowRank,
-    scale: float,
-    rows: Rows,
-    is_causal: bool,
-) -> tuple:
+def _after_maps(lists: Lists, packed_rank: int, low_rank: LowRank, scale: float, rows: Rows, is_causal: bool) -> tuple:
     """The operator's arguments after the maps."""
-    lists = lists_of(support, query, key, query_map, key_map, packed_rank, low_rank, scale, rows, is_causal)
     return (
         lists.index,
         lists.count,
