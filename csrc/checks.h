@@ -24,9 +24,11 @@ struct AttentionArguments {
   bool is_causal;
   double scale;
   int64_t packed_rank;
-  // Of the backward pass: states of the forward pass, and projections that made the maps, whose gradients then go on to
+  // Of the backward pass: what the forward pass kept, and projections that made the maps, whose gradients then go on to
   // query and key.
-  std::optional<Tensor> state, query_weight = std::nullopt, key_weight = std::nullopt;
+  std::optional<Tensor> state = std::nullopt, scores = std::nullopt, query_weight = std::nullopt,
+                        key_weight = std::nullopt;
+  bool is_trained = false;  // of the forward pass: whether a backward pass follows, for which it may keep things
 };
 
 struct RouteArguments {

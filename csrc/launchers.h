@@ -9,8 +9,8 @@
 namespace sb {
 
 struct Launchers {
-  // out, lse, and the states for the backward pass: empty where it builds them again.
-  std::tuple<Tensor, Tensor, Tensor> (*attention)(const AttentionArguments&);
+  // out, lse, and, where the call is trained, states and scores for the backward pass: empty where it makes them again.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> (*attention)(const AttentionArguments&);
   // Gradients of query, key, value, query_map and key_map; the last two are empty without a low-rank kernel.
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> (*attention_backward)(const AttentionArguments&, const Tensor& out,
                                                                            const Tensor& lse, const Tensor& d_out,
@@ -25,7 +25,7 @@ struct Launchers {
 Launchers& cpu_launchers();
 
 namespace cpu {
-std::tuple<Tensor, Tensor, Tensor> attention(const AttentionArguments&);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const AttentionArguments&);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments&, const Tensor& out,
                                                                       const Tensor& lse, const Tensor& d_out,
                                                                       const std::optional<Tensor>& d_lse);

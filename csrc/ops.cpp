@@ -26,29 +26,30 @@ using MaybeTensor = std::optional<Tensor>;
       MaybeTensor count, MaybeTensor span, MaybeTensor query_order, MaybeTensor query_mask, MaybeTensor key_mask,  \
       MaybeTensor query_range, MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank, int64_t block_q, \
       int64_t block_k, int64_t span_keys, bool is_causal, double scale, int64_t packed_rank
-#define SB_ATTENTION_VALUES(state)                                                                           \
+#define SB_ATTENTION_VALUES                                                                           \
   query, key, value, query_map, key_map, index, count, span, query_order, query_mask, key_mask, query_range, \
-      key_range, query_offset, low_rank, block_q, block_k, span_keys, is_causal, scale, packed_rank, state
+      key_range, query_offset, low_rank, block_q, block_k, span_keys, is_causal, scale, packed_rank
 
-std::tuple<Tensor, Tensor, Tensor> attention_with_state(SB_ATTENTION_ARGUMENTS) {
-  const AttentionArguments a{SB_ATTENTION_VALUES(std::nullopt)};
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_state(SB_ATTENTION_ARGUMENTS) {
+  AttentionArguments a{SB_ATTENTION_VALUES};
+  a.is_trained = true;
   check_attention(a);
   return cpu_launchers().attention(a);
 }
 
 std::tuple<Tensor, Tensor> attention(SB_ATTENTION_ARGUMENTS) {
-  const AttentionArguments a{SB_ATTENTION_VALUES(std::nullopt)};
+  const AttentionArguments a{SB_ATTENTION_VALUES};
   check_attention(a);
-  auto [out, lse, state] = cpu_launchers().attention(a);
+  auto [out, lse, state, scores] = cpu_launchers().attention(a);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor d_out, MaybeTensor d_lse, Tensor out,
                                                                       Tensor lse, SB_ATTENTION_ARGUMENTS,
-                                                                      MaybeTensor state, MaybeTensor query_weight,
-                                                                      MaybeTensor key_weight) {
-  AttentionArguments a{SB_ATTENTION_VALUES(state)};
-  a.query_weight = query_weight, a.key_weight = key_weight;
+                                                                      MaybeTensor state, MaybeTensor scores,
+                                                                      MaybeTensor query_weight, MaybeTensor key_weight) {
+  AttentionArguments a{SB_ATTENTION_VALUES};
+  a.state = state, a.scores = scores, a.query_weight = query_weight, a.key_weight = key_weight;
   check_attention(a);
   check_attention_backward(a, d_out, d_lse, out, lse);
   return cpu_launchers().attention_backward(a, out, lse, d_out, d_lse);
@@ -109,10 +110,10 @@ STABLE_TORCH_LIBRARY(scatterbrain, m) {
   m.def("project_packed(Tensor tokens, Tensor weight, Tensor bias) -> Tensor");
   m.def("project_backward(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor, Tensor, Tensor)");
   m.def("attention(" SB_ATTENTION_SCHEMA ") -> (Tensor out, Tensor lse)");
-  m.def("attention_with_state(" SB_ATTENTION_SCHEMA ") -> (Tensor out, Tensor lse, Tensor state)");
+  m.def("attention_with_state(" SB_ATTENTION_SCHEMA ") -> (Tensor out, Tensor lse, Tensor state, Tensor scores)");
   m.def("attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, " SB_ATTENTION_SCHEMA
-        ", Tensor? state=None, Tensor? query_weight=None, Tensor? key_weight=None) -> (Tensor, Tensor, Tensor, Tensor, "
-        "Tensor)");
+        ", Tensor? state=None, Tensor? scores=None, Tensor? query_weight=None, Tensor? key_weight=None) -> (Tensor, "
+        "Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, m) {

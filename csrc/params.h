@@ -45,6 +45,10 @@ inline constexpr double kCancelling = 1, kCancellingInDouble = 1 << 30;
 // Heads of fewer dimensions than this are computed in double. Sums that short do not average roundings out, and their
 // rows are mostly padding.
 inline constexpr int64_t kNarrowHead = 16;
+// Scores of listed keys are kept from the forward to the backward pass where a query lists no more keys than this (64
+// and a block that its window touches): what is kept is then about one more row of a query. Never with a causal edge,
+// where the states that are kept as well would make it the larger part of a call's memory.
+inline constexpr int64_t kKeptKeys = 80;
 inline constexpr int64_t kSegment = 1024;  // keys of one partial state when there is no causal edge
 inline constexpr int64_t kQueriesPerUnit =
     256;  // queries that one task takes when there is no causal edge; 64 (a chunk) with one
@@ -87,6 +91,11 @@ struct AttentionParams {
   bool
       uses_state;  // whether any query's complement is that of a state: false only where all are evaluated pair by pair
   const int32_t* valid_before;  // (B, slots): keys before segment s that are not ignored
+
+  // Scores that the forward pass leaves to the backward pass, T (B, Hq, kept_slots, kept_keys), or null; kept_keys is 0
+  // where none are kept. A tile of kept_lanes queries that share a list has [keys][lanes], a query with its own [keys].
+  void* scores;
+  int64_t kept_keys, kept_lanes, kept_slots;
 
   double cancelling;   // bound of what is taken back over the whole weight, see kCancelling
   uint8_t* cancelled;  // (B, Hq, N), set for queries beyond the bound, which get no result here; null in double

@@ -106,9 +106,9 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: object, *inputs: object) -> tuple[Tensor, Tensor]:
         arguments = (*inputs[:5], *inputs[_TRACKED:])
         with _BelowAutograd():
-            out, lse, state = _ATTENTION_WITH_STATE(*arguments)
+            out, lse, *kept = _ATTENTION_WITH_STATE(*arguments)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, state, inputs[5], inputs[7], *arguments[: 5 + _TENSORS])
+        ctx.save_for_backward(out, lse, *kept, inputs[5], inputs[7], *arguments[: 5 + _TENSORS])
         ctx.settings = arguments[5 + _TENSORS :]
         return out, lse
 
@@ -117,10 +117,10 @@ class _Attention(torch.autograd.Function):
         rest = (None,) * (_TENSORS + len(ctx.settings))
         if d_out is None and d_lse is None:
             return (None,) * _TRACKED + rest
-        out, lse, state, query_weight, key_weight, *tensors = ctx.saved_tensors
+        out, lse, state, scores, query_weight, key_weight, *tensors = ctx.saved_tensors
         if d_out is None:
             d_out = torch.zeros_like(out)
-        arguments = (ctx, d_out, d_lse, out, lse, state, query_weight, key_weight, tensors)
+        arguments = (ctx, d_out, d_lse, out, lse, (state, scores), query_weight, key_weight, tensors)
         # With a graph of the backward pass, or a vmap over it, the operators need what is registered with them.
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             gradients = _gradients(*arguments, fused=False)
@@ -136,7 +136,7 @@ def _gradients(
     d_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    state: Tensor,
+    kept: tuple[Tensor, Tensor],
     query_weight: Tensor | None,
     key_weight: Tensor | None,
     tensors: list[Tensor | None],
@@ -156,7 +156,7 @@ def _gradients(
         lse,
         *tensors,
         *ctx.settings,
-        state,
+        *kept,
         query_weight if fuse_query else None,
         key_weight if fuse_key else None,
     )

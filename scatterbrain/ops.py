@@ -15,8 +15,8 @@ happens before it. Its arguments:
     low_rank                                  0 none, 1 quadratic, 2 general features
     packed_rank                               r > 0: the maps are rows of ``project_packed``, which kernels read in place
 
-``attention_with_state`` also returns the states of the low-rank kernel, which ``attention_backward`` then need not build
-again (empty where keeping them is not worth their memory). With ``query_weight`` and ``key_weight``, the projections that
+``attention_with_state`` also returns the states of the low-rank kernel and the scores of listed keys, which
+``attention_backward`` then need not compute again (empty where keeping them is not worth their memory). With ``query_weight`` and ``key_weight``, the projections that
 made the maps, ``attention_backward`` adds the maps' gradients, through them, to those of query and key. These and what is
 packed serve scatterbrain.eager, below autograd.
 """
@@ -102,18 +102,44 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 @torch.library.register_fake("scatterbrain::attention_with_state")
 def _(
     query: Tensor, key: Tensor, value: Tensor, query_map: Tensor | None, *rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     low_rank, is_causal, packed_rank = rest[10], rest[14], rest[16] if len(rest) > 16 else 0
     out, lse = torch.ops.scatterbrain.attention(query, key, value, query_map, *rest)
     dtype = torch.float64 if query.shape[3] < 16 else lse.dtype
+    scores = lse.new_empty(_kept_scores(query, key, rest[1], rest[3], *rest[10:15]), dtype=dtype)
     if query_map is None or is_causal:
-        return out, lse, lse.new_empty(0, dtype=dtype)
+        return out, lse, lse.new_empty(0, dtype=dtype), scores
     rank = packed_rank or query_map.shape[3] - 1
     features = (rank + 1) * (rank + 2) // 2 if low_rank == 1 else rank
     pad = lambda n: (n + 15) // 16 * 16  # noqa: E731
     slots = (key.shape[2] + 1023) // 1024 + 1  # kSegment of csrc/params.h
     size = features * pad(value.shape[3]) + pad(features) + 16
-    return out, lse, lse.new_empty((key.shape[0], key.shape[1], slots, size), dtype=dtype)
+    return out, lse, lse.new_empty((key.shape[0], key.shape[1], slots, size), dtype=dtype), scores
+
+
+def _kept_scores(
+    query: Tensor,
+    key: Tensor,
+    index: Tensor | None,
+    span: Tensor | None,
+    low_rank: int,
+    block_q: int,
+    block_k: int,
+    span_keys: int,
+    is_causal: bool,
+) -> tuple[int, ...]:
+    """Shape of the scores that are kept: AttentionCall::set_kept of csrc/cpu/attention_call.cpp."""
+    (batch, heads, n, head_dim), m = query.shape, key.shape[2]
+    if is_causal or query.dtype == torch.float64 or head_dim < 16:
+        return (0,)
+    pad = lambda n, multiple=16: (n + multiple - 1) // multiple * multiple  # noqa: E731
+    dense = block_q == 1 and low_rank != 0 and m <= 128
+    listed = (span_keys if span is not None else 0) + (index.shape[3] * block_k if index is not None else 0)
+    keys = pad(m if dense else min(listed, m))
+    if keys == 0 or not (dense or keys <= 80):
+        return (0,)
+    lanes = next(lanes for most, lanes in ((1, 1), (8, 8), (31, 16), (block_q, 32)) if block_q <= most)
+    return batch, heads, pad(-(-n // block_q) * pad(block_q, lanes)), keys
 
 
 @torch.library.register_fake("scatterbrain::attention_backward")

@@ -10,7 +10,8 @@ template <class E>
 AttentionCall<E>::AttentionCall(const AttentionArguments& a)
     : zero_row(std::max({pad_to(a.query.size(3), kPad), pad_to(a.value.size(3), kPad),
                          a.query_map ? pad_to(a.query_map->size(3) + 1, kPad) : kPad})),
-      given_state(a.state) {
+      given_state(a.state),
+      given_scores(a.scores) {
   p.batch = a.query.size(0), p.q_heads = a.query.size(1), p.kv_heads = a.key.size(1), p.q_tokens = a.query.size(2),
   p.k_tokens = a.key.size(2);
   p.head_dim = a.query.size(3), p.head_pad = pad_to(p.head_dim, kPad), p.value_pad = pad_to(a.value.size(3), kPad);
@@ -46,6 +47,8 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
   const int64_t longest = longest_list();
   p.max_pairs = pad_to(longest + kChunk + direct + 2 * kPad, kPad);
   p.uses_state = p.low_rank != LowRank::kNone && any_state(longest);
+  set_kept();
+  take_scores();
 }
 
 template <class E>
@@ -157,6 +160,35 @@ bool AttentionCall<E>::any_state(int64_t longest) const {
     if (before - shortest_list(b) > p.direct_keys(row)) return true;
   }
   return false;
+}
+
+// Where scores are kept, and for how many keys: never by what the lists hold, which a graph does not know.
+template <class E>
+void AttentionCall<E>::set_kept() {
+  p.kept_lanes = p.block_q == 1 ? 1 : p.block_q <= 8 ? 8 : p.block_q < 32 ? 16 : 32;
+  p.kept_slots = pad_to(p.blocks * pad_to(p.block_q, p.kept_lanes), kPad);
+  if (p.is_causal || std::is_same_v<T, double>) return;
+  const bool dense = p.block_q == 1 && p.low_rank != LowRank::kNone && p.k_tokens <= kDenseKeys;
+  const int64_t listed = (p.span ? p.span_keys : 0) + p.capacity * p.block_k;
+  const int64_t keys = pad_to(dense ? p.k_tokens : std::min(listed, p.k_tokens), kPad);
+  if (dense || keys <= kKeptKeys) p.kept_keys = keys;
+}
+
+template <class E>
+Tensor AttentionCall<E>::room_for_scores() {
+  if (p.kept_keys == 0) return empty_cpu({0}, kScalar<T>);
+  Tensor scores = empty_cpu({p.batch, p.q_heads, p.kept_slots, p.kept_keys}, kScalar<T>);
+  p.scores = scores.data_ptr();
+  return scores;
+}
+
+template <class E>
+void AttentionCall<E>::take_scores() {
+  if (!given_scores || given_scores->numel() == 0 || given_scores->scalar_type() != kScalar<T>) return;
+  STD_TORCH_CHECK(has_shape(*given_scores, {p.batch, p.q_heads, p.kept_slots, p.kept_keys}) && p.kept_keys > 0 &&
+                      given_scores->is_contiguous(),
+                  "attention_backward: scores must be what attention_with_state returned for the same arguments");
+  p.scores = given_scores->data_ptr();
 }
 
 template <class E>

@@ -29,6 +29,8 @@ struct AttentionCall {
   explicit AttentionCall(const AttentionArguments& a);
   // Takes the states that were given, or fills those of every key/value head, in parallel over segments.
   void build_states();
+  // Room for the scores that a trained call keeps; empty where it keeps none.
+  Tensor room_for_scores();
   // States that are worth keeping from the forward to the backward pass: a few per head. Those of a causal call are one
   // for every 64 keys, as large as the rest of what is kept.
   Tensor state_to_keep() const;
@@ -51,11 +53,13 @@ struct AttentionCall {
   void set_lists(const AttentionArguments& a);
   void check_lists(const AttentionArguments& a) const;
   void count_valid();
+  void set_kept();
+  void take_scores();
   int64_t longest_list() const;
   int64_t shortest_list(int64_t b) const;
   bool any_state(int64_t longest) const;
   bool all_of(int32_t RowRange::* first, int32_t RowRange::* end, int64_t tokens) const;
-  std::optional<Tensor> given_state;
+  std::optional<Tensor> given_state, given_scores;
 };
 
 // Runs body(b, head, unit) for every unit of every head, each thread with its own scratch of `bytes`.

@@ -25,6 +25,7 @@ AttentionArguments one_head(const AttentionArguments& a, int64_t b, int64_t h, c
     if (t) t = head_of(*t, b, h * t->size(1) / q_heads);
   };
   AttentionArguments one = a;
+  one.state = one.scores = std::nullopt;  // of other queries, and in another type
   one.query = head_of(a.query, b, h), one.key = head_of(a.key, b, kv), one.value = head_of(a.value, b, kv);
   per_head(one.query_map), per_head(one.index), per_head(one.count), per_head(one.query_order);
   if (one.key_map) one.key_map = head_of(*a.key_map, b, kv);

@@ -14,15 +14,16 @@ class Forward {
   explicit Forward(const AttentionArguments& a) : args(a), call(a), p(call.p), cancelled(call.p) {
     out = empty_like_tokens(a.query, a.value.size(3), a.query.scalar_type());
     lse = empty_cpu({p.batch, p.q_heads, p.q_tokens}, kScalar<T>);
+    if (a.is_trained) scores = call.room_for_scores();
     out_rows = result_rows<E>(out, p.value_pad, call.every_query());
     p.out = out_rows.rows, p.lse = lse.data_ptr();
     if (!call.every_query()) std::fill_n(static_cast<T*>(p.lse), lse.numel(), -std::numeric_limits<T>::infinity());
   }
 
-  std::tuple<Tensor, Tensor, Tensor> run() {
+  std::tuple<Tensor, Tensor, Tensor, Tensor> run() {
     compute();
     write_back<E>(out_rows, out);
-    return {out, as_dtype(lse, accumulation_type(out)), call.state_to_keep()};
+    return {out, as_dtype(lse, accumulation_type(out)), call.state_to_keep(), scores};
   }
 
  private:
@@ -58,13 +59,13 @@ class Forward {
   AttentionCall<E> call;
   AttentionParams& p;
   CancelledQueries<T> cancelled;
-  Tensor out, lse;
+  Tensor out, lse, scores;
   Operand out_rows;
 };
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> attention(const AttentionArguments& a) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const AttentionArguments& a) {
   return with_rows_of(a, [&](auto* element) { return Forward<std::remove_pointer_t<decltype(element)>>(a).run(); });
 }
 
