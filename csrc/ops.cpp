@@ -26,7 +26,7 @@ using MaybeTensor = std::optional<Tensor>;
       MaybeTensor count, MaybeTensor span, MaybeTensor query_order, MaybeTensor query_mask, MaybeTensor key_mask,  \
       MaybeTensor query_range, MaybeTensor key_range, MaybeTensor query_offset, int64_t low_rank, int64_t block_q, \
       int64_t block_k, int64_t span_keys, bool is_causal, double scale, int64_t packed_rank
-#define SB_ATTENTION_VALUES                                                                           \
+#define SB_ATTENTION_VALUES                                                                                  \
   query, key, value, query_map, key_map, index, count, span, query_order, query_mask, key_mask, query_range, \
       key_range, query_offset, low_rank, block_q, block_k, span_keys, is_causal, scale, packed_rank
 
@@ -47,7 +47,8 @@ std::tuple<Tensor, Tensor> attention(SB_ATTENTION_ARGUMENTS) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor d_out, MaybeTensor d_lse, Tensor out,
                                                                       Tensor lse, SB_ATTENTION_ARGUMENTS,
                                                                       MaybeTensor state, MaybeTensor scores,
-                                                                      MaybeTensor query_weight, MaybeTensor key_weight) {
+                                                                      MaybeTensor query_weight,
+                                                                      MaybeTensor key_weight) {
   AttentionArguments a{SB_ATTENTION_VALUES};
   a.state = state, a.scores = scores, a.query_weight = query_weight, a.key_weight = key_weight;
   check_attention(a);

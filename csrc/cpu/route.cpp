@@ -9,7 +9,7 @@ namespace sb::cpu {
 namespace {
 
 // Heads are taken together until they have this many keys: enough to share among threads, little enough to hold.
-constexpr int64_t kTokensPerWave = 16384;
+constexpr int64_t kTokensPerWave = 4096;
 
 // Where each level of a head's panels begins, in floats, and the size of all of them.
 int64_t place_panels(RouteParams& p) {
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   p.index = static_cast<int32_t*>(index.data_ptr()), p.count = static_cast<int32_t*>(count.data_ptr());
 
   const RouteKernels& kernel = instruction_set().route;
-  const ZeroRow<float> zero_row(std::max(p.head_pad, p.rank + 1));
+  const ZeroRow<float> zero_row(std::max(p.head_pad, pad_to(p.rank + 1, kPad)));
   const int64_t panel_floats = place_panels(p), heads = p.batch * p.kv_heads,
                 shared = p.q_heads / std::max<int64_t>(p.kv_heads, 1);
   const int64_t wave =
