@@ -1,8 +1,11 @@
 // Every operator: the table of contents. Shapes and meanings are in scatterbrain/ops.py, checks in checks.h, devices
 // behind launchers.h.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
+#include <cstring>
 #include <string>
+#include <tuple>
 
 #include "cpu/kernels.h"
 #include "launchers.h"
@@ -87,6 +90,64 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(Tensor grad, Tensor tokens, 
   return cpu_launchers().project_backward(grad, tokens, weight);
 }
 
+// Everything from projections to attention with the quadratic kernel in one call: what four operators would do, without
+// three times the way from the interpreter and back.
+#define SB_QUADRATIC_ARGUMENTS                                                                                        \
+  Tensor query, Tensor key, Tensor value, Tensor query_weight, Tensor query_bias, Tensor key_weight, Tensor key_bias, \
+      MaybeTensor index, MaybeTensor count, MaybeTensor span, MaybeTensor query_order, MaybeTensor query_mask,        \
+      MaybeTensor key_mask, MaybeTensor query_range, MaybeTensor key_range, MaybeTensor query_offset, int64_t keys,   \
+      int64_t window, int64_t block_q, int64_t block_k, int64_t span_keys, bool is_causal, double scale,              \
+      int64_t packed_rank
+#define SB_QUADRATIC_VALUES                                                                                        \
+  query, key, value, query_weight, query_bias, key_weight, key_bias, index, count, span, query_order, query_mask,  \
+      key_mask, query_range, key_range, query_offset, keys, window, block_q, block_k, span_keys, is_causal, scale, \
+      packed_rank
+
+// The arguments of attention: maps projected, and lists routed where `keys` says so.
+AttentionArguments project_and_route(SB_QUADRATIC_ARGUMENTS) {
+  constexpr int64_t low_rank = int64_t(LowRank::kQuadratic);
+  const bool packed = packed_rank > 0;
+  const MaybeTensor query_map = packed ? project_packed(query, query_weight, query_bias)
+                                       : project(query, query_weight, query_bias),
+                    key_map = packed ? project_packed(key, key_weight, key_bias) : project(key, key_weight, key_bias);
+  if (keys > 0)
+    std::tie(index, count) =
+        route(query, key, query_map, key_map, query_mask, key_mask, query_range, key_range, query_offset, low_rank,
+              keys, block_q, block_k, window, is_causal, scale, packed_rank);
+  return {SB_ATTENTION_VALUES};
+}
+
+std::tuple<Tensor, Tensor> quadratic_attention(SB_QUADRATIC_ARGUMENTS) {
+  const AttentionArguments a = project_and_route(SB_QUADRATIC_VALUES);
+  check_attention(a);
+  auto [out, lse, state, scores] = cpu_launchers().attention(a);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quadratic_attention_with_state(
+    SB_QUADRATIC_ARGUMENTS) {
+  AttentionArguments a = project_and_route(SB_QUADRATIC_VALUES);
+  a.is_trained = true;
+  check_attention(a);
+  auto [out, lse, state, scores] = cpu_launchers().attention(a);
+  const bool routed = keys > 0;
+  const auto none = [&] { return torch::stable::empty({0}, ScalarType::Int); };
+  return {out, lse, state, scores, *a.query_map, *a.key_map, routed ? *a.index : none(), routed ? *a.count : none()};
+}
+
+// Whether four tensors hold the bytes of four others.
+bool equal_bytes(Tensor a0, Tensor a1, Tensor a2, Tensor a3, Tensor b0, Tensor b1, Tensor b2, Tensor b3) {
+  const Tensor *const a[] = {&a0, &a1, &a2, &a3}, *const b[] = {&b0, &b1, &b2, &b3};
+  for (int i = 0; i < 4; ++i) {
+    if (a[i]->scalar_type() != b[i]->scalar_type() || a[i]->dim() != b[i]->dim()) return false;
+    for (int64_t d = 0; d < a[i]->dim(); ++d)
+      if (a[i]->size(d) != b[i]->size(d)) return false;
+    const Tensor x = torch::stable::contiguous(*a[i]), y = torch::stable::contiguous(*b[i]);
+    if (std::memcmp(x.data_ptr(), y.data_ptr(), size_t(x.numel() * x.element_size())) != 0) return false;
+  }
+  return true;
+}
+
 std::string stages(bool on) { return record_stages(on); }
 
 std::string instruction_set_name() { return instruction_set().name; }
@@ -101,6 +162,12 @@ std::string instruction_set_name() { return instruction_set().name; }
   "count, Tensor? span, Tensor? query_order, " SB_ROWS_SCHEMA                                           \
   "int block_q, int block_k, int span_keys, bool is_causal, float scale, int packed_rank=0"
 
+#define SB_QUADRATIC_SCHEMA                                                                                         \
+  "Tensor query, Tensor key, Tensor value, Tensor query_weight, Tensor query_bias, Tensor key_weight, Tensor "      \
+  "key_bias, Tensor? index, Tensor? count, Tensor? span, Tensor? query_order, Tensor? query_mask, Tensor? "         \
+  "key_mask, Tensor? query_range, Tensor? key_range, Tensor? query_offset, int keys, int window, int block_q, int " \
+  "block_k, int span_keys, bool is_causal, float scale, int packed_rank"
+
 STABLE_TORCH_LIBRARY(scatterbrain, m) {
   m.def("instruction_set() -> str");
   m.def("stages(bool on) -> str");
@@ -112,6 +179,11 @@ STABLE_TORCH_LIBRARY(scatterbrain, m) {
   m.def("project_backward(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor, Tensor, Tensor)");
   m.def("attention(" SB_ATTENTION_SCHEMA ") -> (Tensor out, Tensor lse)");
   m.def("attention_with_state(" SB_ATTENTION_SCHEMA ") -> (Tensor out, Tensor lse, Tensor state, Tensor scores)");
+  m.def("quadratic_attention(" SB_QUADRATIC_SCHEMA ") -> (Tensor out, Tensor lse)");
+  m.def("quadratic_attention_with_state(" SB_QUADRATIC_SCHEMA
+        ") -> (Tensor out, Tensor lse, Tensor state, Tensor scores, Tensor query_map, Tensor key_map, Tensor index, "
+        "Tensor count)");
+  m.def("equal_bytes(Tensor a0, Tensor a1, Tensor a2, Tensor a3, Tensor b0, Tensor b1, Tensor b2, Tensor b3) -> bool");
   m.def("attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, " SB_ATTENTION_SCHEMA
         ", Tensor? state=None, Tensor? scores=None, Tensor? query_weight=None, Tensor? key_weight=None) -> (Tensor, "
         "Tensor, Tensor, Tensor, Tensor)");
@@ -129,5 +201,8 @@ STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CPU, m) {
   m.impl("project_backward", TORCH_BOX(&sb::project_backward));
   m.impl("attention", TORCH_BOX(&sb::attention));
   m.impl("attention_with_state", TORCH_BOX(&sb::attention_with_state));
+  m.impl("quadratic_attention", TORCH_BOX(&sb::quadratic_attention));
+  m.impl("quadratic_attention_with_state", TORCH_BOX(&sb::quadratic_attention_with_state));
+  m.impl("equal_bytes", TORCH_BOX(&sb::equal_bytes));
   m.impl("attention_backward", TORCH_BOX(&sb::attention_backward));
 }

@@ -137,11 +137,12 @@ class KeptWeights(NamedTuple):
     dtype: torch.dtype
     weights: eager.Projection
 
-    def are_of(self, statistics: Statistics) -> bool:
-        """Whether the statistics hold what these were made from."""
-        return all(map(torch.equal, self.sources, tensors_of(statistics)))
+    def are_of(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether the statistics' tensors hold what these were made from."""
+        return _EQUAL_BYTES(*self.sources, *tensors)
 
 
+_EQUAL_BYTES = torch.ops.scatterbrain.equal_bytes.default
 _kept = WeakTensorKeyDictionary()  # by query_projection
 
 
@@ -163,7 +164,7 @@ def _kept_weights(statistics: Statistics, scale: float, dtype: torch.dtype) -> e
     twenty small operations, against which comparing is cheap."""
     sources = tensors_of(statistics)
     kept = _kept.get(sources[0])
-    if kept is None or kept.dtype != dtype or kept.scale != scale or not kept.are_of(statistics):
+    if kept is None or kept.dtype != dtype or kept.scale != scale or not kept.are_of(sources):
         with torch.inference_mode(False), torch.no_grad():  # usable by a later call that trains
             weights = _stored_weights(statistics, scale, dtype, sources[0].device)
             kept = KeptWeights([t.detach().clone() for t in sources], scale, dtype, weights)

@@ -8,6 +8,8 @@ float16 tokens through stored statistics: added up inside the operator they are 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -16,15 +18,15 @@ from scatterbrain import ops  # noqa: F401  (loads the operators)
 _ATTENTION = torch.ops.scatterbrain.attention.default
 _ATTENTION_WITH_STATE = torch.ops.scatterbrain.attention_with_state.default
 _ATTENTION_BACKWARD = torch.ops.scatterbrain.attention_backward.default
+_QUADRATIC_ATTENTION = torch.ops.scatterbrain.quadratic_attention.default
+_QUADRATIC_ATTENTION_WITH_STATE = torch.ops.scatterbrain.quadratic_attention_with_state.default
 _PROJECT = torch.ops.scatterbrain.project.default
-_PROJECT_PACKED = torch.ops.scatterbrain.project_packed.default
 _PROJECT_BACKWARD = torch.ops.scatterbrain.project_backward.default
 _ROUTE = torch.ops.scatterbrain.route.default
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-_TRACKED = 9  # query, key, value, two maps, two weights, two biases: what _Attention gives gradients to
 _WIDE_HEAD = 16  # dimensions from which a head is not computed in double (kNarrowHead of csrc/params.h)
-_TENSORS = 9  # lists, masks, ranges and offset, which follow them
+_QUADRATIC = 1  # low_rank of the operators
 
 # (query weight, query bias, key weight, key bias) of ``map = weight token + bias``, each leading with a batch of 1 or B
 Projection = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -39,19 +41,10 @@ def is_plain() -> bool:
     )
 
 
-def project_both(query: Tensor, key: Tensor, projection: Projection) -> tuple[Tensor, Tensor, int]:
-    """The maps of queries and keys, outside the graph (:func:`attention` carries their gradients), and their
-    ``packed_rank``."""
-    query_weight, query_bias, key_weight, key_bias = projection
-    # Heads that narrow, and float64, are computed in double, which packed rows of float32 would have to be brought to.
-    packed = query_weight.dtype == torch.float32 and query.shape[3] >= _WIDE_HEAD
-    project = _PROJECT_PACKED if packed else _PROJECT
+def project_both(query: Tensor, key: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    """The maps of queries and keys, outside the graph."""
     with _BelowAutograd():
-        return (
-            project(query, query_weight, query_bias),
-            project(key, key_weight, key_bias),
-            query_weight.shape[2] - 1 if packed else 0,
-        )
+        return _PROJECT(query, *projection[:2]), _PROJECT(key, *projection[2:])
 
 
 def route(*arguments: object) -> tuple[Tensor, Tensor]:
@@ -60,28 +53,29 @@ def route(*arguments: object) -> tuple[Tensor, Tensor]:
         return _ROUTE(*arguments)
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_map: Tensor | None,
-    key_map: Tensor | None,
-    projection: Projection | None,
-    *arguments: object,
-) -> tuple[Tensor, Tensor]:
-    """The attention operator, differentiable.
-
-    Args:
-        query, key, value: as the operator takes them.
-        query_map, key_map: with ``projection``, what :func:`project_both` made of it; else part of the graph.
-        projection: where the maps' gradients go on to; None: to the maps.
-        *arguments: the rest of the operator's arguments.
-    """
-    tracked = (query, key, value, query_map, key_map, *(projection or (None,) * 4))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):
-        return _Attention.apply(*tracked, *arguments)
+def attention(*arguments: object) -> tuple[Tensor, Tensor]:
+    """The attention operator, differentiable."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[: _Attention.TRACKED]):
+        return _Attention.apply(*arguments)
     with _BelowAutograd():
-        return _ATTENTION(query, key, value, query_map, key_map, *arguments)
+        return _ATTENTION(*arguments)
+
+
+def quadratic_attention(
+    query: Tensor, key: Tensor, value: Tensor, projection: Projection, settings: tuple
+) -> tuple[Tensor, Tensor]:
+    """The operator of the same name, differentiable. ``settings``: its arguments after the projection, but for
+    ``packed_rank``."""
+    weight = projection[0]
+    # Heads that narrow, and float64, are computed in double, which packed rows of float32 would have to be brought to.
+    packed = weight.dtype == torch.float32 and query.shape[3] >= _WIDE_HEAD
+    arguments = (query, key, value, *projection, *settings, weight.shape[2] - 1 if packed else 0)
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad or any(t.requires_grad for t in projection)
+    ):
+        return _QuadraticAttention.apply(*arguments)
+    with _BelowAutograd():
+        return _QUADRATIC_ATTENTION(*arguments)
 
 
 def with_zero_gradients(out: Tensor, parameters: list[Tensor]) -> Tensor:
@@ -101,71 +95,108 @@ class _Unused(torch.autograd.Function):
         return gradient, *(torch.zeros_like(t) for t in ctx.saved_tensors)
 
 
-class _Attention(torch.autograd.Function):
+class _Node(torch.autograd.Function):
+    """What both nodes do in the backward pass: nothing without a gradient, and below autograd where nothing asks for a
+    graph of the backward pass or maps over it."""
+
+    TRACKED: int  # leading inputs that have gradients
+
+    @classmethod
+    def backward(cls, ctx: object, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad
+        rest = (None,) * (len(need) - cls.TRACKED)
+        if d_out is None and d_lse is None:
+            return (None,) * cls.TRACKED + rest
+        out, lse, *kept = ctx.saved_tensors
+        if d_out is None:
+            d_out = torch.zeros_like(out)
+        below = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+        with _BelowAutograd() if below else contextlib.nullcontext():
+            gradients = cls.gradients(ctx, below, (d_out, d_lse, out, lse), *kept)
+        return tuple(g if wanted else None for g, wanted in zip(gradients, need)) + rest
+
+
+class _Attention(_Node):
+    """Coordinates are part of the graph."""
+
+    TRACKED = 5  # query, key, value and two maps
+    TENSORS = 14  # of the operator: these, lists, masks, ranges and offset
+
     @staticmethod
-    def forward(ctx: object, *inputs: object) -> tuple[Tensor, Tensor]:
-        arguments = (*inputs[:5], *inputs[_TRACKED:])
+    def forward(ctx: object, *arguments: object) -> tuple[Tensor, Tensor]:
         with _BelowAutograd():
             out, lse, *kept = _ATTENTION_WITH_STATE(*arguments)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, *kept, inputs[5], inputs[7], *arguments[: 5 + _TENSORS])
-        ctx.settings = arguments[5 + _TENSORS :]
+        ctx.save_for_backward(out, lse, *kept, *arguments[: _Attention.TENSORS])
+        ctx.settings = arguments[_Attention.TENSORS :]
         return out, lse
 
     @staticmethod
-    def backward(ctx: object, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        rest = (None,) * (_TENSORS + len(ctx.settings))
-        if d_out is None and d_lse is None:
-            return (None,) * _TRACKED + rest
-        out, lse, state, scores, query_weight, key_weight, *tensors = ctx.saved_tensors
-        if d_out is None:
-            d_out = torch.zeros_like(out)
-        arguments = (ctx, d_out, d_lse, out, lse, (state, scores), query_weight, key_weight, tensors)
-        # With a graph of the backward pass, or a vmap over it, the operators need what is registered with them.
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            gradients = _gradients(*arguments, fused=False)
-        else:
-            with _BelowAutograd():
-                gradients = _gradients(*arguments, fused=True)
-        return (*gradients, *rest)
+    def gradients(ctx: object, below: bool, given: tuple, state: Tensor, scores: Tensor, *tensors: Tensor) -> tuple:
+        return _ATTENTION_BACKWARD(*given, *tensors, *ctx.settings, state=state, scores=scores)
 
 
-def _gradients(
-    ctx: object,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    kept: tuple[Tensor, Tensor],
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    tensors: list[Tensor | None],
-    fused: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the tracked inputs of :class:`_Attention`; None where nobody asked. ``fused``: where the projections
-    are constants, the attention operator itself takes the maps' gradients on to the tokens, in the precision that it
-    computes in."""
-    need = ctx.needs_input_grad
-    fused = fused and tensors[0].shape[3] >= _WIDE_HEAD  # narrower ones would be rounded once less than elsewhere
-    fuse_query = fused and query_weight is not None and not (need[5] or need[6])
-    fuse_key = fused and key_weight is not None and not (need[7] or need[8])
-    dq, dk, dv, *maps = _ATTENTION_BACKWARD(
-        d_out,
-        d_lse,
-        out,
-        lse,
-        *tensors,
-        *ctx.settings,
-        *kept,
-        query_weight if fuse_query else None,
-        key_weight if fuse_key else None,
-    )
-    weights: list[Tensor | None] = [None] * 4
-    if query_weight is not None and not fuse_query and (need[0] or need[5] or need[6]):
-        weights[:2] = _to_tokens(dq, maps[0], tensors[0], query_weight)
-    if key_weight is not None and not fuse_key and (need[1] or need[7] or need[8]):
-        weights[2:] = _to_tokens(dk, maps[1], tensors[1], key_weight)
-    return tuple(g if wanted else None for g, wanted in zip((dq, dk, dv, *maps, *weights), need))
+class _QuadraticAttention(_Node):
+    """Coordinates are projections of the tokens, inside the node."""
+
+    TRACKED = 7  # query, key, value, two weights and two biases
+    LISTS = slice(7, 11)
+    ROWS = slice(11, 16)
+
+    @staticmethod
+    def forward(ctx: object, *arguments: object) -> tuple[Tensor, Tensor]:
+        with _BelowAutograd():
+            out, lse, *kept, index, count = _QUADRATIC_ATTENTION_WITH_STATE(*arguments)
+        keys, _, *blocks = arguments[16:]
+        lists = arguments[_QuadraticAttention.LISTS] if keys == 0 else (index, count, None, None)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            out, lse, *kept, arguments[3], arguments[5], *arguments[:3], *lists, *arguments[_QuadraticAttention.ROWS]
+        )
+        ctx.settings = _QUADRATIC, *blocks
+        return out, lse
+
+    @staticmethod
+    def gradients(
+        ctx: object,
+        below: bool,
+        given: tuple,
+        state: Tensor,
+        scores: Tensor,
+        query_map: Tensor,
+        key_map: Tensor,
+        query_weight: Tensor,
+        key_weight: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rest: Tensor,
+    ) -> tuple:
+        """Where the projections are constants, the attention operator itself takes the maps' gradients on to the
+        tokens, in the precision that it computes in."""
+        need = ctx.needs_input_grad
+        fused = below and query.shape[3] >= _WIDE_HEAD  # narrower ones would be rounded once less than elsewhere
+        fuse_query, fuse_key = fused and not (need[3] or need[4]), fused and not (need[5] or need[6])
+        dq, dk, dv, d_query_map, d_key_map = _ATTENTION_BACKWARD(
+            *given,
+            query,
+            key,
+            value,
+            query_map,
+            key_map,
+            *rest,
+            *ctx.settings,
+            state,
+            scores,
+            query_weight if fuse_query else None,
+            key_weight if fuse_key else None,
+        )
+        of_query = of_key = (None, None)
+        if not fuse_query and (need[0] or need[3] or need[4]):
+            of_query = _to_tokens(dq, d_query_map, query, query_weight)
+        if not fuse_key and (need[1] or need[5] or need[6]):
+            of_key = _to_tokens(dk, d_key_map, key, key_weight)
+        return dq, dk, dv, *of_query, *of_key
 
 
 def _to_tokens(d_tokens: Tensor, d_map: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,7 @@ def attention_backward_flops(
     scale,
     packed_rank=0,
     state=None,
+    scores=None,
     query_weight=None,
     key_weight=None,
     *,

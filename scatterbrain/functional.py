@@ -22,7 +22,7 @@ from scatterbrain.low_rank import (
     moments,
     statistics_from_moments,
 )
-from scatterbrain.rows import EVERYTHING, Rows, rows_of
+from scatterbrain.rows import Rows, rows_of
 from scatterbrain.rows import valid_range as valid_range
 from scatterbrain.support import LSH, Blocks, Full, Routed, Support, Window
 
@@ -136,12 +136,11 @@ def attention(
         and return_lse is False
     ):
         plan_key = plans.key_of(query, key, value, support, low_rank, is_causal, scale, statistics)
-        plan = plans.find(plan_key, statistics)
+        plan = plans.find(plan_key)
         if plan is not None and plan.weights is None:
             return _exact(query, key, value, is_causal, plan.scale)
         if plan is not None:
-            projection = plan.weights.weights
-            return _run_plain(query, key, value, support, low_rank, projection, plan.scale, EVERYTHING, is_causal)[0]
+            return eager.quadratic_attention(query, key, value, plan.weights.weights, plan.settings)[0]
     if _is_autocast(query):
         tokens = cast_for_autocast(query, key, value)
         with torch.autocast(query.device.type, enabled=False):
@@ -176,11 +175,13 @@ def attention(
         if isinstance(statistics, Projections):
             unused = [t for t in vars(statistics).values() if t.requires_grad]
         if _suits_torch(is_causal, scale) and (not unused or eager.is_plain()):
-            plans.keep(plan_key, statistics, scale, coordinate_dtype(query), is_exact=True)
+            plans.keep(plan_key, statistics, scale, coordinate_dtype(query), None)
             out = _exact(query, key, value, is_causal, scale)
             return eager.with_zero_gradients(out, unused) if unused else out
     out, lse = _run(query, key, value, support, low_rank, statistics, scale, rows, is_causal)
-    plans.keep(plan_key, statistics, scale, coordinate_dtype(query), is_exact=False)
+    if plan_key is not None and not _routes_in_float32(support, query):
+        settings = _quadratic_settings(query, key, support, low_rank, None, scale, rows, is_causal)
+        plans.keep(plan_key, statistics, scale, coordinate_dtype(query), settings)
     return (out, lse) if return_lse else out
 
 
@@ -214,53 +215,56 @@ def _run(
     plain = eager.is_plain()
     if plain and isinstance(low_rank, Quadratic):
         projection = quadratic_projection(query, key, low_rank, statistics, scale, rows)
-        return _run_plain(query, key, value, support, low_rank, projection, scale, rows, is_causal)
+        settings = _quadratic_settings(query, key, support, low_rank, projection, scale, rows, is_causal)
+        return eager.quadratic_attention(query, key, value, projection, settings)
     query_map, key_map = coordinates(query, key, low_rank, statistics, scale, rows, is_causal)
-    lists = lists_of(support, query, key, query_map, key_map, 0, low_rank, scale, rows, is_causal)
-    rest = _after_maps(lists, 0, low_rank, scale, rows, is_causal)
-    if plain:
-        return eager.attention(query, key, value, query_map, key_map, None, *rest)
-    return torch.ops.scatterbrain.attention(query, key, value, query_map, key_map, *rest)
+    lists = lists_of(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
+    operator = eager.attention if plain else torch.ops.scatterbrain.attention
+    return operator(
+        query,
+        key,
+        value,
+        query_map,
+        key_map,
+        *lists[:4],
+        *_of_rows(rows),
+        LOW_RANK_CODE[type(low_rank)],
+        *lists[4:],
+        is_causal,
+        scale,
+    )
 
 
-def _run_plain(
+def _routes_in_float32(support: Support, query: Tensor) -> bool:
+    """Whether routing works on copies in another type, so that float64 copies of the same inputs are routed alike."""
+    return isinstance(support, Routed) and query.dtype == torch.float64
+
+
+def _quadratic_settings(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     support: Support,
     low_rank: Quadratic,
-    projection: eager.Projection,
+    projection: eager.Projection | None,
     scale: float,
     rows: Rows,
     is_causal: bool,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a plain eager call with the quadratic kernel, whose projections are known."""
-    query_map, key_map, packed_rank = eager.project_both(query, key, projection)
-    lists = lists_of(support, query, key, query_map, key_map, packed_rank, low_rank, scale, rows, is_causal)
-    rest = _after_maps(lists, packed_rank, low_rank, scale, rows, is_causal)
-    return eager.attention(query, key, value, query_map, key_map, projection, *rest)
+) -> tuple:
+    """``settings`` of :func:`eager.quadratic_attention`, which routes by itself where it can. ``projection`` is needed
+    where it cannot."""
+    if isinstance(support, Routed) and not _routes_in_float32(support, query):
+        lists = Lists(None, None, None, None, support.block_q, support.block_k, 0)
+        keys, window = support.keys, support.window
+    else:
+        maps = eager.project_both(query, key, projection) if isinstance(support, Routed) else (None, None)
+        lists = lists_of(support, query, key, *maps, low_rank, scale, rows, is_causal)
+        keys = window = 0
+    return (*lists[:4], *_of_rows(rows), keys, window, *lists[4:], is_causal, scale)
 
 
-def _after_maps(lists: Lists, packed_rank: int, low_rank: LowRank, scale: float, rows: Rows, is_causal: bool) -> tuple:
-    """The operator's arguments after the maps."""
-    return (
-        lists.index,
-        lists.count,
-        lists.span,
-        lists.order,
-        rows.query_mask,
-        rows.key_mask,
-        rows.query_range,
-        rows.key_range,
-        rows.offset,
-        LOW_RANK_CODE[type(low_rank)],
-        lists.block_q,
-        lists.block_k,
-        lists.span_keys,
-        is_causal,
-        scale,
-        packed_rank,
-    )
+def _of_rows(rows: Rows) -> tuple[Tensor | None, ...]:
+    """The operators' arguments about rows."""
+    return rows.query_mask, rows.key_mask, rows.query_range, rows.key_range, rows.offset
 
 
 def route(
@@ -314,7 +318,7 @@ def route(
     scale = default_scale(query, scale)
     with torch.no_grad():
         query_map, key_map = coordinates(query, key, low_rank, statistics, scale, rows, is_causal)
-        return content_lists(support, query, key, query_map, key_map, 0, low_rank, scale, rows, is_causal)
+        return content_lists(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
 
 
 # -------------------- scale and autocast

@@ -108,7 +108,6 @@ def lists_of(
     key: Tensor,
     query_map: Tensor | None,
     key_map: Tensor | None,
-    packed_rank: int,
     low_rank: LowRank,
     scale: float,
     rows: Rows,
@@ -132,7 +131,7 @@ def lists_of(
             support.keys,
         )
     if isinstance(support, (Routed, LSH)):
-        support = content_lists(support, query, key, query_map, key_map, packed_rank, low_rank, scale, rows, is_causal)
+        support = content_lists(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
     else:
         checks.check_blocks(
             support,
@@ -155,7 +154,6 @@ def content_lists(
     key: Tensor,
     query_map: Tensor | None,
     key_map: Tensor | None,
-    packed_rank: int,
     low_rank: LowRank,
     scale: float,
     rows: Rows,
@@ -188,6 +186,5 @@ def content_lists(
         support.window,
         is_causal,
         scale,
-        packed_rank,
     )
     return Blocks._from_kernel(index, count, support.block_q, support.block_k)

@@ -16,7 +16,9 @@ happens before it. Its arguments:
     packed_rank                               r > 0: the maps are rows of ``project_packed``, which kernels read in place
 
 ``attention_with_state`` also returns the states of the low-rank kernel and the scores of listed keys, which
-``attention_backward`` then need not compute again (empty where keeping them is not worth their memory). With ``query_weight`` and ``key_weight``, the projections that
+``attention_backward`` then need not compute again (empty where keeping them is not worth their memory).
+``quadratic_attention`` and ``quadratic_attention_with_state`` project the tokens, route them where ``keys`` > 0 and go on
+as ``attention`` does, in one call. With ``query_weight`` and ``key_weight``, the projections that
 made the maps, ``attention_backward`` adds the maps' gradients, through them, to those of query and key. These and what is
 packed serve scatterbrain.eager, below autograd.
 """
@@ -140,6 +142,31 @@ def _kept_scores(
         return (0,)
     lanes = next(lanes for most, lanes in ((1, 1), (8, 8), (31, 16), (block_q, 32)) if block_q <= most)
     return batch, heads, pad(-(-n // block_q) * pad(block_q, lanes)), keys
+
+
+def _projected(query: Tensor, key: Tensor, value: Tensor, weights: tuple, rest: tuple) -> tuple:
+    """The arguments of attention that those of quadratic_attention come to: shapes."""
+    *tensors, keys, window, block_q, block_k, span_keys, is_causal, scale, packed_rank = rest
+    project = torch.ops.scatterbrain.project_packed if packed_rank else torch.ops.scatterbrain.project
+    maps = project(query, *weights[:2]), project(key, *weights[2:])
+    if keys:
+        tensors[:2] = torch.ops.scatterbrain.route(
+            query, key, *maps, *tensors[4:], 1, keys, block_q, block_k, window, is_causal, scale, packed_rank
+        )
+    return query, key, value, *maps, *tensors, 1, block_q, block_k, span_keys, is_causal, scale, packed_rank
+
+
+@torch.library.register_fake("scatterbrain::quadratic_attention")
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return torch.ops.scatterbrain.attention(*_projected(query, key, value, rest[:4], rest[4:]))
+
+
+@torch.library.register_fake("scatterbrain::quadratic_attention_with_state")
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    arguments = _projected(query, key, value, rest[:4], rest[4:])
+    routed = rest[13] > 0
+    lists = arguments[5:7] if routed else [query.new_empty(0, dtype=torch.int32) for _ in range(2)]
+    return *torch.ops.scatterbrain.attention_with_state(*arguments), *arguments[3:5], *lists
 
 
 @torch.library.register_fake("scatterbrain::attention_backward")

@@ -23,10 +23,12 @@ _MOST = 64  # plans; a program with more kinds of calls than this checks some of
 
 class Plan(NamedTuple):
     """What was found out about a call: the statistics' tensors, so that no others have their ids; the projections they
-    came to, None where the support covers every key and torch's own kernel does it; the scale."""
+    came to and the rest of the operator's arguments, None where the support covers every key and torch's own kernel
+    does it; the scale."""
 
     tensors: tuple[Tensor, ...]
     weights: KeptWeights | None
+    settings: tuple | None
     scale: float
 
 
@@ -46,7 +48,7 @@ def key_of(
 ) -> tuple | None:
     """All that the checks look at; None where a call is not of the kind that is kept. Types are compared, not instances:
     what only equals a number or is a tensor of another kind goes through the checks."""
-    if torch.compiler.is_compiling() or not eager.is_plain():
+    if not eager.is_plain():
         return None
     if not (
         type(query) is type(key) is type(value) is Tensor
@@ -76,24 +78,25 @@ def key_of(
     )
 
 
-def find(key: tuple | None, statistics: object) -> Plan | None:
+def find(key: tuple | None) -> Plan | None:
     """The plan of a call with this key; None where it has to be checked."""
     plan = _plans.get(key) if key else None
     if plan is None:
         return None
     if torch._C._is_any_autocast_enabled() or torch.autograd.forward_ad._current_level >= 0:
         return None
-    return plan if plan.weights is None or plan.weights.are_of(statistics) else None
+    return plan if plan.weights is None or plan.weights.are_of(plan.tensors) else None
 
 
-def keep(key: tuple | None, statistics: object, scale: float, dtype: torch.dtype, is_exact: bool) -> None:
-    """Keeps what a call with this key came to, which has passed every check. ``dtype``: of its coordinates."""
+def keep(key: tuple | None, statistics: object, scale: float, dtype: torch.dtype, settings: tuple | None) -> None:
+    """Keeps what a call with this key came to, which has passed every check. ``dtype``: of its coordinates. ``settings``: None
+    where it was exact."""
     if key is None:
         return
-    weights = None if is_exact else kept_weights(statistics)
-    if not is_exact and (weights is None or weights.scale != scale or weights.dtype != dtype):
+    weights = None if settings is None else kept_weights(statistics)
+    if settings is not None and (weights is None or weights.scale != scale or weights.dtype != dtype):
         return
     with _lock:
         if len(_plans) >= _MOST:
             del _plans[next(iter(_plans))]
-        _plans[key] = Plan(tensors_of(statistics), weights, scale)
+        _plans[key] = Plan(tensors_of(statistics), weights, settings, scale)

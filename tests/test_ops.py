@@ -105,22 +105,107 @@ def test_opcheck_of_attention_and_its_backward(kernel: str, lists: str, dtype: t
     torch.library.opcheck(torch.ops.scatterbrain.attention_backward.default, gradients, test_utils=WITHOUT_GRADIENT)
 
 
-@pytest.mark.parametrize("kernel, lists, dtype, is_causal", SAMPLES)
-def test_a_kept_state_changes_no_bit_of_the_backward_pass(
-    kernel: str, lists: str, dtype: torch.dtype, is_causal: bool
-) -> None:
-    arguments = tuple(
-        a.detach() if isinstance(a, Tensor) else a for a in attention_arguments(kernel, lists, dtype, is_causal)
-    )
+def detached(arguments: tuple) -> tuple:
+    return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def kept_things_change_no_bit(arguments: tuple) -> tuple[Tensor, Tensor]:
+    """State and scores that the forward pass kept."""
     torch.library.opcheck(torch.ops.scatterbrain.attention_with_state.default, arguments, test_utils=WITHOUT_GRADIENT)
-    out, lse, state = torch.ops.scatterbrain.attention_with_state(*arguments)
-    assert (state.numel() > 0) == (kernel != "none" and not is_causal)
+    out, lse, state, scores = torch.ops.scatterbrain.attention_with_state(*arguments)
     for a, b in zip((out, lse), torch.ops.scatterbrain.attention(*arguments)):
         assert torch.equal(a, b)
     gradients = (torch.randn_like(out), None, out, lse, *arguments)
     again = torch.ops.scatterbrain.attention_backward(*gradients)
-    for a, b in zip(torch.ops.scatterbrain.attention_backward(*gradients, state=state), again):
-        assert torch.equal(a, b)
+    for kept in ({"state": state}, {"scores": scores}, {"state": state, "scores": scores}):
+        for a, b in zip(torch.ops.scatterbrain.attention_backward(*gradients, **kept), again):
+            assert torch.equal(a, b)
+    return state, scores
+
+
+@pytest.mark.parametrize("kernel, lists, dtype, is_causal", SAMPLES)
+def test_what_is_kept_changes_no_bit_of_the_backward_pass(
+    kernel: str, lists: str, dtype: torch.dtype, is_causal: bool
+) -> None:
+    state, scores = kept_things_change_no_bit(detached(attention_arguments(kernel, lists, dtype, is_causal)))
+    assert (state.numel() > 0) == (kernel != "none" and not is_causal)
+    assert scores.numel() == 0  # heads of 8 are computed in double
+
+
+# Tiles of 8, 16 and 32 queries, partly filled ones, queries with lists of their own, few keys (lists as masks), and
+# lists too long to be worth keeping.
+KEPT = [(8, 1, 40), (12, 1, 40), (16, 1, 64), (32, 1, 64), (40, 4, 64), (1, 8, 64), (1, 1, 100), (16, 8, 128)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("low_rank", [0, 1, 2])
+@pytest.mark.parametrize("n", [75, 150])
+@pytest.mark.parametrize(("block_q", "block_k", "keys"), KEPT)
+def test_kept_scores_change_no_bit_of_the_backward_pass(
+    block_q: int, block_k: int, keys: int, n: int, low_rank: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(block_q + n)
+    q, k, v = (torch.randn(B, h, n, 32, generator=generator).to(dtype) for h in (H, KV, KV))
+    maps = [None, None]
+    if low_rank:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        maps = [torch.rand(B, h, n, 4, generator=generator).to(wide) / 3 for h in (H, KV)]
+    blocks, key_blocks = -(-n // block_q), -(-n // block_k)
+    used = min(keys // block_k, key_blocks - 1)
+    rows = [torch.randperm(key_blocks, generator=generator)[:used].sort().values for _ in range(B * H * blocks)]
+    index = torch.stack(rows).to(torch.int32).reshape(B, H, blocks, used)
+    count = torch.randint(1, used + 1, (B, H, blocks), generator=generator).to(torch.int32)
+    mask = torch.zeros(B, n, dtype=torch.bool)
+    mask[0, ::7] = True
+    arguments = (q, k, v, *maps, index, count, None, None, mask, mask, *(None,) * 3)
+    _, scores = kept_things_change_no_bit((*arguments, low_rank, block_q, block_k, 0, False, 0.2))
+    is_short = keys <= 80 or (block_q == 1 and low_rank != 0 and n <= 128) or min(keys, n) <= 80
+    assert (scores.numel() > 0) == (dtype != torch.float64 and is_short)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_q, block_k, window", [(16, 1, 0), (1, 8, 16), (0, 0, 0)])
+def test_one_call_projects_routes_and_attends(
+    block_q: int, block_k: int, window: int, dtype: torch.dtype, trained: bool
+) -> None:
+    """As the operators one by one do, with lists of its own or given a window."""
+    library, n, rank = torch.ops.scatterbrain, 150, 5
+    q, k, v = (rand(B, h, n, WIDE, seed=seed, dtype=dtype) for seed, h in enumerate((H, KV, KV)))
+    weights = [rand(1, h, rank + 1, *shape, seed=7 + h) / 9 for h in (H, KV) for shape in ((WIDE,), ())]
+    span = None
+    if block_q == 0:
+        span = torch.tensor([[[max(0, i - 20), i + 20] for i in range(8, n + 8, 16)]], dtype=torch.int32).clamp(max=n)
+    lists, keys = (None, None, span, None), 0 if block_q == 0 else 32
+    blocks = (block_q or 16, block_k or 1, 0 if span is None else 40, False, 0.2)
+    none = (None,) * 5
+    operator = library.quadratic_attention_with_state if trained else library.quadratic_attention
+    arguments = (q, k, v, *weights, *lists, *none, keys, window, *blocks, rank)
+    torch.library.opcheck(operator.default, arguments, test_utils=WITHOUT_GRADIENT)
+    maps = [library.project_packed(t, *weights[i : i + 2]) for t, i in ((q, 0), (k, 2))]
+    if keys:
+        lists = (*library.route(q, k, *maps, *none, 1, keys, *blocks[:2], window, *blocks[3:], rank), None, None)
+    separate = library.attention_with_state if trained else library.attention
+    expected = separate(q, k, v, *maps, *lists, *none, 1, *blocks, rank)
+    if trained:
+        expected = (*expected, *maps, *(t if keys else torch.empty(0, dtype=torch.int32) for t in lists[:2]))
+    results = operator(*arguments)
+    assert len(results) == len(expected)
+    for name, a, b in zip(operator.default._schema.returns, results, expected):
+        assert torch.equal(a, b) or name.name in ("state", "scores"), name.name
+
+
+def test_equal_bytes_sees_every_difference() -> None:
+    equal = torch.ops.scatterbrain.equal_bytes
+    tensors = [rand(2, 3, seed=1), rand(4, seed=2, dtype=torch.float64), torch.full((2,), float("nan")), torch.zeros(0)]
+    assert equal(*tensors, *(t.clone() for t in tensors))
+    assert equal(*tensors, tensors[0].t().contiguous().t(), *tensors[1:])
+    for i in range(3):
+        other = [t.clone() for t in tensors]
+        other[i].view(-1)[-1] = 7
+        assert not equal(*tensors, *other)
+    assert not equal(*tensors, tensors[0].t().contiguous(), *tensors[1:])
+    assert not equal(*tensors, tensors[0].double(), *tensors[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,14 +232,21 @@ def test_gradients_go_through_the_projections_inside_the_backward_pass(width: in
         torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max())
 
 
-def test_a_state_of_other_arguments_is_refused() -> None:
+def test_what_other_arguments_kept_is_refused() -> None:
     arguments = tuple(
         a.detach() if isinstance(a, Tensor) else a
         for a in attention_arguments("quadratic", "span", torch.float64, False)
     )
-    out, lse, state = torch.ops.scatterbrain.attention_with_state(*arguments)
+    out, lse, state, _ = torch.ops.scatterbrain.attention_with_state(*arguments)
     with pytest.raises(RuntimeError, match="state must be what attention_with_state returned"):
         torch.ops.scatterbrain.attention_backward(out, None, out, lse, *arguments, state=state[..., 1:].contiguous())
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    span = torch.tensor([[[0, 20], [10, 30], [20, 40]]], dtype=torch.int32)
+    arguments = (q, k, v, None, None, None, None, span, *(None,) * 6, 0, 16, 1, 20, False, 0.2)
+    out, lse, _, scores = torch.ops.scatterbrain.attention_with_state(*arguments)
+    for wrong in (scores[..., 1:].contiguous(), scores.transpose(1, 2)):
+        with pytest.raises(RuntimeError, match="scores must be what attention_with_state returned"):
+            torch.ops.scatterbrain.attention_backward(out, None, out, lse, *arguments, scores=wrong)
 
 
 WIDE = 32  # narrower heads are computed in double and do not use packed rows
