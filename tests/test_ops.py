@@ -157,7 +157,11 @@ def test_kept_scores_change_no_bit_of_the_backward_pass(
     count = torch.randint(1, used + 1, (B, H, blocks), generator=generator).to(torch.int32)
     mask = torch.zeros(B, n, dtype=torch.bool)
     mask[0, ::7] = True
-    arguments = (q, k, v, *maps, index, count, None, None, mask, mask, *(None,) * 3)
+    # The second row is short: its keys may all be evaluated together where those of the first are not.
+    count[1] = count[1].clamp(max=(n * 2 // 3) // block_k).clamp(min=1)
+    index[1] = torch.arange(used).clamp(max=(n * 2 // 3) // block_k - 1)
+    ends = torch.tensor([[0, n], [0, n * 2 // 3]], dtype=torch.int32)
+    arguments = (q, k, v, *maps, index, count, None, None, mask, mask, ends, ends, None)
     _, scores = kept_things_change_no_bit((*arguments, low_rank, block_q, block_k, 0, False, 0.2))
     is_short = keys <= 80 or (block_q == 1 and low_rank != 0 and n <= 128) or min(keys, n) <= 80
     assert (scores.numel() > 0) == (dtype != torch.float64 and is_short)
