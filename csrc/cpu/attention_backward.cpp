@@ -94,7 +94,7 @@ class Backward {
     }
   }
 
-  static Tensor values(const Tensor& t) { return as_dtype(torch::stable::contiguous(t), kScalar<T>); }
+  static Tensor values(const Tensor& t) { return as_dtype(as_contiguous(t), kScalar<T>); }
   static Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
   void heads_in_parallel(const BackwardTask& sizes) {

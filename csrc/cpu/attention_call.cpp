@@ -69,18 +69,18 @@ template <class E>
 void AttentionCall<E>::set_lists(const AttentionArguments& a) {
   p.block_q = a.block_q, p.block_k = a.block_k, p.blocks = ceil_div(p.q_tokens, p.block_q);
   if (a.index) {
-    index = torch::stable::contiguous(*a.index), count = torch::stable::contiguous(*a.count);
+    index = as_contiguous(*a.index), count = as_contiguous(*a.count);
     p.index = static_cast<const int32_t*>(index->data_ptr()), p.count = static_cast<const int32_t*>(count->data_ptr());
     p.list_heads = index->size(1), p.capacity = index->size(3);
     check_lists(a);
   }
   if (a.span) {
-    span = torch::stable::contiguous(*a.span);
+    span = as_contiguous(*a.span);
     p.span = static_cast<const int32_t*>(span->data_ptr());
     p.span_batch = span->size(0) == 1 ? 0 : p.blocks * 2, p.span_keys = a.span_keys;
   }
   if (a.query_order) {
-    order = torch::stable::contiguous(*a.query_order);
+    order = as_contiguous(*a.query_order);
     p.order = static_cast<const int32_t*>(order->data_ptr()), p.order_heads = order->size(1);
     for (int64_t i = 0; i < order->numel(); ++i)
       STD_TORCH_CHECK(p.order[i] >= -1 && p.order[i] < p.q_tokens, "attention: query_order names query ", p.order[i],

@@ -65,7 +65,7 @@ struct AttentionCall {
 // Runs body(b, head, unit) for every unit of every head, each thread with its own scratch of `bytes`.
 template <class Body>
 void parallel_units(int64_t batch, int64_t heads, int64_t units, int64_t bytes, const Body& body) {
-  torch::stable::parallel_for(0, batch * heads * units, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(batch * heads * units, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
     for (int64_t at = begin; at < end; ++at) body(at / (heads * units), at / units % heads, at % units, scratch.data());
   });

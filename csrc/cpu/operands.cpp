@@ -2,6 +2,8 @@
 
 #include "../profile.h"
 
+#include <algorithm>
+
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -28,16 +30,15 @@ Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), 
 template <class Visit>
 void for_each_row(const Tensor& t, int64_t row_bytes, const Visit& visit) {
   const int64_t heads = t.size(1), tokens = t.size(2);
-  torch::stable::parallel_for(0, t.size(0) * heads * tokens,
-                              std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)),
-                              [&](int64_t begin, int64_t end) {
-                                int64_t i = begin % tokens, h = begin / tokens % heads, b = begin / tokens / heads;
-                                for (int64_t at = begin; at < end; ++at) {
-                                  visit(b, h, i);
-                                  if (++i == tokens) i = 0, ++h;
-                                  if (h == heads) h = 0, ++b;
-                                }
-                              });
+  parallel_ranges(t.size(0) * heads * tokens, std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)),
+                  [&](int64_t begin, int64_t end) {
+                    int64_t i = begin % tokens, h = begin / tokens % heads, b = begin / tokens / heads;
+                    for (int64_t at = begin; at < end; ++at) {
+                      visit(b, h, i);
+                      if (++i == tokens) i = 0, ++h;
+                      if (h == heads) h = 0, ++b;
+                    }
+                  });
 }
 
 template <class T>
@@ -63,7 +64,21 @@ auto narrow_of() -> void (*)(const float*, int64_t, uint16_t*) {
 
 }  // namespace
 
-Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) { return torch::stable::empty(sizes, dtype); }
+Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[8], stride = 1;
+  for (int64_t d = int64_t(sizes.size()) - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, std::data(sizes)[d]);
+  }
+  AtenTensorHandle handle;
+  STD_TORCH_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), std::data(sizes), strides,
+                                           torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                           aoti_torch_device_type_cpu(), 0, &handle) == 0,
+                  "scatterbrain: no memory for a tensor");
+  return Tensor(handle);
+}
 Tensor zeros_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   Tensor t = empty_cpu(sizes, dtype);
   if (t.numel() > 0) std::memset(t.data_ptr(), 0, size_t(t.numel()) * t.element_size());
@@ -206,8 +221,8 @@ MapOperand as_map(const Tensor& map, MapKind kind, int64_t rank, bool fine) {
 
 MaskOperand as_mask(const std::optional<Tensor>& mask) {
   if (!mask) return {};
-  Tensor contiguous = torch::stable::contiguous(*mask);
-  return {contiguous, static_cast<const uint8_t*>(contiguous.data_ptr())};
+  Tensor bytes = as_contiguous(*mask);
+  return {bytes, static_cast<const uint8_t*>(bytes.data_ptr())};
 }
 
 std::vector<RowRange> row_ranges(int64_t batch, int64_t q_tokens, int64_t k_tokens,

@@ -26,6 +26,18 @@ inline constexpr ScalarType kScalar = std::is_same_v<T, double>     ? ScalarType
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Torch's own functions of these names look their operator up by name: on few hundred tokens that shows.
+Tensor as_contiguous(const Tensor& t);
+// Calls body(begin, end) for parts of [0, n), of at least `grain`, on several threads.
+template <class Body>
+void parallel_ranges(int64_t n, int64_t grain, const Body& body) {
+  if (n <= 0) return;
+  if (n <= grain || torch::stable::get_num_threads() == 1)
+    body(int64_t(0), n);
+  else
+    torch::stable::parallel_for(0, n, grain, body);
+}
+
 Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype);
 Tensor zeros_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype);
 

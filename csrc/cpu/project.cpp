@@ -54,14 +54,14 @@ struct TransposedWeight {
       : p(call.p),
         values(size_t(maps(call) * p.head_dim * p.outputs_pad), T(0)),
         offsets(size_t(maps(call) * p.outputs_pad), T(0)) {
-    const Tensor packed = torch::stable::contiguous(weight);
+    const Tensor packed = as_contiguous(weight);
     const T* w = static_cast<const T*>(packed.data_ptr());
     for (int64_t m = 0; m < maps(call); ++m)
       for (int64_t o = 0; o < p.outputs; ++o)
         for (int64_t e = 0; e < p.head_dim; ++e)
           values[size_t((m * p.head_dim + e) * p.outputs_pad + column_of(o))] = w[(m * p.outputs + o) * p.head_dim + e];
     if (!bias) return;
-    const Tensor flat = torch::stable::contiguous(*bias);
+    const Tensor flat = as_contiguous(*bias);
     const T* from = static_cast<const T*>(flat.data_ptr());
     for (int64_t m = 0; m < maps(call); ++m)
       for (int64_t o = 0; o < p.outputs; ++o)
@@ -125,7 +125,7 @@ Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const Tensor& 
 template <class T>
 std::vector<T> padded_weight(const Projection& call, const Tensor& weight) {
   const ProjectParams& p = call.p;
-  const Tensor packed = torch::stable::contiguous(weight);
+  const Tensor packed = as_contiguous(weight);
   const int64_t rows = call.weight_batch * call.weight_heads * p.outputs;
   std::vector<T> padded(size_t(rows * p.head_pad), T(0));
   const T* w = static_cast<const T*>(packed.data_ptr());
@@ -138,7 +138,7 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
   const Projection call(tokens, weight);
   const ProjectParams& p = call.p;
-  const Tensor g = torch::stable::contiguous(grad);
+  const Tensor g = as_contiguous(grad);
   const int64_t size = p.outputs * p.head_pad;
   const std::vector<T> padded = padded_weight<T>(call, weight);
 
@@ -178,7 +178,7 @@ template <class T>
 void add_through_map(const Tensor& tokens, const Tensor& d_map, const Tensor& weight, const Rows& d_tokens) {
   const Stage stage("backward of projection");
   const Projection call(tokens, weight);
-  const std::vector<T> padded = padded_weight<T>(call, as_dtype(torch::stable::contiguous(weight), kScalar<T>));
+  const std::vector<T> padded = padded_weight<T>(call, as_dtype(as_contiguous(weight), kScalar<T>));
   const int64_t size = call.p.outputs * call.p.head_pad;
   parallel_units(call.batch, call.blocks, call.heads, 0, [&](int64_t b, int64_t i, int64_t h, void*) {
     project_kernels<T>().project_add(
