@@ -20,6 +20,12 @@ struct Rows {
   }
 };
 
+// A projection that made a map, rows T (1 or B, heads, rank + 1, head_pad).
+struct MapWeight {
+  const void* data = nullptr;
+  int64_t batch = 0, heads = 0;  // stride in elements, 0 where one is shared; as many as divide the tokens' heads
+};
+
 // The low-rank kernel L_ij = exp(rho_i + kappa_j) K(x_i, y_j): K = (1 + x.y / 2)^2, or x.y of general non-negative
 // features.
 enum class LowRank : int64_t { kNone = 0, kQuadratic = 1, kFeatures = 2 };
@@ -108,7 +114,8 @@ struct AttentionParams {
   Rows dq, dk, dv;              // T, padded rows; all gradients start at zero
   Rows dy;                      // T (B, Hkv, M, map_pad); for the quadratic kernel column r collects the sum of dt
   Rows d_query_map, d_key_map;  // T (B, Hq|Hkv, N|M, rank + 1): x and rho, y and kappa
-  void* d_state;                // T (B, Hq, units, slot_size)
+  MapWeight query_weight, key_weight;  // where given, the maps' gradients are not written but go on to dq and dk
+  void* d_state;                       // T (B, Hq, units, slot_size)
 
   int64_t features_pad() const { return pad_to(features, kPad); }
   int64_t kv_head(int64_t h) const { return h / (q_heads / kv_heads); }

@@ -19,8 +19,8 @@ happens before it. Its arguments:
 ``attention_backward`` then need not compute again (empty where keeping them is not worth their memory).
 ``quadratic_attention`` and ``quadratic_attention_with_state`` project the tokens, route them where ``keys`` > 0 and go on
 as ``attention`` does, in one call. With ``query_weight`` and ``key_weight``, the projections that
-made the maps, ``attention_backward`` adds the maps' gradients, through them, to those of query and key. These and what is
-packed serve scatterbrain.eager, below autograd.
+made the maps, ``attention_backward`` adds the maps' gradients, through them, to those of query and key, and leaves its own
+results for them empty. These and what is packed serve scatterbrain.eager, below autograd.
 """
 
 from __future__ import annotations
@@ -183,12 +183,12 @@ def _(
     *rest: object,
 ) -> tuple[Tensor, ...]:
     packed_rank = rest[15] if len(rest) > 15 else 0
-    maps = [
-        tokens.new_empty((tokens.shape[0], tokens.shape[1], 0, 1), dtype=lse.dtype)
-        if m is None
-        else m.new_empty((*m.shape[:3], packed_rank + 1 if packed_rank else m.shape[3]))
-        for tokens, m in ((query, query_map), (key, key_map))
-    ]
+    weights = (*rest[18:], None, None)[:2]
+    maps = []
+    for tokens, m, weight in zip((query, key), (query_map, key_map), weights):
+        width = 1 if m is None else packed_rank + 1 if packed_rank else m.shape[3]
+        rows = 0 if m is None or weight is not None else tokens.shape[2]
+        maps.append(tokens.new_empty((*tokens.shape[:2], rows, width), dtype=lse.dtype))
     return *(_like_tokens(t, t.shape[3]) for t in (query, key, value)), *maps
 
 

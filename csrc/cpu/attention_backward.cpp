@@ -37,8 +37,10 @@ class Backward {
     const auto map_like = [&](bool written, std::initializer_list<int64_t> sizes) {
       return written ? empty_cpu(sizes, kScalar<T>) : zeros_cpu(sizes, kScalar<T>);
     };
-    d_query_map = map_like(call.every_query(), {p.batch, p.q_heads, mapped ? p.q_tokens : 0, p.rank + 1});
-    d_key_map = map_like(call.every_key(), {p.batch, p.kv_heads, mapped ? p.k_tokens : 0, p.rank + 1});
+    query_weight = map_weight(a.query_weight, p.query_weight), key_weight = map_weight(a.key_weight, p.key_weight);
+    const bool to_query_map = mapped && !a.query_weight, to_key_map = mapped && !a.key_weight;
+    d_query_map = map_like(call.every_query(), {p.batch, p.q_heads, to_query_map ? p.q_tokens : 0, p.rank + 1});
+    d_key_map = map_like(call.every_key(), {p.batch, p.kv_heads, to_key_map ? p.k_tokens : 0, p.rank + 1});
     dy = zeros_cpu({p.batch, p.kv_heads, mapped ? p.k_tokens : 0, p.map_pad}, kScalar<T>);
     d_state = empty_cpu({p.batch, p.q_heads, mapped ? p.units : 0, p.slot_size}, kScalar<T>);
     p.d_query_map = rows_of(d_query_map), p.d_key_map = rows_of(d_key_map), p.dy = rows_of(dy);
@@ -47,8 +49,6 @@ class Backward {
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
     compute();
-    if (args.query_weight) add_through_map<T>(args.query, d_query_map, *args.query_weight, p.dq);
-    if (args.key_weight) add_through_map<T>(args.key, d_key_map, *args.key_weight, p.dk);
     write_back<T>(dq_rows, dq), write_back<T>(dk_rows, dk), write_back<T>(dv_rows, dv);
     const ScalarType dtype = accumulation_type(dq);
     return {dq, dk, dv, as_dtype(d_query_map, dtype), as_dtype(d_key_map, dtype)};
@@ -78,10 +78,10 @@ class Backward {
       again.compute();
       const int64_t kv = p.kv_head(h);
       const AttentionParams& from = again.p;
-      add(from.dq, p.dq, b, h, p.q_tokens, p.head_pad),
-          add(from.d_query_map, p.d_query_map, b, h, p.q_tokens, p.rank + 1);
+      add(from.dq, p.dq, b, h, p.q_tokens, p.head_pad);
       add(from.dk, p.dk, b, kv, p.k_tokens, p.head_pad), add(from.dv, p.dv, b, kv, p.k_tokens, p.value_pad);
-      add(from.d_key_map, p.d_key_map, b, kv, p.k_tokens, p.rank + 1);
+      if (!args.query_weight) add(from.d_query_map, p.d_query_map, b, h, p.q_tokens, p.rank + 1);
+      if (!args.key_weight) add(from.d_key_map, p.d_key_map, b, kv, p.k_tokens, p.rank + 1);
     });
   }
 
@@ -94,6 +94,12 @@ class Backward {
     }
   }
 
+  std::vector<T> map_weight(const std::optional<Tensor>& weight, MapWeight& to) {
+    if (!weight) return {};
+    std::vector<T> rows = padded_weight<T>(*weight);
+    to = {rows.data(), weight->size(0) == 1 ? 0 : int64_t(rows.size()) / p.batch, weight->size(1)};
+    return rows;
+  }
   static Tensor values(const Tensor& t) { return as_dtype(as_contiguous(t), kScalar<T>); }
   static Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
@@ -197,6 +203,7 @@ class Backward {
   const AttentionKernels& kernel = attention_kernels<E>();
   Tensor dq, dk, dv, d_query_map, d_key_map, dy, d_state, lse_values;
   std::optional<Tensor> d_lse_values;
+  std::vector<T> query_weight, key_weight;
   Operand dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
 };
 

@@ -27,6 +27,10 @@ AttentionArguments one_head(const AttentionArguments& a, int64_t b, int64_t h, c
   AttentionArguments one = a;
   one.state = one.scores = std::nullopt;  // of other queries, and in another type
   one.query = head_of(a.query, b, h), one.key = head_of(a.key, b, kv), one.value = head_of(a.value, b, kv);
+  const auto of_head = [&](std::optional<Tensor>& t, int64_t head, int64_t heads) {
+    if (t) t = head_of(*t, t->size(0) == 1 ? 0 : b, head * t->size(1) / heads);
+  };
+  of_head(one.query_weight, h, q_heads), of_head(one.key_weight, kv, a.key.size(1));
   per_head(one.query_map), per_head(one.index), per_head(one.count), per_head(one.query_order);
   if (one.key_map) one.key_map = head_of(*a.key_map, b, kv);
   per_row(one.span), per_row(one.key_mask), per_row(one.query_range), per_row(one.key_range), per_row(one.query_offset);

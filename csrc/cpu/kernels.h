@@ -44,7 +44,6 @@ struct AttentionKernels {
 template <class T>
 struct ProjectKernels {
   void (*project)(const ProjectParams&, const T* tokens, int64_t row_stride, const T* weight_t, const T* bias, T* rows);
-  void (*project_add)(const ProjectParams&, const T* grad, const T* weight, T* d_tokens, int64_t d_row_stride);
   void (*project_backward)(const ProjectParams&, const T* grad, const T* tokens, int64_t row_stride, const T* weight,
                            const T* zero_row, T* d_tokens, int64_t d_row_stride, T* d_weight, T* d_bias);
 };

@@ -121,26 +121,13 @@ Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const Tensor& 
   return out;
 }
 
-// (maps, outputs, head_pad), padded with zeros.
-template <class T>
-std::vector<T> padded_weight(const Projection& call, const Tensor& weight) {
-  const ProjectParams& p = call.p;
-  const Tensor packed = as_contiguous(weight);
-  const int64_t rows = call.weight_batch * call.weight_heads * p.outputs;
-  std::vector<T> padded(size_t(rows * p.head_pad), T(0));
-  const T* w = static_cast<const T*>(packed.data_ptr());
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t e = 0; e < p.head_dim; ++e) padded[size_t(row * p.head_pad + e)] = w[row * p.head_dim + e];
-  return padded;
-}
-
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
   const Projection call(tokens, weight);
   const ProjectParams& p = call.p;
   const Tensor g = as_contiguous(grad);
   const int64_t size = p.outputs * p.head_pad;
-  const std::vector<T> padded = padded_weight<T>(call, weight);
+  const std::vector<T> padded = padded_weight<T>(weight);
 
   Tensor d_tokens = empty_like_tokens(tokens, p.head_dim, tokens.scalar_type());
   const Operand d_rows = result_rows<T>(d_tokens, p.head_pad);
@@ -175,20 +162,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
 }  // namespace
 
 template <class T>
-void add_through_map(const Tensor& tokens, const Tensor& d_map, const Tensor& weight, const Rows& d_tokens) {
-  const Stage stage("backward of projection");
-  const Projection call(tokens, weight);
-  const std::vector<T> padded = padded_weight<T>(call, as_dtype(as_contiguous(weight), kScalar<T>));
-  const int64_t size = call.p.outputs * call.p.head_pad;
-  parallel_units(call.batch, call.blocks, call.heads, 0, [&](int64_t b, int64_t i, int64_t h, void*) {
-    project_kernels<T>().project_add(
-        call.block(i),
-        static_cast<const T*>(d_map.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * call.p.outputs,
-        &padded[size_t(call.weight_of(b, h) * size)], d_tokens.at<T>(b, h, i * kTokensPerTask), d_tokens.row);
-  });
+std::vector<T> padded_weight(const Tensor& weight) {
+  const int64_t rows = weight.size(0) * weight.size(1) * weight.size(2), width = weight.size(3),
+                padded_width = pad_to(width, kPad);
+  const Tensor packed = as_dtype(as_contiguous(weight), kScalar<T>);
+  std::vector<T> padded(size_t(rows * padded_width), T(0));
+  const T* w = static_cast<const T*>(packed.data_ptr());
+  for (int64_t row = 0; row < rows; ++row) std::copy_n(w + row * width, width, &padded[size_t(row * padded_width)]);
+  return padded;
 }
-template void add_through_map<float>(const Tensor&, const Tensor&, const Tensor&, const Rows&);
-template void add_through_map<double>(const Tensor&, const Tensor&, const Tensor&, const Rows&);
+template std::vector<float> padded_weight<float>(const Tensor&);
+template std::vector<double> padded_weight<double>(const Tensor&);
 
 Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Stage stage("projection");

@@ -1,12 +1,11 @@
-// What the backward pass of attention does with the projections that made its maps.
+// Projections as rows.
 #pragma once
 #include "operands.h"
 
 namespace sb::cpu {
 
-// d_tokens += d_map weight: d_tokens are padded rows of T for `tokens` (B, H, N, d), d_map (B, H, N, outputs) is
-// contiguous and of T, weight (1 or B, heads, outputs, d) float32 or float64.
+// A weight (1 or B, heads, outputs, d) of float32 or float64 as rows of T, padded with zeros to a multiple of kPad.
 template <class T>
-void add_through_map(const Tensor& tokens, const Tensor& d_map, const Tensor& weight, const Rows& d_tokens);
+std::vector<T> padded_weight(const Tensor& weight);
 
 }  // namespace sb::cpu
