@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "launchers.h"
@@ -90,21 +91,39 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(Tensor grad, Tensor tokens, 
   return cpu_launchers().project_backward(grad, tokens, weight);
 }
 
-// Everything from projections to attention with the quadratic kernel in one call: what four operators would do, without
-// three times the way from the interpreter and back.
+// Whether tensors hold the bytes of others.
+bool equal_bytes(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
+  const auto in_order = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (i >= b.size() || a[i].scalar_type() != b[i].scalar_type() || a[i].dim() != b[i].dim()) return false;
+    for (int64_t d = 0; d < a[i].dim(); ++d)
+      if (a[i].size(d) != b[i].size(d)) return false;
+    const Tensor x = in_order(a[i]), y = in_order(b[i]);
+    if (std::memcmp(x.data_ptr(), y.data_ptr(), size_t(x.numel()) * x.element_size()) != 0) return false;
+  }
+  return a.size() == b.size();
+}
+
+// Everything from projections to attention with the quadratic kernel in one call: what five operators would do, without
+// four times the way from the interpreter and back. Where `sources` no longer hold the bytes of `copies`, from which
+// the projections were made, all results are empty.
 #define SB_QUADRATIC_ARGUMENTS                                                                                        \
   Tensor query, Tensor key, Tensor value, Tensor query_weight, Tensor query_bias, Tensor key_weight, Tensor key_bias, \
       MaybeTensor index, MaybeTensor count, MaybeTensor span, MaybeTensor query_order, MaybeTensor query_mask,        \
       MaybeTensor key_mask, MaybeTensor query_range, MaybeTensor key_range, MaybeTensor query_offset, int64_t keys,   \
       int64_t window, int64_t block_q, int64_t block_k, int64_t span_keys, bool is_causal, double scale,              \
-      int64_t packed_rank
+      int64_t packed_rank, std::vector<Tensor> sources, std::vector<Tensor> copies
 #define SB_QUADRATIC_VALUES                                                                                        \
   query, key, value, query_weight, query_bias, key_weight, key_bias, index, count, span, query_order, query_mask,  \
       key_mask, query_range, key_range, query_offset, keys, window, block_q, block_k, span_keys, is_causal, scale, \
-      packed_rank
+      packed_rank, sources, copies
 
-// The arguments of attention: maps projected, and lists routed where `keys` says so.
-AttentionArguments project_and_route(SB_QUADRATIC_ARGUMENTS) {
+Tensor nothing() { return torch::stable::empty({0}, ScalarType::Int); }
+
+// The arguments of attention: maps projected, and lists routed where `keys` says so. None where the projections are
+// stale.
+std::optional<AttentionArguments> project_and_route(SB_QUADRATIC_ARGUMENTS) {
+  if (!equal_bytes(sources, copies)) return std::nullopt;
   constexpr int64_t low_rank = int64_t(LowRank::kQuadratic);
   const bool packed = packed_rank > 0;
   const MaybeTensor query_map = packed ? project_packed(query, query_weight, query_bias)
@@ -114,39 +133,26 @@ AttentionArguments project_and_route(SB_QUADRATIC_ARGUMENTS) {
     std::tie(index, count) =
         route(query, key, query_map, key_map, query_mask, key_mask, query_range, key_range, query_offset, low_rank,
               keys, block_q, block_k, window, is_causal, scale, packed_rank);
-  return {SB_ATTENTION_VALUES};
+  return AttentionArguments{SB_ATTENTION_VALUES};
 }
 
 std::tuple<Tensor, Tensor> quadratic_attention(SB_QUADRATIC_ARGUMENTS) {
-  const AttentionArguments a = project_and_route(SB_QUADRATIC_VALUES);
-  check_attention(a);
-  auto [out, lse, state, scores] = cpu_launchers().attention(a);
+  const std::optional<AttentionArguments> a = project_and_route(SB_QUADRATIC_VALUES);
+  if (!a) return {nothing(), nothing()};
+  check_attention(*a);
+  auto [out, lse, state, scores] = cpu_launchers().attention(*a);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quadratic_attention_with_state(
     SB_QUADRATIC_ARGUMENTS) {
-  AttentionArguments a = project_and_route(SB_QUADRATIC_VALUES);
-  a.is_trained = true;
-  check_attention(a);
-  auto [out, lse, state, scores] = cpu_launchers().attention(a);
-  const bool routed = keys > 0;
-  const auto none = [&] { return torch::stable::empty({0}, ScalarType::Int); };
-  return {out, lse, state, scores, *a.query_map, *a.key_map, routed ? *a.index : none(), routed ? *a.count : none()};
-}
-
-// Whether four tensors hold the bytes of four others.
-bool equal_bytes(Tensor a0, Tensor a1, Tensor a2, Tensor a3, Tensor b0, Tensor b1, Tensor b2, Tensor b3) {
-  const Tensor *const a[] = {&a0, &a1, &a2, &a3}, *const b[] = {&b0, &b1, &b2, &b3};
-  for (int i = 0; i < 4; ++i) {
-    if (a[i]->scalar_type() != b[i]->scalar_type() || a[i]->dim() != b[i]->dim()) return false;
-    for (int64_t d = 0; d < a[i]->dim(); ++d)
-      if (a[i]->size(d) != b[i]->size(d)) return false;
-    const auto in_order = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
-    const Tensor x = in_order(*a[i]), y = in_order(*b[i]);
-    if (std::memcmp(x.data_ptr(), y.data_ptr(), size_t(x.numel() * x.element_size())) != 0) return false;
-  }
-  return true;
+  std::optional<AttentionArguments> a = project_and_route(SB_QUADRATIC_VALUES);
+  if (!a) return {nothing(), nothing(), nothing(), nothing(), nothing(), nothing(), nothing(), nothing()};
+  a->is_trained = true;
+  check_attention(*a);
+  auto [out, lse, state, scores] = cpu_launchers().attention(*a);
+  Tensor routed_index = keys > 0 ? *a->index : nothing(), routed_count = keys > 0 ? *a->count : nothing();
+  return {out, lse, state, scores, *a->query_map, *a->key_map, routed_index, routed_count};
 }
 
 std::string stages(bool on) { return record_stages(on); }
@@ -167,7 +173,7 @@ std::string instruction_set_name() { return instruction_set().name; }
   "Tensor query, Tensor key, Tensor value, Tensor query_weight, Tensor query_bias, Tensor key_weight, Tensor "      \
   "key_bias, Tensor? index, Tensor? count, Tensor? span, Tensor? query_order, Tensor? query_mask, Tensor? "         \
   "key_mask, Tensor? query_range, Tensor? key_range, Tensor? query_offset, int keys, int window, int block_q, int " \
-  "block_k, int span_keys, bool is_causal, float scale, int packed_rank"
+  "block_k, int span_keys, bool is_causal, float scale, int packed_rank, Tensor[] sources, Tensor[] copies"
 
 STABLE_TORCH_LIBRARY(scatterbrain, m) {
   m.def("instruction_set() -> str");
@@ -184,7 +190,7 @@ STABLE_TORCH_LIBRARY(scatterbrain, m) {
   m.def("quadratic_attention_with_state(" SB_QUADRATIC_SCHEMA
         ") -> (Tensor out, Tensor lse, Tensor state, Tensor scores, Tensor query_map, Tensor key_map, Tensor index, "
         "Tensor count)");
-  m.def("equal_bytes(Tensor a0, Tensor a1, Tensor a2, Tensor a3, Tensor b0, Tensor b1, Tensor b2, Tensor b3) -> bool");
+  m.def("equal_bytes(Tensor[] a, Tensor[] b) -> bool");
   m.def("attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, " SB_ATTENTION_SCHEMA
         ", Tensor? state=None, Tensor? scores=None, Tensor? query_weight=None, Tensor? key_weight=None) -> (Tensor, "
         "Tensor, Tensor, Tensor, Tensor)");

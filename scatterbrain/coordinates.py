@@ -139,7 +139,7 @@ class KeptWeights(NamedTuple):
 
     def are_of(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether the statistics' tensors hold what these were made from."""
-        return _EQUAL_BYTES(*self.sources, *tensors)
+        return _EQUAL_BYTES(tensors, self.sources)
 
 
 _EQUAL_BYTES = torch.ops.scatterbrain.equal_bytes.default

@@ -61,21 +61,38 @@ def attention(*arguments: object) -> tuple[Tensor, Tensor]:
         return _ATTENTION(*arguments)
 
 
+class StaleProjection(Exception):
+    """What a projection was made from has changed since."""
+
+
 def quadratic_attention(
-    query: Tensor, key: Tensor, value: Tensor, projection: Projection, settings: tuple
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Projection,
+    settings: tuple,
+    sources: tuple[Tensor, ...] = (),
+    copies: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """The operator of the same name, differentiable. ``settings``: its arguments after the projection, but for
-    ``packed_rank``."""
+    """The operator of the same name, differentiable. ``settings``: its arguments after the projection and before
+    ``packed_rank``.
+
+    Raises:
+        StaleProjection: the tensors ``sources`` do not hold what ``copies`` of them do.
+    """
     weight = projection[0]
     # Heads that narrow, and float64, are computed in double, which packed rows of float32 would have to be brought to.
     packed = weight.dtype == torch.float32 and query.shape[3] >= _WIDE_HEAD
-    arguments = (query, key, value, *projection, *settings, weight.shape[2] - 1 if packed else 0)
+    arguments = (query, key, value, *projection, *settings, weight.shape[2] - 1 if packed else 0, sources, copies)
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or any(t.requires_grad for t in projection)
     ):
         return _QuadraticAttention.apply(*arguments)
     with _BelowAutograd():
-        return _QUADRATIC_ATTENTION(*arguments)
+        results = _QUADRATIC_ATTENTION(*arguments)
+    if results[0].dim() != 4:
+        raise StaleProjection
+    return results
 
 
 def with_zero_gradients(out: Tensor, parameters: list[Tensor]) -> Tensor:
@@ -147,7 +164,9 @@ class _QuadraticAttention(_Node):
     def forward(ctx: object, *arguments: object) -> tuple[Tensor, Tensor]:
         with _BelowAutograd():
             out, lse, *kept, index, count = _QUADRATIC_ATTENTION_WITH_STATE(*arguments)
-        keys, _, *blocks = arguments[16:]
+        if out.dim() != 4:
+            raise StaleProjection
+        keys, _, *blocks = arguments[16:-2]
         lists = arguments[_QuadraticAttention.LISTS] if keys == 0 else (index, count, None, None)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(

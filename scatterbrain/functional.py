@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -140,7 +141,11 @@ def attention(
         if plan is not None and plan.weights is None:
             return _exact(query, key, value, is_causal, plan.scale)
         if plan is not None:
-            return eager.quadratic_attention(query, key, value, plan.weights.weights, plan.settings)[0]
+            tensors, weights = plan.tensors, plan.weights
+            with contextlib.suppress(eager.StaleProjection):
+                return eager.quadratic_attention(
+                    query, key, value, weights.weights, plan.settings, tensors, weights.sources
+                )[0]
     if _is_autocast(query):
         tokens = cast_for_autocast(query, key, value)
         with torch.autocast(query.device.type, enabled=False):

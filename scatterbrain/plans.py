@@ -79,13 +79,14 @@ def key_of(
 
 
 def find(key: tuple | None) -> Plan | None:
-    """The plan of a call with this key; None where it has to be checked."""
+    """The plan of a call with this key; None where it has to be checked. The statistics may have changed in place
+    since."""
     plan = _plans.get(key) if key else None
     if plan is None:
         return None
     if torch._C._is_any_autocast_enabled() or torch.autograd.forward_ad._current_level >= 0:
         return None
-    return plan if plan.weights is None or plan.weights.are_of(plan.tensors) else None
+    return plan
 
 
 def keep(key: tuple | None, statistics: object, scale: float, dtype: torch.dtype, settings: tuple | None) -> None:

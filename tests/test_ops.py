@@ -184,7 +184,7 @@ def test_one_call_projects_routes_and_attends(
     blocks = (block_q or 16, block_k or 1, 0 if span is None else 40, False, 0.2)
     none = (None,) * 5
     operator = library.quadratic_attention_with_state if trained else library.quadratic_attention
-    arguments = (q, k, v, *weights, *lists, *none, keys, window, *blocks, rank)
+    arguments = (q, k, v, *weights, *lists, *none, keys, window, *blocks, rank, weights, [w.clone() for w in weights])
     torch.library.opcheck(operator.default, arguments, test_utils=WITHOUT_GRADIENT)
     maps = [library.project_packed(t, *weights[i : i + 2]) for t, i in ((q, 0), (k, 2))]
     if keys:
@@ -193,6 +193,8 @@ def test_one_call_projects_routes_and_attends(
     expected = separate(q, k, v, *maps, *lists, *none, 1, *blocks, rank)
     if trained:
         expected = (*expected, *maps, *(t if keys else torch.empty(0, dtype=torch.int32) for t in lists[:2]))
+    stale = operator(*arguments[:-1], [w + 1 for w in weights])
+    assert [t.numel() for t in stale] == [0] * len(expected)
     results = operator(*arguments)
     assert len(results) == len(expected)
     for name, a, b in zip(operator.default._schema.returns, results, expected):
@@ -202,14 +204,15 @@ def test_one_call_projects_routes_and_attends(
 def test_equal_bytes_sees_every_difference() -> None:
     equal = torch.ops.scatterbrain.equal_bytes
     tensors = [rand(2, 3, seed=1), rand(4, seed=2, dtype=torch.float64), torch.full((2,), float("nan")), torch.zeros(0)]
-    assert equal(*tensors, *(t.clone() for t in tensors))
-    assert equal(*tensors, tensors[0].t().contiguous().t(), *tensors[1:])
+    assert equal(tensors, [t.clone() for t in tensors])
+    assert equal(tensors, [tensors[0].t().contiguous().t(), *tensors[1:]])
     for i in range(3):
         other = [t.clone() for t in tensors]
         other[i].view(-1)[-1] = 7
-        assert not equal(*tensors, *other)
-    assert not equal(*tensors, tensors[0].t().contiguous(), *tensors[1:])
-    assert not equal(*tensors, tensors[0].double(), *tensors[1:])
+        assert not equal(tensors, other)
+    assert not equal(tensors, [tensors[0].t().contiguous(), *tensors[1:]])
+    assert not equal(tensors, [tensors[0].double(), *tensors[1:]])
+    assert not equal(tensors, tensors[:3]) and not equal(tensors[:3], tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
