@@ -55,7 +55,7 @@ inline constexpr int64_t kNarrowHead = 16;
 // and a block that its window touches): what is kept is then about one more row of a query. Never with a causal edge,
 // where the states that are kept as well would make it the larger part of a call's memory.
 inline constexpr int64_t kKeptKeys = 80;
-inline constexpr int64_t kSegment = 1024;  // keys of one partial state when there is no causal edge
+inline constexpr int64_t kSegment = 512;  // keys of one partial state when there is no causal edge
 inline constexpr int64_t kQueriesPerUnit =
     256;  // queries that one task takes when there is no causal edge; 64 (a chunk) with one
 

@@ -115,7 +115,7 @@ def _(
     rank = packed_rank or query_map.shape[3] - 1
     features = (rank + 1) * (rank + 2) // 2 if low_rank == 1 else rank
     pad = lambda n: (n + 15) // 16 * 16  # noqa: E731
-    slots = (key.shape[2] + 1023) // 1024 + 1  # kSegment of csrc/params.h
+    slots = (key.shape[2] + 511) // 512 + 1  # kSegment of csrc/params.h
     size = features * pad(value.shape[3]) + pad(features) + 16
     return out, lse, lse.new_empty((key.shape[0], key.shape[1], slots, size), dtype=dtype), scores
 
