@@ -134,6 +134,9 @@ BlockRows<T> rows_of_block(const Tensor& t, int64_t width_pad, int64_t b, int64_
   with_element(t.scalar_type(), [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
     const RowCopy<T, E> copy(t, width_pad);
+    if (std::is_same_v<T, float> && copy.widen && from.row == width_pad && copy.width == width_pad)  // all at once
+      return copy.widen(reinterpret_cast<const uint16_t*>(from.at<const E>(b, h, first)), n * width_pad,
+                        reinterpret_cast<float*>(scratch));
     for (int64_t i = 0; i < n; ++i) copy(from.at<const E>(b, h, first + i), scratch + i * width_pad);
   });
   return {scratch, width_pad};
