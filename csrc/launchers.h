@@ -11,7 +11,8 @@ namespace sb {
 struct Launchers {
   // out, lse, and, where the call is trained, states and scores for the backward pass: empty where it makes them again.
   std::tuple<Tensor, Tensor, Tensor, Tensor> (*attention)(const AttentionArguments&);
-  // Gradients of query, key, value, query_map and key_map; the last two are empty without a low-rank kernel.
+  // Gradients of query, key, value, query_map and key_map; the last two are empty without a low-rank kernel,
+  // and where the projections that made the maps are given.
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> (*attention_backward)(const AttentionArguments&, const Tensor& out,
                                                                            const Tensor& lse, const Tensor& d_out,
                                                                            const std::optional<Tensor>& d_lse);

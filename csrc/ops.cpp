@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/operands.h"
 #include "launchers.h"
 #include "profile.h"
 
@@ -93,12 +94,11 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(Tensor grad, Tensor tokens, 
 
 // Whether tensors hold the bytes of others.
 bool equal_bytes(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
-  const auto in_order = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
   for (size_t i = 0; i < a.size(); ++i) {
     if (i >= b.size() || a[i].scalar_type() != b[i].scalar_type() || a[i].dim() != b[i].dim()) return false;
     for (int64_t d = 0; d < a[i].dim(); ++d)
       if (a[i].size(d) != b[i].size(d)) return false;
-    const Tensor x = in_order(a[i]), y = in_order(b[i]);
+    const Tensor x = as_contiguous(a[i]), y = as_contiguous(b[i]);
     if (std::memcmp(x.data_ptr(), y.data_ptr(), size_t(x.numel()) * x.element_size()) != 0) return false;
   }
   return a.size() == b.size();

@@ -52,8 +52,9 @@ inline constexpr double kCancelling = 1, kCancellingInDouble = 1 << 30;
 // rows are mostly padding.
 inline constexpr int64_t kNarrowHead = 16;
 // Scores of listed keys are kept from the forward to the backward pass where a query lists no more keys than this (64
-// and a block that its window touches): what is kept is then about one more row of a query. Never with a causal edge,
-// where the states that are kept as well would make it the larger part of a call's memory.
+// and a block that its window touches) and tiles are full, or where all keys are evaluated together (kDenseKeys): what
+// is kept is then about one more row of 64 of a query. Never with a causal edge, where the states that the backward
+// pass holds as well would make it the larger part of a call's memory.
 inline constexpr int64_t kKeptKeys = 80;
 inline constexpr int64_t kSegment = 512;  // keys of one partial state when there is no causal edge
 inline constexpr int64_t kQueriesPerUnit =

@@ -2,8 +2,9 @@
 
 The autograd that is registered with the operators serves torch.compile, export, functorch and dispatch modes. For an
 operator of twenty arguments it takes several times as long as one torch.autograd.Function around the operators, which
-is what short sequences wait for. Both use the same operators and give the same bits, but for gradients of bfloat16 and
-float16 tokens through stored statistics: added up inside the operator they are rounded once, not twice.
+is what short sequences wait for. Both use the same operators and give the same bits, but for gradients through
+stored statistics, which are added up inside the operator: those of bfloat16 and float16 tokens, and of queries that are
+evaluated again in double, are rounded once, not twice.
 """
 
 from __future__ import annotations

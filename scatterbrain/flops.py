@@ -130,6 +130,47 @@ def project_packed_flops(tokens, weight, bias, *, out_shape=None, **kwargs) -> i
     return project_flops(tokens, weight, bias)
 
 
+@register_flop_formula(
+    [torch.ops.scatterbrain.quadratic_attention, torch.ops.scatterbrain.quadratic_attention_with_state]
+)
+def quadratic_attention_flops(
+    query,
+    key,
+    value,
+    query_weight,
+    query_bias,
+    key_weight,
+    key_bias,
+    index,
+    count,
+    span,
+    query_order,
+    query_mask,
+    key_mask,
+    query_range,
+    key_range,
+    query_offset,
+    keys,
+    window,
+    block_q,
+    block_k,
+    span_keys,
+    *rest,
+    out_shape=None,
+    **kwargs,
+) -> int:
+    """Both projections, then as :func:`attention_flops`; routing counts nothing."""
+    batch, heads, tokens, d = query
+    listed, rank = (keys,) if keys else index, query_weight[2] - 1
+    pairs, rank, features = _pairs_and_features(
+        query, value, None, listed, span, 1, 1 if keys else block_k, span_keys, key[2], rank
+    )
+    dv = value[-1]
+    of_pairs = heads * tokens * (pairs * (d + dv + rank) + features * (dv + 1))
+    of_maps = project_flops(query, query_weight, None) + project_flops(key, key_weight, None)
+    return 2 * batch * (of_pairs + key[1] * key[2] * features * (dv + 1)) + of_maps
+
+
 @register_flop_formula(torch.ops.scatterbrain.project_backward)
 def project_backward_flops(grad, tokens, weight, *, out_shape=None, **kwargs) -> int:
     """Twice the forward projection: by the tokens and by the weight."""

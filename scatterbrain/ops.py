@@ -55,8 +55,6 @@ def _load() -> None:
 
 _load()
 
-NAMES = ("attention", "attention_backward", "project", "project_backward", "route")
-
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -139,10 +137,10 @@ def _kept_scores(
     dense = block_q == 1 and low_rank != 0 and m <= 128
     listed = (span_keys if span is not None else 0) + (index.shape[3] * block_k if index is not None else 0)
     keys = pad(m if dense else min(listed, m))
-    if keys == 0 or not (dense or keys <= 80):
-        return (0,)
     lanes = next(lanes for most, lanes in ((1, 1), (8, 8), (31, 16), (block_q, 32)) if block_q <= most)
-    return batch, heads, pad(-(-n // block_q) * pad(block_q, lanes)), keys
+    if keys == 0 or block_q % lanes or not (dense or keys <= 80):
+        return (0,)
+    return batch, heads, pad(-(-n // block_q) * block_q), keys
 
 
 def _projected(query: Tensor, key: Tensor, value: Tensor, weights: tuple, rest: tuple) -> tuple:

@@ -120,6 +120,10 @@ def kept_things_change_no_bit(arguments: tuple) -> tuple[Tensor, Tensor]:
     for kept in ({"state": state}, {"scores": scores}, {"state": state, "scores": scores}):
         for a, b in zip(torch.ops.scatterbrain.attention_backward(*gradients, **kept), again):
             assert torch.equal(a, b)
+    if scores.numel():  # they are what the backward pass reads
+        noise = torch.linspace(0, 1, scores.numel()).reshape(scores.shape)
+        others = torch.ops.scatterbrain.attention_backward(*gradients, scores=scores + noise)
+        assert not torch.equal(others[0], again[0])
     return state, scores
 
 
@@ -164,7 +168,8 @@ def test_kept_scores_change_no_bit_of_the_backward_pass(
     arguments = (q, k, v, *maps, index, count, None, None, mask, mask, ends, ends, None)
     _, scores = kept_things_change_no_bit((*arguments, low_rank, block_q, block_k, 0, False, 0.2))
     is_short = keys <= 80 or (block_q == 1 and low_rank != 0 and n <= 128) or min(keys, n) <= 80
-    assert (scores.numel() > 0) == (dtype != torch.float64 and is_short)
+    has_full_tiles = block_q not in (12, 40)
+    assert (scores.numel() > 0) == (dtype != torch.float64 and is_short and has_full_tiles)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -198,7 +203,10 @@ def test_one_call_projects_routes_and_attends(
     results = operator(*arguments)
     assert len(results) == len(expected)
     for name, a, b in zip(operator.default._schema.returns, results, expected):
-        assert torch.equal(a, b) or name.name in ("state", "scores"), name.name
+        if name.name == "state":  # a slot ends in one number of sixteen
+            a, b = a[..., :-15], b[..., :-15]
+        # Scores have room that no list reaches.
+        assert a.shape == b.shape if name.name == "scores" else torch.equal(a, b), name.name
 
 
 def test_equal_bytes_sees_every_difference() -> None:
@@ -216,14 +224,23 @@ def test_equal_bytes_sees_every_difference() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [8, 32])  # computed in double, and not
-def test_gradients_go_through_the_projections_inside_the_backward_pass(width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("width", [8, 20, 32])  # computed in double, padded, and in place
+@pytest.mark.parametrize("block_q", [1, 16])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shared", [False, True])  # one weight for the batch, and for all heads
+def test_gradients_go_through_the_projections_inside_the_backward_pass(
+    shared: bool, is_causal: bool, block_q: int, width: int, dtype: torch.dtype
+) -> None:
     maps_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v = (rand(B, h, N, width, seed=seed, dtype=dtype) for seed, h in enumerate((H, KV, KV)))
-    weights = [rand(1, h, 4, width, seed=3 + h, dtype=maps_dtype) / width for h in (H, KV)]
+    heads = ((1, KV), (1, KV)) if shared else ((B, H), (B, KV))
+    weights = [rand(b, h, 4, width, seed=3 + i, dtype=maps_dtype) / width for i, (b, h) in enumerate(heads)]
     maps = [torch.ops.scatterbrain.project(t, w, None) for t, w in zip((q, k), weights)]
-    span = torch.tensor([[[0, 12], [4, 16], [20, 32]]], dtype=torch.int32)
-    arguments = (q, k, v, *maps, None, None, span, *(None,) * 6, 1, 16, 1, 12, False, 0.3)
+    starts = torch.arange(0, N, block_q).clamp(max=N - 12)
+    span = torch.stack([starts, starts + 12], -1)[None].to(torch.int32)
+    ends = torch.tensor([[0, N], [0, N - 9]], dtype=torch.int32)
+    arguments = (q, k, v, *maps, None, None, span, None, MASK, MASK, ends, ends, None)
+    arguments = (*arguments, 1, block_q, 1, 12, is_causal, 0.3)
     out, lse = torch.ops.scatterbrain.attention(*arguments)
     gradients = (rand(*out.shape, seed=9, dtype=dtype), None, out, lse, *arguments)
     fused = dict(query_weight=weights[0], key_weight=weights[1])
@@ -733,3 +750,25 @@ def test_float64_stays_float64_under_autocast(support: object) -> None:
 def test_autocast_in_float16_gives_float16() -> None:
     with torch.autocast("cpu", torch.float16):
         assert sb.attention(*qkv(), sb.Window(8), sb.Favor(8)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("tokens", [0, 40])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_nothing_to_attend_with_has_gradients_of_zero(batch: int, tokens: int, threads: int) -> None:
+    """An empty batch, no token at all, and rows that are padding, on more threads than heads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q, k, v = (torch.randn(batch, 1, tokens, 32, requires_grad=True) for _ in range(3))
+        mask = torch.ones(batch, tokens, dtype=torch.bool)
+        sb.attention(q, k, v, sb.Window(16), None, key_padding_mask=mask).sum().backward()
+        assert all(t.grad.count_nonzero() == 0 for t in (q, k, v))
+        rows = [torch.randn(batch, 1, 5, 32), torch.randn(batch, 1, 32)] * 2
+        statistics = sb.Statistics(*rows, scale=32**-0.5)
+        sb.attention(
+            q, k, v, sb.Window(16), sb.Quadratic(5), key_padding_mask=mask, statistics=statistics
+        ).sum().backward()
+        assert all(t.grad.count_nonzero() == 0 for t in (q, k, v))
+    finally:
+        torch.set_num_threads(before)

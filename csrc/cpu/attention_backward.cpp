@@ -97,7 +97,7 @@ class Backward {
   std::vector<T> map_weight(const std::optional<Tensor>& weight, MapWeight& to) {
     if (!weight) return {};
     std::vector<T> rows = padded_weight<T>(*weight);
-    to = {rows.data(), weight->size(0) == 1 ? 0 : int64_t(rows.size()) / p.batch, weight->size(1)};
+    to = {rows.data(), weight->size(0) == 1 ? 0 : weight->size(1) * weight->size(2) * p.head_pad, weight->size(1)};
     return rows;
   }
   static Tensor values(const Tensor& t) { return as_dtype(as_contiguous(t), kScalar<T>); }
@@ -123,7 +123,8 @@ class Backward {
     std::unique_ptr<Scratch> records;  // of the largest round so far: memory that is used again needs no new pages
     int64_t reserved = 0;
     const auto flush = [&] {
-      if (groups > reserved) records = std::make_unique<Scratch>(groups * sizes.record_bytes), reserved = groups;
+      if (!records || groups > reserved)
+        records = std::make_unique<Scratch>(groups * sizes.record_bytes), reserved = groups;
       int64_t at = 0;
       for (BackwardTask& task : round) {
         task.records = static_cast<char*>(records->data()) + at * sizes.record_bytes;

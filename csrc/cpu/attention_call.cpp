@@ -166,8 +166,8 @@ bool AttentionCall<E>::any_state(int64_t longest) const {
 template <class E>
 void AttentionCall<E>::set_kept() {
   p.kept_lanes = p.block_q == 1 ? 1 : p.block_q <= 8 ? 8 : p.block_q < 32 ? 16 : 32;
-  p.kept_slots = pad_to(p.blocks * pad_to(p.block_q, p.kept_lanes), kPad);
-  if (p.is_causal || std::is_same_v<T, double>) return;
+  p.kept_slots = pad_to(p.blocks * p.block_q, kPad);
+  if (p.is_causal || p.block_q % p.kept_lanes != 0 || std::is_same_v<T, double>) return;
   const bool dense = p.block_q == 1 && p.low_rank != LowRank::kNone && p.k_tokens <= kDenseKeys;
   const int64_t listed = (p.span ? p.span_keys : 0) + p.capacity * p.block_k;
   const int64_t keys = pad_to(dense ? p.k_tokens : std::min(listed, p.k_tokens), kPad);

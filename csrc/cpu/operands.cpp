@@ -66,6 +66,19 @@ auto narrow_of() -> void (*)(const float*, int64_t, uint16_t*) {
 
 Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+namespace {
+int32_t code_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return aoti_torch_dtype_float32();
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Int: return aoti_torch_dtype_int32();
+    default: STD_TORCH_CHECK(false, "expected float32, float64, bfloat16, float16 or int32");
+  }
+}
+}  // namespace
+
 Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[8], stride = 1;
   for (int64_t d = int64_t(sizes.size()) - 1; d >= 0; --d) {
@@ -73,10 +86,9 @@ Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
     stride *= std::max<int64_t>(1, std::data(sizes)[d]);
   }
   AtenTensorHandle handle;
-  STD_TORCH_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), std::data(sizes), strides,
-                                           torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                           aoti_torch_device_type_cpu(), 0, &handle) == 0,
-                  "scatterbrain: no memory for a tensor");
+  const int32_t error = aoti_torch_empty_strided(int64_t(sizes.size()), std::data(sizes), strides, code_of(dtype),
+                                                 aoti_torch_device_type_cpu(), 0, &handle);
+  STD_TORCH_CHECK(error == 0, "scatterbrain: could not allocate a tensor of ", stride, " elements");
   return Tensor(handle);
 }
 Tensor zeros_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
