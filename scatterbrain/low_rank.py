@@ -206,11 +206,15 @@ def moments(
         batch, all_heads, n, d = tokens.shape
         valid = torch.ones(batch, n, dtype=torch.bool, device=tokens.device) if mask is None else ~mask
         tokens = torch.where(valid[:, None, :, None], tokens.detach(), 0).double()
-        tokens = tokens.reshape(batch, heads, all_heads // heads * n, d)
-        valid = valid[:, None, None, :].expand(batch, heads, all_heads // heads, n).reshape(batch, heads, -1)
+        shared = (
+            all_heads // heads * n
+        )  # tokens of a key/value head; written out, since a batch of 0 leaves none to infer
+        tokens = tokens.reshape(batch, heads, shared, d)
+        valid = valid[:, None, None, :].expand(batch, heads, all_heads // heads, n).reshape(batch, heads, shared)
         if per_row:
             return tokens, valid
-        return tokens.transpose(0, 1).reshape(heads, -1, d), valid.transpose(0, 1).reshape(heads, -1)
+        pooled = batch * shared
+        return tokens.transpose(0, 1).reshape(heads, pooled, d), valid.transpose(0, 1).reshape(heads, pooled)
 
     q, q_valid = gather(query, query_mask)
     k, k_valid = gather(key, key_mask)

@@ -770,5 +770,7 @@ def test_nothing_to_attend_with_has_gradients_of_zero(batch: int, tokens: int, t
             q, k, v, sb.Window(16), sb.Quadratic(5), key_padding_mask=mask, statistics=statistics
         ).sum().backward()
         assert all(t.grad.count_nonzero() == 0 for t in (q, k, v))
+        sb.attention(q, k, v, sb.Window(16), sb.Quadratic(5, "input"), key_padding_mask=mask).sum().backward()
+        assert all(t.grad.count_nonzero() == 0 for t in (q, k, v))
     finally:
         torch.set_num_threads(before)
