@@ -7,6 +7,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from scatterbrain import ops  # noqa: F401  (loads the operators)
 
+_QUADRATIC = 1  # low_rank of the operators
+
 
 def _pairs_and_features(
     query: tuple,
@@ -160,15 +162,13 @@ def quadratic_attention_flops(
     **kwargs,
 ) -> int:
     """Both projections, then as :func:`attention_flops`; routing counts nothing."""
-    batch, heads, tokens, d = query
-    listed, rank = (keys,) if keys else index, query_weight[2] - 1
-    pairs, rank, features = _pairs_and_features(
-        query, value, None, listed, span, 1, 1 if keys else block_k, span_keys, key[2], rank
-    )
-    dv = value[-1]
-    of_pairs = heads * tokens * (pairs * (d + dv + rank) + features * (dv + 1))
+    rank = query_weight[2] - 1
+    if keys:  # the capacity of lists that routing makes
+        index = (keys if block_k == 1 else keys // block_k + 1,)
+    rows = (None,) * 6
+    settings = (_QUADRATIC, block_q, block_k, span_keys, False, 1.0, rank)
     of_maps = project_flops(query, query_weight, None) + project_flops(key, key_weight, None)
-    return 2 * batch * (of_pairs + key[1] * key[2] * features * (dv + 1)) + of_maps
+    return of_maps + attention_flops(query, key, value, None, None, index, count, span, *rows, *settings)
 
 
 @register_flop_formula(torch.ops.scatterbrain.project_backward)

@@ -191,11 +191,15 @@ def test_one_call_projects_routes_and_attends(
     operator = library.quadratic_attention_with_state if trained else library.quadratic_attention
     arguments = (q, k, v, *weights, *lists, *none, keys, window, *blocks, rank, weights, [w.clone() for w in weights])
     torch.library.opcheck(operator.default, arguments, test_utils=WITHOUT_GRADIENT)
-    maps = [library.project_packed(t, *weights[i : i + 2]) for t, i in ((q, 0), (k, 2))]
-    if keys:
-        lists = (*library.route(q, k, *maps, *none, 1, keys, *blocks[:2], window, *blocks[3:], rank), None, None)
     separate = library.attention_with_state if trained else library.attention
-    expected = separate(q, k, v, *maps, *lists, *none, 1, *blocks, rank)
+    with FlopCounterMode(display=False) as flops:
+        maps = [library.project_packed(t, *weights[i : i + 2]) for t, i in ((q, 0), (k, 2))]
+        if keys:
+            lists = (*library.route(q, k, *maps, *none, 1, keys, *blocks[:2], window, *blocks[3:], rank), None, None)
+        expected = separate(q, k, v, *maps, *lists, *none, 1, *blocks, rank)
+    with FlopCounterMode(display=False) as flops_of_one:
+        operator(*arguments)
+    assert flops_of_one.get_total_flops() == flops.get_total_flops() > 0
     if trained:
         expected = (*expected, *maps, *(t if keys else torch.empty(0, dtype=torch.int32) for t in lists[:2]))
     stale = operator(*arguments[:-1], [w + 1 for w in weights])
