@@ -146,26 +146,15 @@ def quadratic_attention_flops(
     index,
     count,
     span,
-    query_order,
-    query_mask,
-    key_mask,
-    query_range,
-    key_range,
-    query_offset,
-    keys,
-    window,
-    block_q,
-    block_k,
-    span_keys,
     *rest,
     out_shape=None,
     **kwargs,
 ) -> int:
     """Both projections, then as :func:`attention_flops`; routing counts nothing."""
+    rows, (keys, _, block_q, block_k, span_keys) = rest[:6], rest[6:11]
     rank = query_weight[2] - 1
     if keys:  # the capacity of lists that routing makes
         index = (keys if block_k == 1 else keys // block_k + 1,)
-    rows = (None,) * 6
     settings = (_QUADRATIC, block_q, block_k, span_keys, False, 1.0, rank)
     of_maps = project_flops(query, query_weight, None) + project_flops(key, key_weight, None)
     return of_maps + attention_flops(query, key, value, None, None, index, count, span, *rows, *settings)

@@ -26,7 +26,8 @@ inline constexpr ScalarType kScalar = std::is_same_v<T, double>     ? ScalarType
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Torch's own functions of these names look their operator up by name: on few hundred tokens that shows.
+// These, and empty_cpu, are what torch's functions do without the operators that those look up by name, or with one
+// thread: on few hundred tokens that shows.
 Tensor as_contiguous(const Tensor& t);
 // Calls body(begin, end) for parts of [0, n), of at least `grain`, on several threads.
 template <class Body>

@@ -1,0 +1,254 @@
+"""What serves plain eager calls, below autograd: things kept from forward to backward, one call for projections, routing
+and attention, gradients of maps that go on to the tokens, packed rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operator_cases import DTYPES, KV, MASK, SAMPLES, WITHOUT_GRADIENT, B, H, N, attention_arguments, rand
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import scatterbrain as sb
+
+
+def detached(arguments: tuple) -> tuple:
+    return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def kept_things_change_no_bit(arguments: tuple) -> tuple[Tensor, Tensor]:
+    """State and scores that the forward pass kept."""
+    torch.library.opcheck(torch.ops.scatterbrain.attention_with_state.default, arguments, test_utils=WITHOUT_GRADIENT)
+    out, lse, state, scores = torch.ops.scatterbrain.attention_with_state(*arguments)
+    for a, b in zip((out, lse), torch.ops.scatterbrain.attention(*arguments)):
+        assert torch.equal(a, b)
+    gradients = (torch.randn_like(out), None, out, lse, *arguments)
+    again = torch.ops.scatterbrain.attention_backward(*gradients)
+    for kept in ({"state": state}, {"scores": scores}, {"state": state, "scores": scores}):
+        for a, b in zip(torch.ops.scatterbrain.attention_backward(*gradients, **kept), again):
+            assert torch.equal(a, b)
+    if scores.numel():  # they are what the backward pass reads
+        noise = torch.linspace(0, 1, scores.numel()).reshape(scores.shape)
+        others = torch.ops.scatterbrain.attention_backward(*gradients, scores=scores + noise)
+        assert not torch.equal(others[0], again[0])
+    return state, scores
+
+
+@pytest.mark.parametrize("kernel, lists, dtype, is_causal", SAMPLES)
+def test_what_is_kept_changes_no_bit_of_the_backward_pass(
+    kernel: str, lists: str, dtype: torch.dtype, is_causal: bool
+) -> None:
+    state, scores = kept_things_change_no_bit(detached(attention_arguments(kernel, lists, dtype, is_causal)))
+    assert (state.numel() > 0) == (kernel != "none" and not is_causal)
+    assert scores.numel() == 0  # heads of 8 are computed in double
+
+
+# Tiles of 8, 16 and 32 queries, partly filled ones, queries with lists of their own, few keys (lists as masks), and
+# lists too long to be worth keeping.
+KEPT = [(8, 1, 40), (12, 1, 40), (16, 1, 64), (32, 1, 64), (40, 4, 64), (1, 8, 64), (1, 1, 100), (16, 8, 128)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("low_rank", [0, 1, 2])
+@pytest.mark.parametrize("n", [75, 150])
+@pytest.mark.parametrize(("block_q", "block_k", "keys"), KEPT)
+def test_kept_scores_change_no_bit_of_the_backward_pass(
+    block_q: int, block_k: int, keys: int, n: int, low_rank: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(block_q + n)
+    q, k, v = (torch.randn(B, h, n, 32, generator=generator).to(dtype) for h in (H, KV, KV))
+    maps = [None, None]
+    if low_rank:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        maps = [torch.rand(B, h, n, 4, generator=generator).to(wide) / 3 for h in (H, KV)]
+    blocks, key_blocks = -(-n // block_q), -(-n // block_k)
+    used = min(keys // block_k, key_blocks - 1)
+    rows = [torch.randperm(key_blocks, generator=generator)[:used].sort().values for _ in range(B * H * blocks)]
+    index = torch.stack(rows).to(torch.int32).reshape(B, H, blocks, used)
+    count = torch.randint(1, used + 1, (B, H, blocks), generator=generator).to(torch.int32)
+    mask = torch.zeros(B, n, dtype=torch.bool)
+    mask[0, ::7] = True
+    # The second row is short: its keys may all be evaluated together where those of the first are not.
+    count[1] = count[1].clamp(max=(n * 2 // 3) // block_k).clamp(min=1)
+    index[1] = torch.arange(used).clamp(max=(n * 2 // 3) // block_k - 1)
+    ends = torch.tensor([[0, n], [0, n * 2 // 3]], dtype=torch.int32)
+    arguments = (q, k, v, *maps, index, count, None, None, mask, mask, ends, ends, None)
+    _, scores = kept_things_change_no_bit((*arguments, low_rank, block_q, block_k, 0, False, 0.2))
+    is_short = keys <= 80 or (block_q == 1 and low_rank != 0 and n <= 128) or min(keys, n) <= 80
+    has_full_tiles = block_q not in (12, 40)
+    assert (scores.numel() > 0) == (dtype != torch.float64 and is_short and has_full_tiles)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_q, block_k, window", [(16, 1, 0), (1, 8, 16), (0, 0, 0)])
+def test_one_call_projects_routes_and_attends(
+    block_q: int, block_k: int, window: int, dtype: torch.dtype, trained: bool
+) -> None:
+    """As the operators one by one do, with lists of its own or given a window."""
+    library, n, rank = torch.ops.scatterbrain, 150, 5
+    q, k, v = (rand(B, h, n, WIDE, seed=seed, dtype=dtype) for seed, h in enumerate((H, KV, KV)))
+    weights = [rand(1, h, rank + 1, *shape, seed=7 + h) / 9 for h in (H, KV) for shape in ((WIDE,), ())]
+    span = None
+    if block_q == 0:
+        span = torch.tensor([[[max(0, i - 20), i + 20] for i in range(8, n + 8, 16)]], dtype=torch.int32).clamp(max=n)
+    lists, keys = (None, None, span, None), 0 if block_q == 0 else 32
+    blocks = (block_q or 16, block_k or 1, 0 if span is None else 40, False, 0.2)
+    none = (None,) * 5
+    operator = library.quadratic_attention_with_state if trained else library.quadratic_attention
+    arguments = (q, k, v, *weights, *lists, *none, keys, window, *blocks, rank, weights, [w.clone() for w in weights])
+    torch.library.opcheck(operator.default, arguments, test_utils=WITHOUT_GRADIENT)
+    separate = library.attention_with_state if trained else library.attention
+    with FlopCounterMode(display=False) as flops:
+        maps = [library.project_packed(t, *weights[i : i + 2]) for t, i in ((q, 0), (k, 2))]
+        if keys:
+            lists = (*library.route(q, k, *maps, *none, 1, keys, *blocks[:2], window, *blocks[3:], rank), None, None)
+        expected = separate(q, k, v, *maps, *lists, *none, 1, *blocks, rank)
+    with FlopCounterMode(display=False) as flops_of_one:
+        operator(*arguments)
+    assert flops_of_one.get_total_flops() == flops.get_total_flops() > 0
+    if trained:
+        expected = (*expected, *maps, *(t if keys else torch.empty(0, dtype=torch.int32) for t in lists[:2]))
+    stale = operator(*arguments[:-1], [w + 1 for w in weights])
+    assert [t.numel() for t in stale] == [0] * len(expected)
+    results = operator(*arguments)
+    assert len(results) == len(expected)
+    for name, a, b in zip(operator.default._schema.returns, results, expected):
+        if name.name == "state":  # a slot ends in one number of sixteen
+            a, b = a[..., :-15], b[..., :-15]
+        # Scores have room that no list reaches.
+        assert a.shape == b.shape if name.name == "scores" else torch.equal(a, b), name.name
+
+
+def test_equal_bytes_sees_every_difference() -> None:
+    equal = torch.ops.scatterbrain.equal_bytes
+    tensors = [rand(2, 3, seed=1), rand(4, seed=2, dtype=torch.float64), torch.full((2,), float("nan")), torch.zeros(0)]
+    assert equal(tensors, [t.clone() for t in tensors])
+    assert equal(tensors, [tensors[0].t().contiguous().t(), *tensors[1:]])
+    for i in range(3):
+        other = [t.clone() for t in tensors]
+        other[i].view(-1)[-1] = 7
+        assert not equal(tensors, other)
+    assert not equal(tensors, [tensors[0].t().contiguous(), *tensors[1:]])
+    assert not equal(tensors, [tensors[0].double(), *tensors[1:]])
+    assert not equal(tensors, tensors[:3]) and not equal(tensors[:3], tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [8, 20, 32])  # computed in double, padded, and in place
+@pytest.mark.parametrize("block_q", [1, 16])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shared", [False, True])  # one weight for the batch, and for all heads
+def test_gradients_go_through_the_projections_inside_the_backward_pass(
+    shared: bool, is_causal: bool, block_q: int, width: int, dtype: torch.dtype
+) -> None:
+    maps_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    q, k, v = (rand(B, h, N, width, seed=seed, dtype=dtype) for seed, h in enumerate((H, KV, KV)))
+    heads = ((1, KV), (1, KV)) if shared else ((B, H), (B, KV))
+    weights = [rand(b, h, 4, width, seed=3 + i, dtype=maps_dtype) / width for i, (b, h) in enumerate(heads)]
+    maps = [torch.ops.scatterbrain.project(t, w, None) for t, w in zip((q, k), weights)]
+    starts = torch.arange(0, N, block_q).clamp(max=N - 12)
+    span = torch.stack([starts, starts + 12], -1)[None].to(torch.int32)
+    ends = torch.tensor([[0, N], [0, N - 9]], dtype=torch.int32)
+    arguments = (q, k, v, *maps, None, None, span, None, MASK, MASK, ends, ends, None)
+    arguments = (*arguments, 1, block_q, 1, 12, is_causal, 0.3)
+    out, lse = torch.ops.scatterbrain.attention(*arguments)
+    gradients = (rand(*out.shape, seed=9, dtype=dtype), None, out, lse, *arguments)
+    fused = dict(query_weight=weights[0], key_weight=weights[1])
+    torch.library.opcheck(
+        torch.ops.scatterbrain.attention_backward.default, gradients, fused, test_utils=WITHOUT_GRADIENT
+    )
+    *tokens, dv, d_query_map, d_key_map = torch.ops.scatterbrain.attention_backward(*gradients)
+    *through, dv_again, _, _ = torch.ops.scatterbrain.attention_backward(*gradients, **fused)
+    assert torch.equal(dv, dv_again)
+    for plain, d_map, weight, result in zip(tokens, (d_query_map, d_key_map), weights, through):
+        expected = plain.double() + d_map.double() @ weight.double()
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-14}[dtype]
+        torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max())
+
+
+def test_what_other_arguments_kept_is_refused() -> None:
+    arguments = tuple(
+        a.detach() if isinstance(a, Tensor) else a
+        for a in attention_arguments("quadratic", "span", torch.float64, False)
+    )
+    out, lse, state, _ = torch.ops.scatterbrain.attention_with_state(*arguments)
+    with pytest.raises(RuntimeError, match="state must be what attention_with_state returned"):
+        torch.ops.scatterbrain.attention_backward(out, None, out, lse, *arguments, state=state[..., 1:].contiguous())
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    span = torch.tensor([[[0, 20], [10, 30], [20, 40]]], dtype=torch.int32)
+    arguments = (q, k, v, None, None, None, None, span, *(None,) * 6, 0, 16, 1, 20, False, 0.2)
+    out, lse, _, scores = torch.ops.scatterbrain.attention_with_state(*arguments)
+    for wrong in (scores[..., 1:].contiguous(), scores.transpose(1, 2)):
+        with pytest.raises(RuntimeError, match="scores must be what attention_with_state returned"):
+            torch.ops.scatterbrain.attention_backward(out, None, out, lse, *arguments, scores=wrong)
+
+
+WIDE = 32  # narrower heads are computed in double and do not use packed rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 9, 14, 15])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_rows_are_the_map_in_another_layout(rank: int, is_causal: bool, dtype: torch.dtype) -> None:
+    q, k, v = (rand(B, h, N, WIDE, seed=seed, dtype=dtype) for seed, h in enumerate((H, KV, KV)))
+    weights = [
+        (rand(1, h, rank + 1, WIDE, seed=3 + h) / WIDE, rand(1, h, rank + 1, seed=5 + h) / rank) for h in (H, KV)
+    ]
+    maps = [torch.ops.scatterbrain.project(t, *w) for t, w in zip((q, k), weights)]
+    packed = [torch.ops.scatterbrain.project_packed(t, *w) for t, w in zip((q, k), weights)]
+    for rows, map_ in zip(packed, maps):
+        assert torch.equal(rows[..., :rank], map_[..., :rank]) and (rows[..., rank] == 1).all()
+        torch.testing.assert_close(rows[..., rank + 1], map_[..., rank] / torch.log(torch.tensor(2.0)))
+        assert not rows[..., rank + 2 :].any()
+    torch.library.opcheck(torch.ops.scatterbrain.project_packed.default, (q, *weights[0]), test_utils=WITHOUT_GRADIENT)
+    masks = (None,) * 5
+    route = (*masks, 1, 16, 16, 1, 0, is_causal, 0.2)
+    lists = torch.ops.scatterbrain.route(q.float(), k.float(), *maps, *route)
+    for a, b in zip(lists, torch.ops.scatterbrain.route(q.float(), k.float(), *packed, *route, packed_rank=rank)):
+        assert torch.equal(a, b)
+    rest = (*lists, None, None, *masks, 1, 16, 1, 0, is_causal, 0.2)
+    results = [
+        torch.ops.scatterbrain.attention(q, k, v, *m, *rest, packed_rank=r) for m, r in ((maps, 0), (packed, rank))
+    ]
+    d_out = torch.randn_like(results[0][0])
+    results = [
+        (*result, *torch.ops.scatterbrain.attention_backward(d_out, None, *result, q, k, v, *m, *rest, packed_rank=r))
+        for result, m, r in zip(results, (maps, packed), (0, rank))
+    ]
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+def test_packed_rows_of_another_rank_are_refused() -> None:
+    q = rand(B, H, N, WIDE)
+    rows = torch.ops.scatterbrain.project_packed(q, rand(1, 1, 4, WIDE), rand(1, 1, 4))
+    rest = (None,) * 9
+    with pytest.raises(RuntimeError, match="packed_rank 20 must be 32 wide"):
+        torch.ops.scatterbrain.attention(q, q, q, rows, rows, *rest, 1, 16, 1, 0, False, 0.2, packed_rank=20)
+    with pytest.raises(RuntimeError, match="packed_rank is for the quadratic kernel"):
+        torch.ops.scatterbrain.attention(q, q, q, rows, rows, *rest, 2, 16, 1, 0, False, 0.2, packed_rank=3)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("tokens", [0, 40])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_nothing_to_attend_with_has_gradients_of_zero(batch: int, tokens: int, threads: int) -> None:
+    """An empty batch, no token at all, and rows that are padding, on more threads than heads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q, k, v = (torch.randn(batch, 1, tokens, 32, requires_grad=True) for _ in range(3))
+        mask = torch.ones(batch, tokens, dtype=torch.bool)
+        sb.attention(q, k, v, sb.Window(16), None, key_padding_mask=mask).sum().backward()
+        assert all(t.grad.count_nonzero() == 0 for t in (q, k, v))
+        rows = [torch.randn(batch, 1, 5, 32), torch.randn(batch, 1, 32)] * 2
+        statistics = sb.Statistics(*rows, scale=32**-0.5)
+        sb.attention(
+            q, k, v, sb.Window(16), sb.Quadratic(5), key_padding_mask=mask, statistics=statistics
+        ).sum().backward()
+        assert all(t.grad.count_nonzero() == 0 for t in (q, k, v))
+        sb.attention(q, k, v, sb.Window(16), sb.Quadratic(5, "input"), key_padding_mask=mask).sum().backward()
+        assert all(t.grad.count_nonzero() == 0 for t in (q, k, v))
+    finally:
+        torch.set_num_threads(before)
