@@ -118,7 +118,7 @@ bool equal_bytes(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
       key_mask, query_range, key_range, query_offset, keys, window, block_q, block_k, span_keys, is_causal, scale, \
       packed_rank, sources, copies
 
-Tensor nothing() { return torch::stable::empty({0}, ScalarType::Int); }
+Tensor nothing() { return empty_cpu({0}, ScalarType::Int); }
 
 // The arguments of attention: maps projected, and lists routed where `keys` says so. None where the projections are
 // stale.

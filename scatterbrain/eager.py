@@ -57,7 +57,7 @@ def route(*arguments: object) -> tuple[Tensor, Tensor]:
 def attention(*arguments: object) -> tuple[Tensor, Tensor]:
     """The attention operator, differentiable."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[: _Attention.TRACKED]):
-        return _Attention.apply(*arguments)
+        return _Attention.apply(*arguments[: _Attention.TRACKED], arguments[_Attention.TRACKED :])
     with _BelowAutograd():
         return _ATTENTION(*arguments)
 
@@ -84,13 +84,14 @@ def quadratic_attention(
     weight = projection[0]
     # Heads that narrow, and float64, are computed in double, which packed rows of float32 would have to be brought to.
     packed = weight.dtype == torch.float32 and query.shape[3] >= _WIDE_HEAD
-    arguments = (query, key, value, *projection, *settings, weight.shape[2] - 1 if packed else 0, sources, copies)
+    tracked = query, key, value, *projection
+    rest = *settings, weight.shape[2] - 1 if packed else 0, sources, copies
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or any(t.requires_grad for t in projection)
     ):
-        return _QuadraticAttention.apply(*arguments)
+        return _QuadraticAttention.apply(*tracked, rest)
     with _BelowAutograd():
-        results = _QUADRATIC_ATTENTION(*arguments)
+        results = _QUADRATIC_ATTENTION(*tracked, *rest)
     if results[0].dim() != 4:
         raise StaleProjection
     return results
@@ -115,38 +116,39 @@ class _Unused(torch.autograd.Function):
 
 class _Node(torch.autograd.Function):
     """What both nodes do in the backward pass: nothing without a gradient, and below autograd where nothing asks for a
-    graph of the backward pass or maps over it."""
+    graph of the backward pass or maps over it. Inputs are those of the operator that have gradients and, since torch
+    takes its time over every one, a tuple of all the others."""
 
-    TRACKED: int  # leading inputs that have gradients
+    TRACKED: int  # inputs that have gradients
 
     @classmethod
     def backward(cls, ctx: object, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
-        rest = (None,) * (len(need) - cls.TRACKED)
         if d_out is None and d_lse is None:
-            return (None,) * cls.TRACKED + rest
+            return (None,) * len(need)
         out, lse, *kept = ctx.saved_tensors
         if d_out is None:
             d_out = torch.zeros_like(out)
         below = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
         with _BelowAutograd() if below else contextlib.nullcontext():
             gradients = cls.gradients(ctx, below, (d_out, d_lse, out, lse), *kept)
-        return tuple(g if wanted else None for g, wanted in zip(gradients, need)) + rest
+        return *[g if wanted else None for g, wanted in zip(gradients, need)], None
 
 
 class _Attention(_Node):
     """Coordinates are part of the graph."""
 
     TRACKED = 5  # query, key, value and two maps
-    TENSORS = 14  # of the operator: these, lists, masks, ranges and offset
+    TENSORS = 9  # of the rest: lists, masks, ranges and offset
 
     @staticmethod
-    def forward(ctx: object, *arguments: object) -> tuple[Tensor, Tensor]:
+    def forward(ctx: object, *inputs: object) -> tuple[Tensor, Tensor]:
+        *tracked, rest = inputs
         with _BelowAutograd():
-            out, lse, *kept = _ATTENTION_WITH_STATE(*arguments)
+            out, lse, *kept = _ATTENTION_WITH_STATE(*tracked, *rest)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, *kept, *arguments[: _Attention.TENSORS])
-        ctx.settings = arguments[_Attention.TENSORS :]
+        ctx.save_for_backward(out, lse, *kept, *tracked, *rest[: _Attention.TENSORS])
+        ctx.settings = rest[_Attention.TENSORS :]
         return out, lse
 
     @staticmethod
@@ -158,21 +160,30 @@ class _QuadraticAttention(_Node):
     """Coordinates are projections of the tokens, inside the node."""
 
     TRACKED = 7  # query, key, value, two weights and two biases
-    LISTS = slice(7, 11)
-    ROWS = slice(11, 16)
 
     @staticmethod
-    def forward(ctx: object, *arguments: object) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: object,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_weight: Tensor,
+        query_bias: Tensor,
+        key_weight: Tensor,
+        key_bias: Tensor,
+        rest: tuple,
+    ) -> tuple[Tensor, Tensor]:
         with _BelowAutograd():
-            out, lse, *kept, index, count = _QUADRATIC_ATTENTION_WITH_STATE(*arguments)
+            out, lse, *kept, index, count = _QUADRATIC_ATTENTION_WITH_STATE(
+                query, key, value, query_weight, query_bias, key_weight, key_bias, *rest
+            )
         if out.dim() != 4:
             raise StaleProjection
-        keys, _, *blocks = arguments[16:-2]
-        lists = arguments[_QuadraticAttention.LISTS] if keys == 0 else (index, count, None, None)
+        keys, _, *blocks = rest[9:-2]
+        lists = rest[:4] if keys == 0 else (index, count, None, None)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            out, lse, *kept, arguments[3], arguments[5], *arguments[:3], *lists, *arguments[_QuadraticAttention.ROWS]
-        )
+        # lists are followed by masks, ranges and the offset
+        ctx.save_for_backward(out, lse, *kept, query_weight, key_weight, query, key, value, *lists, *rest[4:9])
         ctx.settings = _QUADRATIC, *blocks
         return out, lse
 
