@@ -26,8 +26,8 @@ class Backward {
     const ScalarType dtype = a.query.scalar_type();
     dq = empty_like_tokens(a.query, a.query.size(3), dtype), dk = empty_like_tokens(a.key, a.key.size(3), dtype),
     dv = empty_like_tokens(a.value, a.value.size(3), dtype);
-    dq_rows = result_rows<T>(dq, p.head_pad, call.every_query()), dk_rows = result_rows<T>(dk, p.head_pad),
-    dv_rows = result_rows<T>(dv, p.value_pad);
+    dq_rows = result_rows<T>(dq, p.head_pad, call.every_query());
+    dk_rows = result_rows<T>(dk, p.head_pad, true), dv_rows = result_rows<T>(dv, p.value_pad, true);
     p.dq = dq_rows.rows, p.dk = dk_rows.rows, p.dv = dv_rows.rows;
     out_rows = as_rows<E>(out, p.value_pad), d_out_rows = as_rows<E>(d_out, p.value_pad);
     p.out = out_rows.rows, p.d_out = d_out_rows.rows;
@@ -41,7 +41,7 @@ class Backward {
     const bool to_query_map = mapped && !a.query_weight, to_key_map = mapped && !a.key_weight;
     d_query_map = map_like(call.every_query(), {p.batch, p.q_heads, to_query_map ? p.q_tokens : 0, p.rank + 1});
     d_key_map = map_like(call.every_key(), {p.batch, p.kv_heads, to_key_map ? p.k_tokens : 0, p.rank + 1});
-    dy = zeros_cpu({p.batch, p.kv_heads, mapped ? p.k_tokens : 0, p.map_pad}, kScalar<T>);
+    dy = empty_cpu({p.batch, p.kv_heads, mapped ? p.k_tokens : 0, p.map_pad}, kScalar<T>);
     d_state = empty_cpu({p.batch, p.q_heads, mapped ? p.units : 0, p.slot_size}, kScalar<T>);
     p.d_query_map = rows_of(d_query_map), p.d_key_map = rows_of(d_key_map), p.dy = rows_of(dy);
     p.d_state = d_state.data_ptr();
@@ -59,18 +59,22 @@ class Backward {
   friend class Backward;
 
   void compute() {
-    call.build_states();
+    call.take_states();
     BackwardTask sizes;
     kernel.backward_unit(p, sizes);
-    {
-      const Stage stage("backward of queries");
-      if (p.batch * p.kv_heads >= int64_t(torch::stable::get_num_threads()))
-        heads_in_parallel(sizes);
-      else
-        for (int64_t b = 0; b < p.batch; ++b)
-          for (int64_t kv = 0; kv < p.kv_heads; ++kv) units_in_parallel(sizes, b, kv);
-    }
-    if (p.low_rank != LowRank::kNone) keys();
+    call.for_each_wave([&](const Wave& wave) {
+      call.build_states(wave);
+      zero_keys(wave);
+      {
+        const Stage stage("backward of queries");
+        if (wave.count >= int64_t(torch::stable::get_num_threads()))
+          heads_in_parallel(sizes, wave);
+        else
+          for (int64_t head = wave.first; head < wave.first + wave.count; ++head)
+            units_in_parallel(sizes, head / p.kv_heads, head % p.kv_heads);
+      }
+      if (p.low_rank != LowRank::kNone) keys(wave);
+    });
     cancelled.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
       const Stage stage("queries again in double");
       Backward<double> again(one_head(args, b, h, flags), head_of(out, b, h), head_of(lse, b, h), head_of(d_out, b, h),
@@ -103,17 +107,32 @@ class Backward {
   static Tensor values(const Tensor& t) { return as_dtype(as_contiguous(t), kScalar<T>); }
   static Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
-  void heads_in_parallel(const BackwardTask& sizes) {
+  // Gradients that pairs are added to start at zero.
+  void zero_keys(const Wave& wave) {
+    const Stage stage("zeros");
+    call.for_each_unit(wave, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) {
+      zero_rows(p.dk, b, kv, p.head_pad), zero_rows(p.dv, b, kv, p.value_pad);
+      if (p.low_rank != LowRank::kNone) zero_rows(p.dy, b, kv, p.map_pad);
+    });
+  }
+  void zero_rows(const Rows& rows, int64_t b, int64_t kv, int64_t width) const {
+    const bool together = rows.row == width;
+    const int64_t pieces = together ? std::min<int64_t>(1, p.k_tokens) : p.k_tokens;
+    const size_t bytes = size_t((together ? p.k_tokens : 1) * width) * sizeof(T);
+    for (int64_t i = 0; i < pieces; ++i) std::memset(rows.at<T>(b, kv, i), 0, bytes);
+  }
+
+  void heads_in_parallel(const BackwardTask& sizes, const Wave& wave) {
     const int64_t group = p.q_heads / p.kv_heads;
-    parallel_units(p.batch, p.kv_heads, 1, sizes.scratch_bytes + sizes.record_bytes,
-                   [&](int64_t b, int64_t kv, int64_t, void* scratch) {
-                     BackwardTask task;
-                     task.stage = BackwardTask::kCompute, task.b = b;
-                     task.scratch = scratch, task.records = static_cast<char*>(scratch) + sizes.scratch_bytes,
-                     task.zero_row = call.zero_row.data();
-                     for (task.h = kv * group; task.h < (kv + 1) * group; ++task.h)
-                       for (task.unit = 0; task.unit < p.units; ++task.unit) kernel.backward_unit(p, task);
-                   });
+    call.for_each_unit(wave, 1, sizes.scratch_bytes + sizes.record_bytes,
+                       [&](int64_t b, int64_t kv, int64_t, void* scratch) {
+                         BackwardTask task;
+                         task.stage = BackwardTask::kCompute, task.b = b;
+                         task.scratch = scratch, task.records = static_cast<char*>(scratch) + sizes.scratch_bytes,
+                         task.zero_row = call.zero_row.data();
+                         for (task.h = kv * group; task.h < (kv + 1) * group; ++task.h)
+                           for (task.unit = 0; task.unit < p.units; ++task.unit) kernel.backward_unit(p, task);
+                       });
   }
 
   void units_in_parallel(const BackwardTask& sizes, int64_t b, int64_t kv) {
@@ -183,16 +202,14 @@ class Backward {
   }
 
   // The states' share of dk-side gradients, and the end of the key coordinates' gradient.
-  void keys() {
+  void keys(const Wave& wave) {
     const Stage stage("backward of keys");
     if (p.uses_state)
-      parallel_units(p.batch, p.kv_heads, 1, 0,
-                     [&](int64_t b, int64_t kv, int64_t, void*) { kernel.backward_scan(p, b, kv); });
-    parallel_units(p.batch, p.kv_heads, ceil_div(p.k_tokens, kChunk),
-                   kernel.backward_keys(p, 0, 0, 0, nullptr, nullptr),
-                   [&](int64_t b, int64_t kv, int64_t chunk, void* scratch) {
-                     kernel.backward_keys(p, b, kv, chunk, scratch, call.zero_row.data());
-                   });
+      call.for_each_unit(wave, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) { kernel.backward_scan(p, b, kv); });
+    call.for_each_unit(wave, ceil_div(p.k_tokens, kChunk), kernel.backward_keys(p, 0, 0, 0, nullptr, nullptr),
+                       [&](int64_t b, int64_t kv, int64_t chunk, void* scratch) {
+                         kernel.backward_keys(p, b, kv, chunk, scratch, call.zero_row.data());
+                       });
   }
 
   const AttentionArguments args;

@@ -192,30 +192,33 @@ void AttentionCall<E>::take_scores() {
 }
 
 template <class E>
-void AttentionCall<E>::build_states() {
+void AttentionCall<E>::take_states() {
   if (p.low_rank == LowRank::kNone) return;
   if (given_state && given_state->numel() > 0 && given_state->scalar_type() == kScalar<T>) {
     const std::initializer_list<int64_t> sizes = {p.batch, p.kv_heads, p.slots, p.slot_size};
     STD_TORCH_CHECK(has_shape(*given_state, sizes) && given_state->is_contiguous(),
                     "attention_backward: state must be what attention_with_state returned for the same arguments");
-    state = *given_state, p.state = state.data_ptr();
+    state = *given_state, p.state = state.data_ptr(), has_state = true;
     return;
   }
   state = empty_cpu({p.batch, p.kv_heads, p.slots, p.slot_size}, kScalar<T>);
   p.state = state.data_ptr();
-  if (!p.uses_state) {
-    std::memset(p.state, 0, size_t(state.numel()) * sizeof(T));
-    return;
-  }
+  if (p.uses_state) return;
+  std::memset(p.state, 0, size_t(state.numel()) * sizeof(T));
+  has_state = true;
+}
+
+template <class E>
+void AttentionCall<E>::build_states(const Wave& wave) {
+  if (p.low_rank == LowRank::kNone || has_state) return;
   const Stage stage("states");
   const AttentionKernels& kernel = attention_kernels<E>();
-  parallel_units(p.batch, p.kv_heads, 1, 0,
-                 [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_references(p, b, h); });
-  parallel_units(p.batch, p.kv_heads, p.slots - 1, kernel.state_segment(p, 0, 0, 0, nullptr, nullptr),
-                 [&](int64_t b, int64_t h, int64_t segment, void* scratch) {
-                   kernel.state_segment(p, b, h, segment, scratch, zero_row.data());
-                 });
-  parallel_units(p.batch, p.kv_heads, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_scan(p, b, h); });
+  for_each_unit(wave, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_references(p, b, h); });
+  for_each_unit(wave, p.slots - 1, kernel.state_segment(p, 0, 0, 0, nullptr, nullptr),
+                [&](int64_t b, int64_t h, int64_t segment, void* scratch) {
+                  kernel.state_segment(p, b, h, segment, scratch, zero_row.data());
+                });
+  for_each_unit(wave, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_scan(p, b, h); });
 }
 
 template <class E>

@@ -1,5 +1,7 @@
 // What the forward and the backward launcher share: operands in place, lists checked, states built.
 #pragma once
+#include <algorithm>
+
 #include "../checks.h"
 #include "operands.h"
 
@@ -22,13 +24,42 @@ auto with_rows_of(const AttentionArguments& a, const Visit& visit) {
   return visit(static_cast<float*>(nullptr));
 }
 
+// Runs body(b, head, unit) for every unit of every head, each thread with its own scratch of `bytes`.
+template <class Body>
+void parallel_units(int64_t batch, int64_t heads, int64_t units, int64_t bytes, const Body& body) {
+  parallel_ranges(batch * heads * units, 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(bytes);
+    for (int64_t at = begin; at < end; ++at) body(at / (heads * units), at / units % heads, at % units, scratch.data());
+  });
+}
+
+// Key/value heads [first, first + count) of all batch rows, numbered row after row.
+struct Wave {
+  int64_t first, count;
+};
+// What one stage of a head leaves is still in a shared cache for the next one: heads go through all stages together
+// until they have this many tokens, or are as many as threads.
+constexpr int64_t kTokensPerWave = 4096;
+inline int64_t heads_of_wave(int64_t heads, int64_t tokens) {
+  const int64_t most =
+      std::max<int64_t>(torch::stable::get_num_threads(), kTokensPerWave / std::max<int64_t>(1, tokens));
+  return std::min(heads, most);
+}
+template <class Body>
+void for_each_wave(int64_t heads, int64_t tokens, const Body& body) {
+  const int64_t many = heads_of_wave(heads, tokens);
+  for (int64_t first = 0; first < heads; first += many) body(Wave{first, std::min(many, heads - first)});
+}
+
 // Rows of q, k, v, o and dO are of E; all else is of the type T that sums over them are in.
 template <class E>
 struct AttentionCall {
   typedef typename Sum<E>::type T;
   explicit AttentionCall(const AttentionArguments& a);
-  // Takes the states that were given, or fills those of every key/value head, in parallel over segments.
-  void build_states();
+  // Room for the states, or those that were given.
+  void take_states();
+  // Fills the states of the key/value heads of a wave where none were given, in parallel over segments.
+  void build_states(const Wave& wave);
   // Room for the scores that a trained call keeps; empty where it keeps none.
   Tensor room_for_scores();
   // States that are worth keeping from the forward to the backward pass: a few per head. Those of a causal call are one
@@ -49,6 +80,22 @@ struct AttentionCall {
   Tensor state;
   ZeroRow<T> zero_row;
 
+  // Calls body(b, key/value head, unit, scratch) for every unit of the heads of a wave, in parallel, each thread with
+  // `bytes` of scratch.
+  template <class Body>
+  void for_each_unit(const Wave& wave, int64_t units, int64_t bytes, const Body& body) const {
+    parallel_units(1, wave.count, units, bytes, [&](int64_t, int64_t at, int64_t unit, void* scratch) {
+      const int64_t head = wave.first + at;
+      body(head / p.kv_heads, head % p.kv_heads, unit, scratch);
+    });
+  }
+  // Calls body(wave) until every key/value head had its turn.
+  template <class Body>
+  void for_each_wave(const Body& body) const {
+    const int64_t group = p.q_heads / p.kv_heads;
+    sb::for_each_wave(p.batch * p.kv_heads, std::max(p.k_tokens, group * p.q_tokens), body);
+  }
+
  private:
   void set_lists(const AttentionArguments& a);
   void check_lists(const AttentionArguments& a) const;
@@ -60,15 +107,7 @@ struct AttentionCall {
   bool any_state(int64_t longest) const;
   bool all_of(int32_t RowRange::* first, int32_t RowRange::* end, int64_t tokens) const;
   std::optional<Tensor> given_state, given_scores;
+  bool has_state = false;
 };
-
-// Runs body(b, head, unit) for every unit of every head, each thread with its own scratch of `bytes`.
-template <class Body>
-void parallel_units(int64_t batch, int64_t heads, int64_t units, int64_t bytes, const Body& body) {
-  parallel_ranges(batch * heads * units, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(bytes);
-    for (int64_t at = begin; at < end; ++at) body(at / (heads * units), at / units % heads, at % units, scratch.data());
-  });
-}
 
 }  // namespace sb

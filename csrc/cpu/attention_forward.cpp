@@ -31,15 +31,16 @@ class Forward {
   friend class Forward;
 
   void compute() {
-    call.build_states();
-    {
+    call.take_states();
+    const AttentionKernels& kernel = attention_kernels<E>();
+    const int64_t group = p.q_heads / p.kv_heads, bytes = kernel.forward_unit(p, 0, 0, 0, nullptr, nullptr);
+    call.for_each_wave([&](const Wave& wave) {
+      call.build_states(wave);
       const Stage stage("forward of queries");
-      const AttentionKernels& kernel = attention_kernels<E>();
-      parallel_units(p.batch, p.q_heads, p.units, kernel.forward_unit(p, 0, 0, 0, nullptr, nullptr),
-                     [&](int64_t b, int64_t h, int64_t unit, void* scratch) {
-                       kernel.forward_unit(p, b, h, unit, scratch, call.zero_row.data());
-                     });
-    }
+      call.for_each_unit(wave, group * p.units, bytes, [&](int64_t b, int64_t kv, int64_t at, void* scratch) {
+        kernel.forward_unit(p, b, kv * group + at / p.units, at % p.units, scratch, call.zero_row.data());
+      });
+    });
     cancelled.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
       const Stage stage("queries again in double");
       Forward<double> again(one_head(args, b, h, flags));

@@ -23,9 +23,19 @@ struct BackwardTask {
   int64_t scratch_bytes = 0, record_bytes = 0, groups = 0;
 };
 
-// z = W t + bias for the rows of one head, and its gradients; W is held transposed with padded rows, or as padded rows.
+// z = W t + bias for the rows of one head, and its gradients. Most outputs are lanes, of `lanes` columns, a multiple of
+// 8; the last `dots` are dot products: the few that would leave most of a vector empty, and always the last.
 struct ProjectParams {
-  int64_t tokens, head_dim, head_pad, outputs, outputs_pad;
+  int64_t tokens, head_dim, head_pad, outputs, outputs_pad, lanes, dots;
+};
+// W of one head: (head_dim, lanes), and rows (dots, head_pad) with the columns that they go to. What every column
+// starts with (outputs_pad), and a factor of the last output.
+template <class T>
+struct ProjectWeights {
+  const T *of_lanes, *rows;
+  const int32_t* columns;
+  const T* offset;
+  T last_factor;
 };
 
 // Attention on rows of one type of element.
@@ -43,7 +53,7 @@ struct AttentionKernels {
 };
 template <class T>
 struct ProjectKernels {
-  void (*project)(const ProjectParams&, const T* tokens, int64_t row_stride, const T* weight_t, const T* bias, T* rows);
+  void (*project)(const ProjectParams&, const ProjectWeights<T>&, const T* tokens, int64_t row_stride, T* rows);
   void (*project_backward)(const ProjectParams&, const T* grad, const T* tokens, int64_t row_stride, const T* weight,
                            const T* zero_row, T* d_tokens, int64_t d_row_stride, T* d_weight, T* d_bias);
 };

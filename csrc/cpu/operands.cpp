@@ -161,7 +161,8 @@ Operand result_rows(const Tensor& result, int64_t width_pad, bool written) {
     if (result.numel() > 0 && !written) std::memset(result.data_ptr(), 0, size_t(result.numel()) * sizeof(T));
     return {result, rows_of(result), true};
   }
-  Tensor padded = zeros_cpu({result.size(0), result.size(1), result.size(2), width_pad}, kScalar<T>);
+  const std::initializer_list<int64_t> sizes = {result.size(0), result.size(1), result.size(2), width_pad};
+  Tensor padded = written ? empty_cpu(sizes, kScalar<T>) : zeros_cpu(sizes, kScalar<T>);
   return {padded, rows_of(padded), false};
 }
 

@@ -45,41 +45,65 @@ struct Projection {
   int64_t batch, heads, n, weight_heads, weight_batch, blocks;
 };
 
-// Transposed weights and offsets with padded rows: the outputs are the lanes. Output o is column column_of(o).
+// Columns whose outputs are lanes, of all but the last output: packed rows have that one at a column of its own.
+int64_t lanes_of(int64_t outputs) {
+  const int64_t whole = (outputs - 1) / 16 * 16, left = outputs - 1 - whole;
+  return whole + (left > 10 ? 16 : left > 4 ? 8 : 0);
+}
+
+// The weights of every map of a call as the kernel wants them. Rows of results have `width` columns; that of the last
+// output is `last`, and it is multiplied with `last_factor`.
 template <class T>
-struct TransposedWeight {
-  template <class ColumnOf>
-  TransposedWeight(const Projection& call, const Tensor& weight, const std::optional<Tensor>& bias,
-                   const ColumnOf& column_of)
-      : p(call.p),
-        values(size_t(maps(call) * p.head_dim * p.outputs_pad), T(0)),
-        offsets(size_t(maps(call) * p.outputs_pad), T(0)) {
+class Weights {
+ public:
+  Weights(Projection& call, const Tensor& weight, const std::optional<Tensor>& bias, int64_t width, int64_t last,
+          T last_factor)
+      : last_factor(last_factor) {
+    call.p.outputs_pad = width, call.p.lanes = lanes_of(call.p.outputs);
+    const int64_t in_lanes = std::min(call.p.lanes, call.p.outputs - 1);
+    call.p.dots = call.p.outputs - in_lanes;
+    p = call.p;
+    const int64_t maps = call.weight_batch * call.weight_heads;
+    of_lanes.resize(size_t(maps * p.head_dim * p.lanes)), rows.resize(size_t(maps * p.dots * p.head_pad));
+    offsets.resize(size_t(maps * width));
+    for (int64_t o = in_lanes; o < p.outputs; ++o) columns.push_back(int32_t(o + 1 < p.outputs ? o : last));
     const Tensor packed = as_contiguous(weight);
     const T* w = static_cast<const T*>(packed.data_ptr());
-    for (int64_t m = 0; m < maps(call); ++m)
-      for (int64_t o = 0; o < p.outputs; ++o)
+    for (int64_t m = 0; m < maps; ++m, w += p.outputs * p.head_dim) {
+      for (int64_t o = 0; o < in_lanes; ++o)
         for (int64_t e = 0; e < p.head_dim; ++e)
-          values[size_t((m * p.head_dim + e) * p.outputs_pad + column_of(o))] = w[(m * p.outputs + o) * p.head_dim + e];
+          of_lanes[size_t((m * p.head_dim + e) * p.lanes + o)] = w[o * p.head_dim + e];
+      for (int64_t o = in_lanes; o < p.outputs; ++o)
+        std::copy_n(w + o * p.head_dim, p.head_dim, &rows[size_t((m * p.dots + o - in_lanes) * p.head_pad)]);
+    }
     if (!bias) return;
     const Tensor flat = as_contiguous(*bias);
     const T* from = static_cast<const T*>(flat.data_ptr());
-    for (int64_t m = 0; m < maps(call); ++m)
+    for (int64_t m = 0; m < maps; ++m)
       for (int64_t o = 0; o < p.outputs; ++o)
-        offsets[size_t(m * p.outputs_pad + column_of(o))] = from[m * p.outputs + o];
+        offsets[size_t(m * width + (o + 1 < p.outputs ? o : last))] = from[m * p.outputs + o];
   }
-  static int64_t maps(const Projection& call) { return call.weight_batch * call.weight_heads; }
-  const T* of(int64_t map) const { return &values[size_t(map * p.head_dim * p.outputs_pad)]; }
-  const T* offset_of(int64_t map) const { return &offsets[size_t(map * p.outputs_pad)]; }
+  // Every row of results has `value` in this column.
+  void set(int64_t column, T value) {
+    for (size_t at = size_t(column); at < offsets.size(); at += size_t(p.outputs_pad)) offsets[at] = value;
+  }
+  ProjectWeights<T> of(int64_t map) const {
+    return {of_lanes.data() + map * p.head_dim * p.lanes, rows.data() + map * p.dots * p.head_pad, columns.data(),
+            offsets.data() + map * p.outputs_pad, last_factor};
+  }
 
+ private:
   ProjectParams p;
-  std::vector<T> values, offsets;
+  T last_factor;
+  std::vector<T> of_lanes, rows, offsets;
+  std::vector<int32_t> columns;
 };
 
 template <class T>
 Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Projection call(tokens, weight);
+  Projection call(tokens, weight);
+  const Weights<T> w(call, weight, bias, call.p.outputs_pad, call.p.outputs - 1, T(1));
   const ProjectParams& p = call.p;
-  const TransposedWeight<T> w(call, weight, bias, [](int64_t o) { return o; });
   Tensor out = empty_cpu({call.batch, call.heads, call.n, p.outputs}, kScalar<T>);
   T* z = static_cast<T*>(out.data_ptr());
   // Heads within blocks: the heads of a token are often neighbours in memory.
@@ -87,10 +111,9 @@ Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<T
                  kTokensPerTask * (p.head_pad + p.outputs_pad) * int64_t(sizeof(T)),
                  [&](int64_t b, int64_t i, int64_t h, void* scratch) {
                    const ProjectParams block = call.block(i);
-                   const int64_t m = call.weight_of(b, h);
                    T* rows = static_cast<T*>(scratch);
                    const BlockRows<T> in = call.rows<T>(tokens, b, h, i, rows + kTokensPerTask * p.outputs_pad);
-                   project_kernels<T>().project(block, in.data, in.row, w.of(m), w.offset_of(m), rows);
+                   project_kernels<T>().project(block, w.of(call.weight_of(b, h)), in.data, in.row, rows);
                    T* to = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs;
                    for (int64_t at = 0; at < block.tokens; ++at)
                      std::copy_n(rows + at * p.outputs_pad, p.outputs, to + at * p.outputs);
@@ -98,25 +121,20 @@ Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<T
   return out;
 }
 
-// Packed rows: the column of ones is an output of its own with a weight of zero.
+// Packed rows: coordinates, a column of ones, the log scale in base 2.
 template <class T>
 Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const Tensor& bias) {
   Projection call(tokens, weight);
   const int64_t rank = call.p.outputs - 1, width = packed_width(rank);
-  call.p.outputs_pad = width;
-  TransposedWeight<T> w(call, weight, bias, [rank](int64_t o) { return o + (o == rank); });
-  for (int64_t m = 0; m < w.maps(call); ++m) w.offsets[size_t(m * width + rank)] = T(1);
+  Weights<T> w(call, weight, bias, width, rank + 1, T(1.44269504088896340736));
+  w.set(rank, T(1));
   Tensor out = empty_cpu({call.batch, call.heads, call.n, width}, kScalar<T>);
   T* z = static_cast<T*>(out.data_ptr());
   parallel_units(call.batch, call.blocks, call.heads, call.bytes_of_rows<T>(),
                  [&](int64_t b, int64_t i, int64_t h, void* scratch) {
-                   const ProjectParams block = call.block(i);
-                   const int64_t m = call.weight_of(b, h);
                    const BlockRows<T> in = call.rows<T>(tokens, b, h, i, static_cast<T*>(scratch));
                    T* rows = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * width;
-                   project_kernels<T>().project(block, in.data, in.row, w.of(m), w.offset_of(m), rows);
-                   for (int64_t at = 0; at < block.tokens; ++at)
-                     rows[at * width + rank + 1] *= T(1.44269504088896340736);
+                   project_kernels<T>().project(call.block(i), w.of(call.weight_of(b, h)), in.data, in.row, rows);
                  });
   return out;
 }

@@ -8,9 +8,6 @@
 namespace sb::cpu {
 namespace {
 
-// Heads are taken together until they have this many keys: enough to share among threads, little enough to hold.
-constexpr int64_t kTokensPerWave = 4096;
-
 // Where each level of a head's panels begins, in floats, and the size of all of them.
 int64_t place_panels(RouteParams& p) {
   const int64_t panel = p.panel_rows * kRouteLanes;
@@ -61,18 +58,14 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
 
   const RouteKernels& kernel = instruction_set().route;
   const ZeroRow<float> zero_row(std::max(p.head_pad, pad_to(p.rank + 1, kPad)));
-  const int64_t panel_floats = place_panels(p), heads = p.batch * p.kv_heads,
-                shared = p.q_heads / std::max<int64_t>(p.kv_heads, 1);
-  const int64_t wave =
-      std::max<int64_t>(1, std::min(heads, std::max<int64_t>(torch::stable::get_num_threads(),
-                                                             kTokensPerWave / std::max<int64_t>(1, p.k_tokens))));
-  const Scratch memory(wave * panel_floats * int64_t(sizeof(float)));
+  const int64_t panel_floats = place_panels(p), heads = p.batch * p.kv_heads, shared = p.q_heads / p.kv_heads;
+  const Scratch memory(heads_of_wave(heads, p.k_tokens) * panel_floats * int64_t(sizeof(float)));
   float* const panels = static_cast<float*>(memory.data());
   const int64_t segments = ceil_div(p.k_tokens, kRouteSegment), groups = ceil_div(p.blocks, p.blocks_per_group());
   const int64_t panel_bytes = p.panel_rows * kRouteLanes * int64_t(sizeof(float)),
                 group_bytes = kernel.group(p, 0, 0, 0, nullptr, nullptr);
-  for (int64_t first = 0; first < heads; first += wave) {
-    const int64_t in_wave = std::min(wave, heads - first);
+  for_each_wave(heads, p.k_tokens, [&](const Wave& wave) {
+    const int64_t first = wave.first, in_wave = wave.count;
     std::optional<Stage> stage(std::in_place, "routing, keys");
     parallel_units(1, in_wave, segments, panel_bytes, [&](int64_t, int64_t at, int64_t segment, void* scratch) {
       const int64_t head = first + at;
@@ -84,7 +77,7 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
       const int64_t head = first + at / shared, h = head % p.kv_heads * shared + at % shared;
       kernel.group(p, head / p.kv_heads, h, group, panels + at / shared * panel_floats, scratch);
     });
-  }
+  });
   return {index, count};
 }
 
