@@ -31,6 +31,14 @@ struct AttentionArguments {
   bool is_trained = false;  // of the forward pass: whether a backward pass follows, for which it may keep things
 };
 
+// Of quadratic_attention: projections, routing where keys > 0, and the rest; `attention` lacks the tokens, their maps
+// and what is routed.
+struct QuadraticArguments {
+  Tensor query_weight, query_bias, key_weight, key_bias;
+  int64_t keys, window;
+  AttentionArguments attention;
+};
+
 struct RouteArguments {
   Tensor query, key;
   std::optional<Tensor> query_map, key_map, query_mask, key_mask, query_range, key_range, query_offset;

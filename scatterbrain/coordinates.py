@@ -70,9 +70,8 @@ def quadratic_projection(
     if statistics is None:
         m = moments(query, key, scale, rows.key_mask, rows.query_mask, per_row=True)
         return _stored_weights(statistics_from_moments(m, low_rank.rank, scale), scale, dtype, query.device)
-    if _is_kept(statistics, query.device):
-        return _kept_weights(statistics, scale, dtype)
-    return _stored_weights(statistics, scale, dtype, query.device)
+    kept = kept_weights(statistics, scale, dtype, query.device)
+    return _stored_weights(statistics, scale, dtype, query.device) if kept is None else kept.weights
 
 
 def _learned_weights(
@@ -159,9 +158,11 @@ def _is_kept(statistics: Statistics, device: torch.device) -> bool:
     )
 
 
-def _kept_weights(statistics: Statistics, scale: float, dtype: torch.dtype) -> eager.Projection:
+def kept_weights(statistics: Statistics, scale: float, dtype: torch.dtype, device: torch.device) -> KeptWeights | None:
     """:func:`_stored_weights`, computed again only where the statistics' content, scale or dtype has changed: some
-    twenty small operations, against which comparing is cheap."""
+    twenty small operations, against which comparing is cheap. None where they are not kept."""
+    if not _is_kept(statistics, device):
+        return None
     sources = tensors_of(statistics)
     kept = _kept.get(sources[0])
     if kept is None or kept.dtype != dtype or kept.scale != scale or not kept.are_of(sources):
@@ -169,12 +170,7 @@ def _kept_weights(statistics: Statistics, scale: float, dtype: torch.dtype) -> e
             weights = _stored_weights(statistics, scale, dtype, sources[0].device)
             kept = KeptWeights([t.detach().clone() for t in sources], scale, dtype, weights)
         _kept[sources[0]] = kept
-    return kept.weights
-
-
-def kept_weights(statistics: Statistics) -> KeptWeights | None:
-    """What was kept for these statistics last."""
-    return _kept.get(statistics.query_projection)
+    return kept
 
 
 # -------------------- random features

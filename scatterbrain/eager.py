@@ -10,6 +10,7 @@ evaluated again in double, are rounded once, not twice.
 from __future__ import annotations
 
 import contextlib
+import weakref
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ _ATTENTION_WITH_STATE = torch.ops.scatterbrain.attention_with_state.default
 _ATTENTION_BACKWARD = torch.ops.scatterbrain.attention_backward.default
 _QUADRATIC_ATTENTION = torch.ops.scatterbrain.quadratic_attention.default
 _QUADRATIC_ATTENTION_WITH_STATE = torch.ops.scatterbrain.quadratic_attention_with_state.default
+_PLAN = torch.ops.scatterbrain.plan.default
+_PLANNED_ATTENTION = torch.ops.scatterbrain.planned_attention.default
+_PLANNED_ATTENTION_WITH_STATE = torch.ops.scatterbrain.planned_attention_with_state.default
+_PLANNED_ATTENTION_BACKWARD = torch.ops.scatterbrain.planned_attention_backward.default
 _PROJECT = torch.ops.scatterbrain.project.default
 _PROJECT_BACKWARD = torch.ops.scatterbrain.project_backward.default
 _ROUTE = torch.ops.scatterbrain.route.default
@@ -62,39 +67,59 @@ def attention(*arguments: object) -> tuple[Tensor, Tensor]:
         return _ATTENTION(*arguments)
 
 
-class StaleProjection(Exception):
-    """What a projection was made from has changed since."""
-
-
 def quadratic_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    projection: Projection,
-    settings: tuple,
-    sources: tuple[Tensor, ...] = (),
-    copies: tuple[Tensor, ...] = (),
+    query: Tensor, key: Tensor, value: Tensor, projection: Projection, settings: tuple
 ) -> tuple[Tensor, Tensor]:
     """The operator of the same name, differentiable. ``settings``: its arguments after the projection and before
-    ``packed_rank``.
-
-    Raises:
-        StaleProjection: the tensors ``sources`` do not hold what ``copies`` of them do.
-    """
-    weight = projection[0]
-    # Heads that narrow, and float64, are computed in double, which packed rows of float32 would have to be brought to.
-    packed = weight.dtype == torch.float32 and query.shape[3] >= _WIDE_HEAD
+    ``packed_rank``."""
     tracked = query, key, value, *projection
-    rest = *settings, weight.shape[2] - 1 if packed else 0, sources, copies
+    rest = *settings, _packed_rank(projection)
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or any(t.requires_grad for t in projection)
     ):
         return _QuadraticAttention.apply(*tracked, rest)
     with _BelowAutograd():
-        results = _QUADRATIC_ATTENTION(*tracked, *rest)
-    if results[0].dim() != 4:
-        raise StaleProjection
-    return results
+        return _QUADRATIC_ATTENTION(*tracked, *rest)
+
+
+def _packed_rank(projection: Projection) -> int:
+    """Heads that narrow, and float64, are computed in double, which packed rows of float32 would have to be brought
+    to."""
+    weight = projection[0]
+    packed = weight.dtype == torch.float32 and weight.shape[3] >= _WIDE_HEAD
+    return weight.shape[2] - 1 if packed else 0
+
+
+class StaleProjection(Exception):
+    """What a projection was made from has changed since."""
+
+
+class Planned:
+    """All arguments of :func:`quadratic_attention` but the tokens, kept where the operator is, since each would take
+    its time on the way there. The projections are constants."""
+
+    def __init__(
+        self, projection: Projection, settings: tuple, sources: tuple[Tensor, ...], copies: list[Tensor]
+    ) -> None:
+        """``sources``: what the projections were made from, ``copies`` what it held then."""
+        self.projection, self.settings = projection, settings
+        self._number = _PLAN(*projection, *settings, _packed_rank(projection), sources, copies)
+        # Not at the end of the process, when the operators may be gone before their callers.
+        weakref.finalize(self, torch.ops.scatterbrain.forget_plan, self._number).atexit = False
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention alone, differentiable in the tokens.
+
+        Raises:
+            StaleProjection: the tensors that the projections were made from hold something else now.
+        """
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            return _PlannedAttention.apply(query, key, value, self)
+        with _BelowAutograd():
+            out = _PLANNED_ATTENTION(query, key, value, self._number)
+        if out.dim() != 4:
+            raise StaleProjection
+        return out
 
 
 def with_zero_gradients(out: Tensor, parameters: list[Tensor]) -> Tensor:
@@ -122,7 +147,7 @@ class _Node(torch.autograd.Function):
     TRACKED: int  # inputs that have gradients
 
     @classmethod
-    def backward(cls, ctx: object, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(cls, ctx: object, d_out: Tensor | None, d_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
         if d_out is None and d_lse is None:
             return (None,) * len(need)
@@ -177,15 +202,30 @@ class _QuadraticAttention(_Node):
             out, lse, *kept, index, count = _QUADRATIC_ATTENTION_WITH_STATE(
                 query, key, value, query_weight, query_bias, key_weight, key_bias, *rest
             )
+        ctx.set_materialize_grads(False)
+        tensors, ctx.settings = _after_projection(rest, index, count)
+        ctx.save_for_backward(out, lse, *kept, query, key, value, query_weight, key_weight, *tensors)
+        return out, lse
+
+    @staticmethod
+    def gradients(ctx: object, below: bool, given: tuple, *kept: Tensor) -> tuple:
+        return _quadratic_gradients(ctx.needs_input_grad, below, given, *kept, settings=ctx.settings)
+
+
+class _PlannedAttention(_Node):
+    """As above, of a plan: its projections are constants, and there is no log-sum-exp to differentiate."""
+
+    TRACKED = 3  # query, key, value
+
+    @staticmethod
+    def forward(ctx: object, query: Tensor, key: Tensor, value: Tensor, plan: Planned) -> Tensor:
+        with _BelowAutograd():
+            out, *kept = _PLANNED_ATTENTION_WITH_STATE(query, key, value, plan._number)
         if out.dim() != 4:
             raise StaleProjection
-        keys, _, *blocks = rest[9:-2]
-        lists = rest[:4] if keys == 0 else (index, count, None, None)
-        ctx.set_materialize_grads(False)
-        # lists are followed by masks, ranges and the offset
-        ctx.save_for_backward(out, lse, *kept, query_weight, key_weight, query, key, value, *lists, *rest[4:9])
-        ctx.settings = _QUADRATIC, *blocks
-        return out, lse
+        ctx.save_for_backward(out, *kept, query, key, value)
+        ctx.plan = plan
+        return out
 
     @staticmethod
     def gradients(
@@ -196,38 +236,69 @@ class _QuadraticAttention(_Node):
         scores: Tensor,
         query_map: Tensor,
         key_map: Tensor,
-        query_weight: Tensor,
-        key_weight: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *rest: Tensor,
+        index: Tensor,
+        count: Tensor,
+        *tokens: Tensor,
     ) -> tuple:
-        """Where the projections are constants, the attention operator itself takes the maps' gradients on to the
-        tokens, in the precision that it computes in."""
-        need = ctx.needs_input_grad
-        fused = below and query.shape[3] >= _WIDE_HEAD  # narrower ones would be rounded once less than elsewhere
-        fuse_query, fuse_key = fused and not (need[3] or need[4]), fused and not (need[5] or need[6])
-        dq, dk, dv, d_query_map, d_key_map = _ATTENTION_BACKWARD(
-            *given,
-            query,
-            key,
-            value,
-            query_map,
-            key_map,
-            *rest,
-            *ctx.settings,
-            state,
-            scores,
-            query_weight if fuse_query else None,
-            key_weight if fuse_key else None,
-        )
-        of_query = of_key = (None, None)
-        if not fuse_query and (need[0] or need[3] or need[4]):
-            of_query = _to_tokens(dq, d_query_map, query, query_weight)
-        if not fuse_key and (need[1] or need[5] or need[6]):
-            of_key = _to_tokens(dk, d_key_map, key, key_weight)
-        return dq, dk, dv, *of_query, *of_key
+        plan = ctx.plan
+        kept = state, scores, query_map, key_map
+        if below and tokens[0].shape[3] >= _WIDE_HEAD:
+            d_out, _, out, lse = given
+            return _PLANNED_ATTENTION_BACKWARD(d_out, out, lse, *kept, index, count, *tokens, plan._number)
+        tensors, settings = _after_projection((*plan.settings, _packed_rank(plan.projection)), index, count)
+        weights = plan.projection[0], plan.projection[2]
+        need = *ctx.needs_input_grad[:3], *(False,) * 4
+        return _quadratic_gradients(need, below, given, *kept, *tokens, *weights, *tensors, settings=settings)[:3]
+
+
+def _after_projection(rest: tuple, index: Tensor, count: Tensor) -> tuple[tuple, tuple]:
+    """The attention operator's tensors after the maps, and its settings, from what follows the projections in the
+    arguments of quadratic_attention and the lists that it made."""
+    keys, _, *blocks = rest[9:]
+    lists = rest[:4] if keys == 0 else (index, count, None, None)
+    return (*lists, *rest[4:9]), (_QUADRATIC, *blocks)
+
+
+def _quadratic_gradients(
+    need: tuple[bool, ...],
+    below: bool,
+    given: tuple,
+    state: Tensor,
+    scores: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    *rest: Tensor,
+    settings: tuple,
+) -> tuple:
+    """Gradients of tokens and projections. Where the projections are constants, the attention operator itself takes the
+    maps' gradients on to the tokens, in the precision that it computes in."""
+    fused = below and query.shape[3] >= _WIDE_HEAD  # narrower ones would be rounded once less than elsewhere
+    fuse_query, fuse_key = fused and not (need[3] or need[4]), fused and not (need[5] or need[6])
+    dq, dk, dv, d_query_map, d_key_map = _ATTENTION_BACKWARD(
+        *given,
+        query,
+        key,
+        value,
+        query_map,
+        key_map,
+        *rest,
+        *settings,
+        state,
+        scores,
+        query_weight if fuse_query else None,
+        key_weight if fuse_key else None,
+    )
+    of_query = of_key = (None, None)
+    if not fuse_query and (need[0] or need[3] or need[4]):
+        of_query = _to_tokens(dq, d_query_map, query, query_weight)
+    if not fuse_key and (need[1] or need[5] or need[6]):
+        of_key = _to_tokens(dk, d_key_map, key, key_weight)
+    return dq, dk, dv, *of_query, *of_key
 
 
 def _to_tokens(d_tokens: Tensor, d_map: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

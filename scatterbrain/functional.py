@@ -138,14 +138,13 @@ def attention(
     ):
         plan_key = plans.key_of(query, key, value, support, low_rank, is_causal, scale, statistics)
         plan = plans.find(plan_key)
-        if plan is not None and plan.weights is None:
-            return _exact(query, key, value, is_causal, plan.scale)
         if plan is not None:
-            tensors, weights = plan.tensors, plan.weights
-            with contextlib.suppress(eager.StaleProjection):
-                return eager.quadratic_attention(
-                    query, key, value, weights.weights, plan.settings, tensors, weights.sources
-                )[0]
+            if plan.planned is None:
+                return _exact(query, key, value, is_causal, plan.scale)
+            try:
+                return plan.planned.attention(query, key, value)
+            except eager.StaleProjection:
+                pass  # checked anew, and planned anew
     if _is_autocast(query):
         tokens = cast_for_autocast(query, key, value)
         with torch.autocast(query.device.type, enabled=False):
@@ -183,10 +182,14 @@ def attention(
             plans.keep(plan_key, statistics, scale, coordinate_dtype(query), None)
             out = _exact(query, key, value, is_causal, scale)
             return eager.with_zero_gradients(out, unused) if unused else out
-    out, lse = _run(query, key, value, support, low_rank, statistics, scale, rows, is_causal)
     if plan_key is not None and not _routes_in_float32(support, query):
         settings = _quadratic_settings(query, key, support, low_rank, None, scale, rows, is_causal)
-        plans.keep(plan_key, statistics, scale, coordinate_dtype(query), settings)
+        plan = plans.keep(plan_key, statistics, scale, coordinate_dtype(query), settings)
+        # As the calls after it: checkpointing wants what a call saves to be the same each time.
+        if plan is not None:
+            with contextlib.suppress(eager.StaleProjection):
+                return plan.planned.attention(query, key, value)
+    out, lse = _run(query, key, value, support, low_rank, statistics, scale, rows, is_causal)
     return (out, lse) if return_lse else out
 
 

@@ -18,10 +18,12 @@ happens before it. Its arguments:
 ``attention_with_state`` also returns the states of the low-rank kernel and the scores of listed keys, which
 ``attention_backward`` then need not compute again (empty where keeping them is not worth their memory).
 ``quadratic_attention`` and ``quadratic_attention_with_state`` project the tokens, route them where ``keys`` > 0 and go on
-as ``attention`` does, in one call; where ``sources`` no longer hold the bytes of ``copies``, from which the projections
-were made, their results are empty. With ``query_weight`` and ``key_weight``, the projections that
-made the maps, ``attention_backward`` adds the maps' gradients, through them, to those of query and key, and leaves its own
-results for them empty. These and what is packed serve scatterbrain.eager, below autograd.
+as ``attention`` does, in one call. With ``query_weight`` and ``key_weight``, the projections that made the maps,
+``attention_backward`` adds the maps' gradients, through them, to those of query and key, and leaves its own results for
+them empty. ``plan`` keeps all arguments of ``quadratic_attention`` but the tokens and returns a number, with which
+``planned_attention``, ``planned_attention_with_state`` and ``planned_attention_backward`` do the same until
+``forget_plan``; where ``sources`` no longer hold the bytes of ``copies``, from which the projections were made, the
+results of the forward pass are empty. These and what is packed serve scatterbrain.eager, below autograd.
 """
 
 from __future__ import annotations
@@ -145,7 +147,7 @@ def _kept_scores(
 
 def _projected(query: Tensor, key: Tensor, value: Tensor, weights: tuple, rest: tuple) -> tuple:
     """The arguments of attention that those of quadratic_attention come to: shapes."""
-    *tensors, keys, window, block_q, block_k, span_keys, is_causal, scale, packed_rank, _sources, _copies = rest
+    *tensors, keys, window, block_q, block_k, span_keys, is_causal, scale, packed_rank = rest
     project = torch.ops.scatterbrain.project_packed if packed_rank else torch.ops.scatterbrain.project
     maps = project(query, *weights[:2]), project(key, *weights[2:])
     if keys:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scatterbrain import eager
-from scatterbrain.coordinates import KeptWeights, kept_weights, tensors_of
+from scatterbrain.coordinates import kept_weights, tensors_of
 from scatterbrain.low_rank import LowRank, Quadratic, Statistics
 from scatterbrain.support import Routed, Support, Window
 
@@ -22,13 +22,11 @@ _MOST = 64  # plans; a program with more kinds of calls than this checks some of
 
 
 class Plan(NamedTuple):
-    """What was found out about a call: the statistics' tensors, so that no others have their ids; the projections they
-    came to and the rest of the operator's arguments, None where the support covers every key and torch's own kernel
-    does it; the scale."""
+    """What was found out about a call: the statistics' tensors, so that no others have their ids; the operator's
+    arguments, None where the support covers every key and torch's own kernel does it; the scale."""
 
     tensors: tuple[Tensor, ...]
-    weights: KeptWeights | None
-    settings: tuple | None
+    planned: eager.Planned | None
     scale: float
 
 
@@ -89,15 +87,21 @@ def find(key: tuple | None) -> Plan | None:
     return plan
 
 
-def keep(key: tuple | None, statistics: object, scale: float, dtype: torch.dtype, settings: tuple | None) -> None:
-    """Keeps what a call with this key came to, which has passed every check. ``dtype``: of its coordinates. ``settings``: None
-    where it was exact."""
+def keep(
+    key: tuple | None, statistics: object, scale: float, dtype: torch.dtype, settings: tuple | None
+) -> Plan | None:
+    """Keeps, where it can be, what a call with this key comes to, which has passed every check. ``dtype``: of its
+    coordinates. ``settings``: None where it is exact."""
     if key is None:
-        return
-    weights = None if settings is None else kept_weights(statistics)
-    if settings is not None and (weights is None or weights.scale != scale or weights.dtype != dtype):
-        return
+        return None
+    tensors, planned = tensors_of(statistics), None
+    if settings is not None:
+        weights = kept_weights(statistics, scale, dtype, torch.device("cpu"))
+        if weights is None:
+            return None
+        planned = eager.Planned(weights.weights, settings, tensors, weights.sources)
     with _lock:
         if len(_plans) >= _MOST:
             del _plans[next(iter(_plans))]
-        _plans[key] = Plan(tensors_of(statistics), weights, settings, scale)
+        plan = _plans[key] = Plan(tensors, planned, scale)
+    return plan

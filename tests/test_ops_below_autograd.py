@@ -79,24 +79,36 @@ def test_kept_scores_change_no_bit_of_the_backward_pass(
     assert (scores.numel() > 0) == (dtype != torch.float64 and is_short and has_full_tiles)
 
 
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("block_q, block_k, window", [(16, 1, 0), (1, 8, 16), (0, 0, 0)])
-def test_one_call_projects_routes_and_attends(
-    block_q: int, block_k: int, window: int, dtype: torch.dtype, trained: bool
-) -> None:
-    """As the operators one by one do, with lists of its own or given a window."""
-    library, n, rank = torch.ops.scatterbrain, 150, 5
-    q, k, v = (rand(B, h, n, WIDE, seed=seed, dtype=dtype) for seed, h in enumerate((H, KV, KV)))
+NO_ROWS = (None,) * 5  # masks, ranges and offset
+
+
+def quadratic_arguments(block_q: int, block_k: int, window: int, dtype: torch.dtype) -> tuple[list, list, tuple]:
+    """Tokens, projections and settings of quadratic_attention: with lists of its own, or for block_q 0 given a window."""
+    n, rank = 150, 5
+    tokens = [rand(B, h, n, WIDE, seed=seed, dtype=dtype) for seed, h in enumerate((H, KV, KV))]
     weights = [rand(1, h, rank + 1, *shape, seed=7 + h) / 9 for h in (H, KV) for shape in ((WIDE,), ())]
     span = None
     if block_q == 0:
         span = torch.tensor([[[max(0, i - 20), i + 20] for i in range(8, n + 8, 16)]], dtype=torch.int32).clamp(max=n)
-    lists, keys = (None, None, span, None), 0 if block_q == 0 else 32
     blocks = (block_q or 16, block_k or 1, 0 if span is None else 40, False, 0.2)
-    none = (None,) * 5
+    return tokens, weights, (None, None, span, None, *NO_ROWS, 0 if block_q == 0 else 32, window, *blocks, rank)
+
+
+ONE_CALL = pytest.mark.parametrize("block_q, block_k, window", [(16, 1, 0), (1, 8, 16), (0, 0, 0)])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@ONE_CALL
+def test_one_call_projects_routes_and_attends(
+    block_q: int, block_k: int, window: int, dtype: torch.dtype, trained: bool
+) -> None:
+    """As the operators one by one do."""
+    library, none = torch.ops.scatterbrain, NO_ROWS
+    (q, k, v), weights, settings = quadratic_arguments(block_q, block_k, window, dtype)
+    lists, keys, blocks, rank = settings[:4], settings[9], settings[11:-1], settings[-1]
     operator = library.quadratic_attention_with_state if trained else library.quadratic_attention
-    arguments = (q, k, v, *weights, *lists, *none, keys, window, *blocks, rank, weights, [w.clone() for w in weights])
+    arguments = (q, k, v, *weights, *settings)
     torch.library.opcheck(operator.default, arguments, test_utils=WITHOUT_GRADIENT)
     separate = library.attention_with_state if trained else library.attention
     with FlopCounterMode(display=False) as flops:
@@ -109,15 +121,54 @@ def test_one_call_projects_routes_and_attends(
     assert flops_of_one.get_total_flops() == flops.get_total_flops() > 0
     if trained:
         expected = (*expected, *maps, *(t if keys else torch.empty(0, dtype=torch.int32) for t in lists[:2]))
-    stale = operator(*arguments[:-1], [w + 1 for w in weights])
-    assert [t.numel() for t in stale] == [0] * len(expected)
     results = operator(*arguments)
     assert len(results) == len(expected)
     for name, a, b in zip(operator.default._schema.returns, results, expected):
-        if name.name == "state":  # a slot ends in one number of sixteen
-            a, b = a[..., :-15], b[..., :-15]
-        # Scores have room that no list reaches.
-        assert a.shape == b.shape if name.name == "scores" else torch.equal(a, b), name.name
+        assert_same_result(name.name, a, b)
+
+
+def assert_same_result(name: str, a: Tensor, b: Tensor) -> None:
+    if name == "state":  # a slot ends in one number of sixteen
+        a, b = a[..., :-15], b[..., :-15]
+    # Scores have room that no list reaches.
+    assert a.shape == b.shape if name == "scores" else torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@ONE_CALL
+def test_a_plan_passes_what_a_call_would(block_q: int, block_k: int, window: int, dtype: torch.dtype) -> None:
+    library = torch.ops.scatterbrain
+    tokens, weights, settings = quadratic_arguments(block_q, block_k, window, dtype)
+    source = torch.arange(7.0)
+    plan = library.plan(*weights, *settings, [source], [source.clone()])
+    expected = library.quadratic_attention_with_state(*tokens, *weights, *settings)
+    results = library.planned_attention_with_state(*tokens, plan)
+    for name, a, b in zip(library.quadratic_attention_with_state.default._schema.returns, results, expected):
+        assert_same_result(name.name, a, b)
+    assert torch.equal(library.planned_attention(*tokens, plan), expected[0])
+
+    out, lse, state, scores, query_map, key_map, *routed = results
+    lists = (*routed, None, None) if settings[9] else settings[:4]
+    d_out = rand(*out.shape, seed=9, dtype=dtype)
+    attention = (*tokens, query_map, key_map, *lists, *NO_ROWS, 1, *settings[11:])
+    kept = dict(state=state, scores=scores, query_weight=weights[0], key_weight=weights[2])
+    gradients = library.attention_backward(d_out, None, out, lse, *attention, **kept)
+    planned = library.planned_attention_backward(d_out, *results, *tokens, plan)
+    assert len(planned) == 3 and all(map(torch.equal, planned, gradients))
+
+    source[3] += 1
+    assert library.planned_attention(*tokens, plan).numel() == 0
+    assert [t.numel() for t in library.planned_attention_with_state(*tokens, plan)] == [0] * 8
+    other = library.plan(*weights, *settings, [], [])
+    assert other != plan
+    library.forget_plan(plan)
+    library.forget_plan(plan)  # as after a copy of the process
+    with pytest.raises(RuntimeError, match=f"expected the number of a plan that is kept, got {plan}"):
+        library.planned_attention(*tokens, plan)
+    assert torch.equal(library.planned_attention(*tokens, other), expected[0])
+    with pytest.raises(RuntimeError, match="fit together"):
+        library.planned_attention(tokens[0], tokens[1], tokens[2][:, :, 1:], other)
+    library.forget_plan(other)
 
 
 def test_equal_bytes_sees_every_difference() -> None:

@@ -124,6 +124,34 @@ def test_no_more_plans_are_kept_than_a_program_needs(tokens, statistics) -> None
 def test_exact_attention_is_planned_too(tokens, statistics) -> None:
     short = [t[:, :, :20] for t in tokens]
     first, second = call(short, statistics), call(short, statistics)
-    assert [plan.weights for plan in plans._plans.values()] == [None]
+    assert [plan.planned for plan in plans._plans.values()] == [None]
     assert torch.equal(first, second)
     torch.testing.assert_close(first, torch.nn.functional.scaled_dot_product_attention(*short))
+
+
+def test_plans_that_nobody_holds_are_forgotten(tokens, statistics) -> None:
+    call(tokens, statistics)
+    planned = next(iter(plans._plans.values())).planned
+    number = planned._number
+    leaves = [t.clone().requires_grad_() for t in tokens]
+    out = call(leaves, statistics)
+    plans._plans.clear()
+    del planned
+    gc.collect()
+    out.sum().backward()  # the graph still holds it
+    del out
+    gc.collect()
+    with pytest.raises(RuntimeError, match=f"got {number}"):
+        torch.ops.scatterbrain.planned_attention(*tokens, number)
+
+
+def test_gradients_of_a_graph_of_gradients_are_those_of_a_first_call(tokens, statistics) -> None:
+    """create_graph=True goes through the operators' own autograd, with no plan in it."""
+    results = []
+    for create_graph in (False, True):
+        leaves = [t.clone().requires_grad_() for t in tokens]
+        for _ in range(2):
+            out = call(leaves, statistics)
+        results.append(torch.autograd.grad(out.square().sum(), leaves, create_graph=create_graph))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
