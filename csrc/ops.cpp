@@ -186,8 +186,8 @@ TrainedResults planned_attention_with_state(Tensor query, Tensor key, Tensor val
 // From d_out and what the forward pass returned; through the maps.
 std::tuple<Tensor, Tensor, Tensor> planned_attention_backward(Tensor d_out, Tensor out, Tensor lse, Tensor state,
                                                               Tensor scores, Tensor query_map, Tensor key_map,
-                                                              Tensor index, Tensor count, Tensor query, Tensor key,
-                                                              Tensor value, int64_t number) {
+                                                              Tensor query, Tensor key, Tensor value, int64_t number,
+                                                              MaybeTensor index, MaybeTensor count) {
   const std::shared_ptr<const Plan> plan = plan_of(number);
   AttentionArguments a = plan->arguments.attention;
   a.query = query, a.key = key, a.value = value, a.query_map = query_map, a.key_map = key_map;
@@ -243,7 +243,8 @@ STABLE_TORCH_LIBRARY(scatterbrain, m) {
   m.def("planned_attention_with_state(" SB_TOKENS_SCHEMA "int plan) -> " SB_TRAINED_SCHEMA);
   m.def(
       "planned_attention_backward(Tensor d_out, Tensor out, Tensor lse, Tensor state, Tensor scores, Tensor query_map, "
-      "Tensor key_map, Tensor index, Tensor count, " SB_TOKENS_SCHEMA "int plan) -> (Tensor, Tensor, Tensor)");
+      "Tensor key_map, " SB_TOKENS_SCHEMA
+      "int plan, Tensor? index=None, Tensor? count=None) -> (Tensor, Tensor, Tensor)");
   m.def("equal_bytes(Tensor[] a, Tensor[] b) -> bool");
   m.def("attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, " SB_ATTENTION_SCHEMA
         ", Tensor? state=None, Tensor? scores=None, Tensor? query_weight=None, Tensor? key_weight=None) -> (Tensor, "

@@ -103,6 +103,7 @@ class Planned:
     ) -> None:
         """``sources``: what the projections were made from, ``copies`` what it held then."""
         self.projection, self.settings = projection, settings
+        self.routes, self.is_wide = settings[9] > 0, projection[0].shape[3] >= _WIDE_HEAD
         self._number = _PLAN(*projection, *settings, _packed_rank(projection), sources, copies)
         # Not at the end of the process, when the operators may be gone before their callers.
         weakref.finalize(self, torch.ops.scatterbrain.forget_plan, self._number).atexit = False
@@ -147,7 +148,7 @@ class _Node(torch.autograd.Function):
     TRACKED: int  # inputs that have gradients
 
     @classmethod
-    def backward(cls, ctx: object, d_out: Tensor | None, d_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(cls, ctx: object, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
         if d_out is None and d_lse is None:
             return (None,) * len(need)
@@ -212,46 +213,47 @@ class _QuadraticAttention(_Node):
         return _quadratic_gradients(ctx.needs_input_grad, below, given, *kept, settings=ctx.settings)
 
 
-class _PlannedAttention(_Node):
+class _PlannedAttention(torch.autograd.Function):
     """As above, of a plan: its projections are constants, and there is no log-sum-exp to differentiate."""
-
-    TRACKED = 3  # query, key, value
 
     @staticmethod
     def forward(ctx: object, query: Tensor, key: Tensor, value: Tensor, plan: Planned) -> Tensor:
         with _BelowAutograd():
-            out, *kept = _PLANNED_ATTENTION_WITH_STATE(query, key, value, plan._number)
+            out, lse, *kept, index, count = _PLANNED_ATTENTION_WITH_STATE(query, key, value, plan._number)
         if out.dim() != 4:
             raise StaleProjection
-        ctx.save_for_backward(out, *kept, query, key, value)
+        lists = (index, count) if plan.routes else ()
+        ctx.save_for_backward(out, lse, *kept, query, key, value, *lists)
         ctx.plan = plan
         return out
 
     @staticmethod
-    def gradients(
-        ctx: object,
-        below: bool,
-        given: tuple,
-        state: Tensor,
-        scores: Tensor,
-        query_map: Tensor,
-        key_map: Tensor,
-        index: Tensor,
-        count: Tensor,
-        *tokens: Tensor,
-    ) -> tuple:
-        plan = ctx.plan
-        kept = state, scores, query_map, key_map
-        if below and tokens[0].shape[3] >= _WIDE_HEAD:
-            d_out, _, out, lse = given
-            return _PLANNED_ATTENTION_BACKWARD(d_out, out, lse, *kept, index, count, *tokens, plan._number)
-        tensors, settings = _after_projection((*plan.settings, _packed_rank(plan.projection)), index, count)
-        weights = plan.projection[0], plan.projection[2]
-        need = *ctx.needs_input_grad[:3], *(False,) * 4
-        return _quadratic_gradients(need, below, given, *kept, *tokens, *weights, *tensors, settings=settings)[:3]
+    def backward(ctx: object, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        plan, need, saved = ctx.plan, ctx.needs_input_grad, ctx.saved_tensors
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            gradients = _gradients_of_plan(plan, need, False, d_out, *saved)
+        else:
+            with _BelowAutograd():
+                if plan.is_wide:
+                    gradients = _PLANNED_ATTENTION_BACKWARD(d_out, *saved[:9], plan._number, *saved[9:])
+                else:
+                    gradients = _gradients_of_plan(plan, need, True, d_out, *saved)
+        return *(g if wanted else None for g, wanted in zip(gradients, need)), None
 
 
-def _after_projection(rest: tuple, index: Tensor, count: Tensor) -> tuple[tuple, tuple]:
+def _gradients_of_plan(
+    plan: Planned, need: tuple[bool, ...], below: bool, d_out: Tensor, out: Tensor, lse: Tensor, *kept: Tensor
+) -> tuple:
+    """Those of the tokens, by the operators one by one."""
+    kept, lists = kept[:7], kept[7:] or (None, None)
+    tensors, settings = _after_projection((*plan.settings, _packed_rank(plan.projection)), *lists)
+    weights = plan.projection[0], plan.projection[2]
+    need = *need[:3], *(False,) * 4
+    given = d_out, None, out, lse
+    return _quadratic_gradients(need, below, given, *kept, *weights, *tensors, settings=settings)[:3]
+
+
+def _after_projection(rest: tuple, index: Tensor | None, count: Tensor | None) -> tuple[tuple, tuple]:
     """The attention operator's tensors after the maps, and its settings, from what follows the projections in the
     arguments of quadratic_attention and the lists that it made."""
     keys, _, *blocks = rest[9:]

@@ -153,7 +153,7 @@ def test_a_plan_passes_what_a_call_would(block_q: int, block_k: int, window: int
     attention = (*tokens, query_map, key_map, *lists, *NO_ROWS, 1, *settings[11:])
     kept = dict(state=state, scores=scores, query_weight=weights[0], key_weight=weights[2])
     gradients = library.attention_backward(d_out, None, out, lse, *attention, **kept)
-    planned = library.planned_attention_backward(d_out, *results, *tokens, plan)
+    planned = library.planned_attention_backward(d_out, *results[:-2], *tokens, plan, *(routed if settings[9] else ()))
     assert len(planned) == 3 and all(map(torch.equal, planned, gradients))
 
     source[3] += 1

@@ -41,10 +41,12 @@ class Backward {
     const bool to_query_map = mapped && !a.query_weight, to_key_map = mapped && !a.key_weight;
     d_query_map = map_like(call.every_query(), {p.batch, p.q_heads, to_query_map ? p.q_tokens : 0, p.rank + 1});
     d_key_map = map_like(call.every_key(), {p.batch, p.kv_heads, to_key_map ? p.k_tokens : 0, p.rank + 1});
-    dy = empty_cpu({p.batch, p.kv_heads, mapped ? p.k_tokens : 0, p.map_pad}, kScalar<T>);
-    d_state = empty_cpu({p.batch, p.q_heads, mapped ? p.units : 0, p.slot_size}, kScalar<T>);
-    p.d_query_map = rows_of(d_query_map), p.d_key_map = rows_of(d_key_map), p.dy = rows_of(dy);
-    p.d_state = d_state.data_ptr();
+    p.d_query_map = rows_of(d_query_map), p.d_key_map = rows_of(d_key_map);
+    if (!mapped) return;
+    const int64_t of_head = p.k_tokens * p.map_pad, states = p.batch * p.q_heads * p.units * p.slot_size;
+    dy = std::make_unique<Scratch>(p.batch * p.kv_heads * of_head * int64_t(sizeof(T)));
+    d_state = std::make_unique<Scratch>(states * int64_t(sizeof(T)));
+    p.dy = {dy->data(), p.kv_heads * of_head, of_head, p.map_pad}, p.d_state = d_state->data();
   }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
@@ -219,7 +221,8 @@ class Backward {
   AttentionParams& p;
   CancelledQueries<T> cancelled;
   const AttentionKernels& kernel = attention_kernels<E>();
-  Tensor dq, dk, dv, d_query_map, d_key_map, dy, d_state, lse_values;
+  Tensor dq, dk, dv, d_query_map, d_key_map, lse_values;
+  std::unique_ptr<Scratch> dy, d_state;
   std::optional<Tensor> d_lse_values;
   std::vector<T> query_weight, key_weight;
   Operand dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
