@@ -96,7 +96,8 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(Tensor grad, Tensor tokens, 
 // Whether tensors hold the bytes of others.
 bool equal_bytes(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
   for (size_t i = 0; i < a.size(); ++i) {
-    if (i >= b.size() || a[i].scalar_type() != b[i].scalar_type() || a[i].dim() != b[i].dim()) return false;
+    if (i >= b.size() || !a[i].is_cpu() || a[i].scalar_type() != b[i].scalar_type() || a[i].dim() != b[i].dim())
+      return false;
     for (int64_t d = 0; d < a[i].dim(); ++d)
       if (a[i].size(d) != b[i].size(d)) return false;
     const Tensor x = as_contiguous(a[i]), y = as_contiguous(b[i]);

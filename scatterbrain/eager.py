@@ -23,6 +23,7 @@ _ATTENTION_BACKWARD = torch.ops.scatterbrain.attention_backward.default
 _QUADRATIC_ATTENTION = torch.ops.scatterbrain.quadratic_attention.default
 _QUADRATIC_ATTENTION_WITH_STATE = torch.ops.scatterbrain.quadratic_attention_with_state.default
 _PLAN = torch.ops.scatterbrain.plan.default
+_FORGET_PLAN = torch.ops.scatterbrain.forget_plan.default
 _PLANNED_ATTENTION = torch.ops.scatterbrain.planned_attention.default
 _PLANNED_ATTENTION_WITH_STATE = torch.ops.scatterbrain.planned_attention_with_state.default
 _PLANNED_ATTENTION_BACKWARD = torch.ops.scatterbrain.planned_attention_backward.default
@@ -94,6 +95,9 @@ class StaleProjection(Exception):
     """What a projection was made from has changed since."""
 
 
+_forgotten: list[int] = []  # plans that nobody holds, until the next one is made
+
+
 class Planned:
     """All arguments of :func:`quadratic_attention` but the tokens, kept where the operator is, since each would take
     its time on the way there. The projections are constants."""
@@ -104,9 +108,12 @@ class Planned:
         """``sources``: what the projections were made from, ``copies`` what it held then."""
         self.projection, self.settings = projection, settings
         self.routes, self.is_wide = settings[9] > 0, projection[0].shape[3] >= _WIDE_HEAD
+        with contextlib.suppress(IndexError):  # none left, or another thread was quicker
+            while True:
+                _FORGET_PLAN(_forgotten.pop())
         self._number = _PLAN(*projection, *settings, _packed_rank(projection), sources, copies)
-        # Not at the end of the process, when the operators may be gone before their callers.
-        weakref.finalize(self, torch.ops.scatterbrain.forget_plan, self._number).atexit = False
+        # Wherever objects are collected no operator is called: something could be tracing there.
+        weakref.finalize(self, _forgotten.append, self._number).atexit = False
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention alone, differentiable in the tokens.
@@ -234,7 +241,7 @@ class _PlannedAttention(torch.autograd.Function):
             gradients = _gradients_of_plan(plan, need, False, d_out, *saved)
         else:
             with _BelowAutograd():
-                if plan.is_wide:
+                if plan.is_wide and not torch._C._len_torch_dispatch_stack():  # plans are unknown to what watches here
                     gradients = _PLANNED_ATTENTION_BACKWARD(d_out, *saved[:9], plan._number, *saved[9:])
                 else:
                     gradients = _gradients_of_plan(plan, need, True, d_out, *saved)

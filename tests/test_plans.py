@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import scatterbrain as sb
 from scatterbrain import plans
@@ -138,9 +139,11 @@ def test_plans_that_nobody_holds_are_forgotten(tokens, statistics) -> None:
     plans._plans.clear()
     del planned
     gc.collect()
+    call([t[:, :, :-1] for t in tokens], statistics)
     out.sum().backward()  # the graph still holds it
     del out
     gc.collect()
+    call([t[:, :, :-2] for t in tokens], statistics)  # the next plan drops it
     with pytest.raises(RuntimeError, match=f"got {number}"):
         torch.ops.scatterbrain.planned_attention(*tokens, number)
 
@@ -155,3 +158,18 @@ def test_gradients_of_a_graph_of_gradients_are_those_of_a_first_call(tokens, sta
         results.append(torch.autograd.grad(out.square().sum(), leaves, create_graph=create_graph))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_watches_the_backward_pass_sees_operators_it_knows(tokens, statistics) -> None:
+    """Where a mode is entered after the forward pass of a plan."""
+    counts, gradients = [], []
+    for return_lse in (False, True):  # with the log-sum-exp there is no plan
+        leaves = [t.clone().requires_grad_() for t in tokens]
+        call(leaves, statistics)
+        out = call(leaves, statistics, return_lse=return_lse)
+        out = out[0] if return_lse else out
+        with FlopCounterMode(display=False) as flops:
+            gradients.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
+        counts.append(flops.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    assert all(map(torch.equal, *gradients))
