@@ -28,10 +28,10 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from toolchain import CudaPlan, compile_jobs, plan_cuda  # noqa: E402
 from torch_environment import require_torch  # noqa: E402
 
-OPERATOR_SOURCES = ["csrc/ops.cpp", "csrc/plans.cpp", "csrc/profile.cpp", *sorted(glob("csrc/cpu/*.cpp", root_dir=ROOT))]
+OPERATOR_SOURCES = ["csrc/ops.cpp", "csrc/prepared_calls.cpp", "csrc/profile.cpp", *sorted(glob("csrc/cpu/*.cpp", root_dir=ROOT))]
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
 HEADERS = sorted(
-    path for pattern in ("h", "cuh", "inc") for path in glob(f"csrc/**/*.{pattern}", root_dir=ROOT, recursive=True)
+    path for pattern in ("h", "cuh") for path in glob(f"csrc/**/*.{pattern}", root_dir=ROOT, recursive=True)
 )
 
 # Kernel files choose their instruction set themselves (#pragma GCC target), so that one build runs on every machine of

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/operands.h"
+#include "cpu/tensor_rows.h"
 #include "launchers.h"
-#include "plans.h"
+#include "prepared_calls.h"
 #include "profile.h"
 
 namespace sb {

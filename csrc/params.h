@@ -10,7 +10,7 @@ struct Bfloat16 {
 };
 
 // A (batch, heads, tokens, width) operand whose last dimension is contiguous.
-struct Rows {
+struct StridedTensor {
   void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;  // strides in elements
 
@@ -40,12 +40,12 @@ inline constexpr int64_t kPad = 16;  // every row operand is padded with zeros t
 inline constexpr int64_t kChunk =
     64;  // keys of a state chunk: inside the chunk of the causal edge nothing comes from a state
 // Bidirectional rows of no more keys than this, and of more queries than kDirectQueries: queries that have lists of
-// their own evaluate all keys together, a list is then a mask (dense.inc).
+// their own evaluate all keys together, a list is then a mask (key_list_bitmask.h).
 inline constexpr int64_t kDenseKeys = 128;
 inline constexpr int64_t kDirectKeys = 64;     // a complement of no more keys than this is evaluated pair by pair
 inline constexpr int64_t kDirectQueries = 16;  // a row with no more queries than this evaluates every complement so
 // Where a state's L of the listed keys, which is taken back, is this many times the query's whole weight, what is left
-// of it carries too much rounding. Such a query is evaluated again in double (attention_cancelling.h), where float32
+// of it carries too much rounding. Such a query is evaluated again in double (double_fallback.h), where float32
 // results allow a larger bound; one beyond that too sums its complement key by key, in time linear in the keys.
 inline constexpr double kCancelling = 1, kCancellingInDouble = 1 << 30;
 // Heads of fewer dimensions than this are computed in double. Sums that short do not average roundings out, and their
@@ -74,10 +74,10 @@ struct AttentionParams {
   int64_t rank, map_pad, features;  // r (or m for general features), its padded row width, m
   bool is_causal;
   double scale;
-  Rows q, k, v;                    // T (B, Hq|Hkv, N|M, head_pad|value_pad)
-  Rows x, y;                       // T (B, Hq|Hkv, N|M, map_pad); for the quadratic kernel column r holds 1
-  Rows rho, kappa;                 // T (B, Hq|Hkv, N|M, 1), log scales
-  Rows out;                        // T (B, Hq, N, value_pad)
+  StridedTensor q, k, v;                    // T (B, Hq|Hkv, N|M, head_pad|value_pad)
+  StridedTensor x, y;                       // T (B, Hq|Hkv, N|M, map_pad); for the quadratic kernel column r holds 1
+  StridedTensor rho, kappa;                 // T (B, Hq|Hkv, N|M, 1), log scales
+  StridedTensor out;                        // T (B, Hq, N, value_pad)
   void* lse;                       // T (B, Hq, N), natural logarithm
   const RowRange* rows;            // (B)
   const uint8_t *q_mask, *k_mask;  // (B, N|M) or null; nonzero = ignore
@@ -110,11 +110,11 @@ struct AttentionParams {
   int64_t units;  // tasks that the queries of one head are cut into; with a causal edge a unit is a state slot
 
   // Backward only.
-  Rows d_out;                   // T (B, Hq, N, value_pad)
+  StridedTensor d_out;                   // T (B, Hq, N, value_pad)
   const void* d_lse;            // T (B, Hq, N) or null
-  Rows dq, dk, dv;              // T, padded rows; all gradients start at zero
-  Rows dy;                      // T (B, Hkv, M, map_pad); for the quadratic kernel column r collects the sum of dt
-  Rows d_query_map, d_key_map;  // T (B, Hq|Hkv, N|M, rank + 1): x and rho, y and kappa
+  StridedTensor dq, dk, dv;              // T, padded rows; all gradients start at zero
+  StridedTensor dy;                      // T (B, Hkv, M, map_pad); for the quadratic kernel column r collects the sum of dt
+  StridedTensor d_query_map, d_key_map;  // T (B, Hq|Hkv, N|M, rank + 1): x and rho, y and kappa
   MapWeight query_weight, key_weight;  // where given, the maps' gradients are not written but go on to dq and dk
   void* d_state;                       // T (B, Hq, units, slot_size)
 
@@ -134,7 +134,7 @@ struct AttentionParams {
   }
 };
 
-// Routing (csrc/cpu/route.inc). Everything is float32; positions count from the row's first valid key.
+// Routing (csrc/cpu/route.h). Everything is float32; positions count from the row's first valid key.
 inline constexpr int64_t kRouteLanes = 32;     // tokens of a panel
 inline constexpr int64_t kRouteSegment = 512;  // keys that one task prepares
 inline constexpr int64_t kLongRow = 16384;     // valid keys from which the pooled form looks at superblocks first
@@ -147,9 +147,9 @@ struct RouteParams {
   int64_t keys, block_q, block_k, window;  // of the support
   bool is_causal;
   float scale;
-  Rows q, k;                            // (B, Hq|Hkv, N|M, head_pad)
-  Rows x, y;                            // (B, Hq|Hkv, N|M, rank)
-  Rows rho, kappa;                      // (B, Hq|Hkv, N|M, 1), log scales in base 2
+  StridedTensor q, k;                            // (B, Hq|Hkv, N|M, head_pad)
+  StridedTensor x, y;                            // (B, Hq|Hkv, N|M, rank)
+  StridedTensor rho, kappa;                      // (B, Hq|Hkv, N|M, 1), log scales in base 2
   const RowRange* rows;                 // (B)
   const uint8_t *q_mask, *k_mask;       // (B, N|M) or null; nonzero = ignore
   int64_t blocks, capacity;             // blocks = ceil(N / block_q)

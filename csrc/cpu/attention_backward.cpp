@@ -7,7 +7,7 @@
 
 #include "../launchers.h"
 #include "../profile.h"
-#include "attention_cancelling.h"
+#include "double_fallback.h"
 #include "project.h"
 
 namespace sb::cpu {
@@ -92,7 +92,7 @@ class Backward {
   }
 
   // Adds the rows of the one head of a call in double.
-  static void add(const Rows& from, const Rows& to, int64_t b, int64_t h, int64_t tokens, int64_t width) {
+  static void add(const StridedTensor& from, const StridedTensor& to, int64_t b, int64_t h, int64_t tokens, int64_t width) {
     for (int64_t i = 0; i < tokens; ++i) {
       const double* source = from.at<const double>(0, 0, i);
       T* target = to.at<T>(b, h, i);
@@ -107,7 +107,7 @@ class Backward {
     return rows;
   }
   static Tensor values(const Tensor& t) { return as_dtype(as_contiguous(t), kScalar<T>); }
-  static Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+  static StridedTensor rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
   // Gradients that pairs are added to start at zero.
   void zero_keys(const Wave& wave) {
@@ -117,7 +117,7 @@ class Backward {
       if (p.low_rank != LowRank::kNone) zero_rows(p.dy, b, kv, p.map_pad);
     });
   }
-  void zero_rows(const Rows& rows, int64_t b, int64_t kv, int64_t width) const {
+  void zero_rows(const StridedTensor& rows, int64_t b, int64_t kv, int64_t width) const {
     const bool together = rows.row == width;
     const int64_t pieces = together ? std::min<int64_t>(1, p.k_tokens) : p.k_tokens;
     const size_t bytes = size_t((together ? p.k_tokens : 1) * width) * sizeof(T);

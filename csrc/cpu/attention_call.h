@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "../checks.h"
-#include "operands.h"
+#include "tensor_rows.h"
 
 namespace sb {
 

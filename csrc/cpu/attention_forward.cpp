@@ -1,7 +1,7 @@
 // Launcher of the forward pass: states, then units of queries in parallel, then what cancelled again in double.
 #include "../launchers.h"
 #include "../profile.h"
-#include "attention_cancelling.h"
+#include "double_fallback.h"
 
 namespace sb::cpu {
 namespace {

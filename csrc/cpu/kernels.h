@@ -1,4 +1,4 @@
-// The table of torch-free kernels of one instruction set. kernels.inc is compiled once per set (kernels_avx512.cpp,
+// The table of torch-free kernels of one instruction set. kernels/all.h is compiled once per set (kernels_avx512.cpp,
 // kernels_avx2.cpp, kernels_baseline.cpp); the best one the processor has is chosen at run time, or the one
 // SCATTERBRAIN_ISA names.
 #pragma once

@@ -5,7 +5,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #define SB_VECTOR_BYTES 32
 namespace sb::avx2 {
-#include "kernels.inc"
+#include "kernels/all.h"
 }  // namespace sb::avx2
 
 namespace sb {

@@ -5,7 +5,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #define SB_VECTOR_BYTES 64
 namespace sb::avx512 {
-#include "kernels.inc"
+#include "kernels/all.h"
 }  // namespace sb::avx512
 
 namespace sb {

@@ -8,7 +8,7 @@
 #define SB_VECTOR_BYTES 64
 #define SB_BFLOAT16
 namespace sb::avx512_bf16 {
-#include "kernels.inc"
+#include "kernels/all.h"
 }  // namespace sb::avx512_bf16
 
 namespace sb {

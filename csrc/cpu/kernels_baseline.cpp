@@ -2,7 +2,7 @@
 
 #define SB_VECTOR_BYTES 16
 namespace sb::baseline {
-#include "kernels.inc"
+#include "kernels/all.h"
 }  // namespace sb::baseline
 
 namespace sb {

@@ -1,6 +1,6 @@
 // Projections as rows.
 #pragma once
-#include "operands.h"
+#include "tensor_rows.h"
 
 namespace sb::cpu {
 

@@ -1,4 +1,4 @@
-#include "attention_cancelling.h"
+#include "double_fallback.h"
 
 namespace sb {
 

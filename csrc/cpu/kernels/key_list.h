@@ -21,7 +21,7 @@ struct Group {
   T rho[kLanes];
 };
 
-struct PairList {
+struct KeyList {
   int32_t* key;  // absolute
   int64_t n0, n01, n;
   bool complement;  // the state's part is needed: it holds keys that are neither listed nor in the third part
@@ -107,7 +107,7 @@ struct KeyAppender {
 
 // Appends keys begin .. end - 1 (from the row's first key) that are neither ignored nor among the ascending key[listed,
 // listed_end).
-SB_INLINE void append_unlisted(PairList& list, const uint8_t* mask, int64_t first, int64_t begin, int64_t end,
+SB_INLINE void append_unlisted(KeyList& list, const uint8_t* mask, int64_t first, int64_t begin, int64_t end,
                                int64_t listed, int64_t listed_end) {
   for (int64_t j = begin; j < end; ++j) {
     const int32_t absolute = int32_t(first + j);
@@ -120,7 +120,7 @@ SB_INLINE void append_unlisted(PairList& list, const uint8_t* mask, int64_t firs
 
 // Lists the keys of slots first_slot .. last_slot, which lie in one query block.
 SB_INLINE void collect_pairs(const AttentionParams& p, int64_t b, int64_t h, int64_t first_slot, int64_t last_slot,
-                             PairList& list) {
+                             KeyList& list) {
   const RowRange& range = p.rows[b];
   const int64_t length = range.k_end - range.k_first, block = first_slot / p.block_q;
   const int64_t edge = edge_of_slot(p, range, last_slot);
@@ -186,7 +186,7 @@ SB_INLINE void collect_pairs(const AttentionParams& p, int64_t b, int64_t h, int
 }
 
 // Where x.y is needed from.
-SB_INLINE int64_t first_mapped(const PairList& list) { return list.lanes ? 0 : list.complement ? list.n0 : list.n01; }
+SB_INLINE int64_t first_mapped(const KeyList& list) { return list.lanes ? 0 : list.complement ? list.n0 : list.n01; }
 
 // The scores of a tile, or of the one query at `first_slot`, with `n` listed keys, from the forward to the backward
 // pass: that of key i and lane l at data[i * stride + l]. Null where they are not kept: there is room for the lists of

@@ -78,11 +78,11 @@ SB_INLINE void add_rows(int64_t n, const T* weight, const R& rows, int64_t colum
 
 // The keys of a pair list as rows of k, v and y.
 template <class E>
-SB_INLINE ListedRows<const E> listed(const Rows& rows, int64_t b, int64_t head, const int32_t* key) {
+SB_INLINE ListedRows<const E> listed(const StridedTensor& rows, int64_t b, int64_t head, const int32_t* key) {
   return {rows.at<const E>(b, head, 0), rows.row, key};
 }
 template <class T>
-SB_INLINE ListedRows<T> listed_target(const Rows& rows, int64_t b, int64_t head, const int32_t* key) {
+SB_INLINE ListedRows<T> listed_target(const StridedTensor& rows, int64_t b, int64_t head, const int32_t* key) {
   return {rows.at<T>(b, head, 0), rows.row, key};
 }
 

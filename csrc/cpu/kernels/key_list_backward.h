@@ -1,4 +1,4 @@
-// What the backward pass does with the pairs of a group (attention_backward.inc has the steps): weights and dO.v, and,
+// What the backward pass does with the pairs of a group (attention_backward.h has the steps): weights and dO.v, and,
 // once they are balanced, their gradients.
 
 template <class E, int kLanes>
@@ -22,7 +22,7 @@ struct BackwardScratch {
 
 // Step 2 of a dense list: P, which is zero where a query does not list the key, dU/dt, zero where it does, and g.
 template <class E, int kLanes>
-SB_INLINE void weigh_dense(const AttentionParams& p, const Group<E, kLanes>& g, const PairList& list,
+SB_INLINE void weigh_dense(const AttentionParams& p, const Group<E, kLanes>& g, const KeyList& list,
                            const LogScales<SumOf<E>>& kappa, const SumOf<E>* S, BackwardScratch<E, kLanes>& s,
                            PairRecord<E>& r) {
   typedef SumOf<E> T;
@@ -53,7 +53,7 @@ SB_INLINE void weigh_dense(const AttentionParams& p, const Group<E, kLanes>& g, 
 
 // Steps 1 and 2 for queries that share a list: P, U and g before they are rescaled.
 template <class E, int kLanes>
-SB_INLINE void weigh_shared(const AttentionParams& p, const Group<E, kLanes>& g, const PairList& list,
+SB_INLINE void weigh_shared(const AttentionParams& p, const Group<E, kLanes>& g, const KeyList& list,
                             const LogScales<SumOf<E>>& kappa, SumOf<E> kappa_ref, BackwardScratch<E, kLanes>& s,
                             PairRecord<E>& r, Upcoming<E, kLanes, true>& upcoming) {
   typedef SumOf<E> T;
@@ -238,7 +238,7 @@ SB_INLINE void weigh_single(const AttentionParams& p, const Group<E, kLanes>& g,
 
   // 1. S, then dP = V dO.
   for_each_query([&](int lane, PairRecord<E>& r, const LaneWeights<T>& w) {
-    PairList list{r.key, 0, 0, 0, false};
+    KeyList list{r.key, 0, 0, 0, false};
     collect_pairs(p, g.b, g.h, g.first_slot + lane, g.first_slot + lane, list);
     r.n0 = list.n0, r.n01 = list.n01, r.n = list.n, r.l_begin = list.complement ? list.n0 : list.n01;
     r.first_key = first_key(list), r.last_key = last_key(list);

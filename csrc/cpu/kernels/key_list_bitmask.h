@@ -13,7 +13,7 @@ template <class E, int kLanes>
 SB_INLINE void collect_dense(const AttentionParams& p, Tile<E, kLanes>& tile, uint32_t* lanes) {
   const Group<E, kLanes>& g = tile.g;
   const RowRange& range = p.rows[g.b];
-  PairList& list = tile.list;
+  KeyList& list = tile.list;
   uint32_t of_key[kDenseKeys] = {};
   for (int lane = 0; lane < g.lanes; ++lane) {
     if (g.query[lane] < 0) continue;
@@ -34,7 +34,7 @@ struct DenseKey {
   typedef typename Vec<T, N>::type V;
   typename Vec<T, N>::ints listed;
   V exponent;
-  SB_INLINE DenseKey(const Group<E, kLanes>& g, const PairList& list, const LogScales<T>& kappa,
+  SB_INLINE DenseKey(const Group<E, kLanes>& g, const KeyList& list, const LogScales<T>& kappa,
                      const ScoreFactor<E>& score, const T* S, int64_t i, int v) {
     typedef typename Vec<T, N>::ints I;
     I bit;

@@ -102,7 +102,7 @@ SB_INLINE void scatter_keys(const AttentionParams& p, int64_t b, int64_t kv, con
       s.x[maps++] = r.x[0];
     }
   }
-  const auto add = [&](int64_t n, int64_t columns, const T* weight, const T* const* rows, const Rows& target)
+  const auto add = [&](int64_t n, int64_t columns, const T* weight, const T* const* rows, const StridedTensor& target)
                        __attribute__((always_inline)) {
                          if (n > 0)
                            gemm<T, N, true>(kKeys, columns, n, Strided<T>{weight, 1, kKeys}, PointedRows<const T>{rows},

@@ -1,4 +1,4 @@
-#include "plans.h"
+#include "prepared_calls.h"
 
 #include <mutex>
 #include <unordered_map>

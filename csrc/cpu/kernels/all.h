@@ -1,23 +1,23 @@
 // Every kernel, for the instruction set of the file that includes this. With SB_BFLOAT16 those on rows of bfloat16,
 // else all others.
-#include "simd.inc"
-#include "convert.inc"
-#include "elements.inc"
-#include "gemm.inc"
-#include "features.inc"
-#include "rows.inc"
-#include "pairs.inc"
-#include "tiles.inc"
-#include "scores.inc"
-#include "dense.inc"
-#include "state.inc"
-#include "attention_direct.inc"
-#include "attention_forward.inc"
-#include "attention_scatter.inc"
-#include "scatter_single.inc"
-#include "pairs_backward.inc"
-#include "attention_backward.inc"
-#include "state_backward.inc"
+#include "vec.h"
+#include "convert.h"
+#include "element_types.h"
+#include "gemm.h"
+#include "features.h"
+#include "gathered_rows.h"
+#include "key_list.h"
+#include "query_tile.h"
+#include "scores.h"
+#include "key_list_bitmask.h"
+#include "kv_state.h"
+#include "complement_by_key.h"
+#include "attention_forward.h"
+#include "dkdv_scatter_shared.h"
+#include "dkdv_scatter_per_query.h"
+#include "key_list_backward.h"
+#include "attention_backward.h"
+#include "kv_state_backward.h"
 
 template <class E>
 constexpr AttentionKernels attention_table() {
@@ -26,8 +26,8 @@ constexpr AttentionKernels attention_table() {
 }
 
 #if !defined(SB_BFLOAT16)
-#include "project.inc"
-#include "route.inc"
+#include "project.h"
+#include "route.h"
 
 template <class T>
 constexpr ProjectKernels<T> project_table() {

@@ -86,7 +86,7 @@ SB_INLINE void direct_gradients(const AttentionParams& p, const DirectQuery<T>& 
 // The whole forward pass of one lane: its list is collected again, its stabiliser is that of what it sees. Leaves the
 // sum of weights in `total` and sum of weight v in `out`; returns the stabiliser.
 template <class T, int kLanes>
-T forward_direct(const AttentionParams& p, const Group<T, kLanes>& g, int lane, const PairList& list, T* q, T* z, T* S,
+T forward_direct(const AttentionParams& p, const Group<T, kLanes>& g, int lane, const KeyList& list, T* q, T* z, T* S,
                  T* total, T* out) {
   constexpr int N = kWidth<T>;
   const bool quadratic = p.low_rank == LowRank::kQuadratic;

@@ -1,4 +1,4 @@
-#include "operands.h"
+#include "tensor_rows.h"
 
 #include "../profile.h"
 
@@ -24,7 +24,7 @@ void with_element(ScalarType dtype, const Visit& visit) {
   }
 }
 
-Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+StridedTensor rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
 // Calls visit(b, h, i) for every row, in parallel.
 template <class Visit>
@@ -127,10 +127,10 @@ Operand as_rows(const Tensor& t, int64_t width_pad) {
   if (usable<T>(t, width_pad)) return {t, rows_of(t), true};
   const Stage stage("conversion of tensors");
   Tensor packed = empty_cpu({t.size(0), t.size(1), t.size(2), width_pad}, kScalar<T>);
-  const Rows to = rows_of(packed);
+  const StridedTensor to = rows_of(packed);
   with_element(t.scalar_type(), [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
-    const Rows from = rows_of(t);
+    const StridedTensor from = rows_of(t);
     const RowCopy<T, E> copy(t, width_pad);
     for_each_row(t, width_pad * int64_t(sizeof(T)),
                  [&](int64_t b, int64_t h, int64_t i) { copy(from.at<const E>(b, h, i), to.at<T>(b, h, i)); });
@@ -141,7 +141,7 @@ Operand as_rows(const Tensor& t, int64_t width_pad) {
 template <class T>
 BlockRows<T> rows_of_block(const Tensor& t, int64_t width_pad, int64_t b, int64_t h, int64_t first, int64_t n,
                            T* scratch) {
-  const Rows from = rows_of(t);
+  const StridedTensor from = rows_of(t);
   if (usable<T>(t, width_pad)) return {from.at<const T>(b, h, first), from.row};
   with_element(t.scalar_type(), [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
@@ -173,7 +173,7 @@ void write_back(const Operand& from, const Tensor& result) {
   const int64_t width = result.size(3);
   with_element(result.scalar_type(), [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
-    const Rows to = rows_of(result);
+    const StridedTensor to = rows_of(result);
     const auto narrow = narrow_of<E>();
     for_each_row(result, width * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
       const T* source = from.rows.at<const T>(b, h, i);
@@ -207,7 +207,7 @@ template <class T>
 MapOperand as_map(const Tensor& map, MapKind kind, int64_t rank, bool fine) {
   const bool packed = kind == MapKind::kPacked, features = kind == MapKind::kFeatures;
   if (packed && usable<T>(map, packed_width(rank))) {
-    Rows logs = rows_of(map);
+    StridedTensor logs = rows_of(map);
     logs.data = logs.at<T>(0, 0, 0) + rank + 1;
     return {map, map, rows_of(map), logs};
   }
@@ -215,8 +215,8 @@ MapOperand as_map(const Tensor& map, MapKind kind, int64_t rank, bool fine) {
   const int64_t step = map.stride(3), width = features ? pad_to(rank, kPad) : packed_width(rank);
   Tensor rows = empty_cpu({map.size(0), map.size(1), map.size(2), width}, kScalar<T>);
   Tensor logs = features ? empty_cpu({map.size(0), map.size(1), map.size(2), 1}, kScalar<T>) : rows;
-  const Rows from = rows_of(map), to = rows_of(rows);
-  Rows log_to = rows_of(logs);
+  const StridedTensor from = rows_of(map), to = rows_of(rows);
+  StridedTensor log_to = rows_of(logs);
   if (!features) log_to.data = to.at<T>(0, 0, 0) + rank + 1;
   with_element(map.scalar_type(), [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;

@@ -48,7 +48,7 @@ Tensor empty_like_tokens(const Tensor& tokens, int64_t width, ScalarType dtype);
 
 struct Operand {
   Tensor storage;  // keeps the rows alive
-  Rows rows;
+  StridedTensor rows;
   bool in_place;  // the rows are the tensor's own memory
 };
 
@@ -88,7 +88,7 @@ Tensor as_dtype(const Tensor& t, ScalarType dtype);
 // features are rows of their own and their log scales one array.
 struct MapOperand {
   Tensor storage, log_storage;
-  Rows coordinates, log_scales;
+  StridedTensor coordinates, log_scales;
 };
 enum class MapKind { kMap, kPacked, kFeatures };
 inline MapKind map_kind(int64_t low_rank, int64_t packed_rank) {

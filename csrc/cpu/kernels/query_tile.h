@@ -3,17 +3,17 @@
 template <class E, int kLanes>
 struct Tile {
   Group<E, kLanes> g;
-  PairList list;  // of queries that share it
+  KeyList list;  // of queries that share it
 };
 
-SB_INLINE int64_t first_key(const PairList& list) {
+SB_INLINE int64_t first_key(const KeyList& list) {
   int64_t first = INT64_MAX;
   if (list.n0 > 0) first = list.key[0];
   if (list.n01 > list.n0 && list.key[list.n0] < first) first = list.key[list.n0];
   if (list.n > list.n01 && list.key[list.n01] < first) first = list.key[list.n01];
   return first;
 }
-SB_INLINE int64_t last_key(const PairList& list) {
+SB_INLINE int64_t last_key(const KeyList& list) {
   int64_t last = -1;
   if (list.n0 > 0) last = list.key[list.n0 - 1];
   if (list.n01 > list.n0 && list.key[list.n01 - 1] > last) last = list.key[list.n01 - 1];
@@ -47,7 +47,7 @@ struct Upcoming {
     next = p.index && p.k_tokens <= kNearKeys ? nullptr : then, at = end = 0;
     if (!next) return;
     const Group<E, kLanes>& g = next->g;
-    const PairList& list = next->list;
+    const KeyList& list = next->list;
     end = list.n + g.lanes;
     // Of a window, and of a chunk, only the keys that came in; a span ascends: they are at its end.
     last = last_key(now.list), from = !p.index ? 0 : p.is_causal ? now.g.chunk_first : last + 1;

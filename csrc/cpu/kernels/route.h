@@ -48,10 +48,10 @@ SB_INLINE int64_t clamp_to(int64_t value, int64_t low, int64_t high) {
 }
 SB_INLINE int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
-#include "route_keys.inc"
-#include "route_select.inc"
-#include "route_pooled.inc"
-#include "route_per_query.inc"
+#include "route_keys.h"
+#include "route_select.h"
+#include "route_pooled.h"
+#include "route_per_query.h"
 
 // Lists of query group `group` of head (b, h), which must be cleared before. Returns the scratch it needs; without
 // scratch it does nothing else.

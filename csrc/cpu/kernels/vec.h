@@ -1,5 +1,5 @@
 // Vectors on GCC/Clang extensions: one source for every instruction set. Included inside the namespace of an
-// instruction set by kernels.inc, after SB_VECTOR_BYTES (16, 32 or 64) and the target pragma are set. Nothing here
+// instruction set by kernels/all.h, after SB_VECTOR_BYTES (16, 32 or 64) and the target pragma are set. Nothing here
 // includes a header: an inline function of the standard library compiled under one target and merged by the linker into
 // code for another would break the one-definition rule.
 #define SB_INLINE inline __attribute__((always_inline))

@@ -9,7 +9,7 @@ struct LogScales {
   SB_INLINE T operator()(int64_t i) const { return p[i * stride]; }
 };
 template <class T>
-SB_INLINE LogScales<T> log_scales(const Rows& rows, int64_t b, int64_t h) {
+SB_INLINE LogScales<T> log_scales(const StridedTensor& rows, int64_t b, int64_t h) {
   return {rows.at<const T>(b, h, 0), rows.row};
 }
 

@@ -55,12 +55,12 @@ struct ForwardScratch {
   T c[kLanes], exact[kLanes], removed[kLanes],
       state_log[kLanes],   // stabiliser; sums of exact weight and of L taken back; log2 scale of the state or -1e30
       weight[kLanes];      // exp of the state's log scale - c
-  PairList lists[kLanes];  // of queries that do not share one
+  KeyList lists[kLanes];  // of queries that do not share one
 };
 
 // 4. O = W V.
 template <class E, int kLanes>
-SB_INLINE void combine_weights(const AttentionParams& p, const Group<E, kLanes>& g, const PairList& list,
+SB_INLINE void combine_weights(const AttentionParams& p, const Group<E, kLanes>& g, const KeyList& list,
                                ForwardScratch<E, kLanes>& s) {
   const auto v_rows = listed<E>(p.v, g.b, g.kv, list.key);
   const StepOf<E>* W = weight_steps<E, kLanes>(list.n, s.S, s.W);
@@ -73,7 +73,7 @@ SB_INLINE void combine_weights(const AttentionParams& p, const Group<E, kLanes>&
 
 // Stabiliser and weights of a dense list.
 template <class E, int kLanes>
-SB_INLINE void dense_weights(const AttentionParams& p, const Group<E, kLanes>& g, const PairList& list,
+SB_INLINE void dense_weights(const AttentionParams& p, const Group<E, kLanes>& g, const KeyList& list,
                              const LogScales<SumOf<E>>& kappa, const SumOf<E>* S, ForwardScratch<E, kLanes>& s) {
   typedef SumOf<E> T;
   constexpr int N = kLanes < kWidth<T> ? kLanes : kWidth<T>, NQ = kLanes / N;
@@ -105,7 +105,7 @@ SB_INLINE void dense_weights(const AttentionParams& p, const Group<E, kLanes>& g
 
 // All queries of the group share one list: lanes are queries.
 template <class E, int kLanes>
-SB_INLINE void forward_shared(const AttentionParams& p, const Group<E, kLanes>& g, const PairList& list,
+SB_INLINE void forward_shared(const AttentionParams& p, const Group<E, kLanes>& g, const KeyList& list,
                               const LogScales<SumOf<E>>& kappa, SumOf<E> kappa_ref, ForwardScratch<E, kLanes>& s,
                               Upcoming<E, kLanes, false>& upcoming) {
   typedef SumOf<E> T;
@@ -231,7 +231,7 @@ SB_INLINE void forward_single(const AttentionParams& p, const Group<E, kLanes>& 
   };
 
   // 1. S = q.k of the listed keys.
-  for_each_query([&](int lane, PairList& list, T* W, T*, T*) {
+  for_each_query([&](int lane, KeyList& list, T* W, T*, T*) {
     collect_pairs(p, g.b, g.h, g.first_slot + lane, g.first_slot + lane, list);
     scores_of_query<E>(p, g.q[lane], list.n01, listed<E>(p.k, g.b, g.kv, list.key), s.qT, scores_of(lane, W));
   });
@@ -239,7 +239,7 @@ SB_INLINE void forward_single(const AttentionParams& p, const Group<E, kLanes>& 
   // 2. x.y where L is needed, and the stabiliser. The exponent is kappa_j relative to the state's (a common factor then
   // follows), or rho + kappa_j.
   T* x = s.xT;
-  for_each_query([&](int lane, const PairList& list, T* W, T* L, T* exponent) {
+  for_each_query([&](int lane, const KeyList& list, T* W, T* L, T* exponent) {
     const T* S = scores_of(lane, W);
     const int64_t l_begin = first_mapped(list), l_count = p.low_rank == LowRank::kNone ? 0 : list.n - l_begin;
     if (l_count) {
@@ -258,7 +258,7 @@ SB_INLINE void forward_single(const AttentionParams& p, const Group<E, kLanes>& 
 
   // 3. Weights, into W.
   state_weights<T, kLanes>(g.rho, kappa_ref, s.c, s.state_log, s.weight);
-  for_each_query([&](int lane, const PairList& list, T* W, T* L, const T* exponent) {
+  for_each_query([&](int lane, const KeyList& list, T* W, T* L, const T* exponent) {
     const int64_t l_begin = first_mapped(list), l_count = p.low_rank == LowRank::kNone ? 0 : list.n - l_begin;
     const T a = s.weight[lane], c = s.c[lane], *S = scores_of(lane, W);
     for (int64_t i = 0; i < list.n01; i += N) store<T, N>(W + i, exp2v<N>(load<T, N>(S + i) - c));
@@ -273,7 +273,7 @@ SB_INLINE void forward_single(const AttentionParams& p, const Group<E, kLanes>& 
   });
 
   // 4. O = W V.
-  for_each_query([&](int lane, const PairList& list, const T* W, T*, T*) {
+  for_each_query([&](int lane, const KeyList& list, const T* W, T*, T*) {
     combine_rows<E>(list.n, W, listed<E>(p.v, g.b, g.kv, list.key), p.value_pad, s.O + lane * p.value_pad);
   });
 }
