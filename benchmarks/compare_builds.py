@@ -53,7 +53,9 @@ class Worker:
     def __init__(self, folder: str) -> None:
         environment = {**os.environ, "PYTHONPATH": folder, "PYTHONSAFEPATH": "1"}
         command = [sys.executable, os.path.abspath(__file__), "--work"]
-        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def seconds(self, *request: object) -> float:
         print(*request, file=self.process.stdin, flush=True)

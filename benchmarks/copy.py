@@ -24,7 +24,7 @@ import torch
 
 from scatterbrain.training.attention import build_attention, describe_attention
 from scatterbrain.training.config import AttentionConfig, ModelConfig, TrainConfig
-from scatterbrain.training.learner import Batch, Learner, scheduled_learning_rate
+from scatterbrain.training.train_step import Batch, Learner, scheduled_learning_rate
 
 SYMBOLS, HALF = 64, 127
 SEPARATOR = SYMBOLS

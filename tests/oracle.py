@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 import scatterbrain as sb
-from scatterbrain.functional import rows_of
+from scatterbrain.functional import padding_info
 from scatterbrain.reference import log_kernel, visible
 
 
@@ -118,7 +118,7 @@ class Case:
             return 0.0
         q, k, v = (t.double() for t in (self.query, self.key, self.value))
         arguments = {n: a for n, a in self.arguments.items() if n not in ("low_rank", "scale", "statistics")}
-        rows = rows_of(q, k, arguments["key_padding_mask"], None, self.query_offset)
+        rows = padding_info(q, k, arguments["key_padding_mask"], None, self.query_offset)
         q = q if rows.query_mask is None else q.masked_fill(rows.query_mask[:, None, :, None], 0)
         k = k if rows.key_mask is None else k.masked_fill(rows.key_mask[:, None, :, None], 0)
         scale = self.scale if self.scale is not None else self.head_dim**-0.5

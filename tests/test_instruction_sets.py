@@ -83,7 +83,10 @@ def test_the_best_or_the_chosen_one_is_in_use() -> None:
 def test_an_instruction_set_that_does_not_exist_is_refused_at_import() -> None:
     result = run_python("import scatterbrain", "mmx")
     assert result.returncode != 0
-    assert "SCATTERBRAIN_ISA='mmx' is not available here; expected one of avx512_bf16, avx512, avx2, baseline" in result.stderr
+    assert (
+        "SCATTERBRAIN_ISA='mmx' is not available here; expected one of avx512_bf16, avx512, avx2, baseline"
+        in result.stderr
+    )
 
 
 def outputs_and_gradients() -> list[torch.Tensor]:

@@ -447,7 +447,7 @@ def test_autocast_casts_tokens_and_keeps_coordinates_and_projections() -> None:
             core.low_rank,
             core.coefficients(),
             D**-0.5,
-            sb.functional.rows_of(*half[:2], None, None, 0),
+            sb.functional.padding_info(*half[:2], None, None, 0),
             False,
         )
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32 and query_map.dtype == torch.float32

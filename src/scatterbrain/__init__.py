@@ -7,7 +7,7 @@ from scatterbrain.low_rank import Favor, Projections, Quadratic, RandomFeatures,
 from scatterbrain.nn.attention import ScatterbrainAttention, calibrate, update_statistics
 from scatterbrain.nn.multihead import MultiheadAttention
 from scatterbrain.profiling import profile, profile_process
-from scatterbrain.support import LSH, Blocks, Empty, Full, Routed, Window
+from scatterbrain.supports import LSH, Blocks, Empty, Full, Routed, Window
 from scatterbrain.version import __version__
 
 __all__ = [

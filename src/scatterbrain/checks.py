@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scatterbrain.low_rank import Coefficients, Favor, LowRank, Projections, Quadratic, RandomFeatures, Statistics
-from scatterbrain.support import SUPPORTS, Blocks, Empty, LSH, Support
+from scatterbrain.supports import SUPPORTS, Blocks, Empty, LSH, Support
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from scatterbrain import checks, eager
+from scatterbrain import autograd, checks
 from scatterbrain.low_rank import (
     Coefficients,
     Favor,
@@ -25,7 +25,7 @@ from scatterbrain.low_rank import (
     seeded_projection,
     statistics_from_moments,
 )
-from scatterbrain.rows import Rows
+from scatterbrain.padding import PaddingInfo
 
 
 def coordinates(
@@ -34,7 +34,7 @@ def coordinates(
     low_rank: LowRank,
     statistics: Coefficients | None,
     scale: float,
-    rows: Rows,
+    padding: PaddingInfo,
     is_causal: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """query_map (B, Hq, N, r + 1) and key_map (B, Hkv, M, r + 1) of the low-rank kernel, float32 (float64 for float64
@@ -44,8 +44,10 @@ def coordinates(
     if low_rank is None:
         return None, None
     if isinstance(low_rank, Favor):
-        return _favor_coordinates(query, key, low_rank, statistics, scale, rows)
-    query_weight, query_bias, key_weight, key_bias = quadratic_projection(query, key, low_rank, statistics, scale, rows)
+        return _favor_coordinates(query, key, low_rank, statistics, scale, padding)
+    query_weight, query_bias, key_weight, key_bias = quadratic_projection(
+        query, key, low_rank, statistics, scale, padding
+    )
     return torch.ops.scatterbrain.project(query, query_weight, query_bias), torch.ops.scatterbrain.project(
         key, key_weight, key_bias
     )
@@ -59,16 +61,16 @@ def coordinate_dtype(query: Tensor) -> torch.dtype:
 
 
 def quadratic_projection(
-    query: Tensor, key: Tensor, low_rank: Quadratic, statistics: Coefficients | None, scale: float, rows: Rows
-) -> eager.Projection:
+    query: Tensor, key: Tensor, low_rank: Quadratic, statistics: Coefficients | None, scale: float, padding: PaddingInfo
+) -> autograd.Projection:
     """(query weight, query bias, key weight, key bias) of ``map = weight token + bias``, leading with a batch of 1 or
     B. Learned projections stay part of the graph."""
     dtype = coordinate_dtype(query)
     if isinstance(statistics, Projections):
         arguments = (*vars(statistics).values(), scale, dtype, query.device)
-        return _LearnedWeights.apply(*arguments) if eager.is_plain() else _learned_weights(*arguments)
+        return _LearnedWeights.apply(*arguments) if autograd.is_untraced() else _learned_weights(*arguments)
     if statistics is None:
-        m = moments(query, key, scale, rows.key_mask, rows.query_mask, per_row=True)
+        m = moments(query, key, scale, padding.key_mask, padding.query_mask, per_row=True)
         return _stored_weights(statistics_from_moments(m, low_rank.rank, scale), scale, dtype, query.device)
     kept = kept_weights(statistics, scale, dtype, query.device)
     return _stored_weights(statistics, scale, dtype, query.device) if kept is None else kept.weights
@@ -83,7 +85,7 @@ def _learned_weights(
     scale: float,
     dtype: torch.dtype,
     device: torch.device,
-) -> eager.Projection:
+) -> autograd.Projection:
     learned = Projections(query_projection, query_bias, query_log_scale, key_projection, key_bias)
     weights = quadratic_weights(learned.to(device, torch.float64), scale)
     return tuple(w.to(dtype)[None] for w in weights)
@@ -93,7 +95,7 @@ class _LearnedWeights(torch.autograd.Function):
     """:func:`_learned_weights` as one node of the graph."""
 
     @staticmethod
-    def forward(ctx: object, *arguments: object) -> eager.Projection:
+    def forward(ctx: object, *arguments: object) -> autograd.Projection:
         ctx.scale, ctx.likes = arguments[5], [(t.dtype, t.device) for t in arguments[:5]]
         weights = _learned_weights(*arguments)
         ctx.mark_non_differentiable(weights[3])
@@ -117,7 +119,9 @@ class _LearnedWeights(torch.autograd.Function):
         return (*cast, None, None, None)
 
 
-def _stored_weights(statistics: Statistics, scale: float, dtype: torch.dtype, device: torch.device) -> eager.Projection:
+def _stored_weights(
+    statistics: Statistics, scale: float, dtype: torch.dtype, device: torch.device
+) -> autograd.Projection:
     # The products of means and projections are formed in float64: they are tiny, and they are what cancels against the
     # tokens. All are constants of the backward pass, whatever they were made from.
     weights = [w.detach().to(dtype) for w in quadratic_weights(statistics.to(device, torch.float64), scale)]
@@ -134,7 +138,7 @@ class KeptWeights(NamedTuple):
     sources: list[Tensor]
     scale: float
     dtype: torch.dtype
-    weights: eager.Projection
+    weights: autograd.Projection
 
     def are_of(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether the statistics' tensors hold what these were made from."""
@@ -153,7 +157,7 @@ def _is_kept(statistics: Statistics, device: torch.device) -> bool:
     """Where looking at the content waits for no device, and what was computed is worth keeping."""
     return (
         device.type == "cpu"
-        and eager.is_plain()
+        and autograd.is_untraced()
         and all(type(t) in (Tensor, torch.nn.Parameter) and t.device == device for t in tensors_of(statistics))
     )
 
@@ -177,11 +181,11 @@ def kept_weights(statistics: Statistics, scale: float, dtype: torch.dtype, devic
 
 
 def _favor_coordinates(
-    query: Tensor, key: Tensor, low_rank: Favor, statistics: Coefficients | None, scale: float, rows: Rows
+    query: Tensor, key: Tensor, low_rank: Favor, statistics: Coefficients | None, scale: float, padding: PaddingInfo
 ) -> tuple[Tensor, Tensor]:
     if statistics is not None:
         projection = statistics.projection
-    elif eager.is_plain():
+    elif autograd.is_untraced():
         projection = _drawn(low_rank, query.shape[3])
     else:
         projection = random_projection(
@@ -189,7 +193,7 @@ def _favor_coordinates(
         )
     projection = projection.detach().to(device=query.device, dtype=coordinate_dtype(query))[None, None]
     maps = []
-    for tokens, mask, size in zip((query, key), (rows.query_mask, rows.key_mask), favor_sizes(scale)):
+    for tokens, mask, size in zip((query, key), (padding.query_mask, padding.key_mask), favor_sizes(scale)):
         # A node of its own without a mask too: gradients of the features are then always added up before they join that
         # of the scores, to the same bits.
         tokens = tokens.view_as(tokens) if mask is None else tokens.masked_fill(mask[:, None, :, None], 0)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scatterbrain import checks, eager, flops, plans  # noqa: F401  (flops registers the operators' formulas)
+from scatterbrain import autograd, checks, flops, prepared  # noqa: F401  (flops registers the operators' formulas)
 from scatterbrain.coordinates import coordinate_dtype, coordinates, quadratic_projection
-from scatterbrain.lists import Lists, content_lists, covers_every_key, lists_of
+from scatterbrain.block_lists import BlockLists, content_lists, covers_every_key, lists_of
 from scatterbrain.low_rank import (
     LOW_RANK_CODE,
     Coefficients,
@@ -23,9 +23,9 @@ from scatterbrain.low_rank import (
     moments,
     statistics_from_moments,
 )
-from scatterbrain.rows import Rows, rows_of
-from scatterbrain.rows import valid_range as valid_range
-from scatterbrain.support import LSH, Blocks, Full, Routed, Support, Window
+from scatterbrain.padding import PaddingInfo, padding_info
+from scatterbrain.padding import valid_range as valid_range
+from scatterbrain.supports import LSH, Blocks, Full, Routed, Support, Window
 
 DEFAULT_LOW_RANK = Quadratic(rank=9)
 
@@ -53,20 +53,20 @@ def fit_statistics(
     if query.shape[0] == 0:
         raise ValueError("fit_statistics: expected at least one batch row, got a batch of 0")
     checks.check_statistics(Quadratic(rank, "input"), None, 1.0, 0, 0, 0, query.shape[3])
-    rows = rows_of(query, key, key_padding_mask, None, 0)
+    padding = padding_info(query, key, key_padding_mask, None, 0)
     scale = default_scale(query, scale)
-    m = checked_moments(query, key, scale, rows)
+    m = checked_moments(query, key, scale, padding)
     return statistics_from_moments(m, rank, scale)
 
 
-def unchecked_moments(query: Tensor, key: Tensor, scale: float, rows: Rows) -> Moments:
+def unchecked_moments(query: Tensor, key: Tensor, scale: float, padding: PaddingInfo) -> Moments:
     """Moments of the valid tokens of one batch."""
-    return moments(query, key, scale, rows.key_mask, rows.query_mask)
+    return moments(query, key, scale, padding.key_mask, padding.query_mask)
 
 
-def checked_moments(query: Tensor, key: Tensor, scale: float, rows: Rows) -> Moments:
+def checked_moments(query: Tensor, key: Tensor, scale: float, padding: PaddingInfo) -> Moments:
     """Moments of calibration tokens, refused where they are not finite or there are none."""
-    m = unchecked_moments(query, key, scale, rows)
+    m = unchecked_moments(query, key, scale, padding)
     if not bool(
         torch.isfinite(m.query_second).all() & torch.isfinite(m.key_second).all() & torch.isfinite(m.key_mean).all()
     ):
@@ -74,7 +74,7 @@ def checked_moments(query: Tensor, key: Tensor, scale: float, rows: Rows) -> Mom
             "calibration: query or key holds NaN or infinity among the valid tokens (or is too large to "
             "square); calibrate on clean inputs, mask bad tokens"
         )
-    keys = key.shape[0] * key.shape[2] if rows.key_mask is None else int((~rows.key_mask).sum())
+    keys = key.shape[0] * key.shape[2] if padding.key_mask is None else int((~padding.key_mask).sum())
     if keys == 0 or not bool((m.tokens > 0).all()):
         raise ValueError(
             "calibration: expected at least one valid token, got none; check key_padding_mask (True = ignore)"
@@ -136,14 +136,14 @@ def attention(
         and query_offset == 0
         and return_lse is False
     ):
-        plan_key = plans.key_of(query, key, value, support, low_rank, is_causal, scale, statistics)
-        plan = plans.find(plan_key)
+        plan_key = prepared.key_of(query, key, value, support, low_rank, is_causal, scale, statistics)
+        plan = prepared.find(plan_key)
         if plan is not None:
             if plan.planned is None:
                 return _exact(query, key, value, is_causal, plan.scale)
             try:
                 return plan.planned.attention(query, key, value)
-            except eager.StaleProjection:
+            except autograd.StaleProjection:
                 pass  # checked anew, and planned anew
     if _is_autocast(query):
         tokens = cast_for_autocast(query, key, value)
@@ -173,23 +173,23 @@ def attention(
     if isinstance(support, Full):  # nothing is left for the low-rank kernel
         low_rank = statistics = None
     checks.check_statistics(low_rank, statistics, scale, batch, q_heads, kv_heads, head_dim)
-    rows = rows_of(query, key, key_padding_mask, query_padding_mask, query_offset)
-    if not return_lse and rows.is_everything() and covers_every_key(support, n, m, is_causal):
+    padding = padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
+    if not return_lse and padding.is_everything() and covers_every_key(support, n, m, is_causal):
         unused = []
         if isinstance(statistics, Projections):
             unused = [t for t in vars(statistics).values() if t.requires_grad]
-        if _suits_torch(is_causal, scale) and (not unused or eager.is_plain()):
-            plans.keep(plan_key, statistics, scale, coordinate_dtype(query), None)
+        if _suits_torch(is_causal, scale) and (not unused or autograd.is_untraced()):
+            prepared.keep(plan_key, statistics, scale, coordinate_dtype(query), None)
             out = _exact(query, key, value, is_causal, scale)
-            return eager.with_zero_gradients(out, unused) if unused else out
+            return autograd.with_zero_gradients(out, unused) if unused else out
     if plan_key is not None and not _routes_in_float32(support, query):
-        settings = _quadratic_settings(query, key, support, low_rank, None, scale, rows, is_causal)
-        plan = plans.keep(plan_key, statistics, scale, coordinate_dtype(query), settings)
+        settings = _quadratic_settings(query, key, support, low_rank, None, scale, padding, is_causal)
+        plan = prepared.keep(plan_key, statistics, scale, coordinate_dtype(query), settings)
         # As the calls after it: checkpointing wants what a call saves to be the same each time.
         if plan is not None:
-            with contextlib.suppress(eager.StaleProjection):
+            with contextlib.suppress(autograd.StaleProjection):
                 return plan.planned.attention(query, key, value)
-    out, lse = _run(query, key, value, support, low_rank, statistics, scale, rows, is_causal)
+    out, lse = _run(query, key, value, support, low_rank, statistics, scale, padding, is_causal)
     return (out, lse) if return_lse else out
 
 
@@ -216,18 +216,18 @@ def _run(
     low_rank: LowRank,
     statistics: Coefficients | None,
     scale: float,
-    rows: Rows,
+    padding: PaddingInfo,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the operator, from arguments that were checked."""
-    plain = eager.is_plain()
+    plain = autograd.is_untraced()
     if plain and isinstance(low_rank, Quadratic):
-        projection = quadratic_projection(query, key, low_rank, statistics, scale, rows)
-        settings = _quadratic_settings(query, key, support, low_rank, projection, scale, rows, is_causal)
-        return eager.quadratic_attention(query, key, value, projection, settings)
-    query_map, key_map = coordinates(query, key, low_rank, statistics, scale, rows, is_causal)
-    lists = lists_of(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
-    operator = eager.attention if plain else torch.ops.scatterbrain.attention
+        projection = quadratic_projection(query, key, low_rank, statistics, scale, padding)
+        settings = _quadratic_settings(query, key, support, low_rank, projection, scale, padding, is_causal)
+        return autograd.quadratic_attention(query, key, value, projection, settings)
+    query_map, key_map = coordinates(query, key, low_rank, statistics, scale, padding, is_causal)
+    lists = lists_of(support, query, key, query_map, key_map, low_rank, scale, padding, is_causal)
+    operator = autograd.attention if plain else torch.ops.scatterbrain.attention
     return operator(
         query,
         key,
@@ -235,7 +235,7 @@ def _run(
         query_map,
         key_map,
         *lists[:4],
-        *_of_rows(rows),
+        *_of_padding(padding),
         LOW_RANK_CODE[type(low_rank)],
         *lists[4:],
         is_causal,
@@ -253,26 +253,26 @@ def _quadratic_settings(
     key: Tensor,
     support: Support,
     low_rank: Quadratic,
-    projection: eager.Projection | None,
+    projection: autograd.Projection | None,
     scale: float,
-    rows: Rows,
+    padding: PaddingInfo,
     is_causal: bool,
 ) -> tuple:
-    """``settings`` of :func:`eager.quadratic_attention`, which routes by itself where it can. ``projection`` is needed
+    """``settings`` of :func:`autograd.quadratic_attention`, which routes by itself where it can. ``projection`` is needed
     where it cannot."""
     if isinstance(support, Routed) and not _routes_in_float32(support, query):
-        lists = Lists(None, None, None, None, support.block_q, support.block_k, 0)
+        lists = BlockLists(None, None, None, None, support.block_q, support.block_k, 0)
         keys, window = support.keys, support.window
     else:
-        maps = eager.project_both(query, key, projection) if isinstance(support, Routed) else (None, None)
-        lists = lists_of(support, query, key, *maps, low_rank, scale, rows, is_causal)
+        maps = autograd.project_both(query, key, projection) if isinstance(support, Routed) else (None, None)
+        lists = lists_of(support, query, key, *maps, low_rank, scale, padding, is_causal)
         keys = window = 0
-    return (*lists[:4], *_of_rows(rows), keys, window, *lists[4:], is_causal, scale)
+    return (*lists[:4], *_of_padding(padding), keys, window, *lists[4:], is_causal, scale)
 
 
-def _of_rows(rows: Rows) -> tuple[Tensor | None, ...]:
-    """The operators' arguments about rows."""
-    return rows.query_mask, rows.key_mask, rows.query_range, rows.key_range, rows.offset
+def _of_padding(padding: PaddingInfo) -> tuple[Tensor | None, ...]:
+    """The operators' arguments about padding."""
+    return padding.query_mask, padding.key_mask, padding.query_range, padding.key_range, padding.offset
 
 
 def route(
@@ -322,11 +322,11 @@ def route(
         low_rank = Quadratic(statistics.rank)
     checks.check_pair(support, low_rank, is_causal)
     checks.check_offset(query_offset, query.shape[0], is_causal)
-    rows = rows_of(query, key, key_padding_mask, query_padding_mask, query_offset)
+    padding = padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
     scale = default_scale(query, scale)
     with torch.no_grad():
-        query_map, key_map = coordinates(query, key, low_rank, statistics, scale, rows, is_causal)
-        return content_lists(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
+        query_map, key_map = coordinates(query, key, low_rank, statistics, scale, padding, is_causal)
+        return content_lists(support, query, key, query_map, key_map, low_rank, scale, padding, is_causal)
 
 
 # -------------------- scale and autocast

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from scatterbrain.low_rank import squared_norm
-from scatterbrain.support import LSH, Blocks
+from scatterbrain.supports import LSH, Blocks
 
 
 @torch.library.custom_op(

@@ -23,7 +23,7 @@ as ``attention`` does, in one call. With ``query_weight`` and ``key_weight``, th
 them empty. ``plan`` keeps all arguments of ``quadratic_attention`` but the tokens and returns a number, with which
 ``planned_attention``, ``planned_attention_with_state`` and ``planned_attention_backward`` do the same until
 ``forget_plan``; where ``sources`` no longer hold the bytes of ``copies``, from which the projections were made, the
-results of the forward pass are empty. These and what is packed serve scatterbrain.eager, below autograd.
+results of the forward pass are empty. These and what is packed serve scatterbrain.autograd, below autograd.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _(
     scale: float,
     packed_rank: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    from scatterbrain.support import Routed
+    from scatterbrain.supports import Routed
 
     shape = (query.shape[0], query.shape[1], (query.shape[2] + block_q - 1) // block_q)
     capacity = Routed(keys, block_q, block_k, window).capacity

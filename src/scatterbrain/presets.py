@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from scatterbrain.low_rank import Favor, Quadratic
-from scatterbrain.support import LSH, Routed
+from scatterbrain.supports import LSH, Routed
 
 
 def drop_in(keys: int = 64) -> tuple[Routed, Quadratic]:

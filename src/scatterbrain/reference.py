@@ -20,7 +20,7 @@ from scatterbrain.low_rank import (
     seeded_projection,
     statistics_from_moments,
 )
-from scatterbrain.support import LSH, Blocks, Empty, Full, Routed, Support, Window
+from scatterbrain.supports import LSH, Blocks, Empty, Full, Routed, Support, Window
 
 
 def visible(
@@ -32,16 +32,18 @@ def visible(
     query_offset: int | Tensor = 0,
 ) -> Tensor:
     """bool (B, 1, N, M): pairs that any attention may use: neither side padded, and j <= i + query_offset if causal."""
-    rows = functional.rows_of(query, key, key_padding_mask, query_padding_mask, query_offset)
+    padding = functional.padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
     batch, n, m = query.shape[0], query.shape[2], key.shape[2]
     seen = torch.ones(batch, 1, n, m, dtype=torch.bool, device=query.device)
-    if rows.key_mask is not None:
-        seen &= ~rows.key_mask[:, None, None, :]
-    if rows.query_mask is not None:
-        seen &= ~rows.query_mask[:, None, :, None]
+    if padding.key_mask is not None:
+        seen &= ~padding.key_mask[:, None, None, :]
+    if padding.query_mask is not None:
+        seen &= ~padding.query_mask[:, None, :, None]
     if is_causal:
         offset = (
-            torch.zeros(batch, dtype=torch.long, device=query.device) if rows.offset is None else rows.offset.long()
+            torch.zeros(batch, dtype=torch.long, device=query.device)
+            if padding.offset is None
+            else padding.offset.long()
         )
         edge = torch.arange(n, device=query.device)[None, :] + offset[:, None]
         seen &= (torch.arange(m, device=query.device)[None, None, :] <= edge[:, :, None])[:, None]
@@ -87,16 +89,16 @@ def mask(
             query_padding_mask,
             query_offset,
         )
-    rows = functional.rows_of(query, key, key_padding_mask, query_padding_mask, query_offset)
+    padding = functional.padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
     if isinstance(support, Blocks):
         checks.check_blocks(
-            support, batch, heads, key.shape[1], n, rows.key_range, rows.query_range, m, rows.offset, is_causal
+            support, batch, heads, key.shape[1], n, padding.key_range, padding.query_range, m, padding.offset, is_causal
         )
     chosen = torch.zeros_like(seen)
     for b in range(batch):
-        q_first, q_end = (0, n) if rows.query_range is None else rows.query_range[b].tolist()
-        k_first, k_end = (0, m) if rows.key_range is None else rows.key_range[b].tolist()
-        offset = 0 if rows.offset is None else int(rows.offset[b])
+        q_first, q_end = (0, n) if padding.query_range is None else padding.query_range[b].tolist()
+        k_first, k_end = (0, m) if padding.key_range is None else padding.key_range[b].tolist()
+        offset = 0 if padding.offset is None else int(padding.offset[b])
         if isinstance(support, Window):
             for start in range(q_first, q_end, support.block_q):
                 lo, hi = _window(
@@ -219,7 +221,7 @@ def attention(
     checks.check_pair(support, low_rank, is_causal)
     checks.check_offset(query_offset, query.shape[0], is_causal)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-    rows = functional.rows_of(query, key, key_padding_mask, query_padding_mask, query_offset)
+    padding = functional.padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
     seen = visible(query, key, key_padding_mask, is_causal, query_padding_mask, query_offset)
     if isinstance(support, Full):
         low_rank = statistics = None
@@ -230,10 +232,10 @@ def attention(
     )
 
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if rows.query_mask is not None:
-        query = query.masked_fill(rows.query_mask[:, None, :, None], 0)
-    if rows.key_mask is not None:
-        key, value = (t.masked_fill(rows.key_mask[:, None, :, None], 0) for t in (key, value))
+    if padding.query_mask is not None:
+        query = query.masked_fill(padding.query_mask[:, None, :, None], 0)
+    if padding.key_mask is not None:
+        key, value = (t.masked_fill(padding.key_mask[:, None, :, None], 0) for t in (key, value))
     group = query.shape[1] // key.shape[1]
     s = (query * scale) @ key.repeat_interleave(group, 1).transpose(-1, -2)
     rest = seen & ~exact
@@ -241,7 +243,7 @@ def attention(
         rest = torch.zeros_like(exact)
         exponent, factor = torch.zeros_like(s), torch.zeros_like(s)
     else:
-        exponent, factor = log_kernel(query, key, low_rank, statistics, scale, rows.key_mask, rows.query_mask)
+        exponent, factor = log_kernel(query, key, low_rank, statistics, scale, padding.key_mask, padding.query_mask)
     weights, c = _weights(s, exponent, factor, exact, rest)
     total = weights.sum(-1, keepdim=True)
     empty = total == 0

@@ -13,14 +13,14 @@ from scatterbrain.integrations.masks import padding_of
 from scatterbrain.integrations.replace import NotReplaceable, register_handler
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.nn.holder import AttentionHolder
+from scatterbrain.nn.host_module import HostModule
 from scatterbrain.nn.multihead import LOW_RANK, SUPPORT
-from scatterbrain.support import Full, Support
+from scatterbrain.supports import Full, Support
 
 HIDDEN = -9000.0  # diffusers adds -10000 to scores of hidden keys, which bfloat16 rounds to -9984
 
 
-class ScatterbrainAttnProcessor(AttentionHolder, nn.Module):
+class ScatterbrainAttnProcessor(HostModule, nn.Module):
     """Sparse + low-rank attention in a diffusers ``Attention`` layer, where AttnProcessor2_0 computes exact attention.
 
     A submodule of its layer: calibrated statistics or learned projections are in the model's state dict and move with

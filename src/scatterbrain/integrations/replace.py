@@ -11,11 +11,11 @@ from typing import Protocol
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from scatterbrain.integrations.refusals import NotReplaceable, parallel_wrapper, query_by_query
+from scatterbrain.integrations.restrictions import NotReplaceable, parallel_wrapper, query_by_query
 from scatterbrain.low_rank import Favor, LowRank, Quadratic
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.multihead import LOW_RANK, SUPPORT, MultiheadAttention, attention_unless_exact
-from scatterbrain.support import SUPPORTS, Full, Support
+from scatterbrain.supports import SUPPORTS, Full, Support
 
 # -------------------- report
 

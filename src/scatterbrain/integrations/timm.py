@@ -15,14 +15,14 @@ from scatterbrain.integrations.masks import padding_of
 from scatterbrain.integrations.replace import NotReplaceable, register_handler
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.nn.holder import AttentionHolder
+from scatterbrain.nn.host_module import HostModule
 from scatterbrain.nn.multihead import LOW_RANK, SUPPORT
-from scatterbrain.support import Full, Support
+from scatterbrain.supports import Full, Support
 
 # -------------------- the module
 
 
-class Attention(AttentionHolder, timm.layers.Attention):
+class Attention(HostModule, timm.layers.Attention):
     """:class:`timm.layers.Attention` with sparse + low-rank attention: the same arguments, parameters and checkpoint.
 
     Norms of queries and keys (``qk_norm``), of the output (``scale_norm``), gates and projection dropout stay. A call

@@ -18,7 +18,7 @@ from scatterbrain.integrations.token_order import (
     warn_of_dropped_patches,
 )
 from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.support import Full
+from scatterbrain.supports import Full
 
 # -------------------- timm
 

@@ -29,7 +29,7 @@ from scatterbrain.low_rank import (
     statistics_from_moments,
 )
 from scatterbrain.nn.distributed import MOMENTS, fill, merge_over_ranks
-from scatterbrain.support import Full, Support
+from scatterbrain.supports import Full, Support
 
 EMA_MOMENTUM = 0.8  # share of the past in a moving average
 EMA_EVERY = 10  # optimizer steps between commits of a moving average
@@ -269,9 +269,9 @@ class ScatterbrainAttention(nn.Module):
                 f"ScatterbrainAttention: its statistics hold for one scale, got scale={scale:.6g} after "
                 f"{self._scale:.6g}; use one scale, or reset_parameters() and start again"
             )
-        rows = functional.rows_of(query, key, key_padding_mask, query_padding_mask, 0)
+        padding = functional.padding_info(query, key, key_padding_mask, query_padding_mask, 0)
         moments_of = functional.checked_moments if self._collecting else functional.unchecked_moments
-        gathered = moments_of(query, key, scale, rows)
+        gathered = moments_of(query, key, scale, padding)
         # Merging is by tokens: a forward that checkpointing runs twice changes no mean.
         self._gathered = gathered if self._gathered is None else self._gathered.merge(gathered)
         self._scale = float(scale)

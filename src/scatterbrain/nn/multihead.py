@@ -14,7 +14,7 @@ from scatterbrain.low_rank import LowRank, Quadratic
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.masks import as_bool_padding, is_causal_mask
 from scatterbrain.presets import drop_in
-from scatterbrain.support import Full, Support
+from scatterbrain.supports import Full, Support
 
 SUPPORT, LOW_RANK = drop_in()
 

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from scatterbrain.training.files import write_atomically
-from scatterbrain.training.learner import Learner
+from scatterbrain.training.train_step import TrainStep
 
 FORMAT = "scatterbrain-train-1"
 
@@ -29,7 +29,7 @@ class Progress:
     config: dict[str, Any]
 
 
-def save_checkpoint(path: Path, learner: Learner, progress: Progress) -> None:
+def save_checkpoint(path: Path, learner: TrainStep, progress: Progress) -> None:
     """Writes weights, optimizer, random number generators and progress, atomically.
 
     Raises:
@@ -55,7 +55,7 @@ def read_progress(path: Path) -> Progress:
     return Progress(**json.loads(_metadata(path)["progress"]))
 
 
-def load_checkpoint(path: Path, learner: Learner) -> None:
+def load_checkpoint(path: Path, learner: TrainStep) -> None:
     """Puts ``learner`` and the random number generators into the stored state.
 
     Raises:

@@ -9,7 +9,7 @@ from functools import partial
 from scatterbrain.training.attention import build_attention
 from scatterbrain.training.config import AttentionConfig, RunConfig
 from scatterbrain.training.interrupt import StopRequest
-from scatterbrain.training.learner import Batch, Learner
+from scatterbrain.training.train_step import Batch, TrainStep
 from scatterbrain.training.metrics import MetricsLog, Record, bits_per_byte
 
 
@@ -29,7 +29,7 @@ def compare_with_exact(
         The table, or None if the comparison was stopped.
     """
     own = log.of_kind("train")
-    learner = Learner(config.model, config.train, partial(build_attention, AttentionConfig(support="full")))
+    learner = TrainStep(config.model, config.train, partial(build_attention, AttentionConfig(support="full")))
     exact: list[Record] = []
     for record in own[: config.compare.steps]:
         if stop.signal is not None:

@@ -21,7 +21,7 @@ from scatterbrain.training.config import RunConfig
 from scatterbrain.training.data import Batches, read_corpus
 from scatterbrain.training.files import RunFolder, write_atomically
 from scatterbrain.training.interrupt import StopRequest
-from scatterbrain.training.learner import Batch, Learner, Step, scheduled_learning_rate
+from scatterbrain.training.train_step import Batch, TrainStep, Step, scheduled_learning_rate
 from scatterbrain.training.metrics import MetricsLog, bits_per_byte, draw_loss_curve, read_records
 from scatterbrain.training.sample import generate
 
@@ -57,7 +57,7 @@ class Trainer:
         sizes = (config.train.context, config.train.batch, config.train.seed)
         self.batches = Batches(training, *sizes)
         self.validation = Batches(validation, *sizes, name="validation")
-        self.learner = Learner(config.model, config.train, partial(build_attention, config.attention))
+        self.learner = TrainStep(config.model, config.train, partial(build_attention, config.attention))
         self.steps_done, self._seconds_before = 0, 0.0
         self._checkpointed_step: int | None = None
         self._open()

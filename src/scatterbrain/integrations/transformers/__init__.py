@@ -45,7 +45,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from scatterbrain.integrations.replace import register_handler
-from scatterbrain.integrations.transformers.handler import TransformersHandler, UpdateStatistics
+from scatterbrain.integrations.transformers.replacer import TransformersReplacer, UpdateStatistics
 from scatterbrain.integrations.transformers.hooks import install
 from scatterbrain.integrations.transformers.layers import set_attention_dropout
 from scatterbrain.integrations.transformers.settings import SETTINGS, Settings, register, register_built_in
@@ -54,4 +54,4 @@ __all__ = ["SETTINGS", "Settings", "UpdateStatistics", "register", "set_attentio
 
 register_built_in()
 install()
-register_handler(TransformersHandler())
+register_handler(TransformersReplacer())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scatterbrain.integrations.transformers import layers
 from scatterbrain.integrations.transformers.masks import Visible, compacted, dense_mask, is_compact, read_mask
 from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.support import Full
+from scatterbrain.supports import Full
 
 # What changes the scores beyond q.k and a mask. Exact attention of these is the model's own affair.
 REFUSED = {

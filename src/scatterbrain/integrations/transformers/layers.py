@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scatterbrain.integrations.refusals import NotReplaceable, query_by_query
+from scatterbrain.integrations.restrictions import NotReplaceable, query_by_query
 from scatterbrain.low_rank import LowRank, Quadratic
 from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.support import Full, Support
+from scatterbrain.supports import Full, Support
 
 CORE = "scatterbrain"  # attribute of an attention module, and so part of the names in its state dict
 PARKED = "_scatterbrain_parked"  # where it waits, outside of the state dict, while another implementation runs

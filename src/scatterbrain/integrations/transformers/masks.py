@@ -44,8 +44,8 @@ def compact_mask(
     # A window that nothing lies outside of is none. The skips are allowed only where no overlay was added.
     window_covers = local_size is not None and kv_offset == 0 and kv_length <= local_size
     is_causal = mask_function is causal_mask_function or (window_covers and allow_is_causal_skip)
-    is_plain = mask_function is bidirectional_mask_function or (window_covers and allow_is_bidirectional_skip)
-    if q_length == 1 or not (is_causal or is_plain):
+    is_untraced = mask_function is bidirectional_mask_function or (window_covers and allow_is_bidirectional_skip)
+    if q_length == 1 or not (is_causal or is_untraced):
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,

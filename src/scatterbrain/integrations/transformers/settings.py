@@ -13,7 +13,7 @@ from scatterbrain.integrations.transformers.attention import attention_forward
 from scatterbrain.integrations.transformers.layers import PER_LAYER
 from scatterbrain.integrations.transformers.masks import compact_mask
 from scatterbrain.low_rank import LowRank
-from scatterbrain.support import Full, Support
+from scatterbrain.supports import Full, Support
 
 NAME = re.compile(r"scatterbrain(:[A-Za-z0-9._-]+)?")
 # transformers takes a name that holds one of these for that implementation and checks its requirements.

@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scatterbrain import checks, eager, lsh
+from scatterbrain import autograd, checks, lsh
 from scatterbrain.low_rank import LOW_RANK_CODE, LowRank
-from scatterbrain.rows import EVERYTHING, Rows
-from scatterbrain.support import LSH, Blocks, Empty, Full, Routed, Support, Window
+from scatterbrain.padding import EVERYTHING, PaddingInfo
+from scatterbrain.supports import LSH, Blocks, Empty, Full, Routed, Support, Window
 
 ANY_LENGTH = 2**31 - 1  # bound of spans over all keys: a constant, which does not tie a compiled graph to one length
 
 
-class Lists(NamedTuple):
+class BlockLists(NamedTuple):
     """A support as the operator takes it."""
 
     index: Tensor | None
@@ -28,23 +28,26 @@ class Lists(NamedTuple):
     span_keys: int
 
 
-def window_span(support: Window, n: int, m: int, rows: Rows, is_causal: bool, device: torch.device) -> Tensor:
+def window_span(support: Window, n: int, m: int, padding: PaddingInfo, is_causal: bool, device: torch.device) -> Tensor:
     """int32 (1 or B, blocks, 2), absolute [lo, hi) of each query block's window, before the causal edge cuts it."""
     slot = torch.arange(-(-n // support.block_q), device=device)[None] * support.block_q
     q_first, q_length, k_first, k_length = 0, max(n, 1), 0, m
-    if rows.query_range is not None:
+    if padding.query_range is not None:
         q_first, q_length = (
-            rows.query_range[:, :1].long(),
-            (rows.query_range[:, 1:] - rows.query_range[:, :1]).long().clamp(min=1),
+            padding.query_range[:, :1].long(),
+            (padding.query_range[:, 1:] - padding.query_range[:, :1]).long().clamp(min=1),
         )
-    if rows.key_range is not None:
-        k_first, k_length = rows.key_range[:, :1].long(), (rows.key_range[:, 1:] - rows.key_range[:, :1]).long()
+    if padding.key_range is not None:
+        k_first, k_length = (
+            padding.key_range[:, :1].long(),
+            (padding.key_range[:, 1:] - padding.key_range[:, :1]).long(),
+        )
 
     def at_most(limit: int | Tensor, position: Tensor) -> Tensor:
         return torch.minimum(position, limit) if isinstance(limit, Tensor) else position.clamp(max=limit)
 
     if is_causal:
-        first = q_first + slot + (0 if rows.offset is None else rows.offset[:, None].long()) - k_first
+        first = q_first + slot + (0 if padding.offset is None else padding.offset[:, None].long()) - k_first
         lo = (first + support.block_q - support.keys).clamp(min=0)
         hi = first + support.block_q
     else:
@@ -61,11 +64,11 @@ def _kept_span(support: Window, n: int, m: int, is_causal: bool, device: torch.d
         return window_span(support, n, m, EVERYTHING, is_causal, device)
 
 
-def _span(support: Window, n: int, m: int, rows: Rows, is_causal: bool, device: torch.device) -> Tensor:
+def _span(support: Window, n: int, m: int, padding: PaddingInfo, is_causal: bool, device: torch.device) -> Tensor:
     """:func:`window_span`, kept where it depends on nothing but numbers: a dozen small operations."""
-    if eager.is_plain() and rows.is_everything() and device.type == "cpu":
+    if autograd.is_untraced() and padding.is_everything() and device.type == "cpu":
         return _kept_span(support, n, m, is_causal, device)
-    return window_span(support, n, m, rows, is_causal, device)
+    return window_span(support, n, m, padding, is_causal, device)
 
 
 def covers_every_key(support: Support, n: int, m: int, is_causal: bool) -> bool:
@@ -110,28 +113,28 @@ def lists_of(
     key_map: Tensor | None,
     low_rank: LowRank,
     scale: float,
-    rows: Rows,
+    padding: PaddingInfo,
     is_causal: bool,
-) -> Lists:
+) -> BlockLists:
     """Any support as lists."""
     n, m = query.shape[2], key.shape[2]
     if isinstance(support, Empty):
-        return Lists(None, None, None, None, 16, 1, 0)
+        return BlockLists(None, None, None, None, 16, 1, 0)
     if isinstance(support, Full):
         span = (torch.arange(2, dtype=torch.int32, device=query.device) * m).expand(1, -(-n // 16), 2).contiguous()
-        return Lists(None, None, span, None, 16, 1, ANY_LENGTH)
+        return BlockLists(None, None, span, None, 16, 1, ANY_LENGTH)
     if isinstance(support, Window):
-        return Lists(
+        return BlockLists(
             None,
             None,
-            _span(support, n, m, rows, is_causal, query.device),
+            _span(support, n, m, padding, is_causal, query.device),
             None,
             support.block_q,
             1,
             support.keys,
         )
     if isinstance(support, (Routed, LSH)):
-        support = content_lists(support, query, key, query_map, key_map, low_rank, scale, rows, is_causal)
+        support = content_lists(support, query, key, query_map, key_map, low_rank, scale, padding, is_causal)
     else:
         checks.check_blocks(
             support,
@@ -139,13 +142,13 @@ def lists_of(
             query.shape[1],
             key.shape[1],
             n,
-            rows.key_range,
-            rows.query_range,
+            padding.key_range,
+            padding.query_range,
             m,
-            rows.offset,
+            padding.offset,
             is_causal,
         )
-    return Lists(support.index, support.count, None, support.query_order, support.block_q, support.block_k, 0)
+    return BlockLists(support.index, support.count, None, support.query_order, support.block_q, support.block_k, 0)
 
 
 def content_lists(
@@ -156,15 +159,17 @@ def content_lists(
     key_map: Tensor | None,
     low_rank: LowRank,
     scale: float,
-    rows: Rows,
+    padding: PaddingInfo,
     is_causal: bool,
 ) -> Blocks:
     if isinstance(support, LSH):
-        return lsh.lsh_lists(query, key, support, rows.query_mask, rows.key_mask, rows.query_range, rows.key_range)
+        return lsh.lsh_lists(
+            query, key, support, padding.query_mask, padding.key_mask, padding.query_range, padding.key_range
+        )
     # Always in float32, so that float64 copies of the same inputs are routed alike. The operator itself brings half types
     # to it; below autograd there is nothing to detach from.
-    if eager.is_plain():
-        operator = eager.route
+    if autograd.is_untraced():
+        operator = autograd.route
         as_float = lambda t: t.float() if t is not None and t.dtype == torch.float64 else t  # noqa: E731
     else:
         operator = torch.ops.scatterbrain.route
@@ -174,11 +179,11 @@ def content_lists(
         as_float(key),
         as_float(query_map),
         as_float(key_map),
-        rows.query_mask,
-        rows.key_mask,
-        rows.query_range,
-        rows.key_range,
-        rows.offset,
+        padding.query_mask,
+        padding.key_mask,
+        padding.query_range,
+        padding.key_range,
+        padding.offset,
         LOW_RANK_CODE[type(low_rank)],
         support.keys,
         support.block_q,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class AttentionClock:
+class AttentionTimer:
     """Adds up the seconds that the wrapped attention modules spend in their forward and backward passes.
 
     Forward is timed around the call. For backward, an identity is put around the module on either side: autograd
@@ -43,17 +43,17 @@ class AttentionClock:
 class TimedAttention(nn.Module):
     """An attention module whose forward and backward passes are timed by a clock."""
 
-    def __init__(self, attention: nn.Module, clock: AttentionClock) -> None:
+    def __init__(self, attention: nn.Module, clock: AttentionTimer) -> None:
         super().__init__()
         self.attention = attention
-        self._clock = clock
+        self._timer = clock
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
-        query, key, value = _StopInBackward.apply(self._clock, query, key, value)
-        self._clock.start(query.device)
+        query, key, value = _StopInBackward.apply(self._timer, query, key, value)
+        self._timer.start(query.device)
         output = self.attention(query, key, value, is_causal=is_causal)
-        self._clock.stop(query.device)
-        return _StartInBackward.apply(self._clock, output)
+        self._timer.stop(query.device)
+        return _StartInBackward.apply(self._timer, output)
 
 
 class _StopInBackward(torch.autograd.Function):

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from scatterbrain.low_rank import LowRank, Quadratic
-from scatterbrain.support import LSH, Full, Routed, Support, Window
+from scatterbrain.supports import LSH, Full, Routed, Support, Window
 
 
 class NotReplaceable(Exception):

@@ -10,7 +10,7 @@ from torch import Tensor
 from scatterbrain import checks
 
 
-class Rows(NamedTuple):
+class PaddingInfo(NamedTuple):
     """What of each batch row counts: masks, their [first, last + 1) ranges and the causal offset; None where everything
     does."""
 
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
         return self.query_mask is None and self.key_mask is None and self.offset is None
 
 
-EVERYTHING = Rows(None, None, None, None, None)
+EVERYTHING = PaddingInfo(None, None, None, None, None)
 
 
 def valid_range(mask: Tensor) -> Tensor:
@@ -40,13 +40,13 @@ def valid_range(mask: Tensor) -> Tensor:
     return torch.stack([first, end], 1).to(torch.int32)
 
 
-def rows_of(
+def padding_info(
     query: Tensor,
     key: Tensor,
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
     query_offset: int | Tensor,
-) -> Rows:
+) -> PaddingInfo:
     """Masks with their ranges; the query mask defaults to the key mask where there are as many queries as keys."""
     if key_padding_mask is None and query_padding_mask is None and type(query_offset) is int and query_offset == 0:
         return EVERYTHING
@@ -68,4 +68,4 @@ def rows_of(
         offset = query_offset.to(device=query.device, dtype=torch.int32)
     elif not (isinstance(query_offset, int) and query_offset == 0):
         offset = torch.full((batch,), query_offset, dtype=torch.int32, device=query.device)
-    return Rows(query_padding_mask, key_padding_mask, query_range, key_range, offset)
+    return PaddingInfo(query_padding_mask, key_padding_mask, query_range, key_range, offset)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import scatterbrain as sb
-from scatterbrain.training.clock import AttentionClock, TimedAttention
+from scatterbrain.training.attention_timer import AttentionTimer, TimedAttention
 from scatterbrain.training.config import ModelConfig, TrainConfig
 from scatterbrain.training.model import AttentionFactory, Decoder
 
@@ -32,7 +32,7 @@ class Step:
     attention_seconds: float
 
 
-class Learner:
+class TrainStep:
     """A decoder, AdamW, and the step that trains it.
 
     Args:
@@ -47,7 +47,7 @@ class Learner:
     ) -> None:
         self.config = train
         self.device = _device(train.device)
-        self.clock = AttentionClock()
+        self.clock = AttentionTimer()
         torch.manual_seed(train.seed)
         generator = torch.Generator().manual_seed(train.seed)
 

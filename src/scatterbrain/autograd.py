@@ -39,7 +39,7 @@ _QUADRATIC = 1  # low_rank of the operators
 Projection = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def is_plain() -> bool:
+def is_untraced() -> bool:
     """Whether nothing traces, transforms or watches the operators: no compile, export, functorch or dispatch mode."""
     return not (
         torch.compiler.is_compiling()

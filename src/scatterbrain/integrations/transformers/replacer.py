@@ -22,10 +22,10 @@ from scatterbrain.integrations.transformers.layers import (
 )
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import update_statistics
-from scatterbrain.support import Support
+from scatterbrain.supports import Support
 
 
-class TransformersHandler:
+class TransformersReplacer:
     """An attention layer gets a ScatterbrainAttention, and the configuration that it shares with its model an
     implementation under which layers without one run exactly, on the same masks."""
 

@@ -5,7 +5,7 @@ import time
 import torch
 from torch import nn
 
-from scatterbrain.training.clock import AttentionClock, TimedAttention
+from scatterbrain.training.attention_timer import AttentionTimer, TimedAttention
 
 PAUSE = 0.03
 
@@ -28,7 +28,7 @@ class SlowAttention(nn.Module):
 
 
 def test_the_clock_counts_the_attention_forward_and_backward_and_nothing_else():
-    clock = AttentionClock()
+    clock = AttentionTimer()
     x = torch.randn(1, 1, 4, 2, requires_grad=True)
     before = _Sleep.apply(x)
     output = TimedAttention(SlowAttention(), clock)(before, before, before, is_causal=True)
@@ -40,6 +40,6 @@ def test_the_clock_counts_the_attention_forward_and_backward_and_nothing_else():
 def test_the_timed_module_changes_neither_output_nor_gradient():
     query, key, value = torch.randn(3, 1, 1, 4, 2).unbind()
     query.requires_grad_()
-    timed = TimedAttention(SlowAttention(), AttentionClock())(query, key, value, is_causal=True)
+    timed = TimedAttention(SlowAttention(), AttentionTimer())(query, key, value, is_causal=True)
     timed.sum().backward()
     assert torch.equal(timed, query + key + value) and torch.equal(query.grad, torch.ones_like(query))

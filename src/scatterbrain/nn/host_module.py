@@ -11,7 +11,7 @@ from scatterbrain.low_rank import Quadratic
 from scatterbrain.nn.attention import ScatterbrainAttention
 
 
-class AttentionHolder:
+class HostModule:
     """Mixin, before an nn.Module: a submodule ``attention`` that the original's checkpoints know nothing of.
 
     A checkpoint of the original loads strictly. Calibrated statistics are then forgotten, since they belong to the

@@ -12,7 +12,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from scatterbrain.support import _check_int
+from scatterbrain.supports import _check_int
 
 STORED_FLOOR = 1e-4  # floor of the covariances' eigenvalues relative to their mean, calibrated statistics
 EMA_FLOOR = 1e-3  # the same for moving averages, which see few tokens at first

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scatterbrain import eager
+from scatterbrain import autograd
 from scatterbrain.coordinates import kept_weights, tensors_of
 from scatterbrain.low_rank import LowRank, Quadratic, Statistics
-from scatterbrain.support import Routed, Support, Window
+from scatterbrain.supports import Routed, Support, Window
 
 _MOST = 64  # plans; a program with more kinds of calls than this checks some of them anew
 
@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     arguments, None where the support covers every key and torch's own kernel does it; the scale."""
 
     tensors: tuple[Tensor, ...]
-    planned: eager.Planned | None
+    planned: autograd.Planned | None
     scale: float
 
 
@@ -46,7 +46,7 @@ def key_of(
 ) -> tuple | None:
     """All that the checks look at; None where a call is not of the kind that is kept. Types are compared, not instances:
     what only equals a number or is a tensor of another kind goes through the checks."""
-    if not eager.is_plain():
+    if not autograd.is_untraced():
         return None
     if not (
         type(query) is type(key) is type(value) is Tensor
@@ -99,7 +99,7 @@ def keep(
         weights = kept_weights(statistics, scale, dtype, torch.device("cpu"))
         if weights is None:
             return None
-        planned = eager.Planned(weights.weights, settings, tensors, weights.sources)
+        planned = autograd.Planned(weights.weights, settings, tensors, weights.sources)
     with _lock:
         if len(_plans) >= _MOST:
             del _plans[next(iter(_plans))]
