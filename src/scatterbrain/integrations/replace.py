@@ -205,9 +205,9 @@ def replace_attention(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_attention: model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(support, SUPPORTS):
+    if not isinstance(support, Support):
         raise TypeError(
-            f"replace_attention: support must be one of {', '.join(s.__name__ for s in SUPPORTS)}, got {support!r}"
+            f"replace_attention: support must be one of {', '.join(s.__name__ for s in SUPPORTS.values())}, got {support!r}"
         )
     if low_rank is not None and not isinstance(low_rank, (Quadratic, Favor)):
         raise TypeError(f"replace_attention: low_rank must be Quadratic, Favor or None, got {low_rank!r}")

@@ -9,8 +9,8 @@ from functools import partial
 from scatterbrain.training.attention import build_attention
 from scatterbrain.training.config import AttentionConfig, RunConfig
 from scatterbrain.training.interrupt import StopRequest
-from scatterbrain.training.train_step import Batch, TrainStep
 from scatterbrain.training.metrics import MetricsLog, Record, bits_per_byte
+from scatterbrain.training.train_step import Batch, TrainStep
 
 
 def compare_with_exact(

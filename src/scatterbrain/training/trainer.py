@@ -21,9 +21,9 @@ from scatterbrain.training.config import RunConfig
 from scatterbrain.training.data import Batches, read_corpus
 from scatterbrain.training.files import RunFolder, write_atomically
 from scatterbrain.training.interrupt import StopRequest
-from scatterbrain.training.train_step import Batch, TrainStep, Step, scheduled_learning_rate
 from scatterbrain.training.metrics import MetricsLog, bits_per_byte, draw_loss_curve, read_records
 from scatterbrain.training.sample import generate
+from scatterbrain.training.train_step import Batch, Step, TrainStep, scheduled_learning_rate
 
 # A continued run may differ in these; everything else of data, model, attention and train decides what is learned.
 FREE_TRAIN_KEYS = ("steps", "minutes", "device", "threads", "validate_every", "validation_batches", "checkpoint_every")

@@ -45,9 +45,9 @@ except ModuleNotFoundError as error:
     ) from error
 
 from scatterbrain.integrations.replace import register_handler
-from scatterbrain.integrations.transformers.replacer import TransformersReplacer, UpdateStatistics
 from scatterbrain.integrations.transformers.hooks import install
 from scatterbrain.integrations.transformers.layers import set_attention_dropout
+from scatterbrain.integrations.transformers.replacer import TransformersReplacer, UpdateStatistics
 from scatterbrain.integrations.transformers.settings import SETTINGS, Settings, register, register_built_in
 
 __all__ = ["SETTINGS", "Settings", "UpdateStatistics", "register", "set_attention_dropout"]

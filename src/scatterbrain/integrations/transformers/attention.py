@@ -136,7 +136,7 @@ def _is_exact(
     arguments: dict[str, Any],
 ) -> bool:
     """Whether this call runs exact attention; warns unless exact is what was chosen or what a single query gets."""
-    if core._collecting and visible.dense is None:
+    if core.is_collecting and visible.dense is None:
         return False
     if isinstance(core.support, Full) or query.shape[2] == 1:
         return True

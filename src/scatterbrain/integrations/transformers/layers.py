@@ -262,4 +262,4 @@ def needs_calibration(core: ScatterbrainAttention) -> bool:
     """Whether running ``core`` now would raise for want of statistics."""
     if isinstance(core.support, Full) or not isinstance(core.low_rank, Quadratic):
         return False
-    return core.low_rank.statistics == "stored" and not core.is_calibrated and not core._collecting
+    return core.low_rank.statistics == "stored" and not core.is_calibrated and not core.is_collecting
