@@ -38,26 +38,42 @@ def candidate_superblocks(routed: int) -> int:
     return max(16, 2 * routed)
 
 
+class Choice(NamedTuple):
+    """The list of one block of queries, ascending, and the score of every key or block of keys, listed or not."""
+
+    row: int
+    head: int
+    block: int
+    entries: list[int]
+    score: Tensor
+
+
 def routed_lists(support: Routed, inputs: Inputs, stages: bool = True) -> tuple[Tensor, Tensor]:
-    """index (B, Hq, ceil(N / block_q), capacity) and count, int32, as :class:`scatterbrain.Blocks` describes them.
-    ``stages=False`` drops the candidate stages: every key is scored. Scores are those of float32 copies of the tokens,
-    in float64; a low-rank kernel takes part with its coordinates."""
-    with torch.no_grad():
-        inputs = inputs.to(torch.float32, torch.float64)
-        maps = coordinates(inputs.low_rank, inputs)
-        batch, heads, n, _ = inputs.query.shape
-        # A per-query window whose ends are rounded to blocks touches one block more than it fills.
-        capacity = support.keys if support.block_k == 1 else support.keys // support.block_k + 1
-        index = torch.full((batch, heads, -(-n // support.block_q), capacity), -1, dtype=torch.int32)
-        count = torch.zeros(index.shape[:3], dtype=torch.int32)
-        for b in range(batch):
-            for h in range(heads):
-                queries, keys = Queries.of(inputs, maps, support.block_q, b, h), Keys.of(inputs, maps, b, h)
-                lists = pooled_lists if support.block_k == 1 else per_query_lists
-                for t, chosen in lists(support, queries, keys, stages):
-                    index[b, h, t, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
-                    count[b, h, t] = len(chosen)
-        return index.to(inputs.query.device), count.to(inputs.query.device)
+    """index (B, Hq, ceil(N / block_q), capacity) and count, int32, as :class:`scatterbrain.Blocks` describes them; of
+    :func:`choices`."""
+    batch, heads, n, _ = inputs.query.shape
+    # A per-query window whose ends are rounded to blocks touches one block more than it fills.
+    capacity = support.keys if support.block_k == 1 else support.keys // support.block_k + 1
+    index = torch.full((batch, heads, -(-n // support.block_q), capacity), -1, dtype=torch.int32)
+    count = torch.zeros(index.shape[:3], dtype=torch.int32)
+    for row, head, block, entries, _ in choices(support, inputs, stages):
+        index[row, head, block, : len(entries)] = torch.tensor(entries, dtype=torch.int32)
+        count[row, head, block] = len(entries)
+    return index.to(inputs.query.device), count.to(inputs.query.device)
+
+
+@torch.no_grad()
+def choices(support: Routed, inputs: Inputs, stages: bool = True) -> Iterator[Choice]:
+    """The list of every block that has a valid query. ``stages=False`` drops the candidate stages: every key is scored.
+    Scores are those of float32 copies of the tokens, in float64; a low-rank kernel takes part with its coordinates."""
+    inputs = inputs.to(torch.float32, torch.float64)
+    maps = coordinates(inputs.low_rank, inputs)
+    lists = pooled_lists if support.block_k == 1 else per_query_lists
+    for b in range(inputs.query.shape[0]):
+        for h in range(inputs.query.shape[1]):
+            queries, keys = Queries.of(inputs, maps, support.block_q, b, h), Keys.of(inputs, maps, b, h)
+            for block, entries, score in lists(support, queries, keys, stages):
+                yield Choice(b, h, block, entries, score)
 
 
 class Keys(NamedTuple):
@@ -187,7 +203,9 @@ def shared_score(pools: list[Pool], means: Keys, eligible: list[int]) -> Tensor:
     return torch.stack([s - s[eligible].max() for s in scores]).amax(0) if eligible else scores[0]
 
 
-def pooled_lists(support: Routed, queries: Queries, keys: Keys, stages: bool) -> Iterator[tuple[int, list[int]]]:
+def pooled_lists(
+    support: Routed, queries: Queries, keys: Keys, stages: bool
+) -> Iterator[tuple[int, list[int], Tensor]]:
     length, valid = len(keys.valid), keys.valid.tolist()
     leaf, coarse = keys.means(LEAF), keys.means(LEAF * SUPER)
     kept_blocks = candidate_blocks(support.keys)
@@ -229,10 +247,12 @@ def pooled_lists(support: Routed, queries: Queries, keys: Keys, stages: bool) ->
                 own = {j for j in range(max(begin, 0), min(begin + len(queries.slots(t)), length)) if valid[j]}
             eligible = [j for j in candidates if j < end(t) and j not in own]
             score = pools[t].log_residual(keys)
-            yield t, sorted(own | set(best(score, eligible, support.keys - len(own))))
+            yield t, sorted(own | set(best(score, eligible, support.keys - len(own)))), score
 
 
-def per_query_lists(support: Routed, queries: Queries, keys: Keys, stages: bool) -> Iterator[tuple[int, list[int]]]:
+def per_query_lists(
+    support: Routed, queries: Queries, keys: Keys, stages: bool
+) -> Iterator[tuple[int, list[int], Tensor]]:
     block_k, window = support.block_k, support.window
     length = len(keys.valid)
     count = -(-length // block_k)
@@ -269,8 +289,5 @@ def per_query_lists(support: Routed, queries: Queries, keys: Keys, stages: bool)
                 kept = set(best(coarse.key @ q + spread_weight * coarse_spread, eligible, kept_supers))
                 elsewhere = [c for c in elsewhere if c // BRANCH in kept or c // BRANCH >= supers]
         score = fine.key @ q + spread_weight * fine_spread
-        # A query before the row's first key sees nothing.
-        yield (
-            i - queries.first,
-            sorted(nearby + best(score, elsewhere, routed)) if not queries.is_causal or p >= 0 else [],
-        )
+        sees_none = queries.is_causal and p < 0  # before the row's first key
+        yield i - queries.first, [] if sees_none else sorted(nearby + best(score, elsewhere, routed)), score
