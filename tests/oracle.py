@@ -1,19 +1,20 @@
-"""What the tests of the operator share: drawn cases, errors by row, and the tolerance of the parity table."""
+"""What the tests of the operator share: drawn cases, run by what is judged and by the definition, and errors by row."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 import scatterbrain as sb
-from scatterbrain.padding import padding_info
-from scatterbrain.reference import log_kernel, visible
+from scatterbrain.reference import Inputs, log_kernel
 
 
 @dataclass
 class Case:
-    """One drawn call of the operator: everything that shapes it, and the tensors made from its seed."""
+    """One drawn call of the operator: everything that shapes it, and the tensors made from its seed. Where statistics
+    are fitted, what is judged and the definition each fit their own: ``arguments`` and ``definition``."""
 
     support: object
     low_rank: object
@@ -35,6 +36,7 @@ class Case:
     key: torch.Tensor = field(init=False)
     value: torch.Tensor = field(init=False)
     arguments: dict = field(init=False)
+    definition: dict = field(init=False)
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -62,17 +64,18 @@ class Case:
                 mask = torch.rand(self.batch, self.keys, generator=generator) < 0.3
             if self.padding == "all":
                 mask[0] = True
-        statistics = None
+        statistics = defined = None
         if isinstance(self.low_rank, sb.Quadratic):
             if self.low_rank.statistics == "stored":  # other tokens of the same distribution
                 others = [
                     torch.randn(1, h, 200, self.head_dim, generator=generator) for h in (self.q_heads, self.kv_heads)
                 ]
                 statistics = sb.fit_statistics(*others, self.low_rank.rank, scale=self.scale)
+                defined = sb.reference.fit_statistics(*others, self.low_rank.rank, scale=self.scale)
             elif self.low_rank.statistics == "learned":  # near the start of training
                 r, d = self.low_rank.rank, self.head_dim
                 draw = lambda *shape: torch.randn(*shape, generator=generator) * d**-0.5  # noqa: E731
-                statistics = sb.Projections(
+                statistics = defined = sb.Projections(
                     draw(self.q_heads, r, d),
                     draw(self.q_heads, d),
                     draw(self.q_heads),
@@ -87,24 +90,27 @@ class Case:
             statistics=statistics,
             query_offset=self.query_offset,
         )
+        self.definition = self.arguments | {"statistics": defined}
         if isinstance(self.support, (sb.Routed, sb.LSH)):  # parity is judged at fixed lists
             self.support = sb.route(self.query, self.key, self.support, **self.arguments)
 
-    def run(self, function, precision: torch.dtype, **extra) -> list[torch.Tensor]:
-        """[out, dq, dk, dv and the gradients of learned projections] of ``function`` on copies in ``precision``, for
+    def judged(self, precision: torch.dtype) -> list[torch.Tensor]:
+        """[out, dq, dk, dv and the gradients of learned projections] of ``sb.attention`` on copies in ``precision``, for
         one fixed output gradient."""
+        return self._run(sb.attention, precision, self.arguments)
+
+    def defined(self, precision: torch.dtype = torch.float64) -> list[torch.Tensor]:
+        """The same by the definition, computed in ``precision``."""
+        return self._run(sb.reference.attention, precision, self.definition | {"dtype": precision})
+
+    def _run(self, function: Callable, precision: torch.dtype, arguments: dict) -> list[torch.Tensor]:
         leaves = [t.detach().to(precision).requires_grad_() for t in (self.query, self.key, self.value)]
-        arguments = dict(self.arguments)
         if isinstance(arguments["statistics"], sb.Projections):
-            p = arguments["statistics"]
             accumulate = torch.float64 if precision == torch.float64 else torch.float32
-            fields = [
-                t.detach().to(accumulate).requires_grad_()
-                for t in (p.query_projection, p.query_bias, p.query_log_scale, p.key_projection, p.key_bias)
-            ]
-            arguments["statistics"] = sb.Projections(*fields)
+            fields = [t.detach().to(accumulate).requires_grad_() for t in vars(arguments["statistics"]).values()]
+            arguments = arguments | {"statistics": sb.Projections(*fields)}
             leaves += fields
-        out = function(*leaves[:3], self.support, **arguments, **extra)
+        out = function(*leaves[:3], self.support, **arguments)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(self.seed + 1), dtype=torch.float64).to(
             self.dtype
         )
@@ -116,20 +122,12 @@ class Case:
         normaliser."""
         if self.low_rank is None or not self.queries or not self.keys:
             return 0.0
-        q, k, v = (t.double() for t in (self.query, self.key, self.value))
-        arguments = {n: a for n, a in self.arguments.items() if n not in ("low_rank", "scale", "statistics")}
-        rows = padding_info(q, k, arguments["key_padding_mask"], None, self.query_offset)
-        q = q if rows.query_mask is None else q.masked_fill(rows.query_mask[:, None, :, None], 0)
-        k = k if rows.key_mask is None else k.masked_fill(rows.key_mask[:, None, :, None], 0)
-        scale = self.scale if self.scale is not None else self.head_dim**-0.5
-        exponent, factor = log_kernel(
-            q, k, self.low_rank, self.arguments["statistics"], scale, rows.key_mask, rows.query_mask
-        )
-        _, lse = sb.reference.attention(
-            self.query.double(), self.key.double(), self.value.double(), self.support, return_lse=True, **self.arguments
-        )
-        seen = visible(q, k, **arguments)
-        weight = torch.where(seen & torch.isfinite(lse)[..., None], torch.exp(exponent - lse[..., None]) * factor, 0)
+        query, key, value = (t.double() for t in (self.query, self.key, self.value))
+        inputs = Inputs.of(query, key, **self.definition)
+        exponent, factor = log_kernel(self.low_rank, inputs)
+        _, lse = sb.reference.attention(query, key, value, self.support, return_lse=True, **self.definition)
+        counted = inputs.visible() & torch.isfinite(lse)[..., None]
+        weight = torch.where(counted, torch.exp(exponent - lse[..., None]) * factor, 0)
         return float(weight.sum(-1).max())
 
 

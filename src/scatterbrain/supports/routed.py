@@ -12,7 +12,7 @@ from torch import Tensor
 from scatterbrain.call import Call
 from scatterbrain.fields import check_int
 from scatterbrain.operators import untraced
-from scatterbrain.operators.arguments import RouteArguments
+from scatterbrain.operators.arguments import RouteArguments, list_capacity
 from scatterbrain.operators.tracing import is_known, is_untraced
 from scatterbrain.supports.base import BlockLists, OperatorRouting, Support
 
@@ -77,6 +77,11 @@ class Routed(Support):
     def is_pooled(self) -> bool:
         """Whether a block of queries shares a list of single keys."""
         return self.block_k == 1
+
+    @property
+    def capacity(self) -> int:
+        """Entries of a list."""
+        return list_capacity(self.keys, self.block_k)
 
     def covers_every_key(self, queries: int, keys: int, is_causal: bool) -> bool:
         if self.is_pooled:
