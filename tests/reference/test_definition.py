@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import scatterbrain as sb
-from scatterbrain.low_rank import seeded_projection
 from scatterbrain.reference import Inputs
 from scatterbrain.reference.low_rank import drawn_projection
 
@@ -65,9 +64,12 @@ def test_both_fit_the_same_statistics(heads: int, n: int) -> None:
     [sb.Favor(seed=3), sb.Favor(7, seed=1), sb.Favor(24, hyperbolic=True), sb.Favor(5, orthogonal=False, seed=9)],
     ids=str,
 )
-@pytest.mark.parametrize("draw", [0, 4])
-def test_both_draw_the_same_projection(low_rank: sb.Favor, draw: int) -> None:
-    assert torch.equal(drawn_projection(low_rank, 8, draw), seeded_projection(low_rank, 8, draw))
+def test_a_modules_projection_is_drawn_by_the_recipe(low_rank: sb.Favor) -> None:
+    """The first, and those of later draws."""
+    module = sb.ScatterbrainAttention(2, 8, support=sb.Empty(), low_rank=replace(low_rank, redraw=1))
+    for draw in range(3):
+        assert torch.equal(module.projection, drawn_projection(low_rank, 8, draw))
+        sb.update_statistics(module)
 
 
 # -------------------- supports and kernels from outside

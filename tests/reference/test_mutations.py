@@ -6,7 +6,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -19,19 +19,14 @@ import scatterbrain as sb
 # -------------------- where mistakes are put
 
 
-def mutate_function(patch: pytest.MonkeyPatch, name: str, change: Callable) -> None:
-    """``change`` of the results of the package's function of this name, wherever modules hold it. The definition is no
-    part of what is judged."""
+def mutate_function(patch: pytest.MonkeyPatch, name: str, mutant: Callable) -> None:
+    """``mutant(original, *args, **kwargs)`` in place of the package's function of this name, wherever modules hold it.
+    The definition is no part of what is judged."""
     judged = {n: m for n, m in sys.modules.items() if n.startswith("scatterbrain.") and ".reference" not in n}
     places = [module for module in judged.values() if callable(vars(module).get(name))]
     assert places, f"no module of scatterbrain holds a function {name}: name the one that took its place"
     for module in places:
-        original = getattr(module, name)
-
-        def changed(*args: object, original: Callable = original, **kwargs: object) -> object:
-            return change(original(*args, **kwargs))
-
-        patch.setattr(module, name, functools.wraps(original)(changed))
+        patch.setattr(module, name, functools.partial(mutant, getattr(module, name)))
 
 
 class MutatedArguments(TorchDispatchMode):
@@ -59,13 +54,29 @@ class MutatedArguments(TorchDispatchMode):
 
 @dataclass
 class Mutation:
-    """A mistake, and the cases that could show it. Either the result of a function of the package is changed, or
-    arguments of its operators."""
+    """A mistake, and the cases that could show it: a function of the package with a mutant in its place, or arguments
+    of the operators with what changes them."""
 
     shows: Callable[[Case], bool]
     function: str = ""
-    result: Callable = lambda result: result
-    arguments: dict[str, Callable] | None = None
+    mutant: Callable | None = None
+    arguments: dict[str, Callable] = field(default_factory=dict)
+
+
+def offset_plus_one(padding_info: Callable, *args: object) -> object:
+    *rest, offset = args
+    return padding_info(*rest, offset if type(offset) is int and offset == 0 else offset + 1)
+
+
+def no_default(padding_info: Callable, query: Tensor, key: Tensor, key_mask: Tensor | None, *rest: object) -> object:
+    query_mask, offset = rest
+    nothing = torch.zeros(query.shape[0], query.shape[2], dtype=torch.bool)
+    return padding_info(query, key, key_mask, nothing if query_mask is None else query_mask, offset)
+
+
+def half_key_mean(moments: Callable, *args: object, **kwargs: object) -> object:
+    result = moments(*args, **kwargs)
+    return replace(result, key_mean=result.key_mean * 0.5)
 
 
 def later_first_key(span: Tensor) -> Tensor:
@@ -91,22 +102,22 @@ MUTATIONS = {
     "query offset + 1": Mutation(
         lambda c: isinstance(c.query_offset, Tensor) or c.query_offset != 0,
         "padding_info",
-        lambda padding: padding._replace(offset=None if padding.offset is None else padding.offset + 1),
+        offset_plus_one,
     ),
     "query mask does not default to the key mask": Mutation(
         lambda c: c.padding not in ("none", "all") and c.queries == c.keys > 0,
         "padding_info",
-        lambda padding: padding._replace(query_mask=None, query_range=None),
+        no_default,
     ),
     "key mean x 0.5, stored": Mutation(
         lambda c: is_fitted(c) and c.low_rank.statistics == "stored" and min(c.queries, c.keys) > 2,
         "moments",
-        lambda moments: replace(moments, key_mean=moments.key_mean * 0.5),
+        half_key_mean,
     ),
     "key mean x 0.5, of the input": Mutation(
         lambda c: is_fitted(c) and c.low_rank.statistics == "input" and min(c.queries, c.keys) > 2,
         "moments",
-        lambda moments: replace(moments, key_mean=moments.key_mean * 0.5),
+        half_key_mean,
     ),
     "window starts one key later": Mutation(
         lambda c: isinstance(c.support, sb.Window) and c.keys > c.support.keys and c.queries > 0,
@@ -128,17 +139,19 @@ def test_a_mistake_fails_the_parity_table(name: str, monkeypatch: pytest.MonkeyP
     mutation = MUTATIONS[name]
     seeds = list(itertools.islice((seed for seed in range(CASES) if mutation.shows(draw(seed))), 6))
 
-    def fails(seed: int) -> bool:
+    def fails(seed: int, mutant: Callable | None, arguments: dict[str, Callable]) -> bool:
         with monkeypatch.context() as patch, MutatedArguments(arguments):
             if mutation.function:
-                mutate_function(patch, mutation.function, result)
+                mutate_function(patch, mutation.function, mutant)
             try:
                 assert_parity_in_float32(seed)
             except AssertionError:
                 return True
             return False
 
-    arguments, result = {n: lambda argument: argument for n in mutation.arguments or {}}, lambda result: result
-    assert len(seeds) == 6 and not any(fails(seed) for seed in seeds[:2])
-    arguments, result = mutation.arguments or {}, mutation.result
-    assert any(fails(seed) for seed in seeds)
+    def unchanged(function: Callable, *args: object, **kwargs: object) -> object:
+        return function(*args, **kwargs)
+
+    assert len(seeds) == 6
+    assert not any(fails(seed, unchanged, dict.fromkeys(mutation.arguments, lambda t: t)) for seed in seeds[:2])
+    assert any(fails(seed, mutation.mutant, mutation.arguments) for seed in seeds)
