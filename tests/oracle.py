@@ -96,8 +96,8 @@ class Case:
             self.support = sb.route(self.query, self.key, self.support, **self.arguments)
 
     def judged(self, precision: torch.dtype) -> list[torch.Tensor]:
-        """[out, dq, dk, dv and the gradients of learned projections] of ``sb.attention`` on copies in ``precision``, for
-        one fixed output gradient."""
+        """[out, dq, dk, dv and the gradients of learned projections] of ``sb.attention`` on copies in ``precision``,
+        for one fixed output gradient."""
         return self._run(sb.attention, precision, self.arguments)
 
     def defined(self, precision: torch.dtype = torch.float64) -> list[torch.Tensor]:
