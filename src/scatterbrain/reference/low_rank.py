@@ -54,7 +54,7 @@ def coordinates(low_rank: object, inputs: Inputs) -> Coordinates | None:
     name = type(low_rank).__name__
     raise TypeError(
         f"sb.reference knows no coordinates of {name}, which Routed scores with; define them by "
-        f"@sb.reference.coordinates.register on a function (low_rank: {name}, inputs: sb.reference.Inputs) that returns "
+        f"@sb.reference.coordinates.register on a function (low_rank: {name}, inputs: sb.reference.Inputs) returning "
         "sb.reference.Coordinates, or use another support"
     )
 
