@@ -46,7 +46,7 @@ def mask(
     query_padding_mask: Tensor | None = None,
     query_offset: int | Tensor = 0,
 ) -> Tensor:
-    """bool (B, Hq, N, M): the pairs whose weight is exp(s). Arguments as :func:`scatterbrain.route`: a kernel that lacks
+    """bool (B, Hq, N, M): the pairs whose weight is exp(s). Arguments as :func:`scatterbrain.route`: a kernel without
     its statistics does not take part in routing."""
     if statistics is None and getattr(low_rank, "statistics", "input") != "input":
         low_rank = None

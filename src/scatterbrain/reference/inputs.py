@@ -53,16 +53,15 @@ class Inputs:
                 f"{tuple(query.shape)} and {tuple(key.shape)}"
             )
         (batch, _, n, d), m = query.shape, key.shape[2]
-        if query_padding_mask is None and n == m:
-            query_padding_mask = key_padding_mask
         scale = 1 / math.sqrt(d) if scale is None else float(scale)
         if not math.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale}")
         offsets = query_offset.tolist() if isinstance(query_offset, Tensor) else [query_offset] * batch
         if any(offsets) and not is_causal:
             raise ValueError(f"query_offset shifts the causal edge and needs is_causal=True, got {query_offset}")
-        query_padding = _mask("query_padding_mask", query_padding_mask, query)
-        key_padding = _mask("key_padding_mask", key_padding_mask, key)
+        key_padding = query_padding = _mask("key_padding_mask", key_padding_mask, key)
+        if query_padding_mask is not None or n != m:
+            query_padding = _mask("query_padding_mask", query_padding_mask, query)
         return cls(
             query.masked_fill(query_padding[:, None, :, None], 0),
             key.masked_fill(key_padding[:, None, :, None], 0),

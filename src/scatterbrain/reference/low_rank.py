@@ -53,8 +53,8 @@ def coordinates(low_rank: object, inputs: Inputs) -> Coordinates | None:
     """What Routed scores with. None without a kernel."""
     name = type(low_rank).__name__
     raise TypeError(
-        f"sb.reference knows no coordinates of {name}, which Routed scores with; define them with "
-        f"@sb.reference.coordinates.register on a function (low_rank: {name}, inputs: sb.reference.Inputs) that returns "
+        f"sb.reference knows no coordinates of {name}, which Routed scores with; define them by "
+        f"@sb.reference.coordinates.register on a function (low_rank: {name}, inputs: sb.reference.Inputs) returning "
         "sb.reference.Coordinates, or use another support"
     )
 
@@ -195,8 +195,8 @@ def projections(m: Moments, rank: int, floor: float = STORED_FLOOR) -> tuple[Ten
 
 
 def _roots(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """C^(1/2) and C^(-1/2) of the covariance C, eigenvalues below ``floor`` of their mean raised to it. Zeros where C is
-    zero up to rounding (one token, or equal ones): such tokens have no direction."""
+    """C^(1/2) and C^(-1/2) of the covariance C, eigenvalues below ``floor`` of their mean raised to it. Zeros where C
+    is zero up to rounding (one token, or equal ones): such tokens have no direction."""
     values, vectors = torch.linalg.eigh(second - torch.outer(mean, mean))
     average = values.clamp(min=0).mean()
     if average <= 1e-13 * second.diagonal().mean():
