@@ -24,7 +24,7 @@ import torch
 
 from scatterbrain.training.attention import build_attention, describe_attention
 from scatterbrain.training.config import AttentionConfig, ModelConfig, TrainConfig
-from scatterbrain.training.train_step import Batch, Learner, scheduled_learning_rate
+from scatterbrain.training.train_step import Batch, TrainState, scheduled_learning_rate
 
 SYMBOLS, HALF = 64, 127
 SEPARATOR = SYMBOLS
@@ -61,11 +61,11 @@ def main() -> None:
 def train_copy(attention: AttentionConfig, steps: int, seed: int) -> float:
     """Trains on fresh sequences and returns the perplexity of the copied half of 32 others."""
     config = TrainConfig(steps=steps, learning_rate=3e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup=20, seed=seed)
-    learner = Learner(MODEL, config, partial(build_attention, attention), vocabulary=SYMBOLS + 1)
+    train_state = TrainState(MODEL, config, partial(build_attention, attention), vocabulary=SYMBOLS + 1)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        learner.step([draw_batch(8, generator)], scheduled_learning_rate(config, step, step / steps))
-    return math.exp(learner.evaluate([draw_batch(8, generator) for _ in range(4)]))
+        train_state.step([draw_batch(8, generator)], scheduled_learning_rate(config, step, step / steps))
+    return math.exp(train_state.evaluate([draw_batch(8, generator) for _ in range(4)]))
 
 
 def draw_batch(batch: int, generator: torch.Generator) -> Batch:

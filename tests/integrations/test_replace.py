@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import scatterbrain as sb
-from scatterbrain.integrations import Handler, register_handler
-from scatterbrain.integrations.replace import HANDLERS, NotReplaceable
+from scatterbrain.integrations import NotReplaceable, Replacer, register_replacer
+from scatterbrain.integrations.replacer import REPLACERS
 
 E, H, N, L = 48, 4, 2, 21
 SETTINGS: dict[str, Any] = {"support": sb.Window(8), "low_rank": sb.Quadratic(9, "input")}
@@ -154,8 +154,8 @@ def test_replacing_nothing_warns(model: nn.Module):
     ("arguments", "message"),
     [
         ({"model": "encoder"}, "model must be an nn.Module, got str"),
-        ({"support": 64}, "support must be one of Full, .*, got 64"),
-        ({"low_rank": 9}, "low_rank must be Quadratic, Favor or None, got 9"),
+        ({"support": 64}, "support must be one of Full, .*, got int"),
+        ({"low_rank": 9}, "low_rank must be Quadratic, Favor or None, got int"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_changes(arguments: dict, message: str):
@@ -292,11 +292,11 @@ def test_restored_models_can_be_swapped_again():
     assert len(sb.replace_attention(model, **EVERY_KEY).replaced) == 2
 
 
-# ----------------------------------------------------------------------------------------------------------- handlers
+# ---------------------------------------------------------------------------------------------------------- replacers
 
 
-def test_a_registered_handler_takes_its_family():
-    class OwnHandler:
+def test_a_registered_replacer_takes_its_family():
+    class OwnReplacer:
         def matches(self, module: nn.Module) -> bool:
             return isinstance(module, OwnAttention)
 
@@ -304,18 +304,18 @@ def test_a_registered_handler_takes_its_family():
             if module.qkv.bias is None:
                 raise NotReplaceable("it has no bias")
             module.support = support
-            return "by its own handler", lambda: delattr(module, "support")
+            return "by its own replacer", lambda: delattr(module, "support")
 
     model = nn.ModuleList([OwnAttention(), OwnAttention()])
     model[1].qkv.bias = None
-    handler: Handler = OwnHandler()
-    register_handler(handler)
+    replacer: Replacer = OwnReplacer()
+    register_replacer(replacer)
     try:
         report = sb.replace_attention(model, **SETTINGS)
     finally:
-        HANDLERS.remove(handler)
+        REPLACERS.remove(replacer)
     assert [(entry.now is not None, entry.note) for entry in report.entries] == [
-        (True, "by its own handler"),
+        (True, "by its own replacer"),
         (False, "it has no bias"),
     ]
     assert model[0].support == SETTINGS["support"]
@@ -323,7 +323,13 @@ def test_a_registered_handler_takes_its_family():
     assert not hasattr(model[0], "support")
 
 
-def test_a_family_of_transformers_without_a_handler_is_named():
+def test_the_earlier_names_of_replacers_can_be_imported():
+    from scatterbrain.integrations import Handler, register_handler
+
+    assert Handler is Replacer and register_handler is register_replacer
+
+
+def test_a_family_of_transformers_without_a_replacer_is_named():
     pytest.importorskip("transformers")
     foreign = type("Attention", (OwnAttention,), {"__module__": "transformers.models.some"})
     model = nn.ModuleList([foreign(), nn.MultiheadAttention(E, H)])

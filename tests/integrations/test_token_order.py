@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import scatterbrain as sb
 from scatterbrain.hilbert import hilbert_distance, hilbert_order
-from scatterbrain.integrations.token_order import coordinate_order
+from scatterbrain.integrations.permutation import coordinate_order
 from scatterbrain.integrations.vision import apply_order
 
 timm = pytest.importorskip("timm")

@@ -67,7 +67,7 @@ os._exit(0)  # gloo's threads may still run when the interpreter ends, which the
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize(("kind", "statistics"), [("ddp", "learned"), ("fsdp2", "stored")])
 def test_wrapped_models_have_the_gradients_of_one_process(kind: str, statistics: str, tmp_path):
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "rendezvous"), kind, statistics],

@@ -14,7 +14,7 @@ import torch
 from scatterbrain.training import files
 from scatterbrain.training.checkpoint import read_progress
 from scatterbrain.training.config import AttentionConfig, CompareConfig, RunConfig
-from scatterbrain.training.train_step import TrainStep
+from scatterbrain.training.train_step import TrainState
 from scatterbrain.training.trainer import RunStopped, Trainer
 
 ATTENTIONS = {
@@ -35,7 +35,7 @@ def tensors(config: RunConfig) -> dict[str, torch.Tensor]:
 
 def before_step(monkeypatch: pytest.MonkeyPatch, number: int, action) -> None:
     """Calls ``action`` just before step ``number`` (from 1) of this process is taken."""
-    original, count = TrainStep.step, 0
+    original, count = TrainState.step, 0
 
     def step(self, *arguments):
         nonlocal count
@@ -44,7 +44,7 @@ def before_step(monkeypatch: pytest.MonkeyPatch, number: int, action) -> None:
             action()
         return original(self, *arguments)
 
-    monkeypatch.setattr(TrainStep, "step", step)
+    monkeypatch.setattr(TrainState, "step", step)
 
 
 def raise_error(error: BaseException):
@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_spoilt(t
     before_step(
         monkeypatch,
         5,
-        lambda: monkeypatch.setattr(TrainStep, "_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)),
+        lambda: monkeypatch.setattr(TrainState, "_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)),
     )
     with pytest.raises(RunStopped, match="expected a finite loss.*checkpoint of step 3 is whole"):
         Trainer(config).run()

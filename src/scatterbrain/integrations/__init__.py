@@ -1,5 +1,19 @@
-"""Scatterbrain inside models that exist: one call swaps their attention modules and says what it did."""
+"""Scatterbrain inside existing models: one call replaces their attention modules and reports on each."""
 
-from scatterbrain.integrations.replace import Entry, Handler, Report, register_handler, replace_attention
+from scatterbrain.integrations.replace import replace_attention
+from scatterbrain.integrations.replacer import Replacer, register_replacer
+from scatterbrain.integrations.report import Entry, Report
+from scatterbrain.integrations.restrictions import NotReplaceable
 
-__all__ = ["Entry", "Handler", "Report", "register_handler", "replace_attention"]
+Handler, register_handler = Replacer, register_replacer  # earlier names
+
+__all__ = [
+    "Entry",
+    "Handler",
+    "NotReplaceable",
+    "Replacer",
+    "Report",
+    "register_handler",
+    "register_replacer",
+    "replace_attention",
+]

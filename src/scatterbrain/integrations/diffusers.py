@@ -9,13 +9,12 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from scatterbrain.integrations.masks import padding_of
-from scatterbrain.integrations.replace import NotReplaceable, register_handler
+from scatterbrain.integrations.replacer import register_replacer
+from scatterbrain.integrations.restrictions import NotReplaceable, errors_as_reasons
 from scatterbrain.low_rank import LowRank
-from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.nn.host_module import HostModule
-from scatterbrain.nn.multihead import LOW_RANK, SUPPORT
-from scatterbrain.supports import Full, Support
+from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule, attention_unless_exact
+from scatterbrain.nn.masks import padding_of
+from scatterbrain.supports import Support
 
 HIDDEN = -9000.0  # diffusers adds -10000 to scores of hidden keys, which bfloat16 rounds to -9984
 
@@ -30,7 +29,7 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
 
     An ``attention_mask`` that only hides keys (for all queries of an image alike, as diffusers makes it from
     ``encoder_attention_mask``) is honoured; any other runs exactly, as AttnProcessor2_0 computes it, and warns once.
-    ``support=Full()`` is AttnProcessor2_0 itself.
+    ``support=Full()`` is AttnProcessor2_0 itself; ``attention`` is then None and ``low_rank`` unused.
 
     Args:
         num_heads, head_dim: of the layer.
@@ -43,12 +42,12 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, support: Support = SUPPORT, low_rank: LowRank = LOW_RANK) -> None:
         super().__init__()
-        self._attach(ScatterbrainAttention(num_heads, head_dim, support=support, low_rank=low_rank))
+        self._attach(attention_unless_exact(num_heads, head_dim, support, low_rank))
         self._layer: list[Attention] = []  # in a list, so that it is no submodule
 
     def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        # The original processor has no entries, and those of the layer are not shown to its submodules. Without a prefix
-        # the processor itself is loaded.
+        # AttnProcessor2_0 has no entries, and a submodule does not see those of its layer. Without a prefix the processor
+        # is loaded by itself, where missing entries are an error.
         return prefix != ""
 
     def __call__(
@@ -62,7 +61,7 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
         """Called by the layer, with its own arguments."""
         self._check_layer(attn)
         arguments = (attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        if isinstance(self.attention.support, Full):
+        if self.attention is None:
             return AttnProcessor2_0()(*arguments)
         keys = _tokens(hidden_states if encoder_hidden_states is None else encoder_hidden_states)
         padding = None
@@ -90,7 +89,7 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
         padding: Tensor | None,
         temb: Tensor | None,
     ) -> Tensor:
-        # 1. Image tokens: norms, and a map (batch, channels, height, width) as a sequence.
+        # 1. Image tokens: norms; a map (batch, channels, height, width) becomes a sequence.
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -99,7 +98,7 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        # 2. Queries from them, keys and values from them or from the other sequence.
+        # 2. Queries of the image tokens; keys and values of the same or of the other sequence.
         context = encoder_hidden_states
         if context is None:
             context = hidden_states
@@ -109,7 +108,7 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
         q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projections)
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
-        # 3. Attention. Padding is of keys: every image token is a query.
+        # 3. Attention. Only keys are padded: every image token is a query.
         queries = None if padding is None else padding.new_zeros(q.shape[0], q.shape[2])
         out = self.attention(q, k, v, key_padding_mask=padding, query_padding_mask=queries)
         # 4. Output projection with its dropout, and back to a map.
@@ -129,16 +128,15 @@ def _key_padding(mask: Tensor, batch: int, keys: int) -> Tensor | None:
     """(batch, keys) of a mask (batch, keys) or (batch, 1, keys), which the layer repeats for its heads."""
     if mask.shape[0] != batch or mask.numel() != batch * keys or mask.shape[-1] != keys:
         return None
-    padding = padding_of(mask.reshape(batch, 1, 1, keys), batch, keys, HIDDEN)
-    return padding
+    return padding_of(mask.reshape(batch, 1, 1, keys), batch, keys, HIDDEN)
 
 
 # -------------------- whole models
 
 
 def processors(model: nn.Module, support: Support = SUPPORT, low_rank: LowRank = LOW_RANK) -> dict[str, Any]:
-    """Processors for ``model.set_attn_processor``: one of its own for every layer that can have one, and what they have
-    now for the others. :func:`scatterbrain.replace_attention` sets them too, and says which layers were left and why.
+    """Processors for ``model.set_attn_processor``: a new one for every layer that can have one, the present one for the
+    others. :func:`scatterbrain.replace_attention` sets them too, and says which layers were left and why.
 
     Args:
         model: a model of diffusers with ``attn_processors``.
@@ -171,8 +169,11 @@ def _obstacle(layer: Attention) -> str | None:
     return None
 
 
-class AttentionHandler:
-    """diffusers' Attention with its standard processor gets :class:`ScatterbrainAttnProcessor`; others are refused."""
+# -------------------- replacers
+
+
+class AttentionReplacer:
+    """diffusers' Attention with its standard processor gets a :class:`ScatterbrainAttnProcessor`."""
 
     def matches(self, module: nn.Module) -> bool:
         return type(module) is Attention
@@ -181,10 +182,8 @@ class AttentionHandler:
         obstacle = _obstacle(module)
         if obstacle is not None:
             raise NotReplaceable(obstacle)
-        try:
+        with errors_as_reasons():
             processor = _processor_for(module, support, low_rank)
-        except ValueError as error:
-            raise NotReplaceable(str(error)) from error
         before = module.processor
         module.set_processor(processor)
 
@@ -193,13 +192,13 @@ class AttentionHandler:
             module.processor = before
 
         note = ""
-        if module.is_cross_attention and not isinstance(support, Full):
+        if module.is_cross_attention and not support.is_full:
             note = "cross attention: with few keys exact attention is faster; where= leaves it out"
         return note, undo
 
 
-class RefusalHandler:
-    """Attention classes of diffusers with processors of their own."""
+class UnsupportedAttention:
+    """Attention classes of diffusers with processors of their own: left alone, with the reason."""
 
     def matches(self, module: nn.Module) -> bool:
         cls = type(module)
@@ -213,5 +212,5 @@ class RefusalHandler:
         )
 
 
-register_handler(RefusalHandler())
-register_handler(AttentionHandler())
+register_replacer(UnsupportedAttention())
+register_replacer(AttentionReplacer())

@@ -1,46 +1,45 @@
-"""What a swap must not do to a model, and how it is said."""
+"""Reasons for which a module keeps its own attention, or gets another support than asked for."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
-from scatterbrain.low_rank import LowRank, Quadratic
-from scatterbrain.supports import LSH, Full, Routed, Support, Window
+from scatterbrain.low_rank import LowRank
+from scatterbrain.supports import Support
 
 
 class NotReplaceable(Exception):
-    """Raised by a handler for a module of its family that it cannot swap; the text is the reason."""
+    """Raised by a :class:`Replacer` for a module of its family that it cannot replace; the text is the reason."""
+
+
+@contextmanager
+def errors_as_reasons() -> Iterator[None]:
+    """Turns a ValueError into the reason for which a module cannot be replaced."""
+    try:
+        yield
+    except ValueError as error:
+        raise NotReplaceable(str(error)) from error
 
 
 def parallel_wrapper(model: nn.Module) -> str | None:
-    """The name of the data parallelism around or inside ``model``; by name, since importing it takes long."""
+    """The name of the data parallelism around or inside ``model``, or None. Found by class name, since importing the
+    classes is slow."""
     names = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
     found = (base.__name__ for module in model.modules() for base in type(module).__mro__ if base.__name__ in names)
     return next(found, None)
 
 
 def query_by_query(support: Support, low_rank: LowRank) -> tuple[Support, str]:
-    """A support for the cross-attention of a decoder, where what one target token reads must not depend on the tokens
-    after it, nor on how many they are, and a note if it is another one than asked for.
+    """A support for the cross-attention of a decoder, and a note if it is another one than asked for. The keys that one
+    target token reads must depend neither on the tokens after it nor on how many they are.
 
     Raises:
-        NotReplaceable: where there is none.
+        NotReplaceable: if there is none.
     """
-    if isinstance(low_rank, Quadratic) and low_rank.statistics == "input" and not isinstance(support, Full):
+    if low_rank is not None and low_rank.reads_input and not support.is_full:
         raise NotReplaceable("statistics='input' would show a target token the ones after it; use stored statistics")
-    if isinstance(support, LSH):
-        raise NotReplaceable("LSH sorts all queries, which would show a target token the ones after it; use Routed")
-    if isinstance(support, Routed) and support.block_q > 1:
-        own, why = _own_lists(support.keys), "lists that queries share would show a target token the ones after it"
-    elif isinstance(support, Window) or (isinstance(support, Routed) and support.window):
-        own, why = _own_lists(support.keys), "a window lies where the number of target tokens puts it"
-    else:
-        return support, ""
-    return own, f"{own}: {why}"
-
-
-def _own_lists(keys: int) -> Routed:
-    """Lists of single queries that hold at least ``keys`` keys, chosen by content alone."""
-    return Routed(8 * math.ceil(keys / 8), block_q=1, block_k=8)
+    with errors_as_reasons():
+        return support.for_cross_attention()

@@ -1,4 +1,4 @@
-"""timm: its self-attention with sparse + low-rank attention inside, by swap or as ``attn_layer=``."""
+"""timm: its self-attention with sparse + low-rank attention inside, replaced in place or as ``attn_layer=``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from scatterbrain import checks
-from scatterbrain.integrations.masks import padding_of
-from scatterbrain.integrations.replace import NotReplaceable, register_handler
+from scatterbrain.integrations.replacer import ClassReplacer, register_replacer
+from scatterbrain.integrations.restrictions import NotReplaceable
 from scatterbrain.low_rank import LowRank
-from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.nn.host_module import HostModule
-from scatterbrain.nn.multihead import LOW_RANK, SUPPORT
-from scatterbrain.supports import Full, Support
+from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule, attention_unless_exact
+from scatterbrain.nn.masks import padding_of
+from scatterbrain.supports import Support
 
 # -------------------- the module
 
@@ -36,7 +35,7 @@ class Attention(HostModule, timm.layers.Attention):
     ``attn_mask`` that only hides padded tokens   approximated; rows of padded tokens are zero before the projection
     any other ``attn_mask``                       exact, warns
     ``attn_drop`` > 0 in training                 exact, warns
-    ``support=Full()``                            timm's own forward
+    ``support=Full()``                            timm's own forward; ``attention`` is None and ``low_rank`` unused
     ============================================= ==================================================================
 
     Under torch.compile a padding mask is recognised if it has one query row, (batch, 1, 1, tokens), as NaFlexVit makes
@@ -53,14 +52,15 @@ class Attention(HostModule, timm.layers.Attention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._attach(inner_attention(self, self.SUPPORT, self.LOW_RANK, self.EXACT_QUERIES))
+        geometry = (self.num_heads, self.head_dim)
+        self._attach(attention_unless_exact(*geometry, self.SUPPORT, self.LOW_RANK, self.EXACT_QUERIES))
 
     def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
         return f"{prefix}qkv.weight" in state_dict
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """As timm's: ``x`` (batch, tokens, dim); ``attn_mask`` as F.scaled_dot_product_attention takes it."""
-        if isinstance(self.attention.support, Full):
+        if self.attention is None:
             return super().forward(x, attn_mask, is_causal)
         batch, tokens, _ = x.shape
         padding = None if attn_mask is None else padding_of(attn_mask, batch, tokens)
@@ -71,7 +71,7 @@ class Attention(HostModule, timm.layers.Attention):
         gate = None if self.gate is None else self.gate(x).sigmoid()
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        scale = None if self.fused_attn else self.scale  # the fused kernel of timm knows no other scale
+        scale = None if self.fused_attn else self.scale  # timm's fused kernel always uses 1/sqrt(head_dim)
         out = self.attention(self.q_norm(q), self.k_norm(k), v, padding, is_causal, scale)
         out = self.norm(out.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
         return self.proj_drop(self.proj(out if gate is None else out * gate))
@@ -86,7 +86,7 @@ class Attention(HostModule, timm.layers.Attention):
 
 
 class LayerType(type):
-    """Type of the classes that :func:`attention_layer` makes, so that models which remember theirs can be pickled."""
+    """Type of the classes that :func:`attention_layer` makes; by it models that hold such a class can be pickled."""
 
 
 def attention_layer(
@@ -115,43 +115,13 @@ def attention_layer(
 copyreg.pickle(LayerType, lambda layer: (attention_layer, (layer.SUPPORT, layer.LOW_RANK, layer.EXACT_QUERIES)))
 
 
-def inner_attention(
-    module: timm.layers.Attention, support: Support, low_rank: LowRank, exact_queries: int = 0
-) -> ScatterbrainAttention:
-    """The attention of ``module``, on the device of its parameters and in its mode."""
-    geometry = (module.num_heads, module.head_dim)
-    attention = ScatterbrainAttention(*geometry, support=support, low_rank=low_rank, exact_queries=exact_queries)
-    return attention.to(module.qkv.weight.device).train(module.training)
+# -------------------- replacers
 
 
-# -------------------- handlers
-
-
-class AttentionHandler:
-    """timm.layers.Attention itself becomes :class:`Attention` by its class."""
-
-    def matches(self, module: nn.Module) -> bool:
-        return type(module) is timm.layers.Attention
-
-    def replace(
-        self, module: timm.layers.Attention, support: Support, low_rank: LowRank
-    ) -> tuple[str, Callable[[], None]]:
-        if "forward" in vars(module):
-            raise NotReplaceable("its forward is overridden on the instance; replace attention before that is done")
-        try:
-            attention = inner_attention(module, support, low_rank)
-        except ValueError as error:
-            raise NotReplaceable(str(error)) from error
-
-        def undo() -> None:
-            module._detach()
-            module.__class__ = timm.layers.Attention
-
-        module.__class__ = Attention
-        module._attach(attention)
-        if module.attn_drop.p > 0 and not isinstance(support, Full):
-            return f"exact in training for its attn_drop={module.attn_drop.p}; set attn_drop.p = 0.0", undo
-        return "", undo
+def _dropout(module: timm.layers.Attention) -> str:
+    if module.attn_drop.p == 0:
+        return ""
+    return f"exact in training for its attn_drop={module.attn_drop.p}; set attn_drop.p = 0.0"
 
 
 ROTARY = "its queries and keys are rotated by position (RoPE), which the swap of timm.layers.Attention does not do"
@@ -163,7 +133,7 @@ FUSED = "its attention is a part of the block's own forward"
 LINEAR = "it is a linear attention already"
 MIXED_HEADS = "it mixes or subtracts attention weights of several heads, which the low-rank kernel cannot follow"
 CHANNELS = "it attends over channels, not over tokens"
-# What timm's other attention modules do, by class; modules with one class name in several files by file.
+# Why timm's other attention modules are left alone, by class; by file and class where several files share a class name.
 REASONS = {
     "EvaAttention": ROTARY, "AttentionRope": ROTARY, "Gemma4Attention": ROTARY,
     "beit.Attention": BIASED, "RelPosAttention": BIASED, "levit.Attention": BIASED, "AttentionDownsample": BIASED,
@@ -182,12 +152,12 @@ REASONS = {
 }  # fmt: skip
 
 
-class RefusalHandler:
+class UnsupportedAttention:
     """Every other attention module of timm: left alone, with the reason."""
 
     def matches(self, module: nn.Module) -> bool:
         cls = type(module)
-        if not cls.__module__.startswith("timm.") or is_parametrized(module) or type(module) is timm.layers.Attention:
+        if not cls.__module__.startswith("timm.") or is_parametrized(module) or cls is timm.layers.Attention:
             return False
         looks_like = cls.__name__.lower().endswith(("attention", "attn"))
         return cls.__name__ in REASONS or (looks_like and next(module.parameters(), None) is not None)
@@ -200,5 +170,5 @@ class RefusalHandler:
         raise NotReplaceable(f"{cls.__module__}.{cls.__name__}: {reason}")
 
 
-register_handler(RefusalHandler())
-register_handler(AttentionHandler())
+register_replacer(UnsupportedAttention())
+register_replacer(ClassReplacer(timm.layers.Attention, Attention, _dropout))

@@ -1,32 +1,43 @@
-"""What modules of other packages have in common once a :class:`ScatterbrainAttention` lives inside them."""
+"""What attention modules of other packages have in common once a :class:`ScatterbrainAttention` computes their
+attention."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-import torch
-
-from scatterbrain.low_rank import Quadratic
+from scatterbrain.checks import check_pair
+from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
+from scatterbrain.nn.warn import warn
+from scatterbrain.presets import drop_in
+from scatterbrain.supports import Support
+
+SUPPORT, LOW_RANK = drop_in()  # of every host module that is given none
 
 
 class HostModule:
-    """Mixin, before an nn.Module: a submodule ``attention`` that the original's checkpoints know nothing of.
+    """Mixin for an attention module of another package, before its class: it owns the submodule ``attention``, or None
+    where the package's own exact attention was asked for.
 
-    A checkpoint of the original loads strictly. Calibrated statistics are then forgotten, since they belong to the
-    weights they were fitted with; learned projections stay. ``state_dict`` leaves the entries of ``attention`` out where
-    there is nothing to remember, so that it loads strictly into the original.
+    Checkpoints go both ways. One of the original module loads strictly; calibrated statistics are then reset, since
+    they belong to the weights that they were fitted with, and learned projections stay. ``state_dict`` leaves out the
+    entries of ``attention`` while it has no state, and then loads strictly into the original module.
     """
 
-    attention: ScatterbrainAttention
+    attention: ScatterbrainAttention | None
 
     def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Whether ``state_dict``, without entries of ``attention``, has those of the original; ``prefix`` is this
-        module's."""
+        """Whether ``state_dict``, which has no entries of ``attention``, is a checkpoint of the original module.
+        ``prefix`` is this module's."""
         raise NotImplementedError
 
-    def _attach(self, attention: ScatterbrainAttention) -> None:
+    def _attach(self, attention: ScatterbrainAttention | None) -> None:
+        """Takes ``attention`` in, on the device of the module's parameters and in its mode."""
+        if attention is not None:
+            parameter = next(self.parameters(), None)
+            if parameter is not None:
+                attention.to(parameter.device)
+            attention.train(self.training)
         self.attention = attention
         self._warned: set[str] = set()
 
@@ -37,34 +48,36 @@ class HostModule:
         """Warns, once per module and reason, that a call runs exact attention."""
         if obstacle not in self._warned:
             self._warned.add(obstacle)
-            _warn(f"{type(self).__name__} runs exact attention, without approximation: {obstacle}.")
+            warn(f"{type(self).__name__} runs exact attention, without approximation: {obstacle}.", stacklevel=4)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """As nn.Module.state_dict, without entries for an attention that has nothing to remember: no low-rank state, or
-        statistics not calibrated yet."""
+        """As nn.Module.state_dict, without the entries of an attention that has no state: no low-rank state at all, or
+        statistics that are not calibrated yet."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        if not remembers(self.attention):
+        if self.attention is not None and not self.attention.has_state:
             for name in [name for name in state if name.startswith(f"{prefix}attention.")]:
                 del state[name]
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         inner = f"{prefix}attention."
-        if not any(name.startswith(inner) for name in state_dict) and self._is_of_original(state_dict, prefix):
-            if isinstance(self.attention.low_rank, Quadratic) and self.attention.is_calibrated:
+        has_entries = any(name.startswith(inner) for name in state_dict)
+        if self.attention is not None and not has_entries and self._is_of_original(state_dict, prefix):
+            if self.attention.is_calibrated:
                 self.attention.reset_parameters()
             state_dict.update(self.attention.state_dict(prefix=inner))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def remembers(attention: ScatterbrainAttention) -> bool:
-    """Whether ``attention`` has state that a checkpoint must hold."""
-    if isinstance(attention.low_rank, Quadratic) and attention.low_rank.statistics == "stored":
-        return attention.is_calibrated
-    return next(iter((*attention.parameters(), *attention.buffers())), None) is not None
+def attention_unless_exact(
+    num_heads: int, head_dim: int, support: Support, low_rank: LowRank, exact_queries: int = 0
+) -> ScatterbrainAttention | None:
+    """The attention of a host module; None for ``support=Full()``, where the host's own exact attention runs.
 
-
-@torch.compiler.assume_constant_result
-def _warn(message: str) -> None:
-    """Warns; under torch.compile once, when the call is traced."""
-    warnings.warn(message, stacklevel=4)
+    Raises:
+        TypeError, ValueError: for a support or low-rank kernel that does not fit together or the heads.
+    """
+    check_pair(support, low_rank, is_causal=False)
+    if support.is_full:
+        return None
+    return ScatterbrainAttention(num_heads, head_dim, support=support, low_rank=low_rank, exact_queries=exact_queries)

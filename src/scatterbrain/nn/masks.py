@@ -1,9 +1,14 @@
-"""What the masks of nn.MultiheadAttention say: whether one is the causal mask, and which tokens are padding."""
+"""What attention masks say: whether one is the causal mask, and which tokens are padding.
+
+Each library has its own convention; these functions name the one they take. Layers of a model share one mask tensor, so
+an answer is kept until the mask is written to. Under torch.compile, and for meta tensors, the content of a mask cannot be
+looked at.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -11,25 +16,36 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 MASK_STRIPE = 128  # rows of a mask compared at a time
-_KNOWN_MASKS = WeakTensorKeyDictionary()  # mask -> (version, answer): an encoder's layers share one mask tensor
+_ANSWERS = WeakTensorKeyDictionary()  # mask -> (version, {(question, *arguments): answer})
 
 
-def _once_per_mask(mask: Tensor, answer: Callable[[Tensor], Any]) -> Any:
-    """``answer(mask)``, computed again only after the mask was written to."""
-    if mask.is_inference():  # has no version
-        return answer(mask)
-    known = _KNOWN_MASKS.get(mask)
-    if known is None or known[0] != mask._version:
-        known = _KNOWN_MASKS[mask] = (mask._version, answer(mask))
-    return known[1]
+def is_unreadable(mask: Tensor) -> bool:
+    """Whether the content of ``mask`` cannot be looked at."""
+    return torch.compiler.is_compiling() or mask.is_meta
+
+
+def once_per_mask(mask: Tensor, question: Callable[..., Any], *arguments: Hashable) -> Any:
+    """``question(mask, *arguments)``, computed again only after the mask was written to. The answer must not hold the
+    mask itself, which would then never be freed."""
+    if mask.is_inference():  # inference tensors have no version
+        return question(mask, *arguments)
+    version, answers = _ANSWERS.get(mask, (None, {}))
+    if version != mask._version:
+        answers = {}
+        _ANSWERS[mask] = (mask._version, answers)
+    key = (question, *arguments)
+    if key not in answers:
+        answers[key] = question(mask, *arguments)
+    return answers[key]
+
+
+# -------------------- causality
 
 
 def is_causal_mask(mask: Tensor, hint: bool = True) -> bool:
-    """Whether ``mask`` (..., L, S) allows exactly the keys <= i to query i. Under torch.compile and for meta tensors,
-    whose content cannot be looked at, the caller's ``hint`` is the answer."""
-    if torch.compiler.is_compiling() or mask.is_meta:
-        return hint
-    return _once_per_mask(mask, _equals_causal)
+    """Whether ``mask`` (..., L, S), bool with True = hidden or float with -inf = hidden, shows query i exactly the keys
+    <= i. The caller's ``hint`` is the answer for a mask that cannot be looked at."""
+    return hint if is_unreadable(mask) else once_per_mask(mask, _equals_causal)
 
 
 def _equals_causal(mask: Tensor) -> bool:
@@ -49,20 +65,99 @@ def _equals_causal(mask: Tensor) -> bool:
     return True
 
 
+def kept_keys_and_offset(mask: Tensor) -> tuple[Tensor, int | None] | None:
+    """Takes apart a mask that is padding, or causality and padding. Its content must be readable.
+
+    Args:
+        mask: bool (B, 1, N, M), True = may attend.
+
+    Returns:
+        The keys that some query sees, bool (B, 1, 1, M), and the offset o with which query i sees keys <= i + o; None in
+        its place if every query sees the same keys. None alone for any other mask.
+    """
+    queries, keys = mask.shape[2:]
+    keep = mask.any(2, keepdim=True)
+    if bool((mask == keep).all()):
+        return keep, None
+    query = torch.arange(queries, dtype=torch.int32, device=mask.device)[:, None]
+    key = torch.arange(keys, dtype=torch.int32, device=mask.device)
+    for offset in {keys - queries, 0}:
+        if bool((mask == (keep & (key - offset <= query))).all()):
+            return keep, offset
+    return None
+
+
+# -------------------- padding
+
+
 def as_bool_padding(mask: Tensor | None) -> Tensor | None:
-    """The padding mask as bool, True = ignore; None for no mask, and for a float mask with values other than 0 and -inf
-    (under torch.compile such a value raises a RuntimeError when the graph runs)."""
+    """A padding mask of nn.MultiheadAttention as bool, True = ignore. None for no mask, and for a float mask with values
+    other than 0 and -inf; if such a mask cannot be looked at, a RuntimeError is raised when the graph runs."""
     if mask is None or mask.dtype == torch.bool:
         return mask
-    if torch.compiler.is_compiling() or mask.is_meta:
+    if is_unreadable(mask):
+        return _hidden_unread(mask, -math.inf, "key_padding_mask")
+    return once_per_mask(mask, _hidden, -math.inf)
+
+
+def padding_of(mask: Tensor, batch: int, keys: int, lowest: float | None = None) -> Tensor | None:
+    """The padding that a mask of (query, key) pairs stands for; None if it says anything else.
+
+    Recognised are masks that hide the same keys from every query, and square ones that also hide every key from padded
+    queries (both tokens of a pair must be valid), whose rows carry no meaning.
+
+    Args:
+        mask: bool, True = may attend, or float, added; (queries or 1, keys), or with (batch or 1, 1) before it.
+        batch, keys: sizes that the mask broadcasts to.
+        lowest: floats up to this one hide a pair; default the dtype's lowest number.
+
+    Returns:
+        bool (batch, keys), True = padding, or None. Of masks that cannot be looked at only those of one query row are
+        recognised; their values are then checked when the graph runs (RuntimeError).
+    """
+    if mask.dim() not in (2, 4) or mask.shape[-1] != keys:
+        return None
+    if mask.dim() == 4 and (mask.shape[1] != 1 or mask.shape[0] not in (1, batch)):
+        return None
+    if not is_unreadable(mask):
+        padding = once_per_mask(mask, _padding, lowest)
+    elif mask.shape[-2] == 1:
+        padding = _hidden_unread(mask, lowest, "attention mask")[..., 0, :]
+    else:
+        return None
+    return None if padding is None else padding.reshape(-1, keys).expand(batch, keys)
+
+
+def _padding(mask: Tensor, lowest: float | None) -> Tensor | None:
+    """bool (..., keys): the query dimension of the mask is gone."""
+    hidden = _hidden(mask, lowest)
+    if hidden is None:
+        return None
+    padded = hidden.all(-2)
+    same_for_all = bool((hidden == padded[..., None, :]).all())
+    if same_for_all or mask.shape[-2] != mask.shape[-1]:
+        return padded if same_for_all else None
+    return padded if bool((hidden == (padded[..., None, :] | padded[..., :, None])).all()) else None
+
+
+def _hidden(mask: Tensor, lowest: float | None) -> Tensor | None:
+    """bool, True = hidden; None for a float mask that holds values between ``lowest`` and 0, or above 0."""
+    hidden = _below(mask, lowest)
+    return hidden if mask.dtype == torch.bool or bool((hidden | (mask == 0)).all()) else None
+
+
+def _hidden_unread(mask: Tensor, lowest: float | None, name: str) -> Tensor:
+    """:func:`_hidden` of a mask that cannot be looked at: its values are checked when the graph runs."""
+    hidden = _below(mask, lowest)
+    if mask.dtype != torch.bool:
         torch._assert_async(
-            ((mask == 0) | (mask == -math.inf)).all(),
-            "key_padding_mask: expected 0 and -inf only under torch.compile, got other values; pass a bool mask",
+            (hidden | (mask == 0)).all(),
+            f"{name}: expected 0 and -inf only under torch.compile, got other values; pass a bool mask",
         )
-        return mask == -math.inf
-    return _once_per_mask(mask, _float_to_bool)
+    return hidden
 
 
-def _float_to_bool(mask: Tensor) -> Tensor | None:
-    padding = mask == -math.inf
-    return padding if bool((padding | (mask == 0)).all()) else None
+def _below(mask: Tensor, lowest: float | None) -> Tensor:
+    if mask.dtype == torch.bool:
+        return ~mask
+    return mask <= (torch.finfo(mask.dtype).min if lowest is None else lowest)

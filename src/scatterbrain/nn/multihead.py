@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from scatterbrain import checks
-from scatterbrain.low_rank import LowRank, Quadratic
+from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
+from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule, attention_unless_exact
 from scatterbrain.nn.masks import as_bool_padding, is_causal_mask
-from scatterbrain.presets import drop_in
-from scatterbrain.supports import Full, Support
-
-SUPPORT, LOW_RANK = drop_in()
+from scatterbrain.supports import Support
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(HostModule, nn.MultiheadAttention):
     """Multi-head attention with the arguments, the parameters and the masks of :class:`torch.nn.MultiheadAttention`.
 
     A call is approximated where sparse + low-rank attention can express it. Every other call runs exactly, as
@@ -54,15 +50,15 @@ class MultiheadAttention(nn.MultiheadAttention):
     ``query`` and ``key`` that are the same tensor object are self-attention: ``key_padding_mask`` then marks padded
     queries as well. Of two different tensors every query is computed.
 
-    A checkpoint of nn.MultiheadAttention loads strictly. It says nothing of what ``attention``, the
-    :class:`ScatterbrainAttention` inside, owns: calibrated statistics are forgotten with the weights they belong to,
-    learned projections stay. The other way round a checkpoint loads strictly into nn.MultiheadAttention unless it holds
-    statistics or projections.
+    The submodule ``attention`` is the :class:`ScatterbrainAttention`. A checkpoint of nn.MultiheadAttention loads
+    strictly: calibrated statistics are reset, since they belong to the weights that they were fitted with, and learned
+    projections stay. A checkpoint of this module loads strictly into nn.MultiheadAttention unless it holds statistics or
+    projections.
 
-    In evaluation without gradients nn.TransformerEncoderLayer would compute exact attention itself, without a call of
-    this module; the attribute ``_qkv_same_embed_dim``, False here, keeps it from that. torch.fx traces a model with the
-    module as one node, as it does with torch's own modules. TorchScript cannot hold an approximating module and raises;
-    use torch.compile or torch.export.
+    In evaluation without gradients nn.TransformerEncoderLayer would compute exact attention itself and never call this
+    module; its attribute ``_qkv_same_embed_dim`` is False to prevent that. torch.fx traces the module as one node, as it
+    does torch's own modules. TorchScript cannot hold an approximating module and raises; use torch.compile or
+    torch.export.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
@@ -95,14 +91,21 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self._attach(attention_unless_exact(self, support, low_rank))
+        self._attach(attention_unless_exact(num_heads, self.head_dim, support, low_rank))
 
     def _attach(self, attention: ScatterbrainAttention | None) -> None:
-        self.attention = attention
-        self._warned: set[str] = set()
+        super()._attach(attention)
         if attention is not None:
-            # False keeps torch's fused encoder layer, which never calls forward, away. Parameters keep their names.
+            # With True torch's fused encoder layer would compute attention itself, without a call of forward. Parameters
+            # keep their names.
             self._qkv_same_embed_dim = False
+
+    def _detach(self) -> None:
+        super()._detach()
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+
+    def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        return f"{prefix}out_proj.weight" in state_dict
 
     def forward(
         self,
@@ -115,15 +118,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`torch.nn.MultiheadAttention.forward`; the table of the class says what is approximated.
+        """As :meth:`torch.nn.MultiheadAttention.forward`; the class docstring lists which calls are approximated.
 
         Args:
             query: (L, N, embed_dim), (N, L, embed_dim) if batch_first, or (L, embed_dim). key, value: the same with S
                 tokens and kdim, vdim features.
             key_padding_mask: (N, S), or (S) for unbatched inputs; bool, True = ignore, or float, added.
-            need_weights: also return the attention weights, which takes exact attention.
+            need_weights: also return the attention weights, which needs exact attention.
             attn_mask: (L, S) or (N * num_heads, L, S); bool, True = not allowed, or float, added.
-            average_attn_weights: return the weights' mean over heads instead of those of each head.
+            average_attn_weights: average the returned weights over the heads.
             is_causal: attn_mask is the causal mask, query i sees keys <= i.
 
         Returns:
@@ -145,14 +148,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         padding = as_bool_padding(key_padding_mask)
         obstacle = self._obstacle(need_weights, attn_mask, causal, key_padding_mask, padding)
         if obstacle is not None:
-            self._warn_once(obstacle)
+            self._warn_exact(obstacle)
             return self._exact(*exact, causal)
 
         # 1. Tokens to (batch, heads, tokens, head_dim), as views of the projections.
         batched = query.dim() == 3
         batch_first = self.batch_first or not batched
         q, k, v = (self._split(x if batched else x[None], batch_first) for x in self._project(query, key, value))
-        # 2. Attention. Padded keys are padded queries too where both are the same tokens.
+        # 2. Attention. In self-attention a padded key is a padded query too; elsewhere no query is padded.
         if padding is not None and not batched:
             padding = padding[None]
         queries = None
@@ -209,20 +212,15 @@ class MultiheadAttention(nn.MultiheadAttention):
             return "key_padding_mask holds values other than 0 and -inf; pass a bool mask, True = ignore"
         return None
 
-    def _warn_once(self, obstacle: str) -> None:
-        if obstacle not in self._warned:
-            self._warned.add(obstacle)
-            _warn(f"MultiheadAttention runs exact attention, without approximation: {obstacle}.")
-
     # -------------------- compute
 
     def _exact(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool,
                attn_mask: Tensor | None, average_attn_weights: bool,
                is_causal: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """nn.MultiheadAttention's own computation, called below its forward, which ``_qkv_same_embed_dim`` misleads."""
+        """What nn.MultiheadAttention computes. Its forward cannot be called, since it reads ``_qkv_same_embed_dim``."""
         swap = self.batch_first and query.dim() == 3
         if swap:
-            # Tensors that were one stay one: the projection is chosen by identity.
+            # Inputs that are one tensor must stay one: torch chooses the projection by identity.
             q = query.transpose(0, 1)
             k = q if key is query else key.transpose(0, 1)
             v = k if value is key else value.transpose(0, 1)
@@ -274,55 +272,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         super()._reset_parameters()
         self._qkv_same_embed_dim = same
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """As nn.Module.state_dict. Where the attention inside has nothing to remember (no low-rank state, or statistics
-        not calibrated yet) its entries are left out, so that the result loads into nn.MultiheadAttention."""
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
-        if self.attention is not None and not self._remembers():
-            for name in [name for name in state if name.startswith(f"{prefix}attention.")]:
-                del state[name]
-        return state
-
-    def _remembers(self) -> bool:
-        low_rank = self.attention.low_rank
-        if isinstance(low_rank, Quadratic) and low_rank.statistics == "stored":
-            return self.attention.is_calibrated
-        return next(iter((*self.attention.parameters(), *self.attention.buffers())), None) is not None
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        inner = f"{prefix}attention."
-        if self.attention is None:
-            pass
-        elif f"{prefix}out_proj.weight" in state_dict and not any(name.startswith(inner) for name in state_dict):
-            # A checkpoint of nn.MultiheadAttention. Statistics belong to the weights they were fitted with.
-            if isinstance(self.attention.low_rank, Quadratic) and self.attention.is_calibrated:
-                self.attention.reset_parameters()
-            state_dict.update(self.attention.state_dict(prefix=inner))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def inner_attention(module: nn.Module, support: Support, low_rank: LowRank) -> ScatterbrainAttention:
-    """The attention of ``module``, on the device of its parameters and in its mode."""
-    attention = ScatterbrainAttention(module.num_heads, module.head_dim, support=support, low_rank=low_rank)
-    return attention.to(module.out_proj.weight.device).train(module.training)
-
-
-def attention_unless_exact(
-    module: nn.MultiheadAttention, support: Support, low_rank: LowRank
-) -> ScatterbrainAttention | None:
-    """:func:`inner_attention`, or None where torch's own attention is what was asked for."""
-    if isinstance(support, Full):
-        checks.check_pair(support, low_rank, is_causal=False)
-        return None
-    return inner_attention(module, support, low_rank)
-
 
 def _as_one_node(module: nn.Module, tracer: fx.Tracer, arguments: tuple) -> fx.Proxy:
-    """The call of ``module`` in a graph that torch.fx traces: what its masks allow can only be told when it runs."""
+    """The call of ``module`` in a graph that torch.fx traces; its masks can only be read when the graph runs."""
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
-
-
-@torch.compiler.assume_constant_result
-def _warn(message: str) -> None:
-    """Warns; under torch.compile once, when the call is traced."""
-    warnings.warn(message, stacklevel=4)

@@ -1,4 +1,4 @@
-"""Time spent in attention and outside of it."""
+"""The time that a training step spends in attention."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 class AttentionTimer:
     """Adds up the seconds that the wrapped attention modules spend in their forward and backward passes.
 
-    Forward is timed around the call. For backward, an identity is put around the module on either side: autograd
-    reaches the one on the output when the gradient of the output is complete, just before the backward pass of the
-    attention, and the one on query, key and value when the attention has produced all three gradients. Autograd runs
-    the nodes of a device one after another, latest first, so what lies between the two belongs to the attention:
-    routing, low-rank coordinates, kernels, and the gradients of its own parameters. The projections to query, key and
-    value and the one after the attention are outside.
+    The forward pass is timed around the call. For the backward pass there is an identity before and after the module.
+    Autograd reaches the one on the output when the output's gradient is complete, just before the backward pass of the
+    attention, and the one on query, key and value when the attention has computed all three gradients. Autograd runs the
+    nodes of a device one after another, latest first, so the work between the two belongs to the attention: routing,
+    low-rank coordinates, kernels, and the gradients of its own parameters. The projections to query, key and value and
+    the output projection are not counted.
 
-    On a GPU each reading waits for the device, which costs some of the overlap that the timed step would have.
+    On a GPU each reading waits for the device, so the timed step loses some overlap.
     """
 
     def __init__(self) -> None:
@@ -41,12 +41,12 @@ class AttentionTimer:
 
 
 class TimedAttention(nn.Module):
-    """An attention module whose forward and backward passes are timed by a clock."""
+    """An attention module whose forward and backward passes are timed."""
 
-    def __init__(self, attention: nn.Module, clock: AttentionTimer) -> None:
+    def __init__(self, attention: nn.Module, timer: AttentionTimer) -> None:
         super().__init__()
         self.attention = attention
-        self._timer = clock
+        self._timer = timer
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
         query, key, value = _StopInBackward.apply(self._timer, query, key, value)
@@ -58,23 +58,23 @@ class TimedAttention(nn.Module):
 
 class _StopInBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, clock, query, key, value):
-        ctx.clock = clock
+    def forward(ctx, timer, query, key, value):
+        ctx.timer = timer
         return query.view_as(query), key.view_as(key), value.view_as(value)
 
     @staticmethod
     def backward(ctx, *gradients):
-        ctx.clock.stop(gradients[0].device)
+        ctx.timer.stop(gradients[0].device)
         return None, *gradients
 
 
 class _StartInBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, clock, output):
-        ctx.clock = clock
+    def forward(ctx, timer, output):
+        ctx.timer = timer
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx, gradient):
-        ctx.clock.start(gradient.device)
+        ctx.timer.start(gradient.device)
         return None, gradient

@@ -12,16 +12,20 @@ import safetensors.torch
 import torch
 
 from scatterbrain.training.files import write_atomically
-from scatterbrain.training.train_step import TrainStep
+from scatterbrain.training.train_step import TrainState
 
 FORMAT = "scatterbrain-train-1"
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimizer steps done, seconds trained, and the configuration as nested dictionaries.
+    """How far a run has come. The position in the data follows from the number of steps, since a batch is a function of
+    its number.
 
-    The position in the data follows from the number of steps, since a batch is a function of its number.
+    Args:
+        step: optimizer steps done.
+        seconds: trained so far.
+        config: the run's configuration as nested dictionaries.
     """
 
     step: int
@@ -29,52 +33,52 @@ class Progress:
     config: dict[str, Any]
 
 
-def save_checkpoint(path: Path, learner: TrainStep, progress: Progress) -> None:
+def save_checkpoint(path: Path, train_state: TrainState, progress: Progress) -> None:
     """Writes weights, optimizer, random number generators and progress, atomically.
 
     Raises:
-        OSError: when it cannot be written; a checkpoint that was there stays whole.
+        OSError: if it cannot be written; an earlier checkpoint stays whole.
     """
-    tensors = {f"model/{name}": value.contiguous() for name, value in learner.model.state_dict().items()}
-    for index, state in learner.optimizer.state_dict()["state"].items():
+    tensors = {f"model/{name}": value.contiguous() for name, value in train_state.model.state_dict().items()}
+    for index, state in train_state.optimizer.state_dict()["state"].items():
         for name, value in state.items():
             tensors[f"optimizer/{index}/{name}"] = value.contiguous()
     tensors["rng/cpu"] = torch.get_rng_state()
-    if learner.device.type == "cuda":
-        tensors["rng/cuda"] = torch.cuda.get_rng_state(learner.device)
+    if train_state.device.type == "cuda":
+        tensors["rng/cuda"] = torch.cuda.get_rng_state(train_state.device)
     metadata = {"format": FORMAT, "progress": json.dumps(dataclasses.asdict(progress))}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
 def read_progress(path: Path) -> Progress:
-    """What :func:`save_checkpoint` stored about the run.
+    """The progress that :func:`save_checkpoint` stored.
 
     Raises:
-        ValueError: if the file is not such a checkpoint.
+        ValueError: if the file is not a checkpoint of it.
     """
     return Progress(**json.loads(_metadata(path)["progress"]))
 
 
-def load_checkpoint(path: Path, learner: TrainStep) -> None:
-    """Puts ``learner`` and the random number generators into the stored state.
+def load_checkpoint(path: Path, train_state: TrainState) -> None:
+    """Restores the weights, the optimizer and the random number generators.
 
     Raises:
-        ValueError: if the file is not a checkpoint of such a run.
+        ValueError: if the file is not a checkpoint of :func:`save_checkpoint`.
         RuntimeError: if the weights do not fit the model.
     """
     tensors = safetensors.torch.load_file(path)
     model = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-    learner.model.load_state_dict(model)
-    optimizer = learner.optimizer.state_dict()
+    train_state.model.load_state_dict(model)
+    optimizer = train_state.optimizer.state_dict()
     optimizer["state"] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer/"):
             _, index, field = name.split("/")
             optimizer["state"].setdefault(int(index), {})[field] = value
-    learner.optimizer.load_state_dict(optimizer)
+    train_state.optimizer.load_state_dict(optimizer)
     torch.set_rng_state(tensors["rng/cpu"])
-    if learner.device.type == "cuda" and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"], learner.device)
+    if train_state.device.type == "cuda" and "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"], train_state.device)
 
 
 def _metadata(path: Path) -> dict[str, str]:

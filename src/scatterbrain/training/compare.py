@@ -1,4 +1,4 @@
-"""The model of a run stepped with exact attention, and the table that puts the two side by side."""
+"""A run compared with its first steps under exact attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scatterbrain.training.attention import build_attention
 from scatterbrain.training.config import AttentionConfig, RunConfig
 from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.metrics import MetricsLog, Record, bits_per_byte
-from scatterbrain.training.train_step import Batch, TrainStep
+from scatterbrain.training.train_step import Batch, TrainState
 
 
 def compare_with_exact(
@@ -20,23 +20,25 @@ def compare_with_exact(
     validation_batches: list[Batch],
     stop: StopRequest,
 ) -> str | None:
-    """Repeats the first ``compare.steps`` steps of a run with exact attention and describes both.
+    """Repeats the first ``compare.steps`` steps of a run with exact attention and tabulates loss and time of both.
 
-    The weights start from the same values (all but the attention's own, which exact attention does not have), and the
-    batches and learning rates of each step are those of the run, so the losses at the same step can be compared.
+    Initial weights (except the parameters of the low-rank kernel), batches and learning rates are those of the run, so
+    losses at the same step can be compared.
 
     Returns:
         The table, or None if the comparison was stopped.
     """
     own = log.of_kind("train")
-    learner = TrainStep(config.model, config.train, partial(build_attention, AttentionConfig(support="full")))
+    train_state = TrainState(config.model, config.train, partial(build_attention, AttentionConfig(support="full")))
     exact: list[Record] = []
     for record in own[: config.compare.steps]:
         if stop.signal is not None:
             return None
-        step = learner.step(training_batches(record["step"] - 1), record["learning_rate"])
-        exact.append({"tokens": step.tokens, "seconds": step.seconds, "attention_seconds": step.attention_seconds})
-    loss = learner.evaluate(validation_batches)
+        result = train_state.step(training_batches(record["step"] - 1), record["learning_rate"])
+        exact.append(
+            {"tokens": result.tokens, "seconds": result.seconds, "attention_seconds": result.attention_seconds}
+        )
+    loss = train_state.evaluate(validation_batches)
     return _table(own, exact, log.of_kind("validation"), bits_per_byte(loss))
 
 

@@ -1,4 +1,4 @@
-"""One model with its optimizer: a training step, an evaluation, and the state that a checkpoint keeps."""
+"""A model with its optimizer: the training step and the evaluation."""
 
 from __future__ import annotations
 
@@ -22,8 +22,15 @@ Batch = tuple[Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """One optimizer step: mean loss in nats, norm of the gradient before clipping, tokens read, seconds taken."""
+class StepResult:
+    """Figures of one optimizer step.
+
+    Args:
+        loss: mean, in nats per token.
+        gradient_norm: before clipping.
+        tokens: read by the step.
+        seconds: of the whole step. attention_seconds: of these, spent in attention.
+    """
 
     loss: float
     gradient_norm: float
@@ -32,8 +39,8 @@ class Step:
     attention_seconds: float
 
 
-class TrainStep:
-    """A decoder, AdamW, and the step that trains it.
+class TrainState:
+    """A decoder and its AdamW optimizer, with the step that trains it.
 
     Args:
         model: Sizes of the decoder.
@@ -47,12 +54,12 @@ class TrainStep:
     ) -> None:
         self.config = train
         self.device = _device(train.device)
-        self.clock = AttentionTimer()
+        self.timer = AttentionTimer()
         torch.manual_seed(train.seed)
         generator = torch.Generator().manual_seed(train.seed)
 
         def timed_attention(*sizes: int) -> nn.Module:
-            return TimedAttention(attention(*sizes), self.clock)
+            return TimedAttention(attention(*sizes), self.timer)
 
         self.model = Decoder(model, vocabulary, timed_attention, generator).to(self.device)
         decayed = [parameter for parameter in self.model.parameters() if parameter.ndim == 2]
@@ -63,11 +70,11 @@ class TrainStep:
             betas=train.betas,
         )
 
-    def step(self, batches: Iterable[Batch], learning_rate: float) -> Step:
+    def step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over the mean gradient of ``batches``."""
         batches = list(batches)
         started = time.perf_counter()
-        self.clock.reset()
+        self.timer.reset()
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
@@ -86,7 +93,7 @@ class TrainStep:
         self.optimizer.step()
         sb.update_statistics(self.model)
         tokens = sum(inputs.numel() for inputs, _ in batches)
-        return Step(total, norm, tokens, time.perf_counter() - started, self.clock.seconds)
+        return StepResult(total, norm, tokens, time.perf_counter() - started, self.timer.seconds)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
@@ -106,7 +113,8 @@ class TrainStep:
 
 
 def scheduled_learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
-    """Learning rate of step ``step`` (from 0), ``fraction`` of the run being done: linear warm-up times a cosine."""
+    """Learning rate of step ``step``, counted from 0, when ``fraction`` of the run is done: linear warm-up times a
+    cosine."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
     share = config.final_learning_rate + (1 - config.final_learning_rate) * cosine
     return config.learning_rate * share * min(1.0, (step + 1) / max(config.warmup, 1))
@@ -119,6 +127,6 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"train.device: expected cpu, cuda or another torch device, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"train.device: expected a device that is there, got {name!r}, and torch finds no GPU; use cpu"
+            f"train.device: expected a device of this machine, got {name!r}, and torch finds no GPU; use cpu"
         )
     return device

@@ -23,14 +23,14 @@ from scatterbrain.training.files import RunFolder, write_atomically
 from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.metrics import MetricsLog, bits_per_byte, draw_loss_curve, read_records
 from scatterbrain.training.sample import generate
-from scatterbrain.training.train_step import Batch, Step, TrainStep, scheduled_learning_rate
+from scatterbrain.training.train_step import Batch, StepResult, TrainState, scheduled_learning_rate
 
-# A continued run may differ in these; everything else of data, model, attention and train decides what is learned.
+# A continued run may differ in these. Every other setting of data, model, attention and train affects what is learned.
 FREE_TRAIN_KEYS = ("steps", "minutes", "device", "threads", "validate_every", "validation_batches", "checkpoint_every")
 
 
 class RunStopped(Exception):
-    """The run ended before its time; the message says why, where the checkpoint is and how to go on."""
+    """The run ended early; the message says why, where the checkpoint is and how to continue."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -41,10 +41,10 @@ class Trainer:
     """A training run.
 
     Args:
-        config: Everything about it.
+        config: All its settings.
 
     Raises:
-        ValueError: for settings that do not go together, missing data, or an output folder whose checkpoint the
+        ValueError: for settings that do not fit together, missing data, or an output folder whose checkpoint the
             configuration neither continues nor replaces.
     """
 
@@ -57,7 +57,7 @@ class Trainer:
         sizes = (config.train.context, config.train.batch, config.train.seed)
         self.batches = Batches(training, *sizes)
         self.validation = Batches(validation, *sizes, name="validation")
-        self.learner = TrainStep(config.model, config.train, partial(build_attention, config.attention))
+        self.train_state = TrainState(config.model, config.train, partial(build_attention, config.attention))
         self.steps_done, self._seconds_before = 0, 0.0
         self._checkpointed_step: int | None = None
         self._open()
@@ -66,8 +66,8 @@ class Trainer:
         """Trains to the end of the schedule, then writes the sample.
 
         Raises:
-            RunStopped: after SIGINT or SIGTERM, once the current step is finished and saved, or when a file cannot be
-                written; the last checkpoint is whole either way.
+            RunStopped: after SIGINT or SIGTERM, once the current step is finished and saved, or if a file cannot be
+                written; the last checkpoint is whole in both cases.
         """
         self._introduce()
         with StopRequest() as stop:
@@ -94,7 +94,7 @@ class Trainer:
         return [self.validation[index] for index in range(self.config.train.validation_batches)]
 
     def _open(self) -> None:
-        """Starts the output folder, or takes up the run that is in it."""
+        """Starts the output folder, or continues the run in it."""
         found, resume = self.folder.checkpoint.exists(), self.config.resume
         if resume is True and not found:
             raise ValueError(
@@ -110,7 +110,7 @@ class Trainer:
         if resume and found:
             progress = read_progress(self.folder.checkpoint)
             _check_same_run(progress.config, self._description)
-            load_checkpoint(self.folder.checkpoint, self.learner)
+            load_checkpoint(self.folder.checkpoint, self.train_state)
             self.steps_done, self._seconds_before = progress.step, progress.seconds
             self._checkpointed_step = progress.step
             records = read_records(self.folder.metrics, progress.step)
@@ -121,7 +121,7 @@ class Trainer:
         self.log = MetricsLog(self.folder.metrics, records)
 
     def _introduce(self) -> None:
-        parameters = sum(parameter.numel() for parameter in self.learner.model.parameters())
+        parameters = sum(parameter.numel() for parameter in self.train_state.model.parameters())
         sizes = f"{self.batches.tokens.numel():,} bytes to train on, {self.validation.tokens.numel():,} to validate on"
         print(f"{sizes}; {parameters:,} parameters; {describe_attention(self.config.attention)}")
         print(
@@ -130,18 +130,18 @@ class Trainer:
 
     def _fit(self, stop: StopRequest) -> None:
         train = self.config.train
-        self._clock_start = time.perf_counter()
+        self._started = time.perf_counter()
         with _progress_bar(self._fraction()) as bar:
             while self._fraction() < 1 and stop.signal is None:
                 rate = scheduled_learning_rate(train, self.steps_done, self._fraction())
-                step = self.learner.step(self.training_batches(self.steps_done), rate)
+                result = self.train_state.step(self.training_batches(self.steps_done), rate)
                 self.steps_done += 1
-                self._record(step, rate)
+                self._record(result, rate)
                 if self.steps_done % train.validate_every == 0 or self.steps_done == self.config.compare.steps:
                     self._validate()
                 if self.steps_done % train.checkpoint_every == 0:
                     self._save()
-                _show(bar, self._fraction(), self.steps_done, step)
+                _show(bar, self._fraction(), self.steps_done, result)
             if stop.signal is None and not self._validated():
                 self._validate()
         if self._checkpointed_step != self.steps_done:
@@ -150,7 +150,7 @@ class Trainer:
         print(f"step {self.steps_done}: checkpoint in {self.folder.checkpoint}, loss curve in {self.folder.loss_curve}")
 
     def _fraction(self) -> float:
-        """Share of the run that is done, by steps or by the clock, whichever is further."""
+        """Share of the run that is done, by steps or by minutes, whichever is larger."""
         train = self.config.train
         fraction = self.steps_done / train.steps
         if train.minutes is not None:
@@ -158,20 +158,20 @@ class Trainer:
         return min(fraction, 1.0)
 
     def _seconds(self) -> float:
-        return self._seconds_before + time.perf_counter() - self._clock_start
+        return self._seconds_before + time.perf_counter() - self._started
 
-    def _record(self, step: Step, learning_rate: float) -> None:
+    def _record(self, result: StepResult, learning_rate: float) -> None:
         record = {
             "kind": "train",
             "step": self.steps_done,
-            "loss": step.loss,
-            "bits_per_byte": bits_per_byte(step.loss),
+            "loss": result.loss,
+            "bits_per_byte": bits_per_byte(result.loss),
+            "learning_rate": learning_rate,
         }
-        record |= {"learning_rate": learning_rate, "gradient_norm": step.gradient_norm, "tokens": step.tokens}
-        self.log.append(record | {"seconds": step.seconds, "attention_seconds": step.attention_seconds})
+        self.log.append(record | dataclasses.asdict(result))
 
     def _validate(self) -> None:
-        loss = self.learner.evaluate(self.validation_batches())
+        loss = self.train_state.evaluate(self.validation_batches())
         self.log.append(
             {"kind": "validation", "step": self.steps_done, "loss": loss, "bits_per_byte": bits_per_byte(loss)}
         )
@@ -182,7 +182,7 @@ class Trainer:
 
     def _save(self) -> None:
         save_checkpoint(
-            self.folder.checkpoint, self.learner, Progress(self.steps_done, self._seconds(), self._description)
+            self.folder.checkpoint, self.train_state, Progress(self.steps_done, self._seconds(), self._description)
         )
         self._checkpointed_step = self.steps_done
 
@@ -191,7 +191,7 @@ class Trainer:
         if config.length == 0:
             return
         prompt = config.prompt.encode()
-        added = generate(self.learner.model, prompt, config.length, config.temperature, train.context, train.seed)
+        added = generate(self.train_state.model, prompt, config.length, config.temperature, train.context, train.seed)
         text = (prompt + added).decode(errors="replace")
         write_atomically(self.folder.sample, text.encode())
         print(f"sample, in {self.folder.sample}:\n{text}")
@@ -216,7 +216,7 @@ class Trainer:
 
 
 def _as_plain_data(config: RunConfig) -> dict[str, Any]:
-    """The configuration as YAML and JSON hold it, without what concerns one start of the run only."""
+    """The configuration in the types of YAML and JSON, without the settings of a single start of the run."""
     plain = dataclasses.asdict(config, dict_factory=_with_lists)
     return {name: value for name, value in plain.items() if name not in ("resume", "overwrite")}
 
@@ -226,7 +226,7 @@ def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuses to continue a run under settings that would make it another run."""
+    """Raises ValueError for a setting that affects what is learned and has changed."""
     for section in ("data", "model", "attention", "train"):
         for name, value in current[section].items():
             free = section == "train" and name in FREE_TRAIN_KEYS
@@ -238,13 +238,13 @@ def _check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def _progress_bar(fraction: float) -> tqdm:
-    """A bar over the share of the run that is done, which serves limits in steps and in minutes alike."""
+    """A bar over the share of the run that is done, for limits in steps and in minutes."""
     layout = "{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
     interval = 0.2 if sys.stderr.isatty() else 20.0
     return tqdm(total=1.0, initial=fraction, bar_format=layout, mininterval=interval, dynamic_ncols=True)
 
 
-def _show(bar: tqdm, fraction: float, step_number: int, step: Step) -> None:
-    loss = f"loss {step.loss:.3f}, {bits_per_byte(step.loss):.3f} bits per byte"
-    bar.set_postfix_str(f"step {step_number}, {loss}, {step.tokens / step.seconds:,.0f} tokens/s", refresh=False)
+def _show(bar: tqdm, fraction: float, step_number: int, result: StepResult) -> None:
+    loss = f"loss {result.loss:.3f}, {bits_per_byte(result.loss):.3f} bits per byte"
+    bar.set_postfix_str(f"step {step_number}, {loss}, {result.tokens / result.seconds:,.0f} tokens/s", refresh=False)
     bar.update(fraction - bar.n)

@@ -8,12 +8,12 @@
         model(**batch)
 
 "scatterbrain" is :func:`scatterbrain.presets.drop_in`; "scatterbrain:drop_in", "scatterbrain:train" and
-"scatterbrain:paper" are the presets, "scatterbrain:full" is exact, and :func:`register` adds names. The choice is made
-at load, with ``model.set_attn_implementation(name)``, or for single layers with ``sb.replace_attention(model, where=)``.
+"scatterbrain:paper" are the presets, "scatterbrain:full" is exact, and :func:`register` adds names. Choose a name at
+load, with ``model.set_attn_implementation(name)``, or for single layers with ``sb.replace_attention(model, where=)``.
 
 Every attention layer owns a :class:`scatterbrain.ScatterbrainAttention` as its submodule ``scatterbrain``, so
-calibration and learned projections move, copy, save and load with the model. Another implementation takes it out of the
-state dict, and coming back finds it again.
+calibration and learned projections move, copy, save and load with the model. Choosing another implementation takes it
+out of the state dict; choosing this one again brings it back.
 
 ============================================ =======================================================================
 call                                         what happens
@@ -21,8 +21,8 @@ call                                         what happens
 no mask, padding on any side, causal         approximated; outputs of padded queries are zero before the projection
 several tokens behind a cache                approximated, each query at its position in the cache
 one token                                    exact over the cache
-cross-attention                              approximated, each query with a list of its own: windows and lists that
-                                             queries share depend on the target tokens after it; LSH, "input" exact
+cross-attention                              approximated, each query with a list of its own, since windows and shared
+                                             lists depend on later target tokens; with LSH and "input" exact
 dropout on attention weights in training     exact, warns: :func:`set_attention_dropout`
 4-D bool masks of padding and causality      approximated
 sliding windows shorter than the sequence,   exact, warns
@@ -44,14 +44,15 @@ except ModuleNotFoundError as error:
         name="transformers",
     ) from error
 
-from scatterbrain.integrations.replace import register_handler
+from scatterbrain.integrations.replacer import register_replacer
+from scatterbrain.integrations.transformers.dropout import set_attention_dropout
 from scatterbrain.integrations.transformers.hooks import install
-from scatterbrain.integrations.transformers.layers import set_attention_dropout
+from scatterbrain.integrations.transformers.registry import SETTINGS, Settings
 from scatterbrain.integrations.transformers.replacer import TransformersReplacer, UpdateStatistics
-from scatterbrain.integrations.transformers.settings import SETTINGS, Settings, register, register_built_in
+from scatterbrain.integrations.transformers.settings import register, register_built_in
 
 __all__ = ["SETTINGS", "Settings", "UpdateStatistics", "register", "set_attention_dropout"]
 
 register_built_in()
 install()
-register_handler(TransformersReplacer())
+register_replacer(TransformersReplacer())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 
 from scatterbrain.integrations.transformers import layers
 from scatterbrain.integrations.transformers.masks import Visible, compacted, dense_mask, is_compact, read_mask
+from scatterbrain.integrations.transformers.registry import PER_LAYER, SETTINGS
 from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.supports import Full
+from scatterbrain.nn.warn import warn
 
-# What changes the scores beyond q.k and a mask. Exact attention of these is the model's own affair.
+# Arguments that change the scores beyond q.k and a mask. This package has no exact attention for them either.
 REFUSED = {
     "softcap": "caps the scores (softcap)",
     "s_aux": "adds attention sinks (s_aux)",
@@ -24,7 +24,7 @@ REFUSED = {
     "indices": "chooses keys itself (indices)",
     "block_indices": "chooses keys itself (block_indices)",
 }
-# Sequences packed into one row, which a mask that says nothing of them would mix.
+# Arguments that mark sequences packed into one row. Without a mask that separates them they would attend to each other.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "block_table")
 
 
@@ -41,19 +41,19 @@ def attention_forward(
     name: str,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, as transformers' AttentionInterface has it.
+    """Attention of one layer, with the arguments of transformers' AttentionInterface.
 
     Args:
-        module: the layer; the ScatterbrainAttention that it owns says how.
+        module: the layer; it owns the ScatterbrainAttention to use.
         query: (B, Hq, N, d); key: (B, Hkv, M, d); value: (B, Hkv, M, dv).
-        attention_mask: what :func:`compact_mask` made, or any mask of F.scaled_dot_product_attention.
-        dropout: of attention weights; attention with it is exact.
+        attention_mask: a result of :func:`compact_mask`, or any mask of F.scaled_dot_product_attention.
+        dropout: of attention weights; with it attention runs exactly.
         scaling: factor of q.k; default 1/sqrt(d).
-        is_causal: for calls without a mask; default what the layer says.
-        name: the implementation.
+        is_causal: for calls without a mask; default the layer's attribute.
+        name: of the implementation.
 
     Returns:
-        ((B, N, Hq, dv), None): there are no attention weights to return.
+        (output (B, N, Hq, dv), None in place of attention weights).
     """
     _check_mask(module, attention_mask)
     _refuse(module, attention_mask, query.shape[2], key.shape[2], arguments)
@@ -61,12 +61,12 @@ def attention_forward(
     if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
     core = layers.core_of(module)
-    if core is None and name != layers.PER_LAYER:
+    if core is None and name != PER_LAYER:
         core = _attach(module, name, query, key)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and query.shape[2] > 1
     if attention_mask is None and causal and key.shape[2] > query.shape[2]:
-        # The first tokens of a static cache: the slots behind them are empty.
+        # The prompt in a static cache: the slots behind it are still empty.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     is_self = core is None or getattr(core, "is_self", True)
     visible = read_mask(attention_mask, causal, query.shape[0], query.shape[2], key.shape[2], is_self)
@@ -78,9 +78,7 @@ def attention_forward(
 
 
 def _attach(module: nn.Module, name: str, query: Tensor, key: Tensor) -> ScatterbrainAttention:
-    """For an implementation that was written into a layer's configuration, past set_attn_implementation."""
-    from scatterbrain.integrations.transformers.settings import SETTINGS
-
+    """For an implementation that was written into a layer's configuration without set_attn_implementation."""
     if torch.compiler.is_compiling():
         raise RuntimeError(
             f"{type(module).__name__} was compiled before it owned a ScatterbrainAttention; choose the implementation "
@@ -97,13 +95,13 @@ def _check_mask(module: nn.Module, mask: Tensor | None) -> None:
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
         kind = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"{type(module).__name__} got an attention mask of {kind}, expected None or a 4-D tensor of AttentionMaskInterface; use "
-            "attn_implementation='sdpa' for this model"
+            f"{type(module).__name__} got an attention mask of {kind}, expected None or a 4-D tensor of "
+            "AttentionMaskInterface; use attn_implementation='sdpa' for this model"
         )
 
 
 def _refuse(module: nn.Module, mask: Tensor | None, queries: int, keys: int, arguments: dict[str, Any]) -> None:
-    """Raises for attention that is something else, naming the model's layer, what it asks for and the cure."""
+    """Raises ValueError for arguments that sparse + low-rank attention cannot express, naming the layer and the cure."""
     layer = type(module).__name__
     for argument, what in REFUSED.items():
         if arguments.get(argument) is not None:
@@ -124,7 +122,7 @@ def _refuse(module: nn.Module, mask: Tensor | None, queries: int, keys: int, arg
             "implementation for the whole model (set_attn_implementation), so that it makes the masks too"
         )
     if arguments.get("output_attentions"):
-        _warn(f"{layer} returns no attention weights (output_attentions); use attn_implementation='eager' for them")
+        warn(f"{layer} returns no attention weights (output_attentions); use attn_implementation='eager' for them", 3)
 
 
 def _is_exact(
@@ -135,10 +133,10 @@ def _is_exact(
     dropout: float,
     arguments: dict[str, Any],
 ) -> bool:
-    """Whether this call runs exact attention; warns unless exact is what was chosen or what a single query gets."""
+    """Whether this call runs exact attention; warns of it unless exact attention was chosen or there is one query."""
     if core.is_collecting and visible.dense is None:
         return False
-    if isinstance(core.support, Full) or query.shape[2] == 1:
+    if core.is_exact or query.shape[2] == 1:
         return True
     reason = None
     window = arguments.get("sliding_window")
@@ -160,7 +158,7 @@ def _is_exact(
             "scatterbrain.integrations.transformers.set_attention_dropout(model, 0.0)"
         )
     if reason is not None:
-        _warn(f"{type(module).__name__} runs exact attention, without approximation: {reason}")
+        warn(f"{type(module).__name__} runs exact attention, without approximation: {reason}", 3)
     return reason is not None
 
 
@@ -194,7 +192,7 @@ def _approximate(
 ) -> Tensor:
     if not torch.compiler.is_compiling():
         layers.fit_to(module, core, query, key)
-    if layers.needs_calibration(core):
+    if core.needs_calibration:
         raise ValueError(
             f"{type(module).__name__} is not calibrated: run a few typical batches in "
             "`with sb.calibrate(model), torch.no_grad(): model(**batch)`, load a checkpoint of a calibrated model, or "
@@ -210,9 +208,3 @@ def _approximate(
         query_padding_mask=visible.query_padding_mask,
         query_offset=visible.query_offset,
     )
-
-
-@torch.compiler.assume_constant_result
-def _warn(message: str) -> None:
-    """Warns, once for a message and place as Python's filter has it; under torch.compile when the call is traced."""
-    warnings.warn(message, stacklevel=3)

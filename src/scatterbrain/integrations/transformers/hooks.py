@@ -1,5 +1,5 @@
-"""Where transformers' models learn of their ScatterbrainAttention: when they are built, loaded, and given another
-implementation."""
+"""Wrappers around methods of PreTrainedModel that attach ScatterbrainAttention when a model is built, loaded, or given
+another implementation."""
 
 from __future__ import annotations
 
@@ -13,26 +13,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from scatterbrain.integrations.transformers.layers import (
     CORE,
-    PER_LAYER,
     attach,
     attention_layers,
     core_of,
     implementation,
     park,
 )
-from scatterbrain.integrations.transformers.settings import SETTINGS
+from scatterbrain.integrations.transformers.registry import PER_LAYER, PREFIX, SETTINGS, check_registered
 from scatterbrain.integrations.vision import exact_class_tokens
 
-_OWNED = f".{CORE}."  # part of every name of our state in a model's state dict
-
-
-def is_ours(name: str | None) -> bool:
-    return name in SETTINGS or name == PER_LAYER
+_OWNED = f".{CORE}."  # part of the name of every entry of ours in a model's state dict
 
 
 def adopt(model: nn.Module) -> None:
-    """Every attention layer of ``model`` whose configuration names one of our implementations owns a
-    ScatterbrainAttention with its settings, and no other layer does."""
+    """Gives a ScatterbrainAttention to every attention layer of ``model`` whose configuration names one of our
+    implementations, and takes it from every other layer."""
     for seed, (path, module) in enumerate(attention_layers(model)):
         name = implementation(module)
         if name in SETTINGS:
@@ -42,22 +37,13 @@ def adopt(model: nn.Module) -> None:
     exact_class_tokens(model)
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and any(core_of(module) for _, module in attention_layers(inner)):
-            # A checkpoint without our state is an ordinary one: the state says itself that it is not calibrated.
+            # A checkpoint without our entries is that of an ordinary model, which loads without a warning.
             patterns = set(getattr(inner, "_keys_to_ignore_on_load_missing", None) or ())
             inner._keys_to_ignore_on_load_missing = patterns | {_OWNED.replace(".", r"\.")}
 
 
-def check_registered(name: str) -> None:
-    """Raises for a name of ours that nothing was registered under."""
-    if not is_ours(name):
-        raise ValueError(
-            f"attn_implementation={name!r} is not registered, expected one of {', '.join(SETTINGS)}; register it with "
-            "scatterbrain.integrations.transformers.register"
-        )
-
-
 def refuse_family(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
-    """Raises for a model that computes its attention itself and would ignore the choice without a word."""
+    """Raises ValueError for a model that computes attention in its own code and would silently ignore the choice."""
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"{type(model).__name__} ({config.model_type}) computes attention in its own code and does not ask transformers' "
@@ -70,7 +56,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def init(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         name = getattr(config, "_attn_implementation", None)
-        if isinstance(name, str) and name.startswith(CORE):  # before the model looks up a class by this name
+        if isinstance(name, str) and name.startswith(PREFIX):  # before the model looks up a class by this name
             check_registered(name)
             refuse_family(self, config, name)
         original(self, config, *args, **kwargs)
@@ -90,7 +76,7 @@ def _post_init(original: Callable[[PreTrainedModel], None]) -> Callable[[PreTrai
 def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def set_attn_implementation(self: PreTrainedModel, attn_implementation: str | dict, *args: Any, **kwargs: Any):
-        if isinstance(attn_implementation, str) and attn_implementation.startswith(CORE):
+        if isinstance(attn_implementation, str) and attn_implementation.startswith(PREFIX):
             check_registered(attn_implementation)
             for inner in self.modules():
                 if isinstance(inner, PreTrainedModel):
@@ -102,8 +88,8 @@ def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., Non
 
 
 def _move_missing(original: Callable[..., None]) -> Callable[..., None]:
-    """Loading replaces what a checkpoint lacks by memory that it has not written to. Our state is never on the meta
-    device and starts as what it is without a checkpoint, so it stays."""
+    """While loading, transformers replaces entries that a checkpoint lacks by uninitialised memory. Ours are never on the
+    meta device and have their initial values already, so they stay."""
 
     @functools.wraps(original)
     def move_missing(self: PreTrainedModel, missing_keys: set[str], *args: Any, **kwargs: Any) -> None:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from scatterbrain.integrations.restrictions import NotReplaceable, query_by_query
-from scatterbrain.low_rank import LowRank, Quadratic
+from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.supports import Full, Support
 
-CORE = "scatterbrain"  # attribute of an attention module, and so part of the names in its state dict
-PARKED = "_scatterbrain_parked"  # where it waits, outside of the state dict, while another implementation runs
-PER_LAYER = "scatterbrain:per_layer"  # implementation whose layers are exact unless they own a ScatterbrainAttention
+CORE = "scatterbrain"  # attribute of an attention module that holds its ScatterbrainAttention; part of state dict names
+PARKED = "_scatterbrain_parked"  # holds it outside of the state dict while another implementation runs
 
 _INTERFACE = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface")
 _CROSS = re.compile(r"key_value|encoder|cross|context|memory|latent|image|vision|text|media|kv|query|queries|value")
@@ -47,7 +46,7 @@ def implementation(module: nn.Module) -> str | None:
 
 
 def attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the modules whose attention function can be chosen, each once."""
+    """(path, module) of the modules whose attention function can be chosen; each module once."""
     for path, module in model.named_modules():
         if routes(type(module)) and hasattr(module, "config"):
             yield path, module
@@ -57,13 +56,15 @@ def attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class Geometry(NamedTuple):
+    """Heads of an attention layer."""
+
     num_heads: int
     head_dim: int
     num_kv_heads: int
 
 
 def geometry_of(module: nn.Module) -> Geometry | None:
-    """Heads of an attention module as its attributes, projections and configuration tell; None where they do not."""
+    """Heads of an attention module, from its attributes, projections and configuration; None if they do not tell."""
     head_dim = _first_int(module, _HEAD_DIM)
     heads = _first_int(module, _HEADS)
     if head_dim is None and heads is not None:
@@ -105,7 +106,7 @@ def _out_features(module: nn.Module, names: tuple[str, ...]) -> int | None:
 
 
 def core_of(module: nn.Module) -> ScatterbrainAttention | None:
-    """The ScatterbrainAttention of an attention module; None where it has none."""
+    """The ScatterbrainAttention of an attention module; None if it has none."""
     return module._modules.get(CORE)
 
 
@@ -119,16 +120,16 @@ def attach(
 ) -> ScatterbrainAttention:
     """Gives an attention module its ScatterbrainAttention.
 
-    Cross-attention gets a support of :func:`cross_support`. One that is there already, or was before another
-    implementation was chosen, keeps its calibration and its learned projections if its low-rank kernel is the same: a
-    support owns no state.
+    Cross-attention gets the support of :func:`cross_support`. A module that has one already, or had one before another
+    implementation was chosen, keeps it with its calibration and learned projections if the low-rank kernel is the same,
+    whatever the support: supports own no state.
 
     Args:
         module: an attention module of transformers.
         support, low_rank: its settings.
-        path: where the module is in the model; tells self-attention from cross-attention.
-        geometry: the heads; default what the module tells, checked against the first tensors.
-        seed: of random projections; the generators of the program are left as they are.
+        path: of the module in the model; tells self-attention from cross-attention.
+        geometry: the heads; default :func:`geometry_of`, checked against the first tensors.
+        seed: of random projections; global random number generators are left as they are.
 
     Raises:
         ValueError: the heads are too narrow for the rank of the low-rank kernel.
@@ -138,8 +139,8 @@ def attach(
     core = core_of(module) or module.__dict__.get(PARKED)
     known = geometry or geometry_of(module)
     if core is None or core.low_rank != low_rank or (geometry is not None and _geometry(core) != geometry):
-        rank = low_rank.rank if isinstance(low_rank, Quadratic) else 1
-        core = _build(known or Geometry(1, rank, 1), support, low_rank, seed)
+        least_head_dim = 1 if low_rank is None else low_rank.least_head_dim
+        core = _build(known or Geometry(1, least_head_dim, 1), support, low_rank, seed)
         core.is_self = _is_self(module, path)
         core.is_guess = geometry is None
     core.support = support
@@ -154,7 +155,7 @@ def attach(
 
 
 def park(module: nn.Module) -> None:
-    """Takes the ScatterbrainAttention out of the module and of its state dict, and keeps it for its return."""
+    """Takes the ScatterbrainAttention out of the module and its state dict, and keeps it for a later :func:`attach`."""
     core = module._modules.pop(CORE, None)
     if core is not None:
         module.__dict__[PARKED] = core
@@ -167,8 +168,8 @@ def detach(module: nn.Module) -> None:
 
 
 def _build(geometry: Geometry, support: Support, low_rank: LowRank, seed: int) -> ScatterbrainAttention:
-    """On the CPU in float32 whatever the defaults are while a model is built, and without touching its random numbers:
-    the weights drawn after this are those of the same model with another implementation."""
+    """Built on the CPU in float32, whatever the defaults are while a model is built, and without advancing its random
+    number generator: later weights are those of the same model with another implementation."""
     dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.set_default_dtype(torch.float32)
@@ -184,10 +185,11 @@ def _geometry(core: ScatterbrainAttention) -> Geometry:
 
 
 def fit_to(module: nn.Module, core: ScatterbrainAttention, query: Tensor, key: Tensor) -> None:
-    """Builds ``core`` anew, in place, if what the module told of its heads is not what came, before it holds anything."""
+    """Rebuilds ``core`` in place for the heads that came, if :func:`geometry_of` had guessed others and ``core`` holds no
+    state yet."""
     came = Geometry(query.shape[1], query.shape[3], key.shape[1])
     if _geometry(core) == came or not getattr(core, "is_guess", False):
-        return  # a mismatch is an error of ScatterbrainAttention's own
+        return  # ScatterbrainAttention raises for a mismatch
     if core.is_calibrated or any(True for _ in core.parameters()):
         raise ValueError(
             f"{type(module).__name__}: its ScatterbrainAttention was made for {_geometry(core)}, got {came}; it holds "
@@ -201,8 +203,8 @@ def fit_to(module: nn.Module, core: ScatterbrainAttention, query: Tensor, key: T
 
 
 def cross_support(support: Support, low_rank: LowRank) -> tuple[Support, str]:
-    """A support for cross-attention, where a target token must not see those after it through what chooses its keys,
-    and a note if it is another one than asked for: exact attention if there is none."""
+    """A support for cross-attention, in which the choice of a token's keys must not depend on later target tokens, and a
+    note if it is another one than asked for. Exact attention if there is none."""
     try:
         return query_by_query(support, low_rank)
     except NotReplaceable as reason:
@@ -210,12 +212,13 @@ def cross_support(support: Support, low_rank: LowRank) -> tuple[Support, str]:
 
 
 def cross_note(module: nn.Module, path: str, support: Support, low_rank: LowRank) -> str:
-    """What of ``support`` is otherwise in this layer, for a report."""
+    """A note for the report if this layer has another support than asked for; "" otherwise."""
     return "" if _is_self(module, path) else cross_support(support, low_rank)[1]
 
 
 def _is_self(module: nn.Module, path: str) -> bool:
-    """Whether queries and keys are the same tokens: so it is called, or its forward takes nothing else."""
+    """Whether queries and keys are the same tokens: by the names of module and class, or because its forward takes no
+    other tokens."""
     names = ".".join(path.split(".")[-2:])
     if getattr(module, "is_cross_attention", False) or "cross" in f"{names} {type(module).__name__}".lower():
         return False
@@ -230,36 +233,3 @@ def _is_self(module: nn.Module, path: str) -> bool:
 
 def _parameters(cls: type[nn.Module]) -> list[str]:
     return list(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]
-
-
-# -------------------- dropout
-
-
-def set_attention_dropout(model: nn.Module, p: float = 0.0) -> list[str]:
-    """Sets the dropout on attention weights of every attention layer of ``model``, whose attribute each family of
-    models names otherwise. Other dropout stays.
-
-    Returns:
-        Paths of the layers that were changed.
-    """
-    changed = []
-    for path, module in attention_layers(model):
-        for name in ("attention_dropout", "attn_dropout", "dropout", "dropout_p", "attention_probs_dropout_prob"):
-            value = getattr(module, name, None)
-            if isinstance(value, nn.Dropout):
-                value.p, is_set = p, value.p != p
-            elif isinstance(value, float):
-                setattr(module, name, p)
-                is_set = value != p
-            else:
-                continue
-            changed += [path] if is_set else []
-            break
-    return changed
-
-
-def needs_calibration(core: ScatterbrainAttention) -> bool:
-    """Whether running ``core`` now would raise for want of statistics."""
-    if isinstance(core.support, Full) or not isinstance(core.low_rank, Quadratic):
-        return False
-    return core.low_rank.statistics == "stored" and not core.is_calibrated and not core.is_collecting

@@ -1,7 +1,7 @@
 """Masks between transformers' models and attention: as long as the keys, not queries times keys.
 
-A model asks :func:`compact_mask` for a mask and hands it to its layers, where :func:`read_mask` takes it apart. All
-forms are plain 4-D tensors, which transformers passes on untouched:
+A model asks :func:`compact_mask` for a mask and hands it to its layers, where :func:`read_mask` turns it into arguments
+of attention. All forms are plain 4-D tensors, which transformers passes on untouched:
 
     None                      every key; causal if the layer is
     bool  (B, 1, 1, M)        True: every query sees key j
@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
+
+from scatterbrain.nn.masks import is_unreadable, kept_keys_and_offset, once_per_mask
 
 NEVER = 2**31 - 1  # no query sees the key
 
@@ -37,15 +38,14 @@ def compact_mask(
     device: torch.device | str = "cpu",
     **arguments: Any,
 ) -> Tensor | None:
-    """A mask function of transformers' AttentionMaskInterface; its arguments are those of sdpa's.
-
-    attention_mask is bool (B, keys seen so far), True = keep.
-    """
-    # A window that nothing lies outside of is none. The skips are allowed only where no overlay was added.
+    """A mask function of transformers' AttentionMaskInterface, with the arguments of ``sdpa_mask``. attention_mask is bool
+    (B, keys seen so far), True = keep."""
+    # A window at least as long as the sequence hides nothing. transformers allows a skip only where no other mask function
+    # was added.
     window_covers = local_size is not None and kv_offset == 0 and kv_length <= local_size
     is_causal = mask_function is causal_mask_function or (window_covers and allow_is_causal_skip)
-    is_untraced = mask_function is bidirectional_mask_function or (window_covers and allow_is_bidirectional_skip)
-    if q_length == 1 or not (is_causal or is_untraced):
+    is_bidirectional = mask_function is bidirectional_mask_function or (window_covers and allow_is_bidirectional_skip)
+    if q_length == 1 or not (is_causal or is_bidirectional):
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -76,7 +76,7 @@ def compact_mask(
 
 
 def _keep(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
-    """bool (B, kv_length), True = keep: slots of a cache that no token has filled are not kept."""
+    """bool (B, kv_length), True = keep; empty slots of a cache are not kept."""
     if attention_mask is None:
         return None
     missing = kv_offset + kv_length - attention_mask.shape[-1]
@@ -85,42 +85,30 @@ def _keep(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tens
     return attention_mask[:, kv_offset : kv_offset + kv_length]
 
 
-_COMPACTED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (its version, compact form or None)
-
-
 def compacted(mask: Tensor | None) -> Tensor | None:
-    """The compact form of a bool (B, 1, N, M) mask that is padding, or causality and padding, compared once for all
-    layers; any other mask as it is. Masks of another implementation have that form where a layer was given ours alone,
-    and masks that users make often say no more. Under torch.compile the content of a mask cannot be looked at."""
-    if mask is None or mask.dtype != torch.bool or mask.shape[1] != 1 or 1 in mask.shape[2:]:
+    """The compact form of a bool (B, 1, N, M) mask that is padding, or causality and padding; any other mask unchanged,
+    and so under torch.compile every mask. Other implementations make such masks, for models in which only single layers
+    run this one, and so do users."""
+    if mask is None or mask.dtype != torch.bool or mask.shape[1] != 1 or 1 in mask.shape[2:] or is_unreadable(mask):
         return mask
-    if torch.compiler.is_compiling() or mask.is_meta:
-        return mask
-    if mask.is_inference():  # has no version
-        form = _compact_form(mask)
-    else:
-        known = _COMPACTED.get(mask)
-        if known is None or known[0] != mask._version:
-            known = _COMPACTED[mask] = (mask._version, _compact_form(mask))
-        form = known[1]
+    form = once_per_mask(mask, _compact_form)
     return mask if form is None else form
 
 
 def _compact_form(mask: Tensor) -> Tensor | None:
-    queries, keys = mask.shape[2:]
-    keep = mask.any(2, keepdim=True)
-    if bool((mask == keep).all()):
+    found = kept_keys_and_offset(mask)
+    if found is None:
+        return None
+    keep, offset = found
+    if offset is None:
         return keep
-    position = torch.arange(keys, dtype=torch.int32, device=mask.device)
-    for offset in {keys - queries, 0}:
-        first_query = position - offset
-        if bool((mask == (keep & (first_query <= position[:queries, None]))).all()):
-            return torch.where(keep, first_query, NEVER)
-    return None
+    first_query = torch.arange(mask.shape[3], dtype=torch.int32, device=mask.device) - offset
+    return torch.where(keep, first_query, NEVER)
 
 
 class Visible(NamedTuple):
-    """What the queries of one call may see: ``dense`` alone, or the arguments of :func:`scatterbrain.attention`."""
+    """The keys that the queries of one call may see: ``dense`` alone, a mask of F.scaled_dot_product_attention, or
+    arguments of :func:`scatterbrain.attention`."""
 
     is_causal: bool = False
     key_padding_mask: Tensor | None = None
@@ -130,20 +118,20 @@ class Visible(NamedTuple):
 
 
 def is_compact(mask: Tensor | None, queries: int) -> bool:
-    """Whether ``mask`` says the same for all queries but for a causal edge."""
+    """Whether ``mask`` hides the same keys from all queries, apart from causality."""
     return mask is None or (
         queries > 1 and mask.shape[1] == 1 and mask.shape[2] == 1 and mask.dtype in (torch.bool, torch.int32)
     )
 
 
 def read_mask(mask: Tensor | None, is_causal: bool, batch: int, queries: int, keys: int, is_self: bool) -> Visible:
-    """Takes a mask apart.
+    """The arguments of attention that a mask stands for.
 
     Args:
         mask: None or 4-D, of the forms above, or a float mask that is added to the scores.
-        is_causal: whether the layer is causal where there is no mask.
+        is_causal: whether the layer is causal without a mask.
         batch, queries, keys: sizes of the call.
-        is_self: queries and keys are the same tokens, so that a padded key is a padded query.
+        is_self: queries and keys are the same tokens, so a padded key is a padded query.
     """
     if mask is None:
         return Visible(is_causal)
@@ -157,13 +145,13 @@ def read_mask(mask: Tensor | None, is_causal: bool, batch: int, queries: int, ke
     mask = mask[:, 0, 0, :].expand(batch, keys)
     if mask.dtype == torch.bool:
         padding = ~mask
-        everyone = None if queries != keys or is_self else torch.zeros_like(padding)
-        return Visible(key_padding_mask=padding, query_padding_mask=everyone)
+        no_query = None if queries != keys or is_self else torch.zeros_like(padding)
+        return Visible(key_padding_mask=padding, query_padding_mask=no_query)
     padding = mask >= queries
     if queries == keys:
         return Visible(True, padding)
     position = torch.arange(keys, dtype=torch.int32, device=mask.device)
-    offset = torch.where(mask == NEVER, 0, position - mask).amax(1)  # the same for all keys that are not padded
+    offset = torch.where(mask == NEVER, 0, position - mask).amax(1)  # equal for all keys that are not padded
     slots = torch.arange(queries, device=mask.device) + offset[:, None]
     return Visible(True, padding, padding.gather(1, slots.clamp(0, keys - 1)), offset)
 

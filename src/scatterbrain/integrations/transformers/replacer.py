@@ -1,4 +1,4 @@
-"""sb.replace_attention for attention layers of transformers, and the trainer's part of moving averages."""
+"""sb.replace_attention for attention layers of transformers, and the Trainer callback that updates moving averages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import TrainerCallback
 
-from scatterbrain.integrations.replace import NotReplaceable
+from scatterbrain.integrations.restrictions import NotReplaceable
 from scatterbrain.integrations.transformers.layers import (
     PARKED,
-    PER_LAYER,
     attach,
     attention_layers,
     core_of,
@@ -20,14 +19,15 @@ from scatterbrain.integrations.transformers.layers import (
     implementation,
     routes,
 )
+from scatterbrain.integrations.transformers.registry import PER_LAYER
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.calibration import update_statistics
 from scatterbrain.supports import Support
 
 
 class TransformersReplacer:
-    """An attention layer gets a ScatterbrainAttention, and the configuration that it shares with its model an
-    implementation under which layers without one run exactly, on the same masks."""
+    """Gives an attention layer a ScatterbrainAttention. The configuration that it shares with its model then names
+    :data:`PER_LAYER`, under which layers without one run exactly, on the same masks."""
 
     def __init__(self) -> None:
         self._paths: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()

@@ -1,33 +1,22 @@
-"""Names of attention implementations: "scatterbrain", its presets, and configurations of the user's own."""
+"""Registering attention implementations: "scatterbrain", its presets, and configurations of the user's own."""
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from scatterbrain import presets
 from scatterbrain.checks import check_pair
 from scatterbrain.integrations.transformers.attention import attention_forward
-from scatterbrain.integrations.transformers.layers import PER_LAYER
 from scatterbrain.integrations.transformers.masks import compact_mask
+from scatterbrain.integrations.transformers.registry import PER_LAYER, SETTINGS, Settings
 from scatterbrain.low_rank import LowRank
 from scatterbrain.supports import Full, Support
 
 NAME = re.compile(r"scatterbrain(:[A-Za-z0-9._-]+)?")
-# transformers takes a name that holds one of these for that implementation and checks its requirements.
+# transformers takes a name that contains one of these for its own implementation and checks that one's requirements.
 TAKEN = ("flash", "sdpa", "flex_attention")
-
-
-class Settings(NamedTuple):
-    """What a name stands for."""
-
-    support: Support
-    low_rank: LowRank
-
-
-SETTINGS: dict[str, Settings] = {}
 _BUILT_IN = ("scatterbrain", "scatterbrain:drop_in", "scatterbrain:train", "scatterbrain:paper", "scatterbrain:full")
 
 
@@ -39,8 +28,8 @@ def register(name: str, support: Support | None = None, low_rank: LowRank | obje
         register("scatterbrain:wide", sb.Routed(128), sb.Quadratic(9))
         model = AutoModel.from_pretrained(path, attn_implementation="scatterbrain:wide")
 
-    A name belongs to the process: register it again before a saved model is loaded under it. Registering a name again
-    holds for models that choose it afterwards.
+    A name is known to this process alone: register it before loading a model that was saved under it. Registering a name
+    again affects models that choose it afterwards.
 
     Args:
         name: "scatterbrain:" and letters, digits, ".", "_" or "-".
@@ -75,7 +64,7 @@ def _register(name: str, support: Support, low_rank: LowRank) -> str:
 
 
 def _publish(name: str) -> None:
-    """The attention and the mask function go together: without the second transformers drops padding silently."""
+    """Registers the attention function and the mask function; without the second transformers drops padding silently."""
 
     def attention(module, query, key, value, attention_mask, **arguments):
         return attention_forward(module, query, key, value, attention_mask, name=name, **arguments)

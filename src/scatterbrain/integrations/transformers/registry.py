@@ -1,0 +1,35 @@
+"""The attention implementations that a model can choose by name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from scatterbrain.low_rank import LowRank
+from scatterbrain.supports import Support
+
+PREFIX = "scatterbrain"  # of every name
+PER_LAYER = "scatterbrain:per_layer"  # layers are exact unless they own a ScatterbrainAttention
+
+
+class Settings(NamedTuple):
+    """What a name stands for."""
+
+    support: Support
+    low_rank: LowRank
+
+
+SETTINGS: dict[str, Settings] = {}
+
+
+def is_ours(name: str | None) -> bool:
+    """Whether ``name`` is an implementation of this package."""
+    return name in SETTINGS or name == PER_LAYER
+
+
+def check_registered(name: str) -> None:
+    """Raises ValueError for a name with our prefix that is not registered."""
+    if not is_ours(name):
+        raise ValueError(
+            f"attn_implementation={name!r} is not registered, expected one of {', '.join(SETTINGS)}; register it with "
+            "scatterbrain.integrations.transformers.register"
+        )

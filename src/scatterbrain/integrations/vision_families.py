@@ -1,0 +1,192 @@
+"""How tokens are ordered in the vision transformers of timm and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from scatterbrain.integrations.permutation import Permutation, coordinate_order
+from scatterbrain.integrations.token_order import FAMILIES, Family, Order, PermutationFor, warn_of_dropped_patches
+
+ROTARY = "its queries and keys are rotated by position (RoPE), in raster order"
+
+# -------------------- timm
+
+
+class Timm(Family):
+    """timm.models.VisionTransformer and its subclasses in timm."""
+
+    METHODS = ("forward_features", "forward_intermediates")
+    INSIDE = ("blocks", "norm")
+
+    def entry(self, model: nn.Module) -> nn.Module:
+        return model.norm_pre
+
+    def prefix(self, model: nn.Module) -> int:
+        return model.num_prefix_tokens
+
+    def prepare(self, model: nn.Module, arguments: dict[str, Any]) -> PermutationFor:
+        _refuse_masks(arguments)
+        height, width = self.grid(model, arguments["x"])
+        order, training, dropout = model._token_order, model.training, model.patch_drop
+        may_drop = training and getattr(dropout, "prob", 0) > 0
+        return lambda tokens: _on_grid(order, height, width, may_drop, tokens)
+
+    def grid(self, model: nn.Module, images: Tensor) -> tuple[int, int]:
+        return model.patch_embed.dynamic_feat_size(images.shape[-2:])
+
+    def put_back(self, permutation: Permutation, out: Any) -> Any:
+        if isinstance(out, Tensor):
+            return permutation.undo(out)
+        if isinstance(out, tuple):  # last tokens and intermediates
+            return permutation.undo(out[0]), self.put_back(permutation, out[1])
+        undo = permutation.undo_patches
+        if isinstance(out, list):  # intermediates, with or without prefix tokens
+            return [(undo(x[0]), x[1]) if isinstance(x, tuple) else undo(x) for x in out]
+        for name in ("image_features", "patches"):
+            if name in out:
+                out[name] = permutation.undo(out[name])
+        if "image_intermediates" in out:
+            out["image_intermediates"] = [undo(x) for x in out["image_intermediates"]]
+        return out
+
+
+class NaFlex(Timm):
+    """timm.models.NaFlexVit, for images or for patches that carry their coordinates."""
+
+    def obstacle(self, model: nn.Module) -> str | None:
+        return None if model.rope is None else ROTARY
+
+    def grid(self, model: nn.Module, images: Tensor) -> tuple[int, int]:
+        return model.embeds.dynamic_feat_size(images.shape[-2:])
+
+    def prepare(self, model: nn.Module, arguments: dict[str, Any]) -> PermutationFor:
+        batch = arguments.get("patches", arguments.get("x"))
+        given = {**arguments, **batch} if isinstance(batch, dict) else arguments
+        coordinates, valid = given.get("patch_coord"), given.get("patch_valid")
+        if coordinates is None:
+            return super().prepare(model, {**arguments, "x": batch})
+        _refuse_masks(given)
+        prefix = model._token_order.prefix
+        may_drop = model.training and model.patch_drop is not None
+
+        def permutation(tokens: Tensor) -> Permutation | None:
+            if may_drop and tokens.shape[1] != prefix + coordinates.shape[1]:
+                return warn_of_dropped_patches()
+            order = coordinate_order(coordinates, valid, prefix)
+            return Permutation(order, order.argsort(-1), prefix)
+
+        return permutation
+
+
+def _refuse_masks(arguments: dict[str, Any]) -> None:
+    for name in ("attn_mask", "is_causal"):
+        if arguments.get(name) is not None and arguments[name] is not False:
+            raise ValueError(
+                f"token_order: {name} speaks of tokens in the model's order, which the blocks do not see; replace "
+                "attention with token_order=None"
+            )
+
+
+def _on_grid(order: Order, height: int, width: int, may_drop: bool, tokens: Tensor) -> Permutation | None:
+    expected = order.prefix + height * width
+    if tokens.shape[1] == expected:
+        return order.on_grid(height, width, tokens.device)
+    if may_drop:
+        return warn_of_dropped_patches()
+    raise ValueError(
+        f"token_order: expected {order.prefix} + {height} x {width} = {expected} tokens before the first block, got "
+        f"{tokens.shape[1]}; replace attention of this model with token_order=None"
+    )
+
+
+# -------------------- transformers
+
+
+class Transformers(Family):
+    """A vision model of transformers: embeddings, layers, an output with fields.
+
+    Args:
+        inside: submodules that see tokens along the curve.
+        prefix: number of tokens before the patches.
+        entry: the submodule that returns the tokens before the first layer.
+    """
+
+    def __init__(self, inside: tuple[str, ...], prefix: int, entry: str = "embeddings") -> None:
+        self.INSIDE, self._prefix, self._entry = inside, prefix, entry
+
+    def entry(self, model: nn.Module) -> nn.Module:
+        return getattr(model, self._entry)
+
+    def prefix(self, model: nn.Module) -> int:
+        return self._prefix
+
+    def prepare(self, model: nn.Module, arguments: dict[str, Any]) -> PermutationFor:
+        order, images = model._token_order, arguments["pixel_values"]
+        embeddings = model.embeddings
+        patch = getattr(embeddings, "patch_embeddings", embeddings).patch_size
+        patch = patch if isinstance(patch, (tuple, list)) else (patch, patch)
+        height, width = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
+        mask = arguments.get("attention_mask")
+        if mask is not None:
+            if mask.dim() != 2:
+                raise ValueError(
+                    "token_order: expected attention_mask of shape (batch, tokens), got "
+                    f"{tuple(mask.shape)}; replace attention with token_order=None for other masks"
+                )
+            arguments["attention_mask"] = mask.index_select(1, order.on_grid(height, width, mask.device).order)
+        return lambda tokens: _on_grid(order, height, width, False, tokens)
+
+    def run(self, model: nn.Module, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        as_dict = arguments.pop("return_dict", None)
+        as_dict = model.config.return_dict if as_dict is None else as_dict
+        out = super().run(model, function, {**arguments, "return_dict": True})
+        return out if as_dict else out.to_tuple()
+
+    def put_back(self, permutation: Permutation, out: Any) -> Any:
+        for name, value in list(out.items()):
+            if name in ("pooler_output", "image_embeds") or value is None:
+                continue
+            if name == "last_hidden_state":
+                out[name] = permutation.undo(value)
+            elif name == "hidden_states":
+                out[name] = tuple(None if x is None else permutation.undo(x) for x in value)
+            elif name == "attentions":
+                out[name] = tuple(None if x is None else permutation.undo_pairs(x) for x in value)
+            elif name == "feature_maps":
+                undo = permutation.undo_patches
+                out[name] = tuple(undo(x) if x.dim() == 4 else permutation.undo(x) for x in value)
+            else:
+                raise RuntimeError(
+                    f"token_order: the output {name} may hold tokens along the curve; replace attention with "
+                    "token_order=None"
+                )
+        return out
+
+
+class WithRegisters(Transformers):
+    """The same with register tokens behind the prefix."""
+
+    def prefix(self, model: nn.Module) -> int:
+        return super().prefix(model) + model.config.num_register_tokens
+
+
+_DINOV2_REGISTERS = "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters"
+FAMILIES |= {
+    "timm.models.vision_transformer.VisionTransformer": Timm(),
+    "timm.models.naflexvit.NaFlexVit": NaFlex(),
+} | {
+    f"transformers.models.{name}": family
+    for name, family in {
+        "vit.modeling_vit.ViTModel": Transformers(("layers", "layernorm"), 1),
+        "deit.modeling_deit.DeiTModel": Transformers(("layers", "layernorm"), 2),
+        "dinov2.modeling_dinov2.Dinov2Model": Transformers(("encoder", "layernorm"), 1),
+        "dinov2.modeling_dinov2.Dinov2Backbone": Transformers(("encoder", "layernorm"), 1),
+        f"{_DINOV2_REGISTERS}Model": WithRegisters(("encoder", "layernorm"), 1),
+        f"{_DINOV2_REGISTERS}Backbone": WithRegisters(("encoder", "layernorm"), 1),
+        "clip.modeling_clip.CLIPVisionModel": Transformers(("encoder", "post_layernorm"), 1, "pre_layrnorm"),
+        "siglip.modeling_siglip.SiglipVisionModel": Transformers(("encoder", "post_layernorm"), 0),
+    }.items()
+}
