@@ -22,17 +22,17 @@ _ATTENTION_WITH_STATE = torch.ops.scatterbrain.attention_with_state.default
 _ATTENTION_BACKWARD = torch.ops.scatterbrain.attention_backward.default
 _QUADRATIC_ATTENTION = torch.ops.scatterbrain.quadratic_attention.default
 _QUADRATIC_ATTENTION_WITH_STATE = torch.ops.scatterbrain.quadratic_attention_with_state.default
-_PLAN = torch.ops.scatterbrain.plan.default
-_FORGET_PLAN = torch.ops.scatterbrain.forget_plan.default
-_PLANNED_ATTENTION = torch.ops.scatterbrain.planned_attention.default
-_PLANNED_ATTENTION_WITH_STATE = torch.ops.scatterbrain.planned_attention_with_state.default
-_PLANNED_ATTENTION_BACKWARD = torch.ops.scatterbrain.planned_attention_backward.default
+_PLAN = torch.ops.scatterbrain.prepare.default
+_FORGET_PLAN = torch.ops.scatterbrain.discard_prepared.default
+_PLANNED_ATTENTION = torch.ops.scatterbrain.prepared_attention.default
+_PLANNED_ATTENTION_WITH_STATE = torch.ops.scatterbrain.prepared_attention_with_state.default
+_PLANNED_ATTENTION_BACKWARD = torch.ops.scatterbrain.prepared_attention_backward.default
 _PROJECT = torch.ops.scatterbrain.project.default
 _PROJECT_BACKWARD = torch.ops.scatterbrain.project_backward.default
 _ROUTE = torch.ops.scatterbrain.route.default
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-_WIDE_HEAD = 16  # dimensions from which a head is not computed in double (kNarrowHead of csrc/params.h)
+_WIDE_HEAD = torch.ops.scatterbrain.narrow_head()  # dimensions from which a head is not computed in float64
 _QUADRATIC = 1  # low_rank of the operators
 
 # (query weight, query bias, key weight, key bias) of ``map = weight token + bias``, each leading with a batch of 1 or B
