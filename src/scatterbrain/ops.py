@@ -20,9 +20,9 @@ happens before it. Its arguments:
 ``quadratic_attention`` and ``quadratic_attention_with_state`` project the tokens, route them where ``keys`` > 0 and go on
 as ``attention`` does, in one call. With ``query_weight`` and ``key_weight``, the projections that made the maps,
 ``attention_backward`` adds the maps' gradients, through them, to those of query and key, and leaves its own results for
-them empty. ``plan`` keeps all arguments of ``quadratic_attention`` but the tokens and returns a number, with which
-``planned_attention``, ``planned_attention_with_state`` and ``planned_attention_backward`` do the same until
-``forget_plan``; where ``sources`` no longer hold the bytes of ``copies``, from which the projections were made, the
+them empty. ``prepare`` stores all arguments of ``quadratic_attention`` but the tokens and returns a number, with which
+``prepared_attention``, ``prepared_attention_with_state`` and ``prepared_attention_backward`` do the same until
+``discard_prepared``; where ``sources`` no longer hold the bytes of ``copies``, from which the projections were made, the
 results of the forward pass are empty. These and what is packed serve scatterbrain.autograd, below autograd.
 """
 
@@ -81,7 +81,7 @@ def _(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("scatterbrain::project_packed")
 def _(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    width = (weight.shape[2] + 1 + 15) // 16 * 16  # coordinates, 1, log scale in base 2, zeros
+    width = torch.ops.scatterbrain.packed_width(int(weight.shape[2]) - 1)
     return tokens.new_empty((*tokens.shape[:3], width), dtype=_accumulation_dtype(tokens.dtype))
 
 
@@ -106,43 +106,16 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 def _(
     query: Tensor, key: Tensor, value: Tensor, query_map: Tensor | None, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    low_rank, is_causal, packed_rank = rest[10], rest[14], rest[16] if len(rest) > 16 else 0
+    index, span = rest[1], rest[3]
+    low_rank, block_q, block_k, span_keys, is_causal, _scale, packed_rank = (*rest[10:], 0)[:7]
     out, lse = torch.ops.scatterbrain.attention(query, key, value, query_map, *rest)
-    dtype = torch.float64 if query.shape[3] < 16 else lse.dtype
-    scores = lse.new_empty(_kept_scores(query, key, rest[1], rest[3], *rest[10:15]), dtype=dtype)
-    if query_map is None or is_causal:
-        return out, lse, lse.new_empty(0, dtype=dtype), scores
-    rank = packed_rank or query_map.shape[3] - 1
-    features = (rank + 1) * (rank + 2) // 2 if low_rank == 1 else rank
-    pad = lambda n: (n + 15) // 16 * 16  # noqa: E731
-    slots = (key.shape[2] + 511) // 512 + 1  # kSegment of csrc/params.h
-    size = features * pad(value.shape[3]) + pad(features) + 16
-    return out, lse, lse.new_empty((key.shape[0], key.shape[1], slots, size), dtype=dtype), scores
-
-
-def _kept_scores(
-    query: Tensor,
-    key: Tensor,
-    index: Tensor | None,
-    span: Tensor | None,
-    low_rank: int,
-    block_q: int,
-    block_k: int,
-    span_keys: int,
-    is_causal: bool,
-) -> tuple[int, ...]:
-    """Shape of the scores that are kept: AttentionCall::set_kept of csrc/cpu/attention_call.cpp."""
-    (batch, heads, n, head_dim), m = query.shape, key.shape[2]
-    if is_causal or query.dtype == torch.float64 or head_dim < 16:
-        return (0,)
-    pad = lambda n, multiple=16: (n + multiple - 1) // multiple * multiple  # noqa: E731
-    dense = block_q == 1 and low_rank != 0 and m <= 128
-    listed = (span_keys if span is not None else 0) + (index.shape[3] * block_k if index is not None else 0)
-    keys = pad(m if dense else min(listed, m))
-    lanes = next(lanes for most, lanes in ((1, 1), (8, 8), (31, 16), (block_q, 32)) if block_q <= most)
-    if keys == 0 or block_q % lanes or not (dense or keys <= 80):
-        return (0,)
-    return batch, heads, pad(-(-n // block_q) * block_q), keys
+    rank = 0 if query_map is None else packed_rank or query_map.shape[3] - 1
+    listed = (0 if span is None else span_keys) + (0 if index is None else index.shape[3] * block_k)
+    shape = *query.shape, *key.shape[1:3], value.shape[3], low_rank, rank, listed, block_q
+    device = "cpu" if query.is_meta else query.device
+    state, scores, dtype = torch.ops.scatterbrain.saved_sizes(device, query.dtype, *map(int, shape), is_causal)
+    dtype = getattr(torch, dtype)
+    return out, lse, lse.new_empty(state, dtype=dtype), lse.new_empty(scores, dtype=dtype)
 
 
 def _projected(query: Tensor, key: Tensor, value: Tensor, weights: tuple, rest: tuple) -> tuple:
@@ -213,10 +186,8 @@ def _(
     scale: float,
     packed_rank: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    from scatterbrain.supports import Routed
-
     shape = (query.shape[0], query.shape[1], (query.shape[2] + block_q - 1) // block_q)
-    capacity = Routed(keys, block_q, block_k, window).capacity
+    capacity = torch.ops.scatterbrain.route_capacity(keys, block_k)
     return query.new_empty((*shape, capacity), dtype=torch.int32), query.new_empty(shape, dtype=torch.int32)
 
 
