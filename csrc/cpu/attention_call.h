@@ -1,5 +1,6 @@
 // What the forward and the backward launcher share: tensors as rows, checked lists, states, saved scores.
 #pragma once
+#include "block_lists.h"
 #include "map_rows.h"
 #include "padding.h"
 #include "saved_sizes.h"
@@ -39,10 +40,10 @@ struct AttentionCall {
   const AttentionShape shape;
   AttentionParams p{};
   const Padding padding;
+  const BlockLists lists;
   std::vector<int32_t> valid_before;
   TensorRows q, k, v;
   Maps maps;
-  MaybeTensor index, count, span, order;  // contiguous
   MaybeTensor state;
   ZeroRow<T> zero_row;
 
@@ -64,13 +65,8 @@ struct AttentionCall {
 
  private:
   static AttentionParams params_of(const AttentionArguments& a, const AttentionShape& shape);
-  void set_maps(const AttentionArguments& a);
-  void set_lists(const AttentionArguments& a);
-  void check_index(bool is_causal) const;
   void count_valid();
   void take_scores();
-  int64_t longest_list() const;
-  int64_t shortest_list(int64_t b) const;
   bool any_state(int64_t longest) const;
   bool all_of(int32_t RowRange::* first, int32_t RowRange::* end, int64_t tokens) const;
   MaybeTensor given_state, given_scores;
