@@ -188,7 +188,7 @@ std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::string> saved_sizes(
 
 int64_t narrow_head() { return kNarrowHead; }
 
-int64_t route_capacity(int64_t keys, int64_t block_k) {
+int64_t list_capacity(int64_t keys, int64_t block_k) {
   RouteParams params{};
   params.keys = keys, params.block_k = block_k;
   return params.index_capacity();
@@ -225,7 +225,7 @@ STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, library) {
   SB_IMPLEMENT(saved_sizes);
   SB_IMPLEMENT(narrow_head);
   SB_IMPLEMENT(packed_width);
-  SB_IMPLEMENT(route_capacity);
+  SB_IMPLEMENT(list_capacity);
   SB_IMPLEMENT(launchers_address);
 }
 
@@ -260,7 +260,7 @@ STABLE_TORCH_LIBRARY(scatterbrain, library) {
       "saved_sizes(Device device, " SB_SHAPE(SB_SCHEMA, SB_SCHEMA_COMMA) ") -> (int[] state, int[] scores, str dtype)");
   library.def("narrow_head() -> int");
   library.def("packed_width(int rank) -> int");
-  library.def("route_capacity(int keys, int block_k) -> int");
+  library.def("list_capacity(int keys, int block_k) -> int");
   library.def("stages(bool on) -> str");
   library.def("launchers_address(Device device) -> int");
 }

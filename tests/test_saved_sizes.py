@@ -99,7 +99,7 @@ def test_widths_and_capacities_are_those_of_the_operators() -> None:
     for keys, block_q, block_k, window in ((64, 16, 1, 0), (40, 8, 1, 0), (64, 1, 8, 16), (32, 1, 8, 0)):
         settings = 0, keys, block_q, block_k, window, False, 0.3
         index, _ = OPERATORS.route(tokens, tokens, *(None,) * 7, *settings)
-        assert index.shape[3] == OPERATORS.route_capacity(keys, block_k)
+        assert index.shape[3] == OPERATORS.list_capacity(keys, block_k)
     narrow = OPERATORS.narrow_head()
     for head_dim, dtype in ((narrow - 1, "float64"), (narrow, "float32")):
         shape = 1, 1, 20, head_dim, 1, 20, 16, 0, 0, 0, 1, False

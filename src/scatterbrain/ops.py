@@ -187,7 +187,7 @@ def _(
     packed_rank: int = 0,
 ) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], query.shape[1], (query.shape[2] + block_q - 1) // block_q)
-    capacity = torch.ops.scatterbrain.route_capacity(keys, block_k)
+    capacity = torch.ops.scatterbrain.list_capacity(keys, block_k)
     return query.new_empty((*shape, capacity), dtype=torch.int32), query.new_empty(shape, dtype=torch.int32)
 
 
