@@ -12,7 +12,7 @@ from torch import Tensor
 from scatterbrain.call import Call
 from scatterbrain.fields import check_int
 from scatterbrain.operators import untraced
-from scatterbrain.operators.arguments import RouteArguments, list_capacity
+from scatterbrain.operators.arguments import RouteArguments
 from scatterbrain.operators.tracing import is_known, is_untraced
 from scatterbrain.supports.base import BlockLists, OperatorRouting, Support
 
@@ -81,7 +81,7 @@ class Routed(Support):
     @property
     def capacity(self) -> int:
         """Entries of a list."""
-        return list_capacity(self.keys, self.block_k)
+        return torch.ops.scatterbrain.list_capacity(self.keys, self.block_k)
 
     def covers_every_key(self, queries: int, keys: int, is_causal: bool) -> bool:
         if self.is_pooled:
