@@ -121,10 +121,11 @@ def causal_mask(queries: int, keys: int | None = None, kind: type = bool) -> Ten
 
 
 def partial_mask(*shape: int, kind: type = bool) -> Tensor:
-    """Forbids about a third of the pairs, never the first key. Drawn from torch's own generator."""
+    """Forbids about a third of the pairs, never the first key, and for ``kind`` float has other values elsewhere. Drawn
+    from torch's own generator."""
     mask = torch.rand(shape) < 0.3
     mask[..., 0] = False
-    return as_kind(mask, kind)
+    return mask if kind is bool else torch.randn(shape).masked_fill(mask, -math.inf)
 
 
 def as_kind(mask: Tensor, kind: type) -> Tensor:
