@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import builtins
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from testkit import rand, run_python
 
 pytest.importorskip("jsonargparse")
 pytest.importorskip("tqdm")
@@ -100,7 +100,7 @@ def test_freed_memory_stays_with_the_process_if_it_is_asked_to() -> None:
     )
     faults = {}
     for allocator in ("keep", "system"):
-        done = subprocess.run([sys.executable, "-c", program, allocator], capture_output=True, text=True)
+        done = run_python("-c", program, allocator)
         if "not glibc" in done.stderr:
             pytest.skip("glibc only")
         faults[allocator] = int(done.stdout)
@@ -112,7 +112,7 @@ def test_memory_is_measured_beyond_the_inputs(tmp_path: Path) -> None:
         pytest.skip("Linux only")
     path = tmp_path / "out.json"
     command = ["bench", "--lengths", "8192", "--methods", "window-16", *TINY, "--repeats", "1", "--directions", "F+B"]
-    command += ["--head_dim", "16"]  # narrower heads are computed in double
+    command += ["--head_dim", "16"]  # narrower heads are computed in float64
     assert main([*command, "--json", str(path)]) == 0
     row = rows(path)["window-16", 8192, "F+B", False, "float32"]
     results = 8192 * 4 * (2 * 16 + 2 * 16 + 2 * 16)  # out, its gradients of two query heads and one key and value head
@@ -236,10 +236,9 @@ def test_two_threads_are_timed_by_the_wall_clock(tmp_path: Path, capsys: pytest.
 @pytest.fixture
 def qkv_file(tmp_path: Path) -> Path:
     safetensors = pytest.importorskip("safetensors.torch")
-    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))  # noqa: E731
-    tensors = {f"a.N60.layer0.{part}": draw(heads, 60, 8) for part, heads in (("q", 4), ("k", 2), ("v", 2))}
-    tensors |= {f"a.cal.layer0.{part}": draw(heads, 90, 8) for part, heads in (("q", 4), ("k", 2))}
-    tensors |= {f"b.{part}": draw(1, 2, 700, 8) for part in "qkv"}
+    tensors = {f"a.N60.layer0.{part}": rand(heads, 60, 8) for part, heads in (("q", 4), ("k", 2), ("v", 2))}
+    tensors |= {f"a.cal.layer0.{part}": rand(heads, 90, 8) for part, heads in (("q", 4), ("k", 2))}
+    tensors |= {f"b.{part}": rand(1, 2, 700, 8) for part in "qkv"}
     path = tmp_path / "qkv.safetensors"
     safetensors.save_file(tensors, path)
     return path

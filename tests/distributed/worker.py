@@ -14,9 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import testkit
 import torch
 import torch.distributed as dist
-from testkit import cores, low_ranks, padding, rand, swapped_encoder
+from testkit import cores, low_ranks, rand, swapped_encoder
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import scatterbrain as sb
 
-WORLD, E, H, L, ROWS, STEPS = 2, 32, 2, 24, 2, 3
+WORLD, E, H, L, ROWS, STEPS = 2, 32, 2, 24, 2, 3  # E is the width of the swapped encoder
 LOW_RANKS = {name: kernel for name, kernel in low_ranks().items() if name in ("stored", "ema", "learned")}
 LOW_RANKS["favor"] = sb.Favor(8, redraw=2)
 Wrap = Callable[[nn.Module], nn.Module]
@@ -39,7 +40,7 @@ def swapped(low_rank: str, device: str = "cpu") -> nn.TransformerEncoder:
 
 def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
     """Tokens and padding of one rank."""
-    return rand(ROWS, L, E, seed=100 * step + rank), padding(L, (5, 0))
+    return rand(ROWS, L, E, seed=100 * step + rank), testkit.padding(L, (5, 0))
 
 
 def loss_of(model: nn.Module, tokens: Tensor, padding: Tensor) -> Tensor:
