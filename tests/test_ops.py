@@ -279,7 +279,10 @@ def test_compile_without_graph_breaks_for_any_length(name: str) -> None:
     for n in (70, 130, 33):
         mask = padding(n, (0, 9)) if padded else None
         assert_all_close(
-            *(out_and_gradients(lambda *t: f(*t, mask, *learned), qkv(n), learned) for f in (function, compiled))
+            *(
+                out_and_gradients(lambda *t: f(*t, mask, *learned), qkv(n), learned, allow_unused=True)
+                for f in (function, compiled)
+            )
         )
     assert len(graphs) == 1, "one graph serves every length"
 

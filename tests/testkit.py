@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -184,18 +186,24 @@ def count_calls(model: nn.Module) -> list[nn.Module]:
     return calls
 
 
+COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+
 # -------------------- results
 
 
 def out_and_gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor] = (), d_out: Any = None
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor] = (),
+    d_out: Tensor | None = None,
+    allow_unused: bool = False,
 ) -> list[Tensor]:
     """``function(*inputs)`` and its gradients by inputs and parameters, for ``d_out`` or the sum of squares."""
     inputs = leaves(inputs)
     out = function(*inputs)
     d_out = 2 * out.detach() if d_out is None else d_out
     wanted = [*inputs, *parameters]
-    return [out.detach(), *torch.autograd.grad(out, wanted, d_out, allow_unused=True, materialize_grads=True)]
+    return [out.detach(), *_gradients([out], wanted, [d_out], allow_unused)]
 
 
 def attend(
@@ -204,6 +212,7 @@ def attend(
     low_rank: Any,
     statistics: Any = None,
     d_out: Tensor | None = None,
+    allow_unused: bool = False,
     **arguments: Any,
 ) -> list[Tensor]:
     """out, lse and the gradients of the tokens and of learned projections, for drawn gradients of out and lse, or for
@@ -217,9 +226,14 @@ def attend(
     if d_out is None:
         upstream = [rand(*t.shape, seed=20 + i, dtype=t.dtype) for i, t in enumerate((out, lse))]
         results = [out, lse]
-    wanted = inputs + parameters
-    gradients = torch.autograd.grad(results, wanted, upstream, allow_unused=True, materialize_grads=True)
-    return [out.detach(), lse.detach(), *gradients]
+    return [out.detach(), lse.detach(), *_gradients(results, inputs + parameters, upstream, allow_unused)]
+
+
+def _gradients(
+    results: list[Tensor], wanted: list[Tensor], upstream: list[Tensor], allow_unused: bool
+) -> tuple[Tensor, ...]:
+    """Zeros for tensors that take no part, if that is allowed."""
+    return torch.autograd.grad(results, wanted, upstream, allow_unused=allow_unused, materialize_grads=allow_unused)
 
 
 RESULTS = ("out", "lse", "dq", "dk", "dv", "dPq", "db", "dc", "dPk", "da")  # of attend

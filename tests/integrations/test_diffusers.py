@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from testkit import COPIES, padding, rand, randomized
 from testkit import assert_close_in_scale as close
-from testkit import padding, rand, randomized
 from torch import Tensor, nn
 
 diffusers = pytest.importorskip("diffusers")
@@ -206,7 +204,7 @@ def test_calibrated_statistics_are_in_the_models_state_dict():
             run(again)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle"])
 def test_copies_own_their_processors(copied):
     model = dit()
     run = RUNS["dit"][1]

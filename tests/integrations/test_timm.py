@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from functools import partial
 from typing import Any
 
@@ -11,8 +9,8 @@ import pytest
 import testkit
 import torch
 import torch.nn.functional as F
+from testkit import COPIES, randomized
 from testkit import assert_close_in_scale as close
-from testkit import randomized
 from torch import Tensor
 
 timm = pytest.importorskip("timm")
@@ -229,7 +227,7 @@ def test_attn_layer_takes_the_drop_in_preset_by_default_and_its_head_width_is_ch
 
 
 @pytest.mark.parametrize("how", ["swap", "attn_layer"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle"])
 def test_copies_keep_attention_and_its_state(how: str, copied):
     if how == "swap":
         model = models.build("vit")

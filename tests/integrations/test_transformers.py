@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
-from testkit import cores
+from testkit import COPIES, cores
 from torch import nn
 
 pytest.importorskip("transformers")
@@ -356,7 +355,7 @@ def test_a_half_precision_load_keeps_statistics_in_full(tmp_path):
         assert torch.equal(mine.key_projection, theirs.key_projection) and theirs.is_calibrated
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle"])
 def test_copies_carry_their_calibration(copied):
     model = calibrated("llama")
     arguments, _ = hf.inputs("llama")

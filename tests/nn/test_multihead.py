@@ -3,10 +3,8 @@ which raise."""
 
 from __future__ import annotations
 
-import copy
 import io
 import math
-import pickle
 import warnings
 from typing import Any
 from unittest import mock
@@ -15,7 +13,7 @@ import pytest
 import testkit
 import torch
 import torch.nn.functional as F
-from testkit import causal_mask, count_calls, low_ranks, partial_mask, with_biases
+from testkit import COPIES, causal_mask, count_calls, low_ranks, partial_mask, with_biases
 from torch import Tensor, nn
 
 import scatterbrain as sb
@@ -526,9 +524,9 @@ def test_a_part_of_the_statistics_is_a_missing_key():
         ours.load_state_dict(state)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("low_rank", LOW_RANKS)
-def test_copies_are_equal_and_keep_the_traps_closed(low_rank: str, copied: Any):
+def test_copies_are_equal_and_stay_off_torchs_fast_path(low_rank: str, copied: Any):
     ours = sb.MultiheadAttention(E, H, support=sb.Window(8), low_rank=LOW_RANKS[low_rank])
     x = torch.randn(L, N, E)
     if low_rank == "stored":
