@@ -47,7 +47,8 @@ def test_wide_heads_too_and_half_types_are_rounded_once_less(dtype: torch.dtype)
 
     def gradients(tensors: list[Tensor]) -> list[Tensor]:
         d_out = rand(*tensors[0].shape, seed=20, dtype=tensors[0].dtype)
-        return testkit.attend(tensors, sb.Routed(24), sb.Quadratic(R), statistics, d_out)[2:]
+        function = partial(sb.attention, support=sb.Routed(24), low_rank=sb.Quadratic(R), statistics=statistics)
+        return out_and_gradients(function, tensors, d_out=d_out)[1:]
 
     got = gradients(tensors)
     with FlopCounterMode(display=False):

@@ -10,7 +10,7 @@ import pytest
 import testkit
 import torch
 import torch.nn.functional as F
-from testkit import D, H, assert_same_bits, fitted, leaves, projections, qkv, rand
+from testkit import D, H, assert_same_bits, fitted, leaves, out_and_gradients, projections, qkv, rand
 from torch import Tensor
 
 import scatterbrain as sb
@@ -287,9 +287,11 @@ def test_the_past_of_a_short_row_does_not_see_the_future(t: int, dtype: torch.dt
     statistics = sb.fit_statistics(*(x.float() for x in tokens[:2]), 4)
     upstream = rand(1, H, 120, WIDE, seed=57).to(dtype)
     upstream[:, :, t + 1 :] = 0
-    results, support = [], sb.Routed(32, block_q=1, block_k=8, window=16)
+    given = dict(support=sb.Routed(32, block_q=1, block_k=8, window=16), low_rank=sb.Quadratic(4))
+    function = partial(sb.attention, **given, is_causal=True, statistics=statistics)
+    results = []
     for inputs in (tokens, changed):
-        out, _, *gradients = testkit.attend(inputs, support, sb.Quadratic(4), statistics, upstream, is_causal=True)
+        past = [x[:, :, : t + 1] for x in out_and_gradients(function, inputs, d_out=upstream)]
         # A query that holds NaN passes NaN to the keys that it sees, even with a gradient of zero.
-        results.append([x[:, :, : t + 1] for x in (out, *gradients)][: 1 if math.isnan(size) else 4])
+        results.append(past[: 1 if math.isnan(size) else 4])
     assert_same_bits(*results, ("out", "dq", "dk", "dv"))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from testkit import attend, fitted, qkv, run_python
+from functools import partial
+
+from testkit import fitted, out_and_gradients, qkv, run_python
 
 import scatterbrain as sb
 
 
 def call(tokens: int = 256) -> None:
-    attend(qkv(tokens, batch=1, head_dim=16), sb.Routed(32), sb.Quadratic(4), fitted(4, head_dim=16))
+    statistics = fitted(4, head_dim=16)
+    function = partial(sb.attention, support=sb.Routed(32), low_rank=sb.Quadratic(4), statistics=statistics)
+    out_and_gradients(function, qkv(tokens, batch=1, head_dim=16))
 
 
 def test_every_stage_of_a_call_is_recorded() -> None:

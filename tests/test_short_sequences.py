@@ -14,7 +14,6 @@ from testkit import (
     H,
     assert_all_close,
     assert_same_bits,
-    attend,
     counting_backend,
     fitted,
     leaves,
@@ -106,8 +105,8 @@ def test_covered_attention_has_the_bits_of_torch(name: str, is_causal: bool, dty
 def test_the_future_stays_masked_whatever_the_scale(name: str, scale: float) -> None:
     """torch's own kernel multiplies masked scores by the scale."""
     given = dict(support=SUPPORTS[name], low_rank=None, is_causal=True, scale=scale)
-    functions = (sb.attention, sb.reference.attention)
-    assert_all_close(*(out_and_gradients(partial(f, **given), qkv(9)) for f in functions))
+    mine = out_and_gradients(partial(sb.attention, **given), qkv(9))
+    assert_all_close(mine, [t.float() for t in out_and_gradients(partial(sb.reference.attention, **given), qkv(9))])
 
 
 BAD = {
@@ -133,20 +132,22 @@ def test_statistics_of_a_wrong_shape_are_found_on_short_sequences() -> None:
 
 def test_projections_that_were_not_needed_get_gradients_of_zero() -> None:
     """DDP waits for the gradient of every parameter."""
-    _, _, d_query, _, _, *gradients = attend(qkv(9), sb.Window(24), LEARNED, projections())
-    assert d_query.any()
-    assert [g.shape for g in gradients] == [p.shape for p in weights(projections())]
-    assert not any(g.any() for g in gradients)
+    parameters = leaves(weights(projections()))
+    function = partial(sb.attention, support=sb.Window(24), low_rank=LEARNED, statistics=sb.Projections(*parameters))
+    _, d_query, _, _, *gradients = out_and_gradients(function, qkv(9), parameters)
+    assert d_query.any() and not any(g.any() for g in gradients)
+    assert [g.shape for g in gradients] == [p.shape for p in parameters]
 
 
 @pytest.mark.parametrize("low_rank", ["stored", "learned"])
 def test_padding_of_short_sequences_may_hold_anything(low_rank: str) -> None:
     mask, results = padding(9, (3, 9)), []
     kernel, statistics = (LEARNED, projections()) if low_rank == "learned" else (sb.Quadratic(3), STATISTICS)
+    given = dict(support=sb.Window(24), low_rank=kernel, key_padding_mask=mask, statistics=statistics)
     for content in (0.0, math.nan):
         tensors = [t.masked_fill(mask[:, None, :, None], content) for t in qkv(9)]
         d_out = torch.ones_like(tensors[0])
-        results.append(attend(tensors, sb.Window(24), kernel, statistics, d_out, key_padding_mask=mask))
+        results.append(out_and_gradients(partial(sb.attention, **given), tensors, d_out=d_out))
         assert not results[-1][0][mask[:, None].expand(2, H, 9)].any()
     assert_same_bits(*results)
 

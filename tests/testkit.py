@@ -216,7 +216,7 @@ def attend(
     **arguments: Any,
 ) -> list[Tensor]:
     """out, lse and the gradients of the tokens and of learned projections, for drawn gradients of out and lse, or for
-    ``d_out`` alone."""
+    ``d_out`` alone. Calls that return the lse are never prepared: use out_and_gradients where that matters."""
     inputs, parameters = leaves(tokens), []
     if isinstance(statistics, sb.Projections):
         parameters = leaves(weights(statistics))
@@ -248,7 +248,7 @@ def assert_same_bits(got: Sequence[Tensor], want: Sequence[Tensor], names: Seque
 
 def assert_all_close(got: Sequence[Tensor], want: Sequence[Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
     for mine, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=rtol, atol=atol)
+        torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol)
 
 
 def assert_close_in_scale(mine: Any, exact: Any) -> None:
