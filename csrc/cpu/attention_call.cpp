@@ -1,5 +1,7 @@
 #include "attention_call.h"
 
+#include "../math/low_rank_kernels.h"
+
 #include "../profile.h"
 
 #include <algorithm>
@@ -16,7 +18,7 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
   p.k_tokens = a.key.size(2);
   p.head_dim = a.query.size(3), p.head_pad = pad_to(p.head_dim, kPad), p.value_pad = pad_to(a.value.size(3), kPad);
   const bool exact = a.query.scalar_type() == ScalarType::Double;
-  p.cancelling = std::is_same_v<T, double> && !exact ? kCancellingInDouble : kCancelling;
+  p.fallback_bound = std::is_same_v<T, double> && !exact ? kFallbackBoundInDouble : kFallbackBound;
   p.low_rank = static_cast<LowRank>(a.low_rank), p.is_causal = a.is_causal, p.scale = a.scale;
   rows = row_ranges(p.batch, p.q_tokens, p.k_tokens, a.query_range, a.key_range, a.query_offset);
   p.rows = rows.data();
@@ -29,24 +31,22 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
   p.slots = ceil_div(p.k_tokens, p.segment) + 1;
   p.units = p.is_causal ? p.slots : std::max<int64_t>(1, ceil_div(p.q_tokens, kQueriesPerUnit));
   if (p.low_rank != LowRank::kNone) {
-    const bool quadratic = p.low_rank == LowRank::kQuadratic;
     p.rank = a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1;
-    p.features = quadratic ? (p.rank + 1) * (p.rank + 2) / 2 : p.rank;
-    p.map_pad = quadratic ? packed_width(p.rank) : pad_to(p.rank, kPad);
+    p.features = feature_count(p.low_rank, p.rank), p.map_pad = map_width(p.low_rank, p.rank);
     const MapKind kind = map_kind(a.low_rank, a.packed_rank);
     const bool fine = p.head_dim < kNarrowHead;
     x = as_map<T>(*a.query_map, kind, p.rank, fine), y = as_map<T>(*a.key_map, kind, p.rank, fine);
     p.x = x.coordinates, p.y = y.coordinates, p.rho = x.log_scales, p.kappa = y.log_scales;
-    p.slot_size = p.features * p.value_pad + p.features_pad() + kPad;
+    p.slot_size = p.kv_state_size() + kPad;
     count_valid();
     p.valid_before = valid_before.data();
   }
   set_lists(a);
-  int64_t direct = kDirectKeys;
-  for (const RowRange& row : rows) direct = std::max(direct, p.direct_keys(row));
+  int64_t direct = kByKeyLimit;
+  for (const RowRange& row : rows) direct = std::max(direct, by_key_limit(p, row));
   const int64_t longest = longest_list();
-  p.max_pairs = pad_to(longest + kChunk + direct + 2 * kPad, kPad);
-  p.uses_state = p.low_rank != LowRank::kNone && any_state(longest);
+  p.max_keys = pad_to(longest + kChunk + direct + 2 * kPad, kPad);
+  p.uses_kv_state = p.low_rank != LowRank::kNone && any_state(longest);
   set_kept();
   take_scores();
 }
@@ -147,7 +147,7 @@ int64_t AttentionCall<E>::shortest_list(int64_t b) const {
   return shortest;
 }
 
-// Whether any query's complement is too large to be evaluated pair by pair (collect_pairs).
+// Whether any query's complement is too large to be evaluated pair by pair (collect_keys).
 template <class E>
 bool AttentionCall<E>::any_state(int64_t longest) const {
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -155,9 +155,9 @@ bool AttentionCall<E>::any_state(int64_t longest) const {
     const int64_t length = row.k_end - row.k_first;
     if (length <= 0) continue;
     const int64_t before = valid_before[size_t(b * p.slots + (p.is_causal ? (length - 1) / kChunk : p.slots - 1))];
-    if (before <= p.direct_keys(row)) continue;
-    if (p.is_causal || before - longest > p.direct_keys(row)) return true;
-    if (before - shortest_list(b) > p.direct_keys(row)) return true;
+    if (before <= by_key_limit(p, row)) continue;
+    if (p.is_causal || before - longest > by_key_limit(p, row)) return true;
+    if (before - shortest_list(b) > by_key_limit(p, row)) return true;
   }
   return false;
 }
@@ -168,7 +168,7 @@ void AttentionCall<E>::set_kept() {
   p.kept_lanes = p.block_q == 1 ? 1 : p.block_q <= 8 ? 8 : p.block_q < 32 ? 16 : 32;
   p.kept_slots = pad_to(p.blocks * p.block_q, kPad);
   if (p.is_causal || p.block_q % p.kept_lanes != 0 || std::is_same_v<T, double>) return;
-  const bool dense = p.block_q == 1 && p.low_rank != LowRank::kNone && p.k_tokens <= kDenseKeys;
+  const bool dense = p.block_q == 1 && p.low_rank != LowRank::kNone && p.k_tokens <= kBitmaskKeys;
   const int64_t listed = (p.span ? p.span_keys : 0) + p.capacity * p.block_k;
   const int64_t keys = pad_to(dense ? p.k_tokens : std::min(listed, p.k_tokens), kPad);
   if (dense || keys <= kKeptKeys) p.kept_keys = keys;
@@ -198,13 +198,13 @@ void AttentionCall<E>::take_states() {
     const std::initializer_list<int64_t> sizes = {p.batch, p.kv_heads, p.slots, p.slot_size};
     STD_TORCH_CHECK(has_shape(*given_state, sizes) && given_state->is_contiguous(),
                     "attention_backward: state must be what attention_with_state returned for the same arguments");
-    state = *given_state, p.state = state.data_ptr(), has_state = true;
+    state = *given_state, p.kv_state = state.data_ptr(), has_state = true;
     return;
   }
   state = empty_cpu({p.batch, p.kv_heads, p.slots, p.slot_size}, kScalar<T>);
-  p.state = state.data_ptr();
-  if (p.uses_state) return;
-  std::memset(p.state, 0, size_t(state.numel()) * sizeof(T));
+  p.kv_state = state.data_ptr();
+  if (p.uses_kv_state) return;
+  std::memset(p.kv_state, 0, size_t(state.numel()) * sizeof(T));
   has_state = true;
 }
 
@@ -213,12 +213,12 @@ void AttentionCall<E>::build_states(const Wave& wave) {
   if (p.low_rank == LowRank::kNone || has_state) return;
   const Stage stage("states");
   const AttentionKernels& kernel = attention_kernels<E>();
-  for_each_unit(wave, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_references(p, b, h); });
-  for_each_unit(wave, p.slots - 1, kernel.state_segment(p, 0, 0, 0, nullptr, nullptr),
+  for_each_unit(wave, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.kv_state_references(p, b, h); });
+  for_each_unit(wave, p.slots - 1, kernel.kv_state_segment(p, 0, 0, 0, nullptr, nullptr),
                 [&](int64_t b, int64_t h, int64_t segment, void* scratch) {
-                  kernel.state_segment(p, b, h, segment, scratch, zero_row.data());
+                  kernel.kv_state_segment(p, b, h, segment, scratch, zero_row.data());
                 });
-  for_each_unit(wave, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_scan(p, b, h); });
+  for_each_unit(wave, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.kv_state_scan(p, b, h); });
 }
 
 template <class E>

@@ -39,7 +39,6 @@ struct Wave {
 };
 // What one stage of a head leaves is still in a shared cache for the next one: heads go through all stages together
 // until they have this many tokens, or are as many as threads.
-constexpr int64_t kTokensPerWave = 4096;
 inline int64_t heads_of_wave(int64_t heads, int64_t tokens) {
   const int64_t most =
       std::max<int64_t>(torch::stable::get_num_threads(), kTokensPerWave / std::max<int64_t>(1, tokens));
@@ -54,7 +53,7 @@ void for_each_wave(int64_t heads, int64_t tokens, const Body& body) {
 // Rows of q, k, v, o and dO are of E; all else is of the type T that sums over them are in.
 template <class E>
 struct AttentionCall {
-  typedef typename Sum<E>::type T;
+  typedef AccType<E> T;
   explicit AttentionCall(const AttentionArguments& a);
   // Room for the states, or those that were given.
   void take_states();

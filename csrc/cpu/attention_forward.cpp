@@ -8,7 +8,7 @@ namespace {
 
 template <class E>
 class Forward {
-  typedef typename Sum<E>::type T;
+  typedef AccType<E> T;
 
  public:
   explicit Forward(const AttentionArguments& a) : args(a), call(a), p(call.p), cancelled(call.p) {

@@ -6,7 +6,7 @@ template <class T>
 CancelledQueries<T>::CancelledQueries(AttentionParams& p) : heads(p.q_heads), tokens(p.q_tokens) {
   if (std::is_same_v<T, double> || p.low_rank == LowRank::kNone) return;
   flags.resize(size_t(p.batch * heads * tokens));
-  p.cancelled = flags.data();
+  p.needs_double = flags.data();
 }
 template class CancelledQueries<float>;
 template class CancelledQueries<double>;

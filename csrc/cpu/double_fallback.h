@@ -1,4 +1,4 @@
-// Queries whose complement cancels (kCancelling) are evaluated again in double, head by head: the same launcher on a
+// Queries whose complement cancels (kFallbackBound) are evaluated again in double, head by head: the same launcher on a
 // call that holds one head and in which every other query is masked. The first call leaves them out.
 #pragma once
 #include "attention_call.h"

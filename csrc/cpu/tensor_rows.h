@@ -24,8 +24,6 @@ inline constexpr ScalarType kScalar = std::is_same_v<T, double>     ? ScalarType
                                       : std::is_same_v<T, Bfloat16> ? ScalarType::BFloat16
                                                                     : ScalarType::Float;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // These, and empty_cpu, are what torch's functions do without the operators that those look up by name, or with one
 // thread: on few hundred tokens that shows.
 Tensor as_contiguous(const Tensor& t);
