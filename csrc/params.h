@@ -13,6 +13,18 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
+// The accumulation type of rows of E.
+template <class E>
+struct AccTypeOf {
+  typedef E type;
+};
+template <>
+struct AccTypeOf<Bfloat16> {
+  typedef float type;
+};
+template <class E>
+using AccType = typename AccTypeOf<E>::type;
+
 // A (batch, heads, tokens, width) operand whose last dimension is contiguous.
 struct StridedTensor {
   void* data = nullptr;
@@ -56,13 +68,13 @@ struct AttentionParams {
   int64_t rank, map_pad, features;  // r (or m for general features), its padded row width, m
   bool is_causal;
   double scale;
-  StridedTensor q, k, v;            // T (B, Hq|Hkv, N|M, head_pad|value_pad)
-  StridedTensor x, y;               // T (B, Hq|Hkv, N|M, map_pad); for the quadratic kernel column r holds 1
-  StridedTensor rho, kappa;         // T (B, Hq|Hkv, N|M, 1), log scales
-  StridedTensor out;                // T (B, Hq, N, value_pad)
-  void* lse;                        // T (B, Hq, N), natural logarithm
-  const RowRange* rows;             // (B)
-  const uint8_t *q_mask, *k_mask;   // (B, N|M) or null; nonzero = ignore
+  StridedTensor q, k, v;           // T (B, Hq|Hkv, N|M, head_pad|value_pad)
+  StridedTensor x, y;              // T (B, Hq|Hkv, N|M, map_pad); for the quadratic kernel column r holds 1
+  StridedTensor rho, kappa;        // T (B, Hq|Hkv, N|M, 1), log scales
+  StridedTensor out;               // T (B, Hq, N, value_pad)
+  void* lse;                       // T (B, Hq, N), natural logarithm
+  const RowRange* rows;            // (B)
+  const uint8_t *q_mask, *k_mask;  // (B, N|M) or null; nonzero = ignore
 
   int64_t block_q, block_k, blocks;  // blocks = ceil(N / block_q)
   const int32_t *index, *count;      // (B, list_heads, blocks, capacity), (B, list_heads, blocks) or null

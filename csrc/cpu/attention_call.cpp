@@ -1,7 +1,6 @@
 #include "attention_call.h"
 
 #include "../math/low_rank_kernels.h"
-
 #include "../profile.h"
 
 #include <algorithm>

@@ -3,13 +3,8 @@
 #pragma once
 #include <cstdint>
 
-#include "../math/base2.h"
-#include "../math/edges.h"
-#include "../math/low_rank.h"
-#include "../math/padding.h"
-#include "../math/routing.h"
 #include "../params.h"
-#include "tuning.h"
+#include "tuning.h"  // which the launchers use as well
 
 namespace sb {
 
@@ -96,18 +91,6 @@ struct InstructionSet {
 extern const InstructionSet kAvx512, kAvx2, kBaseline;
 extern const AttentionKernels kAvx512Bf16;
 const InstructionSet& instruction_set();
-
-// The accumulation type of rows of E.
-template <class E>
-struct AccTypeOf {
-  typedef E type;
-};
-template <>
-struct AccTypeOf<Bfloat16> {
-  typedef float type;
-};
-template <class E>
-using AccType = typename AccTypeOf<E>::type;
 
 template <class E>
 const AttentionKernels& attention_kernels() {

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../math/host_device.h"
 #include "../math/routing.h"
 #include "../params.h"
 

@@ -143,13 +143,13 @@ SB_HD auto visit_low_rank(LowRank kind, const Visit& visit) {
 
 // Width of F, of a padded row of coordinates, and rows of their gradient, for a kind known at run time.
 SB_HD int64_t feature_count(LowRank kind, int64_t rank) {
-  return visit_low_rank(kind, [&](auto kernel) { return kernel.features(rank); });
+  return visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA { return kernel.features(rank); });
 }
 SB_HD int64_t map_width(LowRank kind, int64_t rank) {
-  return visit_low_rank(kind, [&](auto kernel) { return kernel.map_width(rank); });
+  return visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA { return kernel.map_width(rank); });
 }
 SB_HD int64_t gradient_rows(LowRank kind, int64_t rank) {
-  return visit_low_rank(kind, [&](auto kernel) { return kernel.gradient_rows(rank); });
+  return visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA { return kernel.gradient_rows(rank); });
 }
 
 }  // namespace sb

@@ -1,7 +1,8 @@
-// Backward pass of queries with key lists of their own: lanes are keys; attention_backward.h has the steps.
+// Backward pass of queries with key lists of their own: lanes are keys; attention_backward_tile.h has the steps.
 #pragma once
 #include <cstdint>
 
+#include "../../math/low_rank_kernels.h"
 #include "../../params.h"
 #include "attention_backward_scratch.h"
 #include "dkdv_scatter_shared.h"
@@ -10,7 +11,7 @@
 #include "gathered_rows.h"
 #include "isa.h"
 #include "key_list.h"
-#include "kv_state_weights.h"
+#include "kv_state.h"
 #include "query_tile.h"
 #include "scores.h"
 #include "vec.h"
@@ -24,7 +25,7 @@ struct LaneWeights {
 };
 template <class E, int kLanes>
 SB_INLINE LaneWeights<AccType<E>> weights_of(const AttentionParams& p, const BackwardScratch<E, kLanes>& s, int lane,
-                                           const ScatterRecord<E>& r) {
+                                             const ScatterRecord<E>& r) {
   if constexpr (kPaired<E>)
     return {s.P + lane * p.max_keys, s.g + lane * p.max_keys};
   else
@@ -34,13 +35,14 @@ SB_INLINE LaneWeights<AccType<E>> weights_of(const AttentionParams& p, const Bac
 // Steps 1 and 2, with a record for each query. All queries take one step before any takes the next, as in the forward
 // pass.
 template <class E, int kLanes>
-SB_INLINE void weigh_per_query(const AttentionParams& p, const QueryTile<E, kLanes>& tile, const LogScales<AccType<E>>& kappa,
-                            AccType<E> kappa_ref, BackwardScratch<E, kLanes>& s, ScatterRecord<E>* records) {
+SB_INLINE void weigh_per_query(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
+                               const LogScales<AccType<E>>& kappa, AccType<E> kappa_ref, BackwardScratch<E, kLanes>& s,
+                               ScatterRecord<E>* records) {
   typedef AccType<E> T;
   constexpr int N = kWidth<T>;
   typedef typename Vec<T, N>::type V;
   const RuntimeKernel kernel{p.low_rank};
-  const auto for_each_query = [&](const auto& visit) __attribute__((always_inline)) {
+  const auto for_each_query = [&](const auto& visit) SB_INLINE_LAMBDA {
     for (int lane = 0; lane < kLanes; ++lane)
       if (tile.query[lane] >= 0) visit(lane, records[lane], weights_of<E, kLanes>(p, s, lane, records[lane]));
   };
@@ -69,7 +71,8 @@ SB_INLINE void weigh_per_query(const AttentionParams& p, const QueryTile<E, kLan
       map_row<T>(p, tile.x[lane], s.row);
       low_rank_products_of_query<T>(p, tile.b, tile.kv, L_count, r.key + L_begin, s.row, r.dt);
       for (int64_t i = L_begin; i < r.n_listed; ++i) exponent[i - L_begin] = kappa(r.key[i]) - kappa_ref;
-      for (int64_t i = r.n_listed; i < r.n; ++i) exponent[i - L_begin] = (tile.rho[lane] - s.lse[lane]) + kappa(r.key[i]);
+      for (int64_t i = r.n_listed; i < r.n; ++i)
+        exponent[i - L_begin] = (tile.rho[lane] - s.lse[lane]) + kappa(r.key[i]);
     }
     const T a = s.weight[lane];
     const KeptScores<T> kept = kept_scores<T, 1>(p, tile.b, tile.h, tile.first_slot + lane, r.n_listed);
@@ -100,7 +103,7 @@ SB_INLINE void weigh_per_query(const AttentionParams& p, const QueryTile<E, kLan
 // Steps 4 and 5 of one query.
 template <class E, int kLanes>
 SB_INLINE void gradients_per_query(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int lane,
-                                BackwardScratch<E, kLanes>& s, ScatterRecord<E>& r) {
+                                   BackwardScratch<E, kLanes>& s, ScatterRecord<E>& r) {
   typedef AccType<E> T;
   const T correction = s.correction[lane], inverse = s.inverse[lane], scaled = inverse * T(p.scale);
   const T* net = s.net + lane * p.max_keys;

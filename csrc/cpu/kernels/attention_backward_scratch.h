@@ -4,6 +4,7 @@
 
 #include "../../params.h"
 #include "arena.h"
+#include "complement_by_key.h"
 #include "dkdv_scatter_shared.h"
 #include "element_types.h"
 #include "isa.h"
@@ -13,14 +14,14 @@ namespace sb::SB_ISA {
 template <class E, int kLanes>
 struct BackwardScratch {
   typedef AccType<E> T;
-  StepOf<E>*qT, *gT;       // [d][lanes], dO as [dv][lanes], in steps
-  StepOf<E>* W;            // weights [keys][lanes] in steps
-  T *wide, *wide_rows;     // dO in the accumulation type, as [dv][lanes] and as [lanes][dv]
-  T *P, *g, *xT;           // P and dO.v - dO.o [keys][lanes], [map][lanes]
-  T *exponent, *row;       // [keys], one row of coordinates
-  T* net;                  // weights before they are rescaled [keys][lanes]
-  T *F, *gF, *dQ, *dX;     // [features][lanes] twice, [lanes][d], [map][lanes]
-  T lse[kLanes];           // in base 2
+  StepOf<E>*qT, *gT;    // [d][lanes], dO as [dv][lanes], in steps
+  StepOf<E>* W;         // weights [keys][lanes] in steps
+  T *wide, *wide_rows;  // dO in the accumulation type, as [dv][lanes] and as [lanes][dv]
+  T *P, *g, *xT;        // P and dO.v - dO.o [keys][lanes], [map][lanes]
+  T *exponent, *row;    // [keys], one row of coordinates
+  T* net;               // weights before they are rescaled [keys][lanes]
+  T *F, *gF, *dQ, *dX;  // [features][lanes] twice, [lanes][d], [map][lanes]
+  T lse[kLanes];        // in base 2
   T d_lse[kLanes];
   T delta[kLanes];         // dO.o
   T kv_state_log[kLanes];  // log2 scale of the state, or -1e30

@@ -1,9 +1,9 @@
-// Backward pass of a query tile that shares a key list, a query in every lane; attention_backward.h has the steps.
+// Backward pass of a query tile that shares a key list, a query in every lane; attention_backward_tile.h has the steps.
 #pragma once
 #include <cstdint>
 
+#include "../../math/low_rank_kernels.h"
 #include "../../params.h"
-#include "../tuning.h"
 #include "attention_backward_scratch.h"
 #include "dkdv_scatter_shared.h"
 #include "element_types.h"
@@ -13,7 +13,7 @@
 #include "isa.h"
 #include "key_list.h"
 #include "key_list_bitmask.h"
-#include "kv_state_weights.h"
+#include "kv_state.h"
 #include "query_tile.h"
 #include "scores.h"
 #include "tile_prefetch.h"
@@ -24,11 +24,11 @@ namespace sb::SB_ISA {
 // Step 2 of a list with a bitmask: P is zero where a query does not list the key, dU/dt where it does.
 template <class E, int kLanes>
 SB_INLINE void weigh_bitmask(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
-                           const LogScales<AccType<E>>& kappa, const AccType<E>* S, BackwardScratch<E, kLanes>& s,
-                           ScatterRecord<E>& r) {
+                             const LogScales<AccType<E>>& kappa, const AccType<E>* S, BackwardScratch<E, kLanes>& s,
+                             ScatterRecord<E>& r) {
   typedef AccType<E> T;
   const KeyList& list = tile.list;
-  constexpr int N = kLanes < kWidth<T> ? kLanes : kWidth<T>, NQ = kLanes / N;
+  constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
   typedef typename Vec<T, N>::type V;
   const RuntimeKernel kernel{p.low_rank};
   const ScoreFactor<E> score(p);
@@ -60,13 +60,14 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
                             ScatterRecord<E>& r, TilePrefetcher<E, kLanes, true>& prefetcher) {
   typedef AccType<E> T;
   const KeyList& list = tile.list;
-  constexpr int N = kLanes < kWidth<T> ? kLanes : kWidth<T>, NQ = kLanes / N;
+  constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
   typedef typename Vec<T, N>::type V;
   const RuntimeKernel kernel{p.low_rank};
   for (int64_t i = 0; i < list.n; ++i) r.key[i] = list.key[i];
   const int64_t chunk_first = tile.chunk_first;
   const int64_t L_begin = first_low_rank(list);
-  r.lanes = kLanes, r.by_key_count = 0, r.n_chunk = list.n_chunk, r.n_listed = list.n_listed, r.n = list.n, r.L_begin = L_begin;
+  r.lanes = kLanes, r.by_key_count = 0, r.n_chunk = list.n_chunk, r.n_listed = list.n_listed, r.n = list.n,
+  r.L_begin = L_begin;
   r.first_key = first_key(list), r.last_key = last_key(list);
   const auto k = listed<E>(p.k, tile.b, tile.kv, list.key), v_rows = listed<E>(p.v, tile.b, tile.kv, list.key);
   const ScoreFactor<E> score(p);
@@ -160,33 +161,31 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
 
 // Steps 4 and 5: w, ds and dt of the record, then dq and dx.
 template <class E, int kLanes>
-SB_INLINE void gradients_shared(const AttentionParams& p, const QueryTile<E, kLanes>& tile, BackwardScratch<E, kLanes>& s,
-                                ScatterRecord<E>& r) {
+SB_INLINE void gradients_shared(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
+                                BackwardScratch<E, kLanes>& s, ScatterRecord<E>& r) {
   typedef AccType<E> T;
-  constexpr int N = kLanes < kWidth<T> ? kLanes : kWidth<T>, NQ = kLanes / N;
+  constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
   typedef typename Vec<T, N>::type V;
   V correction[NQ], inverse[NQ], scaled[NQ];
   SB_EACH (v, NQ) {
     correction[v] = load<T, N>(s.correction + v * N), inverse[v] = load<T, N>(s.inverse + v * N);
     scaled[v] = inverse[v] * T(p.scale);
   }
-  const auto rescale = [&](int64_t begin, int64_t end, auto is_listed, auto has_L)
-                           __attribute__((always_inline)) {
-                             T* dt = r.dt - r.L_begin * kLanes;
-                             for (int64_t o = begin * kLanes; o < end * kLanes; o += kLanes)
-                               SB_EACH (v, NQ) {
-                                 const int64_t at = o + v * N;
-                                 const V grad = load<T, N>(s.g + at) - correction[v];
-                                 if constexpr (is_listed) {
-                                   const V ds = load<T, N>(s.P + at) * grad * scaled[v];
-                                   if constexpr (kPaired<E>) store<T, N>(s.P + at, ds);
-                                   store_narrow<E, N>(r.ds + at, ds);
-                                 }
-                                 if constexpr (has_L)
-                                   store<T, N>(dt + at, load<T, N>(dt + at) * grad * inverse[v]);
-                                 store_narrow<E, N>(r.w + at, load<T, N>(s.net + at) * inverse[v]);
-                               }
-                           };
+  const auto rescale = [&](int64_t begin, int64_t end, auto is_listed, auto has_L) SB_INLINE_LAMBDA {
+    T* dt = r.dt - r.L_begin * kLanes;
+    for (int64_t o = begin * kLanes; o < end * kLanes; o += kLanes)
+      SB_EACH (v, NQ) {
+        const int64_t at = o + v * N;
+        const V grad = load<T, N>(s.g + at) - correction[v];
+        if constexpr (is_listed) {
+          const V ds = load<T, N>(s.P + at) * grad * scaled[v];
+          if constexpr (kPaired<E>) store<T, N>(s.P + at, ds);
+          store_narrow<E, N>(r.ds + at, ds);
+        }
+        if constexpr (has_L) store<T, N>(dt + at, load<T, N>(dt + at) * grad * inverse[v]);
+        store_narrow<E, N>(r.w + at, load<T, N>(s.net + at) * inverse[v]);
+      }
+  };
   rescale(0, r.L_begin, Yes{}, No{});
   rescale(r.L_begin, r.n_listed, Yes{}, Yes{});
   rescale(r.n_listed, r.n, No{}, Yes{});

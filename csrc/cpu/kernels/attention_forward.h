@@ -31,7 +31,7 @@ SB_INLINE void log2_lanes(const T* x, T* y) {
   if constexpr (sizeof(T) == sizeof(double)) {
     for (int lane = 0; lane < kLanes; ++lane) y[lane] = __builtin_log2(x[lane]);
   } else {
-    constexpr int N = kLanes < kWidth<double> ? kLanes : kWidth<double>;
+    constexpr int N = kLaneWidth<double, kLanes>;
     for (int lane = 0; lane < kLanes; lane += N) {
       typename Vec<double, N>::type v;
       SB_EACH (i, N) v[i] = double(x[lane + i]);
@@ -44,9 +44,9 @@ SB_INLINE void log2_lanes(const T* x, T* y) {
 // One tile: listed keys, then the state's part, then the common normaliser.
 template <class E, int kLanes, bool kShared>
 void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, ForwardScratch<E, kLanes>& s,
-                   TilePrefetcher<E, kLanes, false>& prefetcher) {
+                  TilePrefetcher<E, kLanes, false>& prefetcher) {
   typedef AccType<E> T;
-  constexpr int N = kLanes < kWidth<T> ? kLanes : kWidth<T>;
+  constexpr int N = kLaneWidth<T, kLanes>;
   const bool has_low_rank = p.has_low_rank();
   const auto kappa = log_scales<T>(p.kappa, tile.b, tile.kv);
   const KVState<T> state = has_low_rank ? kv_state_slot<T>(p, tile.b * p.kv_heads + tile.kv, tile.slot) : KVState<T>{};

@@ -4,12 +4,11 @@
 
 #include "../../params.h"
 #include "attention_forward_scratch.h"
-#include "element_types.h"
 #include "features.h"
 #include "gathered_rows.h"
 #include "isa.h"
 #include "key_list.h"
-#include "kv_state_weights.h"
+#include "kv_state.h"
 #include "query_tile.h"
 #include "scores.h"
 #include "vec.h"
@@ -19,18 +18,19 @@ namespace sb::SB_ISA {
 // Steps 1 to 4. All queries take one step before any takes the next: their lists overlap, and rows of K or V that one
 // has read are still in the first level of cache for its neighbour.
 template <class E, int kLanes>
-SB_INLINE void forward_per_query(const AttentionParams& p, const QueryTile<E, kLanes>& tile, const LogScales<AccType<E>>& kappa,
-                              AccType<E> kappa_ref, ForwardScratch<E, kLanes>& s) {
+SB_INLINE void forward_per_query(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
+                                 const LogScales<AccType<E>>& kappa, AccType<E> kappa_ref,
+                                 ForwardScratch<E, kLanes>& s) {
   typedef AccType<E> T;
   constexpr int N = kWidth<T>;
   const RuntimeKernel kernel{p.low_rank};
-  const auto for_each_query = [&](const auto& visit) __attribute__((always_inline)) {
+  const auto for_each_query = [&](const auto& visit) SB_INLINE_LAMBDA {
     for (int lane = 0; lane < kLanes; ++lane)
       if (tile.query[lane] >= 0)
         visit(lane, s.lists[lane], s.S + lane * p.max_keys, s.L + lane * p.max_keys, s.decay + lane * p.max_keys);
   };
   // Scores of a query: the kept ones, or where its weights will be.
-  const auto scores_of = [&](int lane, T* W) __attribute__((always_inline)) {
+  const auto scores_of = [&](int lane, T* W) SB_INLINE_LAMBDA {
     const KeptScores<T> kept = kept_scores<T, 1>(p, tile.b, tile.h, tile.first_slot + lane, s.lists[lane].n_listed);
     return kept.data ? kept.data : W;
   };
@@ -38,7 +38,8 @@ SB_INLINE void forward_per_query(const AttentionParams& p, const QueryTile<E, kL
   // 1. S = q.k of the listed keys.
   for_each_query([&](int lane, KeyList& list, T* W, T*, T*) {
     collect_keys(p, tile.b, tile.h, tile.first_slot + lane, tile.first_slot + lane, list);
-    scores_of_query<E>(p, tile.q[lane], list.n_listed, listed<E>(p.k, tile.b, tile.kv, list.key), s.qT, scores_of(lane, W));
+    scores_of_query<E>(p, tile.q[lane], list.n_listed, listed<E>(p.k, tile.b, tile.kv, list.key), s.qT,
+                       scores_of(lane, W));
   });
 
   // 2. x.y where L is needed, and the stabiliser. The exponent is kappa_j - kappa_ref where the state holds L, whose

@@ -13,15 +13,15 @@ namespace sb::SB_ISA {
 template <class E, int kLanes>
 struct ForwardScratch {
   typedef AccType<E> T;
-  StepOf<E>*qT, *W;          // [d][lanes] and weights [keys][lanes], both in steps
-  T *xT, *S, *L, *F, *O;     // [map][lanes], [keys][lanes] twice, [features][lanes], [lanes][dv]
-  T *decay, *by_key;         // [keys] (for each query with its own list), and rows of one query: [d], [map], [keys]
-  T c[kLanes];               // stabiliser
-  T exact[kLanes];           // sum of the listed keys' weights and of L summed key by key
-  T removed[kLanes];         // sum of the listed keys' L, taken back from the state
-  T kv_state_log[kLanes];    // log2 scale of the state, or -1e30
-  T weight[kLanes];          // exp of that scale - c
-  KeyList lists[kLanes];     // of queries that do not share one
+  StepOf<E>*qT, *W;        // [d][lanes] and weights [keys][lanes], both in steps
+  T *xT, *S, *L, *F, *O;   // [map][lanes], [keys][lanes] twice, [features][lanes], [lanes][dv]
+  T *decay, *by_key;       // [keys] (for each query with its own list), and rows of one query: [d], [map], [keys]
+  T c[kLanes];             // stabiliser
+  T exact[kLanes];         // sum of the listed keys' weights and of L summed key by key
+  T removed[kLanes];       // sum of the listed keys' L, taken back from the state
+  T kv_state_log[kLanes];  // log2 scale of the state, or -1e30
+  T weight[kLanes];        // exp of that scale - c
+  KeyList lists[kLanes];   // of queries that do not share one
 };
 
 template <class E, int kLanes, bool kShared>

@@ -12,7 +12,7 @@
 #include "isa.h"
 #include "key_list.h"
 #include "key_list_bitmask.h"
-#include "kv_state_weights.h"
+#include "kv_state.h"
 #include "query_tile.h"
 #include "scores.h"
 #include "tile_prefetch.h"
@@ -37,10 +37,10 @@ SB_INLINE void combine_weights(const AttentionParams& p, const QueryTile<E, kLan
 // Steps 2 and 3 of a list with a bitmask.
 template <class E, int kLanes>
 SB_INLINE void bitmask_weights(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
-                             const LogScales<AccType<E>>& kappa, const AccType<E>* S, ForwardScratch<E, kLanes>& s) {
+                               const LogScales<AccType<E>>& kappa, const AccType<E>* S, ForwardScratch<E, kLanes>& s) {
   typedef AccType<E> T;
   const KeyList& list = tile.list;
-  constexpr int N = kLanes < kWidth<T> ? kLanes : kWidth<T>, NQ = kLanes / N;
+  constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
   typedef typename Vec<T, N>::type V;
   const RuntimeKernel kernel{p.low_rank};
   const ScoreFactor<E> score(p);
@@ -74,7 +74,7 @@ SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLane
                               TilePrefetcher<E, kLanes, false>& prefetcher) {
   typedef AccType<E> T;
   const KeyList& list = tile.list;
-  constexpr int N = kLanes < kWidth<T> ? kLanes : kWidth<T>, NQ = kLanes / N;
+  constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
   typedef typename Vec<T, N>::type V;
   const RuntimeKernel kernel{p.low_rank};
   const V none = splat<T, N>(T(-1e30));

@@ -8,6 +8,7 @@
 #include "features.h"
 #include "gathered_rows.h"
 #include "isa.h"
+#include "key_list.h"
 #include "query_tile.h"
 #include "scores.h"
 #include "vec.h"
@@ -17,16 +18,16 @@ namespace sb::SB_ISA {
 // One such query in the backward pass.
 template <class T>
 struct ByKeyQuery {
-  int64_t b, kv, end;  // keys before `end`, counted from the row's first, are in the state
-  const int32_t* key;  // those of them that are listed, ascending
-  int64_t listed;      // and their number
+  int64_t b, kv, end;     // keys before `end`, counted from the row's first, are in the state
+  const int32_t* key;     // those of them that are listed, ascending
+  int64_t listed;         // and their number
   const T *x, *d_out;     // rows
   T* z;                   // x with zeros behind its coordinates
   T log, delta, inverse;  // log2 of the factor of L beside exp(kappa); delta; 1 / sum of weights
 };
 
-// Calls visit(keys, n), up to kChunk keys at a time, for the keys in [begin, end) of the row that are neither masked nor
-// among the ascending `listed`. Positions count from the row's first key, listed keys are absolute.
+// Calls visit(keys, n), up to kChunk keys at a time, for the keys in [begin, end) of the row that are neither masked
+// nor among the ascending `listed`. Positions count from the row's first key, listed keys are absolute.
 template <class Visit>
 SB_INLINE void for_each_unlisted(const AttentionParams& p, int64_t b, int64_t begin, int64_t end, const int32_t* listed,
                                  int64_t n_listed, const Visit& visit) {
@@ -95,12 +96,13 @@ SB_INLINE void gradients_by_key(const AttentionParams& p, const ByKeyQuery<T>& q
 // The whole forward pass of one lane, whose stabiliser is the largest exponent of the keys it sees. Writes the sum of
 // weights to `total` and that of weight v to `out`; returns the stabiliser.
 template <class T, int kLanes>
-T forward_by_key(const AttentionParams& p, const QueryTile<T, kLanes>& tile, int lane, const KeyList& list, T* q, T* z, T* S,
-                 T* total, T* out) {
+T forward_by_key(const AttentionParams& p, const QueryTile<T, kLanes>& tile, int lane, const KeyList& list, T* q, T* z,
+                 T* S, T* total, T* out) {
   constexpr int N = kWidth<T>;
   const RuntimeKernel kernel{p.low_rank};
   const auto kappa = log_scales<T>(p.kappa, tile.b, tile.kv);
-  const int64_t first = p.rows[tile.b].k_first, chunk = tile.chunk_first - first, edge = chunk + int64_t(tile.edge[lane]);
+  const int64_t first = p.rows[tile.b].k_first, chunk = tile.chunk_first - first,
+                edge = chunk + int64_t(tile.edge[lane]);
   const auto unlisted = [&](const auto& visit) {
     if (!p.is_causal) return for_each_unlisted(p, tile.b, 0, edge + 1, list.key, list.n_listed, visit);
     for_each_unlisted(p, tile.b, 0, chunk, list.key + list.n_chunk, list.n_listed - list.n_chunk, visit);

@@ -114,12 +114,11 @@ SB_INLINE void scatter_keys(const AttentionParams& p, int64_t b, int64_t kv, con
       s.x[maps++] = r.x[0];
     }
   }
-  const auto add = [&](int64_t n, int64_t columns, const T* weight, const T* const* rows, const StridedTensor& target)
-                       __attribute__((always_inline)) {
-                         if (n > 0)
-                           gemm<T, N, true>(kKeys, columns, n, Strided<T>{weight, 1, kKeys}, PointedRows<const T>{rows},
-                                            DenseRows<T>{target.at<T>(b, kv, key), target.row});
-                       };
+  const auto add = [&](int64_t n, int64_t columns, const T* weight, const T** rows, const auto& to) SB_INLINE_LAMBDA {
+    if (n > 0)
+      gemm<T, N, true>(kKeys, columns, n, Strided<T>{weight, 1, kKeys}, PointedRows<const T>{rows},
+                       DenseRows<T>{to.template at<T>(b, kv, key), to.row});
+  };
   add(values, p.value_pad, s.w, s.d_out, p.dv);
   add(keys, p.head_pad, s.ds, s.q, p.dk);
   if (maps > 0) add(maps, p.map_pad, s.dt, s.x, p.dy);
@@ -139,7 +138,7 @@ SB_INLINE void fetch_block(const AttentionParams& p, int64_t b, int64_t kv, int6
 // Adds a tile's share of dk, dv and dy for the keys in [key_begin, key_end).
 template <class E>
 void dkdv_scatter_per_query(const AttentionParams& p, int64_t b, int64_t kv, const ScatterRecord<E>* records, int n,
-                    int64_t key_begin, int64_t key_end, BlockScatter<E>& s) {
+                            int64_t key_begin, int64_t key_end, BlockScatter<E>& s) {
   const int64_t first_key = p.rows[b].k_first;
   s.blocks = s.pieces = 0;
   for (int lane = 0; lane < n; ++lane) {
@@ -151,7 +150,8 @@ void dkdv_scatter_per_query(const AttentionParams& p, int64_t b, int64_t kv, con
   }
   for (int64_t entry = 0; entry < s.blocks; ++entry) {
     const int64_t begin = first_key + int64_t(s.block[entry]) * kScatterBlockKeys;
-    if (entry + 1 < s.blocks) fetch_block<AccType<E>>(p, b, kv, first_key + int64_t(s.block[entry + 1]) * kScatterBlockKeys);
+    if (entry + 1 < s.blocks)
+      fetch_block<AccType<E>>(p, b, kv, first_key + int64_t(s.block[entry + 1]) * kScatterBlockKeys);
     s.index[s.block[entry]] = -1;
     bool whole = begin >= key_begin && begin + kScatterBlockKeys <= key_end;
     for (int32_t i = s.first[entry]; i >= 0; i = s.piece[i].next) whole &= s.piece[i].n == kScatterBlockKeys;

@@ -18,7 +18,7 @@ template <class E>
 struct ScatterRecord {
   typedef AccType<E> T;
   int64_t lanes, n_chunk, n_listed, n, L_begin;  // L_begin: first_low_rank of the list
-  int64_t first_key, last_key;  // of the list
+  int64_t first_key, last_key;                   // of the list
   int32_t* key;
   E *w, *ds;    // weights [n][lanes]; ds [n_listed][lanes], times scale
   T* dt;        // dL/dt [n - L_begin][lanes]
@@ -76,7 +76,7 @@ SB_INLINE void count_keys_of_record(const ScatterRecord<E>& r, int64_t* keys_of_
 // Adds, for keys in [key_begin, key_end), the share of queries whose complement was summed key by key.
 template <class E>
 SB_INLINE void scatter_by_key(const AttentionParams& p, int64_t b, int64_t kv, const ScatterRecord<E>& r,
-                               int64_t key_begin, int64_t key_end) {
+                              int64_t key_begin, int64_t key_end) {
   typedef AccType<E> T;
   if constexpr (sizeof(T) == sizeof(double)) {
     const int64_t first = p.rows[b].k_first;
@@ -94,7 +94,7 @@ SB_INLINE void scatter_by_key(const AttentionParams& p, int64_t b, int64_t kv, c
 // Adds a tile's share of dk, dv and dy for the keys in [key_begin, key_end).
 template <class E>
 void dkdv_scatter_shared(const AttentionParams& p, int64_t b, int64_t kv, const ScatterRecord<E>& r, int64_t key_begin,
-                    int64_t key_end) {
+                         int64_t key_end) {
   typedef AccType<E> T;
   const int64_t part[4] = {0, r.n_chunk, r.n_listed, r.n};
   const bool listed_here = r.last_key >= key_begin && r.first_key < key_end;

@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../kernels.h"
+#include "../../params.h"
 #include "convert.h"
 #include "isa.h"
 #include "vec.h"
@@ -157,7 +157,7 @@ SB_INLINE const AccType<E>* widen_row_of(const E* row, int64_t width, AccType<E>
 template <class E, int kLanes>
 SB_INLINE const StepOf<E>* weight_steps(int64_t n, const AccType<E>* weight, StepOf<E>* steps) {
   if constexpr (kPaired<E>) {
-    constexpr int N = kLanes < kWidth<float> ? kLanes : kWidth<float>;
+    constexpr int N = kLaneWidth<float, kLanes>;
     for (int64_t i = 0; i < n; i += 2)
       for (int v = 0; v < kLanes; v += N) {
         const auto low = load<float, N>(weight + i * kLanes + v);

@@ -44,7 +44,7 @@ struct LaneStores {
 // F[f][lane] = weight[lane] F_f(z).
 template <class T, int kLanes>
 SB_INLINE void expand_features(LowRank kind, int64_t rank, const T* z, const T* weight, T* F) {
-  constexpr int N = kLanes < kWidth<T> ? kLanes : kWidth<T>;
+  constexpr int N = kLaneWidth<T, kLanes>;
   visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA {
     for (int lane = 0; lane < kLanes; lane += N)
       kernel.expand(rank, load<T, N>(weight + lane), LaneRows<T, N, kLanes>{z + lane},
@@ -55,19 +55,18 @@ SB_INLINE void expand_features(LowRank kind, int64_t rank, const T* z, const T* 
 // Adds weight dF/dz^T g to dz [gradient_rows][lane].
 template <class T, int kLanes>
 SB_INLINE void chain_features(LowRank kind, int64_t rank, const T* z, const T* weight, const T* g, T* dz) {
-  constexpr int N = kLanes < kWidth<T> ? kLanes : kWidth<T>;
+  constexpr int N = kLaneWidth<T, kLanes>;
   visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA {
     for (int lane = 0; lane < kLanes; lane += N)
-      kernel.chain(rank, load<T, N>(weight + lane), LaneRows<T, N, kLanes>{z + lane},
-                   LaneRows<T, N, kLanes>{g + lane}, LaneRows<T, N, kLanes>{dz + lane},
-                   LaneStores<T, N, kLanes>{dz + lane});
+      kernel.chain(rank, load<T, N>(weight + lane), LaneRows<T, N, kLanes>{z + lane}, LaneRows<T, N, kLanes>{g + lane},
+                   LaneRows<T, N, kLanes>{dz + lane}, LaneStores<T, N, kLanes>{dz + lane});
   });
 }
 
 // The derivative by rho or kappa from z and dz: sum of dL L over the other side.
 template <class T, int kLanes>
 SB_INLINE void log_gradient(LowRank kind, int64_t rank, const T* z, const T* dz, T* d_log) {
-  constexpr int N = kLanes < kWidth<T> ? kLanes : kWidth<T>;
+  constexpr int N = kLaneWidth<T, kLanes>;
   for (int lane = 0; lane < kLanes; lane += N) {
     typename Vec<T, N>::type sum{};
     for (int64_t a = 0; a < rank; ++a) sum += load<T, N>(z + a * kLanes + lane) * load<T, N>(dz + a * kLanes + lane);

@@ -19,8 +19,7 @@ SB_INLINE void dot_rows(int64_t n, const R& rows, const E* one, int64_t width, A
   constexpr int N = kWidth<T>, kElements = N * Element<E>::kPerStep;
   typedef typename Vec<T, N>::type V;
   const int64_t whole = width / kElements * kElements;
-  const auto steps = [](const E* row)
-                         __attribute__((always_inline)) { return load<S, N>(reinterpret_cast<const S*>(row)); };
+  const auto steps = [](const E* row) SB_INLINE_LAMBDA { return load<S, N>(reinterpret_cast<const S*>(row)); };
   int64_t i = 0;
   for (; i + N <= n; i += N) {
     V acc[N] = {};
@@ -136,8 +135,8 @@ SB_INLINE void combine_scattered(int64_t lanes, int64_t columns, int64_t n, cons
     if (k == 0)
       combine_listed<E, false>(lanes, columns, to(kScatteredRows), W, rows, zero_row, c);
     else
-      combine_listed<E, true>(lanes, columns, to(k + kScatteredRows) - k, W + steps_of<E>(k) * lanes, rows.from(k), zero_row,
-                              c);
+      combine_listed<E, true>(lanes, columns, to(k + kScatteredRows) - k, W + steps_of<E>(k) * lanes, rows.from(k),
+                              zero_row, c);
   }
 }
 

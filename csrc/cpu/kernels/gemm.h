@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../../params.h"
 #include "element_types.h"
 #include "isa.h"
 #include "vec.h"

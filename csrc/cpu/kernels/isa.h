@@ -6,6 +6,7 @@
 // include too would be merged by the linker into code for processors without it. For the same reason kernels call
 // nothing of std::. A header compiled on its own gets the baseline.
 #pragma once
+#include "../../math/host_device.h"
 #include "../kernels.h"
 
 #if !defined(SB_ISA)
@@ -14,7 +15,6 @@
 #endif
 
 #define SB_INLINE inline __attribute__((always_inline))
-#define SB_INLINE_LAMBDA __attribute__((always_inline))
 #define SB_PRAGMA(text) _Pragma(#text)
 #define SB_UNROLL SB_PRAGMA(GCC unroll 16)
 // A loop whose count is known when compiling, unrolled: arrays of vectors indexed by it stay in registers.

@@ -60,7 +60,7 @@ SB_INLINE void append_unlisted(KeyList& list, const uint8_t* mask, int64_t first
 
 // Fills the list of query slots first_slot .. last_slot, which lie in one query block.
 SB_INLINE void collect_keys(const AttentionParams& p, int64_t b, int64_t h, int64_t first_slot, int64_t last_slot,
-                             KeyList& list) {
+                            KeyList& list) {
   const RowRange& range = p.rows[b];
   const int64_t length = range.k_end - range.k_first, block = first_slot / p.block_q;
   const int64_t edge = edge_of_slot(p, range, last_slot);
@@ -120,7 +120,8 @@ SB_INLINE void collect_keys(const AttentionParams& p, int64_t b, int64_t h, int6
   // A complement of few keys is summed key by key: cheaper than the state's features, and nothing cancels.
   if (list.uses_kv_state && p.valid_before[b * p.slots + slot] - before <= by_key_limit(p, range)) {
     list.uses_kv_state = false;
-    append_unlisted(list, mask, range.k_first, 0, chunk_first < length ? chunk_first : length, list.n_chunk, list.n_listed);
+    append_unlisted(list, mask, range.k_first, 0, chunk_first < length ? chunk_first : length, list.n_chunk,
+                    list.n_listed);
   }
   if (p.is_causal) append_unlisted(list, mask, range.k_first, chunk_first, edge + 1, 0, list.n_chunk);
 }

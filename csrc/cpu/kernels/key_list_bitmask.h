@@ -6,6 +6,7 @@
 #include "../tuning.h"
 #include "features.h"
 #include "isa.h"
+#include "key_list.h"
 #include "query_tile.h"
 #include "scores.h"
 #include "vec.h"
@@ -45,13 +46,14 @@ struct BitmaskKey {
   typedef typename Vec<T, N>::type V;
   typename Vec<T, N>::ints listed;
   V exponent;
-  SB_INLINE BitmaskKey(const QueryTile<E, kLanes>& tile, const LogScales<T>& kappa,
-                     const ScoreFactor<E>& score, const T* S, int64_t i, int v) {
+  SB_INLINE BitmaskKey(const QueryTile<E, kLanes>& tile, const LogScales<T>& kappa, const ScoreFactor<E>& score,
+                       const T* S, int64_t i, int v) {
     typedef typename Vec<T, N>::ints I;
     I bit;
     SB_EACH (lane, N) bit[lane] = 1 << (v * N + lane);
     listed = ((I{} + tile.list.bitmask[i]) & bit) != I{};
-    exponent = listed ? score(load<T, N>(S + i * kLanes + v * N)) : load<T, N>(tile.rho + v * N) + kappa(tile.list.key[i]);
+    exponent =
+        listed ? score(load<T, N>(S + i * kLanes + v * N)) : load<T, N>(tile.rho + v * N) + kappa(tile.list.key[i]);
   }
 };
 

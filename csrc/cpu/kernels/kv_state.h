@@ -73,14 +73,13 @@ void kv_state_references(const AttentionParams& p, int64_t b, int64_t h) {
       if (!(p.k_mask && p.k_mask[b * p.k_tokens + j]) && kappa(j) > running) running = kappa(j);
   }
   if (!p.is_causal)
-    for (int64_t slot = 0; slot < p.slots; ++slot)
-      *kv_state_slot<T>(p, b * p.kv_heads + h, slot).kappa_ref = running;
+    for (int64_t slot = 0; slot < p.slots; ++slot) *kv_state_slot<T>(p, b * p.kv_heads + h, slot).kappa_ref = running;
 }
 
 // Sets slot segment + 1 to the sum over the segment's own keys.
 template <class E>
 int64_t kv_state_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t segment, void* scratch,
-                      const void* zero_row) {
+                         const void* zero_row) {
   typedef AccType<E> T;
   constexpr int N = kWidth<T>;
   Arena arena{static_cast<char*>(scratch), 0};
@@ -122,6 +121,29 @@ void kv_state_scan(const AttentionParams& p, int64_t b, int64_t h) {
     const KVState<T> before = kv_state_slot<T>(p, row, slot - 1), here = kv_state_slot<T>(p, row, slot);
     const T decay = exp2s<T>(*before.kappa_ref - *here.kappa_ref);
     for (int64_t i = 0; i < size; ++i) here.H[i] += before.H[i] * decay;
+  }
+}
+
+// exp(kappa_j - kappa_ref) of entries [begin, end) of a list.
+template <class T>
+SB_INLINE void decay_of_keys(const LogScales<T>& kappa, T kappa_ref, const int32_t* key, int64_t begin, int64_t end,
+                             T* decay) {
+  constexpr int N = kWidth<T>;
+  for (int64_t i = begin; i < end; ++i) decay[i] = kappa(key[i]) - kappa_ref;
+  for (int64_t i = begin; i < end; i += N) store<T, N>(decay + i, exp2v<N>(load<T, N>(decay + i)));
+}
+
+// exp(rho + kappa_ref - log) of each lane, 0 where kv_state_log says that no state is used. The exponent is formed in
+// double: its error would scale a query's whole complement against its exact part.
+template <class T, int kLanes>
+SB_INLINE void kv_state_weights(const T* rho, T kappa_ref, const T* log, const T* kv_state_log, T* weight) {
+  constexpr int N = kLaneWidth<double, kLanes>;
+  double exponent[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane)
+    exponent[lane] = kv_state_log[lane] <= T(-1e29) ? -1e30 : double(rho[lane]) + double(kappa_ref) - double(log[lane]);
+  for (int lane = 0; lane < kLanes; lane += N) {
+    const auto power = exp2v<N>(load<double, N>(exponent + lane));
+    SB_EACH (i, N) weight[lane + i] = T(power[i]);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../../math/low_rank_kernels.h"
 #include "../../params.h"
 #include "arena.h"
 #include "element_types.h"

@@ -3,10 +3,10 @@
 #include <cstdint>
 
 #include "../../math/edges.h"
+#include "../../math/padding.h"
 #include "../../params.h"
 #include "../tuning.h"
 #include "arena.h"
-#include "element_types.h"
 #include "isa.h"
 #include "key_list.h"
 
@@ -32,7 +32,7 @@ struct QueryTile {
 // Fills all but the list; returns whether any lane has a query.
 template <class E, int kLanes>
 SB_INLINE bool fill_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t first_slot, int64_t lanes,
-                          const void* zero_row, QueryTile<E, kLanes>& tile) {
+                         const void* zero_row, QueryTile<E, kLanes>& tile) {
   typedef AccType<E> T;
   const RowRange& range = p.rows[b];
   tile.zero_row = static_cast<const E*>(zero_row);
@@ -77,7 +77,7 @@ SB_INLINE void allocate_tiles(const AttentionParams& p, Arena& arena, QueryTile<
 // their list where Visit::kNeedsLists, or (not kShared) queries with lists of their own that share a state slot.
 template <class E, int kLanes, bool kShared, class Visit>
 SB_INLINE void for_each_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t unit, const void* zero_row,
-                              QueryTile<E, kLanes> (&tile)[2], Visit& visit) {
+                             QueryTile<E, kLanes> (&tile)[2], Visit& visit) {
   const RowRange& range = p.rows[b];
   const int64_t slots = slots_of_row(p, range);
   const int64_t width = p.is_causal ? kChunk : kQueriesPerUnit;

@@ -15,8 +15,8 @@
 
 namespace sb::SB_ISA {
 
-// L of a run's mean key is formed from the mean of its keys' features, written as a y and a kappa again: of
-// y 2^(kappa / power), where K is of degree `power`.
+// L of a run is formed from the mean of its keys' features y 2^(kappa / power), written as a y and a kappa again; the
+// power is the degree of K.
 SB_INLINE float mean_power(LowRank kind) {
   return visit_low_rank(kind, [](auto kernel) SB_INLINE_LAMBDA { return float(kernel.kDegree); });
 }
@@ -139,7 +139,8 @@ SB_INLINE void finish_means(const RouteParams& p, float* panel, int64_t stride, 
   }
 }
 
-// Fills a panel with the kLeaf keys from position `first` on. Masked keys are zero and count 0; their memory is not read.
+// Fills a panel with the kLeaf keys from position `first` on. Masked keys are zero and count 0; their memory is not
+// read.
 SB_INLINE void key_panel(const RouteParams& p, int64_t b, int64_t kv, int64_t first, const float* zero_row,
                          KeyRows& keys, float* panel) {
   const RowRange& range = p.rows[b];

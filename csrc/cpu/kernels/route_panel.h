@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "../../math/routing.h"
-#include "../tuning.h"
 #include "isa.h"
 #include "vec.h"
 

@@ -27,9 +27,11 @@ struct PerQueryScratch {
     const int64_t supers = ceil_div(p.k_tokens, kBranch * kBranch);
     units = pad_to(supers, kLeaf), width = candidate_superblocks(p.keys, p.window) + 2;
     Arena arena{static_cast<char*>(memory), 0};
-    query = arena.take<float>(kRoutedQueries * (p.head_dim + 1)), super_score = arena.take<float>(kRoutedQueries * units);
+    query = arena.take<float>(kRoutedQueries * (p.head_dim + 1)),
+    super_score = arena.take<float>(kRoutedQueries * units);
     key = arena.take<int32_t>(units), candidate = arena.take<int32_t>(kRoutedQueries * width * kBranch);
-    chosen = arena.take<int32_t>(kRoutedQueries * width), taken = arena.take<int32_t>((width + 1) * kBranch + units + kRouteWidth);
+    chosen = arena.take<int32_t>(kRoutedQueries * width),
+    taken = arena.take<int32_t>((width + 1) * kBranch + units + kRouteWidth);
     wanted = arena.take<uint16_t>(units);
     bytes = arena.used;
   }
@@ -43,7 +45,8 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
                 panel_size = p.panel_rows * kLeaf;
   const int64_t shift = (p.is_causal ? range.offset : 0) - int64_t(range.k_first),
                 routed = (p.keys - p.window) / kBranch;
-  const int64_t kept = candidate_superblocks(p.keys, p.window), depth = p.head_dim + 1, all_supers = ceil_div(count, kBranch);
+  const int64_t kept = candidate_superblocks(p.keys, p.window), depth = p.head_dim + 1,
+                all_supers = ceil_div(count, kBranch);
   int64_t low[kRoutedQueries], high[kRoutedQueries], supers[kRoutedQueries], lists[kRoutedQueries] = {};
   bool live[kRoutedQueries], choose = false;
   for (int64_t s = 0; s < all_supers; ++s) w.wanted[s] = 0;

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../../math/base2.h"
+#include "../../math/padding.h"
 #include "../../math/routing.h"
 #include "../../params.h"
 #include "../tuning.h"
@@ -22,8 +23,8 @@ constexpr int32_t kFirstGuess = 0x3d000000;  // 2^-5 in sortable form
 
 struct PooledScratch {
   float *pool, *x, *s, *t;  // (4, d + 1), (4, r), (4, units), (4, units)
-  int32_t *key, *chunk;      // sortable scores; runs of lanes to score
-  int32_t *taken, *blocks;   // positions taken; kept candidate blocks
+  int32_t *key, *chunk;     // sortable scores; runs of lanes to score
+  int32_t *taken, *blocks;  // positions taken; kept candidate blocks
   int64_t units, bytes;
   int32_t guess[3] = {kFirstGuess, kFirstGuess, kFirstGuess};  // for the searches of take_top
   float rho[kGroup], inverse[kGroup];
@@ -120,8 +121,8 @@ SB_INLINE void score_runs(const RouteParams& p, const PooledScratch& w, const fl
 }
 
 // Turns row g of s into scores: |2^(s - M) - L 2^-M|, or s - M without a low-rank part, where M is the largest exponent
-// of eligible tokens. Tokens at or past `limit`, in [own_begin, own_end) or with no key behind them are not eligible and
-// get -inf. Sets w.inverse to 1 / (largest score); with kKeys the scores go to w.key instead, in sortable form.
+// of eligible tokens. Tokens at or past `limit`, in [own_begin, own_end) or with no key behind them are not eligible
+// and get -inf. Sets w.inverse to 1 / (largest score); with kKeys the scores go to w.key instead, in sortable form.
 template <int kLanes, bool kKeys>
 SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* level, const int32_t* chunk,
                          int64_t chunks, int g, int64_t limit, int64_t own_begin, int64_t own_end) {

@@ -53,8 +53,8 @@ SB_INLINE int64_t append_lanes(uint32_t bits, int64_t first, int32_t* out) {
 }
 
 // Writes the positions of the n largest of `count` keys (a multiple of the width), ascending; ties go to the lowest,
-// kNever is never taken. `out` has room for a vector more. The search for the smallest key taken starts at `guess`, which
-// receives it: neighbouring queries have similar ones. It changes the time, not the result.
+// kNever is never taken. `out` has room for a vector more. The search for the smallest key taken starts at `guess`,
+// which receives it: neighbouring queries have similar ones. It changes the time, not the result.
 SB_INLINE int64_t take_top(const int32_t* key, int64_t count, int64_t n, int32_t* out, int32_t& guess) {
   if (n <= 0) return 0;
   // Fewer than n keys are >= high, at least n are >= low: narrow until exactly n are, or until only ties of `low` are

@@ -9,6 +9,7 @@
 #include "gathered_rows.h"
 #include "gemm.h"
 #include "isa.h"
+#include "key_list.h"
 #include "query_tile.h"
 #include "transpose.h"
 #include "vec.h"
@@ -92,7 +93,7 @@ template <class E, int kLanes>
 SB_INLINE void low_rank_products(const AttentionParams& p, const QueryTile<E, kLanes>& tile, const KeyList& list,
                                  int64_t begin, const AccType<E>* xT, AccType<E>* t) {
   typedef AccType<E> T;
-  constexpr int N = kLanes < kWidth<T> ? kLanes : kWidth<T>;
+  constexpr int N = kLaneWidth<T, kLanes>;
   const auto y = listed<T>(p.y, tile.b, tile.kv, list.key + begin);
   gemm<T, N, false>(list.n - begin, kLanes, p.rank, AcrossRows<decltype(y)>{y}, DenseRows<const T>{xT, kLanes},
                     DenseRows<T>{t, kLanes});

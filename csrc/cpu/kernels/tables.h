@@ -9,6 +9,7 @@
 #include "kv_state_backward.h"
 #include "project.h"
 #include "route.h"
+#include "route_keys.h"
 
 namespace sb::SB_ISA {
 

@@ -5,8 +5,8 @@
 
 #include "../../params.h"
 #include "../tuning.h"
-#include "element_types.h"
 #include "gathered_rows.h"
+#include "gemm.h"
 #include "isa.h"
 #include "key_list.h"
 #include "query_tile.h"

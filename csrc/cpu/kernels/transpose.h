@@ -13,7 +13,7 @@ namespace sb::SB_ISA {
 template <class E, int kLanes, class Visit>
 SB_INLINE void for_each_step(const E* const* rows, int64_t width, const Visit& visit) {
   typedef StepOf<E> S;
-  constexpr int N = kLanes < kWidth<S> ? kLanes : kWidth<S>;
+  constexpr int N = kLaneWidth<S, kLanes>;
   typedef typename Vec<S, N>::type V;
   const int64_t steps = steps_of<E>(width);
   int64_t e = 0;
@@ -36,9 +36,10 @@ SB_INLINE void for_each_step(const E* const* rows, int64_t width, const Visit& v
 template <class E, int kLanes>
 SB_INLINE void transpose_steps(const E* const* rows, int64_t width, StepOf<E>* out) {
   typedef StepOf<E> S;
-  constexpr int N = kLanes < kWidth<S> ? kLanes : kWidth<S>;
-  for_each_step<E, kLanes>(rows, width, [&](int64_t e, int lane, typename Vec<S, N>::type v)
-                                            __attribute__((always_inline)) { store<S, N>(out + e * kLanes + lane, v); });
+  constexpr int N = kLaneWidth<S, kLanes>;
+  for_each_step<E, kLanes>(rows, width, [&](int64_t e, int lane, typename Vec<S, N>::type v) SB_INLINE_LAMBDA {
+    store<S, N>(out + e * kLanes + lane, v);
+  });
 }
 
 // out[lane] = rows[lane] . lanes, summed in the order of products of operands in lanes.
@@ -46,20 +47,19 @@ template <class E, int kLanes>
 SB_INLINE void dot_of_lanes(const E* const* rows, int64_t width, const StepOf<E>* lanes, AccType<E>* out) {
   typedef AccType<E> T;
   typedef StepOf<E> S;
-  constexpr int N = kLanes < kWidth<S> ? kLanes : kWidth<S>;
+  constexpr int N = kLaneWidth<S, kLanes>;
   typename Vec<T, N>::type sum[kLanes / N]{};
-  for_each_step<E, kLanes>(rows, width, [&](int64_t e, int lane, typename Vec<S, N>::type v)
-                                            __attribute__((always_inline)) {
-                                              auto& s = sum[lane / N];
-                                              s = multiply_add<T, S, N>(s, v, load<S, N>(lanes + e * kLanes + lane));
-                                            });
+  for_each_step<E, kLanes>(rows, width, [&](int64_t e, int lane, typename Vec<S, N>::type v) SB_INLINE_LAMBDA {
+    auto& s = sum[lane / N];
+    s = multiply_add<T, S, N>(s, v, load<S, N>(lanes + e * kLanes + lane));
+  });
   SB_EACH (v, kLanes / N) store<T, N>(out + v * N, sum[v]);
 }
 
 // [coordinate][lane] from kLanes rows, times `factor`. Rows are read up to the next multiple of a vector.
 template <class T, int kLanes>
 SB_INLINE void transpose_rows(const T* const* rows, int64_t width, T factor, T* out) {
-  constexpr int N = kLanes < kWidth<T> ? kLanes : kWidth<T>;
+  constexpr int N = kLaneWidth<T, kLanes>;
   static_assert(kPad % N == 0, "rows are padded to whole squares");
   for (int64_t e = 0; e < width; e += N)
     for (int lane = 0; lane < kLanes; lane += N) {
@@ -80,7 +80,7 @@ SB_INLINE void transpose_rows(const T* const* rows, int64_t width, T factor, T* 
 template <class E, int kLanes>
 SB_INLINE const AccType<E>* widen_steps(const StepOf<E>* steps, int64_t width, AccType<E>* wide) {
   if constexpr (kPaired<E>) {
-    constexpr int N = kLanes < kWidth<float> ? kLanes : kWidth<float>;
+    constexpr int N = kLaneWidth<float, kLanes>;
     typedef typename Vec<float, N>::type V;
     for (int64_t e = 0; e < steps_of<E>(width); ++e)
       for (int lane = 0; lane < kLanes; lane += N) {

@@ -39,6 +39,9 @@ typedef Constant<false> No;
 // Lanes of the widest register.
 template <class T>
 inline constexpr int kWidth = SB_VECTOR_BYTES / int(sizeof(T));
+// Lanes of the vectors that hold kLanes values.
+template <class T, int kLanes>
+inline constexpr int kLaneWidth = kLanes < kWidth<T> ? kLanes : kWidth<T>;
 
 template <class T, int N>
 SB_INLINE typename Vec<T, N>::type load(const T* p) {
