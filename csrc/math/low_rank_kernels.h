@@ -71,7 +71,7 @@ struct QuadraticKernel {
   }
 
   // Adds weight dF/dz^T g to the rows 0 .. rank - 1 of dz. Row `rank` collects g_0 + z.g_1 / 2: with it
-  // log_gradient is the same formula for features as for pairs.
+  // log_gradient is the same formula for the state and for listed keys.
   template <class V, class Z, class G, class Load, class Store>
   static SB_HD void chain(int64_t rank, V weight, const Z& z, const G& g, const Load& dz, const Store& store) {
     typedef typename LaneOf<V>::type T;
