@@ -1,7 +1,7 @@
-"""The arguments of the operators: one named tuple per schema, its fields in the schema's order.
+"""The arguments of the operators: one named tuple per schema, made from the schema.
 
-Nothing else in the package lists an operator's arguments or counts their positions. csrc/arguments.h is the C++ side
-of the same lists; a test compares both with the registered schemas.
+csrc/arguments.h is the one list of arguments; nothing in Python counts their positions. The fields of BlockLists and
+PaddingInfo carry the names of the arguments that they become.
 
 Shapes and dtypes. B batch rows, Hq query heads, Hkv key/value heads, N queries, M keys, d and dv head dimensions:
 
@@ -23,41 +23,37 @@ Shapes and dtypes. B batch rows, Hq query heads, Hkv key/value heads, N queries,
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from scatterbrain.operators import library  # noqa: F401  (loads the operators)
 
-class AttentionArguments(NamedTuple):
-    """``attention`` and ``attention_with_state``."""
+QUADRATIC = 1  # ``low_rank`` of the quadratic kernel
+TENSORS: dict[type[NamedTuple], int] = {}  # how many leading arguments are tensors; no tensor comes after them
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    query_map: Tensor | None
-    key_map: Tensor | None
-    index: Tensor | None
-    count: Tensor | None
-    span: Tensor | None
-    query_order: Tensor | None
-    query_mask: Tensor | None
-    key_mask: Tensor | None
-    query_range: Tensor | None
-    key_range: Tensor | None
-    query_offset: Tensor | None
-    low_rank: int
-    block_q: int
-    block_k: int
-    span_keys: int
-    is_causal: bool
-    scale: float
-    packed_rank: int = 0
+
+def _arguments(name: str, operator: str) -> type[NamedTuple]:
+    """A named tuple of an operator's arguments, with the defaults of its schema."""
+    arguments = getattr(torch.ops.scatterbrain, operator).default._schema.arguments
+    defaults = [a.default_value for a in arguments if a.has_default_value()]
+    kind = namedtuple(name, [a.name for a in arguments], defaults=defaults, module=__name__)
+    TENSORS[kind] = sum("Tensor" in str(a.type) for a in arguments)
+    return kind
+
+
+AttentionArguments = _arguments("AttentionArguments", "attention")  # and attention_with_state
+QuadraticArguments = _arguments("QuadraticArguments", "quadratic_attention")  # and .._with_state, prepare
+RouteArguments = _arguments("RouteArguments", "route")
 
 
 class ForwardResults(NamedTuple):
-    """The leading arguments of ``attention_backward``: results of the forward pass and their gradients."""
+    """The leading arguments of ``attention_backward``, before those of ``attention``: results of the forward pass and
+    their gradients."""
 
     d_out: Tensor
     d_lse: Tensor | None
@@ -74,68 +70,6 @@ class KeptResults(NamedTuple):
     scores: Tensor | None = None
     query_weight: Tensor | None = None
     key_weight: Tensor | None = None
-
-
-class QuadraticArguments(NamedTuple):
-    """``quadratic_attention`` and ``quadratic_attention_with_state``; without the tokens also ``prepare``."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    query_weight: Tensor
-    query_bias: Tensor
-    key_weight: Tensor
-    key_bias: Tensor
-    index: Tensor | None
-    count: Tensor | None
-    span: Tensor | None
-    query_order: Tensor | None
-    query_mask: Tensor | None
-    key_mask: Tensor | None
-    query_range: Tensor | None
-    key_range: Tensor | None
-    query_offset: Tensor | None
-    keys: int
-    window: int
-    block_q: int
-    block_k: int
-    span_keys: int
-    is_causal: bool
-    scale: float
-    packed_rank: int
-
-
-class RouteArguments(NamedTuple):
-    """``route``."""
-
-    query: Tensor
-    key: Tensor
-    query_map: Tensor | None
-    key_map: Tensor | None
-    query_mask: Tensor | None
-    key_mask: Tensor | None
-    query_range: Tensor | None
-    key_range: Tensor | None
-    query_offset: Tensor | None
-    low_rank: int
-    keys: int
-    block_q: int
-    block_k: int
-    window: int
-    is_causal: bool
-    scale: float
-    packed_rank: int = 0
-
-
-QUADRATIC = 1  # ``low_rank`` of the quadratic kernel
-
-
-def leading_tensors(arguments: type[NamedTuple]) -> int:
-    """How many arguments come before the first that is no tensor; no tensor comes after it."""
-    return sum("Tensor" in str(annotation) for annotation in arguments.__annotations__.values())
-
-
-TENSORS = {kind: leading_tensors(kind) for kind in (AttentionArguments, QuadraticArguments, RouteArguments)}
 
 
 def tensors_of(arguments: NamedTuple) -> tuple[Tensor | None, ...]:
