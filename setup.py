@@ -29,12 +29,8 @@ from toolchain import CudaPlan, compile_jobs, plan_cuda  # noqa: E402
 from torch_environment import require_torch  # noqa: E402
 
 BUILD_INFO_SOURCE = "csrc/build_info.cpp"
-OPERATOR_SOURCES = sorted(
-    path
-    for pattern in ("*.cpp", "cpu/*.cpp")
-    for path in glob(f"csrc/{pattern}", root_dir=ROOT)
-    if path != BUILD_INFO_SOURCE
-)
+SOURCES = {path for folder in ("csrc", "csrc/cpu") for path in glob(f"{folder}/*.cpp", root_dir=ROOT)}
+OPERATOR_SOURCES = sorted(SOURCES - {BUILD_INFO_SOURCE})
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
 HEADERS = sorted(
     path for pattern in ("h", "cuh") for path in glob(f"csrc/**/*.{pattern}", root_dir=ROOT, recursive=True)

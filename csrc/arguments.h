@@ -25,79 +25,56 @@ using Tensors = std::vector<Tensor>;
 
 // -------------------- groups
 
-#define SB_TOKENS(X, S) \
-  X(Tensor, query) S()  \
-  X(Tensor, key) S()    \
-  X(Tensor, value)
+#define SB_TOKENS(X, S) X(Tensor, query) S() X(Tensor, key) S() X(Tensor, value)
 
-#define SB_MAPS(X, S)           \
-  X(MaybeTensor, query_map) S() \
-  X(MaybeTensor, key_map)
+#define SB_MAPS(X, S) X(MaybeTensor, query_map) S() X(MaybeTensor, key_map)
 
-#define SB_LISTS(X, S)      \
-  X(MaybeTensor, index) S() \
-  X(MaybeTensor, count) S() \
-  X(MaybeTensor, span) S()  \
+#define SB_LISTS(X, S)                                \
+  X(MaybeTensor, index) S() X(MaybeTensor, count) S() \
+  X(MaybeTensor, span) S()                            \
   X(MaybeTensor, query_order)
 
-#define SB_PADDING(X, S)          \
-  X(MaybeTensor, query_mask) S()  \
-  X(MaybeTensor, key_mask) S()    \
-  X(MaybeTensor, query_range) S() \
-  X(MaybeTensor, key_range) S()   \
+#define SB_PADDING(X, S)                                         \
+  X(MaybeTensor, query_mask) S() X(MaybeTensor, key_mask) S()    \
+  X(MaybeTensor, query_range) S() X(MaybeTensor, key_range) S()  \
   X(MaybeTensor, query_offset)
 
-#define SB_PROJECTIONS(X, S)   \
-  X(Tensor, query_weight) S()  \
-  X(Tensor, query_bias) S()    \
-  X(Tensor, key_weight) S()    \
-  X(Tensor, key_bias)
+#define SB_PROJECTIONS(X, S)                              \
+  X(Tensor, query_weight) S() X(Tensor, query_bias) S()   \
+  X(Tensor, key_weight) S() X(Tensor, key_bias)
 
-#define SB_SETTINGS(X, S)    \
-  X(int64_t, block_q) S()    \
-  X(int64_t, block_k) S()    \
-  X(int64_t, span_keys) S()  \
-  X(bool, is_causal) S()     \
-  X(double, scale) S()       \
+#define SB_SETTINGS(X, S)                           \
+  X(int64_t, block_q) S() X(int64_t, block_k) S()   \
+  X(int64_t, span_keys) S()                         \
+  X(bool, is_causal) S()                            \
+  X(double, scale) S()                              \
   X(int64_t, packed_rank, "=0")
 
 // Of lists that are routed in the same call, where keys > 0.
-#define SB_BUDGET(X, S)   \
-  X(int64_t, keys) S()    \
-  X(int64_t, window)
+#define SB_BUDGET(X, S) X(int64_t, keys) S() X(int64_t, window)
 
-#define SB_ROUTE_SETTINGS(X, S) \
-  X(int64_t, keys) S()          \
-  X(int64_t, block_q) S()       \
-  X(int64_t, block_k) S()       \
-  X(int64_t, window) S()        \
-  X(bool, is_causal) S()        \
-  X(double, scale) S()          \
+#define SB_ROUTE_SETTINGS(X, S)                     \
+  X(int64_t, keys) S()                              \
+  X(int64_t, block_q) S() X(int64_t, block_k) S()   \
+  X(int64_t, window) S()                            \
+  X(bool, is_causal) S()                            \
+  X(double, scale) S()                              \
   X(int64_t, packed_rank, "=0")
 
 // For the backward pass: what attention_with_state saved, and the projections that made the maps, where the maps'
 // gradients go on through them to query and key.
-#define SB_SAVED(X, S)                       \
-  X(MaybeTensor, state, "=None") S()         \
-  X(MaybeTensor, scores, "=None") S()        \
-  X(MaybeTensor, query_weight, "=None") S()  \
-  X(MaybeTensor, key_weight, "=None")
+#define SB_SAVED(X, S)                                                            \
+  X(MaybeTensor, state, "=None") S() X(MaybeTensor, scores, "=None") S()          \
+  X(MaybeTensor, query_weight, "=None") S() X(MaybeTensor, key_weight, "=None")
 
-// What the sizes of state and scores depend on. `rank`: features of the general kernel; `listed_keys`: the most keys
-// that the lists of one query can hold, padding included.
-#define SB_SHAPE(X, S)        \
-  X(ScalarType, dtype) S()    \
-  X(int64_t, batch) S()       \
-  X(int64_t, q_heads) S()     \
-  X(int64_t, q_tokens) S()    \
-  X(int64_t, head_dim) S()    \
-  X(int64_t, kv_heads) S()    \
-  X(int64_t, k_tokens) S()    \
-  X(int64_t, value_dim) S()   \
-  X(int64_t, low_rank) S()    \
-  X(int64_t, rank) S()        \
-  X(int64_t, listed_keys) S() \
-  X(int64_t, block_q) S()     \
+// What the sizes of state and scores depend on. `rank`: r, or the number of general features, 0 without a low-rank
+// kernel. `listed_keys`: the most keys that a query can list, span_keys and the capacity of its list.
+#define SB_SHAPE(X, S)                                                          \
+  X(ScalarType, dtype) S() X(int64_t, batch) S()                                \
+  X(int64_t, q_heads) S() X(int64_t, q_tokens) S() X(int64_t, head_dim) S()     \
+  X(int64_t, kv_heads) S() X(int64_t, k_tokens) S() X(int64_t, value_dim) S()   \
+  X(int64_t, low_rank) S() X(int64_t, rank) S()                                 \
+  X(int64_t, listed_keys) S() X(int64_t, block_q) S()                           \
   X(bool, is_causal)
 
 // -------------------- operators
