@@ -2,7 +2,6 @@
 #pragma once
 #include <cstdint>
 
-#include "../../math/low_rank_kernels.h"
 #include "../../params.h"
 #include "attention_backward_scratch.h"
 #include "dkdv_scatter_shared.h"
@@ -14,6 +13,7 @@
 #include "key_list.h"
 #include "key_list_bitmask.h"
 #include "kv_state.h"
+#include "low_rank_products.h"
 #include "query_tile.h"
 #include "scores.h"
 #include "tile_prefetch.h"
@@ -83,7 +83,7 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
     queries_in_lanes<E, kLanes>(p, tile, s.qT);
     dot_lanes<E, N, kLanes>(list.n_listed, p.head_dim, k, s.qT, P, prefetcher, per_slice);
   }
-  if (p.has_low_rank()) low_rank_products<E, kLanes>(p, tile, list, L_begin, s.xT, r.dt);
+  if (p.has_low_rank()) low_rank_products<E, kLanes>(p, tile, list.n - L_begin, list.key + L_begin, s.xT, r.dt);
   dot_lanes<E, N, kLanes>(list.n, p.value_pad, v_rows, s.gT, grad_of, prefetcher, per_slice);
   prefetcher.fetch(prefetcher.left());
 
@@ -199,11 +199,7 @@ SB_INLINE void gradients_shared(const AttentionParams& p, const QueryTile<E, kLa
     W = r.ds;
   combine_listed<E, false>(kLanes, p.head_pad, r.n_listed, W, listed<E>(p.k, tile.b, tile.kv, r.key), tile.zero_row,
                            PointedRows<T>{dq});
-  if (p.has_low_rank()) {
-    const auto y = listed<T>(p.y, tile.b, tile.kv, r.key + r.L_begin);
-    gemm<T, N, true>(gradient_rows(p.low_rank, p.rank), kLanes, r.n - r.L_begin, DownRows<decltype(y)>{y},
-                     DenseRows<const T>{r.dt, kLanes}, DenseRows<T>{s.dX, kLanes});
-  }
+  if (p.has_low_rank()) add_x_gradients<E, kLanes>(p, tile, r.n - r.L_begin, r.key + r.L_begin, r.dt, s.dX);
 }
 
 }  // namespace sb::SB_ISA

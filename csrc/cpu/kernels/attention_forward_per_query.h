@@ -9,6 +9,7 @@
 #include "isa.h"
 #include "key_list.h"
 #include "kv_state.h"
+#include "low_rank_products.h"
 #include "query_tile.h"
 #include "scores.h"
 #include "vec.h"

@@ -13,6 +13,7 @@
 #include "key_list.h"
 #include "key_list_bitmask.h"
 #include "kv_state.h"
+#include "low_rank_products.h"
 #include "query_tile.h"
 #include "scores.h"
 #include "tile_prefetch.h"
@@ -90,7 +91,8 @@ SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLane
                           prefetcher.left() * kSliceRows<T, kLanes> / (list.n_listed + 1) + 1);
   prefetcher.fetch(prefetcher.left());
   const int64_t L_begin = first_low_rank(list);
-  if (p.has_low_rank()) low_rank_products<E, kLanes>(p, tile, list, L_begin, s.xT, s.L + L_begin * kLanes);
+  if (p.has_low_rank())
+    low_rank_products<E, kLanes>(p, tile, list.n - L_begin, list.key + L_begin, s.xT, s.L + L_begin * kLanes);
 
   // 2. The stabiliser: each query's largest exponent among what it sees.
   V rho[NQ], edge[NQ], c[NQ], exact[NQ], removed[NQ], a[NQ];

@@ -9,8 +9,8 @@
 #include "gathered_rows.h"
 #include "isa.h"
 #include "key_list.h"
+#include "low_rank_products.h"
 #include "query_tile.h"
-#include "scores.h"
 #include "vec.h"
 
 namespace sb::SB_ISA {

@@ -4,7 +4,6 @@
 
 #include "../../params.h"
 #include "isa.h"
-#include "route_keys.h"
 #include "route_per_query.h"
 #include "route_pooled.h"
 

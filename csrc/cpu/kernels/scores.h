@@ -1,5 +1,4 @@
-// Products of queries with listed keys: scores q.k, dO.v, and x.y of the low-rank kernel, for a tile of queries and for
-// a single one.
+// Scores q.k of listed keys, and dO.v alike, for a tile of queries and for a single one.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +8,6 @@
 #include "gathered_rows.h"
 #include "gemm.h"
 #include "isa.h"
-#include "key_list.h"
 #include "query_tile.h"
 #include "transpose.h"
 #include "vec.h"
@@ -86,27 +84,6 @@ SB_INLINE void scores_of_query(const AttentionParams& p, const E* q, int64_t n, 
     for (int64_t e = 0; e < p.head_pad; ++e) row[e] = q[e] * log2e;
     dot_rows<T>(n, keys, row, p.head_pad, S);
   }
-}
-
-// t[i][lane] = x.y of listed keys from entry `begin` on, with x in lanes.
-template <class E, int kLanes>
-SB_INLINE void low_rank_products(const AttentionParams& p, const QueryTile<E, kLanes>& tile, const KeyList& list,
-                                 int64_t begin, const AccType<E>* xT, AccType<E>* t) {
-  typedef AccType<E> T;
-  constexpr int N = kLaneWidth<T, kLanes>;
-  const auto y = listed<T>(p.y, tile.b, tile.kv, list.key + begin);
-  gemm<T, N, false>(list.n - begin, kLanes, p.rank, AcrossRows<decltype(y)>{y}, DenseRows<const T>{xT, kLanes},
-                    DenseRows<T>{t, kLanes});
-}
-// The coordinates of a query as a row that is zero behind them, and x.y of n keys with it.
-template <class T>
-SB_INLINE void map_row(const AttentionParams& p, const T* x, T* row) {
-  for (int64_t a = 0; a < p.map_pad; ++a) row[a] = a < p.rank ? x[a] : T(0);
-}
-template <class T>
-SB_INLINE void low_rank_products_of_query(const AttentionParams& p, int64_t b, int64_t kv, int64_t n,
-                                          const int32_t* key, const T* row, T* t) {
-  dot_rows<T>(n, listed<T>(p.y, b, kv, key), row, p.map_pad, t);
 }
 
 }  // namespace sb::SB_ISA
