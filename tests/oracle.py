@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 import scatterbrain as sb
-from scatterbrain.functional import padding_info
+from scatterbrain.padding import padding_info
 from scatterbrain.reference import log_kernel, visible
 
 

@@ -16,7 +16,7 @@ import torch
 
 import scatterbrain as sb
 from scatterbrain import _build_info
-from scatterbrain.ops import ISA_VARIABLE
+from scatterbrain.operators.library import ISA_VARIABLE
 
 TESTS = Path(__file__).parent
 IN_USE = torch.ops.scatterbrain.instruction_set()

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import scatterbrain as sb
-from scatterbrain.low_rank import draw_projection, moments, statistics_from_moments
+from scatterbrain.low_rank.favor import draw_projection
+from scatterbrain.low_rank.moments import moments
+from scatterbrain.low_rank.quadratic_coefficients import statistics_from_moments
 from scatterbrain.reference import log_kernel
 
 

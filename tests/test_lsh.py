@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import scatterbrain as sb
-from scatterbrain.lsh import hash_tokens
+from scatterbrain.supports.lsh import hash_tokens
 
 
 def tokens(n: int, heads: int = 2, d: int = 16, seed: int = 0) -> torch.Tensor:

@@ -25,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import scatterbrain as sb
+from scatterbrain.call import Call
+from scatterbrain.padding import EVERYTHING
 
 # ---------------------------------------------------------------------------------------- opcheck
 
@@ -442,14 +444,8 @@ def test_autocast_casts_tokens_and_keeps_coordinates_and_projections() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out, lse = core(*tensors, return_lse=True)
         half = [t.detach().bfloat16() for t in tensors]
-        query_map, _ = sb.functional.coordinates(
-            *half[:2],
-            core.low_rank,
-            core.coefficients(),
-            D**-0.5,
-            sb.functional.padding_info(*half[:2], None, None, 0),
-            False,
-        )
+        call = Call(*half, core.support, core.low_rank, core.coefficients(), D**-0.5, EVERYTHING, is_causal=False)
+        query_map, _ = core.low_rank.coordinates(call)
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32 and query_map.dtype == torch.float32
     assert torch.equal(out, core(*half)), "autocast is a cast of query, key and value"
     out.float().square().sum().backward()

@@ -27,7 +27,7 @@ def tokens() -> list[Tensor]:
 
 @pytest.fixture
 def statistics(tokens: list[Tensor]) -> sb.Statistics:
-    prepared._plans.clear()
+    prepared._prepared.clear()
     return sb.fit_statistics(*tokens[:2], 4)
 
 
@@ -43,7 +43,7 @@ def test_a_call_that_was_checked_gives_the_same_bits(tokens, statistics, support
         leaves = [t.clone().requires_grad_() for t in tokens]
         out = call(leaves, statistics, support, is_causal=is_causal)
         results.append([out, *torch.autograd.grad(out.sum(), leaves)])
-    assert len(prepared._plans) == 1
+    assert len(prepared._prepared) == 1
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
@@ -56,25 +56,25 @@ def test_statistics_that_change_in_place_are_noticed(tokens, statistics) -> None
 
 def test_statistics_made_anew_are_not_taken_for_those_that_were_freed(tokens, statistics) -> None:
     call(tokens, statistics)
-    key, plan = next(iter(prepared._plans.items()))
+    key, plan = next(iter(prepared._prepared.items()))
     ids = [id(t) for t in plan.tensors]
     assert plan.tensors[0] is statistics.query_projection and list(key[:4]) == ids
     del statistics, plan
     gc.collect()
-    assert [id(t) for t in next(iter(prepared._plans.values())).tensors] == ids
+    assert [id(t) for t in next(iter(prepared._prepared.values())).tensors] == ids
 
 
 def test_modules_have_plans() -> None:
     """They make the object around their statistics anew for every call."""
-    prepared._plans.clear()
+    prepared._prepared.clear()
     module = sb.ScatterbrainAttention(H, D, support=SUPPORTS[0], low_rank=sb.Quadratic(4))
     heads = [rand(1, H, N, D, seed=s) for s in (1, 2, 3)]
     with sb.calibrate(module), torch.no_grad():
         module(*heads)
-    prepared._plans.clear()
+    prepared._prepared.clear()
     for _ in range(3):
         module(*heads)
-    assert len(prepared._plans) == 1
+    assert len(prepared._prepared) == 1
 
 
 @pytest.mark.parametrize(
@@ -119,24 +119,24 @@ def test_autocast_and_forward_mode_go_through_the_checks(tokens, statistics) -> 
 def test_no_more_plans_are_kept_than_a_program_needs(tokens, statistics) -> None:
     for n in range(40, 40 + prepared._MOST + 5):
         call([t[:, :, :n] for t in tokens], statistics)
-    assert len(prepared._plans) == prepared._MOST
+    assert len(prepared._prepared) == prepared._MOST
 
 
 def test_exact_attention_is_planned_too(tokens, statistics) -> None:
     short = [t[:, :, :20] for t in tokens]
     first, second = call(short, statistics), call(short, statistics)
-    assert [plan.planned for plan in prepared._plans.values()] == [None]
+    assert [plan.call for plan in prepared._prepared.values()] == [None]
     assert torch.equal(first, second)
     torch.testing.assert_close(first, torch.nn.functional.scaled_dot_product_attention(*short))
 
 
 def test_plans_that_nobody_holds_are_forgotten(tokens, statistics) -> None:
     call(tokens, statistics)
-    planned = next(iter(prepared._plans.values())).planned
-    number = planned._number
+    planned = next(iter(prepared._prepared.values())).call
+    number = planned.number
     leaves = [t.clone().requires_grad_() for t in tokens]
     out = call(leaves, statistics)
-    prepared._plans.clear()
+    prepared._prepared.clear()
     del planned
     gc.collect()
     call([t[:, :, :-1] for t in tokens], statistics)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import scatterbrain
-from scatterbrain.functional import valid_range
 from scatterbrain.hilbert import hilbert_order, inverse_order
+from scatterbrain.padding import valid_range
 from scatterbrain.reference_routing import routed_lists
 
 POOLED = [{"keys": 24, "block_q": 8}, {"keys": 32, "block_q": 16}, {"keys": 48, "block_q": 32}]

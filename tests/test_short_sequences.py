@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import scatterbrain as sb
-from scatterbrain.block_lists import covers_every_key
+from scatterbrain.execution import covers_every_key
 from scatterbrain.reference import visible
 
 H, KV, D = 2, 1, 8

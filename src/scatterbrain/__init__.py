@@ -4,7 +4,8 @@ from scatterbrain import presets, reference
 from scatterbrain.functional import attention, fit_statistics, route
 from scatterbrain.integrations.replace import replace_attention
 from scatterbrain.low_rank import Favor, Projections, Quadratic, RandomFeatures, Statistics
-from scatterbrain.nn.attention import ScatterbrainAttention, calibrate, update_statistics
+from scatterbrain.nn.attention import ScatterbrainAttention
+from scatterbrain.nn.calibration import calibrate, update_statistics
 from scatterbrain.nn.multihead import MultiheadAttention
 from scatterbrain.profiling import profile, profile_process
 from scatterbrain.supports import LSH, Blocks, Empty, Full, Routed, Window

@@ -3,13 +3,12 @@ and what to do."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import torch
 from torch import Tensor
 
-from scatterbrain.low_rank import Coefficients, Favor, LowRank, Projections, Quadratic, RandomFeatures, Statistics
-from scatterbrain.supports import SUPPORTS, Blocks, Empty, LSH, Support
+from scatterbrain.low_rank import LowRank, check_low_rank
+from scatterbrain.operators.tracing import is_readable
+from scatterbrain.supports import Support, check_support
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -84,30 +83,6 @@ def _explain(query: object, key: object, *value: object) -> None:
         )
 
 
-def is_readable(*tensors: Tensor) -> bool:
-    """Whether contents can be looked at here without waiting for a device, and without a value that a trace or vmap
-    does not have."""
-    return not torch.compiler.is_compiling() and all(
-        t.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(t) for t in tensors
-    )
-
-
-def check_mask(name: str, mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> None:
-    """bool (batch, tokens), True = ignore."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(
-            f"{name} must be a bool tensor, True = ignore, got {kind}; a mask of kept tokens is inverted "
-            "with `mask == 0`"
-        )
-    if tuple(mask.shape) != (batch, tokens):
-        raise ValueError(f"{name} must be (batch, tokens) = ({batch}, {tokens}), got {tuple(mask.shape)}")
-    if mask.device != device:
-        raise ValueError(f"{name} must be on the device of query, {device}, got {mask.device}")
-
-
 def check_no_forward_mode(*tensors: Tensor) -> None:
     """Forward-mode derivatives (torch.func.jvp, forward_ad) would be dropped without a word."""
     if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():
@@ -122,13 +97,6 @@ def check_no_forward_mode(*tensors: Tensor) -> None:
 def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-
-
-def check_kind_of_statistics(statistics: object) -> None:
-    if statistics is not None and not isinstance(statistics, (Statistics, Projections, RandomFeatures)):
-        raise TypeError(
-            f"statistics must be Statistics, Projections, RandomFeatures or None, got {type(statistics).__name__}"
-        )
 
 
 def check_scale(scale: float | None) -> None:
@@ -173,193 +141,8 @@ def check_pair(support: Support, low_rank: LowRank, is_causal: bool) -> None:
             f"is_causal must be a bool, got {type(is_causal).__name__}; a mask goes into "
             "key_padding_mask, or into support=Blocks"
         )
-    if not isinstance(support, SUPPORTS):
-        raise TypeError(
-            f"support must be one of {', '.join(s.__name__ for s in SUPPORTS)}, got {type(support).__name__}"
-        )
-    if low_rank is not None and not isinstance(low_rank, (Quadratic, Favor)):
-        raise TypeError(f"low_rank must be Quadratic, Favor or None, got {type(low_rank).__name__}")
-    if isinstance(support, Empty) and low_rank is None:
-        raise ValueError(
-            "support=Empty() with low_rank=None leaves no attention at all; give a low-rank kernel or a support"
-        )
-    if is_causal and isinstance(support, LSH):
-        raise ValueError(
-            "support=LSH is bidirectional only: clusters come from a sort of the whole sequence, so "
-            "later tokens would choose what earlier ones read; use Routed or Window"
-        )
-    if is_causal and isinstance(support, Blocks) and support.query_order is not None:
-        raise ValueError(
-            "Blocks with a query_order are bidirectional only; use is_causal=False or lists in the order of the queries"
-        )
-    if is_causal and isinstance(low_rank, Quadratic) and low_rank.statistics == "input":
-        raise ValueError(
-            "statistics='input' would leak the future in causal attention; pass statistics= from "
-            "sb.fit_statistics with Quadratic(statistics='stored'), or use a calibrated module"
-        )
-
-
-def check_statistics(
-    low_rank: LowRank,
-    statistics: Coefficients | None,
-    scale: float,
-    batch: int,
-    q_heads: int,
-    kv_heads: int,
-    head_dim: int,
-) -> None:
-    """That the low-rank kernel has what it needs, fitted for this scale, rank and head_dim."""
-    if low_rank is None:
-        if statistics is not None:
-            raise ValueError(f"statistics={type(statistics).__name__} needs a low-rank kernel, got low_rank=None")
-        return
-    if isinstance(low_rank, Favor):
-        if statistics is None:
-            return
-        if not isinstance(statistics, RandomFeatures):
-            raise TypeError(f"low_rank=Favor takes statistics=RandomFeatures or None, got {type(statistics).__name__}")
-        rows = low_rank.features // 2 if low_rank.hyperbolic else low_rank.features
-        if tuple(statistics.projection.shape) != (rows, head_dim):
-            raise ValueError(
-                f"the projection of Favor must be (rows, head_dim) = ({rows}, {head_dim}), got "
-                f"{tuple(statistics.projection.shape)}"
-            )
-        return
-    if _fits(statistics, low_rank, scale, kv_heads, head_dim):
-        return
-    if low_rank.rank > head_dim:
-        raise ValueError(f"Quadratic: rank must be at most head_dim={head_dim}, got {low_rank.rank}")
-    if low_rank.statistics == "input":
-        if statistics is not None:
-            raise ValueError(
-                "statistics= was given with Quadratic(statistics='input'), which fits its own; use statistics='stored'"
-            )
-        return
-    if statistics is None:
-        raise ValueError(
-            "Quadratic(statistics='learned') needs its projections: pass statistics=sb.Projections(...), or use "
-            "sb.ScatterbrainAttention, which owns them"
-            if low_rank.statistics == "learned"
-            else f"Quadratic(statistics={low_rank.statistics!r}) is not calibrated: pass statistics= from "
-            f"sb.fit_statistics(query, key, rank={low_rank.rank}), use a calibrated "
-            "sb.ScatterbrainAttention (sb.calibrate), or, bidirectional only, Quadratic(statistics='input')"
-        )
-    if not isinstance(statistics, (Statistics, Projections)):
-        raise TypeError(
-            "low_rank=Quadratic takes statistics=Statistics (sb.fit_statistics) or Projections, got "
-            f"{type(statistics).__name__}"
-        )
-    if statistics.rank != low_rank.rank:
-        raise ValueError(
-            f"statistics have rank {statistics.rank}, low_rank asks for {low_rank.rank}; fit them with "
-            f"rank={low_rank.rank}"
-        )
-    if statistics.query_projection.shape[-1] != head_dim:
-        raise ValueError(f"statistics are for head_dim {statistics.query_projection.shape[-1]}, query has {head_dim}")
-    r, d = low_rank.rank, head_dim
-    if isinstance(statistics, Projections):
-        if statistics.query_projection.shape[0] != q_heads or statistics.key_projection.shape[0] != kv_heads:
-            raise ValueError(
-                f"projections must be per head, expected {q_heads} query and {kv_heads} key heads, got "
-                f"{statistics.query_projection.shape[0]} and {statistics.key_projection.shape[0]}"
-            )
-        _check_shapes(statistics, (q_heads, r, d), (q_heads, d), (q_heads,), (kv_heads, r, d), (kv_heads, d))
-        return
-    if abs(statistics.scale - scale) > 1e-6 * max(abs(scale), 1e-6):
-        raise ValueError(
-            f"statistics were fitted for scale={statistics.scale:.6g}, attention runs with "
-            f"scale={scale:.6g}; fit them with the same scale"
-        )
-    leading = tuple(statistics.query_projection.shape[:-2])
-    if leading not in ((kv_heads,), (batch, kv_heads), (1, kv_heads)):
-        raise ValueError(
-            f"statistics must be per key/value head, expected leading shape ({kv_heads},) or ({batch}, "
-            f"{kv_heads}), got {leading}"
-        )
-    _check_shapes(statistics, (*leading, r, d), (*leading, d), (*leading, r, d), (*leading, d))
-
-
-def _fits(statistics: object, low_rank: Quadratic, scale: float, kv_heads: int, head_dim: int) -> bool:
-    """Whether these are statistics of this very kernel, per key/value head: the common case, without delay."""
-    if type(statistics) is not Statistics or statistics.scale != scale or low_rank.statistics == "input":
-        return False
-    of_map, of_mean = (kv_heads, low_rank.rank, head_dim), (kv_heads, head_dim)
-    return (
-        low_rank.rank <= head_dim
-        and statistics.query_projection.shape == of_map
-        and statistics.key_projection.shape == of_map
-        and statistics.query_mean.shape == of_mean
-        and statistics.key_mean.shape == of_mean
-    )
-
-
-def _check_shapes(owner: Statistics | Projections, *shapes: tuple[int, ...]) -> None:
-    """That the tensors of ``owner``, in the order of its fields, have these shapes."""
-    for field, shape in zip(fields(owner), shapes):
-        if tuple(getattr(owner, field.name).shape) != shape:
-            raise ValueError(
-                f"{type(owner).__name__}: {field.name} must be of shape {shape}, got "
-                f"{tuple(getattr(owner, field.name).shape)}"
-            )
-
-
-def check_blocks(
-    blocks: Blocks,
-    batch: int,
-    q_heads: int,
-    kv_heads: int,
-    q_tokens: int,
-    key_range: Tensor | None,
-    query_range: Tensor | None,
-    k_tokens: int,
-    offset: Tensor | None,
-    is_causal: bool,
-) -> None:
-    """Shapes of caller-given lists and, on the CPU, that no entry lies past the keys or after everything its block may
-    see."""
-    if blocks.index.shape[0] != batch or blocks.index.shape[1] not in (q_heads, kv_heads):
-        raise ValueError(
-            f"Blocks: index must lead with (batch, heads) = ({batch}, {q_heads}) or ({batch}, "
-            f"{kv_heads}), got {tuple(blocks.index.shape[:2])}"
-        )
-    expected = -(-q_tokens // blocks.block_q)
-    if blocks.index.shape[2] != expected:
-        raise ValueError(
-            f"Blocks: {q_tokens} queries in blocks of {blocks.block_q} make {expected} lists, got index "
-            f"with {blocks.index.shape[2]}"
-        )
-    order = blocks.query_order
-    if order is not None and (order.shape[0] != batch or q_heads % order.shape[1] or order.shape[2] != q_tokens):
-        raise ValueError(
-            f"Blocks: query_order must be (batch, heads, queries) = ({batch}, {q_heads}, {q_tokens}), "
-            f"got {tuple(order.shape)}"
-        )
-    if not is_readable(blocks.index, blocks.count, *(t for t in (key_range, query_range, offset) if t is not None)):
-        return
-    used = torch.arange(blocks.index.shape[3], dtype=torch.int32) < blocks.count[..., None]
-    entry = torch.where(used, blocks.index, -1).long()
-    first, end = (
-        (0, k_tokens)
-        if key_range is None
-        else (key_range[:, 0, None, None, None].long(), key_range[:, 1, None, None, None].long())
-    )
-    start = first + entry * blocks.block_k
-    if bool((used & (start >= end)).any()):
-        raise ValueError(
-            f"Blocks: index names key block {int(entry.max())}, past the {k_tokens} keys in blocks of "
-            f"{blocks.block_k}; drop entries out of range"
-        )
-    if not is_causal or blocks.index.shape[2] == 0:
-        return
-    slot = (torch.arange(blocks.index.shape[2]) + 1) * blocks.block_q
-    last = (
-        slot
-        if query_range is None
-        else torch.minimum(query_range[:, 0, None].long() + slot, query_range[:, 1, None].long())
-    ).clamp(max=q_tokens) - 1
-    edge = last if offset is None else last + offset[:, None].long()
-    if bool((used & (start > edge.reshape(-1, 1, blocks.index.shape[2], 1))).any()):
-        raise ValueError(
-            "Blocks: a list names keys after its block's last query, which breaks causality; leave them "
-            "out or use is_causal=False"
-        )
+    check_support(support)
+    check_low_rank(low_rank)
+    support.check(low_rank, is_causal)
+    if low_rank is not None:
+        low_rank.check(is_causal)

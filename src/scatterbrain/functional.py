@@ -1,31 +1,27 @@
-"""The public functions: checks, statistics to coordinates, supports to lists, then one operator."""
+"""The public functions: check, then execute."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from scatterbrain import autograd, checks, flops, prepared  # noqa: F401  (flops registers the operators' formulas)
-from scatterbrain.coordinates import coordinate_dtype, coordinates, quadratic_projection
-from scatterbrain.block_lists import BlockLists, content_lists, covers_every_key, lists_of
+from scatterbrain import checks, execution, prepared
+from scatterbrain.call import Call
 from scatterbrain.low_rank import (
-    LOW_RANK_CODE,
     Coefficients,
     LowRank,
-    Moments,
-    Projections,
     Quadratic,
     Statistics,
-    moments,
-    statistics_from_moments,
+    check_coefficients,
+    check_kind_of_coefficients,
+    check_low_rank,
 )
-from scatterbrain.padding import PaddingInfo, padding_info
-from scatterbrain.padding import valid_range as valid_range
-from scatterbrain.supports import LSH, Blocks, Full, Routed, Support, Window
+from scatterbrain.low_rank.moments import checked_moments
+from scatterbrain.low_rank.quadratic_coefficients import statistics_from_moments
+from scatterbrain.padding import padding_info
+from scatterbrain.supports import Blocks, Support, Window, check_support
 
 DEFAULT_LOW_RANK = Quadratic(rank=9)
 
@@ -52,34 +48,10 @@ def fit_statistics(
     checks.check_scale(scale)
     if query.shape[0] == 0:
         raise ValueError("fit_statistics: expected at least one batch row, got a batch of 0")
-    checks.check_statistics(Quadratic(rank, "input"), None, 1.0, 0, 0, 0, query.shape[3])
+    Quadratic(rank).check_head_dim(query.shape[3])
     padding = padding_info(query, key, key_padding_mask, None, 0)
     scale = default_scale(query, scale)
-    m = checked_moments(query, key, scale, padding)
-    return statistics_from_moments(m, rank, scale)
-
-
-def unchecked_moments(query: Tensor, key: Tensor, scale: float, padding: PaddingInfo) -> Moments:
-    """Moments of the valid tokens of one batch."""
-    return moments(query, key, scale, padding.key_mask, padding.query_mask)
-
-
-def checked_moments(query: Tensor, key: Tensor, scale: float, padding: PaddingInfo) -> Moments:
-    """Moments of calibration tokens, refused where they are not finite or there are none."""
-    m = unchecked_moments(query, key, scale, padding)
-    if not bool(
-        torch.isfinite(m.query_second).all() & torch.isfinite(m.key_second).all() & torch.isfinite(m.key_mean).all()
-    ):
-        raise ValueError(
-            "calibration: query or key holds NaN or infinity among the valid tokens (or is too large to "
-            "square); calibrate on clean inputs, mask bad tokens"
-        )
-    keys = key.shape[0] * key.shape[2] if padding.key_mask is None else int((~padding.key_mask).sum())
-    if keys == 0 or not bool((m.tokens > 0).all()):
-        raise ValueError(
-            "calibration: expected at least one valid token, got none; check key_padding_mask (True = ignore)"
-        )
-    return m
+    return statistics_from_moments(checked_moments(query, key, scale, padding), rank, scale)
 
 
 def attention(
@@ -87,7 +59,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     support: Support = Window(64),
-    low_rank: LowRank = Quadratic(rank=9),
+    low_rank: LowRank = DEFAULT_LOW_RANK,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -128,7 +100,7 @@ def attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came and the cure.
     """
-    plan_key = None
+    kept_as = None
     if (
         key_padding_mask is None
         and query_padding_mask is None
@@ -136,15 +108,12 @@ def attention(
         and query_offset == 0
         and return_lse is False
     ):
-        plan_key = prepared.key_of(query, key, value, support, low_rank, is_causal, scale, statistics)
-        plan = prepared.find(plan_key)
-        if plan is not None:
-            if plan.planned is None:
-                return _exact(query, key, value, is_causal, plan.scale)
-            try:
-                return plan.planned.attention(query, key, value)
-            except autograd.StaleProjection:
-                pass  # checked anew, and planned anew
+        kept_as = prepared.key_of(query, key, value, support, low_rank, is_causal, scale, statistics)
+        found = prepared.find(kept_as)
+        if found is not None:
+            out = execution.run_prepared(found, query, key, value, is_causal)
+            if out is not None:
+                return out
     if _is_autocast(query):
         tokens = cast_for_autocast(query, key, value)
         with torch.autocast(query.device.type, enabled=False):
@@ -164,121 +133,22 @@ def attention(
     checks.check_no_forward_mode(query, key, value)
     checks.check_bool("return_lse", return_lse)
     checks.check_scale(scale)
-    checks.check_kind_of_statistics(statistics)
+    check_kind_of_coefficients(statistics)
     checks.check_pair(support, low_rank, is_causal)
-    batch, q_heads, n, head_dim = query.shape
-    _, kv_heads, m, _ = key.shape
-    checks.check_offset(query_offset, batch, is_causal)
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
-    if isinstance(support, Full):  # nothing is left for the low-rank kernel
+    checks.check_offset(query_offset, query.shape[0], is_causal)
+    if support.is_full:  # nothing is left for the low-rank kernel
         low_rank = statistics = None
-    checks.check_statistics(low_rank, statistics, scale, batch, q_heads, kv_heads, head_dim)
     padding = padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
-    if not return_lse and padding.is_everything() and covers_every_key(support, n, m, is_causal):
-        unused = []
-        if isinstance(statistics, Projections):
-            unused = [t for t in vars(statistics).values() if t.requires_grad]
-        if _suits_torch(is_causal, scale) and (not unused or autograd.is_untraced()):
-            prepared.keep(plan_key, statistics, scale, coordinate_dtype(query), None)
-            out = _exact(query, key, value, is_causal, scale)
-            return autograd.with_zero_gradients(out, unused) if unused else out
-    if plan_key is not None and not _routes_in_float32(support, query):
-        settings = _quadratic_settings(query, key, support, low_rank, None, scale, padding, is_causal)
-        plan = prepared.keep(plan_key, statistics, scale, coordinate_dtype(query), settings)
-        # As the calls after it: checkpointing wants what a call saves to be the same each time.
-        if plan is not None:
-            with contextlib.suppress(autograd.StaleProjection):
-                return plan.planned.attention(query, key, value)
-    out, lse = _run(query, key, value, support, low_rank, statistics, scale, padding, is_causal)
+    call = Call(query, key, value, support, low_rank, statistics, default_scale(query, scale), padding, is_causal)
+    check_coefficients(low_rank, statistics, call)
+    out, lse = execution.run(call, return_lse, kept_as)
     return (out, lse) if return_lse else out
-
-
-def _exact(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
-    """Exact attention without masks: on few tokens nothing is faster than torch's own kernel."""
-    if query.shape[1] == key.shape[1]:
-        return F.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal, scale=scale)
-    return F.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=True)
-
-
-def _suits_torch(is_causal: bool, scale: float) -> bool:
-    """Whether torch's own kernel does what was asked: it multiplies masked scores by the scale, which makes NaN of -inf
-    where the scale is not positive, and under vmap it is a loop."""
-    return (scale > 0 or not is_causal) and (
-        torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    support: Support,
-    low_rank: LowRank,
-    statistics: Coefficients | None,
-    scale: float,
-    padding: PaddingInfo,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the operator, from arguments that were checked."""
-    plain = autograd.is_untraced()
-    if plain and isinstance(low_rank, Quadratic):
-        projection = quadratic_projection(query, key, low_rank, statistics, scale, padding)
-        settings = _quadratic_settings(query, key, support, low_rank, projection, scale, padding, is_causal)
-        return autograd.quadratic_attention(query, key, value, projection, settings)
-    query_map, key_map = coordinates(query, key, low_rank, statistics, scale, padding, is_causal)
-    lists = lists_of(support, query, key, query_map, key_map, low_rank, scale, padding, is_causal)
-    operator = autograd.attention if plain else torch.ops.scatterbrain.attention
-    return operator(
-        query,
-        key,
-        value,
-        query_map,
-        key_map,
-        *lists[:4],
-        *_of_padding(padding),
-        LOW_RANK_CODE[type(low_rank)],
-        *lists[4:],
-        is_causal,
-        scale,
-    )
-
-
-def _routes_in_float32(support: Support, query: Tensor) -> bool:
-    """Whether routing works on copies in another type, so that float64 copies of the same inputs are routed alike."""
-    return isinstance(support, Routed) and query.dtype == torch.float64
-
-
-def _quadratic_settings(
-    query: Tensor,
-    key: Tensor,
-    support: Support,
-    low_rank: Quadratic,
-    projection: autograd.Projection | None,
-    scale: float,
-    padding: PaddingInfo,
-    is_causal: bool,
-) -> tuple:
-    """``settings`` of :func:`autograd.quadratic_attention`, which routes by itself where it can. ``projection`` is needed
-    where it cannot."""
-    if isinstance(support, Routed) and not _routes_in_float32(support, query):
-        lists = BlockLists(None, None, None, None, support.block_q, support.block_k, 0)
-        keys, window = support.keys, support.window
-    else:
-        maps = autograd.project_both(query, key, projection) if isinstance(support, Routed) else (None, None)
-        lists = lists_of(support, query, key, *maps, low_rank, scale, padding, is_causal)
-        keys = window = 0
-    return (*lists[:4], *_of_padding(padding), keys, window, *lists[4:], is_causal, scale)
-
-
-def _of_padding(padding: PaddingInfo) -> tuple[Tensor | None, ...]:
-    """The operators' arguments about padding."""
-    return padding.query_mask, padding.key_mask, padding.query_range, padding.key_range, padding.offset
 
 
 def route(
     query: Tensor,
     key: Tensor,
-    support: Routed | LSH,
+    support: Support,
     low_rank: LowRank = DEFAULT_LOW_RANK,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -312,21 +182,25 @@ def route(
             )
     checks.check_tensors(query, key)
     checks.check_scale(scale)
-    if not isinstance(support, (Routed, LSH)):
+    check_support(support)
+    if not support.depends_on_content:
         raise TypeError(
             f"route: support must be Routed or LSH, whose lists depend on the content, got {type(support).__name__}"
         )
-    if isinstance(low_rank, Quadratic) and low_rank.statistics != "input" and statistics is None:
+    check_low_rank(low_rank)
+    check_kind_of_coefficients(statistics)
+    if low_rank is not None and not low_rank.can_run(statistics):
         low_rank = None
-    if low_rank is DEFAULT_LOW_RANK and isinstance(statistics, (Statistics, Projections)):
-        low_rank = Quadratic(statistics.rank)
+    if low_rank is DEFAULT_LOW_RANK and statistics is not None:
+        low_rank = low_rank.fitting(statistics)
     checks.check_pair(support, low_rank, is_causal)
     checks.check_offset(query_offset, query.shape[0], is_causal)
     padding = padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
-    scale = default_scale(query, scale)
+    call = Call(query, key, None, support, low_rank, statistics, default_scale(query, scale), padding, is_causal)
+    check_coefficients(low_rank, statistics, call)
     with torch.no_grad():
-        query_map, key_map = coordinates(query, key, low_rank, statistics, scale, padding, is_causal)
-        return content_lists(support, query, key, query_map, key_map, low_rank, scale, padding, is_causal)
+        maps = (None, None) if low_rank is None else low_rank.coordinates(call)
+        return Blocks.from_lists(support.lists(call, *maps))
 
 
 # -------------------- scale and autocast

@@ -1,4 +1,4 @@
-"""What of each batch row counts: padding masks, the ranges they leave, and the causal offset."""
+"""Per-row padding masks, valid ranges and causal offset."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scatterbrain import checks
-
 
 class PaddingInfo(NamedTuple):
-    """What of each batch row counts: masks, their [first, last + 1) ranges and the causal offset; None where everything
-    does."""
+    """Per-row padding masks, valid ranges and causal offset; None where there is none. Fields are named as the
+    operators' arguments.
 
-    query_mask: Tensor | None
-    key_mask: Tensor | None
-    query_range: Tensor | None
-    key_range: Tensor | None
-    offset: Tensor | None
+    Args:
+        query_mask: bool (B, N), True = ignore. key_mask: bool (B, M).
+        query_range: int32 (B, 2), [first, last + 1) of the queries that are not ignored. key_range: of the keys.
+        query_offset: int32 (B,), position of query 0 among the keys.
+    """
+
+    query_mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    query_range: Tensor | None = None
+    key_range: Tensor | None = None
+    query_offset: Tensor | None = None
 
     def is_everything(self) -> bool:
         """Whether there is no mask and no offset."""
-        return self.query_mask is None and self.key_mask is None and self.offset is None
+        return self.query_mask is None and self.key_mask is None and self.query_offset is None
 
 
-EVERYTHING = PaddingInfo(None, None, None, None, None)
+EVERYTHING = PaddingInfo()
 
 
 def valid_range(mask: Tensor) -> Tensor:
@@ -40,6 +44,22 @@ def valid_range(mask: Tensor) -> Tensor:
     return torch.stack([first, end], 1).to(torch.int32)
 
 
+def check_mask(name: str, mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> None:
+    """bool (batch, tokens), True = ignore."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"{name} must be a bool tensor, True = ignore, got {kind}; a mask of kept tokens is inverted "
+            "with `mask == 0`"
+        )
+    if tuple(mask.shape) != (batch, tokens):
+        raise ValueError(f"{name} must be (batch, tokens) = ({batch}, {tokens}), got {tuple(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"{name} must be on the device of query, {device}, got {mask.device}")
+
+
 def padding_info(
     query: Tensor,
     key: Tensor,
@@ -51,8 +71,8 @@ def padding_info(
     if key_padding_mask is None and query_padding_mask is None and type(query_offset) is int and query_offset == 0:
         return EVERYTHING
     batch, n, m = query.shape[0], query.shape[2], key.shape[2]
-    checks.check_mask("key_padding_mask", key_padding_mask, batch, m, query.device)
-    checks.check_mask("query_padding_mask", query_padding_mask, batch, n, query.device)
+    check_mask("key_padding_mask", key_padding_mask, batch, m, query.device)
+    check_mask("query_padding_mask", query_padding_mask, batch, n, query.device)
     if query_padding_mask is None and key_padding_mask is not None and n == m:
         query_padding_mask = key_padding_mask
     key_range = None if key_padding_mask is None else valid_range(key_padding_mask)

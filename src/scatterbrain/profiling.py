@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from scatterbrain import ops  # noqa: F401  (loads the operators)
+from scatterbrain.operators import library  # noqa: F401  (loads the operators)
 
 VARIABLE = "SCATTERBRAIN_PROFILE"
 

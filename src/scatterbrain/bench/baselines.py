@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from scatterbrain.low_rank import Favor, favor_sizes, seeded_projection
+from scatterbrain.low_rank import Favor
+from scatterbrain.low_rank.favor import favor_sizes, seeded_projection
 
 
 def sliding_window(query: Tensor, key: Tensor, value: Tensor, keys: int, is_causal: bool = False) -> Tensor:

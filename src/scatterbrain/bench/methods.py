@@ -3,7 +3,9 @@
 sdpa                    F.scaled_dot_product_attention
 window-64, routed-64,   a support of that many keys with the quadratic kernel and stored statistics;
   per-query-64, lsh-64    per-query is Routed(keys, block_q=1, block_k=8, window=16)
-window-64+none          the support alone; +favor: with FAVOR+ of 64 features; +input: statistics of the input
+window-64+none          the support alone; +favor: with FAVOR+ of 64 features; +input: statistics of the input;
+                          +kind: with an own kernel that was registered
+kind-64, kind           an own support that was registered, with that many keys or without a number
 empty                   the low-rank kernel alone
 torch-window-64,        the same ideas written in plain torch (scatterbrain.bench.baselines)
   torch-performer-64, torch-clusters-64
@@ -22,23 +24,43 @@ from torch import Tensor
 
 import scatterbrain as sb
 from scatterbrain.bench import baselines
+from scatterbrain.checks import check_pair
+from scatterbrain.low_rank import LOW_RANK_KERNELS, LowRank
+from scatterbrain.supports import SUPPORTS, Support, takes_keys
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_NAME = re.compile(
-    r"(?P<kind>sdpa|full|empty|window|routed|per-query|lsh|torch-window|torch-performer|torch-clusters)"
-    r"(?:-(?P<keys>\d+))?(?:\+(?P<kernel>quadratic|input|favor|none))?"
-)
-_SUPPORTS = {
-    "full": lambda keys: sb.Full(),
-    "empty": lambda keys: sb.Empty(),
-    "window": sb.Window,
-    "routed": sb.Routed,
-    "per-query": lambda keys: sb.Routed(keys, block_q=1, block_k=8, window=16),
-    "lsh": sb.LSH,
-}
-_WITHOUT_KEYS = ("sdpa", "full", "empty")
+_NAME = re.compile(r"(?P<kind>[a-z_]+(?:-[a-z_]+)*)(?:-(?P<keys>\d+))?(?:\+(?P<kernel>[a-z_]+))?")
 _BASELINES = ("sdpa", "torch-window", "torch-performer", "torch-clusters")
+_BUILT_IN = ("full", "empty", "window", "routed", "per-query", "lsh")
+
+
+def _per_query(keys: int) -> Support:
+    return sb.Routed(keys, block_q=1, block_k=8, window=16)
+
+
+def _supports() -> dict[str, Callable[[int], Support]]:
+    """What makes a support of a budget of keys, by the kind in a method's name."""
+    known = {kind: cls.with_keys for kind, cls in SUPPORTS.items() if cls.is_configurable}
+    return {**known, "per-query": _per_query}
+
+
+def _low_rank(kernel: str, rank: int) -> LowRank:
+    if kernel == "none":
+        return None
+    if kernel in ("quadratic", "input"):
+        return sb.Quadratic(rank, "input" if kernel == "input" else "stored")
+    return LOW_RANK_KERNELS[kernel]()
+
+
+def _knows_kernel(kernel: str | None) -> bool:
+    return kernel in (None, "none", "input") or kernel in LOW_RANK_KERNELS
+
+
+def _takes_keys(kind: str) -> bool:
+    if kind in SUPPORTS:
+        return takes_keys(SUPPORTS[kind])
+    return kind != "sdpa"
 
 
 @dataclass(frozen=True)
@@ -52,9 +74,19 @@ class Method:
 
     def refusal(self, is_causal: bool) -> str | None:
         """Why it cannot be run so; None if it can."""
-        if is_causal and (self.kind in ("lsh", "torch-clusters") or self.kernel == "input"):
+        if is_causal and self.kind == "torch-clusters":
+            return "bidirectional only"
+        if self.kind in _BASELINES:
+            return None
+        try:
+            check_pair(*self.pair(), is_causal)
+        except ValueError:
             return "bidirectional only"
         return None
+
+    def pair(self, rank: int = 9) -> tuple[Support, LowRank]:
+        """The support and the low-rank kernel that the name stands for."""
+        return _supports()[self.kind](self.keys), _low_rank(self.kernel, rank)
 
     def bytes_needed(self, batch: int, heads: int, tokens: int, head_dim: int, is_causal: bool) -> int:
         """About what one forward and backward of a method in plain torch holds at once; 0 where it is linear."""
@@ -71,18 +103,14 @@ class Method:
             return partial(_repeated, baselines.performer, features=self.keys, is_causal=is_causal)
         if self.kind == "torch-clusters":
             return partial(_repeated, baselines.clusters, keys=self.keys)
-        low_rank = {
-            "quadratic": sb.Quadratic(rank),
-            "input": sb.Quadratic(rank, "input"),
-            "favor": sb.Favor(64),
-            "none": None,
-        }[self.kernel]
+        support, low_rank = self.pair(rank)
+        is_fitted = low_rank is not None and low_rank.is_calibrated_from_data
         return partial(
             sb.attention,
-            support=_SUPPORTS[self.kind](self.keys),
+            support=support,
             low_rank=low_rank,
             is_causal=is_causal,
-            statistics=statistics if self.kernel == "quadratic" else None,
+            statistics=statistics if is_fitted else None,
         )
 
 
@@ -106,22 +134,24 @@ def parse_method(name: str) -> Method:
         ValueError: with what names look like.
     """
     match = _NAME.fullmatch(name)
-    if not match:
+    supports = _supports()
+    if not match or match["kind"] not in (*supports, *_BASELINES) or not _knows_kernel(match["kernel"]):
+        own = "".join(f", {kind}" for kind in supports if kind not in _BUILT_IN)
         raise ValueError(
             f"unknown method {name!r}: expected sdpa, empty, full, window-KEYS, routed-KEYS, per-query-KEYS or "
-            "lsh-KEYS, each also with +none, +favor or +input, or torch-window-KEYS, torch-performer-FEATURES, "
+            f"lsh-KEYS{own}, each also with +none, +favor or +input, or torch-window-KEYS, torch-performer-FEATURES, "
             "torch-clusters-KEYS"
         )
     kind, keys, kernel = match["kind"], match["keys"], match["kernel"]
-    if (keys is None) != (kind in _WITHOUT_KEYS):
-        expected = f"{kind} without a number" if kind in _WITHOUT_KEYS else f"{kind}-KEYS, such as {kind}-64"
+    if (keys is None) == _takes_keys(kind):
+        expected = f"{kind}-KEYS, such as {kind}-64" if _takes_keys(kind) else f"{kind} without a number"
         raise ValueError(f"method {name!r}: expected {expected}")
     if kernel and kind in _BASELINES:
         raise ValueError(f"method {name!r}: {kind} takes no low-rank kernel; leave out +{kernel}")
     method = Method(name, kind, int(keys or 0), kernel or "quadratic")
-    try:  # the supports check their own numbers
-        if kind in _SUPPORTS:
-            _SUPPORTS[kind](method.keys)
+    try:  # supports check their own numbers
+        if kind not in _BASELINES:
+            supports[kind](method.keys)
         elif kind != "sdpa" and method.keys < 1:
             raise ValueError(f"expected at least 1, got {method.keys}")
         if kind == "empty" and kernel == "none":

@@ -13,12 +13,11 @@ from scatterbrain.integrations.replacer import PACKAGES, prepare_replacers, repl
 from scatterbrain.integrations.report import Entry, Report
 from scatterbrain.integrations.restrictions import NotReplaceable, parallel_wrapper, query_by_query
 from scatterbrain.integrations.vision import apply_order, exact_class_tokens
-from scatterbrain.low_rank import LowRank
-from scatterbrain.nn._interface import check_low_rank, check_support
+from scatterbrain.low_rank import LowRank, check_low_rank
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule
 from scatterbrain.nn.multihead import MultiheadAttention
-from scatterbrain.supports import Support
+from scatterbrain.supports import Support, check_support
 
 
 def replace_attention(

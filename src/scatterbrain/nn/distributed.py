@@ -8,16 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scatterbrain.low_rank import Moments
-
-MOMENTS = ("tokens", "query_mean", "query_second", "key_mean", "key_second")
+from scatterbrain.low_rank.moments import MOMENTS, Moments
 
 
 class Gatherer(Protocol):
     """A module that gathers moments: its buffers ``moment_*`` have the shapes of what it gathers."""
 
-    _gathered: Moments | None
-    _scale: float | None
+    gathered: Moments | None
+    scale: float | None
 
 
 def merge_over_ranks(modules: list[Gatherer], group: dist.ProcessGroup | None) -> None:
@@ -61,14 +59,14 @@ def _weighted(module: Gatherer) -> Tensor:
     """float64: 1 and the scale, then the tokens and every other moment times the tokens; zeros where nothing was
     gathered."""
     shapes = [_buffer(module, name) for name in MOMENTS]
-    gathered = module._gathered
+    gathered = module.gathered
     if gathered is None:
         return torch.cat([shapes[0].new_zeros(2), *(torch.zeros_like(s).flatten() for s in shapes)])
     tokens = gathered.tokens
     products = [getattr(gathered, name) * _along(tokens, shape) for name, shape in zip(MOMENTS[1:], shapes[1:])]
     # A rank whose tokens are all padding adds nothing, whatever its means are.
     products = [torch.where(_along(tokens, p) > 0, p, 0).flatten() for p in products]
-    return torch.cat([tokens.new_tensor([1.0, module._scale]), tokens, *products])
+    return torch.cat([tokens.new_tensor([1.0, module.scale]), tokens, *products])
 
 
 def _take(module: Gatherer, sums: Tensor) -> None:
@@ -76,17 +74,17 @@ def _take(module: Gatherer, sums: Tensor) -> None:
     if not ran:
         return
     scale /= ran
-    if module._scale is not None and abs(module._scale - scale) > 1e-6 * abs(scale):
+    if module.scale is not None and abs(module.scale - scale) > 1e-6 * abs(scale):
         raise ValueError(
-            f"statistics of several ranks: expected one scale of attention on all of them, got {module._scale:.6g} here "
+            f"statistics of several ranks: expected one scale of attention on all of them, got {module.scale:.6g} here "
             f"and {scale:.6g} on average"
         )
     shapes = [_buffer(module, name) for name in MOMENTS]
     tokens, *products = (
         part.reshape(s.shape) for part, s in zip(sums[2:].split([s.numel() for s in shapes]), shapes)
     )  # fmt: skip
-    module._gathered = Moments(tokens, *(p / _along(tokens.clamp(min=1), p) for p in products))
-    module._scale = scale if module._scale is None else module._scale
+    module.gathered = Moments(tokens, *(p / _along(tokens.clamp(min=1), p) for p in products))
+    module.scale = scale if module.scale is None else module.scale
 
 
 def _along(tokens: Tensor, moment: Tensor) -> Tensor:

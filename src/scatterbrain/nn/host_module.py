@@ -7,7 +7,6 @@ from typing import Any
 
 from scatterbrain.checks import check_pair
 from scatterbrain.low_rank import LowRank
-from scatterbrain.nn import _interface  # noqa: F401
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.warn import warn
 from scatterbrain.presets import drop_in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,12 +12,9 @@ from torch import nn
 
 import scatterbrain as sb
 from scatterbrain.checks import check_pair
+from scatterbrain.low_rank import LOW_RANK_KERNELS
+from scatterbrain.supports import SUPPORTS, Support
 from scatterbrain.training.config import AttentionConfig
-
-SUPPORTS = {"full": "Full", "empty": "Empty", "window": "Window", "routed": "Routed"}
-LOW_RANKS = {"quadratic": "Quadratic", "favor": "Favor"}
-# Statistics that exist when training starts from scratch and that do not look at later bytes.
-STATISTICS = ("learned", "ema")
 
 
 def build_support_and_low_rank(config: AttentionConfig) -> tuple[Any, Any]:
@@ -31,18 +29,18 @@ def build_support_and_low_rank(config: AttentionConfig) -> tuple[Any, Any]:
         with _naming("attention.keys"):
             support = preset(keys=config.keys)[0]
     else:
-        support = _build("attention.support", config.support, SUPPORTS, keys=config.keys)
+        support = _build("attention.support", config.support, _supports(), keys=config.keys)
     if config.low_rank is None:
-        low_rank = None if isinstance(support, sb.Full) else preset()[1]
+        low_rank = None if support.is_full else preset()[1]
     else:
         low_rank = _build_low_rank(config.low_rank)
-    if isinstance(support, sb.Full) and low_rank is not None:
+    if support.is_full and low_rank is not None:
         raise ValueError(
             f"attention.low_rank: support full leaves nothing to approximate, got {low_rank}; leave it out"
         )
-    if isinstance(low_rank, sb.Quadratic) and low_rank.statistics not in STATISTICS:
+    if low_rank is not None and not low_rank.trains_from_scratch:
         raise ValueError(
-            f"attention.low_rank.statistics: expected {' or '.join(STATISTICS)}, got {low_rank.statistics!r}; stored "
+            f"attention.low_rank.statistics: expected learned or ema, got {low_rank.statistics!r}; stored "
             "statistics come from a trained model, and those of the input would show a byte what follows it"
         )
     with _naming("attention"):
@@ -59,13 +57,13 @@ def build_attention(config: AttentionConfig, num_heads: int, num_kv_heads: int, 
 
 def is_exact(config: AttentionConfig) -> bool:
     """Whether the configuration means exact attention."""
-    return isinstance(build_support_and_low_rank(config)[0], sb.Full)
+    return build_support_and_low_rank(config)[0].is_full
 
 
 def describe_attention(config: AttentionConfig) -> str:
     """The support and the low-rank part in one line."""
     support, low_rank = build_support_and_low_rank(config)
-    if isinstance(support, sb.Full):
+    if support.is_full:
         return "exact attention"
     return f"{support}, {'no low-rank part' if low_rank is None else low_rank}"
 
@@ -73,17 +71,31 @@ def describe_attention(config: AttentionConfig) -> str:
 def _build_low_rank(value: str | dict[str, Any]) -> Any:
     if value == "none":
         return None
-    kind = value.get("kind") if isinstance(value, dict) else value
-    defaults = {"statistics": STATISTICS[0]} if kind == "quadratic" else {}
-    return _build("attention.low_rank", value, LOW_RANKS, **defaults)
+    return _build("attention.low_rank", value, LOW_RANK_KERNELS)
 
 
-def _build(key: str, value: str | dict[str, Any], classes: dict[str, str], **defaults: Any) -> Any:
-    fields = {"kind": value} if isinstance(value, str) else dict(value)
-    kind = fields.pop("kind", None)
+def _supports() -> dict[str, type[Support]]:
+    return {kind: cls for kind, cls in SUPPORTS.items() if cls.is_configurable and not cls.is_bidirectional_only}
+
+
+def _class_of(key: str, kind: object, classes: dict[str, type]) -> type:
+    """A class by its kind, or an own one by "module:Class", which is imported and registered."""
+    if isinstance(kind, str) and ":" in kind:
+        module, _, name = kind.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{key}: cannot import {kind!r}, expected module:Class: {error}") from error
     if kind not in classes:
         raise ValueError(f"{key}: expected one of {', '.join(classes)} (as the kind), got {kind!r}")
-    cls = getattr(sb, classes[kind])
+    return classes[kind]
+
+
+def _build(key: str, value: str | dict[str, Any], classes: dict[str, type], **defaults: Any) -> Any:
+    fields = {"kind": value} if isinstance(value, str) else dict(value)
+    kind = fields.pop("kind", None)
+    cls = _class_of(key, kind, classes)
+    defaults |= getattr(cls, "training_defaults", {})
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     for name in fields:
         if name not in known:

@@ -134,7 +134,7 @@ def _is_exact(
     arguments: dict[str, Any],
 ) -> bool:
     """Whether this call runs exact attention; warns of it unless exact attention was chosen or there is one query."""
-    if core._collecting and visible.dense is None:
+    if core.is_collecting and visible.dense is None:
         return False
     if core.is_exact or query.shape[2] == 1:
         return True

@@ -21,7 +21,7 @@ from scatterbrain.integrations.transformers.layers import (
 )
 from scatterbrain.integrations.transformers.registry import PER_LAYER
 from scatterbrain.low_rank import LowRank
-from scatterbrain.nn.attention import update_statistics
+from scatterbrain.nn.calibration import update_statistics
 from scatterbrain.supports import Support
 
 

@@ -1,13 +1,75 @@
-"""Equal-size clusters by locality-sensitive hashing (E2LSH on the XBOX+ transform, as in SMYRF, Daras et al. 2020,
-section 3)."""
+"""Equal-size clusters of queries and keys by locality-sensitive hashing (E2LSH on the XBOX+ transform, as in SMYRF,
+Daras et al. 2020, section 3)."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from scatterbrain.low_rank import squared_norm
-from scatterbrain.supports import LSH, Blocks
+from scatterbrain.call import Call
+from scatterbrain.fields import check_int
+from scatterbrain.numerics import squared_norm
+from scatterbrain.operators import library  # noqa: F401  (loads the operators)
+from scatterbrain.operators.tracing import is_known
+from scatterbrain.supports.base import BlockLists, Support
+
+if TYPE_CHECKING:
+    from scatterbrain.low_rank import LowRankKernel
+
+
+@dataclass(frozen=True)
+class LSH(Support):
+    """Equal-size clusters of queries and keys by locality-sensitive hashing, several rounds, the union counted once per
+    pair (SMYRF, Daras et al. 2020).
+
+    Bidirectional only: clusters come from a sort of the whole sequence, so a causal form would let later tokens choose
+    what earlier ones read.
+
+    Args:
+        keys: keys per query over all rounds; each round's clusters hold ``keys / rounds`` keys.
+        rounds: independent hash rounds.
+        hash: "e2lsh" on the asymmetric XBOX+ transform, the paper's.
+        seed: seed of the hash directions. The same seed gives the same clusters for the same input.
+    """
+
+    kind: ClassVar[str] = "lsh"
+    is_bidirectional_only: ClassVar[bool] = True
+    depends_on_content: ClassVar[bool] = True
+
+    keys: int
+    rounds: int = 2
+    hash: str = "e2lsh"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("LSH", "keys", self.keys, 1)
+        check_int("LSH", "rounds", self.rounds, 1)
+        check_int("LSH", "seed", self.seed, 0)
+        if self.hash != "e2lsh":
+            raise ValueError(f"LSH: expected hash='e2lsh', got {self.hash!r}")
+        if self.keys % self.rounds:
+            raise ValueError(
+                f"LSH: keys is the total over rounds and must divide by rounds={self.rounds}, got {self.keys}"
+            )
+
+    def check(self, low_rank: LowRankKernel | None, is_causal: bool) -> None:
+        if is_causal:
+            raise ValueError(
+                "support=LSH is bidirectional only: clusters come from a sort of the whole sequence, so "
+                "later tokens would choose what earlier ones read; use Routed or Window"
+            )
+
+    def covers_every_key(self, queries: int, keys: int, is_causal: bool) -> bool:
+        return is_known(keys <= self.keys // self.rounds)
+
+    def lists(self, call: Call, query_map: Tensor | None, key_map: Tensor | None) -> BlockLists:
+        return lsh_lists(self, call)
+
+    def for_cross_attention(self) -> tuple[Support, str]:
+        raise ValueError("LSH sorts all queries, which would show a target token the ones after it; use Routed")
 
 
 @torch.library.custom_op(
@@ -56,15 +118,7 @@ def hash_tokens(
     return project(query, query_norm, extra_query, query_mask), project(key, key_norm, extra_key, key_mask)
 
 
-def lsh_lists(
-    query: Tensor,
-    key: Tensor,
-    support: LSH,
-    query_mask: Tensor | None,
-    key_mask: Tensor | None,
-    query_range: Tensor | None,
-    key_range: Tensor | None,
-) -> Blocks:
+def lsh_lists(support: LSH, call: Call) -> BlockLists:
     """Per-query lists (block_q = block_k = 1): the sorted union over rounds of the keys in the query's cluster. Memory
     is linear in the tokens.
 
@@ -72,13 +126,15 @@ def lsh_lists(
     belongs to cluster r clusters // n, and cluster c holds the keys of ranks c m // clusters .. (c + 1) m // clusters -
     1.
     """
+    query, key, padding = call.query, call.key, call.padding
+    query_mask, key_mask = padding.query_mask, padding.key_mask
     batch, heads, n, d = query.shape
     m = key.shape[2]
     per_round = support.keys // support.rounds
     device = query.device
     if n == 0 or m == 0:
         index = torch.full((batch, heads, n, 0), -1, dtype=torch.int32, device=device)
-        return Blocks._from_kernel(index, torch.zeros(batch, heads, n, dtype=torch.int32, device=device), 1, 1)
+        return BlockLists(index, torch.zeros(batch, heads, n, dtype=torch.int32, device=device), block_q=1)
     directions = hash_directions(support.rounds, d, support.seed).to(device)
     query_hash, key_hash = hash_tokens(query, key, directions, query_mask, key_mask)
 
@@ -105,12 +161,12 @@ def lsh_lists(
     repeated = torch.zeros_like(member, dtype=torch.bool)
     repeated[..., 1:] = member[..., 1:] == member[..., :-1]
     member = member.masked_fill(repeated, m).sort(-1).values
-    if query_range is not None:  # lists count from the row's first valid query
-        slot = torch.arange(n, device=device) + query_range[:, :1].long()
+    if padding.query_range is not None:  # lists count from the row's first valid query
+        slot = torch.arange(n, device=device) + padding.query_range[:, :1].long()
         member = torch.gather(member, 2, slot.clamp(max=n - 1)[:, None, :, None].expand_as(member)).masked_fill(
             (slot >= n)[:, None, :, None], m
         )
     used = member < m
-    first = 0 if key_range is None else key_range[:, 0].long()[:, None, None, None]
+    first = 0 if padding.key_range is None else padding.key_range[:, 0].long()[:, None, None, None]
     index = torch.where(used, member - first, -1).to(torch.int32)
-    return Blocks._from_kernel(index, used.sum(-1, dtype=torch.int32), 1, 1)
+    return BlockLists(index, used.sum(-1, dtype=torch.int32), block_q=1)

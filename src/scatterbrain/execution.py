@@ -1,0 +1,154 @@
+"""The one place that decides how a checked call runs.
+
+1. The support covers every key, without masks or offset: torch's own kernel, which nothing beats on few tokens.
+2. Untraced, without masks or offset, with constant affine coordinates: a prepared call, whose arguments but the tokens
+   stay with the operator, now and for all later calls of its kind.
+3. Untraced, with affine coordinates: one operator that projects, routes and attends.
+4. Everything else: coordinates, lists, then the attention operator; under a trace with the registered autograd.
+
+All give the same bits, but for rounding in the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scatterbrain import prepared
+from scatterbrain.call import Call
+from scatterbrain.operators import untraced
+from scatterbrain.operators.arguments import AttentionArguments, QuadraticArguments
+from scatterbrain.operators.tracing import is_known, is_untraced
+from scatterbrain.supports import BlockLists, Support
+
+
+def run(call: Call, return_lse: bool, key: tuple | None) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of a checked call; lse may be None unless ``return_lse``. ``key``: under which it may be kept
+    (:func:`scatterbrain.prepared.key_of`), or None."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    if (
+        not return_lse
+        and call.padding.is_everything()
+        and covers_every_key(call.support, queries, keys, call.is_causal)
+    ):
+        out = _by_torch(call, key)
+        if out is not None:
+            return out, None
+    if key is not None:
+        out = _prepare_and_run(call, key)
+        if out is not None:
+            return out, None
+    is_plain = is_untraced()
+    if is_plain and call.low_rank is not None:
+        projection = call.low_rank.projection(call)
+        if projection is not None:
+            return untraced.quadratic_attention(_quadratic_arguments(call, projection))
+    arguments = _attention_arguments(call)
+    return untraced.attention(arguments) if is_plain else torch.ops.scatterbrain.attention(*arguments)
+
+
+def run_prepared(found: prepared.Prepared, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor | None:
+    """The output of a call that was checked before; None where its statistics have changed since."""
+    if found.call is None:
+        return exact(query, key, value, is_causal, found.scale)
+    try:
+        return found.call.attention(query, key, value)
+    except untraced.StaleProjection:
+        return None
+
+
+# -------------------- torch's own kernel
+
+
+def covers_every_key(support: Support, queries: int, keys: int, is_causal: bool) -> bool:
+    """Whether every query's support holds all keys that it may see, without padding or offset, and there are any of
+    both. Lengths of a graph for any length count as unknown: never a condition on them."""
+    return is_known(queries > 0) and is_known(keys > 0) and support.covers_every_key(queries, keys, is_causal)
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """Exact attention without masks."""
+    if query.shape[1] == key.shape[1]:
+        return F.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal, scale=scale)
+    return F.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=True)
+
+
+def _by_torch(call: Call, key: tuple | None) -> Tensor | None:
+    """The output of torch's kernel; None where it would not do what was asked: it multiplies masked scores by the scale,
+    which makes NaN of -inf where the scale is not positive, and under vmap it is a loop."""
+    if call.is_causal and not call.scale > 0:
+        return None
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        return None
+    unused = [] if call.coefficients is None else [t for t in call.coefficients.parameters() if t.requires_grad]
+    if unused and not is_untraced():
+        return None
+    if key is not None:
+        prepared.keep(key, call.coefficients.tensors(), None, call.scale)
+    out = exact(call.query, call.key, call.value, call.is_causal, call.scale)
+    return untraced.with_zero_gradients(out, unused) if unused else out
+
+
+# -------------------- prepared calls
+
+
+def _prepare_and_run(call: Call, key: tuple) -> Tensor | None:
+    """Keeps the call and runs it as all later ones: checkpointing wants every call to save the same. None where it
+    cannot be kept."""
+    if call.support.operator_routing(call) is None and call.support.depends_on_content:
+        return None
+    constant = call.low_rank.constant_projection(call)
+    if constant is None:
+        return None
+    sources = call.coefficients.tensors()
+    kept = untraced.PreparedCall(_quadratic_arguments(call, constant.projection), sources, constant.copies)
+    prepared.keep(key, sources, kept, call.scale)
+    with contextlib.suppress(untraced.StaleProjection):
+        return kept.attention(call.query, call.key, call.value)
+    return None
+
+
+# -------------------- the operators' arguments
+
+
+def _quadratic_arguments(call: Call, projection: untraced.Projection) -> QuadraticArguments:
+    """The operator routes by itself where it can."""
+    routing = call.support.operator_routing(call)
+    if routing is None:
+        maps = (None, None)
+        if call.support.reads_coordinates:
+            maps = untraced.project_both(call.query, call.key, projection)
+        lists, keys, window = call.support.lists(call, *maps), 0, 0
+    else:
+        lists, keys, window = BlockLists(block_q=routing.block_q, block_k=routing.block_k), routing.keys, routing.window
+    return QuadraticArguments(
+        call.query,
+        call.key,
+        call.value,
+        *projection,
+        **call.padding._asdict(),
+        **lists._asdict(),
+        keys=keys,
+        window=window,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        packed_rank=untraced.packed_rank(projection),
+    )
+
+
+def _attention_arguments(call: Call) -> AttentionArguments:
+    maps = (None, None) if call.low_rank is None else call.low_rank.coordinates(call)
+    return AttentionArguments(
+        call.query,
+        call.key,
+        call.value,
+        *maps,
+        **call.support.lists(call, *maps)._asdict(),
+        **call.padding._asdict(),
+        low_rank=0 if call.low_rank is None else call.low_rank.code,
+        is_causal=call.is_causal,
+        scale=call.scale,
+    )

@@ -1,0 +1,234 @@
+"""What every low-rank kernel is: the class to derive from, what it runs with, and the state that a module keeps for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from scatterbrain.call import Call
+    from scatterbrain.low_rank.moments import Moments
+    from scatterbrain.operators.untraced import Projection
+
+
+class Coefficients:
+    """Tensors that a low-rank kernel runs with: ``statistics=`` of :func:`scatterbrain.attention`. A frozen dataclass
+    that derives from this class.
+
+    Attributes:
+        can_be_prepared: these are constants with ``tensors()`` and ``scale``, so a call with them can be kept
+            (scatterbrain.prepared).
+    """
+
+    can_be_prepared: ClassVar[bool] = False
+
+    def to(self, *args: object, **kwargs: object) -> Coefficients:
+        """The same on another device or in another dtype."""
+        tensors = {name: t.to(*args, **kwargs) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors that gradients flow to; the others are constants of the backward pass."""
+        return ()
+
+
+def check_shapes(owner: Coefficients, *shapes: tuple[int, ...]) -> None:
+    """Raises ValueError unless the tensors of ``owner``, in the order of its fields, have these shapes."""
+    for field, shape in zip(fields(owner), shapes):
+        if tuple(getattr(owner, field.name).shape) != shape:
+            raise ValueError(
+                f"{type(owner).__name__}: {field.name} must be of shape {shape}, got "
+                f"{tuple(getattr(owner, field.name).shape)}"
+            )
+
+
+class Heads(NamedTuple):
+    """Geometry of a module's heads."""
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int
+
+
+class State(NamedTuple):
+    """Tensors of a module, by name, each in its final shape."""
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+class LowRankKernel:
+    """A positive kernel with a finite feature expansion, ``L_ij = exp(rho_i + kappa_j) K(x_i, y_j)``: the weight of the
+    pairs that a support leaves out. A frozen dataclass that derives from this class is a low-rank kernel; what it must
+    have is :meth:`coordinates`. :func:`register` makes it known by its name to YAML files and to the benchmark.
+
+    Attributes:
+        kind: name in configuration files, lower case.
+        code: how the operators evaluate K. 2: ``x.y`` of non-negative features. 1: ``(1 + x.y / 2)^2``, the quadratic
+            kernel's.
+        can_be_prepared: the kernel has :meth:`constant_projection`.
+        training_defaults: values of fields with which a model can be trained from scratch.
+        reads_input: the kernel looks at the whole sequence, so causal attention would see the future.
+        adds_parameters: a module with this kernel has parameters of its own.
+        is_calibrated_from_data: :func:`scatterbrain.calibrate`, or a moving average, fits the kernel's statistics.
+        trains_from_scratch: the kernel works in a causal model whose statistics are not known yet.
+        least_head_dim: width of the narrowest heads that it takes.
+        checkpoint_rank: rank of the statistics, which a checkpoint must match; 0 without any.
+    """
+
+    kind: ClassVar[str]
+    code: ClassVar[int] = 2
+    can_be_prepared: ClassVar[bool] = False
+    training_defaults: ClassVar[dict[str, Any]] = {}
+    # Properties where they depend on a field.
+    reads_input = False
+    adds_parameters = False
+    is_calibrated_from_data = False
+    trains_from_scratch = True
+    least_head_dim = 1
+    checkpoint_rank = 0
+
+    # -------------------- a call
+
+    def check(self, is_causal: bool) -> None:
+        """Raises ValueError, with the cure, where causality rules the kernel out."""
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raises ValueError for heads narrower than ``least_head_dim``."""
+
+    def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:
+        """Raises TypeError or ValueError unless these are what the kernel needs for a call of this geometry and
+        scale."""
+        if coefficients is not None:
+            raise TypeError(f"low_rank={type(self).__name__} takes no statistics, got {type(coefficients).__name__}")
+
+    def can_run(self, coefficients: Coefficients | None) -> bool:
+        """Whether the kernel has what it needs."""
+        return True
+
+    def fitting(self, coefficients: Coefficients) -> LowRankKernel:
+        """This kernel with the rank of the coefficients."""
+        return self
+
+    def coordinates(self, call: Call) -> tuple[Tensor, Tensor]:
+        """query_map (B, Hq, N, r + 1) and key_map (B, Hkv, M, r + 1): coordinates x and y, then the log scales rho and
+        kappa in the last column; float32 (float64 for float64 inputs), differentiable. Padded tokens may hold
+        anything."""
+        raise NotImplementedError(f"{type(self).__name__} must define coordinates(call)")
+
+    def projection(self, call: Call) -> Projection | None:
+        """The affine maps that the coordinates are, where they are: one operator then projects, routes and attends.
+        For kernels of code 1."""
+        return None
+
+    def constant_projection(self, call: Call) -> Any:
+        """:meth:`projection` with what it was made from, where it can be kept for later calls; else None."""
+        return None
+
+    # -------------------- the state of a module
+
+    def initial_state(self, heads: Heads) -> State:
+        """State of a new module."""
+        return State({}, {})
+
+    def coefficients(self, owner: StateOwner) -> Coefficients | None:
+        """What the state of a module comes to; None where there is nothing, or nothing yet."""
+        return None
+
+    def has_state(self, owner: StateOwner) -> bool:
+        """Whether a checkpoint must hold something of the module."""
+        return next(iter((*owner.parameters(), *owner.buffers())), None) is not None
+
+    def needs_calibration(self, owner: StateOwner) -> bool:
+        """Whether running the module now would raise for want of statistics."""
+        return False
+
+    def commits_average(self, owner: StateOwner) -> bool:
+        """Whether the end of the present optimizer step commits a moving average."""
+        return False
+
+    def store(self, owner: StateOwner, moments: Moments, is_average: bool = False) -> None:
+        """Fits the statistics of a kernel that ``is_calibrated_from_data`` and writes them into the module."""
+        raise NotImplementedError(f"{type(self).__name__} has no statistics to fit")
+
+    def finish_step(self, owner: StateOwner) -> None:
+        """An optimizer step is over: commits the moments that were gathered, redraws features."""
+
+    def redraw_projection(self, owner: StateOwner, generator: torch.Generator) -> None:
+        """New random features, for kernels that have them."""
+        raise ValueError(f"redraw: only Favor has a random projection, this module has low_rank={self}")
+
+
+class StateOwner(Protocol):
+    """The module that holds a kernel's state: :class:`scatterbrain.ScatterbrainAttention`.
+
+    Attributes:
+        steps: optimizer steps that are over. draws: projections drawn since the first.
+        scale: factor of q.k that the statistics hold for; None before there are any.
+        gathered: moments of the forward passes since the last commit; None without any.
+        is_calibrated: whether statistics are in place; :meth:`LowRankKernel.store` sets it.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int
+    steps: int
+    draws: int
+    scale: float | None
+    gathered: Moments | None
+    is_calibrated: bool
+
+    def tensors(self, names: Iterable[str]) -> list[Tensor]:
+        """Parameters and buffers by name."""
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+
+    def buffers(self) -> Iterable[Tensor]: ...
+
+
+LOW_RANK_KERNELS: dict[str, type[LowRankKernel]] = {}  # by kind
+_Class = TypeVar("_Class", bound=type[LowRankKernel])
+
+
+def register(cls: _Class) -> _Class:
+    """Makes a low-rank kernel known by its ``kind``; also a class decorator.
+
+    Raises:
+        TypeError: not a class derived from LowRankKernel.
+        ValueError: another class has the name.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, LowRankKernel)):
+        raise TypeError(f"low_rank.register: expected a class derived from LowRankKernel, got {cls!r}")
+    if LOW_RANK_KERNELS.setdefault(cls.kind, cls) is not cls:
+        name = LOW_RANK_KERNELS[cls.kind].__name__
+        raise ValueError(f"low_rank.register: {cls.kind!r} is {name} already; choose another kind")
+    return cls
+
+
+def check_low_rank(low_rank: object) -> None:
+    """Raises TypeError for anything but a low-rank kernel or None."""
+    if low_rank is not None and not isinstance(low_rank, LowRankKernel):
+        names = ", ".join(known.__name__ for known in LOW_RANK_KERNELS.values())
+        raise TypeError(f"low_rank must be {names} or None, got {type(low_rank).__name__}")
+
+
+def check_kind_of_coefficients(statistics: object) -> None:
+    """Raises TypeError for anything but coefficients or None."""
+    if statistics is not None and not isinstance(statistics, Coefficients):
+        raise TypeError(
+            f"statistics must be Statistics, Projections, RandomFeatures or None, got {type(statistics).__name__}"
+        )
+
+
+def check_coefficients(low_rank: LowRankKernel | None, statistics: Coefficients | None, call: Call) -> None:
+    """Raises unless the low-rank kernel has what it needs for this call."""
+    if low_rank is not None:
+        low_rank.check_coefficients(statistics, call)
+    elif statistics is not None:
+        raise ValueError(f"statistics={type(statistics).__name__} needs a low-rank kernel, got low_rank=None")

@@ -1,0 +1,189 @@
+"""Positive random features."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from scatterbrain.call import Call
+from scatterbrain.fields import check_int
+from scatterbrain.low_rank.base import Coefficients, Heads, LowRankKernel, State, StateOwner
+from scatterbrain.numerics import squared_norm
+from scatterbrain.operators.fakes import accumulation_dtype
+from scatterbrain.operators.tracing import is_untraced
+
+
+@dataclass(frozen=True, eq=False)
+class RandomFeatures(Coefficients):
+    """The projection W (rows, head_dim) of FAVOR+, shared by all heads."""
+
+    projection: Tensor
+
+
+@dataclass(frozen=True)
+class Favor(LowRankKernel):
+    """Positive random features of FAVOR+ (Performer, Choromanski et al. 2021): ``E[L_ij] = exp(s_ij)``.
+
+    The weight of a pair is unbiased; the normalised output is a ratio and is not.
+
+    Args:
+        features: number m of random features.
+        orthogonal: rows orthogonal within blocks of head_dim, with the norms of Gaussian rows (lower variance, still
+            unbiased).
+        hyperbolic: pairs ``exp(w.x), exp(-w.x)``; needs an even number of features.
+        centred: not in this release; must be False.
+        redraw: optimizer steps between redraws of a module's projection by :func:`scatterbrain.update_statistics`;
+            None: never.
+        seed: seed of the projection that :func:`scatterbrain.attention` draws when it is given none, and of a module's.
+    """
+
+    kind: ClassVar[str] = "favor"
+
+    features: int = 64
+    orthogonal: bool = True
+    hyperbolic: bool = False
+    centred: bool = False
+    redraw: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("Favor", "features", self.features, 1)
+        check_int("Favor", "seed", self.seed, 0)
+        if self.redraw is not None:
+            check_int("Favor", "redraw", self.redraw, 1)
+        for name in ("orthogonal", "hyperbolic", "centred"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Favor: {name} must be a bool, got {getattr(self, name)!r}")
+        if self.hyperbolic and self.features % 2:
+            raise ValueError(
+                f"Favor: hyperbolic features come in pairs, expected an even number of features, got {self.features}"
+            )
+        if self.centred:
+            raise ValueError("Favor: centred=True is not in this release; use Quadratic, whose coordinates are centred")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the projection."""
+        return self.features // 2 if self.hyperbolic else self.features
+
+    # -------------------- a call
+
+    def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:
+        if coefficients is None:
+            return
+        if not isinstance(coefficients, RandomFeatures):
+            raise TypeError(
+                f"low_rank=Favor takes statistics=RandomFeatures or None, got {type(coefficients).__name__}"
+            )
+        expected = (self.rows, call.query.shape[3])
+        if tuple(coefficients.projection.shape) != expected:
+            raise ValueError(
+                f"the projection of Favor must be (rows, head_dim) = {expected}, got "
+                f"{tuple(coefficients.projection.shape)}"
+            )
+
+    def coordinates(self, call: Call) -> tuple[Tensor, Tensor]:
+        head_dim = call.query.shape[3]
+        if call.coefficients is not None:
+            projection = call.coefficients.projection
+        elif is_untraced():
+            projection = _cached_projection(self, head_dim)
+        else:
+            projection = random_projection(self.features, head_dim, self.orthogonal, self.hyperbolic, self.seed)
+        dtype = accumulation_dtype(call.query.dtype)
+        projection = projection.detach().to(device=call.query.device, dtype=dtype)[None, None]
+        query_size, key_size = favor_sizes(call.scale)
+        return (
+            self._map(call.query, call.padding.query_mask, query_size, projection),
+            self._map(call.key, call.padding.key_mask, key_size, projection),
+        )
+
+    def _map(self, tokens: Tensor, mask: Tensor | None, size: float, projection: Tensor) -> Tensor:
+        # A node of its own without a mask too: gradients of the features are then always added up before they join that
+        # of the scores, to the same bits.
+        tokens = tokens.view_as(tokens) if mask is None else tokens.masked_fill(mask[:, None, :, None], 0)
+        projected = torch.ops.scatterbrain.project(tokens, projection * size, None)
+        return torch.cat(favor_log_features(projected, tokens, size, self.hyperbolic), -1)
+
+    # -------------------- the state of a module
+
+    def initial_state(self, heads: Heads) -> State:
+        return State({}, {"projection": seeded_projection(self, heads.head_dim)})
+
+    def coefficients(self, owner: StateOwner) -> RandomFeatures:
+        return RandomFeatures(*owner.tensors(("projection",)))
+
+    def finish_step(self, owner: StateOwner) -> None:
+        if self.redraw and owner.steps % self.redraw == 0:
+            owner.draws += 1
+            self._set(owner, seeded_projection(self, owner.head_dim, owner.draws))
+
+    def redraw_projection(self, owner: StateOwner, generator: torch.Generator) -> None:
+        self._set(owner, draw_projection(self, owner.head_dim, generator))
+
+    def _set(self, owner: StateOwner, projection: Tensor) -> None:
+        (own,) = owner.tensors(("projection",))
+        own.copy_(projection)
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_projection(low_rank: Favor, head_dim: int) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():  # a later call may train with it
+        return seeded_projection(low_rank, head_dim)
+
+
+def draw_projection(low_rank: Favor, head_dim: int, generator: torch.Generator) -> Tensor:
+    """W, float32: (features, head_dim), or half the rows for hyperbolic features. Orthogonal rows carry the norms of
+    Gaussian ones."""
+    rows = low_rank.rows
+    gaussian = torch.randn(rows, head_dim, generator=generator, dtype=torch.float64)
+    if not low_rank.orthogonal:
+        return gaussian.float()
+    blocks = []
+    for _ in range(0, rows, head_dim):
+        q, r = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64))
+        blocks.append((q * torch.sign(torch.diagonal(r))).T)  # signs make the orthogonal matrix uniformly distributed
+    return (torch.cat(blocks)[:rows] * gaussian.norm(dim=1, keepdim=True)).float()
+
+
+def seeded_projection(low_rank: Favor, head_dim: int, draw: int = 0) -> Tensor:
+    """The ``draw``-th projection of ``low_rank.seed``."""
+    return draw_projection(low_rank, head_dim, torch.Generator().manual_seed(low_rank.seed * 1_000_003 + draw))
+
+
+@torch.library.custom_op(
+    "scatterbrain::random_projection",
+    mutates_args=(),
+    schema="(int features, int head_dim, bool orthogonal, bool hyperbolic, int seed) -> Tensor",
+)
+def random_projection(features: int, head_dim: int, orthogonal: bool, hyperbolic: bool, seed: int) -> Tensor:
+    """:func:`seeded_projection` as an operator: a constant that compile and export leave alone, and no random operation
+    in the eyes of vmap."""
+    return seeded_projection(Favor(features, orthogonal, hyperbolic, seed=seed), head_dim)
+
+
+@random_projection.register_fake
+def _(features: int, head_dim: int, orthogonal: bool, hyperbolic: bool, seed: int) -> Tensor:
+    return torch.empty(features // 2 if hyperbolic else features, head_dim, device="cpu")
+
+
+def favor_log_features(projected: Tensor, tokens: Tensor, size: float, hyperbolic: bool) -> tuple[Tensor, Tensor]:
+    """(features in (0, 1], log scale) from ``projected = size W t``: the row's largest exponent is its log scale, so
+    nothing overflows and no epsilon is needed. The log scale is a stabiliser, a constant of the backward pass."""
+    if hyperbolic:
+        projected = torch.cat([projected, -projected], -1)
+    half_norm = squared_norm(tokens.to(projected.dtype) * size) / 2
+    exponent = projected - half_norm
+    peak = exponent.detach().amax(-1, keepdim=True)
+    return torch.exp(exponent - peak), peak - math.log(projected.shape[-1]) / 2
+
+
+def favor_sizes(scale: float) -> tuple[float, float]:
+    """Factors of q and k whose product is ``scale``: the same size for both keeps the variance lowest."""
+    size = math.sqrt(abs(scale))
+    return math.copysign(size, scale), size

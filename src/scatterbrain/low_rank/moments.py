@@ -1,0 +1,103 @@
+"""Means and second moments of queries and keys, from which statistics are fitted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scatterbrain.padding import PaddingInfo
+
+MOMENTS = ("tokens", "query_mean", "query_second", "key_mean", "key_second")
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Token-weighted first and second moments in float64, per key/value head: the mean of scaled queries and of keys
+    weighted by exp(a.k)."""
+
+    tokens: Tensor  # (...) queries that were counted
+    query_mean: Tensor  # (..., d)
+    query_second: Tensor  # (..., d, d)
+    key_mean: Tensor  # (..., d)
+    key_second: Tensor  # (..., d, d)
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both together, each weighted by its tokens."""
+        total = self.tokens + other.tokens
+        share = torch.where(total > 0, other.tokens / total.clamp(min=1), torch.zeros_like(total))
+        return self.blend(other, share, total)
+
+    def blend(self, other: Moments, share: Tensor | float, tokens: Tensor | None = None) -> Moments:
+        """``(1 - share) self + share other``."""
+
+        def mix(mine: Tensor, theirs: Tensor) -> Tensor:
+            weight = (
+                share.reshape(share.shape + (1,) * (mine.dim() - share.dim())) if isinstance(share, Tensor) else share
+            )
+            return mine + weight * (theirs - mine)
+
+        names = ("query_mean", "query_second", "key_mean", "key_second")
+        return Moments(
+            other.tokens if tokens is None else tokens, *(mix(getattr(self, n), getattr(other, n)) for n in names)
+        )
+
+
+def moments(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    per_row: bool = False,
+) -> Moments:
+    """Moments of one batch, pooled over its rows unless ``per_row``. query (B, Hq, N, d), key (B, Hkv, M, d), masks
+    bool (B, tokens), True = ignore."""
+    heads = key.shape[1]
+
+    def gather(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        batch, all_heads, n, d = tokens.shape
+        valid = torch.ones(batch, n, dtype=torch.bool, device=tokens.device) if mask is None else ~mask
+        tokens = torch.where(valid[:, None, :, None], tokens.detach(), 0).double()
+        shared = (
+            all_heads // heads * n
+        )  # tokens of a key/value head; written out, since a batch of 0 leaves none to infer
+        tokens = tokens.reshape(batch, heads, shared, d)
+        valid = valid[:, None, None, :].expand(batch, heads, all_heads // heads, n).reshape(batch, heads, shared)
+        if per_row:
+            return tokens, valid
+        pooled = batch * shared
+        return tokens.transpose(0, 1).reshape(heads, pooled, d), valid.transpose(0, 1).reshape(heads, pooled)
+
+    q, q_valid = gather(query, query_mask)
+    k, k_valid = gather(key, key_mask)
+    q = q * scale
+    count = q_valid.sum(-1).double()
+    weight = q_valid.double() / count.clamp(min=1)[..., None]
+    a = (weight[..., None] * q).sum(-2)
+    q_second = (weight[..., None] * q).transpose(-1, -2) @ q
+    logits = (k @ a[..., None]).squeeze(-1).masked_fill(~k_valid, -math.inf)
+    weight = torch.where(k_valid, torch.softmax(logits, -1), 0)
+    b = (weight[..., None] * k).sum(-2)
+    k_second = (weight[..., None] * k).transpose(-1, -2) @ k
+    return Moments(count, a, q_second, b, k_second)
+
+
+def checked_moments(query: Tensor, key: Tensor, scale: float, padding: PaddingInfo) -> Moments:
+    """Moments of calibration tokens, refused where they are not finite or there are none."""
+    m = moments(query, key, scale, padding.key_mask, padding.query_mask)
+    if not bool(
+        torch.isfinite(m.query_second).all() & torch.isfinite(m.key_second).all() & torch.isfinite(m.key_mean).all()
+    ):
+        raise ValueError(
+            "calibration: query or key holds NaN or infinity among the valid tokens (or is too large to "
+            "square); calibrate on clean inputs, mask bad tokens"
+        )
+    keys = key.shape[0] * key.shape[2] if padding.key_mask is None else int((~padding.key_mask).sum())
+    if keys == 0 or not bool((m.tokens > 0).all()):
+        raise ValueError(
+            "calibration: expected at least one valid token, got none; check key_padding_mask (True = ignore)"
+        )
+    return m

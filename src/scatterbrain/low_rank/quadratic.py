@@ -1,0 +1,241 @@
+"""The quadratic kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from scatterbrain.call import Call
+from scatterbrain.fields import check_int
+from scatterbrain.low_rank.base import Coefficients, Heads, LowRankKernel, State, StateOwner
+from scatterbrain.low_rank.moments import MOMENTS, Moments, moments
+from scatterbrain.low_rank.quadratic_coefficients import (
+    EMA_FLOOR,
+    STORED_FLOOR,
+    Projections,
+    Statistics,
+    statistics_from_moments,
+)
+from scatterbrain.low_rank.quadratic_projection import (
+    ConstantProjection,
+    constant_projection,
+    learned_projection,
+    stored_projection,
+)
+from scatterbrain.operators.arguments import QUADRATIC
+from scatterbrain.operators.fakes import accumulation_dtype
+from scatterbrain.operators.untraced import Projection
+
+EMA_MOMENTUM = 0.8  # share of the past in a moving average
+EMA_EVERY = 10  # optimizer steps between commits of a moving average
+
+# Names of the tensors that a module holds.
+LEARNED = ("query_projection", "query_bias", "query_log_scale", "key_projection", "key_bias")
+MAPS = ("query_projection", "query_mean", "key_projection", "key_mean")
+GATHERED = tuple(f"moment_{name}" for name in MOMENTS)
+
+
+@dataclass(frozen=True)
+class Quadratic(LowRankKernel):
+    """``(1 + x.y / 2)^2 exp(rho + kappa)``, the square of a first-order expansion of exp around the data's own means:
+    deterministic, positive, calibrated.
+
+    Args:
+        rank: dimension r of the coordinates; (r + 1)(r + 2) / 2 features. 9 keeps them at 55; 16 (153 features) helps
+            some tasks.
+        statistics: where means and projections come from. "stored": calibrated once (:func:`scatterbrain.calibrate`, or
+            ``statistics=`` of :func:`scatterbrain.attention`). "input": from the sequence itself, bidirectional only.
+            "ema": a moving average over training steps, committed by :func:`scatterbrain.update_statistics`. "learned":
+            projections are parameters.
+    """
+
+    kind: ClassVar[str] = "quadratic"
+    code: ClassVar[int] = QUADRATIC
+    can_be_prepared: ClassVar[bool] = True
+    training_defaults: ClassVar[dict[str, Any]] = {"statistics": "learned"}
+
+    rank: int = 9
+    statistics: str = "stored"
+
+    def __post_init__(self) -> None:
+        check_int("Quadratic", "rank", self.rank, 1)
+        if self.statistics not in ("stored", "input", "ema", "learned"):
+            raise ValueError(
+                f"Quadratic: expected statistics 'stored', 'input', 'ema' or 'learned', got {self.statistics!r}"
+            )
+
+    @property
+    def reads_input(self) -> bool:
+        return self.statistics == "input"
+
+    @property
+    def adds_parameters(self) -> bool:
+        return self.statistics == "learned"
+
+    @property
+    def is_calibrated_from_data(self) -> bool:
+        return self.statistics in ("stored", "ema")
+
+    @property
+    def trains_from_scratch(self) -> bool:
+        return self.statistics in ("learned", "ema")
+
+    @property
+    def least_head_dim(self) -> int:
+        return self.rank
+
+    @property
+    def checkpoint_rank(self) -> int:
+        return self.rank
+
+    # -------------------- a call
+
+    def check(self, is_causal: bool) -> None:
+        if is_causal and self.reads_input:
+            raise ValueError(
+                "statistics='input' would leak the future in causal attention; pass statistics= from "
+                "sb.fit_statistics with Quadratic(statistics='stored'), or use a calibrated module"
+            )
+
+    def check_head_dim(self, head_dim: int) -> None:
+        if self.rank > head_dim:
+            raise ValueError(f"Quadratic: rank must be at most head_dim={head_dim}, got {self.rank}")
+
+    def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:
+        head_dim = call.query.shape[3]
+        is_own = isinstance(coefficients, (Statistics, Projections))
+        if is_own and not self.reads_input and self.rank <= head_dim and coefficients.fits(self.rank, call):
+            return
+        self.check_head_dim(head_dim)
+        if self.reads_input:
+            if coefficients is not None:
+                raise ValueError(
+                    "statistics= was given with Quadratic(statistics='input'), which fits its own; use "
+                    "statistics='stored'"
+                )
+            return
+        if coefficients is None:
+            raise ValueError(
+                "Quadratic(statistics='learned') needs its projections: pass statistics=sb.Projections(...), or use "
+                "sb.ScatterbrainAttention, which owns them"
+                if self.statistics == "learned"
+                else f"Quadratic(statistics={self.statistics!r}) is not calibrated: pass statistics= from "
+                f"sb.fit_statistics(query, key, rank={self.rank}), use a calibrated "
+                "sb.ScatterbrainAttention (sb.calibrate), or, bidirectional only, Quadratic(statistics='input')"
+            )
+        if not is_own:
+            raise TypeError(
+                "low_rank=Quadratic takes statistics=Statistics (sb.fit_statistics) or Projections, got "
+                f"{type(coefficients).__name__}"
+            )
+        if coefficients.rank != self.rank:
+            raise ValueError(
+                f"statistics have rank {coefficients.rank}, low_rank asks for {self.rank}; fit them with "
+                f"rank={self.rank}"
+            )
+        if coefficients.query_projection.shape[-1] != head_dim:
+            raise ValueError(
+                f"statistics are for head_dim {coefficients.query_projection.shape[-1]}, query has {head_dim}"
+            )
+        coefficients.check_geometry(call)
+
+    def can_run(self, coefficients: Coefficients | None) -> bool:
+        return self.reads_input or coefficients is not None
+
+    def fitting(self, coefficients: Coefficients) -> Quadratic:
+        return replace(self, rank=coefficients.rank) if isinstance(coefficients, (Statistics, Projections)) else self
+
+    def coordinates(self, call: Call) -> tuple[Tensor, Tensor]:
+        p = self.projection(call)
+        project = torch.ops.scatterbrain.project
+        return project(call.query, p.query_weight, p.query_bias), project(call.key, p.key_weight, p.key_bias)
+
+    def projection(self, call: Call) -> Projection:
+        coefficients, scale, device = call.coefficients, call.scale, call.query.device
+        dtype = accumulation_dtype(call.query.dtype)
+        if isinstance(coefficients, Projections):
+            return learned_projection(coefficients, scale, dtype, device)
+        if coefficients is None:
+            m = moments(call.query, call.key, scale, call.padding.key_mask, call.padding.query_mask, per_row=True)
+            coefficients = statistics_from_moments(m, self.rank, scale)
+        return stored_projection(coefficients, scale, dtype, device)
+
+    def constant_projection(self, call: Call) -> ConstantProjection | None:
+        dtype = accumulation_dtype(call.query.dtype)
+        return constant_projection(call.coefficients, call.scale, dtype, call.query.device)
+
+    # -------------------- the state of a module
+
+    def initial_state(self, heads: Heads) -> State:
+        if self.reads_input:
+            return State({}, {})
+        num_heads, d, kv_heads = heads
+        r = self.rank
+        zeros = partial(torch.zeros, dtype=torch.float32)  # whatever the default dtype is
+        # r orthonormal rows per key/value head, shared by its query heads
+        rows = torch.linalg.qr(torch.randn(kv_heads, d, r, dtype=torch.float32)).Q.transpose(-1, -2).contiguous()
+        if self.statistics == "learned":
+            query_rows = rows.repeat_interleave(num_heads // kv_heads, 0)
+            tensors = (query_rows, zeros(num_heads, d), zeros(num_heads), rows, zeros(kv_heads, d))
+            return State(dict(zip(LEARNED, tensors)), {})
+        # A moving average starts as the learned form does, without means; stored statistics are nothing yet.
+        start = rows if self.statistics == "ema" else zeros(kv_heads, r, d)
+        maps = (start.clone(), zeros(kv_heads, d), start.clone(), zeros(kv_heads, d))
+        shapes = ((kv_heads,), (kv_heads, d), (kv_heads, d, d), (kv_heads, d), (kv_heads, d, d))
+        raw = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        return State({}, dict(zip((*MAPS, *GATHERED), (*maps, *raw))))
+
+    def coefficients(self, owner: StateOwner) -> Coefficients | None:
+        if self.reads_input:
+            return None
+        if self.statistics == "learned":
+            return Projections(*owner.tensors(LEARNED))
+        if not owner.is_calibrated and self.statistics == "stored":
+            return None
+        pq, a, pk, b = owner.tensors(MAPS)
+        if owner.is_calibrated:
+            return Statistics(pq, a, pk, b, owner.scale)
+        group = owner.num_heads // owner.num_kv_heads
+        query_side = pq.repeat_interleave(group, 0), a.repeat_interleave(group, 0), a.new_zeros(owner.num_heads)
+        return Projections(*query_side, pk, b)
+
+    def has_state(self, owner: StateOwner) -> bool:
+        return owner.is_calibrated if self.statistics == "stored" else super().has_state(owner)
+
+    def needs_calibration(self, owner: StateOwner) -> bool:
+        return self.statistics == "stored" and not owner.is_calibrated
+
+    def store(self, owner: StateOwner, moments: Moments, is_average: bool = False) -> None:
+        floor = EMA_FLOOR if is_average else STORED_FLOOR
+        statistics = statistics_from_moments(moments, self.rank, owner.scale, floor)
+        _copy(owner.tensors(MAPS), statistics.tensors())
+        _copy(owner.tensors(GATHERED), (getattr(moments, name) for name in MOMENTS))
+        owner.is_calibrated = True
+
+    def commits_average(self, owner: StateOwner) -> bool:
+        return self.statistics == "ema" and (not owner.is_calibrated or (owner.steps + 1) % EMA_EVERY == 0)
+
+    def finish_step(self, owner: StateOwner) -> None:
+        if self.statistics != "ema" or owner.gathered is None:
+            return
+        gathered, owner.gathered = owner.gathered, None
+        if not bool((gathered.tokens > 0).all()):
+            return  # nothing but padding: there is nothing to learn from
+        if not all(bool(torch.isfinite(getattr(gathered, name)).all()) for name in MOMENTS):
+            raise ValueError(
+                "update_statistics: the step's queries or keys hold NaN or infinity, which would spoil the moving "
+                "average; skip the update of steps whose loss is not finite"
+            )
+        if owner.is_calibrated:
+            gathered = Moments(*owner.tensors(GATHERED)).blend(gathered, 1 - EMA_MOMENTUM)
+        self.store(owner, gathered, is_average=True)
+
+
+def _copy(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)

@@ -1,0 +1,89 @@
+"""Statistics from what passes through a model: calibration, and the moving averages of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from scatterbrain.nn.attention import ScatterbrainAttention
+from scatterbrain.nn.distributed import merge_over_ranks
+
+
+def _cores(model: nn.Module) -> list[ScatterbrainAttention]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
+    return [m for m in model.modules() if isinstance(m, ScatterbrainAttention)]
+
+
+@contextmanager
+def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Iterator[nn.Module]:
+    """Fills the calibration buffers of every :class:`ScatterbrainAttention` in ``model`` from what passes through it.
+
+    Inside the block those layers compute exact attention and gather moments in float64, weighted by tokens over all
+    batches, valid tokens only; leaving it turns the moments into statistics. ::
+
+        with sb.calibrate(model), torch.no_grad():
+            for batch in batches:
+                model(batch)
+
+    Where torch.distributed is initialised, leaving the block is a collective operation: the moments of all ranks are
+    merged, so that every rank has the same statistics, of the batches of all. Every rank must enter and leave it.
+
+    Args:
+        model: any module.
+        group: the ranks that share their statistics; default all. A group of this rank alone calibrates it alone.
+
+    Raises:
+        ValueError: no layer that can be calibrated, or none of them was run; NaN or infinity in a batch.
+    """
+    cores = [m for m in _cores(model) if m.low_rank is not None and m.low_rank.is_calibrated_from_data]
+    if not cores:
+        raise ValueError(
+            "calibrate: expected at least one ScatterbrainAttention with Quadratic(statistics='stored' "
+            "or 'ema') in the model, found none"
+        )
+    before = [(m, m.scale, m.gathered) for m in cores]
+    for m in cores:
+        m.is_collecting, m.gathered, m.scale = True, None, None
+    try:
+        yield model
+        merge_over_ranks(cores, group)
+    except BaseException:
+        for m, scale, gathered in before:
+            m.is_collecting, m.scale, m.gathered = False, scale, gathered
+        raise
+    ran = [m for m in cores if m.gathered is not None]
+    for m, scale, _ in before:
+        if m.gathered is None:
+            m.scale = scale
+        m.finish_calibration()
+    if not ran:
+        raise ValueError(
+            "calibrate: no ScatterbrainAttention was run inside the block; call the model on at least one batch there. "
+            "sb.MultiheadAttention bypasses it where it has to be exact: call it with need_weights=False, without "
+            "arbitrary masks, and in eval() mode if it has dropout"
+        )
+
+
+def update_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Tells every :class:`ScatterbrainAttention` that an optimizer step is over: moving averages are committed (the
+    first at once, then every 10 steps, momentum 0.8, detached) and random projections redrawn where ``Favor(redraw=n)``
+    asks for it. A model without such layers is left alone.
+
+    Where torch.distributed is initialised and the model has moving averages this is a collective operation: what all
+    ranks gathered is merged, as that of several forward passes of one step is, so that every rank commits the same. Every
+    rank must call it after every step.
+
+    Args:
+        model: any module.
+        group: the ranks that share their statistics, those of data parallelism; default all.
+    """
+    with torch.no_grad():
+        cores = _cores(model)
+        merge_over_ranks([m for m in cores if m.commits_average()], group)
+        for m in cores:
+            m.finish_step()

@@ -1,0 +1,195 @@
+"""The arguments of the operators: one named tuple per schema, its fields in the schema's order.
+
+Nothing else in the package lists an operator's arguments or counts their positions. csrc/arguments.h is the C++ side
+of the same lists; a test compares both with the registered schemas.
+
+Shapes and dtypes. B batch rows, Hq query heads, Hkv key/value heads, N queries, M keys, d and dv head dimensions:
+
+    query (B, Hq, N, d), key (B, Hkv, M, d),
+      value (B, Hkv, M, dv)                   float32, bfloat16, float16 or float64, any strides
+    query_map (B, Hq, N, r + 1),
+      key_map (B, Hkv, M, r + 1)              coordinates, then log scales; float32 (float64 for float64 inputs)
+    index, count, query_order                 as scatterbrain.Blocks
+    span (1 or B, blocks, 2)                  int32, a window [lo, hi) per query block, at most ``span_keys`` long
+    query_mask (B, N), key_mask (B, M)        bool, True = ignore
+    query_range, key_range (B, 2)             int32, [first, last + 1) of the tokens that are not ignored
+    query_offset (B,)                         int32, position of query 0 among the keys, for causal attention
+    query_weight, key_weight (1 or B, heads,
+      r + 1, d), biases without the last      projections ``map = weight token + bias``
+    low_rank                                  0 none, 1 quadratic, 2 general features
+    keys, window                              of Routed; keys = 0: the operator does not route
+    packed_rank                               r > 0: the maps are rows of ``project_packed``, which kernels read in place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class AttentionArguments(NamedTuple):
+    """``attention`` and ``attention_with_state``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_map: Tensor | None
+    key_map: Tensor | None
+    index: Tensor | None
+    count: Tensor | None
+    span: Tensor | None
+    query_order: Tensor | None
+    query_mask: Tensor | None
+    key_mask: Tensor | None
+    query_range: Tensor | None
+    key_range: Tensor | None
+    query_offset: Tensor | None
+    low_rank: int
+    block_q: int
+    block_k: int
+    span_keys: int
+    is_causal: bool
+    scale: float
+    packed_rank: int = 0
+
+
+class ForwardResults(NamedTuple):
+    """The leading arguments of ``attention_backward``: results of the forward pass and their gradients."""
+
+    d_out: Tensor
+    d_lse: Tensor | None
+    out: Tensor
+    lse: Tensor
+
+
+class KeptResults(NamedTuple):
+    """The trailing arguments of ``attention_backward``. ``state`` and ``scores`` are what ``attention_with_state``
+    returned. With ``query_weight`` and ``key_weight``, the projections that made the maps, the maps' gradients are
+    added to those of query and key, and are not results of their own."""
+
+    state: Tensor | None = None
+    scores: Tensor | None = None
+    query_weight: Tensor | None = None
+    key_weight: Tensor | None = None
+
+
+class QuadraticArguments(NamedTuple):
+    """``quadratic_attention`` and ``quadratic_attention_with_state``; without the tokens also ``prepare``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_weight: Tensor
+    query_bias: Tensor
+    key_weight: Tensor
+    key_bias: Tensor
+    index: Tensor | None
+    count: Tensor | None
+    span: Tensor | None
+    query_order: Tensor | None
+    query_mask: Tensor | None
+    key_mask: Tensor | None
+    query_range: Tensor | None
+    key_range: Tensor | None
+    query_offset: Tensor | None
+    keys: int
+    window: int
+    block_q: int
+    block_k: int
+    span_keys: int
+    is_causal: bool
+    scale: float
+    packed_rank: int
+
+
+class RouteArguments(NamedTuple):
+    """``route``."""
+
+    query: Tensor
+    key: Tensor
+    query_map: Tensor | None
+    key_map: Tensor | None
+    query_mask: Tensor | None
+    key_mask: Tensor | None
+    query_range: Tensor | None
+    key_range: Tensor | None
+    query_offset: Tensor | None
+    low_rank: int
+    keys: int
+    block_q: int
+    block_k: int
+    window: int
+    is_causal: bool
+    scale: float
+    packed_rank: int = 0
+
+
+QUADRATIC = 1  # ``low_rank`` of the quadratic kernel
+NARROW_HEAD = 16  # heads of fewer dimensions are computed in float64 (kNarrowHead of csrc/params.h)
+
+
+def leading_tensors(arguments: type[NamedTuple]) -> int:
+    """How many arguments come before the first that is no tensor; no tensor comes after it."""
+    return sum("Tensor" in str(annotation) for annotation in arguments.__annotations__.values())
+
+
+TENSORS = {kind: leading_tensors(kind) for kind in (AttentionArguments, QuadraticArguments, RouteArguments)}
+
+
+def tensors_of(arguments: NamedTuple) -> tuple[Tensor | None, ...]:
+    """The tensors of an argument tuple, for autograd to save."""
+    return arguments[: TENSORS[type(arguments)]]
+
+
+def settings_of(arguments: NamedTuple) -> tuple[Any, ...]:
+    """What :func:`tensors_of` leaves out."""
+    return arguments[TENSORS[type(arguments)] :]
+
+
+def taken_from(source: type[NamedTuple], target: type[NamedTuple]) -> Callable[[NamedTuple], dict[str, Any]]:
+    """A function that reads the fields of ``target`` that ``source`` has too, by name."""
+    names = [name for name in target._fields if name in source._fields]
+    values = attrgetter(*names)
+    return lambda arguments: dict(zip(names, values(arguments)))
+
+
+_for_attention = taken_from(QuadraticArguments, AttentionArguments)
+_for_routing = taken_from(QuadraticArguments, RouteArguments)
+
+
+def after_projection(
+    arguments: QuadraticArguments,
+    query_map: Tensor | None,
+    key_map: Tensor | None,
+    index: Tensor | None,
+    count: Tensor | None,
+) -> AttentionArguments:
+    """The arguments of ``attention`` that ``quadratic_attention`` comes to: the tokens are projected and, if the
+    operator routes, the lists are made."""
+    fields = _for_attention(arguments)
+    if arguments.keys > 0:
+        fields["index"], fields["count"] = index, count
+    return AttentionArguments(**fields, query_map=query_map, key_map=key_map, low_rank=QUADRATIC)
+
+
+def for_routing(arguments: QuadraticArguments, query_map: Tensor, key_map: Tensor) -> RouteArguments:
+    """The arguments of ``route`` inside ``quadratic_attention``."""
+    return RouteArguments(**_for_routing(arguments), query_map=query_map, key_map=key_map, low_rank=QUADRATIC)
+
+
+def backward_arguments(arguments: tuple) -> tuple[ForwardResults, AttentionArguments, KeptResults]:
+    """The arguments of ``attention_backward`` in its three groups."""
+    first, last = len(ForwardResults._fields), len(ForwardResults._fields) + len(AttentionArguments._fields)
+    return (
+        ForwardResults(*arguments[:first]),
+        AttentionArguments(*arguments[first:last]),
+        KeptResults(*arguments[last:]),
+    )
+
+
+def list_capacity(keys: int, block_k: int) -> int:
+    """Entries of a routed list. A window whose ends are rounded to blocks touches one block more than it fills."""
+    return keys if block_k == 1 else keys // block_k + 1

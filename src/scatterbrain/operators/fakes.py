@@ -1,0 +1,135 @@
+"""Shapes and dtypes of the operators' results, for tracing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scatterbrain.operators import library  # noqa: F401  (loads the operators)
+from scatterbrain.operators.arguments import (
+    AttentionArguments,
+    QuadraticArguments,
+    RouteArguments,
+    after_projection,
+    backward_arguments,
+    for_routing,
+    list_capacity,
+)
+
+_OPS = torch.ops.scatterbrain
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _like_tokens(tokens: Tensor, width: int) -> Tensor:
+    """Empty rows of ``width`` for ``tokens`` (B, H, N, d), in memory as they are: with the heads of a token next to each
+    other, or head after head."""
+    batch, heads, n, _ = tokens.shape
+    if tokens.stride(1) >= tokens.stride(2):
+        return tokens.new_empty((batch, heads, n, width))
+    return tokens.new_empty((batch, n, heads, width)).transpose(1, 2)
+
+
+@torch.library.register_fake("scatterbrain::project")
+def _(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return tokens.new_empty((*tokens.shape[:3], weight.shape[2]), dtype=accumulation_dtype(tokens.dtype))
+
+
+@torch.library.register_fake("scatterbrain::project_packed")
+def _(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    width = (weight.shape[2] + 1 + 15) // 16 * 16  # coordinates, 1, log scale in base 2, zeros
+    return tokens.new_empty((*tokens.shape[:3], width), dtype=accumulation_dtype(tokens.dtype))
+
+
+@torch.library.register_fake("scatterbrain::project_backward")
+def _(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(tokens.dtype)
+    return (
+        _like_tokens(tokens, tokens.shape[3]),
+        weight.new_empty(weight.shape, dtype=dtype),
+        weight.new_empty(weight.shape[:3], dtype=dtype),
+    )
+
+
+@torch.library.register_fake("scatterbrain::attention")
+def _(*arguments: object) -> tuple[Tensor, Tensor]:
+    a = AttentionArguments(*arguments)
+    batch, heads, tokens, _d = a.query.shape
+    lse = a.query.new_empty((batch, heads, tokens), dtype=accumulation_dtype(a.query.dtype))
+    return _like_tokens(a.query, a.value.shape[3]), lse
+
+
+@torch.library.register_fake("scatterbrain::attention_with_state")
+def _(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = AttentionArguments(*arguments)
+    out, lse = _OPS.attention(*arguments)
+    return out, lse, *_saved(a, lse)
+
+
+def _saved(a: AttentionArguments, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """State and scores, whose sizes the device tells."""
+    dtype = torch.float64 if a.query.shape[3] < 16 else lse.dtype
+    scores = lse.new_empty(_kept_scores(a), dtype=dtype)
+    if a.query_map is None or a.is_causal:
+        return lse.new_empty(0, dtype=dtype), scores
+    rank = a.packed_rank or a.query_map.shape[3] - 1
+    features = (rank + 1) * (rank + 2) // 2 if a.low_rank == 1 else rank
+    pad = lambda n: (n + 15) // 16 * 16  # noqa: E731
+    slots = (a.key.shape[2] + 511) // 512 + 1  # kSegment of csrc/params.h
+    size = features * pad(a.value.shape[3]) + pad(features) + 16
+    return lse.new_empty((a.key.shape[0], a.key.shape[1], slots, size), dtype=dtype), scores
+
+
+def _kept_scores(a: AttentionArguments) -> tuple[int, ...]:
+    (batch, heads, n, head_dim), m = a.query.shape, a.key.shape[2]
+    if a.is_causal or a.query.dtype == torch.float64 or head_dim < 16:
+        return (0,)
+    pad = lambda n, multiple=16: (n + multiple - 1) // multiple * multiple  # noqa: E731
+    dense = a.block_q == 1 and a.low_rank != 0 and m <= 128
+    listed = (a.span_keys if a.span is not None else 0) + (a.index.shape[3] * a.block_k if a.index is not None else 0)
+    keys = pad(m if dense else min(listed, m))
+    lanes = next(lanes for most, lanes in ((1, 1), (8, 8), (31, 16), (a.block_q, 32)) if a.block_q <= most)
+    if keys == 0 or a.block_q % lanes or not (dense or keys <= 80):
+        return (0,)
+    return batch, heads, pad(-(-n // a.block_q) * a.block_q), keys
+
+
+def _projected(a: QuadraticArguments) -> AttentionArguments:
+    project = _OPS.project_packed if a.packed_rank else _OPS.project
+    maps = project(a.query, a.query_weight, a.query_bias), project(a.key, a.key_weight, a.key_bias)
+    lists = _OPS.route(*for_routing(a, *maps)) if a.keys else (None, None)
+    return after_projection(a, *maps, *lists)
+
+
+@torch.library.register_fake("scatterbrain::quadratic_attention")
+def _(*arguments: object) -> tuple[Tensor, Tensor]:
+    return _OPS.attention(*_projected(QuadraticArguments(*arguments)))
+
+
+@torch.library.register_fake("scatterbrain::quadratic_attention_with_state")
+def _(*arguments: object) -> tuple[Tensor, ...]:
+    given = QuadraticArguments(*arguments)
+    a = _projected(given)
+    lists = (a.index, a.count) if given.keys else [a.query.new_empty(0, dtype=torch.int32) for _ in range(2)]
+    return *_OPS.attention_with_state(*a), a.query_map, a.key_map, *lists
+
+
+@torch.library.register_fake("scatterbrain::attention_backward")
+def _(*arguments: object) -> tuple[Tensor, ...]:
+    forward, a, kept = backward_arguments(arguments)
+    maps = []
+    for tokens, m, weight in ((a.query, a.query_map, kept.query_weight), (a.key, a.key_map, kept.key_weight)):
+        width = 1 if m is None else a.packed_rank + 1 if a.packed_rank else m.shape[3]
+        rows = 0 if m is None or weight is not None else tokens.shape[2]
+        maps.append(tokens.new_empty((*tokens.shape[:2], rows, width), dtype=forward.lse.dtype))
+    return *(_like_tokens(t, t.shape[3]) for t in (a.query, a.key, a.value)), *maps
+
+
+@torch.library.register_fake("scatterbrain::route")
+def _(*arguments: object) -> tuple[Tensor, Tensor]:
+    a = RouteArguments(*arguments)
+    shape = (a.query.shape[0], a.query.shape[1], (a.query.shape[2] + a.block_q - 1) // a.block_q)
+    capacity = list_capacity(a.keys, a.block_k)
+    return a.query.new_empty((*shape, capacity), dtype=torch.int32), a.query.new_empty(shape, dtype=torch.int32)

@@ -1,0 +1,58 @@
+"""The autograd that is registered with the operators: for torch.compile, export, functorch and dispatch modes. Untraced
+calls have nodes of their own (scatterbrain.operators.untraced)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scatterbrain.operators import library  # noqa: F401  (loads the operators)
+from scatterbrain.operators.arguments import AttentionArguments, settings_of, tensors_of
+
+
+def _project_setup(ctx: object, inputs: tuple, output: Tensor) -> None:
+    tokens, weight, bias = inputs
+    ctx.save_for_backward(tokens, weight)
+    ctx.has_bias = bias is not None
+
+
+def _project_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+    d_tokens, d_weight, d_bias = torch.ops.scatterbrain.project_backward(grad, *ctx.saved_tensors)
+    need = ctx.needs_input_grad
+    return d_tokens if need[0] else None, d_weight if need[1] else None, d_bias if ctx.has_bias and need[2] else None
+
+
+torch.library.register_autograd("scatterbrain::project", _project_backward, setup_context=_project_setup)
+
+
+def _no_second_derivative(ctx: object, *grads: object) -> None:
+    raise RuntimeError(
+        "scatterbrain: second derivatives are not implemented; call backward without create_graph, or use "
+        "sb.reference.attention, which is plain torch"
+    )
+
+
+# Without these, torch would take the backward operators for constants and return wrong second derivatives.
+for _name in ("attention_backward", "project_backward"):
+    torch.library.register_autograd(f"scatterbrain::{_name}", _no_second_derivative)
+
+
+def _attention_setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    arguments = AttentionArguments(*inputs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors_of(arguments), *output)
+    ctx.settings = settings_of(arguments)
+
+
+def _attention_backward(ctx: object, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out is None and d_lse is None:
+        return (None,) * len(ctx.needs_input_grad)
+    *tensors, out, lse = ctx.saved_tensors
+    if d_out is None:
+        d_out = torch.zeros_like(out)
+    gradients = torch.ops.scatterbrain.attention_backward(d_out, d_lse, out, lse, *tensors, *ctx.settings)
+    wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad)]
+    return (*wanted, *(None,) * (len(ctx.needs_input_grad) - len(wanted)))
+
+
+torch.library.register_autograd("scatterbrain::attention", _attention_backward, setup_context=_attention_setup)

@@ -1,0 +1,356 @@
+"""Calls that nothing traces: attention and the projections of its coordinates as one node of the autograd graph.
+
+The autograd that is registered with the operators (gradients.py) serves torch.compile, export, functorch and dispatch
+modes. For an operator of twenty arguments it takes several times as long as one torch.autograd.Function around the
+operators, and short sequences notice. Both use the same operators and give the same bits, except for gradients through
+stored statistics: the operator adds them up inside, so those of bfloat16 and float16 tokens, and of queries that are
+computed again in float64, are rounded once instead of twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scatterbrain.operators import library  # noqa: F401  (loads the operators)
+from scatterbrain.operators.arguments import (
+    NARROW_HEAD,
+    AttentionArguments,
+    ForwardResults,
+    QuadraticArguments,
+    RouteArguments,
+    after_projection,
+    settings_of,
+    tensors_of,
+)
+
+# .default skips the choice among overloads.
+_ATTENTION = torch.ops.scatterbrain.attention.default
+_ATTENTION_WITH_STATE = torch.ops.scatterbrain.attention_with_state.default
+_ATTENTION_BACKWARD = torch.ops.scatterbrain.attention_backward.default
+_QUADRATIC_ATTENTION = torch.ops.scatterbrain.quadratic_attention.default
+_QUADRATIC_ATTENTION_WITH_STATE = torch.ops.scatterbrain.quadratic_attention_with_state.default
+_PREPARE = torch.ops.scatterbrain.plan.default
+_DISCARD_PREPARED = torch.ops.scatterbrain.forget_plan.default
+_PREPARED_ATTENTION = torch.ops.scatterbrain.planned_attention.default
+_PREPARED_ATTENTION_WITH_STATE = torch.ops.scatterbrain.planned_attention_with_state.default
+_PREPARED_ATTENTION_BACKWARD = torch.ops.scatterbrain.planned_attention_backward.default
+_PROJECT = torch.ops.scatterbrain.project.default
+_PROJECT_BACKWARD = torch.ops.scatterbrain.project_backward.default
+_ROUTE = torch.ops.scatterbrain.route.default
+
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+
+class Projection(NamedTuple):
+    """Affine maps of the tokens: ``query_map = query_weight query + query_bias``, keys likewise. Weights (1 or B, heads,
+    r + 1, d), biases without the last dimension."""
+
+    query_weight: Tensor
+    query_bias: Tensor
+    key_weight: Tensor
+    key_bias: Tensor
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# -------------------- operators
+
+
+def project_both(query: Tensor, key: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    """The maps of queries and keys, outside the graph."""
+    with _BelowAutograd():
+        return (
+            _PROJECT(query, projection.query_weight, projection.query_bias),
+            _PROJECT(key, projection.key_weight, projection.key_bias),
+        )
+
+
+def route(arguments: RouteArguments) -> tuple[Tensor, Tensor]:
+    """The routing operator, which has no gradients."""
+    with _BelowAutograd():
+        return _ROUTE(*arguments)
+
+
+def attention(a: AttentionArguments) -> tuple[Tensor, Tensor]:
+    """The attention operator, differentiable."""
+    tracked = a.query, a.key, a.value, a.query_map, a.key_map
+    if _wants_gradient(*tracked):
+        return _Attention.apply(*tracked, a)
+    with _BelowAutograd():
+        return _ATTENTION(*a)
+
+
+def quadratic_attention(a: QuadraticArguments) -> tuple[Tensor, Tensor]:
+    """The operator of the same name, differentiable."""
+    tracked = a.query, a.key, a.value, a.query_weight, a.query_bias, a.key_weight, a.key_bias
+    if _wants_gradient(*tracked):
+        return _QuadraticAttention.apply(*tracked, a)
+    with _BelowAutograd():
+        return _QUADRATIC_ATTENTION(*a)
+
+
+def packed_rank(projection: Projection) -> int:
+    """Rank of the packed rows; 0 where coordinates are kept as maps. Float64 tokens and narrow heads are computed in
+    float64, and packed rows are float32."""
+    weight = projection.query_weight
+    packed = weight.dtype == torch.float32 and weight.shape[3] >= NARROW_HEAD
+    return weight.shape[2] - 1 if packed else 0
+
+
+# -------------------- nodes of the graph
+
+
+class _Node(torch.autograd.Function):
+    """The backward pass that both nodes share: no gradient, no work; below autograd unless a graph of the backward pass
+    or a map over it is asked for. Inputs are the operator's differentiable tensors, then all its arguments as one tuple,
+    since torch takes time over every input."""
+
+    @classmethod
+    def backward(cls, ctx: object, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad
+        if d_out is None and d_lse is None:
+            return (None,) * len(need)
+        out, lse, *kept = ctx.saved_tensors
+        if d_out is None:
+            d_out = torch.zeros_like(out)
+        below = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+        with _BelowAutograd() if below else contextlib.nullcontext():
+            gradients = cls.gradients(ctx, below, ForwardResults(d_out, d_lse, out, lse), *kept)
+        return *[g if wanted else None for g, wanted in zip(gradients, need)], None
+
+
+class _Attention(_Node):
+    """Coordinates are part of the graph."""
+
+    @staticmethod
+    def forward(ctx: object, *inputs: object) -> tuple[Tensor, Tensor]:
+        *_, a = inputs
+        with _BelowAutograd():
+            out, lse, state, scores = _ATTENTION_WITH_STATE(*a)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out, lse, state, scores, *tensors_of(a))
+        ctx.settings = settings_of(a)
+        return out, lse
+
+    @staticmethod
+    def gradients(
+        ctx: object, below: bool, results: ForwardResults, state: Tensor, scores: Tensor, *tensors: Tensor
+    ) -> tuple:
+        return _ATTENTION_BACKWARD(*results, *tensors, *ctx.settings, state=state, scores=scores)
+
+
+class _QuadraticAttention(_Node):
+    """Coordinates are projections of the tokens, inside the node."""
+
+    @staticmethod
+    def forward(ctx: object, *inputs: object) -> tuple[Tensor, Tensor]:
+        *_, a = inputs
+        with _BelowAutograd():
+            out, lse, state, scores, *projected = _QUADRATIC_ATTENTION_WITH_STATE(*a)
+        ctx.set_materialize_grads(False)
+        b = after_projection(a, *projected)
+        ctx.save_for_backward(out, lse, state, scores, a.query_weight, a.key_weight, *tensors_of(b))
+        ctx.settings = settings_of(b)
+        return out, lse
+
+    @staticmethod
+    def gradients(
+        ctx: object,
+        below: bool,
+        results: ForwardResults,
+        state: Tensor,
+        scores: Tensor,
+        query_weight: Tensor,
+        key_weight: Tensor,
+        *tensors: Tensor,
+    ) -> tuple:
+        *need, _ = ctx.needs_input_grad
+        arguments = AttentionArguments(*tensors, *ctx.settings)
+        return _quadratic_gradients(_Needed(*need), below, results, arguments, state, scores, query_weight, key_weight)
+
+
+class _Needed(NamedTuple):
+    """Which gradients of ``quadratic_attention`` are asked for."""
+
+    query: bool
+    key: bool
+    value: bool
+    query_weight: bool = False
+    query_bias: bool = False
+    key_weight: bool = False
+    key_bias: bool = False
+
+
+def _quadratic_gradients(
+    need: _Needed,
+    below: bool,
+    results: ForwardResults,
+    a: AttentionArguments,
+    state: Tensor,
+    scores: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+) -> tuple:
+    """Gradients of tokens and projections. Where the projections are constants, the attention operator itself takes the
+    maps' gradients on to the tokens, in the precision that it computes in."""
+    fused = below and a.query.shape[3] >= NARROW_HEAD  # narrower heads would be rounded once less than elsewhere
+    fuse_query = fused and not (need.query_weight or need.query_bias)
+    fuse_key = fused and not (need.key_weight or need.key_bias)
+    dq, dk, dv, d_query_map, d_key_map = _ATTENTION_BACKWARD(
+        *results, *a, state, scores, query_weight if fuse_query else None, key_weight if fuse_key else None
+    )
+    of_query = of_key = (None, None)
+    if not fuse_query and (need.query or need.query_weight or need.query_bias):
+        of_query = _to_tokens(dq, d_query_map, a.query, query_weight)
+    if not fuse_key and (need.key or need.key_weight or need.key_bias):
+        of_key = _to_tokens(dk, d_key_map, a.key, key_weight)
+    return dq, dk, dv, *of_query, *of_key
+
+
+def _to_tokens(d_tokens: Tensor, d_map: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds the tokens' gradient through their map to ``d_tokens``; the gradients of weight and bias."""
+    through_map, d_weight, d_bias = _PROJECT_BACKWARD(d_map, tokens, weight)
+    d_tokens.add_(through_map)
+    return d_weight, d_bias
+
+
+# -------------------- prepared calls
+
+
+class StaleProjection(Exception):
+    """The tensors that a projection was made from hold something else now."""
+
+
+_discarded: list[int] = []  # prepared calls that no object holds any more, until the next one is made
+
+
+class PreparedCall:
+    """All arguments of :func:`quadratic_attention` but the tokens, kept where the operator is: passing each takes time.
+    The projections are constants.
+
+    Args:
+        arguments: of the call; its tokens are not kept.
+        sources: the tensors that the projections were made from.
+        copies: what the sources held then.
+    """
+
+    def __init__(self, arguments: QuadraticArguments, sources: tuple[Tensor, ...], copies: list[Tensor]) -> None:
+        self.arguments = arguments._replace(query=None, key=None, value=None)
+        self.routes = arguments.keys > 0
+        self.is_wide = arguments.query_weight.shape[3] >= NARROW_HEAD
+        with contextlib.suppress(IndexError):  # the list is empty, or another thread was quicker
+            while True:
+                _DISCARD_PREPARED(_discarded.pop())
+        _, _, _, *kept = arguments
+        self.number = _PREPARE(*kept, sources, copies)
+        # The finalizer calls no operator: objects are collected anywhere, also where something traces.
+        weakref.finalize(self, _discarded.append, self.number).atexit = False
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention without its log-sum-exp, differentiable in the tokens.
+
+        Raises:
+            StaleProjection: the projections were made from other statistics.
+        """
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            return _PreparedAttention.apply(query, key, value, self)
+        with _BelowAutograd():
+            out = _PREPARED_ATTENTION(query, key, value, self.number)
+        if out.dim() != 4:
+            raise StaleProjection
+        return out
+
+
+class _PreparedAttention(torch.autograd.Function):
+    """As :class:`_QuadraticAttention`, of a prepared call: projections are constants, and there is no log-sum-exp to
+    differentiate."""
+
+    @staticmethod
+    def forward(ctx: object, query: Tensor, key: Tensor, value: Tensor, call: PreparedCall) -> Tensor:
+        with _BelowAutograd():
+            out, lse, state, scores, query_map, key_map, index, count = _PREPARED_ATTENTION_WITH_STATE(
+                query, key, value, call.number
+            )
+        if out.dim() != 4:
+            raise StaleProjection
+        lists = (index, count) if call.routes else ()
+        ctx.save_for_backward(out, lse, state, scores, query_map, key_map, query, key, value, *lists)
+        ctx.call = call
+        return out
+
+    @staticmethod
+    def backward(ctx: object, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        call, need, saved = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            gradients = _gradients_of_prepared(call, need, False, d_out, *saved)
+        else:
+            with _BelowAutograd():
+                # A dispatch mode that watches does not know prepared calls.
+                if call.is_wide and not torch._C._len_torch_dispatch_stack():
+                    out, lse, state, scores, query_map, key_map, query, key, value, *lists = saved
+                    gradients = _PREPARED_ATTENTION_BACKWARD(
+                        d_out, out, lse, state, scores, query_map, key_map, query, key, value, call.number, *lists
+                    )
+                else:
+                    gradients = _gradients_of_prepared(call, need, True, d_out, *saved)
+        return *(g if wanted else None for g, wanted in zip(gradients, need)), None
+
+
+def _gradients_of_prepared(
+    call: PreparedCall,
+    need: tuple[bool, ...],
+    below: bool,
+    d_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    scores: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None = None,
+    count: Tensor | None = None,
+) -> tuple:
+    """Token gradients from the separate operators; used under dispatch modes and create_graph."""
+    arguments = call.arguments._replace(query=query, key=key, value=value)
+    *of_tokens, _ = need
+    dq, dk, dv, *_ = _quadratic_gradients(
+        _Needed(*of_tokens),
+        below,
+        ForwardResults(d_out, None, out, lse),
+        after_projection(arguments, query_map, key_map, index, count),
+        state,
+        scores,
+        arguments.query_weight,
+        arguments.key_weight,
+    )
+    return dq, dk, dv
+
+
+# -------------------- parameters without influence
+
+
+def with_zero_gradients(out: Tensor, parameters: list[Tensor]) -> Tensor:
+    """``out``, with gradients of zero to parameters that it does not depend on: DDP waits for every parameter's
+    gradient."""
+    return _Unused.apply(out, *parameters) if torch.is_grad_enabled() else out
+
+
+class _Unused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, out: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(torch.zeros_like(t) for t in ctx.saved_tensors)

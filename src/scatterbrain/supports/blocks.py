@@ -1,0 +1,171 @@
+"""Lists of keys that the caller gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from scatterbrain.call import Call
+from scatterbrain.fields import check_int
+from scatterbrain.operators.tracing import is_readable
+from scatterbrain.supports.base import BlockLists, Support
+
+if TYPE_CHECKING:
+    from scatterbrain.low_rank import LowRankKernel
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks(Support):
+    """Lists given by the caller, or by :func:`scatterbrain.route`.
+
+    Block b of a row holds queries ``first + b * block_q ...`` where ``first`` is the row's first query that is not
+    padding, and entry e of its list stands for keys ``first + e * block_k ...`` counted from the row's first key that
+    is not padding.
+
+    Args:
+        index: int32 (batch, heads of query or of key, ceil(queries / block_q), capacity); each list strictly ascending,
+            unused slots -1 at its end.
+        count: int32, the shape of ``index`` without its last dimension: entries in use.
+        block_q: queries that share a list, at least 1.
+        block_k: consecutive keys of an entry, at least 1.
+        query_order: optional int32 (batch, heads, queries): slot s of the lists is query ``query_order[b, h, s]`` (-1:
+            none). A query that no slot names is not computed: its row is zero. Bidirectional only.
+
+    Raises:
+        TypeError, ValueError: naming the field, on a wrong dtype or shape, entries out of order, twice or negative.
+            Entries past the last key, or that no query of a causal block may see, are found when the lists are used.
+    """
+
+    kind: ClassVar[str] = "blocks"
+    is_configurable: ClassVar[bool] = False
+
+    index: Tensor
+    count: Tensor
+    block_q: int
+    block_k: int
+    query_order: Tensor | None = None
+
+    @classmethod
+    def from_lists(cls, lists: BlockLists) -> Blocks:
+        """Lists that the package made, without looking at their content again."""
+        blocks = object.__new__(cls)
+        for name in ("index", "count", "block_q", "block_k", "query_order"):
+            object.__setattr__(blocks, name, getattr(lists, name))
+        return blocks
+
+    def __post_init__(self) -> None:
+        for name, dim in (("index", 4), ("count", 3), ("query_order", 3)):
+            tensor = getattr(self, name)
+            if tensor is None and name == "query_order":
+                continue
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32:
+                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"Blocks: {name} must be an int32 tensor, got {kind}")
+            if tensor.dim() != dim:
+                raise ValueError(f"Blocks: {name} must have {dim} dimensions, got shape {tuple(tensor.shape)}")
+        check_int("Blocks", "block_q", self.block_q, 1)
+        check_int("Blocks", "block_k", self.block_k, 1)
+        if self.count.shape != self.index.shape[:3]:
+            raise ValueError(
+                f"Blocks: count must have shape {tuple(self.index.shape[:3])}, that of index without its "
+                f"last dimension, got {tuple(self.count.shape)}"
+            )
+        if self.index.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_content()
+
+    def _check_content(self) -> None:
+        capacity = self.index.shape[3]
+        if bool(((self.count < 0) | (self.count > capacity)).any()):
+            raise ValueError(
+                f"Blocks: count must lie between 0 and the capacity {capacity} of index, got "
+                f"{int(self.count.min())} .. {int(self.count.max())}"
+            )
+        used = torch.arange(capacity, dtype=torch.int32) < self.count[..., None]
+        if bool((used & (self.index < 0)).any()):
+            raise ValueError(
+                "Blocks: index has a negative entry among the first count entries of a list; put unused "
+                "slots (-1) at the end and count the others"
+            )
+        if capacity > 1 and bool((used[..., 1:] & (self.index[..., 1:] <= self.index[..., :-1])).any()):
+            raise ValueError(
+                "Blocks: each list of index must be strictly ascending (no key twice); sort it and drop duplicates"
+            )
+        if self.query_order is not None and self.query_order.numel() > 0:
+            queries = self.query_order.shape[2]
+            order = self.query_order.sort(-1).values
+            if bool(((order < -1) | (order >= queries)).any()):
+                wrong = order.max() if bool((order >= queries).any()) else order.min()
+                raise ValueError(
+                    f"Blocks: query_order names query {int(wrong)} of {queries}; use -1 for a slot without a query"
+                )
+            twice = (order[..., 1:] == order[..., :-1]) & (order[..., 1:] >= 0)
+            if bool(twice.any()):
+                raise ValueError(
+                    f"Blocks: query_order names query {int(order[..., 1:][twice][0])} twice; a query belongs to "
+                    "one list"
+                )
+
+    def check(self, low_rank: LowRankKernel | None, is_causal: bool) -> None:
+        if is_causal and self.query_order is not None:
+            raise ValueError(
+                "Blocks with a query_order are bidirectional only; use is_causal=False or lists in the order of the queries"
+            )
+
+    def lists(self, call: Call, query_map: Tensor | None, key_map: Tensor | None) -> BlockLists:
+        self.check_fit(call)
+        return BlockLists(self.index, self.count, None, self.query_order, self.block_q, self.block_k)
+
+    def check_fit(self, call: Call) -> None:
+        """Raises where the lists do not have the shapes of the call or, on the CPU, name keys past the end or after
+        everything that their block may see."""
+        (batch, q_heads, q_tokens, _), (_, kv_heads, k_tokens, _) = call.query.shape, call.key.shape
+        padding, is_causal = call.padding, call.is_causal
+        if self.index.shape[0] != batch or self.index.shape[1] not in (q_heads, kv_heads):
+            raise ValueError(
+                f"Blocks: index must lead with (batch, heads) = ({batch}, {q_heads}) or ({batch}, "
+                f"{kv_heads}), got {tuple(self.index.shape[:2])}"
+            )
+        expected = -(-q_tokens // self.block_q)
+        if self.index.shape[2] != expected:
+            raise ValueError(
+                f"Blocks: {q_tokens} queries in blocks of {self.block_q} make {expected} lists, got index "
+                f"with {self.index.shape[2]}"
+            )
+        order = self.query_order
+        if order is not None and (order.shape[0] != batch or q_heads % order.shape[1] or order.shape[2] != q_tokens):
+            raise ValueError(
+                f"Blocks: query_order must be (batch, heads, queries) = ({batch}, {q_heads}, {q_tokens}), "
+                f"got {tuple(order.shape)}"
+            )
+        if not is_readable(self.index, self.count, padding.key_range, padding.query_range, padding.query_offset):
+            return
+        used = torch.arange(self.index.shape[3], dtype=torch.int32) < self.count[..., None]
+        entry = torch.where(used, self.index, -1).long()
+        first, end = (
+            (0, k_tokens)
+            if padding.key_range is None
+            else (padding.key_range[:, 0, None, None, None].long(), padding.key_range[:, 1, None, None, None].long())
+        )
+        start = first + entry * self.block_k
+        if bool((used & (start >= end)).any()):
+            raise ValueError(
+                f"Blocks: index names key block {int(entry.max())}, past the {k_tokens} keys in blocks of "
+                f"{self.block_k}; drop entries out of range"
+            )
+        if not is_causal or self.index.shape[2] == 0:
+            return
+        slot = (torch.arange(self.index.shape[2]) + 1) * self.block_q
+        last = (
+            slot
+            if padding.query_range is None
+            else torch.minimum(padding.query_range[:, 0, None].long() + slot, padding.query_range[:, 1, None].long())
+        ).clamp(max=q_tokens) - 1
+        edge = last if padding.query_offset is None else last + padding.query_offset[:, None].long()
+        if bool((used & (start > edge.reshape(-1, 1, self.index.shape[2], 1))).any()):
+            raise ValueError(
+                "Blocks: a list names keys after its block's last query, which breaks causality; leave them "
+                "out or use is_causal=False"
+            )

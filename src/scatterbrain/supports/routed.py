@@ -1,0 +1,137 @@
+"""The keys where the low-rank kernel errs most, chosen from the content."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from scatterbrain.call import Call
+from scatterbrain.fields import check_int
+from scatterbrain.operators import untraced
+from scatterbrain.operators.arguments import RouteArguments
+from scatterbrain.operators.tracing import is_known, is_untraced
+from scatterbrain.supports.base import BlockLists, OperatorRouting, Support
+
+
+@dataclass(frozen=True)
+class Routed(Support):
+    """The keys where the low-rank kernel errs most, chosen from the content (no gradient flows through the choice).
+
+    Two forms. Pooled: ``block_q`` in {8, 16, 32}, ``block_k`` = 1; a block's own keys and the best of the rest by the
+    residual score ``log |exp(s) - L|`` of the block's mean query. Causal routing pools the block's first query with the
+    15 before it. Per query: ``block_q`` = 1, ``block_k`` = 8; a window of ``window`` keys (its start rounded down to a
+    block) and the best ``(keys - window) / 8`` blocks of 8 keys by ``q . mean(k)``, in the causal form among the
+    complete blocks before the window. The per-query form is for training from scratch, the pooled one for pretrained
+    models.
+
+    Args:
+        keys: keys per query in all: window, own and listed keys. The per-query form rounds its window to whole blocks
+            and can list up to 7 more.
+        block_q: queries that share a list.
+        block_k: consecutive keys that are chosen together.
+        window: keys of the window of the per-query form.
+    """
+
+    kind: ClassVar[str] = "routed"
+    depends_on_content: ClassVar[bool] = True
+    reads_coordinates: ClassVar[bool] = True
+    can_be_prepared: ClassVar[bool] = True
+
+    keys: int
+    block_q: int = 16
+    block_k: int = 1
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("Routed", "keys", self.keys, 1)
+        check_int("Routed", "block_q", self.block_q, 1)
+        check_int("Routed", "block_k", self.block_k, 1)
+        check_int("Routed", "window", self.window, 0)
+        if (self.block_q, self.block_k) not in ((8, 1), (16, 1), (32, 1), (1, 8)):
+            raise ValueError(
+                "Routed: expected block_q in (8, 16, 32) with block_k=1 (pooled), or block_q=1 with "
+                f"block_k=8 (per query), got block_q={self.block_q}, "
+                f"block_k={self.block_k}"
+            )
+        if self.keys < self.block_q:
+            raise ValueError(
+                "Routed: keys is the whole budget and holds the block's own keys, expected at least "
+                f"block_q={self.block_q}, got {self.keys}"
+            )
+        if self.is_pooled and self.window:
+            raise ValueError(
+                "Routed: window belongs to the per-query form (block_q=1, block_k=8); the pooled form has "
+                f"its own block, got {self.window}"
+            )
+        if not self.is_pooled and (self.window % 8 or self.keys % 8 or self.window > self.keys):
+            raise ValueError(
+                "Routed: expected keys and window in multiples of 8 with window <= keys, got "
+                f"keys={self.keys}, window={self.window}"
+            )
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether a block of queries shares a list of single keys."""
+        return self.block_k == 1
+
+    def covers_every_key(self, queries: int, keys: int, is_causal: bool) -> bool:
+        if self.is_pooled:
+            return is_known(keys <= self.keys) or (is_causal and is_known(queries <= self.keys))
+        listed = (self.keys - self.window) // self.block_k
+        if is_causal:  # the last query has the most blocks before its window
+            return is_known((queries - self.window) // self.block_k <= listed)
+        # The first query's window, cut by the start of the sequence, is the smallest.
+        nearby = -(-(self.window // 2) // self.block_k)
+        return is_known(keys <= (listed + nearby) * self.block_k)
+
+    def lists(self, call: Call, query_map: Tensor | None, key_map: Tensor | None) -> BlockLists:
+        # Always in float32, so that float64 copies of the same inputs are routed alike. The operator itself converts
+        # half types; below autograd there is nothing to detach from.
+        if is_untraced():
+            operator = untraced.route
+            as_float = lambda t: t.float() if t is not None and t.dtype == torch.float64 else t  # noqa: E731
+        else:
+            operator = lambda arguments: torch.ops.scatterbrain.route(*arguments)  # noqa: E731
+            as_float = lambda t: None if t is None else t.detach().float()  # noqa: E731
+        index, count = operator(
+            RouteArguments(
+                query=as_float(call.query),
+                key=as_float(call.key),
+                query_map=as_float(query_map),
+                key_map=as_float(key_map),
+                **call.padding._asdict(),
+                low_rank=0 if call.low_rank is None else call.low_rank.code,
+                keys=self.keys,
+                block_q=self.block_q,
+                block_k=self.block_k,
+                window=self.window,
+                is_causal=call.is_causal,
+                scale=call.scale,
+            )
+        )
+        return BlockLists(index=index, count=count, block_q=self.block_q, block_k=self.block_k)
+
+    def operator_routing(self, call: Call) -> OperatorRouting | None:
+        # The operator would route float64 inputs in float64: `lists` routes float32 copies.
+        if call.query.dtype == torch.float64:
+            return None
+        return OperatorRouting(self.keys, self.window, self.block_q, self.block_k)
+
+    def for_cross_attention(self) -> tuple[Support, str]:
+        if self.block_q > 1:
+            why = "lists that queries share would show a target token the ones after it"
+        elif self.window:
+            why = "a window lies where the number of target tokens puts it"
+        else:
+            return self, ""
+        own = lists_of_single_queries(self.keys)
+        return own, f"{own}: {why}"
+
+
+def lists_of_single_queries(keys: int) -> Routed:
+    """Routing of every query by itself, to at least ``keys`` keys, by content alone."""
+    return Routed(8 * math.ceil(keys / 8), block_q=1, block_k=8)
