@@ -154,8 +154,8 @@ def test_replacing_nothing_warns(model: nn.Module):
     ("arguments", "message"),
     [
         ({"model": "encoder"}, "model must be an nn.Module, got str"),
-        ({"support": 64}, "support must be one of Full, .*, got 64"),
-        ({"low_rank": 9}, "low_rank must be Quadratic, Favor or None, got 9"),
+        ({"support": 64}, "support must be one of Full, .*, got int"),
+        ({"low_rank": 9}, "low_rank must be Quadratic, Favor or None, got int"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_changes(arguments: dict, message: str):
