@@ -1,7 +1,8 @@
 """The command line: ``scatterbrain COMMAND``, also ``python -m scatterbrain COMMAND``.
 
-A command is a module of this package with a function of the same name, which takes the remaining arguments and
-returns the exit code. It is imported when it is called, so that no command needs the dependencies of another.
+A command is a module of this package with a function of the same name, which takes the remaining arguments and returns
+the exit code or raises :class:`CommandError`. It is imported when it is called, so that no command needs the dependencies
+of another.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+
+from scatterbrain.cli.command import CommandError
 
 COMMANDS = {
     "info": "versions, instruction set in use, compiled architectures and devices",
@@ -24,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; None for those of the process.
 
     Returns:
-        The exit code: 0 for success, 2 for a wrong command line.
+        The exit code: 0 for success, 2 for a wrong command line, others as the command says.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -38,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     command = getattr(importlib.import_module(f"scatterbrain.cli.{name}"), name)
-    return command(rest)
+    try:
+        return command(rest)
+    except CommandError as error:
+        print(f"scatterbrain {name}: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def _usage() -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from scatterbrain.cli.command import help_formatter, readable_errors
 
 if TYPE_CHECKING:
     from scatterbrain.bench.config import BenchConfig
@@ -31,32 +32,27 @@ methods:
 {methods}
 
 Times are medians of interleaved repeats: every method once, then all again. With one thread they are CPU time of that
-thread, so that other programs do not count; with more, wall time. What is timed includes Python, autograd, projections
-and routing. Statistics of the low-rank kernel are fitted on other tokens of the same kind, before the clock runs.
-Memory that a method freed stays with the process (glibc), or else its pages would be asked for again in the time of
-whoever comes next; --allocator system leaves that to the C library, as in a program that does nothing about it.
+thread, so that other programs do not count; with more, wall time. They include Python, autograd, projections and
+routing. Statistics of the low-rank kernel are fitted beforehand, on other tokens of the same kind.
+Memory that a method frees stays with the process (glibc), so that the next method does not pay for new pages;
+--allocator system leaves that to the C library, as in a program with default settings.
 Random inputs have topics, smooth neighbourhoods and a decaying spectrum; for real ones give --inputs.
-Ctrl-C prints and writes what there is so far."""
+Ctrl-C prints and writes the results so far."""
 
 
 def bench(arguments: Sequence[str]) -> int:
     """Runs the command.
 
     Returns:
-        The exit code: 0 when measured to the end, 1 for bad input or a file that cannot be written, 2 for a wrong
-        command line, 130 after Ctrl-C.
+        The exit code: 0 when measured to the end, 130 after Ctrl-C.
+
+    Raises:
+        CommandError: with exit code 1, for bad input or a file that cannot be written.
     """
-    try:
+    with readable_errors():
         from scatterbrain.bench.runner import run
 
-        config = parse_bench_config(arguments)
-        return run(config)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("scatterbrain"):
-            raise
-        return _fail(f"needs the package {error.name}: pip install 'scatterbrain[train]'")
-    except (ValueError, OSError) as error:
-        return _fail(str(error))
+        return run(parse_bench_config(arguments))
 
 
 def parse_bench_config(arguments: Sequence[str]) -> BenchConfig:
@@ -67,15 +63,12 @@ def parse_bench_config(arguments: Sequence[str]) -> BenchConfig:
         SystemExit: with code 2, after a message that names the option, for an unknown one or a value of the wrong
             type; with code 0 after --help.
     """
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    from jsonargparse import ArgumentParser
     from jsonargparse.typing import Path_fr
 
     from scatterbrain.bench import methods
     from scatterbrain.bench.allocator import ALLOCATORS
     from scatterbrain.bench.config import DEFAULT_SUITE, DIRECTIONS, DTYPES, SUITES, BenchConfig
-
-    class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Shows types and defaults, and leaves the lines of the description as they are."""
 
     suites = "\n".join(f"  {name:<10}{suite.summary}" for name, suite in SUITES.items())
     names = methods.__doc__.split("\n\n", 1)[1].replace("\n    ", "\n  ")[2:]
@@ -83,7 +76,7 @@ def parse_bench_config(arguments: Sequence[str]) -> BenchConfig:
         prog="scatterbrain bench",
         usage=USAGE,
         description=DESCRIPTION.format(suites=suites, methods=names.rstrip()),
-        formatter_class=Formatter,
+        formatter_class=help_formatter(),
     )
     add = parser.add_argument
     add("--suite", default=DEFAULT_SUITE, choices=list(SUITES), help="Lengths and methods.")
@@ -106,15 +99,15 @@ def parse_bench_config(arguments: Sequence[str]) -> BenchConfig:
     add("--allocator", default="keep", choices=list(ALLOCATORS), help="Whether freed memory is kept.")
     add("--json", type=str | None, metavar="FILE", help="Write all results there, after every length.")
     add("--png", type=str | None, metavar="FILE", help="Draw time against tokens and error against time.")
-    add("--resume", nargs="?", type=bool, const=True, default=False, help="Keep what --json FILE already has.")
+    add(
+        "--resume",
+        nargs="?",
+        type=bool,
+        const=True,
+        default=False,
+        help="Keep the results that --json FILE already has.",
+    )
     chosen = vars(parser.parse_args(list(arguments)))
-    from pathlib import Path
-
     for name in ("inputs", "json", "png"):
         chosen[name] = None if chosen[name] is None else Path(str(chosen[name]))
     return BenchConfig(**chosen)
-
-
-def _fail(message: str, exit_code: int = 1) -> int:
-    print(f"scatterbrain bench: {message}", file=sys.stderr)
-    return exit_code

@@ -1,4 +1,4 @@
-"""Settings of a training run: one frozen dataclass per concern, each field a key of the YAML file and an option."""
+"""Settings of a training run: a frozen dataclass per section; each field is a key of the YAML file and an option."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text to learn.
+    """Training text.
 
     Args:
         path: "stdlib" for the source of the running Python's standard library, or any text file or folder.
         glob: Which files of a folder are read; folders below it are searched too.
         exclude: Folder names that are skipped wherever they appear below the path.
-        validation_fraction: Share of the bytes kept out of training. Files are ordered by a hash of their name and
-            joined; the last bytes of that order validate, the others train, so no byte is in both.
+        validation_fraction: Share of the bytes kept for validation: the last bytes when the files are ordered by a hash
+            of their names and joined. No byte is used for both.
     """
 
     path: str = "stdlib"
@@ -78,9 +78,9 @@ class AttentionConfig:
     """Attention of every layer.
 
     Args:
-        preset: Pair of support and low-rank part to start from: "train", keys routed per query, a window and a learned
-            quadratic part. The other presets of scatterbrain do not train a causal model from scratch.
-        keys: Keys per query that are attended to exactly, window and routed keys together.
+        preset: Support and low-rank part to start from. "train" has keys routed per query, a window and a learned
+            quadratic part; the other presets of scatterbrain do not train a causal model from scratch.
+        keys: Keys that each query attends to exactly, window and routed keys together.
         support: Replaces the preset's support. A name (full, empty, window, routed) or a mapping with the name as
             "kind" and its fields, such as {kind: routed, block_q: 1, block_k: 8, window: 16}; "keys" is the one above
             unless the mapping has its own. "full" is exact attention, which has no low-rank part.
@@ -104,9 +104,9 @@ class TrainConfig:
 
     Args:
         steps: Optimizer steps of the whole run.
-        minutes: Time limit; null for none. The learning rate then follows the larger of the two fractions used up,
-            of the steps and of the minutes, so a run that is cut by the clock still ends with the whole schedule.
-            Resuming such a run follows the clock too and is not bit-identical.
+        minutes: Time limit; null for none. The learning rate then follows the larger of the two shares that are used
+            up, of the steps and of the minutes, so a run that the limit ends has completed its schedule. Such a run
+            depends on time and does not resume bit-identically.
         context: Bytes per sequence.
         batch: Sequences per forward pass.
         accumulate: Forward passes per optimizer step.
@@ -117,7 +117,7 @@ class TrainConfig:
         weight_decay: AdamW's decay, of matrices only.
         clip: Largest norm of the gradient.
         bf16: Whether the forward pass runs under bfloat16 autocast.
-        seed: Decides the initial weights and the order of the data.
+        seed: Of the initial weights and the order of the data.
         device: "cpu", "cuda" or any torch device.
         threads: CPU threads; null for torch's own choice.
         validate_every: Steps between validations.
@@ -175,11 +175,11 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-    """The same model stepped with exact attention after the run, for a table of loss and time.
+    """Comparison with the same model trained with exact attention after the run.
 
     Args:
-        steps: Steps with exact attention, from the same initial weights over the same batches with the same learning
-            rates; 0 for no comparison.
+        steps: Steps with exact attention, with the run's initial weights, batches and learning rates; 0 for no
+            comparison.
     """
 
     steps: int = 0

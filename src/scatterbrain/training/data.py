@@ -1,4 +1,4 @@
-"""Bytes of a text file, a folder or the Python standard library: reading, splitting, and the order they are seen in."""
+"""Bytes of a text file, a folder or the Python standard library: reading, splitting and batches."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from scatterbrain.training.config import DataConfig
 def read_corpus(config: DataConfig) -> tuple[Tensor, Tensor]:
     """Reads the text and splits it.
 
-    The files are ordered by a hash of their path below the folder and joined by a newline, and the last
-    ``validation_fraction`` of the bytes are the validation part. The split therefore depends on nothing but the files
-    and the fraction, mixes folders, and works in the same way for a single file.
+    The files are ordered by a hash of their path below the folder and joined by newlines; the last
+    ``validation_fraction`` of the bytes are the validation part. So the split depends on the files and the fraction
+    alone, mixes folders, and works for a single file too.
 
     Returns:
         The training bytes and the validation bytes, uint8 (bytes,).
@@ -50,17 +50,17 @@ def find_files(config: DataConfig) -> list[Path]:
 
 
 class Batches:
-    """Endless shuffled batches of sequences; a batch is a pure function of its number, so nothing needs saving.
+    """Endless shuffled batches of sequences. A batch is a function of its number, so a checkpoint needs no data state.
 
-    Every pass cuts the bytes into consecutive sequences from an offset of its own and visits them in an order of its
-    own, both drawn from the seed and the number of the pass.
+    Every pass cuts the bytes into consecutive sequences from a random offset and visits them in a random order; both are
+    drawn from the seed and the number of the pass.
 
     Args:
         tokens: uint8 (bytes,).
         context: Bytes per sequence. A sequence has one more byte, the last target.
         batch: Sequences per batch.
-        seed: Decides offsets and orders.
-        name: What to call the bytes in an error.
+        seed: Of offsets and orders.
+        name: Of the bytes, in errors.
     """
 
     def __init__(self, tokens: Tensor, context: int, batch: int, seed: int, name: str = "training") -> None:

@@ -1,4 +1,4 @@
-"""The output folder of a run, and writing to it so that a file is either the old one or the new one, whole."""
+"""The output folder of a run, and atomic writing: a file is either the old one or the new one, whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps its files."""
+    """The files of a run."""
 
     path: Path
 
@@ -39,12 +39,11 @@ class RunFolder:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces ``path`` by ``content``, or leaves it as it was.
-
-    The content goes to a file beside it, reaches the disk, and only then takes the name.
+    """Replaces the file by ``content``, or leaves it as it was: the content is written and synced to a file beside it,
+    which is then renamed.
 
     Raises:
-        OSError: when the content cannot be written, a full disk included; what was written of it is removed.
+        OSError: if the content cannot be written, on a full disk for example; the partial file is removed.
     """
     temporary = path.with_name(path.name + ".partial")
     try:
@@ -60,7 +59,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut, where the system lets a folder be opened."""
+    """Makes a rename survive a power cut, on systems that can open a folder."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request that is read between two steps."""
+"""SIGINT and SIGTERM as a request to stop between two steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM is remembered in ``signal``; a second one acts as it did before.
-
-    Outside the main thread, where Python allows no handlers, signals keep their meaning.
-    """
+    """While active, stores the first SIGINT or SIGTERM in ``signal``; a second one acts as usual. Outside the main
+    thread, where Python allows no signal handlers, every signal acts as usual."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None

@@ -1,4 +1,4 @@
-"""The metrics of a run: one JSON object per line, and the loss curve drawn from them."""
+"""The metrics of a run: a file with one JSON object per line, and the loss curve."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MetricsLog:
 
     Args:
         path: The file; it is replaced.
-        records: Records that are already there, such as those before the step a run continues from.
+        records: Initial records, such as those before the step that a run continues from.
     """
 
     def __init__(self, path: Path, records: list[Record]) -> None:
@@ -43,7 +43,7 @@ class MetricsLog:
 
 
 def read_records(path: Path, last_step: int) -> list[Record]:
-    """The records up to ``last_step``; a last line that was cut short is left out."""
+    """The records up to ``last_step``, without a last line that was cut short."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

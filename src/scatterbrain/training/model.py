@@ -22,7 +22,7 @@ class Decoder(nn.Module):
         vocabulary: Number of tokens.
         attention: Makes the attention of a layer; it maps query (B, H, N, d), key and value (B, Hkv, N, d) to
             (B, H, N, d) and takes ``is_causal``.
-        generator: Draws every weight but the attention's own, so that models that differ in their attention only
+        generator: Draws every weight except those of the attention modules, so models that differ in attention alone
             start from the same weights.
     """
 
@@ -117,7 +117,7 @@ def rotary_angles(tokens: int, head_dim: int, base: float, device: torch.device)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the feature pairs (j, j + d / 2) of ``x`` (..., tokens, d) by the angle of their position."""
+    """Rotates the feature pairs (j, j + d / 2) of ``x`` (..., tokens, d) by the angle of their position."""
     cos, sin = rotation
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Text from a trained model."""
+"""Text written by a trained model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scatterbrain.training.model import Decoder
 def generate(model: Decoder, prompt: bytes, length: int, temperature: float, context: int, seed: int) -> bytes:
     """Continues ``prompt`` by ``length`` bytes, reading at most the last ``context`` bytes for each.
 
-    Every byte recomputes its context, which is simple and fast enough for a paragraph.
+    Every byte recomputes the whole context, which is fast enough for a paragraph.
 
     Args:
         model: A decoder over bytes.
@@ -19,7 +19,7 @@ def generate(model: Decoder, prompt: bytes, length: int, temperature: float, con
         length: Bytes to add.
         temperature: 0 takes the most likely byte.
         context: The longest context the model was trained with.
-        seed: Decides the draws.
+        seed: Of the random draws.
 
     Returns:
         The added bytes.
