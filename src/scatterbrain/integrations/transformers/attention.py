@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from scatterbrain.integrations.transformers import layers
 from scatterbrain.integrations.transformers.masks import Visible, compacted, dense_mask, is_compact, read_mask
 from scatterbrain.integrations.transformers.registry import PER_LAYER, SETTINGS
+from scatterbrain.low_rank import Heads
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.warn import warn
 
@@ -84,8 +85,8 @@ def _attach(module: nn.Module, name: str, query: Tensor, key: Tensor) -> Scatter
             f"{type(module).__name__} was compiled before it owned a ScatterbrainAttention; choose the implementation "
             f"with model.set_attn_implementation({name!r}) before torch.compile"
         )
-    geometry = layers.Geometry(query.shape[1], query.shape[3], key.shape[1])
-    return layers.attach(module, *SETTINGS[name], geometry=geometry)
+    heads = Heads(query.shape[1], query.shape[3], key.shape[1])
+    return layers.attach(module, *SETTINGS[name], heads=heads)
 
 
 # -------------------- what is possible
