@@ -86,7 +86,8 @@ class Attention(HostModule, timm.layers.Attention):
 
 
 class LayerType(type):
-    """Type of the classes that :func:`attention_layer` makes; by it models that hold such a class can be pickled."""
+    """Metaclass of the classes that :func:`attention_layer` makes, for copyreg: models that hold such a class can then be
+    pickled."""
 
 
 def attention_layer(
