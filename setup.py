@@ -28,7 +28,13 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from toolchain import CudaPlan, compile_jobs, plan_cuda  # noqa: E402
 from torch_environment import require_torch  # noqa: E402
 
-OPERATOR_SOURCES = ["csrc/ops.cpp", "csrc/prepared_calls.cpp", "csrc/profile.cpp", *sorted(glob("csrc/cpu/*.cpp", root_dir=ROOT))]
+BUILD_INFO_SOURCE = "csrc/build_info.cpp"
+OPERATOR_SOURCES = sorted(
+    path
+    for pattern in ("*.cpp", "cpu/*.cpp")
+    for path in glob(f"csrc/{pattern}", root_dir=ROOT)
+    if path != BUILD_INFO_SOURCE
+)
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
 HEADERS = sorted(
     path for pattern in ("h", "cuh") for path in glob(f"csrc/**/*.{pattern}", root_dir=ROOT, recursive=True)
@@ -100,7 +106,7 @@ def build_info_extension(plan: CudaPlan, torch_version: str) -> Extension:
     }
     return Extension(
         "scatterbrain._build_info",
-        ["csrc/build_info.cpp"],
+        [BUILD_INFO_SOURCE],
         define_macros=[(f"SCATTERBRAIN_{name}", f'"{value}"') for name, value in facts.items()],
         extra_compile_args={"cxx": cxx_flags() + system_includes([pybind11.get_include()])},
         language="c++",
@@ -157,7 +163,7 @@ class BuildExtensions(build_ext):
 setup(
     ext_modules=[
         Extension("scatterbrain._C", OPERATOR_SOURCES, depends=HEADERS, py_limited_api=True),
-        Extension("scatterbrain._build_info", ["csrc/build_info.cpp"]),
+        Extension("scatterbrain._build_info", [BUILD_INFO_SOURCE]),
     ],
     cmdclass={"build_ext": BuildExtensions},
 )

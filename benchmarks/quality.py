@@ -34,7 +34,6 @@ from torch import Tensor
 
 import scatterbrain as sb
 from scatterbrain.hilbert import hilbert_order
-from scatterbrain.reference_routing import routed_lists
 
 
 @dataclass
@@ -125,32 +124,10 @@ def methods(keys: int, rank: int) -> Iterator[tuple[str, bool | None, Method]]:
 
 def one_stage(layer: Layer, support: sb.Routed, rank: int) -> Tensor:
     """The same lists with every key scored."""
-    from scatterbrain.functional import coordinates, rows_of
-
-    scale = layer.q.shape[-1] ** -0.5
-    query_map, key_map = coordinates(
-        layer.q,
-        layer.k,
-        sb.Quadratic(rank),
-        layer.statistics,
-        scale,
-        rows_of(layer.q, layer.k, None, None, 0),
-        layer.is_causal,
-    )
-    index, count = routed_lists(
-        layer.q.double(),
-        layer.k.double(),
-        support.keys,
-        support.block_q,
-        support.block_k,
-        support.window,
-        query_map=query_map.double(),
-        key_map=key_map.double(),
-        low_rank=1,
-        is_causal=layer.is_causal,
-        stages=False,
-    )
-    return approximate(layer, sb.Blocks(index, count, support.block_q, support.block_k), sb.Quadratic(rank))
+    low_rank = sb.Quadratic(rank)
+    inputs = sb.reference.Inputs.of(layer.q, layer.k, low_rank, is_causal=layer.is_causal, statistics=layer.statistics)
+    lists = sb.reference.routed_lists(support, inputs, stages=False)
+    return approximate(layer, sb.Blocks(*lists, support.block_q, support.block_k), low_rank)
 
 
 def captured(keys: int, rank: int) -> Iterator[tuple[str, bool | None, Method]]:

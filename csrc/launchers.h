@@ -1,39 +1,53 @@
-// What a device provides, by operator. ops.cpp calls through this table and nothing else; a test module can put its own
-// in place.
+// What a device provides. ops.cpp reaches every device through its table of launchers and through nothing else.
 #pragma once
-#include <optional>
+#include <torch/csrc/stable/library.h>
+
+#include <initializer_list>
 #include <tuple>
 
-#include "checks.h"
+#include "arguments.h"
 
 namespace sb {
 
+// Shapes and dtype of what the forward pass saves for the backward pass; {0} where it saves nothing.
+struct SavedSizes {
+  std::vector<int64_t> state, scores;
+  ScalarType dtype;
+};
+
 struct Launchers {
-  // out, lse, and, where the call is trained, states and scores for the backward pass: empty where it makes them again.
+  // out, lse, state and scores. The last two are of saved_sizes where the call is trained.
   std::tuple<Tensor, Tensor, Tensor, Tensor> (*attention)(const AttentionArguments&);
-  // Gradients of query, key, value, query_map and key_map; the last two are empty without a low-rank kernel,
+  // Gradients of query, key, value, query_map and key_map. Those of the maps have no rows without a low-rank kernel,
   // and where the projections that made the maps are given.
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> (*attention_backward)(const AttentionArguments&, const Tensor& out,
                                                                            const Tensor& lse, const Tensor& d_out,
-                                                                           const std::optional<Tensor>& d_lse);
+                                                                           const MaybeTensor& d_lse);
   std::tuple<Tensor, Tensor> (*route)(const RouteArguments&);
-  Tensor (*project)(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias);
-  Tensor (*project_packed)(const Tensor& tokens, const Tensor& weight, const Tensor& bias);
+  Tensor (*project)(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);
+  Tensor (*project_packed)(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);
   std::tuple<Tensor, Tensor, Tensor> (*project_backward)(const Tensor& grad, const Tensor& tokens,
                                                          const Tensor& weight);
+  // Whether the tensors of `a` have the dtypes, shapes and bytes of those of `b`.
+  bool (*equal_bytes)(const Tensors& a, const Tensors& b);
+  Tensor (*empty)(std::initializer_list<int64_t> sizes, ScalarType dtype);
+  SavedSizes (*saved_sizes)(const AttentionShape&);
 };
 
-Launchers& cpu_launchers();
+// The table of a device; an error where this build has none. A test may overwrite what the table holds.
+Launchers& launchers(DeviceType device);
+inline Launchers& launchers(const Tensor& tensor) { return launchers(tensor.device().type()); }
 
-namespace cpu {
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const AttentionArguments&);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments&, const Tensor& out,
-                                                                      const Tensor& lse, const Tensor& d_out,
-                                                                      const std::optional<Tensor>& d_lse);
-std::tuple<Tensor, Tensor> route(const RouteArguments&);
-Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias);
-Tensor project_packed(const Tensor& tokens, const Tensor& weight, const Tensor& bias);
-std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight);
-}  // namespace cpu
+void register_launchers(DeviceType device, Launchers& table);
+
+// Registers the operators that run on a device for the dispatch key of `library`.
+void implement_operators(torch::stable::detail::StableLibrary& library);
+
+// Registers a device: stands once, in the device's own folder. KEY: its dispatch key and DeviceType.
+#define SB_REGISTER_DEVICE(KEY, table)                                 \
+  STABLE_TORCH_LIBRARY_IMPL(scatterbrain, KEY, library) {              \
+    sb::register_launchers(torch::headeronly::DeviceType::KEY, table); \
+    sb::implement_operators(library);                                  \
+  }
 
 }  // namespace sb

@@ -1,45 +1,48 @@
 #include "prepared_calls.h"
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <mutex>
 #include <unordered_map>
 
 namespace sb {
 namespace {
 
-struct Plans {
+struct PreparedCalls {
   std::mutex guard;
-  std::unordered_map<int64_t, std::shared_ptr<const Plan>> by_number;
+  std::unordered_map<int64_t, std::shared_ptr<const PreparedCall>> by_number;
   int64_t next = 1;
 };
-// Never destroyed: at the end of a process, tensors may outlive what they are allocated with.
-Plans& plans() {
-  static Plans* const all = new Plans;
+// Never destroyed: at exit, torch's allocators may be gone before static tensors.
+PreparedCalls& calls() {
+  static PreparedCalls* const all = new PreparedCalls;
   return *all;
 }
 
 }  // namespace
 
-int64_t keep_plan(Plan plan) {
-  auto kept = std::make_shared<const Plan>(std::move(plan));
-  const std::lock_guard<std::mutex> lock(plans().guard);
-  plans().by_number.emplace(plans().next, std::move(kept));
-  return plans().next++;
+int64_t keep_prepared(PreparedCall call) {
+  auto kept = std::make_shared<const PreparedCall>(std::move(call));
+  const std::lock_guard<std::mutex> lock(calls().guard);
+  calls().by_number.emplace(calls().next, std::move(kept));
+  return calls().next++;
 }
 
-void drop_plan(int64_t number) {
-  std::shared_ptr<const Plan> dropped;  // freed without the lock
-  const std::lock_guard<std::mutex> lock(plans().guard);
-  const auto found = plans().by_number.find(number);
-  if (found == plans().by_number.end()) return;
-  dropped = std::move(found->second);
-  plans().by_number.erase(found);
+void discard_prepared(int64_t number) {
+  std::shared_ptr<const PreparedCall> discarded;  // outlives the lock, so that tensors are freed without it
+  const std::lock_guard<std::mutex> lock(calls().guard);
+  const auto found = calls().by_number.find(number);
+  if (found == calls().by_number.end()) return;
+  discarded = std::move(found->second);
+  calls().by_number.erase(found);
 }
 
-std::shared_ptr<const Plan> plan_of(int64_t number) {
-  const std::lock_guard<std::mutex> lock(plans().guard);
-  const auto found = plans().by_number.find(number);
-  STD_TORCH_CHECK(found != plans().by_number.end(), "attention: expected the number of a plan that is kept, got ",
-                  number);
+std::shared_ptr<const PreparedCall> prepared_call(int64_t number) {
+  const std::lock_guard<std::mutex> lock(calls().guard);
+  const auto found = calls().by_number.find(number);
+  STD_TORCH_CHECK(found != calls().by_number.end(),
+                  "attention: expected the number of a prepared call that was not discarded, got ", number,
+                  "; prepare the call again");
   return found->second;
 }
 

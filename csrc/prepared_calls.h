@@ -1,21 +1,21 @@
-// Calls of a kind that was checked before (scatterbrain/plans.py): all that they pass but the tokens is kept here,
-// since an argument's way from the interpreter to an operator takes about as long as a hundred products of a kernel.
+// Prepared calls (scatterbrain/prepared.py): calls whose arguments were checked before. All arguments but the tokens
+// are stored here, because passing one from the interpreter to an operator takes about as long as a hundred kernel
+// products.
 #pragma once
 #include <memory>
-#include <vector>
 
-#include "checks.h"
+#include "arguments.h"
 
 namespace sb {
 
-struct Plan {
+struct PreparedCall {
   QuadraticArguments arguments;
-  std::vector<Tensor> sources, copies;  // what the projections were made from, and what it held then
+  Tensors sources, copies;  // the tensors that the projections were made from, and copies of what they held then
 };
 
-// Keeps a plan until it is dropped, and returns its number, which no other plan ever has.
-int64_t keep_plan(Plan plan);
-void drop_plan(int64_t number);
-std::shared_ptr<const Plan> plan_of(int64_t number);
+// Stores a call until it is discarded. Returns its number, which no other call ever gets.
+int64_t keep_prepared(PreparedCall call);
+void discard_prepared(int64_t number);
+std::shared_ptr<const PreparedCall> prepared_call(int64_t number);
 
 }  // namespace sb

@@ -1,4 +1,4 @@
-// Where the time of an operator goes, stage by stage, when somebody asks (scatterbrain.profile). Off, a stage costs one
+// The time that each stage of an operator takes, recorded on request (scatterbrain.profile). Off, a stage costs one
 // relaxed load.
 #pragma once
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace sb {
 
-// The time between construction and destruction, less that of stages inside, counts for the stage `name` (a string
+// Adds the time between construction and destruction, less that of stages inside, to the stage `name` (a string
 // literal). Stages are timed on the thread that launches them, whole parallel loops at a time.
 class Stage {
  public:
@@ -21,8 +21,8 @@ class Stage {
   Stage* around_ = nullptr;
 };
 
-// Starts or stops recording. Returns what was recorded since the last call, "stage\tcalls\tnanoseconds\n" per stage in
-// the order in which they first ran, and forgets it.
+// Starts or stops recording. Returns and clears what was recorded since the last call: "stage\tcalls\tnanoseconds\n"
+// per stage, in the order in which they first ran.
 std::string record_stages(bool on);
 
 }  // namespace sb

@@ -1,19 +1,21 @@
-"""What the tests of the operator share: drawn cases, errors by row, and the tolerance of the parity table."""
+"""The parity table's cases: drawn from a seed, run by what is judged and by the definition, compared row by row."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 import scatterbrain as sb
-from scatterbrain.padding import padding_info
-from scatterbrain.reference import log_kernel, visible
+from scatterbrain.reference import Inputs, log_kernel
 
 
 @dataclass
 class Case:
-    """One drawn call of the operator: everything that shapes it, and the tensors made from its seed."""
+    """One drawn call of the operator: everything that shapes it, and the tensors made from its seed. Where statistics
+    are fitted, what is judged and the definition each fit their own: ``arguments`` and ``definition``."""
 
     support: object
     low_rank: object
@@ -35,6 +37,7 @@ class Case:
     key: torch.Tensor = field(init=False)
     value: torch.Tensor = field(init=False)
     arguments: dict = field(init=False)
+    definition: dict = field(init=False)
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -62,17 +65,18 @@ class Case:
                 mask = torch.rand(self.batch, self.keys, generator=generator) < 0.3
             if self.padding == "all":
                 mask[0] = True
-        statistics = None
+        statistics = defined = None
         if isinstance(self.low_rank, sb.Quadratic):
             if self.low_rank.statistics == "stored":  # other tokens of the same distribution
                 others = [
                     torch.randn(1, h, 200, self.head_dim, generator=generator) for h in (self.q_heads, self.kv_heads)
                 ]
                 statistics = sb.fit_statistics(*others, self.low_rank.rank, scale=self.scale)
+                defined = sb.reference.fit_statistics(*others, self.low_rank.rank, scale=self.scale)
             elif self.low_rank.statistics == "learned":  # near the start of training
                 r, d = self.low_rank.rank, self.head_dim
                 draw = lambda *shape: torch.randn(*shape, generator=generator) * d**-0.5  # noqa: E731
-                statistics = sb.Projections(
+                statistics = defined = sb.Projections(
                     draw(self.q_heads, r, d),
                     draw(self.q_heads, d),
                     draw(self.q_heads),
@@ -87,24 +91,27 @@ class Case:
             statistics=statistics,
             query_offset=self.query_offset,
         )
+        self.definition = self.arguments | {"statistics": defined}
         if isinstance(self.support, (sb.Routed, sb.LSH)):  # parity is judged at fixed lists
             self.support = sb.route(self.query, self.key, self.support, **self.arguments)
 
-    def run(self, function, precision: torch.dtype, **extra) -> list[torch.Tensor]:
-        """[out, dq, dk, dv and the gradients of learned projections] of ``function`` on copies in ``precision``, for
-        one fixed output gradient."""
+    def judged(self, precision: torch.dtype) -> list[torch.Tensor]:
+        """[out, dq, dk, dv and the gradients of learned projections] of ``sb.attention`` on copies in ``precision``,
+        for one fixed output gradient."""
+        return self._run(sb.attention, precision, self.arguments)
+
+    def defined(self, precision: torch.dtype = torch.float64) -> list[torch.Tensor]:
+        """The same by the definition, computed in ``precision``."""
+        return self._run(sb.reference.attention, precision, self.definition | {"dtype": precision})
+
+    def _run(self, function: Callable, precision: torch.dtype, arguments: dict) -> list[torch.Tensor]:
         leaves = [t.detach().to(precision).requires_grad_() for t in (self.query, self.key, self.value)]
-        arguments = dict(self.arguments)
         if isinstance(arguments["statistics"], sb.Projections):
-            p = arguments["statistics"]
             accumulate = torch.float64 if precision == torch.float64 else torch.float32
-            fields = [
-                t.detach().to(accumulate).requires_grad_()
-                for t in (p.query_projection, p.query_bias, p.query_log_scale, p.key_projection, p.key_bias)
-            ]
-            arguments["statistics"] = sb.Projections(*fields)
+            fields = [t.detach().to(accumulate).requires_grad_() for t in vars(arguments["statistics"]).values()]
+            arguments = arguments | {"statistics": sb.Projections(*fields)}
             leaves += fields
-        out = function(*leaves[:3], self.support, **arguments, **extra)
+        out = function(*leaves[:3], self.support, **arguments)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(self.seed + 1), dtype=torch.float64).to(
             self.dtype
         )
@@ -116,20 +123,12 @@ class Case:
         normaliser."""
         if self.low_rank is None or not self.queries or not self.keys:
             return 0.0
-        q, k, v = (t.double() for t in (self.query, self.key, self.value))
-        arguments = {n: a for n, a in self.arguments.items() if n not in ("low_rank", "scale", "statistics")}
-        rows = padding_info(q, k, arguments["key_padding_mask"], None, self.query_offset)
-        q = q if rows.query_mask is None else q.masked_fill(rows.query_mask[:, None, :, None], 0)
-        k = k if rows.key_mask is None else k.masked_fill(rows.key_mask[:, None, :, None], 0)
-        scale = self.scale if self.scale is not None else self.head_dim**-0.5
-        exponent, factor = log_kernel(
-            q, k, self.low_rank, self.arguments["statistics"], scale, rows.key_mask, rows.query_mask
-        )
-        _, lse = sb.reference.attention(
-            self.query.double(), self.key.double(), self.value.double(), self.support, return_lse=True, **self.arguments
-        )
-        seen = visible(q, k, **arguments)
-        weight = torch.where(seen & torch.isfinite(lse)[..., None], torch.exp(exponent - lse[..., None]) * factor, 0)
+        query, key, value = (t.double() for t in (self.query, self.key, self.value))
+        inputs = Inputs.of(query, key, **self.definition)
+        exponent, factor = log_kernel(self.low_rank, inputs)
+        _, lse = sb.reference.attention(query, key, value, self.support, return_lse=True, **self.definition)
+        counted = inputs.visible() & torch.isfinite(lse)[..., None]
+        weight = torch.where(counted, torch.exp(exponent - lse[..., None]) * factor, 0)
         return float(weight.sum(-1).max())
 
 
@@ -145,3 +144,115 @@ def row_error(got: torch.Tensor, want: torch.Tensor, floor: float = 1e-3) -> flo
     norm = want.norm(dim=-1)
     base = torch.maximum(norm, floor * norm.mean()) if float(norm.mean()) > 1e-10 else torch.ones_like(norm)
     return float(((got - want).norm(dim=-1) / base).max())
+
+
+# -------------------- the table
+
+CASES = 288
+SUPPORTS = [
+    lambda r: sb.Full(),
+    lambda r: sb.Empty(),
+    lambda r: sb.Window(r.choice([1, 7, 16, 32, 100]), block_q=r.choice([1, 5, 8, 16, 32])),
+    lambda r: sb.Window(r.choice([16, 33, 64]), block_q=16),
+    lambda r: sb.Routed(r.choice([32, 48]), block_q=r.choice([8, 16, 32])),
+    lambda r: sb.Routed(r.choice([24, 32, 40]), block_q=1, block_k=8, window=r.choice([0, 8, 16])),
+    lambda r: sb.LSH(r.choice([8, 32]), rounds=r.choice([1, 2, 4]), seed=r.randrange(100)),
+    lambda r: "blocks",
+]
+LOW_RANKS = [
+    lambda r, d: None,
+    lambda r, d: sb.Quadratic(min(d, r.choice([1, 4, 9, 16])), "stored"),
+    lambda r, d: sb.Quadratic(min(d, r.choice([3, 9])), "learned"),
+    lambda r, d: sb.Quadratic(min(d, 9), "input"),
+    lambda r, d: sb.Favor(r.choice([8, 17, 64]), hyperbolic=False, seed=r.randrange(100)),
+    lambda r, d: sb.Favor(r.choice([8, 32]), hyperbolic=True, orthogonal=False),
+]
+
+
+def draw_blocks(r: random.Random, batch: int, heads: int, queries: int, keys: int, is_causal: bool) -> sb.Blocks:
+    """Random lists: any block_q and block_k, any capacity, empty lists among them; causal ones name no block that their
+    queries cannot see."""
+    block_q, block_k, capacity = r.choice([1, 3, 8, 16, 24]), r.choice([1, 4, 8]), r.choice([1, 5, 12])
+    blocks = -(-queries // block_q)
+    index = torch.full((batch, heads, blocks, capacity), -1, dtype=torch.int32)
+    count = torch.zeros(batch, heads, blocks, dtype=torch.int32)
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(blocks):
+                last = min((t + 1) * block_q, queries) - 1
+                available = -(-keys // block_k) if not is_causal else min(-(-keys // block_k), last // block_k + 1)
+                n = r.randint(0, min(capacity, available))
+                index[b, h, t, :n] = torch.tensor(sorted(r.sample(range(available), n)), dtype=torch.int32)
+                count[b, h, t] = n
+    order = None
+    if not is_causal and r.random() < 0.4:
+        order = torch.stack(
+            [torch.randperm(queries, generator=torch.Generator().manual_seed(i)) for i in range(batch * heads)]
+        )
+        order = order.reshape(batch, heads, queries).to(torch.int32)
+        order[..., : queries // 5] = -1  # slots without a query, and so queries that no slot names
+    return sb.Blocks(index, count, block_q, block_k, order)
+
+
+def draw(seed: int, dtype: torch.dtype = torch.float32) -> Case:
+    """The seed's case. Supports and low-rank kernels are taken in turn, so that every pair of them appears; the rest is
+    drawn."""
+    r = random.Random(seed)
+    support, head_dim = SUPPORTS[seed % len(SUPPORTS)](r), r.choice([3, 8, 16, 32, 40, 64])
+    low_rank = LOW_RANKS[seed // len(SUPPORTS) % len(LOW_RANKS)](r, head_dim)
+    if isinstance(support, sb.Full):
+        low_rank = None
+    if isinstance(support, sb.Empty) and low_rank is None:
+        low_rank = sb.Quadratic(min(head_dim, 9), "stored")
+    is_causal = (
+        not isinstance(support, sb.LSH)
+        and not (isinstance(low_rank, sb.Quadratic) and low_rank.statistics == "input")
+        and r.random() < 0.5
+    )
+    kv_heads = r.choice([1, 2])
+    q_heads = kv_heads * r.choice([1, 2, 3])
+    queries = r.choice([0, 1, 2, 15, 33, 64, 65, 100, 129, 190])
+    keys = queries if r.random() < 0.6 else r.choice([0, 1, 17, 64, 77, 150])
+    padding = r.choice(["none", "none", "right", "left", "both", "holes", "all"])
+    offset = 0
+    if is_causal and r.random() < 0.3:
+        offset = r.choice([5, 64, torch.tensor([3, 70])])
+    if support == "blocks":
+        padding, offset = r.choice(["none", "none"]), 0
+        support = draw_blocks(r, 2, r.choice([q_heads, kv_heads]), queries, keys, is_causal)
+    return Case(
+        support,
+        low_rank,
+        2,
+        q_heads,
+        kv_heads,
+        queries,
+        keys,
+        head_dim,
+        r.choice([head_dim, 5, 16, 48]),
+        is_causal,
+        padding,
+        offset,
+        r.choice([None, None, 0.3, 1.0, -0.2]),
+        dtype,
+        r.random() < 0.5,
+        seed,
+    )
+
+
+NAMES = ("out", "dq", "dk", "dv", "dPq", "db", "dc", "dPk", "da")
+
+
+def assert_parity(case: Case, precision: torch.dtype, floor: float, share: float) -> None:
+    """Every row of the output and of every gradient: at most max(floor, twice the same formula in torch at this
+    precision, 1e-6 of ``share``)."""
+    for name, got, exact, plain in zip(NAMES, case.judged(precision), case.defined(), case.defined(precision)):
+        assert got.shape == exact.shape and (got.dtype == precision or got.dtype == torch.float32)
+        error, allowed = row_error(got, exact), max(floor, 2 * row_error(plain, exact), 1e-6 * share)
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}; {case.support} {case.low_rank}"
+
+
+def assert_parity_in_float32(seed: int) -> None:
+    """One case of the table."""
+    case = draw(seed)
+    assert_parity(case, torch.float32, 1e-5, case.low_rank_share())

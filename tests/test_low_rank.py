@@ -11,7 +11,7 @@ import scatterbrain as sb
 from scatterbrain.low_rank.favor import draw_projection
 from scatterbrain.low_rank.moments import moments
 from scatterbrain.low_rank.quadratic_coefficients import statistics_from_moments
-from scatterbrain.reference import log_kernel
+from scatterbrain.reference import Inputs, log_kernel
 
 
 def tokens(n: int, d: int = 8, heads: int = 2, seed: int = 0, batch: int = 1) -> torch.Tensor:
@@ -21,9 +21,7 @@ def tokens(n: int, d: int = 8, heads: int = 2, seed: int = 0, batch: int = 1) ->
 def kernel(
     q: torch.Tensor, k: torch.Tensor, low_rank: object, statistics: object = None, scale: float | None = None
 ) -> torch.Tensor:
-    exponent, factor = log_kernel(
-        q.double(), k.double(), low_rank, statistics, scale or q.shape[-1] ** -0.5, None, None
-    )
+    exponent, factor = log_kernel(low_rank, Inputs.of(q.double(), k.double(), scale=scale, statistics=statistics))
     return torch.exp(exponent) * factor
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import scatterbrain as sb
-from scatterbrain.supports.lsh import hash_tokens
+from scatterbrain.reference.lsh import transformed
 
 
 def tokens(n: int, heads: int = 2, d: int = 16, seed: int = 0) -> torch.Tensor:
@@ -55,15 +55,27 @@ def test_padded_keys_are_in_no_cluster_and_in_no_norm() -> None:
 
 
 def test_the_transform_turns_inner_products_into_distances() -> None:
-    """XBOX+: all transformed tokens lie on spheres of one radius, so that the nearest key has the largest inner
-    product. Read off with unit directions."""
-    q, k = tokens(10, seed=1), tokens(12, seed=2)
-    hq, hk = hash_tokens(q, k, torch.eye(18), None, None)
-    q_norm, k_norm = hq.square().sum(2), hk.square().sum(2)
-    assert torch.allclose(q_norm, q_norm[..., :1].expand_as(q_norm), rtol=1e-4) and torch.allclose(
-        k_norm, k_norm[..., :1].expand_as(k_norm), rtol=1e-4
-    )
-    assert torch.allclose(hq.transpose(2, 3) @ hk, q @ k.transpose(-1, -2), atol=1e-4)
+    """XBOX+: transformed queries lie on one sphere, keys on another, so that the nearest key has the largest inner
+    product."""
+    q, k = tokens(10, seed=1).double(), tokens(12, seed=2).double()
+    hq, hk = transformed(sb.reference.Inputs.of(q, k))
+    for norm in (hq.norm(dim=-1), hk.norm(dim=-1)):
+        assert torch.allclose(norm, norm[..., :1].expand_as(norm))
+    assert torch.allclose(hq @ hk.transpose(-1, -2), q @ k.transpose(-1, -2))
+
+
+@pytest.mark.parametrize("padding", ["none", "keys", "both"])
+@pytest.mark.parametrize("n, m, kv_heads", [(96, 96, 2), (97, 97, 4), (50, 80, 1), (5, 3, 2), (1, 1, 1)])
+@pytest.mark.parametrize("support", [sb.LSH(32), sb.LSH(12, rounds=4, seed=5), sb.LSH(7, rounds=1)], ids=str)
+def test_lists_hold_the_pairs_of_the_definition(support: sb.LSH, n: int, m: int, kv_heads: int, padding: str) -> None:
+    q, k = tokens(n, heads=4, seed=1), tokens(m, heads=kv_heads, seed=2)
+    masks = {}
+    if padding != "none":
+        masks["key_padding_mask"] = tokens(m, heads=1, d=1, seed=3).flatten(1) > 0.6
+    if padding == "both":
+        masks["query_padding_mask"] = tokens(n, heads=1, d=1, seed=4).flatten(1) > 0.6
+    lists = sb.route(q, k, support, **masks)
+    assert torch.equal(sb.reference.mask(lists, q, k, **masks), sb.reference.mask(support, q, k, **masks))
 
 
 def test_close_pairs_fall_into_one_cluster_more_often_than_others() -> None:

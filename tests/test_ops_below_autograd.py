@@ -140,12 +140,12 @@ def test_a_plan_passes_what_a_call_would(block_q: int, block_k: int, window: int
     library = torch.ops.scatterbrain
     tokens, weights, settings = quadratic_arguments(block_q, block_k, window, dtype)
     source = torch.arange(7.0)
-    plan = library.plan(*weights, *settings, [source], [source.clone()])
+    plan = library.prepare(*weights, *settings, [source], [source.clone()])
     expected = library.quadratic_attention_with_state(*tokens, *weights, *settings)
-    results = library.planned_attention_with_state(*tokens, plan)
+    results = library.prepared_attention_with_state(*tokens, plan)
     for name, a, b in zip(library.quadratic_attention_with_state.default._schema.returns, results, expected):
         assert_same_result(name.name, a, b)
-    assert torch.equal(library.planned_attention(*tokens, plan), expected[0])
+    assert torch.equal(library.prepared_attention(*tokens, plan), expected[0])
 
     out, lse, state, scores, query_map, key_map, *routed = results
     lists = (*routed, None, None) if settings[9] else settings[:4]
@@ -153,22 +153,24 @@ def test_a_plan_passes_what_a_call_would(block_q: int, block_k: int, window: int
     attention = (*tokens, query_map, key_map, *lists, *NO_ROWS, 1, *settings[11:])
     kept = dict(state=state, scores=scores, query_weight=weights[0], key_weight=weights[2])
     gradients = library.attention_backward(d_out, None, out, lse, *attention, **kept)
-    planned = library.planned_attention_backward(d_out, *results[:-2], *tokens, plan, *(routed if settings[9] else ()))
+    planned = library.prepared_attention_backward(d_out, *results[:-2], *tokens, plan, *(routed if settings[9] else ()))
     assert len(planned) == 3 and all(map(torch.equal, planned, gradients))
 
     source[3] += 1
-    assert library.planned_attention(*tokens, plan).numel() == 0
-    assert [t.numel() for t in library.planned_attention_with_state(*tokens, plan)] == [0] * 8
-    other = library.plan(*weights, *settings, [], [])
+    assert library.prepared_attention(*tokens, plan).numel() == 0
+    assert [t.numel() for t in library.prepared_attention_with_state(*tokens, plan)] == [0] * 8
+    other = library.prepare(*weights, *settings, [], [])
     assert other != plan
-    library.forget_plan(plan)
-    library.forget_plan(plan)  # as after a copy of the process
-    with pytest.raises(RuntimeError, match=f"expected the number of a plan that is kept, got {plan}"):
-        library.planned_attention(*tokens, plan)
-    assert torch.equal(library.planned_attention(*tokens, other), expected[0])
+    library.discard_prepared(plan)
+    library.discard_prepared(plan)  # as after a copy of the process
+    with pytest.raises(
+        RuntimeError, match=f"expected the number of a prepared call that was not discarded, got {plan}"
+    ):
+        library.prepared_attention(*tokens, plan)
+    assert torch.equal(library.prepared_attention(*tokens, other), expected[0])
     with pytest.raises(RuntimeError, match="fit together"):
-        library.planned_attention(tokens[0], tokens[1], tokens[2][:, :, 1:], other)
-    library.forget_plan(other)
+        library.prepared_attention(tokens[0], tokens[1], tokens[2][:, :, 1:], other)
+    library.discard_prepared(other)
 
 
 def test_equal_bytes_sees_every_difference() -> None:

@@ -145,7 +145,7 @@ def test_plans_that_nobody_holds_are_forgotten(tokens, statistics) -> None:
     gc.collect()
     call([t[:, :, :-2] for t in tokens], statistics)  # the next plan drops it
     with pytest.raises(RuntimeError, match=f"got {number}"):
-        torch.ops.scatterbrain.planned_attention(*tokens, number)
+        torch.ops.scatterbrain.prepared_attention(*tokens, number)
 
 
 def test_gradients_of_a_graph_of_gradients_are_those_of_a_first_call(tokens, statistics) -> None:

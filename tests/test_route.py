@@ -3,15 +3,17 @@
 import math
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-import scatterbrain
+import scatterbrain as sb
 from scatterbrain.hilbert import hilbert_order, inverse_order
 from scatterbrain.padding import valid_range
-from scatterbrain.reference_routing import routed_lists
+from scatterbrain.reference import Coordinates
+from scatterbrain.reference.routing import choices
 
 POOLED = [{"keys": 24, "block_q": 8}, {"keys": 32, "block_q": 16}, {"keys": 48, "block_q": 32}]
 PER_QUERY = [{"keys": 24 + window, "block_q": 1, "block_k": 8, "window": window} for window in (0, 8, 16)]
@@ -20,6 +22,22 @@ FORMS = [POOLED[1], PER_QUERY[2]]
 
 def ids(form: dict) -> str:
     return "-".join(f"{name}{value}" for name, value in form.items())
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A low-rank kernel for the definition whose coordinates are given, as the operator takes them: x and rho of each
+    query, y and kappa of each key."""
+
+    query_map: Tensor
+    key_map: Tensor
+    is_quadratic: bool
+
+
+@sb.reference.coordinates.register
+def _(low_rank: Given, inputs: sb.reference.Inputs) -> Coordinates:
+    (x, rho), (y, kappa) = ((m[..., :-1].double(), m[..., -1].double()) for m in (low_rank.query_map, low_rank.key_map))
+    return Coordinates(x, rho, y, kappa, low_rank.is_quadratic)
 
 
 class Inputs:
@@ -82,17 +100,18 @@ class Inputs:
             self.query.shape[-1] ** -0.5,
         )
 
-    def reference(self, stages: bool = True, **form: int) -> tuple[Tensor, Tensor]:
-        double = {
-            name: None if t is None else t.double()
-            for name, t in vars(self).items()
-            if name in ("query", "key", "query_map", "key_map")
-        }
-        rest = {
-            name: getattr(self, name)
-            for name in ("low_rank", "query_mask", "key_mask", "query_range", "key_range", "query_offset", "is_causal")
-        }
-        return routed_lists(**double, **rest, **form, stages=stages)
+    def definition(self) -> sb.reference.Inputs:
+        """For the definition, which finds padding's ranges by itself."""
+        low_rank = Given(self.query_map, self.key_map, self.low_rank == 1) if self.low_rank else None
+        return sb.reference.Inputs.of(
+            self.query,
+            self.key,
+            low_rank,
+            self.key_mask,
+            self.is_causal,
+            query_padding_mask=self.query_mask,
+            query_offset=0 if self.query_offset is None else self.query_offset,
+        )
 
 
 def random_mask(batch: int, tokens: int, seed: int) -> Tensor:
@@ -109,14 +128,23 @@ def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> 
     assert torch.equal(got[0], expected[0])
 
 
-def assert_as_defined(inputs: Inputs, **form: int) -> None:
-    """Equal lists, but float32 may order two nearly equal scores otherwise: one entry of at most one list in 500."""
-    (index, count), (expected, expected_count) = inputs.route(**form), inputs.reference(**form)
+def assert_near(got: tuple[Tensor, Tensor], support: sb.Routed, inputs: sb.reference.Inputs) -> None:
+    """The lists of the definition, but float32 may order two nearly equal scores otherwise: one entry of at most one
+    list in 500."""
+    (index, count), (expected, expected_count) = got, sb.reference.routed_lists(support, inputs)
     assert torch.equal(count, expected_count)
-    other = (index != expected).any(-1).nonzero().tolist()
+    other = {tuple(at) for at in (index != expected).any(-1).nonzero().tolist()}
     assert len(other) <= count.numel() / 500
-    for b, h, t in other:
-        assert len(set(index[b, h, t].tolist()) - set(expected[b, h, t].tolist())) == 1
+    for choice in choices(support, inputs) if other else ():
+        at = choice[:3]
+        if at in other:
+            swapped = list(set(index[at].tolist()) ^ set(expected[at].tolist()))
+            one, two = choice.score[swapped].tolist()
+            assert abs(one - two) <= 1e-5 * max(1, abs(one)), f"{at}: {swapped} score {one} and {two}"
+
+
+def assert_as_defined(inputs: Inputs, **form: int) -> None:
+    assert_near(inputs.route(**form), sb.Routed(**form), inputs.definition())
 
 
 # ----------------------------------------------------------------------------------------------------------- definition
@@ -143,7 +171,40 @@ def test_stages_choose_as_the_definition(low_rank: int, is_causal: bool) -> None
     inputs = Inputs(1100, low_rank=low_rank, heads=1, batch=1, seed=low_rank)
     inputs.is_causal = is_causal
     assert_as_defined(inputs, **POOLED[1])
-    assert (inputs.reference(**POOLED[1], stages=False)[0] != inputs.route(**POOLED[1])[0]).any()
+    every_key, _ = sb.reference.routed_lists(sb.Routed(**POOLED[1]), inputs.definition(), stages=False)
+    assert (every_key != inputs.route(**POOLED[1])[0]).any()
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+@pytest.mark.parametrize(
+    "low_rank",
+    [None, sb.Quadratic(5), sb.Quadratic(5, "learned"), sb.Quadratic(5, "input"), sb.Favor(12, seed=3)],
+    ids=str,
+)
+def test_route_takes_padding_scale_and_coordinates_as_the_definition(
+    low_rank: object, form: dict, is_causal: bool
+) -> None:
+    """The public function, with everything that it derives: query padding, ranges, statistics, coordinates."""
+    if is_causal and low_rank == sb.Quadratic(5, "input"):
+        return
+    inputs, support = Inputs(150, heads=4, kv_heads=2, d=12, seed=7), sb.Routed(**form)
+    query, key, mask = inputs.query.double(), inputs.key.double(), random_mask(2, 150, 4)
+    fitted = defined = None
+    if low_rank == sb.Quadratic(5):
+        fitted = sb.fit_statistics(query, key, 5, mask, scale=0.2)
+        defined = sb.reference.fit_statistics(query, key, 5, mask, scale=0.2)
+    if low_rank == sb.Quadratic(5, "learned"):
+        generator = torch.Generator().manual_seed(8)
+        shapes = (4, 5, 12), (4, 12), (4,), (2, 5, 12), (2, 12)
+        fitted = defined = sb.Projections(*(torch.randn(*shape, generator=generator) / 4 for shape in shapes))
+    arguments = dict(low_rank=low_rank, key_padding_mask=mask, is_causal=is_causal, scale=0.2)
+    arguments["query_offset"] = torch.tensor([3, -4]) if is_causal else 0
+    lists = sb.route(query, key, support, statistics=fitted, **arguments)
+    definition = sb.reference.Inputs.of(query, key, statistics=defined, **arguments)
+    assert_near((lists.index, lists.count), support, definition)
+    mask = sb.reference.mask(support, query, key, statistics=defined, **arguments)
+    assert mask.any() and not (mask & ~definition.visible()).any()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=ids)
@@ -201,7 +262,7 @@ def test_lists_are_ascending_within_the_budget_and_hold_valid_keys(form: dict, i
     inputs = Inputs(n).mask(random_mask(2, n, 3))
     inputs.is_causal = is_causal
     index, count = inputs.route(**form)
-    assert index.shape == (2, 2, -(-n // form["block_q"]), scatterbrain.Routed(**form).capacity)
+    assert index.shape == (2, 2, -(-n // form["block_q"]), sb.Routed(**form).capacity)
     slot = torch.arange(index.shape[-1])
     used = slot < count[..., None]
     assert (index[~used] == -1).all() and (index[used] >= 0).all()

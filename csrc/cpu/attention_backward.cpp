@@ -1,19 +1,18 @@
 // Launcher of the backward pass. Every key's gradient is summed over its queries in ascending order, in one of two ways
-// that give the same bits: whole key/value heads in parallel, or, where there are fewer of those than threads, rounds
-// of units whose pairs are kept and then scattered by key range. Queries that cancel follow in double.
-#include <algorithm>
-#include <limits>
-#include <numeric>
-
-#include "../launchers.h"
+// that give the same bits: whole key/value heads in parallel, or, where there are fewer heads than threads, rounds of
+// units whose records are kept and then scattered by key range. The double fallback adds its queries last.
 #include "../profile.h"
+#include "../tensor_traits.h"
 #include "double_fallback.h"
+#include "launchers.h"
 #include "project.h"
+
+#include <numeric>
 
 namespace sb::cpu {
 namespace {
 
-constexpr int64_t kRoundBytes = int64_t(1) << 21;  // kept pairs of one round, about the size of a shared cache
+constexpr int64_t kRoundBytes = int64_t(1) << 21;  // kept records of one round, about a shared cache
 
 template <class E>
 class Backward {
@@ -21,28 +20,33 @@ class Backward {
 
  public:
   Backward(const AttentionArguments& a, const Tensor& out, const Tensor& lse, const Tensor& d_out,
-           const std::optional<Tensor>& d_lse)
-      : args(a), out(out), d_out(d_out), lse(lse), d_lse(d_lse), call(a), p(call.p), cancelled(call.p) {
-    const ScalarType dtype = a.query.scalar_type();
-    dq = empty_like_tokens(a.query, a.query.size(3), dtype), dk = empty_like_tokens(a.key, a.key.size(3), dtype),
-    dv = empty_like_tokens(a.value, a.value.size(3), dtype);
-    dq_rows = result_rows<T>(dq, p.head_pad, call.every_query());
-    dk_rows = result_rows<T>(dk, p.head_pad, true), dv_rows = result_rows<T>(dv, p.value_pad, true);
+           const MaybeTensor& d_lse)
+      : args(a),
+        out(out),
+        d_out(d_out),
+        lse(lse),
+        d_lse(d_lse),
+        call(a),
+        p(call.p),
+        fallback(p),
+        dq(gradient_of(a.query)),
+        dk(gradient_of(a.key)),
+        dv(gradient_of(a.value)),
+        d_query_map(gradient_of_map(call.every_query(), p.q_heads, a.query_weight ? 0 : p.q_tokens)),
+        d_key_map(gradient_of_map(call.every_key(), p.kv_heads, a.key_weight ? 0 : p.k_tokens)),
+        lse_values(values(lse)),
+        query_weight(map_weight(a.query_weight, p.query_weight)),
+        key_weight(map_weight(a.key_weight, p.key_weight)),
+        dq_rows(result_rows<T>(dq, p.head_pad, call.every_query())),
+        dk_rows(result_rows<T>(dk, p.head_pad, true)),
+        dv_rows(result_rows<T>(dv, p.value_pad, true)),
+        out_rows(as_rows<E>(out, p.value_pad)),
+        d_out_rows(as_rows<E>(d_out, p.value_pad)) {
     p.dq = dq_rows.rows, p.dk = dk_rows.rows, p.dv = dv_rows.rows;
-    out_rows = as_rows<E>(out, p.value_pad), d_out_rows = as_rows<E>(d_out, p.value_pad);
-    p.out = out_rows.rows, p.d_out = d_out_rows.rows;
-    lse_values = values(lse), p.lse = lse_values.data_ptr();
+    p.out = out_rows.rows, p.d_out = d_out_rows.rows, p.lse = lse_values.data_ptr();
     if (d_lse) d_lse_values = values(*d_lse), p.d_lse = d_lse_values->data_ptr();
-    const bool mapped = p.low_rank != LowRank::kNone;
-    const auto map_like = [&](bool written, std::initializer_list<int64_t> sizes) {
-      return written ? empty_cpu(sizes, kScalar<T>) : zeros_cpu(sizes, kScalar<T>);
-    };
-    query_weight = map_weight(a.query_weight, p.query_weight), key_weight = map_weight(a.key_weight, p.key_weight);
-    const bool to_query_map = mapped && !a.query_weight, to_key_map = mapped && !a.key_weight;
-    d_query_map = map_like(call.every_query(), {p.batch, p.q_heads, to_query_map ? p.q_tokens : 0, p.rank + 1});
-    d_key_map = map_like(call.every_key(), {p.batch, p.kv_heads, to_key_map ? p.k_tokens : 0, p.rank + 1});
     p.d_query_map = rows_of(d_query_map), p.d_key_map = rows_of(d_key_map);
-    if (!mapped) return;
+    if (p.low_rank == LowRank::kNone) return;
     const int64_t of_head = p.k_tokens * p.map_pad, states = p.batch * p.q_heads * p.units * p.slot_size;
     dy = std::make_unique<Scratch>(p.batch * p.kv_heads * of_head * int64_t(sizeof(T)));
     d_state = std::make_unique<Scratch>(states * int64_t(sizeof(T)));
@@ -64,23 +68,23 @@ class Backward {
     call.take_states();
     BackwardTask sizes;
     kernel.backward_unit(p, sizes);
-    call.for_each_wave([&](const Wave& wave) {
-      call.build_states(wave);
-      zero_keys(wave);
+    call.for_each_head_range([&](const HeadRange& range) {
+      call.build_states(range);
+      zero_keys(range);
       {
         const Stage stage("backward of queries");
-        if (wave.count >= int64_t(torch::stable::get_num_threads()))
-          heads_in_parallel(sizes, wave);
+        if (range.count >= int64_t(torch::stable::get_num_threads()))
+          heads_in_parallel(sizes, range);
         else
-          for (int64_t head = wave.first; head < wave.first + wave.count; ++head)
+          for (int64_t head = range.first; head < range.first + range.count; ++head)
             units_in_parallel(sizes, head / p.kv_heads, head % p.kv_heads);
       }
-      if (p.low_rank != LowRank::kNone) keys(wave);
+      if (p.low_rank != LowRank::kNone) keys(range);
     });
-    cancelled.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
+    fallback.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
       const Stage stage("queries again in double");
       Backward<double> again(one_head(args, b, h, flags), head_of(out, b, h), head_of(lse, b, h), head_of(d_out, b, h),
-                             d_lse ? std::optional<Tensor>(head_of(*d_lse, b, h)) : std::nullopt);
+                             d_lse ? MaybeTensor(head_of(*d_lse, b, h)) : std::nullopt);
       again.compute();
       const int64_t kv = p.kv_head(h);
       const AttentionParams& from = again.p;
@@ -91,8 +95,9 @@ class Backward {
     });
   }
 
-  // Adds the rows of the one head of a call in double.
-  static void add(const StridedTensor& from, const StridedTensor& to, int64_t b, int64_t h, int64_t tokens, int64_t width) {
+  // Adds the rows of a float64 call of one head.
+  static void add(const StridedTensor& from, const StridedTensor& to, int64_t b, int64_t h, int64_t tokens,
+                  int64_t width) {
     for (int64_t i = 0; i < tokens; ++i) {
       const double* source = from.at<const double>(0, 0, i);
       T* target = to.at<T>(b, h, i);
@@ -100,19 +105,27 @@ class Backward {
     }
   }
 
-  std::vector<T> map_weight(const std::optional<Tensor>& weight, MapWeight& to) {
+  static Tensor gradient_of(const Tensor& tokens) {
+    return empty_like_tokens(tokens, tokens.size(3), tokens.scalar_type());
+  }
+  // Without rows where there is no map, and where its gradient goes on through the projection.
+  Tensor gradient_of_map(bool fully_written, int64_t heads, int64_t rows) const {
+    const bool mapped = p.low_rank != LowRank::kNone;
+    const std::initializer_list<int64_t> sizes = {p.batch, heads, mapped ? rows : 0, p.rank + 1};
+    return fully_written ? empty(sizes, kScalar<T>) : zeros(sizes, kScalar<T>);
+  }
+  std::vector<T> map_weight(const MaybeTensor& weight, MapWeight& to) const {
     if (!weight) return {};
     std::vector<T> rows = padded_weight<T>(*weight);
     to = {rows.data(), weight->size(0) == 1 ? 0 : weight->size(1) * weight->size(2) * p.head_pad, weight->size(1)};
     return rows;
   }
   static Tensor values(const Tensor& t) { return as_dtype(as_contiguous(t), kScalar<T>); }
-  static StridedTensor rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
-  // Gradients that pairs are added to start at zero.
-  void zero_keys(const Wave& wave) {
+  // Gradients that are sums over queries start at zero.
+  void zero_keys(const HeadRange& range) {
     const Stage stage("zeros");
-    call.for_each_unit(wave, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) {
+    call.for_each_unit(range, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) {
       zero_rows(p.dk, b, kv, p.head_pad), zero_rows(p.dv, b, kv, p.value_pad);
       if (p.low_rank != LowRank::kNone) zero_rows(p.dy, b, kv, p.map_pad);
     });
@@ -124,9 +137,9 @@ class Backward {
     for (int64_t i = 0; i < pieces; ++i) std::memset(rows.at<T>(b, kv, i), 0, bytes);
   }
 
-  void heads_in_parallel(const BackwardTask& sizes, const Wave& wave) {
+  void heads_in_parallel(const BackwardTask& sizes, const HeadRange& range) {
     const int64_t group = p.q_heads / p.kv_heads;
-    call.for_each_unit(wave, 1, sizes.scratch_bytes + sizes.record_bytes,
+    call.for_each_unit(range, 1, sizes.scratch_bytes + sizes.record_bytes,
                        [&](int64_t b, int64_t kv, int64_t, void* scratch) {
                          BackwardTask task;
                          task.stage = BackwardTask::kCompute, task.b = b;
@@ -141,7 +154,7 @@ class Backward {
     const int64_t group = p.q_heads / p.kv_heads, threads = torch::stable::get_num_threads();
     std::vector<BackwardTask> round;
     int64_t groups = 0;
-    std::unique_ptr<Scratch> records;  // of the largest round so far: memory that is used again needs no new pages
+    std::unique_ptr<Scratch> records;  // of the largest round so far: reused memory needs no new pages
     int64_t reserved = 0;
     const auto flush = [&] {
       if (!records || groups > reserved)
@@ -178,8 +191,8 @@ class Backward {
       }
   }
 
-  // Bounds of `count` ranges of keys with about as many kept pairs each. A range for every thread and no more: the
-  // fewer pieces a record falls into, the less often its queries are read.
+  // Bounds of `count` ranges of keys with about as many kept pairs of query and key each. There is one range for every
+  // thread: the fewer pieces a record falls into, the less often its queries are read.
   std::vector<int64_t> even_ranges(const std::vector<BackwardTask>& round, int64_t count) {
     std::vector<int64_t> pairs(size_t(ceil_div(p.k_tokens, kChunk)), 0);
     for (BackwardTask task : round) {
@@ -203,12 +216,12 @@ class Backward {
     parallel_units(1, 1, n, sizes.scratch_bytes, [&](int64_t, int64_t, int64_t i, void* scratch) { body(i, scratch); });
   }
 
-  // The states' share of dk-side gradients, and the end of the key coordinates' gradient.
-  void keys(const Wave& wave) {
+  // Adds the states' part of the key-side gradients, and completes the gradients of the key maps.
+  void keys(const HeadRange& range) {
     const Stage stage("backward of keys");
     if (p.uses_state)
-      call.for_each_unit(wave, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) { kernel.backward_scan(p, b, kv); });
-    call.for_each_unit(wave, ceil_div(p.k_tokens, kChunk), kernel.backward_keys(p, 0, 0, 0, nullptr, nullptr),
+      call.for_each_unit(range, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) { kernel.backward_scan(p, b, kv); });
+    call.for_each_unit(range, ceil_div(p.k_tokens, kChunk), kernel.backward_keys(p, 0, 0, 0, nullptr, nullptr),
                        [&](int64_t b, int64_t kv, int64_t chunk, void* scratch) {
                          kernel.backward_keys(p, b, kv, chunk, scratch, call.zero_row.data());
                        });
@@ -216,24 +229,24 @@ class Backward {
 
   const AttentionArguments args;
   const Tensor out, d_out, lse;
-  const std::optional<Tensor> d_lse;
+  const MaybeTensor d_lse;
   AttentionCall<E> call;
   AttentionParams& p;
-  CancelledQueries<T> cancelled;
+  const DoubleFallback<T> fallback;
   const AttentionKernels& kernel = attention_kernels<E>();
-  Tensor dq, dk, dv, d_query_map, d_key_map, lse_values;
+  const Tensor dq, dk, dv, d_query_map, d_key_map, lse_values;
+  MaybeTensor d_lse_values;
+  const std::vector<T> query_weight, key_weight;
+  const TensorRows dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
   std::unique_ptr<Scratch> dy, d_state;
-  std::optional<Tensor> d_lse_values;
-  std::vector<T> query_weight, key_weight;
-  Operand dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
 };
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments& a, const Tensor& out,
                                                                       const Tensor& lse, const Tensor& d_out,
-                                                                      const std::optional<Tensor>& d_lse) {
-  return with_rows_of(a, [&](auto* element) {
+                                                                      const MaybeTensor& d_lse) {
+  return with_row_element(a, [&](auto* element) {
     return Backward<std::remove_pointer_t<decltype(element)>>(a, out, lse, d_out, d_lse).run();
   });
 }

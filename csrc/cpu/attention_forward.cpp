@@ -1,7 +1,10 @@
-// Launcher of the forward pass: states, then units of queries in parallel, then what cancelled again in double.
-#include "../launchers.h"
+// Launcher of the forward pass: states, then units of queries in parallel, then the double fallback.
 #include "../profile.h"
+#include "../tensor_traits.h"
 #include "double_fallback.h"
+#include "launchers.h"
+
+#include <limits>
 
 namespace sb::cpu {
 namespace {
@@ -11,11 +14,15 @@ class Forward {
   typedef typename Sum<E>::type T;
 
  public:
-  explicit Forward(const AttentionArguments& a) : args(a), call(a), p(call.p), cancelled(call.p) {
-    out = empty_like_tokens(a.query, a.value.size(3), a.query.scalar_type());
-    lse = empty_cpu({p.batch, p.q_heads, p.q_tokens}, kScalar<T>);
-    if (a.is_trained) scores = call.room_for_scores();
-    out_rows = result_rows<E>(out, p.value_pad, call.every_query());
+  explicit Forward(const AttentionArguments& a)
+      : args(a),
+        call(a),
+        p(call.p),
+        fallback(p),
+        out(empty_like_tokens(a.query, a.value.size(3), a.query.scalar_type())),
+        lse(empty({p.batch, p.q_heads, p.q_tokens}, kScalar<T>)),
+        scores(a.is_trained ? call.room_for_scores() : Tensor()),
+        out_rows(result_rows<E>(out, p.value_pad, call.every_query())) {
     p.out = out_rows.rows, p.lse = lse.data_ptr();
     if (!call.every_query()) std::fill_n(static_cast<T*>(p.lse), lse.numel(), -std::numeric_limits<T>::infinity());
   }
@@ -23,7 +30,7 @@ class Forward {
   std::tuple<Tensor, Tensor, Tensor, Tensor> run() {
     compute();
     write_back<E>(out_rows, out);
-    return {out, as_dtype(lse, accumulation_type(out)), call.state_to_keep(), scores};
+    return {out, as_dtype(lse, accumulation_type(out)), call.saved_state(), scores};
   }
 
  private:
@@ -34,14 +41,14 @@ class Forward {
     call.take_states();
     const AttentionKernels& kernel = attention_kernels<E>();
     const int64_t group = p.q_heads / p.kv_heads, bytes = kernel.forward_unit(p, 0, 0, 0, nullptr, nullptr);
-    call.for_each_wave([&](const Wave& wave) {
-      call.build_states(wave);
+    call.for_each_head_range([&](const HeadRange& range) {
+      call.build_states(range);
       const Stage stage("forward of queries");
-      call.for_each_unit(wave, group * p.units, bytes, [&](int64_t b, int64_t kv, int64_t at, void* scratch) {
+      call.for_each_unit(range, group * p.units, bytes, [&](int64_t b, int64_t kv, int64_t at, void* scratch) {
         kernel.forward_unit(p, b, kv * group + at / p.units, at % p.units, scratch, call.zero_row.data());
       });
     });
-    cancelled.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
+    fallback.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
       const Stage stage("queries again in double");
       Forward<double> again(one_head(args, b, h, flags));
       again.compute();
@@ -59,15 +66,15 @@ class Forward {
   const AttentionArguments args;
   AttentionCall<E> call;
   AttentionParams& p;
-  CancelledQueries<T> cancelled;
-  Tensor out, lse, scores;
-  Operand out_rows;
+  DoubleFallback<T> fallback;
+  const Tensor out, lse, scores;
+  const TensorRows out_rows;
 };
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const AttentionArguments& a) {
-  return with_rows_of(a, [&](auto* element) { return Forward<std::remove_pointer_t<decltype(element)>>(a).run(); });
+  return with_row_element(a, [&](auto* element) { return Forward<std::remove_pointer_t<decltype(element)>>(a).run(); });
 }
 
 }  // namespace sb::cpu

@@ -1,17 +1,24 @@
-// Queries whose complement cancels (kCancelling) are evaluated again in double, head by head: the same launcher on a
-// call that holds one head and in which every other query is masked. The first call leaves them out.
+// Where subtracting the listed keys' L from the state loses precision (kCancelling), the query is recomputed in
+// float64: the same launcher runs on a call of one head in which every other query is masked. The first call leaves
+// these queries out.
 #pragma once
+#include <cstring>
+
 #include "attention_call.h"
 
-namespace sb {
+namespace sb::cpu {
 
-// The bytes of AttentionParams::cancelled for a call in float; a call in double has none.
+// The queries to recompute: the flags that AttentionParams::cancelled points at. A call in float64 has none.
 template <class T>
-class CancelledQueries {
+class DoubleFallback {
  public:
-  explicit CancelledQueries(AttentionParams& p);
+  explicit DoubleFallback(AttentionParams& p) : heads(p.q_heads), tokens(p.q_tokens) {
+    if (std::is_same_v<T, double> || p.low_rank == LowRank::kNone) return;
+    flags.resize(size_t(p.batch * heads * tokens));
+    p.cancelled = flags.data();
+  }
 
-  // Calls visit(b, h, flags of the N queries) for every head that has such a query, in order.
+  // Calls visit(b, h, flags of the N queries) for every head with a query to recompute, in order.
   template <class Visit>
   void for_each_head(const Visit& visit) const {
     for (int64_t row = 0; row * tokens < int64_t(flags.size()); ++row) {
@@ -25,10 +32,10 @@ class CancelledQueries {
   int64_t heads, tokens;
 };
 
-// The arguments of query head h of batch row b alone, all queries masked but those flagged.
+// The arguments of query head h of batch row b alone, with all queries masked but the flagged ones.
 AttentionArguments one_head(const AttentionArguments& a, int64_t b, int64_t h, const uint8_t* flags);
 
 // t[b, h] as (1, 1, ...), of any tensor that leads with batch and heads.
 Tensor head_of(Tensor t, int64_t b, int64_t h);
 
-}  // namespace sb
+}  // namespace sb::cpu

@@ -1,10 +1,8 @@
 // Launcher of the projections: blocks of tokens in parallel; partial weight gradients are added in block order.
-#include <algorithm>
-
-#include "../launchers.h"
-#include "../profile.h"
-#include "attention_call.h"
 #include "project.h"
+
+#include "../profile.h"
+#include "launchers.h"
 
 namespace sb::cpu {
 namespace {
@@ -28,7 +26,7 @@ struct Projection {
     part.tokens = std::min(kTokensPerTask, n - i * kTokensPerTask);
     return part;
   }
-  // Tokens of block i, and the bytes of scratch that takes.
+  // The tokens of block i as rows, and the bytes of scratch for them.
   template <class T>
   BlockRows<T> rows(const Tensor& tokens, int64_t b, int64_t h, int64_t i, T* scratch) const {
     return rows_of_block<T>(tokens, p.head_pad, b, h, i * kTokensPerTask, block(i).tokens, scratch);
@@ -45,19 +43,19 @@ struct Projection {
   int64_t batch, heads, n, weight_heads, weight_batch, blocks;
 };
 
-// Columns whose outputs are lanes, of all but the last output: packed rows have that one at a column of its own.
+// The first `lanes` outputs are vectorised; the remaining `dots` are dot products. The last output always is one,
+// because packed rows have it at a column of its own.
 int64_t lanes_of(int64_t outputs) {
   const int64_t whole = (outputs - 1) / 16 * 16, left = outputs - 1 - whole;
   return whole + (left > 10 ? 16 : left > 4 ? 8 : 0);
 }
 
-// The weights of every map of a call as the kernel wants them. Rows of results have `width` columns; that of the last
-// output is `last`, and it is multiplied with `last_factor`.
+// The weights of every map of a call in the kernel's layout. Rows of results have `width` columns. The last output goes
+// to column `last`, multiplied by `last_factor`.
 template <class T>
 class Weights {
  public:
-  Weights(Projection& call, const Tensor& weight, const std::optional<Tensor>& bias, int64_t width, int64_t last,
-          T last_factor)
+  Weights(Projection& call, const Tensor& weight, const MaybeTensor& bias, int64_t width, int64_t last, T last_factor)
       : last_factor(last_factor) {
     call.p.outputs_pad = width, call.p.lanes = lanes_of(call.p.outputs);
     const int64_t in_lanes = std::min(call.p.lanes, call.p.outputs - 1);
@@ -83,7 +81,7 @@ class Weights {
       for (int64_t o = 0; o < p.outputs; ++o)
         offsets[size_t(m * width + (o + 1 < p.outputs ? o : last))] = from[m * p.outputs + o];
   }
-  // Every row of results has `value` in this column.
+  // Puts `value` into this column of every row of results.
   void set(int64_t column, T value) {
     for (size_t at = size_t(column); at < offsets.size(); at += size_t(p.outputs_pad)) offsets[at] = value;
   }
@@ -100,13 +98,13 @@ class Weights {
 };
 
 template <class T>
-Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor forward(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias) {
   Projection call(tokens, weight);
   const Weights<T> w(call, weight, bias, call.p.outputs_pad, call.p.outputs - 1, T(1));
   const ProjectParams& p = call.p;
-  Tensor out = empty_cpu({call.batch, call.heads, call.n, p.outputs}, kScalar<T>);
+  Tensor out = empty({call.batch, call.heads, call.n, p.outputs}, kScalar<T>);
   T* z = static_cast<T*>(out.data_ptr());
-  // Heads within blocks: the heads of a token are often neighbours in memory.
+  // Heads inside blocks: the heads of a token are often neighbours in memory.
   parallel_units(call.batch, call.blocks, call.heads,
                  kTokensPerTask * (p.head_pad + p.outputs_pad) * int64_t(sizeof(T)),
                  [&](int64_t b, int64_t i, int64_t h, void* scratch) {
@@ -123,12 +121,12 @@ Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<T
 
 // Packed rows: coordinates, a column of ones, the log scale in base 2.
 template <class T>
-Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const Tensor& bias) {
+Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias) {
   Projection call(tokens, weight);
   const int64_t rank = call.p.outputs - 1, width = packed_width(rank);
   Weights<T> w(call, weight, bias, width, rank + 1, T(1.44269504088896340736));
   w.set(rank, T(1));
-  Tensor out = empty_cpu({call.batch, call.heads, call.n, width}, kScalar<T>);
+  Tensor out = empty({call.batch, call.heads, call.n, width}, kScalar<T>);
   T* z = static_cast<T*>(out.data_ptr());
   parallel_units(call.batch, call.blocks, call.heads, call.bytes_of_rows<T>(),
                  [&](int64_t b, int64_t i, int64_t h, void* scratch) {
@@ -148,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
   const std::vector<T> padded = padded_weight<T>(weight);
 
   Tensor d_tokens = empty_like_tokens(tokens, p.head_dim, tokens.scalar_type());
-  const Operand d_rows = result_rows<T>(d_tokens, p.head_pad);
+  const TensorRows d_rows = result_rows<T>(d_tokens, p.head_pad);
   const ZeroRow<T> zero_row(p.head_pad);
   std::vector<T> partial(size_t(call.batch * call.heads * call.blocks * (size + p.outputs)));
   parallel_units(
@@ -162,8 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
             in.data, in.row, &padded[size_t(call.weight_of(b, h) * size)], static_cast<const T*>(zero_row.data()),
             d_rows.rows.template at<T>(b, h, i * kTokensPerTask), d_rows.rows.row, d_weight, d_weight + size);
       });
-  Tensor d_weight = zeros_cpu({call.weight_batch, call.weight_heads, p.outputs, p.head_dim}, kScalar<T>);
-  Tensor d_bias = zeros_cpu({call.weight_batch, call.weight_heads, p.outputs}, kScalar<T>);
+  Tensor d_weight = zeros({call.weight_batch, call.weight_heads, p.outputs, p.head_dim}, kScalar<T>);
+  Tensor d_bias = zeros({call.weight_batch, call.weight_heads, p.outputs}, kScalar<T>);
   T *dw = static_cast<T*>(d_weight.data_ptr()), *db = static_cast<T*>(d_bias.data_ptr());
   for (int64_t at = 0; at < call.batch * call.heads * call.blocks; ++at) {
     const T* from = &partial[size_t(at * (size + p.outputs))];
@@ -192,13 +190,13 @@ std::vector<T> padded_weight(const Tensor& weight) {
 template std::vector<float> padded_weight<float>(const Tensor&);
 template std::vector<double> padded_weight<double>(const Tensor&);
 
-Tensor project(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor project(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias) {
   const Stage stage("projection");
   return tokens.scalar_type() == ScalarType::Double ? forward<double>(tokens, weight, bias)
                                                     : forward<float>(tokens, weight, bias);
 }
 
-Tensor project_packed(const Tensor& tokens, const Tensor& weight, const Tensor& bias) {
+Tensor project_packed(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias) {
   const Stage stage("projection");
   return tokens.scalar_type() == ScalarType::Double ? forward_packed<double>(tokens, weight, bias)
                                                     : forward_packed<float>(tokens, weight, bias);

@@ -1,4 +1,4 @@
-// Projections as rows.
+// Weights of projections as rows.
 #pragma once
 #include "tensor_rows.h"
 

@@ -1,14 +1,15 @@
 // Launcher of routing: the key side of a few heads in panels, then groups of queries of these heads in parallel.
-#include <algorithm>
+#include <cstring>
 
-#include "../launchers.h"
 #include "../profile.h"
-#include "attention_call.h"
+#include "launchers.h"
+#include "map_rows.h"
+#include "padding.h"
 
 namespace sb::cpu {
 namespace {
 
-// Where each level of a head's panels begins, in floats, and the size of all of them.
+// Sets where each level of a head's panels begins, in floats. Returns the size of all of them.
 int64_t place_panels(RouteParams& p) {
   const int64_t panel = p.panel_rows * kRouteLanes;
   const int64_t segments = ceil_div(p.k_tokens, kRouteSegment), leaves = ceil_div(p.k_tokens, kRouteLanes);
@@ -35,48 +36,42 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   p.scale = float(a.scale);
   p.blocks = ceil_div(p.q_tokens, p.block_q), p.capacity = p.index_capacity();
 
-  const Operand q = as_rows<float>(a.query, p.head_pad), k = as_rows<float>(a.key, p.head_pad);
+  const TensorRows q = as_rows<float>(a.query, p.head_pad), k = as_rows<float>(a.key, p.head_pad);
   p.q = q.rows, p.k = k.rows;
-  MapOperand x, y;
+  Maps maps;
   if (p.low_rank != LowRank::kNone) {
-    p.rank = a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1;
-    const MapKind kind = map_kind(a.low_rank, a.packed_rank);
-    x = as_map<float>(*a.query_map, kind, p.rank, false), y = as_map<float>(*a.key_map, kind, p.rank, false);
-    p.x = x.coordinates, p.y = y.coordinates, p.rho = x.log_scales, p.kappa = y.log_scales;
+    p.rank = rank_of(a);
+    maps.set<float>(a, p, false);
   }
-  const MaskOperand q_mask = as_mask(a.query_mask), k_mask = as_mask(a.key_mask);
-  p.q_mask = q_mask.data, p.k_mask = k_mask.data;
-  const std::vector<RowRange> rows =
-      row_ranges(p.batch, p.q_tokens, p.k_tokens, a.query_range, a.key_range, a.query_offset);
-  p.rows = rows.data();
+  const Padding padding(a, p);
   p.panel_rows = p.head_dim + 2 + (p.low_rank == LowRank::kNone ? 0 : p.rank + 1);
 
-  Tensor index = empty_cpu({p.batch, p.q_heads, p.blocks, p.capacity}, ScalarType::Int);
-  Tensor count = zeros_cpu({p.batch, p.q_heads, p.blocks}, ScalarType::Int);
+  Tensor index = empty({p.batch, p.q_heads, p.blocks, p.capacity}, ScalarType::Int);
+  Tensor count = zeros({p.batch, p.q_heads, p.blocks}, ScalarType::Int);
   if (index.numel() > 0) std::memset(index.data_ptr(), 0xff, size_t(index.numel()) * sizeof(int32_t));  // -1 everywhere
   p.index = static_cast<int32_t*>(index.data_ptr()), p.count = static_cast<int32_t*>(count.data_ptr());
 
   const RouteKernels& kernel = instruction_set().route;
   const ZeroRow<float> zero_row(std::max(p.head_pad, pad_to(p.rank + 1, kPad)));
   const int64_t panel_floats = place_panels(p), heads = p.batch * p.kv_heads, shared = p.q_heads / p.kv_heads;
-  const Scratch memory(heads_of_wave(heads, p.k_tokens) * panel_floats * int64_t(sizeof(float)));
+  const Scratch memory(heads_per_range(heads, p.k_tokens) * panel_floats * int64_t(sizeof(float)));
   float* const panels = static_cast<float*>(memory.data());
   const int64_t segments = ceil_div(p.k_tokens, kRouteSegment), groups = ceil_div(p.blocks, p.blocks_per_group());
   const int64_t panel_bytes = p.panel_rows * kRouteLanes * int64_t(sizeof(float)),
                 group_bytes = kernel.group(p, 0, 0, 0, nullptr, nullptr);
-  for_each_wave(heads, p.k_tokens, [&](const Wave& wave) {
-    const int64_t first = wave.first, in_wave = wave.count;
+  for_each_head_range(heads, p.k_tokens, [&](const HeadRange& range) {
     std::optional<Stage> stage(std::in_place, "routing, keys");
-    parallel_units(1, in_wave, segments, panel_bytes, [&](int64_t, int64_t at, int64_t segment, void* scratch) {
-      const int64_t head = first + at;
+    parallel_units(1, range.count, segments, panel_bytes, [&](int64_t, int64_t at, int64_t segment, void* scratch) {
+      const int64_t head = range.first + at;
       kernel.keys(p, head / p.kv_heads, head % p.kv_heads, segment, panels + at * panel_floats,
                   static_cast<float*>(scratch), static_cast<const float*>(zero_row.data()));
     });
     stage.emplace("routing, lists");
-    parallel_units(1, in_wave * shared, groups, group_bytes, [&](int64_t, int64_t at, int64_t group, void* scratch) {
-      const int64_t head = first + at / shared, h = head % p.kv_heads * shared + at % shared;
-      kernel.group(p, head / p.kv_heads, h, group, panels + at / shared * panel_floats, scratch);
-    });
+    parallel_units(1, range.count * shared, groups, group_bytes,
+                   [&](int64_t, int64_t at, int64_t group, void* scratch) {
+                     const int64_t head = range.first + at / shared, h = head % p.kv_heads * shared + at % shared;
+                     kernel.group(p, head / p.kv_heads, h, group, panels + at / shared * panel_floats, scratch);
+                   });
   });
   return {index, count};
 }

@@ -113,7 +113,7 @@ def uneven(rank: int) -> dict[str, Any]:
     cores = [layer.self_attn.attention for layer in model.layers]
     for step in range(2):
         for core in cores:
-            core._is_calibrated = False  # so that the second step commits as well
+            core.is_calibrated = False  # so that the second step commits as well
         tokens, padding = batch(step, rank)
         if not (rank and step):
             loss_of(model, tokens, padding | bool(rank)).backward()

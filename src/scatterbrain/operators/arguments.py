@@ -128,7 +128,6 @@ class RouteArguments(NamedTuple):
 
 
 QUADRATIC = 1  # ``low_rank`` of the quadratic kernel
-NARROW_HEAD = 16  # heads of fewer dimensions are computed in float64 (kNarrowHead of csrc/params.h)
 
 
 def leading_tensors(arguments: type[NamedTuple]) -> int:
@@ -188,8 +187,3 @@ def backward_arguments(arguments: tuple) -> tuple[ForwardResults, AttentionArgum
         AttentionArguments(*arguments[first:last]),
         KeptResults(*arguments[last:]),
     )
-
-
-def list_capacity(keys: int, block_k: int) -> int:
-    """Entries of a routed list. A window whose ends are rounded to blocks touches one block more than it fills."""
-    return keys if block_k == 1 else keys // block_k + 1

@@ -13,7 +13,6 @@ from scatterbrain.operators.arguments import (
     after_projection,
     backward_arguments,
     for_routing,
-    list_capacity,
 )
 
 _OPS = torch.ops.scatterbrain
@@ -39,7 +38,7 @@ def _(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("scatterbrain::project_packed")
 def _(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    width = (weight.shape[2] + 1 + 15) // 16 * 16  # coordinates, 1, log scale in base 2, zeros
+    width = _OPS.packed_width(int(weight.shape[2]) - 1)
     return tokens.new_empty((*tokens.shape[:3], width), dtype=accumulation_dtype(tokens.dtype))
 
 
@@ -69,31 +68,14 @@ def _(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _saved(a: AttentionArguments, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """State and scores, whose sizes the device tells."""
-    dtype = torch.float64 if a.query.shape[3] < 16 else lse.dtype
-    scores = lse.new_empty(_kept_scores(a), dtype=dtype)
-    if a.query_map is None or a.is_causal:
-        return lse.new_empty(0, dtype=dtype), scores
-    rank = a.packed_rank or a.query_map.shape[3] - 1
-    features = (rank + 1) * (rank + 2) // 2 if a.low_rank == 1 else rank
-    pad = lambda n: (n + 15) // 16 * 16  # noqa: E731
-    slots = (a.key.shape[2] + 511) // 512 + 1  # kSegment of csrc/params.h
-    size = features * pad(a.value.shape[3]) + pad(features) + 16
-    return lse.new_empty((a.key.shape[0], a.key.shape[1], slots, size), dtype=dtype), scores
-
-
-def _kept_scores(a: AttentionArguments) -> tuple[int, ...]:
-    (batch, heads, n, head_dim), m = a.query.shape, a.key.shape[2]
-    if a.is_causal or a.query.dtype == torch.float64 or head_dim < 16:
-        return (0,)
-    pad = lambda n, multiple=16: (n + multiple - 1) // multiple * multiple  # noqa: E731
-    dense = a.block_q == 1 and a.low_rank != 0 and m <= 128
-    listed = (a.span_keys if a.span is not None else 0) + (a.index.shape[3] * a.block_k if a.index is not None else 0)
-    keys = pad(m if dense else min(listed, m))
-    lanes = next(lanes for most, lanes in ((1, 1), (8, 8), (31, 16), (a.block_q, 32)) if a.block_q <= most)
-    if keys == 0 or a.block_q % lanes or not (dense or keys <= 80):
-        return (0,)
-    return batch, heads, pad(-(-n // a.block_q) * a.block_q), keys
+    """State and scores, whose sizes and dtype the device tells."""
+    rank = 0 if a.query_map is None else a.packed_rank or a.query_map.shape[3] - 1
+    listed = (0 if a.span is None else a.span_keys) + (0 if a.index is None else a.index.shape[3] * a.block_k)
+    shape = *a.query.shape, *a.key.shape[1:3], a.value.shape[3], a.low_rank, rank, listed, a.block_q
+    device = "cpu" if a.query.is_meta else a.query.device
+    state, scores, name = _OPS.saved_sizes(device, a.query.dtype, *map(int, shape), a.is_causal)
+    dtype = getattr(torch, name)
+    return lse.new_empty(state, dtype=dtype), lse.new_empty(scores, dtype=dtype)
 
 
 def _projected(a: QuadraticArguments) -> AttentionArguments:
@@ -131,5 +113,5 @@ def _(*arguments: object) -> tuple[Tensor, ...]:
 def _(*arguments: object) -> tuple[Tensor, Tensor]:
     a = RouteArguments(*arguments)
     shape = (a.query.shape[0], a.query.shape[1], (a.query.shape[2] + a.block_q - 1) // a.block_q)
-    capacity = list_capacity(a.keys, a.block_k)
+    capacity = _OPS.list_capacity(a.keys, a.block_k)
     return a.query.new_empty((*shape, capacity), dtype=torch.int32), a.query.new_empty(shape, dtype=torch.int32)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from scatterbrain.operators import library  # noqa: F401  (loads the operators)
 from scatterbrain.operators.arguments import (
-    NARROW_HEAD,
     AttentionArguments,
     ForwardResults,
     QuadraticArguments,
@@ -34,15 +33,16 @@ _ATTENTION_WITH_STATE = torch.ops.scatterbrain.attention_with_state.default
 _ATTENTION_BACKWARD = torch.ops.scatterbrain.attention_backward.default
 _QUADRATIC_ATTENTION = torch.ops.scatterbrain.quadratic_attention.default
 _QUADRATIC_ATTENTION_WITH_STATE = torch.ops.scatterbrain.quadratic_attention_with_state.default
-_PREPARE = torch.ops.scatterbrain.plan.default
-_DISCARD_PREPARED = torch.ops.scatterbrain.forget_plan.default
-_PREPARED_ATTENTION = torch.ops.scatterbrain.planned_attention.default
-_PREPARED_ATTENTION_WITH_STATE = torch.ops.scatterbrain.planned_attention_with_state.default
-_PREPARED_ATTENTION_BACKWARD = torch.ops.scatterbrain.planned_attention_backward.default
+_PREPARE = torch.ops.scatterbrain.prepare.default
+_DISCARD_PREPARED = torch.ops.scatterbrain.discard_prepared.default
+_PREPARED_ATTENTION = torch.ops.scatterbrain.prepared_attention.default
+_PREPARED_ATTENTION_WITH_STATE = torch.ops.scatterbrain.prepared_attention_with_state.default
+_PREPARED_ATTENTION_BACKWARD = torch.ops.scatterbrain.prepared_attention_backward.default
 _PROJECT = torch.ops.scatterbrain.project.default
 _PROJECT_BACKWARD = torch.ops.scatterbrain.project_backward.default
 _ROUTE = torch.ops.scatterbrain.route.default
 
+_NARROW_HEAD = torch.ops.scatterbrain.narrow_head()  # heads of fewer dimensions are computed in float64
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -100,7 +100,7 @@ def packed_rank(projection: Projection) -> int:
     """Rank of the packed rows; 0 where coordinates are kept as maps. Float64 tokens and narrow heads are computed in
     float64, and packed rows are float32."""
     weight = projection.query_weight
-    packed = weight.dtype == torch.float32 and weight.shape[3] >= NARROW_HEAD
+    packed = weight.dtype == torch.float32 and weight.shape[3] >= _NARROW_HEAD
     return weight.shape[2] - 1 if packed else 0
 
 
@@ -200,7 +200,7 @@ def _quadratic_gradients(
 ) -> tuple:
     """Gradients of tokens and projections. Where the projections are constants, the attention operator itself takes the
     maps' gradients on to the tokens, in the precision that it computes in."""
-    fused = below and a.query.shape[3] >= NARROW_HEAD  # narrower heads would be rounded once less than elsewhere
+    fused = below and a.query.shape[3] >= _NARROW_HEAD  # narrower heads would be rounded once less than elsewhere
     fuse_query = fused and not (need.query_weight or need.query_bias)
     fuse_key = fused and not (need.key_weight or need.key_bias)
     dq, dk, dv, d_query_map, d_key_map = _ATTENTION_BACKWARD(
@@ -244,7 +244,7 @@ class PreparedCall:
     def __init__(self, arguments: QuadraticArguments, sources: tuple[Tensor, ...], copies: list[Tensor]) -> None:
         self.arguments = arguments._replace(query=None, key=None, value=None)
         self.routes = arguments.keys > 0
-        self.is_wide = arguments.query_weight.shape[3] >= NARROW_HEAD
+        self.is_wide = arguments.query_weight.shape[3] >= _NARROW_HEAD
         with contextlib.suppress(IndexError):  # the list is empty, or another thread was quicker
             while True:
                 _DISCARD_PREPARED(_discarded.pop())

@@ -78,6 +78,11 @@ class Routed(Support):
         """Whether a block of queries shares a list of single keys."""
         return self.block_k == 1
 
+    @property
+    def capacity(self) -> int:
+        """Entries of a list."""
+        return torch.ops.scatterbrain.list_capacity(self.keys, self.block_k)
+
     def covers_every_key(self, queries: int, keys: int, is_causal: bool) -> bool:
         if self.is_pooled:
             return is_known(keys <= self.keys) or (is_causal and is_known(queries <= self.keys))

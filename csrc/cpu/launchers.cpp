@@ -1,0 +1,33 @@
+#include "launchers.h"
+
+#include "allocation.h"
+#include "kernels.h"
+#include "saved_sizes.h"
+
+namespace sb::cpu {
+namespace {
+
+Launchers table{
+    .attention = &attention,
+    .attention_backward = &attention_backward,
+    .route = &route,
+    .project = &project,
+    .project_packed = &project_packed,
+    .project_backward = &project_backward,
+    .equal_bytes = &equal_bytes,
+    .empty = &empty,
+    .saved_sizes = &saved_sizes,
+};
+
+std::string instruction_set_name() { return instruction_set().name; }
+
+}  // namespace
+
+SB_REGISTER_DEVICE(CPU, table)
+
+STABLE_TORCH_LIBRARY_FRAGMENT(scatterbrain, library) { library.def("instruction_set() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, library) {
+  library.impl("instruction_set", TORCH_BOX(&instruction_set_name));
+}
+
+}  // namespace sb::cpu

@@ -1,0 +1,40 @@
+// Coordinates and log scales of the low-rank kernel as kernels read them. For the quadratic kernel both are columns of
+// packed rows (packed_width), which are used in place; a map (B, H, N, r + 1), whose last column is a natural log
+// scale, is packed first. General features are rows, and their log scales an array of their own. Log scales become base
+// 2.
+#pragma once
+#include "tensor_rows.h"
+
+namespace sb::cpu {
+
+struct MapRows {
+  MaybeTensor storage, log_storage;  // keep the rows alive
+  StridedTensor coordinates, log_scales;
+};
+
+enum class MapKind { kMap, kPacked, kFeatures };
+
+// `wide_logs`: multiply log scales by log2(e) in T, which is wider than the map, not in the map's type.
+template <class T>
+MapRows as_map(const Tensor& map, MapKind kind, int64_t rank, bool wide_logs);
+
+// r, or the number of general features; 0 without a low-rank kernel.
+template <class Arguments>
+int64_t rank_of(const Arguments& a) {
+  return !a.query_map ? 0 : a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1;
+}
+
+// The maps of queries and keys. Holds what the parameters of a kernel point at.
+struct Maps {
+  template <class T, class Arguments, class Params>
+  void set(const Arguments& a, Params& p, bool wide_logs) {
+    const MapKind kind = a.low_rank == int64_t(LowRank::kFeatures) ? MapKind::kFeatures
+                         : a.packed_rank                           ? MapKind::kPacked
+                                                                   : MapKind::kMap;
+    x = as_map<T>(*a.query_map, kind, p.rank, wide_logs), y = as_map<T>(*a.key_map, kind, p.rank, wide_logs);
+    p.x = x.coordinates, p.y = y.coordinates, p.rho = x.log_scales, p.kappa = y.log_scales;
+  }
+  MapRows x, y;
+};
+
+}  // namespace sb::cpu

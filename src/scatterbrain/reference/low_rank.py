@@ -1,0 +1,263 @@
+"""Low-rank kernels: L_ij = exp(rho_i + kappa_j) K(x_i, y_j), the weight of pairs off the support.
+
+Statistics are constants: no gradient flows into them. Learned projections are not.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scatterbrain.low_rank import Favor, Projections, Quadratic, Statistics
+from scatterbrain.reference.inputs import Inputs
+
+STORED_FLOOR = 1e-4  # eigenvalues of a covariance are at least this much of their mean
+EMA_FLOOR = 1e-3  # the same for moving averages, which see few tokens at first
+
+
+class Coordinates(NamedTuple):
+    """What a kernel is evaluated on: x (B, Hq, N, r), rho (B, Hq, N), y (B, Hkv, M, r), kappa (B, Hkv, M), and whether
+    K is (1 + x.y / 2)^2 (``is_quadratic``) or x.y."""
+
+    x: Tensor
+    rho: Tensor
+    y: Tensor
+    kappa: Tensor
+    is_quadratic: bool
+
+    def log_kernel(self) -> tuple[Tensor, Tensor]:
+        """(rho_i + kappa_j, K_ij), both (B, Hq, N, M)."""
+        group = self.x.shape[1] // self.y.shape[1]
+        y, kappa = self.y.repeat_interleave(group, 1), self.kappa.repeat_interleave(group, 1)
+        inner = self.x @ y.transpose(-1, -2)
+        factor = (1 + inner / 2).square() if self.is_quadratic else inner
+        return self.rho[..., :, None] + kappa[..., None, :], factor
+
+
+@functools.singledispatch
+def log_kernel(low_rank: object, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """(log scale, factor), both (B, Hq, N, M), of L = exp(log scale) factor, in the dtype of query."""
+    name = type(low_rank).__name__
+    raise TypeError(
+        f"sb.reference knows no low-rank kernel {name}; define it with @sb.reference.log_kernel.register on a function "
+        f"(low_rank: {name}, inputs: sb.reference.Inputs) that returns (log scale, factor), both (B, Hq, N, M)"
+    )
+
+
+@functools.singledispatch
+def coordinates(low_rank: object, inputs: Inputs) -> Coordinates | None:
+    """What Routed scores with. None without a kernel."""
+    name = type(low_rank).__name__
+    raise TypeError(
+        f"sb.reference knows no coordinates of {name}, which Routed scores with; define them by "
+        f"@sb.reference.coordinates.register on a function (low_rank: {name}, inputs: sb.reference.Inputs) returning "
+        "sb.reference.Coordinates, or use another support"
+    )
+
+
+@coordinates.register
+def _(low_rank: None, inputs: Inputs) -> None:
+    return None
+
+
+# -------------------- quadratic
+
+
+@log_kernel.register
+def _(low_rank: Quadratic, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return coordinates(low_rank, inputs).log_kernel()
+
+
+@coordinates.register
+def _(low_rank: Quadratic, inputs: Inputs) -> Coordinates:
+    """``statistics="input"`` fits every batch row to itself; the others are given what they use."""
+    statistics = inputs.statistics
+    if low_rank.statistics == "input":
+        if inputs.is_causal:
+            raise ValueError("statistics='input' would leak the future in causal attention; pass stored statistics")
+        if statistics is not None:
+            raise ValueError("statistics= was given with statistics='input', which fits its own; pass None")
+        rows = [_fit(inputs, [b], low_rank.rank) for b in range(inputs.query.shape[0])]
+        statistics = Statistics(*(torch.stack(t) for t in zip(*rows)), inputs.scale)
+    return _quadratic(statistics, inputs)
+
+
+@functools.singledispatch
+def _quadratic(statistics: object, inputs: Inputs) -> Coordinates:
+    raise TypeError(
+        "Quadratic needs statistics=Statistics (sb.reference.fit_statistics) or Projections, got "
+        f"{type(statistics).__name__}"
+    )
+
+
+@_quadratic.register
+def _(statistics: Statistics, inputs: Inputs) -> Coordinates:
+    """x = Pq (scale q - a), rho = scale q.b, y = Pk (k - b), kappa = a.(k - b), since exp(scale q.k) =
+    exp(scale q.b) exp(a.(k - b)) exp((scale q - a).(k - b)), of whose last factor K is an approximation. Per key/value
+    head, shared by its query heads."""
+    if not math.isclose(statistics.scale, inputs.scale, rel_tol=1e-6, abs_tol=1e-12):
+        raise ValueError(
+            f"statistics were fitted for scale={statistics.scale}, got scale={inputs.scale}; fit them with the same"
+        )
+    pq, a, pk, b = (
+        t.detach().to(inputs.query)
+        for t in (statistics.query_projection, statistics.query_mean, statistics.key_projection, statistics.key_mean)
+    )
+    centred = inputs.key - b[..., None, :]
+    y, kappa = centred @ pk.transpose(-1, -2), (centred @ a[..., None]).squeeze(-1)
+    pq = pq.repeat_interleave(inputs.group, -3)
+    a, b = (t.repeat_interleave(inputs.group, -2) for t in (a, b))
+    scaled = inputs.query * inputs.scale
+    x, rho = (scaled - a[..., None, :]) @ pq.transpose(-1, -2), (scaled @ b[..., None]).squeeze(-1)
+    return Coordinates(x, rho, y, kappa, is_quadratic=True)
+
+
+@_quadratic.register
+def _(learned: Projections, inputs: Inputs) -> Coordinates:
+    """x = Pq scale q, rho = scale q.b + c, per query head; y = Pk k, kappa = a.k, per key/value head."""
+    pq, b, c, pk, a = (
+        t.to(inputs.query)
+        for t in (
+            learned.query_projection,
+            learned.query_bias,
+            learned.query_log_scale,
+            learned.key_projection,
+            learned.key_bias,
+        )
+    )
+    scaled = inputs.query * inputs.scale
+    return Coordinates(
+        scaled @ pq.transpose(-1, -2),
+        (scaled @ b[..., None]).squeeze(-1) + c[:, None],
+        inputs.key @ pk.transpose(-1, -2),
+        (inputs.key @ a[..., None]).squeeze(-1),
+        is_quadratic=True,
+    )
+
+
+def fit_statistics(
+    query: Tensor, key: Tensor, rank: int = 9, key_padding_mask: Tensor | None = None, scale: float | None = None
+) -> Statistics:
+    """As :func:`scatterbrain.fit_statistics`: pooled over batch rows, per key/value head, in float64, rounded to
+    float32."""
+    inputs = Inputs.of(query, key, None, key_padding_mask, scale=scale)
+    return Statistics(*_fit(inputs, list(range(query.shape[0])), rank), inputs.scale)
+
+
+def _fit(inputs: Inputs, rows: list[int], rank: int) -> list[Tensor]:
+    """Pq, a, Pk, b of every key/value head, fitted to the valid tokens of some batch rows."""
+    d = inputs.query.shape[3]
+    if rank > d:
+        raise ValueError(f"rank must be at most head_dim={d}, got {rank}")
+    heads = []
+    for head in range(inputs.key.shape[1]):
+        of_head = slice(head * inputs.group, (head + 1) * inputs.group)
+        queries = torch.cat([inputs.query[b, of_head, ~inputs.query_padding[b]].reshape(-1, d) for b in rows])
+        keys = torch.cat([inputs.key[b, head, ~inputs.key_padding[b]] for b in rows])
+        heads.append(projections(moments(queries.detach().double() * inputs.scale, keys.detach().double()), rank))
+    return [torch.stack(t).float() for t in zip(*heads)]
+
+
+class Moments(NamedTuple):
+    """Of one key/value head, in float64. A moving average (``statistics="ema"``) blends these, (1 - momentum) old +
+    momentum new, and projects with ``floor=EMA_FLOOR``."""
+
+    query_mean: Tensor  # (d,)
+    query_second: Tensor  # (d, d)
+    key_mean: Tensor
+    key_second: Tensor
+
+
+def moments(queries: Tensor, keys: Tensor) -> Moments:
+    """First and second moments of scaled queries (n, d), all alike, and of keys (m, d), weighted by exp(a.k) with a the
+    queries' mean: where queries attend if each were the mean one."""
+    share = torch.full_like(queries[:, 0], 1 / max(len(queries), 1))
+    a = share @ queries
+    weight = torch.softmax(keys @ a, 0)
+    b = weight @ keys
+    return Moments(a, (share[:, None] * queries).T @ queries, b, (weight[:, None] * keys).T @ keys)
+
+
+def projections(m: Moments, rank: int, floor: float = STORED_FLOOR) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(Pq, a, Pk, b). With U S V^T = Cq^(1/2) Ck^(1/2), Pq = S^(1/2) U^T Cq^(-1/2) and Pk = S^(1/2) V^T Ck^(-1/2), the
+    first ``rank`` rows of each: the directions in which q - a and k - b interact most. At full rank x.y =
+    (q - a).(k - b)."""
+    (q_root, q_inverse), (k_root, k_inverse) = (
+        _roots(second, mean, floor) for second, mean in ((m.query_second, m.query_mean), (m.key_second, m.key_mean))
+    )
+    u, s, vt = torch.linalg.svd(q_root @ k_root)
+    size = s[:rank, None].sqrt()
+    return size * (u.T[:rank] @ q_inverse), m.query_mean, size * (vt[:rank] @ k_inverse), m.key_mean
+
+
+def _roots(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """C^(1/2) and C^(-1/2) of the covariance C, eigenvalues below ``floor`` of their mean raised to it. Zeros where C
+    is zero up to rounding (one token, or equal ones): such tokens have no direction."""
+    values, vectors = torch.linalg.eigh(second - torch.outer(mean, mean))
+    average = values.clamp(min=0).mean()
+    if average <= 1e-13 * second.diagonal().mean():
+        return torch.zeros_like(second), torch.zeros_like(second)
+    root = torch.maximum(values, floor * average).sqrt()
+    return vectors @ torch.diag(root) @ vectors.T, vectors @ torch.diag(1 / root) @ vectors.T
+
+
+# -------------------- FAVOR+
+
+
+@log_kernel.register
+def _(low_rank: Favor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return coordinates(low_rank, inputs).log_kernel()
+
+
+@coordinates.register
+def _(low_rank: Favor, inputs: Inputs) -> Coordinates:
+    """phi(t) = exp(W t - |t|^2 / 2) / sqrt(features), of t = sqrt(scale) q and t = sqrt(scale) k (a negative scale goes
+    to q as its sign); hyperbolic features take exp(-W t - |t|^2 / 2) too. A token's log scale is its largest exponent,
+    so that features lie in (0, 1]; it is a constant of the backward pass."""
+    statistics, d = inputs.statistics, inputs.query.shape[3]
+    projection = drawn_projection(low_rank, d) if statistics is None else statistics.projection
+    rows = low_rank.features // 2 if low_rank.hyperbolic else low_rank.features
+    if projection.shape != (rows, d):
+        raise ValueError(f"Favor: expected a projection of shape {(rows, d)}, got {tuple(projection.shape)}")
+    projection, size = projection.detach().to(inputs.query), math.sqrt(abs(inputs.scale))
+
+    def features(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        exponent = tokens @ projection.T
+        if low_rank.hyperbolic:
+            exponent = torch.cat([exponent, -exponent], -1)
+        exponent = exponent - tokens.square().sum(-1, keepdim=True) / 2
+        peak = exponent.detach().amax(-1)
+        return torch.exp(exponent - peak[..., None]), peak - math.log(low_rank.features) / 2
+
+    return Coordinates(
+        *features(inputs.query * math.copysign(size, inputs.scale)), *features(inputs.key * size), is_quadratic=False
+    )
+
+
+def drawn_projection(low_rank: Favor, head_dim: int, draw: int = 0) -> Tensor:
+    """W, float32 (rows, head_dim), the ``draw``-th of the kernel's seed; rows = features, half of them for hyperbolic
+    ones.
+
+    The recipe, in float64 from torch's CPU generator, seeded with seed * 1,000,003 + draw: normal numbers (rows,
+    head_dim). Orthogonal rows instead: for each block of head_dim rows the transposed Q of the QR decomposition of
+    normal numbers (head_dim, head_dim), Q's columns times the signs of R's diagonal, which makes Q uniform; the last
+    block is cut; each row times the norm of the row that was drawn first in its place.
+    """
+    generator = torch.Generator().manual_seed(low_rank.seed * 1_000_003 + draw)
+
+    def normal(rows: int) -> Tensor:
+        return torch.randn(rows, head_dim, generator=generator, dtype=torch.float64)
+
+    rows = low_rank.features // 2 if low_rank.hyperbolic else low_rank.features
+    gaussian = normal(rows)
+    if low_rank.orthogonal:
+        pieces = []
+        while len(pieces) * head_dim < rows:
+            q, r = torch.linalg.qr(normal(head_dim))
+            pieces.append((q * r.diagonal().sign()).T)
+        gaussian = torch.cat(pieces)[:rows] * gaussian.norm(dim=1, keepdim=True)
+    return gaussian.float()

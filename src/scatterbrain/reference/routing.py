@@ -1,0 +1,293 @@
+"""Routed: the lists of keys, dense, one block of queries at a time.
+
+A key's position counts from its row's first valid key. The pooled form scores what the low-rank part would get wrong,
+|exp(s_j) - L_j| with s_j = q.k_j + v/4 |k_j|^2, where q is the mean of the block's scaled queries and v their variance,
+averaged over coordinates: half of the second-order correction of log mean exp(q_i.k_j) for a variance that is equal in
+all directions. Measured, it selects as well as one variance per coordinate and, in the causal form, better, for one
+multiply-add per pair instead of head_dim. L_j is the kernel at the block's mean coordinates. The per-query form scores
+blocks of keys by q.mean(k) and the spread of their keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scatterbrain.reference.inputs import Inputs
+from scatterbrain.reference.low_rank import Coordinates, coordinates
+from scatterbrain.supports import Routed
+
+LEAF = 32  # keys of a candidate block (pooled)
+SUPER = 16  # candidate blocks of a superblock (pooled)
+LONG_ROW = 16384  # valid keys from which superblocks are used (pooled)
+GROUP = 4  # neighbouring query blocks that share candidate blocks (pooled)
+BRANCH = 8  # listed blocks of a superblock (per query)
+
+
+def candidate_blocks(keys: int) -> int:
+    """Candidate blocks of 32 keys that the pooled form keeps for a budget of ``keys``."""
+    return max(16, -(-3 * keys // 16))
+
+
+def candidate_superblocks(routed: int) -> int:
+    """Superblocks that the per-query form keeps for ``routed`` listed blocks."""
+    return max(16, 2 * routed)
+
+
+class Choice(NamedTuple):
+    """The list of one block of queries, ascending, and the score of every key or block of keys, listed or not."""
+
+    row: int
+    head: int
+    block: int
+    entries: list[int]
+    score: Tensor
+
+
+def routed_lists(support: Routed, inputs: Inputs, stages: bool = True) -> tuple[Tensor, Tensor]:
+    """index (B, Hq, ceil(N / block_q), capacity) and count, int32, as :class:`scatterbrain.Blocks` describes them; of
+    :func:`choices`."""
+    batch, heads, n, _ = inputs.query.shape
+    # A per-query window whose ends are rounded to blocks touches one block more than it fills.
+    capacity = support.keys if support.block_k == 1 else support.keys // support.block_k + 1
+    index = torch.full((batch, heads, -(-n // support.block_q), capacity), -1, dtype=torch.int32)
+    count = torch.zeros(index.shape[:3], dtype=torch.int32)
+    for row, head, block, entries, _ in choices(support, inputs, stages):
+        index[row, head, block, : len(entries)] = torch.tensor(entries, dtype=torch.int32)
+        count[row, head, block] = len(entries)
+    return index.to(inputs.query.device), count.to(inputs.query.device)
+
+
+@torch.no_grad()
+def choices(support: Routed, inputs: Inputs, stages: bool = True) -> Iterator[Choice]:
+    """The list of every block that has a valid query. ``stages=False`` drops the candidate stages: every key is scored.
+    Scores are those of float32 copies of the tokens, in float64; a low-rank kernel takes part with its coordinates."""
+    inputs = inputs.to(torch.float32, torch.float64)
+    maps = coordinates(inputs.low_rank, inputs)
+    lists = pooled_lists if support.block_k == 1 else per_query_lists
+    for b in range(inputs.query.shape[0]):
+        for h in range(inputs.query.shape[1]):
+            queries, keys = Queries.of(inputs, maps, support.block_q, b, h), Keys.of(inputs, maps, b, h)
+            for block, entries, score in lists(support, queries, keys, stages):
+                yield Choice(b, h, block, entries, score)
+
+
+class Keys(NamedTuple):
+    """The keys of one batch row and key/value head by position, with their low-rank coordinates. Padded keys are
+    zero."""
+
+    key: Tensor  # (Mv, d)
+    valid: Tensor  # (Mv,)
+    y: Tensor | None  # (Mv, r)
+    kappa: Tensor | None
+    is_quadratic: bool = False
+
+    @classmethod
+    def of(cls, inputs: Inputs, maps: Coordinates | None, b: int, h: int) -> Keys:
+        span, head = slice(*inputs.key_range(b)), h // inputs.group
+        key, valid = inputs.key[b, head, span].cpu(), ~inputs.key_padding[b, span].cpu()
+        if maps is None:
+            return cls(key, valid, None, None)
+        y = maps.y[b, head, span].cpu().where(valid[:, None], 0)
+        return cls(key, valid, y, maps.kappa[b, head, span].cpu().where(valid, 0), maps.is_quadratic)
+
+    def means(self, size: int) -> Keys:
+        """Every run of ``size`` keys as one key: the mean key, and the mean of the low-rank features, (1, y / 2)
+        exp(kappa / 2) of the quadratic kernel, y exp(kappa) of others."""
+        count = -(-len(self.valid) // size)
+        member = torch.zeros(count, len(self.valid), dtype=self.key.dtype)
+        position = torch.arange(len(self.valid))
+        member[position // size, position] = self.valid.to(self.key.dtype)
+        total = member.sum(1)
+        share = member / total.clamp_min(1)[:, None]
+        if self.y is None:
+            return Keys(share @ self.key, total > 0, None, None)
+        power = 2 if self.is_quadratic else 1
+        log_share = torch.log(share) + self.kappa / power
+        mean = torch.logsumexp(log_share, 1)
+        y = torch.exp(log_share - mean[:, None]).nan_to_num(0.0) @ self.y
+        return Keys(share @ self.key, total > 0, y, power * mean, self.is_quadratic)
+
+    def spread(self, size: int) -> Tensor:
+        """Mean squared distance of the valid keys of every run of ``size`` to their mean."""
+        square = Keys(self.key.square().sum(-1, keepdim=True), self.valid, None, None).means(size).key[:, 0]
+        return (square - self.means(size).key.square().sum(-1)).clamp_min(0)
+
+
+@dataclass
+class Queries:
+    """The scaled queries of one batch row and head with their low-rank coordinates, in blocks that start at the first
+    valid one. Query i stands at position i + ``shift`` among the keys."""
+
+    query: Tensor  # (N, d)
+    valid: Tensor
+    x: Tensor | None
+    rho: Tensor | None
+    first: int
+    end: int
+    block_q: int
+    shift: int
+    are_the_keys: bool  # as many queries as keys: the same tokens
+    is_causal: bool
+
+    @classmethod
+    def of(cls, inputs: Inputs, maps: Coordinates | None, block_q: int, b: int, h: int) -> Queries:
+        valid = ~inputs.query_padding[b].cpu()
+        x, rho = (None, None) if maps is None else (maps.x[b, h].cpu(), maps.rho[b, h].cpu())
+        return cls(
+            inputs.query[b, h].cpu() * inputs.scale,
+            valid,
+            x,
+            rho,
+            *inputs.query_range(b),
+            block_q,
+            inputs.query_offset[b] - inputs.key_range(b)[0],
+            inputs.query.shape[2] == inputs.key.shape[2],
+            inputs.is_causal,
+        )
+
+    def blocks(self) -> int:
+        return -(-(self.end - self.first) // self.block_q)
+
+    def slots(self, t: int) -> list[int]:
+        begin = self.first + t * self.block_q
+        return list(range(begin, min(begin + self.block_q, self.end)))
+
+    def valid_slots(self, t: int) -> list[int]:
+        return [i for i in self.slots(t) if self.valid[i]]
+
+    def pool(self, t: int) -> Pool:
+        """The block's valid queries; if causal, its first valid one and the valid ones of the 15 before."""
+        members = self.valid_slots(t)
+        if self.is_causal:
+            members = [i for i in range(max(members[0] - 15, 0), members[0] + 1) if self.valid[i]]
+        rows = self.query[members]
+        x, rho = (None, None) if self.x is None else (self.x[members].mean(0), self.rho[members].mean())
+        return Pool(rows.mean(0), rows.var(0, correction=0).mean(), x, rho)
+
+
+class Pool(NamedTuple):
+    """What stands for a block of queries."""
+
+    mean: Tensor
+    variance: Tensor
+    x: Tensor | None
+    rho: Tensor | None
+
+    def log_residual(self, keys: Keys) -> Tensor:
+        """log |exp(s_j) - L_j| of every key; s_j without a low-rank kernel."""
+        s = keys.key @ self.mean + self.variance / 4 * keys.key.square().sum(-1)
+        if keys.y is None:
+            return s
+        inner = keys.y @ self.x
+        log_l = self.rho + keys.kappa
+        log_l = log_l + (2 * torch.log((1 + inner / 2).abs()) if keys.is_quadratic else torch.log(inner))
+        larger, smaller = torch.maximum(s, log_l), torch.minimum(s, log_l)
+        return larger + torch.log(-torch.expm1(smaller - larger))
+
+
+def best(score: Tensor, eligible: list[int], n: int) -> list[int]:
+    """The n of ``eligible`` (ascending) with the highest scores, ascending; ties go to the lowest."""
+    value = score.tolist()
+    order = sorted(eligible, key=lambda i: -value[i])  # sorted() is stable
+    return sorted(order[: max(n, 0)])
+
+
+def shared_score(pools: list[Pool], means: Keys, eligible: list[int]) -> Tensor:
+    """The largest residual of each run of keys over some query blocks, each block's relative to its own largest."""
+    scores = [pool.log_residual(means) for pool in pools]
+    return torch.stack([s - s[eligible].max() for s in scores]).amax(0) if eligible else scores[0]
+
+
+def pooled_lists(
+    support: Routed, queries: Queries, keys: Keys, stages: bool
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    length, valid = len(keys.valid), keys.valid.tolist()
+    leaf, coarse = keys.means(LEAF), keys.means(LEAF * SUPER)
+    kept_blocks = candidate_blocks(support.keys)
+
+    def end(t: int) -> int:  # candidates are the keys before this position
+        return min(max(queries.slots(t)[0] + queries.shift, 0), length) if queries.is_causal else length
+
+    for first in range(0, queries.blocks(), GROUP):
+        group = [t for t in range(first, min(first + GROUP, queries.blocks())) if queries.valid_slots(t)]
+        if not group:
+            continue
+        pools = {t: queries.pool(t) for t in group}
+
+        # The causal form may look at the group's first block only.
+        judges = [pools[t] for t in (group[:1] if queries.is_causal else group)]
+
+        # 1. Candidate blocks: all that are complete, or the best of those in the best superblocks. What follows the
+        # last complete one always stays.
+        if stages:
+            size = LEAF * SUPER
+            complete = end(first) // LEAF if queries.is_causal else -(-length // LEAF)
+            blocks_left = list(range(complete))
+            if length >= LONG_ROW:
+                supers = end(first) // size if queries.is_causal else -(-length // size)
+                eligible = [c for c in range(supers) if coarse.valid[c]]
+                kept = set(best(shared_score(judges, coarse, eligible), eligible, 2 * kept_blocks))
+                blocks_left = [c for c in blocks_left if c // SUPER in kept or c // SUPER >= supers]
+            eligible = [c for c in blocks_left if leaf.valid[c]]
+            kept = set(best(shared_score(judges, leaf, eligible), eligible, kept_blocks))
+            candidates = [j for j in range(length) if valid[j] and (j // LEAF in kept or j // LEAF >= complete)]
+        else:
+            candidates = [j for j in range(length) if valid[j]]
+
+        # 2. The block's own keys, and the best of the candidates.
+        for t in group:
+            begin = queries.slots(t)[0] + queries.shift
+            own = set()
+            if queries.is_causal or queries.are_the_keys:
+                own = {j for j in range(max(begin, 0), min(begin + len(queries.slots(t)), length)) if valid[j]}
+            eligible = [j for j in candidates if j < end(t) and j not in own]
+            score = pools[t].log_residual(keys)
+            yield t, sorted(own | set(best(score, eligible, support.keys - len(own)))), score
+
+
+def per_query_lists(
+    support: Routed, queries: Queries, keys: Keys, stages: bool
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    block_k, window = support.block_k, support.window
+    length = len(keys.valid)
+    count = -(-length // block_k)
+    routed = (support.keys - window) // block_k
+    kept_supers = candidate_superblocks(routed)
+    fine, coarse = keys.means(block_k), keys.means(block_k * BRANCH)
+    fine_spread, coarse_spread = keys.spread(block_k), keys.spread(block_k * BRANCH)
+    for i in range(queries.first, queries.end):
+        if not queries.valid[i]:
+            continue
+
+        # 1. The window, whole blocks [low, high).
+        p = i + queries.shift
+        if queries.is_causal:
+            low = max(p - window + 1, 0) // block_k
+            high = min(p // block_k + 1, count)
+        else:
+            if not queries.are_the_keys:
+                p = (i - queries.first) * length // (queries.end - queries.first)
+            low = max(p - window // 2, 0) // block_k
+            high = min(-(-min(p + window // 2, length) // block_k), count) if window > 1 else low
+        low, high = min(low, count), max(high, 0)
+        nearby = [c for c in range(low, high) if fine.valid[c]]
+
+        # 2. The best of the other blocks, from the best superblocks.
+        q, spread_weight = queries.query[i], queries.query[i].square().mean() / 2
+        elsewhere = [
+            c for c in range(count) if fine.valid[c] and (c < low or (c >= max(high, low) and not queries.is_causal))
+        ]
+        if stages:
+            supers = low // BRANCH if queries.is_causal else -(-count // BRANCH)
+            if supers > kept_supers:
+                eligible = [c for c in range(supers) if coarse.valid[c]]
+                kept = set(best(coarse.key @ q + spread_weight * coarse_spread, eligible, kept_supers))
+                elsewhere = [c for c in elsewhere if c // BRANCH in kept or c // BRANCH >= supers]
+        score = fine.key @ q + spread_weight * fine_spread
+        sees_none = queries.is_causal and p < 0  # before the row's first key
+        yield i - queries.first, [] if sees_none else sorted(nearby + best(score, elsewhere, routed)), score
