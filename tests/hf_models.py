@@ -1,13 +1,14 @@
-"""Tiny models with random weights of every family that the transformers integration is tested on."""
+"""Tiny models with random weights of every family that the transformers integration is tested on, and how they are run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from testkit import padding
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -139,12 +140,7 @@ def tokens(count: int = TOKENS, seed: int = 0, batch: int = 2) -> Tensor:
 
 def keep(side: str, count: int = TOKENS, padded: int = 30) -> Tensor:
     """(2, count), 1 = keep: the second row is padded on ``side``."""
-    mask = torch.ones(2, count, dtype=torch.long)
-    if side == "right":
-        mask[1, count - padded :] = 0
-    elif side == "left":
-        mask[1, :padded] = 0
-    return mask
+    return (~padding(count, (0, padded * (side == "right")), (0, padded * (side == "left")))).long()
 
 
 def inputs(name: str, side: str = "none", seed: int = 0) -> tuple[dict[str, Any], Tensor]:
@@ -170,7 +166,7 @@ def inputs(name: str, side: str = "none", seed: int = 0) -> tuple[dict[str, Any]
 
 
 def output(result: Any) -> Tensor:
-    """The tensor that a model's answer is judged by, (batch, tokens, ...)."""
+    """Logits or hidden states, (batch, tokens, ...)."""
     logits = getattr(result, "logits", None)
     return result.last_hidden_state if logits is None else logits
 
@@ -181,3 +177,22 @@ Run = Callable[..., Tensor]
 @torch.no_grad()
 def run(model: nn.Module, **arguments: Any) -> Tensor:
     return output(model(**arguments))
+
+
+def cache(kind: str, model: nn.Module) -> transformers.Cache:
+    if kind == "static":
+        return transformers.StaticCache(config=model.config, max_cache_len=TOKENS + 28)
+    return transformers.DynamicCache(config=model.config)
+
+
+@torch.no_grad()
+def in_pieces(
+    model: nn.Module, ids: Tensor, cuts: Sequence[int], mask: Tensor | None = None, kind: str = "dynamic"
+) -> Tensor:
+    """Logits of the tokens, fed in pieces that end at ``cuts`` with a cache of ``kind``."""
+    past, out, start = cache(kind, model), [], 0
+    for end in cuts:
+        seen = None if mask is None else mask[:, :end]
+        out.append(model(input_ids=ids[:, start:end], attention_mask=seen, cache=past, use_cache=True).logits)
+        start = end
+    return torch.cat(out, 1)

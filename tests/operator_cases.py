@@ -1,53 +1,36 @@
-"""Arguments of the operators, for tests of them: tensors, lists, projections, and samples of every kind."""
+"""Arguments of the operators: samples of every kernel, every form of list and every dtype."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from testkit import KV, B, H, N, blocks, leaves, padding, qkv, rand
 
 import scatterbrain as sb
 
-B, H, KV, N, D = 2, 2, 1, 37, 8
+
+def some_lists(block_k: int) -> sb.Blocks:
+    return blocks([[0, 2], [0, 1, 2], [1, 3, 4]], 16, block_k)
 
 
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def qkv(n: int = N, dtype: torch.dtype = torch.float32, batch: int = B) -> list[Tensor]:
-    return [rand(batch, h, n, D, seed=seed, dtype=dtype) for seed, h in enumerate((H, KV, KV))]
-
-
-def projections(dtype: torch.dtype = torch.float32, rank: int = 3) -> sb.Projections:
-    shapes = ((H, rank, D), (H, D), (H,), (KV, rank, D), (KV, D))
-    return sb.Projections(*(rand(*shape, seed=10 + i, dtype=dtype) / 3 for i, shape in enumerate(shapes)))
-
-
-def some_lists(tokens: int = N, is_causal: bool = False) -> sb.Blocks:
-    index = torch.tensor([[0, 2, -1], [0, 1, 2], [1, 3, 4]], dtype=torch.int32).expand(B, H, 3, 3).contiguous()
-    count = torch.tensor([2, 3, 3], dtype=torch.int32).expand(B, H, 3).contiguous()
-    return sb.Blocks(index.clamp(max=1) if is_causal and tokens < 20 else index, count, 16, 4 if is_causal else 8)
-
-
-MASK = torch.arange(N).expand(B, N) >= torch.tensor([[N], [N - 9]])
+MASK = padding(N, (0, 9))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-# What opcheck looks at where there is no gradient: the other two parts are about autograd.
+# Parts of opcheck without gradients: the other two are about autograd.
 WITHOUT_GRADIENT = ("test_schema", "test_faketensor")
 
 
 def attention_arguments(kernel: str, lists: str, dtype: torch.dtype, is_causal: bool) -> tuple:
-    """Arguments of the operator. The causal samples have masks with their ranges, and an offset."""
+    """Arguments of the attention operator. The causal samples have masks with their ranges, and an offset."""
     maps = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors = [t.requires_grad_() for t in qkv(dtype=dtype)]
+    tensors = leaves(qkv(dtype=dtype))
     coordinates = [None, None]
     if kernel != "none":
         coordinates = [rand(B, h, N, 4, seed=seed, dtype=maps).abs().requires_grad_() for seed, h in ((4, H), (5, KV))]
     index = count = span = order = offset = None
     block_q, block_k, span_keys = 16, 1, 0
     if lists in ("index", "order"):
-        blocks = some_lists(is_causal=True)
-        index, count, block_k = blocks.index, blocks.count, blocks.block_k
+        lists_of_keys = some_lists(4)
+        index, count, block_k = lists_of_keys.index, lists_of_keys.count, lists_of_keys.block_k
     if lists == "order":
         order = (
             torch.randperm(N, generator=torch.Generator().manual_seed(1)).expand(B, H, N).to(torch.int32).contiguous()

@@ -1,14 +1,17 @@
-"""What callers get wrong raises before any kernel runs, naming the argument, what came and the cure; operators that
-are called directly raise and never crash."""
+"""Mistakes of a caller raise before any kernel runs, naming the argument, what came and the cure; operators that are
+called directly raise and never crash."""
 
 from __future__ import annotations
 
 import math
 import random
 import re
+from functools import partial
 
 import pytest
+import testkit
 import torch
+from testkit import rand
 from torch import Tensor, nn
 
 import scatterbrain as sb
@@ -17,39 +20,15 @@ B, H, KV, N, D = 2, 4, 2, 40, 8
 NONE = sb.Window(8)
 
 
-def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+statistics = partial(testkit.fitted, 4, kv_heads=KV)
+projections = partial(testkit.projections, 4, heads=H, kv_heads=KV)
+# One list for each of two query blocks.
+blocks = partial(testkit.blocks, block_q=20, heads=H, capacity=4)
 
 
 def qkv(**changed: object) -> tuple:
-    tensors = dict(query=rand(B, H, N, D), key=rand(B, KV, N, D), value=rand(B, KV, N, D)) | changed
-    return tuple(tensors[name] for name in ("query", "key", "value"))
-
-
-def statistics(rank: int = 4, heads: int = KV, d: int = D, scale: float | None = None) -> sb.Statistics:
-    return sb.fit_statistics(rand(1, heads, 100, d), rand(1, heads, 101, d), rank, scale=scale)
-
-
-def projections(q_heads: int = H, kv_heads: int = KV, rank: int = 4) -> sb.Projections:
-    return sb.Projections(
-        rand(q_heads, rank, D), rand(q_heads, D), rand(q_heads), rand(kv_heads, rank, D), rand(kv_heads, D)
-    )
-
-
-def blocks(
-    lists: list[list[int]],
-    capacity: int = 4,
-    block_q: int = 20,
-    block_k: int = 1,
-    order: Tensor | None = None,
-    **count: int,
-) -> sb.Blocks:
-    """The same lists, one for each of the two query blocks, for every row and head."""
-    index = torch.full((B, H, len(lists), capacity), -1, dtype=torch.int32)
-    for t, entries in enumerate(lists):
-        index[:, :, t, : len(entries)] = torch.tensor(entries, dtype=torch.int32)
-    counts = torch.tensor([count.get("count", len(entries)) for entries in lists], dtype=torch.int32).expand(B, H, -1)
-    return sb.Blocks(index, counts, block_q, block_k, order)
+    tensors = dict(zip(("query", "key", "value"), testkit.qkv(N, heads=H, kv_heads=KV))) | changed
+    return tuple(tensors.values())
 
 
 def attend(*args: object, **kwargs: object) -> Tensor:
@@ -234,7 +213,7 @@ CALLS = {
         "statistics must be Statistics.*got dict",
     ),
     "another rank": (
-        lambda: attend(low_rank=STORED, statistics=statistics(rank=3)),
+        lambda: attend(low_rank=STORED, statistics=testkit.fitted(3, kv_heads=KV)),
         ValueError,
         "statistics have rank 3.*fit them with rank=4",
     ),
@@ -244,17 +223,17 @@ CALLS = {
         "fitted for scale=0.353553.*scale=1",
     ),
     "another head_dim": (
-        lambda: attend(low_rank=STORED, statistics=statistics(d=16, scale=D**-0.5)),
+        lambda: attend(low_rank=STORED, statistics=statistics(head_dim=16, scale=D**-0.5)),
         ValueError,
         "statistics are for head_dim 16, query has 8",
     ),
     "other heads": (
-        lambda: attend(low_rank=STORED, statistics=statistics(heads=1)),
+        lambda: attend(low_rank=STORED, statistics=statistics(kv_heads=1)),
         ValueError,
         r"per key/value head.*\(2,\).*got \(1,\)",
     ),
     "projections of other heads": (
-        lambda: attend(low_rank=STORED, statistics=projections(q_heads=2)),
+        lambda: attend(low_rank=STORED, statistics=projections(heads=2)),
         ValueError,
         "per head, expected 4 query and 2 key heads, got 2 and 2",
     ),
@@ -471,7 +450,7 @@ CALLS = {
         "query_offset.*is_causal=True",
     ),
     "route other statistics": (
-        lambda: sb.route(*qkv()[:2], sb.Routed(16), statistics=statistics(heads=1)),
+        lambda: sb.route(*qkv()[:2], sb.Routed(16), statistics=statistics(kv_heads=1)),
         ValueError,
         "per key/value head",
     ),

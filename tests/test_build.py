@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from testkit import ROOT, run_python
 
 import scatterbrain
 from scatterbrain import _build_info
 from scatterbrain.cli.info import collect
 
-ROOT = Path(__file__).resolve().parent.parent
 BACKEND = ROOT / "build_backend"
 PACKAGE = Path(scatterbrain.__file__).parent
 
@@ -41,11 +41,10 @@ def torch_environment(monkeypatch):
     return torch_environment
 
 
-def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in an interpreter without site-packages, as an isolated build sees it, backend importable."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX")}
-    command = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(BACKEND)!r}); {code}", *arguments]
-    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=False)
+def run_isolated(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in an interpreter without site-packages, as in an isolated build, with the backend importable."""
+    changes = {"PYTHONPATH": "", "VIRTUAL_ENV": "", "CONDA_PREFIX": ""} | environment
+    return run_python("-S", "-c", f"import sys; sys.path.insert(0, {str(BACKEND)!r}); {code}", *arguments, **changes)
 
 
 def fake_program(path: Path, script: str) -> Path:
@@ -74,7 +73,7 @@ def fake_toolkit(home: Path, release: str = "13.0", headers: bool = True) -> Pat
 def test_without_torch_the_build_stops_with_one_sentence(tmp_path):
     bare = fake_program(tmp_path / "bin" / "python", f'exec {sys.executable} -S "$@"')
     code = "import torch_environment as e; e.target_interpreters = lambda: [sys.argv[1]]; e.require_torch()"
-    stopped = run_python(code, str(bare))
+    stopped = run_isolated(code, str(bare))
     assert stopped.returncode == 1
     assert stopped.stderr.count("\n") == 1 and "Traceback" not in stopped.stderr
     assert f"{bare} has none: install it first (pip install 'torch>=2.11')" in stopped.stderr
@@ -86,7 +85,7 @@ def test_torch_too_old_is_refused_with_its_version(tmp_path):
     metadata = tmp_path / "torch-2.9.1.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n")
-    stopped = run_python("import torch_environment as e; e.require_torch()", PYTHONPATH=str(tmp_path))
+    stopped = run_isolated("import torch_environment as e; e.require_torch()", PYTHONPATH=str(tmp_path))
     assert stopped.returncode == 1
     assert "needs torch 2.11 or newer, and torch 2.9.1 is installed" in stopped.stderr
 
@@ -96,7 +95,7 @@ def test_an_isolated_build_borrows_the_torch_of_the_frontend_that_started_it():
         "import torch_environment as e, importlib.util as u; assert u.find_spec('torch') is None;"
         "e.require_torch(); print(u.find_spec('torch').origin)"
     )
-    borrowed = run_python(code)
+    borrowed = run_isolated(code)
     assert borrowed.returncode == 0, borrowed.stderr
     assert Path(borrowed.stdout.strip()) == Path(torch.__file__)
 
@@ -190,14 +189,7 @@ def test_architectures_are_those_of_torch_cuda_arch_list(toolchain, tmp_path, li
 
 
 def test_setup_stops_under_force_cuda_before_compiling():
-    stopped = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext"],
-        cwd=ROOT,
-        env=os.environ | {"FORCE_CUDA": "1", "CUDA_HOME": "/nonexistent"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    stopped = run_python("setup.py", "-q", "build_ext", cwd=ROOT, FORCE_CUDA="1", CUDA_HOME="/nonexistent")
     assert stopped.returncode == 1
     assert stopped.stderr.splitlines()[-1].startswith("scatterbrain: FORCE_CUDA=1, but CUDA sources cannot be compiled")
     assert "Traceback" not in stopped.stderr
@@ -287,9 +279,8 @@ def test_source_distribution_needs_no_torch_and_carries_what_is_compiled(tmp_pat
     unneeded = shutil.ignore_patterns(".git", ".venv", "build", "runs", "*.so", "__pycache__")
     shutil.copytree(ROOT, source, ignore=unneeded)
     packages = [entry for entry in sys.path if entry.endswith("-packages")]
-    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, 'build_backend'); {code}", str(tmp_path)]
-    built = subprocess.run([*command, *packages], cwd=source, env=kept, capture_output=True, text=True, check=False)
+    program = f"import sys; sys.path.insert(0, 'build_backend'); {code}"
+    built = run_python("-S", "-c", program, tmp_path, *packages, cwd=source, PYTHONPATH="")
     assert built.returncode == 0, built.stderr
     with tarfile.open(tmp_path / built.stdout.splitlines()[-1]) as archive:
         shipped = {name.split("/", 1)[-1] for name in archive.getnames()}

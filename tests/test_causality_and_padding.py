@@ -1,21 +1,24 @@
-"""No bit of the past depends on the future, none of a valid token on padding: its contents, amount and side."""
+"""No bit of the past depends on the future, and none of a valid token on padding: its contents, amount and side."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
+import testkit
 import torch
+import torch.nn.functional as F
+from testkit import D, H, assert_same_bits, fitted, leaves, out_and_gradients, projections, qkv, rand
 from torch import Tensor
 
 import scatterbrain as sb
 
-N, D, H, KV = 150, 8, 2, 1
+N = 150
 
 
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+draw = partial(qkv, N, batch=1, seed=10)
 
 
 def own_and_earlier_keys(tokens: int, is_causal: bool, block_q: int = 8, block_k: int = 4) -> sb.Blocks:
@@ -45,17 +48,8 @@ SUPPORTS = {
 BIDIRECTIONAL = SUPPORTS | {"full": sb.Full(), "lsh": sb.LSH(16, rounds=2)}
 LOW_RANKS = {
     "none": (None, None),
-    "stored": (sb.Quadratic(4), sb.fit_statistics(rand(1, H, 300, D, seed=1), rand(1, KV, 300, D, seed=2), 4)),
-    "learned": (
-        sb.Quadratic(4, "learned"),
-        sb.Projections(
-            rand(H, 4, D, seed=3) / 3,
-            rand(H, D, seed=4) / 3,
-            rand(H, seed=5),
-            rand(KV, 4, D, seed=6) / 3,
-            rand(KV, D, seed=7) / 3,
-        ),
-    ),
+    "stored": (sb.Quadratic(4), fitted(4)),
+    "learned": (sb.Quadratic(4, "learned"), projections(4)),
     "favor": (sb.Favor(16), None),
 }
 INPUT = LOW_RANKS | {"input": (sb.Quadratic(4, "input"), None)}
@@ -78,18 +72,8 @@ def run(tokens: list[Tensor], support: object, low_rank: str, upstream: Tensor, 
     kernel, statistics = INPUT[low_rank]
     if support == "blocks":
         support = own_and_earlier_keys(tokens[1].shape[2], bool(arguments.get("is_causal")))
-    leaves = [t.clone().requires_grad_() for t in tokens]
-    learned = []
-    if isinstance(statistics, sb.Projections):
-        learned = [t.clone().requires_grad_() for t in vars(statistics).values()]
-        statistics = sb.Projections(*learned)
-    out, lse = sb.attention(*leaves, support, kernel, statistics=statistics, return_lse=True, **arguments)
-    gradients = torch.autograd.grad(out, leaves + learned, upstream, allow_unused=True, materialize_grads=True)
-    return Result(out.detach(), lse.detach(), list(gradients[:3]), list(gradients[3:]))
-
-
-def draw(n: int = N, seed: int = 10, batch: int = 1) -> list[Tensor]:
-    return [rand(batch, H, n, D, seed=seed), rand(batch, KV, n, D, seed=seed + 1), rand(batch, KV, n, D, seed=seed + 2)]
+    out, lse, *gradients = testkit.attend(tokens, support, kernel, statistics, upstream, allow_unused=True, **arguments)
+    return Result(out, lse, gradients[:3], gradients[3:])
 
 
 # ---------------------------------------------------------------------------------------- causality
@@ -220,35 +204,21 @@ def test_more_padding_changes_no_bit(support: str, low_rank: str, is_causal: boo
     tokens, upstream = draw(), rand(1, H, N, D, seed=20)
     chosen = BIDIRECTIONAL[support]
     lists = own_and_earlier_keys(N, is_causal) if support == "blocks" else None
-    bare = torch.zeros(
-        1, N, dtype=torch.bool
-    )  # masks nothing; a plain Full() without one is torch's own kernel, with other rounding
-    want = run(
-        tokens,
-        lists or chosen,
-        low_rank,
-        upstream,
-        is_causal=is_causal,
-        key_padding_mask=bare if support == "full" else None,
-    )
+    # Full() without a mask is torch's own kernel, which rounds in another way: a mask of nothing avoids it.
+    bare = torch.zeros(1, N, dtype=torch.bool) if support == "full" else None
+    want = run(tokens, lists or chosen, low_rank, upstream, is_causal=is_causal, key_padding_mask=bare)
     for left, right in ((0, 0), (0, 101), (1, 0), (40, 1), (64, 64)):
-        pad = lambda x: torch.nn.functional.pad(x, (0, 0, left, right), value=1.0)  # noqa: E731
+        pad = lambda x: F.pad(x, (0, 0, left, right), value=1.0)  # noqa: E731
         inside = slice(left, left + N)
         mask = torch.ones(1, left + N + right, dtype=torch.bool)
         mask[:, inside] = False
         if lists is not None:
             more = -(-mask.shape[1] // lists.block_q) - lists.index.shape[2]
-            index = torch.nn.functional.pad(lists.index, (0, 0, 0, more), value=-1)
-            chosen = sb.Blocks(index, torch.nn.functional.pad(lists.count, (0, more)), lists.block_q, lists.block_k)
+            index = F.pad(lists.index, (0, 0, 0, more), value=-1)
+            chosen = sb.Blocks(index, F.pad(lists.count, (0, more)), lists.block_q, lists.block_k)
         got = run([pad(x) for x in tokens], chosen, low_rank, pad(upstream), key_padding_mask=mask, is_causal=is_causal)
-        assert torch.equal(got.out[:, :, inside], want.out), (
-            f"{left}, {right}: out {(got.out[:, :, inside] - want.out).abs().max():.2e}"
-        )
-        assert torch.equal(got.lse[:, :, inside], want.lse), f"{left}, {right}: lse"
-        for name, mine, theirs in zip(("dq", "dk", "dv"), got.gradients, want.gradients):
-            assert torch.equal(mine[:, :, inside], theirs), (
-                f"{left}, {right}: {name} {(mine[:, :, inside] - theirs).abs().max():.2e}"
-            )
+        mine = [t[:, :, inside] for t in (got.out, got.lse, *got.gradients)]
+        assert_same_bits(mine, [want.out, want.lse, *want.gradients])
 
 
 @pytest.mark.parametrize("support, low_rank", pairs(BIDIRECTIONAL, LOW_RANKS))
@@ -258,32 +228,22 @@ def test_queries_and_keys_are_padded_on_their_own(support: str, low_rank: str) -
         return
     query, key, value = draw()
     query = query[:, :, :90]
-    want = run(
-        [query, key, value],
-        BIDIRECTIONAL[support],
-        low_rank,
-        rand(1, H, 90, D, seed=20),
-        key_padding_mask=torch.zeros(1, N, dtype=torch.bool),
-    )
+    upstream, bare = rand(1, H, 90, D, seed=20), torch.zeros(1, N, dtype=torch.bool)
+    want = run([query, key, value], BIDIRECTIONAL[support], low_rank, upstream, key_padding_mask=bare)
     q_mask, k_mask = torch.ones(1, 90 + 30, dtype=torch.bool), torch.ones(1, N + 50, dtype=torch.bool)
     q_mask[:, 11:101], k_mask[:, 50:] = False, False
-    longer = [torch.nn.functional.pad(query, (0, 0, 11, 19), value=math.nan)] + [
-        torch.nn.functional.pad(x, (0, 0, 50, 0), value=math.nan) for x in (key, value)
-    ]
-    upstream = torch.nn.functional.pad(rand(1, H, 90, D, seed=20), (0, 0, 11, 19), value=1.0)
+    longer = [F.pad(query, (0, 0, 11, 19), value=math.nan)]
+    longer += [F.pad(x, (0, 0, 50, 0), value=math.nan) for x in (key, value)]
+    upstream = F.pad(upstream, (0, 0, 11, 19), value=1.0)
     got = run(longer, BIDIRECTIONAL[support], low_rank, upstream, key_padding_mask=k_mask, query_padding_mask=q_mask)
-    assert (
-        torch.equal(got.out[:, :, 11:101], want.out) and not got.out[:, :, :11].any() and not got.out[:, :, 101:].any()
-    )
-    assert torch.equal(got.gradients[0][:, :, 11:101], want.gradients[0])
-    assert torch.equal(got.gradients[1][:, :, 50:], want.gradients[1]) and torch.equal(
-        got.gradients[2][:, :, 50:], want.gradients[2]
-    )
+    assert not got.out[:, :, :11].any() and not got.out[:, :, 101:].any()
+    mine = [got.out[:, :, 11:101], got.gradients[0][:, :, 11:101], *(g[:, :, 50:] for g in got.gradients[1:])]
+    assert_same_bits(mine, [want.out, *want.gradients], ("out", "dq", "dk", "dv"))
 
 
 # ---------------------------------------------------------------------------------------- few keys
 
-WIDE = 32  # computed in float32, where heads of D are computed in double
+WIDE = 32  # computed in float32, where heads of width D are computed in float64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -294,7 +254,7 @@ def test_a_short_row_is_the_same_alone_and_in_a_long_batch(
     n: int, low_rank: str, is_causal: bool, dtype: torch.dtype
 ) -> None:
     """Rows of up to 128 keys are evaluated in another way than longer ones, whatever they are padded to."""
-    rows = [rand(2, H, 200, WIDE, seed=s).to(dtype) for s in (41, 42, 43)]
+    rows = qkv(200, kv_heads=H, head_dim=WIDE, seed=41, dtype=dtype)
     kernel, statistics = None, None
     if low_rank == "stored":
         kernel, statistics = sb.Quadratic(4), sb.fit_statistics(*(r.float() for r in rows[:2]), 4)
@@ -302,9 +262,9 @@ def test_a_short_row_is_the_same_alone_and_in_a_long_batch(
     support, upstream = sb.Routed(32, block_q=1, block_k=8, window=16), rand(1, H, n, WIDE, seed=44).to(dtype)
 
     def result(tokens: list[Tensor], where: slice, mask: Tensor | None) -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in tokens]
-        out, lse = sb.attention(*leaves, support, key_padding_mask=mask, **arguments)
-        gradients = torch.autograd.grad(out[-1:, :, where], leaves, upstream)
+        inputs = leaves(tokens)
+        out, lse = sb.attention(*inputs, support, key_padding_mask=mask, **arguments)
+        gradients = torch.autograd.grad(out[-1:, :, where], inputs, upstream)
         return [out[-1:, :, where], lse[-1:, :, where], *(g[-1:, :, where] for g in gradients)]
 
     alone = result([r[1:, :, :n] for r in rows], slice(n), None)
@@ -314,31 +274,24 @@ def test_a_short_row_is_the_same_alone_and_in_a_long_batch(
     for long, short in zip(padded, rows):
         long[1] = float("nan")
         long[1, :, 30 : 30 + n] = short[1, :, :n]
-    for want, got in zip(alone, result(padded, slice(30, 30 + n), mask)):
-        assert torch.equal(want, got)
+    assert_same_bits(result(padded, slice(30, 30 + n), mask), alone)
 
 
 @pytest.mark.parametrize("size", [1e4, float("nan")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("t", [0, 40, 63, 64, 99])
 def test_the_past_of_a_short_row_does_not_see_the_future(t: int, dtype: torch.dtype, size: float) -> None:
-    tokens = [rand(1, H, 120, WIDE, seed=s).to(dtype) for s in (51, 52, 53)]
-    future = [size * rand(1, H, 120, WIDE, seed=s).to(dtype) for s in (54, 55, 56)]
+    wide = partial(qkv, 120, batch=1, kv_heads=H, head_dim=WIDE, dtype=dtype)
+    tokens, future = wide(seed=51), [size * t for t in wide(seed=54)]
     changed = [torch.cat([x[:, :, : t + 1], y[:, :, t + 1 :]], 2) for x, y in zip(tokens, future)]
     statistics = sb.fit_statistics(*(x.float() for x in tokens[:2]), 4)
     upstream = rand(1, H, 120, WIDE, seed=57).to(dtype)
     upstream[:, :, t + 1 :] = 0
+    given = dict(support=sb.Routed(32, block_q=1, block_k=8, window=16), low_rank=sb.Quadratic(4))
+    function = partial(sb.attention, **given, is_causal=True, statistics=statistics)
     results = []
     for inputs in (tokens, changed):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        out = sb.attention(
-            *leaves,
-            sb.Routed(32, block_q=1, block_k=8, window=16),
-            sb.Quadratic(4),
-            is_causal=True,
-            statistics=statistics,
-        )
-        gradients = torch.autograd.grad(out, leaves, upstream)
-        # A query that holds NaN has NaN to give to the keys it sees, whatever its own gradient.
-        results.append([x[:, :, : t + 1] for x in (out, *gradients)][: 1 if math.isnan(size) else 4])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+        past = [x[:, :, : t + 1] for x in out_and_gradients(function, inputs, d_out=upstream)]
+        # A query that holds NaN passes NaN to the keys that it sees, even with a gradient of zero.
+        results.append(past[: 1 if math.isnan(size) else 4])
+    assert_same_bits(*results, ("out", "dq", "dk", "dv"))

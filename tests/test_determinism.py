@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
+import testkit
 import torch
+from testkit import assert_same_bits, low_ranks, projections, rand
 from torch import Tensor
 
 import scatterbrain as sb
@@ -19,57 +19,22 @@ SUPPORTS = {
     "lsh": sb.LSH(32, rounds=2),
     "empty": sb.Empty(),
 }
-LOW_RANKS = {
-    "none": None,
-    "learned": sb.Quadratic(4, "learned"),
-    "favor": sb.Favor(16),
-    "input": sb.Quadratic(4, "input"),
-}
-# Fewer heads than threads are split into rounds of units, others are taken whole: (query heads, key/value heads).
+LOW_RANKS = {name: kernel for name, kernel in low_ranks(4, 16).items() if name not in ("stored", "ema")}
+# (query heads, key/value heads). Fewer heads than threads are split into rounds of units, more are taken whole.
 HEADS = {"one head": (1, 1), "four heads": (4, 4), "two groups of heads": (4, 2), "one group of heads": (3, 1)}
 
 
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def tensors(n: int, heads: tuple[int, int]) -> list[Tensor]:
-    return [rand(1, heads[0], n, D), rand(1, heads[1], n, D, seed=1), rand(1, heads[1], n, DV, seed=2)]
+    return testkit.qkv(n, batch=1, heads=heads[0], kv_heads=heads[1], head_dim=D, value_dim=DV)
 
 
 def run(inputs: list[Tensor], support: object, low_rank: object, **arguments: object) -> list[Tensor]:
     """out, lse and every gradient."""
-    leaves = [t.detach().requires_grad_() for t in inputs]  # the same memory and strides
-    weights, statistics = [], None
-    if isinstance(low_rank, sb.Quadratic) and low_rank.statistics == "learned":
-        shapes = (
-            (inputs[0].shape[1], 4, D),
-            (inputs[0].shape[1], D),
-            (inputs[0].shape[1],),
-            (inputs[1].shape[1], 4, D),
-            (inputs[1].shape[1], D),
-        )
-        weights = [(rand(*shape, seed=9 + i) / 4).requires_grad_() for i, shape in enumerate(shapes)]
-        statistics = sb.Projections(*weights)
-    out, lse = sb.attention(*leaves, support, low_rank, statistics=statistics, return_lse=True, **arguments)
-    upstream = [rand(*out.shape, seed=20), rand(*lse.shape, seed=21)]
-    return [
-        out,
-        lse,
-        *torch.autograd.grad([out, lse], leaves + weights, upstream, allow_unused=True, materialize_grads=True),
-    ]
-
-
-def assert_same_bits(got: list[Tensor], want: list[Tensor]) -> None:
-    for name, mine, theirs in zip(("out", "lse", "dq", "dk", "dv", "dPq", "db", "dc", "dPk", "da"), got, want):
-        assert torch.equal(mine, theirs), f"{name}: {(mine - theirs).abs().max():.2e}"
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+    statistics = None
+    if low_rank == LOW_RANKS["learned"]:
+        heads, kv_heads = (t.shape[1] for t in inputs[:2])
+        statistics = projections(4, heads=heads, kv_heads=kv_heads, head_dim=D)
+    return testkit.attend(inputs, support, low_rank, statistics, allow_unused=True, **arguments)
 
 
 CASES = [
@@ -81,7 +46,6 @@ CASES = [
 ]
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("support, low_rank, is_causal", CASES)
 def test_the_bits_do_not_depend_on_threads_or_runs(support: str, low_rank: str, is_causal: bool) -> None:
     """700 queries are eleven causal units, 1100 are five bidirectional ones and two segments of keys."""
@@ -99,7 +63,6 @@ def test_the_bits_do_not_depend_on_threads_or_runs(support: str, low_rank: str, 
             assert_same_bits(got, want)
 
 
-@pytest.mark.usefixtures("threads")
 def test_many_rounds_of_units_give_the_bits_of_whole_heads() -> None:
     """3000 queries of one head with 96 keys each: more kept pairs than one round of the backward pass holds."""
     inputs = tensors(3000, (1, 1))
@@ -112,7 +75,6 @@ def test_many_rounds_of_units_give_the_bits_of_whole_heads() -> None:
             assert_same_bits(got, results[0])
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
 def test_padding_and_offsets_do_not_depend_on_threads(is_causal: bool) -> None:
     inputs = [t.expand(2, -1, -1, -1) * torch.tensor([1.0, 0.5])[:, None, None, None] for t in tensors(500, (2, 1))]
@@ -206,7 +168,7 @@ def test_expanded_inputs_are_read_as_if_they_were_copies(support: str) -> None:
 
 def test_gradients_of_any_layout_are_read_alike() -> None:
     """The gradient of a sum is one number expanded; that of a transposed result is transposed."""
-    inputs = [t.requires_grad_() for t in tensors(150, (4, 2))]
+    inputs = testkit.leaves(tensors(150, (4, 2)))
     out = sb.attention(*inputs, sb.Window(24), sb.Favor(16))
     for upstream in (
         torch.ones(()).expand(out.shape),
@@ -215,7 +177,7 @@ def test_gradients_of_any_layout_are_read_alike() -> None:
     ):
         got = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
         want = torch.autograd.grad(out, inputs, upstream.contiguous(), retain_graph=True)
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want))
+        assert_same_bits(got, want, testkit.RESULTS[2:])
 
 
 def test_masks_lists_and_offsets_of_any_layout_are_read_alike() -> None:

@@ -9,10 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from testkit import ROOT
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("tqdm")
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "finetune.py"
+SCRIPT = ROOT / "benchmarks" / "finetune.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the source tree, not only the installed package")
 
 

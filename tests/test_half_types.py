@@ -1,9 +1,10 @@
-"""bfloat16 and float16 on their way into the kernels and out: every value, every width, rounded as torch rounds."""
+"""bfloat16 and float16 into the kernels and out of them: every value, every width, rounded as torch rounds."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from testkit import assert_same_bits, qkv, rand
 from torch import Tensor
 
 import scatterbrain as sb
@@ -18,7 +19,7 @@ def mean_of_two(first: Tensor, second: Tensor) -> Tensor:
     key = torch.zeros(1, first.shape[0], 2, 16, dtype=first.dtype)
     out, _ = sb.attention(
         query, key, value, support=sb.Full(), low_rank=None, return_lse=True
-    )  # torch's kernel has no lse
+    )  # with the lse, which torch's kernel does not return
     return out[0, :, 0]
 
 
@@ -32,11 +33,11 @@ def test_every_finite_value_comes_back_as_it_went_in(width: int, dtype: torch.dt
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     values = bits.view(dtype)
     values = values[values.isfinite()]
-    # A sum of two keys passes through zero weight nowhere, so only the sign of zero can change.
+    # Both keys have weight, so only the sign of zero can change.
     values = torch.where(values == 0, values.abs(), values)
     values = values[: len(values) // width * width].view(-1, width)
     if dtype == torch.bfloat16 and torch.ops.scatterbrain.instruction_set() == "avx512_bf16":
-        # The processor's dot product takes subnormal numbers for zeros.
+        # The processor's dot product flushes subnormal numbers to zero.
         values = torch.where(values.float().abs() < torch.finfo(dtype).tiny, torch.zeros_like(values), values)
     half = values.float().abs() < torch.finfo(dtype).max / 2  # the sum must fit
     assert same_bits(torch.where(half, mean_of_two(values, values), values), values)
@@ -44,9 +45,8 @@ def test_every_finite_value_comes_back_as_it_went_in(width: int, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_round_to_nearest_with_ties_to_even(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    first, second = (torch.randn(512, 33, generator=generator).to(dtype) for _ in range(2))
-    # Neighbours: their mean lies exactly between two representable numbers.
+    first, second = (rand(512, 33, seed=seed, dtype=dtype) for seed in range(2))
+    # The mean of neighbours lies exactly between two representable numbers.
     second[::2] = (first[::2].view(torch.int16) + 1).view(dtype)
     expected = ((first.float() + second.float()) / 2).to(dtype)
     assert same_bits(mean_of_two(first, second), expected)
@@ -65,13 +65,12 @@ def test_overflow_gives_infinity_and_nan_stays_nan(dtype: torch.dtype) -> None:
 
 def test_gradients_of_another_type_are_converted() -> None:
     """The operator takes them; autograd would have cast them."""
-    generator = torch.Generator().manual_seed(1)
-    query, key, value, d_out = (torch.randn(1, 1, 40, 32, generator=generator).to(torch.bfloat16) for _ in range(4))
-    rest = (None,) * 11 + (0, 16, 1, 40, False, 32**-0.5)
+    query, key, value = qkv(40, batch=1, heads=1, head_dim=32, dtype=torch.bfloat16)
+    d_out = rand(*query.shape, seed=3, dtype=torch.bfloat16)
     span = torch.tensor([[[0, 40]] * 3], dtype=torch.int32)
-    rest = (*rest[:4], span, *rest[5:])
+    rest = (*(None,) * 4, span, *(None,) * 6, 0, 16, 1, 40, False, 32**-0.5)
     out, lse = torch.ops.scatterbrain.attention(query, key, value, *rest)
     backward = torch.ops.scatterbrain.attention_backward
     want = backward(d_out, None, out, lse, query, key, value, *rest)
     got = backward(d_out.float(), None, out.float(), lse, query, key, value, *rest)
-    assert all(torch.equal(a, b) for a, b in zip(want[:3], got[:3]))
+    assert_same_bits(got[:3], want[:3], ("dq", "dk", "dv"))

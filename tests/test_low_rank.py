@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from testkit import padding, qkv
 
 import scatterbrain as sb
 from scatterbrain.low_rank.favor import draw_projection
@@ -13,9 +15,7 @@ from scatterbrain.low_rank.moments import moments
 from scatterbrain.low_rank.quadratic_coefficients import statistics_from_moments
 from scatterbrain.reference import Inputs, log_kernel
 
-
-def tokens(n: int, d: int = 8, heads: int = 2, seed: int = 0, batch: int = 1) -> torch.Tensor:
-    return torch.randn(batch, heads, n, d, generator=torch.Generator().manual_seed(seed))
+draw = partial(qkv, batch=1, kv_heads=2)
 
 
 def kernel(
@@ -26,17 +26,15 @@ def kernel(
 
 
 def assert_mean(draws: torch.Tensor, want: torch.Tensor) -> None:
-    """The mean over draws (first dimension) is ``want`` within 4.5 standard errors in every entry, and those errors are
-    small enough to show a bias of 3 %."""
+    """The mean over draws (first dimension) is ``want`` within 4.5 standard errors in every entry, and the standard error
+    is small enough to show a bias of 3 %."""
     standard_error = draws.std(0) / math.sqrt(len(draws))
-    assert (
-        float((standard_error / want).max()) < 0.03
-        and float(((draws.mean(0) - want) / standard_error).abs().max()) < 4.5
-    )
+    assert float((standard_error / want).max()) < 0.03
+    assert float(((draws.mean(0) - want) / standard_error).abs().max()) < 4.5
 
 
 def test_quadratic_follows_its_definition() -> None:
-    q, k = tokens(40, seed=1), tokens(30, seed=2)
+    q, k, _ = draw(40, 30)
     s = sb.fit_statistics(q, k, rank=3)
     a, b, pq, pk = (t[:, None].double() for t in (s.query_mean, s.key_mean, s.query_projection, s.key_projection))
     scaled, key = q[0].double() * 8**-0.5, k[0].double()
@@ -50,14 +48,14 @@ def test_quadratic_follows_its_definition() -> None:
 
 def test_full_rank_projections_reproduce_the_centred_inner_product() -> None:
     """With r = d nothing is dropped: x.y = (q - a).(k - b), so that L is the second-order square of exp(s) exactly."""
-    q, k = tokens(200, seed=1), tokens(150, seed=2)
+    q, k, _ = draw(200, 150)
     s = sb.fit_statistics(q, k, rank=8)
     inner = s.query_projection.transpose(-1, -2).double() @ s.key_projection.double()
     assert torch.allclose(inner, torch.eye(8, dtype=torch.float64).expand(2, 8, 8), atol=1e-5)
 
 
 def test_means_are_the_weighted_ones() -> None:
-    q, k = tokens(50, seed=1), tokens(40, seed=2)
+    q, k, _ = draw(50, 40)
     s = sb.fit_statistics(q, k, rank=2, scale=0.7)
     a = (0.7 * q[0]).mean(1)
     weights = torch.softmax((k[0] @ a[..., None]).squeeze(-1), -1)
@@ -67,15 +65,14 @@ def test_means_are_the_weighted_ones() -> None:
 
 
 def test_grouped_heads_share_the_statistics_of_their_key_head() -> None:
-    q, k = tokens(50, heads=4, seed=1), tokens(50, heads=2, seed=2)
+    q, k, _ = draw(50, heads=4)
     pooled = torch.stack([q[:, :2].transpose(1, 2).reshape(1, 100, 8), q[:, 2:].transpose(1, 2).reshape(1, 100, 8)], 1)
     assert torch.allclose(sb.fit_statistics(q, k, 3).query_mean, sb.fit_statistics(pooled, k, 3).query_mean, atol=1e-6)
 
 
 def test_padded_tokens_do_not_enter_statistics() -> None:
-    q, k = tokens(30, seed=1), tokens(30, seed=2)
-    mask = torch.zeros(1, 30, dtype=torch.bool)
-    mask[0, 20:] = True
+    q, k, _ = draw(30)
+    mask = padding(30, (10,))
     q[:, :, 20:], k[:, :, 20:] = float("nan"), 1e4
     masked, cut = sb.fit_statistics(q, k, 3, key_padding_mask=mask), sb.fit_statistics(q[:, :, :20], k[:, :, :20], 3)
     assert torch.allclose(masked.query_mean, cut.query_mean) and torch.allclose(masked.key_mean, cut.key_mean)
@@ -92,14 +89,14 @@ def test_constant_tokens_have_no_projection(n: int) -> None:
 
 
 def test_moments_merge_by_tokens() -> None:
-    q, k = tokens(60, seed=1, batch=3), tokens(60, seed=2, batch=3)
+    q, k, _ = draw(60, batch=3)
     parts = [moments(q[i : i + 1], k[i : i + 1], 0.3) for i in range(3)]
     merged = parts[0].merge(parts[1]).merge(parts[2])
     assert torch.allclose(merged.query_mean, moments(q, k, 0.3).query_mean, atol=1e-12) and merged.tokens.eq(180).all()
 
 
 def test_input_statistics_are_those_of_each_row() -> None:
-    q, k, v = tokens(64, seed=1, batch=2), tokens(64, seed=2, batch=2), tokens(64, seed=3, batch=2)
+    q, k, v = draw(64, batch=2)
     got = sb.attention(q, k, v, sb.Window(16), sb.Quadratic(4, "input"))
     for row in range(2):
         one = [t[row : row + 1] for t in (q, k, v)]
@@ -116,7 +113,7 @@ def test_input_statistics_are_those_of_each_row() -> None:
     "low_rank", [sb.Favor(32), sb.Favor(32, orthogonal=False), sb.Favor(32, hyperbolic=True)], ids=str
 )
 def test_favor_weights_are_unbiased(low_rank: sb.Favor) -> None:
-    q, k = 0.35 * tokens(6, heads=1, seed=1), 0.35 * tokens(5, heads=1, seed=2)
+    q, k, _ = (0.35 * t for t in draw(6, 5, heads=1, kv_heads=1))
     draws = torch.stack(
         [
             kernel(q, k, low_rank, sb.RandomFeatures(draw_projection(low_rank, 8, torch.Generator().manual_seed(i))))
@@ -142,7 +139,7 @@ def test_the_papers_estimator_is_unbiased_off_the_support_and_exact_on_it() -> N
     standard error, and without error on S. The weights are read off the operator: out times exp(lse) with one-hot
     values."""
     n, d = 24, 8
-    q, k = 0.35 * tokens(n, d, heads=1, seed=1), 0.35 * tokens(n, d, heads=1, seed=2)
+    q, k, _ = (0.35 * t for t in draw(n, heads=1, kv_heads=1))
     support, low_rank = sb.presets.paper(keys=8, features=32)
     lists = sb.route(q, k, support)
     mask = sb.reference.mask(lists, q, k)[0, 0]
@@ -162,6 +159,6 @@ def test_the_papers_estimator_is_unbiased_off_the_support_and_exact_on_it() -> N
 def test_favor_does_not_underflow_far_from_the_origin() -> None:
     """Stabilisers are the rows' own maxima: tokens of norm 30 still give finite, normalised rows, at the start of a
     causal sequence too."""
-    q, k, v = tokens(80, seed=1) * 10, tokens(80, seed=2) * 10, tokens(80, seed=3)
-    out = sb.attention(q, k, v, sb.Empty(), sb.Favor(32), is_causal=True)
+    q, k, v = draw(80)
+    out = sb.attention(10 * q, 10 * k, v, sb.Empty(), sb.Favor(32), is_causal=True)
     assert torch.isfinite(out).all() and torch.allclose(out[:, :, 0], v[:, :, 0], atol=1e-5)

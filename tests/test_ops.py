@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import (
-    DTYPES,
+from operator_cases import DTYPES, MASK, SAMPLES, WITHOUT_GRADIENT, attention_arguments, some_lists
+from testkit import (
     KV,
-    MASK,
-    SAMPLES,
-    WITHOUT_GRADIENT,
     B,
     D,
     H,
     N,
-    attention_arguments,
+    assert_all_close,
+    assert_same_bits,
+    blocks,
+    counting_backend,
+    fitted,
+    leaves,
+    out_and_gradients,
+    padding,
     projections,
     qkv,
     rand,
-    some_lists,
+    weights,
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -46,10 +50,7 @@ def test_opcheck_of_attention_and_its_backward(kernel: str, lists: str, dtype: t
 @pytest.mark.parametrize("batch, heads, bias", [(1, 1, True), (1, H, False), (B, H, True)])
 def test_opcheck_of_the_projection(dtype: torch.dtype, batch: int, heads: int, bias: bool) -> None:
     maps = torch.float64 if dtype == torch.float64 else torch.float32
-    tokens, weight = (
-        rand(B, H, N, D, dtype=dtype).requires_grad_(),
-        rand(batch, heads, 4, D, seed=1, dtype=maps).requires_grad_(),
-    )
+    tokens, weight = leaves((rand(B, H, N, D, dtype=dtype), rand(batch, heads, 4, D, seed=1, dtype=maps)))
     offset = rand(batch, heads, 4, seed=2, dtype=maps).requires_grad_() if bias else None
     torch.library.opcheck(torch.ops.scatterbrain.project.default, (tokens, weight, offset))
     grad = rand(B, H, N, 4, seed=3, dtype=maps)
@@ -70,22 +71,8 @@ def test_opcheck_of_routing(block_q: int, block_k: int, window: int, is_causal: 
     maps = (rand(B, H, N, 4, seed=4), rand(B, KV, N, 4, seed=5))
     ranges = torch.tensor([[0, N], [0, N - 9]], dtype=torch.int32)
     offset = torch.tensor([0, 3], dtype=torch.int32) if is_causal else None
-    arguments = (
-        *qkv()[:2],
-        *maps,
-        MASK,
-        MASK.clone(),
-        ranges,
-        ranges.clone(),
-        offset,
-        1,
-        40,
-        block_q,
-        block_k,
-        window,
-        is_causal,
-        0.3,
-    )
+    padding_info = (MASK, MASK.clone(), ranges, ranges.clone(), offset)
+    arguments = (*qkv()[:2], *maps, *padding_info, 1, 40, block_q, block_k, window, is_causal, 0.3)
     torch.library.opcheck(torch.ops.scatterbrain.route.default, arguments, test_utils=WITHOUT_GRADIENT)
 
 
@@ -115,31 +102,24 @@ def test_gradcheck_in_float64(name: str) -> None:
     """Of out and lse, by query, key, value and learned projections. 80 keys: states of several chunks take part."""
     support, low_rank, arguments = GRADCHECKS[name]
     n = 80 if "causal" in name else 12
-    tensors = [rand(1, h, n, 3, seed=seed, dtype=torch.float64).requires_grad_() for seed, h in enumerate((2, 1, 1))]
-    learned = isinstance(low_rank, sb.Quadratic) and low_rank.statistics == "learned"
-    shapes = ((2, 3, 3), (2, 3), (2,), (1, 3, 3), (1, 3)) if learned else ()
-    weights = [(rand(*shape, seed=9 + i, dtype=torch.float64) / 3).requires_grad_() for i, shape in enumerate(shapes)]
+    tensors = leaves(qkv(n, batch=1, head_dim=3, dtype=torch.float64))
+    learned = leaves(weights(projections(head_dim=3, dtype=torch.float64))) if "learned" in name else []
     if arguments.get("key_padding_mask"):
         arguments = arguments | dict(
             key_padding_mask=torch.rand(1, n, generator=torch.Generator().manual_seed(3)) < 0.3
         )
     if support == "blocks":
-        support = sb.Blocks(
-            torch.tensor([[0, 1], [1, -1], [0, 2]], dtype=torch.int32).expand(1, 2, 3, 2),
-            torch.tensor([2, 1, 2], dtype=torch.int32).expand(1, 2, 3),
-            4,
-            3,
-        )
-    stored = sb.fit_statistics(*(rand(1, h, 50, 3, seed=30 + h) for h in (2, 1)), 3, scale=arguments.get("scale"))
+        support = blocks([[0, 1], [1], [0, 2]], 4, 3, batch=1)
+    stored = fitted(head_dim=3, scale=arguments.get("scale")) if "stored" in name else None
 
-    def function(query: Tensor, key: Tensor, value: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        statistics = sb.Projections(*weights) if learned else stored if isinstance(low_rank, sb.Quadratic) else None
+    def function(query: Tensor, key: Tensor, value: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
+        statistics = sb.Projections(*learned) if learned else stored
         out, lse = sb.attention(
             query, key, value, support, low_rank, statistics=statistics, return_lse=True, **arguments
         )
         return out, torch.where(lse.isfinite(), lse, 0)
 
-    assert torch.autograd.gradcheck(function, (*tensors, *weights), eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=n > 12)
+    assert torch.autograd.gradcheck(function, (*tensors, *learned), eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=n > 12)
 
 
 # ---------------------------------------------------------------------------------------- vmap
@@ -152,7 +132,7 @@ VMAPS = {
     "empty, favor": dict(support=sb.Empty(), low_rank=sb.Favor(8)),
     "lsh": dict(support=sb.LSH(8), low_rank=None),
     "full": dict(support=sb.Full(), low_rank=None, key_padding_mask=MASK),
-    "blocks": dict(support=some_lists(), low_rank=None),
+    "blocks": dict(support=some_lists(8), low_rank=None),
 }
 IN_DIMS = {"all": (0, 0, 0), "query": (0, None, None), "key and value": (None, 0, 0), "other places": (2, 4, 0)}
 
@@ -181,36 +161,34 @@ def test_nested_vmap_and_mapped_projections_are_loops() -> None:
     tensors = [
         torch.stack([torch.stack([t * (1 + 0.1 * i + 0.03 * j) for j in range(2)]) for i in range(3)]) for t in qkv()
     ]
-    weights = [torch.stack([w * (1 + 0.2 * j) for j in range(2)]) for w in vars(projections()).values()]
+    stacked = [torch.stack([w * (1 + 0.2 * j) for j in range(2)]) for w in weights(projections())]
 
-    def function(query: Tensor, key: Tensor, value: Tensor, *weights: Tensor) -> Tensor:
+    def function(query: Tensor, key: Tensor, value: Tensor, *learned: Tensor) -> Tensor:
         return sb.attention(
-            query, key, value, sb.Window(8, 4), sb.Quadratic(3, "learned"), statistics=sb.Projections(*weights)
+            query, key, value, sb.Window(8, 4), sb.Quadratic(3, "learned"), statistics=sb.Projections(*learned)
         )
 
     inner = torch.vmap(function, (0,) * 8)
-    got = torch.vmap(inner, (0, 0, 0, *(None,) * 5))(*tensors, *weights)
+    got = torch.vmap(inner, (0, 0, 0, *(None,) * 5))(*tensors, *stacked)
     for i in range(3):
         for j in range(2):
             torch.testing.assert_close(
-                got[i, j], function(*(t[i, j] for t in tensors), *(w[j] for w in weights)), rtol=1e-5, atol=1e-6
+                got[i, j], function(*(t[i, j] for t in tensors), *(w[j] for w in stacked)), rtol=1e-5, atol=1e-6
             )
 
 
 def test_gradients_through_vmap_are_those_of_the_loop() -> None:
-    def function(query: Tensor, key: Tensor, value: Tensor, *weights: Tensor) -> Tensor:
+    def function(query: Tensor, key: Tensor, value: Tensor, *learned: Tensor) -> Tensor:
         return sb.attention(
-            query, key, value, sb.Window(8, 4), sb.Quadratic(3, "learned"), MASK, statistics=sb.Projections(*weights)
+            query, key, value, sb.Window(8, 4), sb.Quadratic(3, "learned"), MASK, statistics=sb.Projections(*learned)
         )
 
-    batched = [torch.stack([t, 0.7 * t]).requires_grad_() for t in qkv()]
-    weights = [w.requires_grad_() for w in vars(projections()).values()]
+    batched = leaves([torch.stack([t, 0.7 * t]) for t in qkv()])
+    learned = leaves(weights(projections()))
     upstream = rand(2, B, H, N, D, seed=20)
-    mapped = torch.vmap(function, (0, 0, 0, *(None,) * 5))(*batched, *weights)
-    looped = torch.stack([function(*(t[i] for t in batched), *weights) for i in range(2)])
-    got, want = (torch.autograd.grad(out, batched + weights, upstream) for out in (mapped, looped))
-    for mine, theirs in zip(got, want):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    mapped = torch.vmap(function, (0, 0, 0, *(None,) * 5))(*batched, *learned)
+    looped = torch.stack([function(*(t[i] for t in batched), *learned) for i in range(2)])
+    assert_all_close(*(torch.autograd.grad(out, batched + learned, upstream) for out in (mapped, looped)))
 
 
 SECOND = {
@@ -225,9 +203,9 @@ SECOND = {
 def test_second_derivatives_raise(name: str) -> None:
     """They are not implemented, and must not come out as zero."""
     arguments = dict(SECOND[name], statistics=projections() if name == "quadratic" else None)
-    query, key, value = (t.requires_grad_() for t in qkv())
-    out = sb.attention(query, key, value, **arguments)
-    gradients = torch.autograd.grad(out.square().sum(), (query, key, value), create_graph=True)
+    tensors = leaves(qkv())
+    out = sb.attention(*tensors, **arguments)
+    gradients = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
     for gradient in gradients:
         with pytest.raises(RuntimeError, match="second derivatives"):
             gradient.square().sum().backward(retain_graph=True)
@@ -249,7 +227,7 @@ def test_forward_mode_derivatives_raise(name: str) -> None:
 
 def flops(n: int, support: object, low_rank: object) -> tuple[int, int]:
     """(forward, forward and backward) of one call."""
-    tensors = [t.requires_grad_() for t in qkv(n)]
+    tensors = leaves(qkv(n))
     with FlopCounterMode(display=False) as counter:
         out = sb.attention(
             *tensors,
@@ -292,50 +270,35 @@ COMPILED = {
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile_without_graph_breaks_for_any_length(name: str) -> None:
     support, low_rank, padded = COMPILED[name]
-    weights = [w.requires_grad_() for w in vars(projections()).values()]
-    graphs = []
+    learned = leaves(weights(projections()))
 
-    def backend(graph: object, inputs: object) -> object:
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    def function(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *weights: Tensor) -> Tensor:
-        statistics = sb.Projections(*weights) if isinstance(low_rank, sb.Quadratic) else None
+    def function(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *learned: Tensor) -> Tensor:
+        statistics = sb.Projections(*learned) if isinstance(low_rank, sb.Quadratic) else None
         return sb.attention(query, key, value, support, low_rank, mask, name != "lsh", statistics=statistics)
 
-    torch._dynamo.reset()
+    graphs, backend = counting_backend()
     compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
     for n in (70, 130, 33):
-        mask = torch.arange(n).expand(B, n) >= torch.tensor([[n], [n - 9]]) if padded else None
-        results = []
-        for f in (function, compiled):
-            tensors = [t.requires_grad_() for t in qkv(n)]
-            out = f(*tensors, mask, *weights)
-            results.append(
-                [
-                    out,
-                    *torch.autograd.grad(
-                        out.square().sum(), tensors + weights, allow_unused=True, materialize_grads=True
-                    ),
-                ]
+        mask = padding(n, (0, 9)) if padded else None
+        assert_all_close(
+            *(
+                out_and_gradients(lambda *t: f(*t, mask, *learned), qkv(n), learned, allow_unused=True)
+                for f in (function, compiled)
             )
-        for mine, theirs in zip(*results):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        )
     assert len(graphs) == 1, "one graph serves every length"
 
 
 def test_the_module_with_learned_projections_compiles() -> None:
-    torch.manual_seed(0)
     core = sb.ScatterbrainAttention(H, D, KV, sb.Routed(24, 1, 8, 8), sb.Quadratic(3, "learned"))
     torch._dynamo.reset()
     compiled = torch.compile(core, fullgraph=True, dynamic=True, backend="aot_eager")
-    results = []
-    for module in (core, compiled):
-        tensors = [t.requires_grad_() for t in qkv(70)]
-        out = module(*tensors, is_causal=True)
-        results.append([out, *torch.autograd.grad(out.square().sum(), [*tensors, *core.parameters()])])
-    for mine, theirs in zip(*results):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert_all_close(
+        *(
+            out_and_gradients(lambda *t: module(*t, is_causal=True), qkv(70), list(core.parameters()))
+            for module in (core, compiled)
+        )
+    )
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
@@ -344,9 +307,8 @@ def test_inductor_compiles_routing_and_attention() -> None:
         return 2 * sb.attention(query, key, value, sb.Routed(24, 1, 8, 8), None, is_causal=True)
 
     torch._dynamo.reset()
-    with torch._inductor.config.patch(
-        force_disable_caches=True
-    ):  # which would keep code for operators of an earlier build
+    # Caches would keep code for the operators of an earlier build.
+    with torch._inductor.config.patch(force_disable_caches=True):
         compiled = torch.compile(function, fullgraph=True, dynamic=True)
         for n in (70, 33):
             torch.testing.assert_close(compiled(*qkv(n)), function(*qkv(n)))
@@ -364,9 +326,8 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("support", [sb.Window(16), sb.Routed(24, 1, 8, 8)], ids=str)
 def test_export_with_a_dynamic_number_of_tokens(support: object) -> None:
     module = Attention(support, is_causal=True).eval()
-    tokens = torch.export.Dim(
-        "tokens", min=17, max=4096
-    )  # more than one block of queries: torch treats sizes of 1 apart
+    # More than one block of queries: torch specialises on sizes of 1.
+    tokens = torch.export.Dim("tokens", min=17, max=4096)
     program = torch.export.export(module, tuple(qkv(70)), dynamic_shapes=({2: tokens},) * 3)
     for n in (70, 33, 130):
         torch.testing.assert_close(program.module()(*qkv(n)), module(*qkv(n)))
@@ -381,14 +342,12 @@ def test_export_with_a_dynamic_number_of_tokens(support: object) -> None:
     ids=str,
 )
 def test_activation_checkpointing_gives_the_same_bits(support: object, low_rank: object) -> None:
-    torch.manual_seed(0)
     core = sb.ScatterbrainAttention(H, D, KV, support, low_rank)
-    results = []
-    for again in (False, True):
-        tensors = [t.requires_grad_() for t in qkv()]
-        out = checkpoint(core, *tensors, use_reentrant=False) if again else core(*tensors)
-        results.append([out, *torch.autograd.grad(out.square().sum(), [*tensors, *core.parameters()])])
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results))
+    parameters = list(core.parameters())
+    assert_same_bits(
+        out_and_gradients(lambda *t: checkpoint(core, *t, use_reentrant=False), qkv(), parameters),
+        out_and_gradients(core, qkv(), parameters),
+    )
 
 
 META = [sb.Full(), sb.Empty(), sb.Window(16), sb.Routed(24), sb.Routed(24, 1, 8, 8)]
@@ -398,19 +357,14 @@ META = [sb.Full(), sb.Empty(), sb.Window(16), sb.Routed(24), sb.Routed(24, 1, 8,
 @pytest.mark.parametrize("support", META, ids=str)
 def test_the_meta_device_gives_shapes_and_dtypes(support: object, dtype: torch.dtype) -> None:
     core = sb.ScatterbrainAttention(H, D, KV, support, sb.Quadratic(3, "learned"))
-    real = [t.requires_grad_() for t in qkv(dtype=dtype)]
-    meta = [t.detach().to("meta").requires_grad_() for t in real]
+    real = leaves(qkv(dtype=dtype))
+    meta = leaves([t.to("meta") for t in real])
     want, want_lse = core(*real, key_padding_mask=MASK, is_causal=True, return_lse=True)
     got, got_lse = core.to("meta")(*meta, key_padding_mask=MASK.to("meta"), is_causal=True, return_lse=True)
     got.sum().backward()
-    assert (
-        got.device.type == "meta"
-        and (got.shape, got.dtype) == (want.shape, want.dtype)
-        and (got_lse.shape, got_lse.dtype) == (want_lse.shape, want_lse.dtype)
-    )
-    assert [t.grad.shape for t in meta] == [t.shape for t in real] and [t.grad.dtype for t in meta] == [
-        t.dtype for t in real
-    ]
+    assert got.device.type == "meta" and (got.shape, got.dtype) == (want.shape, want.dtype)
+    assert (got_lse.shape, got_lse.dtype) == (want_lse.shape, want_lse.dtype)
+    assert [(t.grad.shape, t.grad.dtype) for t in meta] == [(t.shape, t.dtype) for t in real]
 
 
 @pytest.mark.parametrize(
@@ -438,9 +392,8 @@ def test_modules_created_on_the_meta_device_come_alive(low_rank: object) -> None
 
 
 def test_autocast_casts_tokens_and_keeps_coordinates_and_projections() -> None:
-    torch.manual_seed(0)
     core = sb.ScatterbrainAttention(H, D, KV, sb.Routed(24), sb.Quadratic(3, "learned"))
-    tensors = [t.requires_grad_() for t in qkv()]
+    tensors = leaves(qkv())
     with torch.autocast("cpu", torch.bfloat16):
         out, lse = core(*tensors, return_lse=True)
         half = [t.detach().bfloat16() for t in tensors]
@@ -458,7 +411,7 @@ def test_autocast_casts_tokens_and_keeps_coordinates_and_projections() -> None:
 
 @pytest.mark.parametrize("support", [sb.Full(), sb.Window(8)], ids=str)
 def test_float64_stays_float64_under_autocast(support: object) -> None:
-    tensors = [t.requires_grad_() for t in qkv(dtype=torch.float64)]
+    tensors = qkv(dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         out = sb.attention(*tensors, support, None)
     assert out.dtype == torch.float64 and torch.equal(out, sb.attention(*tensors, support, None))

@@ -1,33 +1,34 @@
-"""What serves plain eager calls, below autograd: things kept from forward to backward, one call for projections, routing
-and attention, gradients of maps that go on to the tokens, packed rows."""
+"""Operators below autograd that untraced calls use: results saved for the backward pass, projections, routing and
+attention in one call, gradients of maps that continue to the tokens, packed rows."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import DTYPES, KV, MASK, SAMPLES, WITHOUT_GRADIENT, B, H, N, attention_arguments, rand
+from operator_cases import DTYPES, MASK, SAMPLES, WITHOUT_GRADIENT, attention_arguments
+from testkit import KV, B, H, N, assert_same_bits, leaves, qkv, rand
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import scatterbrain as sb
+
+GRADIENTS = ("dq", "dk", "dv", "d_query_map", "d_key_map")
 
 
 def detached(arguments: tuple) -> tuple:
     return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
 
 
-def kept_things_change_no_bit(arguments: tuple) -> tuple[Tensor, Tensor]:
-    """State and scores that the forward pass kept."""
+def check_saved_results(arguments: tuple) -> tuple[Tensor, Tensor]:
+    """The saved key/value state and scores, after a check that the backward pass has the same bits with and without."""
     torch.library.opcheck(torch.ops.scatterbrain.attention_with_state.default, arguments, test_utils=WITHOUT_GRADIENT)
     out, lse, state, scores = torch.ops.scatterbrain.attention_with_state(*arguments)
-    for a, b in zip((out, lse), torch.ops.scatterbrain.attention(*arguments)):
-        assert torch.equal(a, b)
+    assert_same_bits((out, lse), torch.ops.scatterbrain.attention(*arguments))
     gradients = (torch.randn_like(out), None, out, lse, *arguments)
     again = torch.ops.scatterbrain.attention_backward(*gradients)
     for kept in ({"state": state}, {"scores": scores}, {"state": state, "scores": scores}):
-        for a, b in zip(torch.ops.scatterbrain.attention_backward(*gradients, **kept), again):
-            assert torch.equal(a, b)
-    if scores.numel():  # they are what the backward pass reads
+        assert_same_bits(torch.ops.scatterbrain.attention_backward(*gradients, **kept), again, GRADIENTS)
+    if scores.numel():  # the backward pass reads them
         noise = torch.linspace(0, 1, scores.numel()).reshape(scores.shape)
         others = torch.ops.scatterbrain.attention_backward(*gradients, scores=scores + noise)
         assert not torch.equal(others[0], again[0])
@@ -35,12 +36,12 @@ def kept_things_change_no_bit(arguments: tuple) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kernel, lists, dtype, is_causal", SAMPLES)
-def test_what_is_kept_changes_no_bit_of_the_backward_pass(
+def test_saved_results_change_no_bit_of_the_backward_pass(
     kernel: str, lists: str, dtype: torch.dtype, is_causal: bool
 ) -> None:
-    state, scores = kept_things_change_no_bit(detached(attention_arguments(kernel, lists, dtype, is_causal)))
+    state, scores = check_saved_results(detached(attention_arguments(kernel, lists, dtype, is_causal)))
     assert (state.numel() > 0) == (kernel != "none" and not is_causal)
-    assert scores.numel() == 0  # heads of 8 are computed in double
+    assert scores.numel() == 0  # heads of width 8 are computed in float64
 
 
 # Tiles of 8, 16 and 32 queries, partly filled ones, queries with lists of their own, few keys (lists as masks), and
@@ -52,11 +53,11 @@ KEPT = [(8, 1, 40), (12, 1, 40), (16, 1, 64), (32, 1, 64), (40, 4, 64), (1, 8, 6
 @pytest.mark.parametrize("low_rank", [0, 1, 2])
 @pytest.mark.parametrize("n", [75, 150])
 @pytest.mark.parametrize(("block_q", "block_k", "keys"), KEPT)
-def test_kept_scores_change_no_bit_of_the_backward_pass(
+def test_saved_scores_change_no_bit_of_the_backward_pass(
     block_q: int, block_k: int, keys: int, n: int, low_rank: int, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(block_q + n)
-    q, k, v = (torch.randn(B, h, n, 32, generator=generator).to(dtype) for h in (H, KV, KV))
+    q, k, v = qkv(n, head_dim=WIDE, dtype=dtype)
     maps = [None, None]
     if low_rank:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -73,19 +74,20 @@ def test_kept_scores_change_no_bit_of_the_backward_pass(
     index[1] = torch.arange(used).clamp(max=(n * 2 // 3) // block_k - 1)
     ends = torch.tensor([[0, n], [0, n * 2 // 3]], dtype=torch.int32)
     arguments = (q, k, v, *maps, index, count, None, None, mask, mask, ends, ends, None)
-    _, scores = kept_things_change_no_bit((*arguments, low_rank, block_q, block_k, 0, False, 0.2))
+    _, scores = check_saved_results((*arguments, low_rank, block_q, block_k, 0, False, 0.2))
     is_short = keys <= 80 or (block_q == 1 and low_rank != 0 and n <= 128) or min(keys, n) <= 80
     has_full_tiles = block_q not in (12, 40)
     assert (scores.numel() > 0) == (dtype != torch.float64 and is_short and has_full_tiles)
 
 
 NO_ROWS = (None,) * 5  # masks, ranges and offset
+WIDE = 32  # narrower heads are computed in float64 and do not use packed rows
 
 
 def quadratic_arguments(block_q: int, block_k: int, window: int, dtype: torch.dtype) -> tuple[list, list, tuple]:
     """Tokens, projections and settings of quadratic_attention: with lists of its own, or for block_q 0 given a window."""
     n, rank = 150, 5
-    tokens = [rand(B, h, n, WIDE, seed=seed, dtype=dtype) for seed, h in enumerate((H, KV, KV))]
+    tokens = qkv(n, head_dim=WIDE, dtype=dtype)
     weights = [rand(1, h, rank + 1, *shape, seed=7 + h) / 9 for h in (H, KV) for shape in ((WIDE,), ())]
     span = None
     if block_q == 0:
@@ -103,7 +105,7 @@ ONE_CALL = pytest.mark.parametrize("block_q, block_k, window", [(16, 1, 0), (1, 
 def test_one_call_projects_routes_and_attends(
     block_q: int, block_k: int, window: int, dtype: torch.dtype, trained: bool
 ) -> None:
-    """As the operators one by one do."""
+    """As the separate operators do."""
     library, none = torch.ops.scatterbrain, NO_ROWS
     (q, k, v), weights, settings = quadratic_arguments(block_q, block_k, window, dtype)
     lists, keys, blocks, rank = settings[:4], settings[9], settings[11:-1], settings[-1]
@@ -136,7 +138,9 @@ def assert_same_result(name: str, a: Tensor, b: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @ONE_CALL
-def test_a_plan_passes_what_a_call_would(block_q: int, block_k: int, window: int, dtype: torch.dtype) -> None:
+def test_a_prepared_call_passes_the_arguments_of_a_plain_one(
+    block_q: int, block_k: int, window: int, dtype: torch.dtype
+) -> None:
     library = torch.ops.scatterbrain
     tokens, weights, settings = quadratic_arguments(block_q, block_k, window, dtype)
     source = torch.arange(7.0)
@@ -188,7 +192,7 @@ def test_equal_bytes_sees_every_difference() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [8, 20, 32])  # computed in double, padded, and in place
+@pytest.mark.parametrize("width", [8, 20, 32])  # computed in float64, padded, and in place
 @pytest.mark.parametrize("block_q", [1, 16])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shared", [False, True])  # one weight for the batch, and for all heads
@@ -196,7 +200,7 @@ def test_gradients_go_through_the_projections_inside_the_backward_pass(
     shared: bool, is_causal: bool, block_q: int, width: int, dtype: torch.dtype
 ) -> None:
     maps_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    q, k, v = (rand(B, h, N, width, seed=seed, dtype=dtype) for seed, h in enumerate((H, KV, KV)))
+    q, k, v = qkv(head_dim=width, dtype=dtype)
     heads = ((1, KV), (1, KV)) if shared else ((B, H), (B, KV))
     weights = [rand(b, h, 4, width, seed=3 + i, dtype=maps_dtype) / width for i, (b, h) in enumerate(heads)]
     maps = [torch.ops.scatterbrain.project(t, w, None) for t, w in zip((q, k), weights)]
@@ -220,15 +224,12 @@ def test_gradients_go_through_the_projections_inside_the_backward_pass(
         torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max())
 
 
-def test_what_other_arguments_kept_is_refused() -> None:
-    arguments = tuple(
-        a.detach() if isinstance(a, Tensor) else a
-        for a in attention_arguments("quadratic", "span", torch.float64, False)
-    )
+def test_results_saved_by_other_arguments_are_refused() -> None:
+    arguments = detached(attention_arguments("quadratic", "span", torch.float64, False))
     out, lse, state, _ = torch.ops.scatterbrain.attention_with_state(*arguments)
     with pytest.raises(RuntimeError, match="state must be what attention_with_state returned"):
         torch.ops.scatterbrain.attention_backward(out, None, out, lse, *arguments, state=state[..., 1:].contiguous())
-    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    q, k, v = qkv(40, batch=1, kv_heads=H, head_dim=16)
     span = torch.tensor([[[0, 20], [10, 30], [20, 40]]], dtype=torch.int32)
     arguments = (q, k, v, None, None, None, None, span, *(None,) * 6, 0, 16, 1, 20, False, 0.2)
     out, lse, _, scores = torch.ops.scatterbrain.attention_with_state(*arguments)
@@ -237,14 +238,11 @@ def test_what_other_arguments_kept_is_refused() -> None:
             torch.ops.scatterbrain.attention_backward(out, None, out, lse, *arguments, scores=wrong)
 
 
-WIDE = 32  # narrower heads are computed in double and do not use packed rows
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [1, 9, 14, 15])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_packed_rows_are_the_map_in_another_layout(rank: int, is_causal: bool, dtype: torch.dtype) -> None:
-    q, k, v = (rand(B, h, N, WIDE, seed=seed, dtype=dtype) for seed, h in enumerate((H, KV, KV)))
+    q, k, v = qkv(head_dim=WIDE, dtype=dtype)
     weights = [
         (rand(1, h, rank + 1, WIDE, seed=3 + h) / WIDE, rand(1, h, rank + 1, seed=5 + h) / rank) for h in (H, KV)
     ]
@@ -255,12 +253,11 @@ def test_packed_rows_are_the_map_in_another_layout(rank: int, is_causal: bool, d
         torch.testing.assert_close(rows[..., rank + 1], map_[..., rank] / torch.log(torch.tensor(2.0)))
         assert not rows[..., rank + 2 :].any()
     torch.library.opcheck(torch.ops.scatterbrain.project_packed.default, (q, *weights[0]), test_utils=WITHOUT_GRADIENT)
-    masks = (None,) * 5
-    route = (*masks, 1, 16, 16, 1, 0, is_causal, 0.2)
+    route = (*NO_ROWS, 1, 16, 16, 1, 0, is_causal, 0.2)
     lists = torch.ops.scatterbrain.route(q.float(), k.float(), *maps, *route)
-    for a, b in zip(lists, torch.ops.scatterbrain.route(q.float(), k.float(), *packed, *route, packed_rank=rank)):
-        assert torch.equal(a, b)
-    rest = (*lists, None, None, *masks, 1, 16, 1, 0, is_causal, 0.2)
+    of_packed = torch.ops.scatterbrain.route(q.float(), k.float(), *packed, *route, packed_rank=rank)
+    assert_same_bits(of_packed, lists, ("index", "count"))
+    rest = (*lists, None, None, *NO_ROWS, 1, 16, 1, 0, is_causal, 0.2)
     results = [
         torch.ops.scatterbrain.attention(q, k, v, *m, *rest, packed_rank=r) for m, r in ((maps, 0), (packed, rank))
     ]
@@ -269,8 +266,7 @@ def test_packed_rows_are_the_map_in_another_layout(rank: int, is_causal: bool, d
         (*result, *torch.ops.scatterbrain.attention_backward(d_out, None, *result, q, k, v, *m, *rest, packed_rank=r))
         for result, m, r in zip(results, (maps, packed), (0, rank))
     ]
-    for a, b in zip(*results):
-        assert torch.equal(a, b)
+    assert_same_bits(*results, ("out", "lse", *GRADIENTS))
 
 
 def test_packed_rows_of_another_rank_are_refused() -> None:
@@ -286,22 +282,13 @@ def test_packed_rows_of_another_rank_are_refused() -> None:
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("tokens", [0, 40])
 @pytest.mark.parametrize("batch", [0, 2])
-def test_nothing_to_attend_with_has_gradients_of_zero(batch: int, tokens: int, threads: int) -> None:
+def test_gradients_are_zero_where_nothing_is_attended(batch: int, tokens: int, threads: int) -> None:
     """An empty batch, no token at all, and rows that are padding, on more threads than heads."""
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        q, k, v = (torch.randn(batch, 1, tokens, 32, requires_grad=True) for _ in range(3))
-        mask = torch.ones(batch, tokens, dtype=torch.bool)
-        sb.attention(q, k, v, sb.Window(16), None, key_padding_mask=mask).sum().backward()
-        assert all(t.grad.count_nonzero() == 0 for t in (q, k, v))
-        rows = [torch.randn(batch, 1, 5, 32), torch.randn(batch, 1, 32)] * 2
-        statistics = sb.Statistics(*rows, scale=32**-0.5)
-        sb.attention(
-            q, k, v, sb.Window(16), sb.Quadratic(5), key_padding_mask=mask, statistics=statistics
-        ).sum().backward()
-        assert all(t.grad.count_nonzero() == 0 for t in (q, k, v))
-        sb.attention(q, k, v, sb.Window(16), sb.Quadratic(5, "input"), key_padding_mask=mask).sum().backward()
-        assert all(t.grad.count_nonzero() == 0 for t in (q, k, v))
-    finally:
-        torch.set_num_threads(before)
+    tensors = leaves(qkv(tokens, batch=batch, heads=1, head_dim=WIDE))
+    mask = torch.ones(batch, tokens, dtype=torch.bool)
+    rows = [torch.randn(batch, 1, 5, WIDE), torch.randn(batch, 1, WIDE)] * 2
+    statistics = sb.Statistics(*rows, scale=WIDE**-0.5)
+    for low_rank, given in ((None, None), (sb.Quadratic(5), statistics), (sb.Quadratic(5, "input"), None)):
+        out = sb.attention(*tensors, sb.Window(16), low_rank, key_padding_mask=mask, statistics=given)
+        assert not any(g.count_nonzero() for g in torch.autograd.grad(out.sum(), tensors))

@@ -1,11 +1,13 @@
-"""Calls that were checked before skip the checks; whatever differs from them goes through every one."""
+"""Prepared calls skip the checks that they passed once; a call that differs in anything is checked again."""
 
 from __future__ import annotations
 
 import gc
 
 import pytest
+import testkit
 import torch
+from testkit import assert_same_bits, leaves
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,13 +18,9 @@ H, N, D = 2, 150, 32
 SUPPORTS = [sb.Window(32), sb.Routed(32), sb.Routed(32, block_q=1, block_k=8, window=16)]
 
 
-def rand(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def tokens() -> list[Tensor]:
-    return [rand(1, H, N, D, seed=s) for s in (1, 2, 3)]
+    return testkit.qkv(N, batch=1, heads=H, kv_heads=H, head_dim=D)
 
 
 @pytest.fixture
@@ -37,14 +35,14 @@ def call(tokens: list[Tensor], statistics: sb.Statistics, support: object = SUPP
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
-def test_a_call_that_was_checked_gives_the_same_bits(tokens, statistics, support, is_causal) -> None:
+def test_a_prepared_call_gives_the_same_bits(tokens, statistics, support, is_causal) -> None:
     results = []
     for _ in range(2):
-        leaves = [t.clone().requires_grad_() for t in tokens]
-        out = call(leaves, statistics, support, is_causal=is_causal)
-        results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+        inputs = leaves(tokens)
+        out = call(inputs, statistics, support, is_causal=is_causal)
+        results.append([out, *torch.autograd.grad(out.sum(), inputs)])
     assert len(prepared._prepared) == 1
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert_same_bits(*results)
 
 
 def test_statistics_that_change_in_place_are_noticed(tokens, statistics) -> None:
@@ -56,24 +54,23 @@ def test_statistics_that_change_in_place_are_noticed(tokens, statistics) -> None
 
 def test_statistics_made_anew_are_not_taken_for_those_that_were_freed(tokens, statistics) -> None:
     call(tokens, statistics)
-    key, plan = next(iter(prepared._prepared.items()))
-    ids = [id(t) for t in plan.tensors]
-    assert plan.tensors[0] is statistics.query_projection and list(key[:4]) == ids
-    del statistics, plan
+    key, found = next(iter(prepared._prepared.items()))
+    ids = [id(t) for t in found.tensors]
+    assert found.tensors[0] is statistics.query_projection and list(key[:4]) == ids
+    del statistics, found
     gc.collect()
     assert [id(t) for t in next(iter(prepared._prepared.values())).tensors] == ids
 
 
-def test_modules_have_plans() -> None:
-    """They make the object around their statistics anew for every call."""
+def test_modules_have_prepared_calls(tokens) -> None:
+    """A module makes a new Statistics object around the same tensors for every call."""
     prepared._prepared.clear()
     module = sb.ScatterbrainAttention(H, D, support=SUPPORTS[0], low_rank=sb.Quadratic(4))
-    heads = [rand(1, H, N, D, seed=s) for s in (1, 2, 3)]
     with sb.calibrate(module), torch.no_grad():
-        module(*heads)
+        module(*tokens)
     prepared._prepared.clear()
     for _ in range(3):
-        module(*heads)
+        module(*tokens)
     assert len(prepared._prepared) == 1
 
 
@@ -116,60 +113,58 @@ def test_autocast_and_forward_mode_go_through_the_checks(tokens, statistics) -> 
             call([dual, *tokens[1:]], statistics)
 
 
-def test_no_more_plans_are_kept_than_a_program_needs(tokens, statistics) -> None:
+def test_the_number_of_prepared_calls_is_bounded(tokens, statistics) -> None:
     for n in range(40, 40 + prepared._MOST + 5):
         call([t[:, :, :n] for t in tokens], statistics)
     assert len(prepared._prepared) == prepared._MOST
 
 
-def test_exact_attention_is_planned_too(tokens, statistics) -> None:
+def test_exact_attention_is_prepared_too(tokens, statistics) -> None:
     short = [t[:, :, :20] for t in tokens]
     first, second = call(short, statistics), call(short, statistics)
-    assert [plan.call for plan in prepared._prepared.values()] == [None]
+    assert [kept.call for kept in prepared._prepared.values()] == [None]
     assert torch.equal(first, second)
     torch.testing.assert_close(first, torch.nn.functional.scaled_dot_product_attention(*short))
 
 
-def test_plans_that_nobody_holds_are_forgotten(tokens, statistics) -> None:
+def test_prepared_calls_that_nobody_holds_are_freed(tokens, statistics) -> None:
     call(tokens, statistics)
-    planned = next(iter(prepared._prepared.values())).call
-    number = planned.number
-    leaves = [t.clone().requires_grad_() for t in tokens]
-    out = call(leaves, statistics)
+    kept = next(iter(prepared._prepared.values())).call
+    number = kept.number
+    out = call(leaves(tokens), statistics)
     prepared._prepared.clear()
-    del planned
+    del kept
     gc.collect()
     call([t[:, :, :-1] for t in tokens], statistics)
     out.sum().backward()  # the graph still holds it
     del out
     gc.collect()
-    call([t[:, :, :-2] for t in tokens], statistics)  # the next plan drops it
+    call([t[:, :, :-2] for t in tokens], statistics)  # preparing another call frees it
     with pytest.raises(RuntimeError, match=f"got {number}"):
         torch.ops.scatterbrain.prepared_attention(*tokens, number)
 
 
 def test_gradients_of_a_graph_of_gradients_are_those_of_a_first_call(tokens, statistics) -> None:
-    """create_graph=True goes through the operators' own autograd, with no plan in it."""
+    """create_graph=True takes the registered autograd, without a prepared call."""
     results = []
     for create_graph in (False, True):
-        leaves = [t.clone().requires_grad_() for t in tokens]
+        inputs = leaves(tokens)
         for _ in range(2):
-            out = call(leaves, statistics)
-        results.append(torch.autograd.grad(out.square().sum(), leaves, create_graph=create_graph))
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
+            out = call(inputs, statistics)
+        results.append(torch.autograd.grad(out.square().sum(), inputs, create_graph=create_graph))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
-def test_what_watches_the_backward_pass_sees_operators_it_knows(tokens, statistics) -> None:
-    """Where a mode is entered after the forward pass of a plan."""
+def test_a_mode_around_the_backward_pass_alone_sees_registered_operators(tokens, statistics) -> None:
+    """The mode is entered after the forward pass of a prepared call."""
     counts, gradients = [], []
-    for return_lse in (False, True):  # with the log-sum-exp there is no plan
-        leaves = [t.clone().requires_grad_() for t in tokens]
-        call(leaves, statistics)
-        out = call(leaves, statistics, return_lse=return_lse)
+    for return_lse in (False, True):  # calls with the log-sum-exp are not prepared
+        inputs = leaves(tokens)
+        call(inputs, statistics)
+        out = call(inputs, statistics, return_lse=return_lse)
         out = out[0] if return_lse else out
         with FlopCounterMode(display=False) as flops:
-            gradients.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
+            gradients.append(torch.autograd.grad(out, inputs, torch.ones_like(out)))
         counts.append(flops.get_total_flops())
     assert counts[0] == counts[1] > 0
-    assert all(map(torch.equal, *gradients))
+    assert_same_bits(*gradients, testkit.RESULTS[2:])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 
-import torch
+from testkit import fitted, out_and_gradients, qkv, run_python
 
 import scatterbrain as sb
 
 
 def call(tokens: int = 256) -> None:
-    query, key, value = (torch.randn(1, 2, tokens, 16, requires_grad=True) for _ in range(3))
-    statistics = sb.fit_statistics(query.detach(), key.detach(), 4)
-    sb.attention(query, key, value, sb.Routed(32), sb.Quadratic(4), statistics=statistics).sum().backward()
+    statistics = fitted(4, head_dim=16)
+    function = partial(sb.attention, support=sb.Routed(32), low_rank=sb.Quadratic(4), statistics=statistics)
+    out_and_gradients(function, qkv(tokens, batch=1, head_dim=16))
 
 
 def test_every_stage_of_a_call_is_recorded() -> None:
@@ -51,11 +49,6 @@ def test_the_environment_variable_prints_the_table_at_exit() -> None:
     program = (
         "import torch, scatterbrain as sb; q = torch.randn(1, 1, 200, 8); sb.attention(q, q, q, sb.Window(16), None)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "SCATTERBRAIN_PROFILE": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    run = run_python("-c", program, SCATTERBRAIN_PROFILE="1")
+    assert run.returncode == 0, run.stderr
     assert "forward of queries" in run.stderr and "outside the operators" in run.stderr

@@ -1,38 +1,37 @@
-"""Where a support covers every key, attention is exact and torch's own kernel computes it; nothing else changes."""
+"""Where a support covers every key, torch's own kernel computes exact attention; nothing else changes."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from testkit import (
+    KV,
+    D,
+    H,
+    assert_all_close,
+    assert_same_bits,
+    counting_backend,
+    fitted,
+    leaves,
+    out_and_gradients,
+    padding,
+    projections,
+    qkv,
+    rand,
+    weights,
+)
 from torch import Tensor
 
 import scatterbrain as sb
 from scatterbrain.execution import covers_every_key
 from scatterbrain.reference import visible
 
-H, KV, D = 2, 1, 8
-
-
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def qkv(n: int, m: int | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    m = n if m is None else m
-    return [rand(2, h, t, D, seed=s, dtype=dtype) for s, (h, t) in enumerate(((H, n), (KV, m), (KV, m)))]
-
-
-STATISTICS = sb.fit_statistics(rand(1, H, 99, D, seed=5), rand(1, KV, 99, D, seed=6), 3)
-LEARNED = (sb.Quadratic(3, "learned"), [(H, 3, D), (H, D), (H,), (KV, 3, D), (KV, D)])
-
-
-def projections() -> list[Tensor]:
-    return [rand(*shape, seed=10 + i).requires_grad_() for i, shape in enumerate(LEARNED[1])]
-
-
+STATISTICS = fitted()
+LEARNED = sb.Quadratic(3, "learned")
 SUPPORTS = {
     "full": sb.Full(),
     "window 24": sb.Window(24),
@@ -94,40 +93,20 @@ def test_covered_attention_has_the_bits_of_torch(name: str, is_causal: bool, dty
     if is_causal and name in ("lsh", "window 24 of 32"):
         return
     for n, m, scale in ((7, 7, None), (5, 11, 0.3), (1, 1, 2.0)):
-        results = []
-        for exact in (False, True):
-            query, key, value = (t.requires_grad_() for t in qkv(n, m, dtype))
-            if exact:
-                out = F.scaled_dot_product_attention(
-                    query, key, value, is_causal=is_causal, scale=scale, enable_gqa=True
-                )
-            else:
-                fitted = sb.fit_statistics(rand(1, H, 99, D), rand(1, KV, 99, D, seed=1), 3, scale=scale)
-                out = sb.attention(
-                    query,
-                    key,
-                    value,
-                    SUPPORTS[name],
-                    sb.Quadratic(3),
-                    is_causal=is_causal,
-                    scale=scale,
-                    statistics=fitted,
-                )
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), (query, key, value))])
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results))
+        settings = dict(is_causal=is_causal, scale=scale)
+        exact = partial(F.scaled_dot_product_attention, **settings, enable_gqa=True)
+        given = dict(support=SUPPORTS[name], low_rank=sb.Quadratic(3), statistics=fitted(scale=scale))
+        ours = partial(sb.attention, **given, **settings)
+        assert_same_bits(*(out_and_gradients(f, qkv(n, m, dtype=dtype)) for f in (ours, exact)))
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 @pytest.mark.parametrize("name", ["full", "window 24"])
 def test_the_future_stays_masked_whatever_the_scale(name: str, scale: float) -> None:
     """torch's own kernel multiplies masked scores by the scale."""
-    tensors = [t.requires_grad_() for t in qkv(9)]
-    results = []
-    for function in (sb.attention, sb.reference.attention):
-        out = function(*tensors, SUPPORTS[name], None, is_causal=True, scale=scale)
-        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
-    for mine, theirs in zip(*results):
-        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=1e-4, atol=1e-5)
+    given = dict(support=SUPPORTS[name], low_rank=None, is_causal=True, scale=scale)
+    mine = out_and_gradients(partial(sb.attention, **given), qkv(9))
+    assert_all_close(mine, [t.float() for t in out_and_gradients(partial(sb.reference.attention, **given), qkv(9))])
 
 
 BAD = {
@@ -146,35 +125,31 @@ def test_short_sequences_do_not_hide_mistakes(name: str) -> None:
 
 
 def test_statistics_of_a_wrong_shape_are_found_on_short_sequences() -> None:
-    wide = sb.fit_statistics(rand(1, H, 99, D), rand(1, H, 99, D), 3)
+    wide = fitted(kv_heads=H)
     with pytest.raises(ValueError, match="per key/value head"):
         sb.attention(*qkv(5), sb.Window(24), sb.Quadratic(3), statistics=wide)
 
 
 def test_projections_that_were_not_needed_get_gradients_of_zero() -> None:
-    """So that training in several processes, which waits for every parameter, goes on."""
-    parameters = projections()
-    query, key, value = (t.requires_grad_() for t in qkv(9))
-    out = sb.attention(query, key, value, sb.Window(24), LEARNED[0], statistics=sb.Projections(*parameters))
-    gradients = torch.autograd.grad(out.sum(), [query, *parameters])
-    assert gradients[0].any() and all(
-        g.shape == p.shape and not g.any() for g, p in zip(gradients[1:], parameters, strict=True)
-    )
+    """DDP waits for the gradient of every parameter."""
+    parameters = leaves(weights(projections()))
+    function = partial(sb.attention, support=sb.Window(24), low_rank=LEARNED, statistics=sb.Projections(*parameters))
+    _, d_query, _, _, *gradients = out_and_gradients(function, qkv(9), parameters)
+    assert d_query.any() and not any(g.any() for g in gradients)
+    assert [g.shape for g in gradients] == [p.shape for p in parameters]
 
 
 @pytest.mark.parametrize("low_rank", ["stored", "learned"])
 def test_padding_of_short_sequences_may_hold_anything(low_rank: str) -> None:
-    mask = torch.arange(9).expand(2, 9) >= torch.tensor([[6], [0]])
-    results = []
+    mask, results = padding(9, (3, 9)), []
+    kernel, statistics = (LEARNED, projections()) if low_rank == "learned" else (sb.Quadratic(3), STATISTICS)
+    given = dict(support=sb.Window(24), low_rank=kernel, key_padding_mask=mask, statistics=statistics)
     for content in (0.0, math.nan):
-        tensors = [t.masked_fill(mask[:, None, :, None], content).requires_grad_() for t in qkv(9)]
-        kernel, statistics = sb.Quadratic(3), STATISTICS
-        if low_rank == "learned":
-            kernel, statistics = LEARNED[0], sb.Projections(*projections())
-        out = sb.attention(*tensors, sb.Window(24), kernel, mask, statistics=statistics)
-        results.append([out, *torch.autograd.grad(out, tensors, torch.ones_like(out))])
-        assert not out[mask[:, None].expand(2, H, 9)].any()
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+        tensors = [t.masked_fill(mask[:, None, :, None], content) for t in qkv(9)]
+        d_out = torch.ones_like(tensors[0])
+        results.append(out_and_gradients(partial(sb.attention, **given), tensors, d_out=d_out))
+        assert not results[-1][0][mask[:, None].expand(2, H, 9)].any()
+    assert_same_bits(*results)
 
 
 def test_the_lse_of_a_short_sequence_is_that_of_exact_attention() -> None:
@@ -199,54 +174,35 @@ def test_the_lse_of_a_short_sequence_is_that_of_exact_attention() -> None:
     ids=str,
 )
 def test_one_graph_serves_lengths_on_both_sides(support: object, is_causal: bool) -> None:
-    graphs = []
-
-    def backend(graph: object, inputs: object) -> object:
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+    graphs, backend = counting_backend()
 
     def function(query: Tensor, key: Tensor, value: Tensor, *parameters: Tensor) -> Tensor:
         return sb.attention(
-            query, key, value, support, LEARNED[0], is_causal=is_causal, statistics=sb.Projections(*parameters)
+            query, key, value, support, LEARNED, is_causal=is_causal, statistics=sb.Projections(*parameters)
         )
 
-    torch._dynamo.reset()
+    parameters = leaves(weights(projections()))
     compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
-    for n in (60, 33, 18, 70):  # more than one block of queries: torch treats sizes of 1 apart
-        results = []
-        for f in (function, compiled):
-            tensors = [t.requires_grad_() for t in qkv(n)]
-            out = f(*tensors, *projections())
-            results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
-        for mine, theirs in zip(*results):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for n in (60, 33, 18, 70):  # more than one block of queries: torch specialises on sizes of 1
+        assert_all_close(*(out_and_gradients(lambda *t: f(*t, *parameters), qkv(n)) for f in (function, compiled)))
     assert len(graphs) == 1
 
 
 def test_a_graph_for_one_short_length_gives_zero_gradients_to_projections() -> None:
     def function(query: Tensor, key: Tensor, value: Tensor, *parameters: Tensor) -> Tensor:
-        return sb.attention(query, key, value, sb.Window(24), LEARNED[0], statistics=sb.Projections(*parameters))
+        return sb.attention(query, key, value, sb.Window(24), LEARNED, statistics=sb.Projections(*parameters))
 
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
-    parameters = projections()
+    parameters = leaves(weights(projections()))
     out = compiled(*qkv(9), *parameters)
     torch.testing.assert_close(out, function(*qkv(9), *parameters), rtol=1e-4, atol=1e-5)
     for gradient in torch.autograd.grad(out.sum(), parameters):
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-6)
 
 
-class Attention(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.core = sb.ScatterbrainAttention(H, D, KV, sb.Window(24), LEARNED[0])
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.core(query, key, value)
-
-
 def test_export_of_any_length_has_no_condition_on_it() -> None:
-    module = Attention().eval()
+    module = sb.ScatterbrainAttention(H, D, KV, sb.Window(24), LEARNED).eval()
     tokens = torch.export.Dim("tokens", min=17, max=4096)
     program = torch.export.export(module, tuple(qkv(40)), dynamic_shapes=({2: tokens},) * 3)
     for n in (17, 24, 25, 60):
@@ -256,9 +212,7 @@ def test_export_of_any_length_has_no_condition_on_it() -> None:
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 2, 2)])
 @pytest.mark.parametrize("low_rank", ["stored", "learned"])
 def test_vmap_of_short_sequences_is_a_loop(low_rank: str, in_dims: tuple) -> None:
-    kernel, statistics = sb.Quadratic(3), STATISTICS
-    if low_rank == "learned":
-        kernel, statistics = LEARNED[0], sb.Projections(*projections())
+    kernel, statistics = (LEARNED, projections()) if low_rank == "learned" else (sb.Quadratic(3), STATISTICS)
 
     def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return sb.attention(query, key, value, sb.Window(24), kernel, statistics=statistics)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from testkit import rand
 from torch import Tensor, nn
 
 timm = pytest.importorskip("timm")
@@ -46,4 +47,4 @@ def build(name: str, **arguments: Any) -> nn.Module:
 
 
 def images(name: str, batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, *FAMILIES[name][2], generator=torch.Generator().manual_seed(1))
+    return rand(batch, 3, *FAMILIES[name][2], seed=1)

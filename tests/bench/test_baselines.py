@@ -1,11 +1,14 @@
-"""The baselines in plain torch compute what their names say: each against its dense definition."""
+"""The baselines in plain torch against the dense definitions of their names."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
+import testkit
 import torch
+from testkit import assert_all_close, out_and_gradients, rand
 from torch import Tensor
 
 import scatterbrain as sb
@@ -13,12 +16,10 @@ from scatterbrain.bench import baselines
 from scatterbrain.bench.methods import parse_method
 from scatterbrain.low_rank.favor import seeded_projection
 
-B, H, N, D = 2, 3, 48, 8
+H, N, D = 3, 48, 8
 
 
-def qkv(n: int = N) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(B, H, n, D, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+qkv = partial(testkit.qkv, N, heads=H, kv_heads=H, dtype=torch.float64)
 
 
 def masked(tensors: list[Tensor], mask: Tensor) -> Tensor:
@@ -29,12 +30,7 @@ def masked(tensors: list[Tensor], mask: Tensor) -> Tensor:
 
 def assert_same(function: object, want: object, tensors: list[Tensor]) -> None:
     """Outputs and gradients."""
-    results = []
-    for f in (function, want):
-        out = f(*tensors)
-        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
-    for mine, theirs in zip(*results):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    assert_all_close(*(out_and_gradients(f, tensors) for f in (function, want)), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
@@ -83,9 +79,8 @@ def test_rounds_of_clusters_count_a_pair_as_often_as_they_join_it() -> None:
 
 
 def test_clusters_bring_queries_to_keys_with_large_products() -> None:
-    generator = torch.Generator().manual_seed(1)
-    topics = torch.randn(4, D, generator=generator) * 3
-    tokens = topics[torch.arange(N) % 4].expand(1, 1, N, D) + 0.1 * torch.randn(1, 1, N, D, generator=generator)
+    topics = 3 * rand(4, D, seed=8)  # far apart
+    tokens = topics[torch.arange(N) % 4].expand(1, 1, N, D) + 0.1 * rand(1, 1, N, D, seed=1)
     (orders,) = baselines.cluster_orders(tokens, tokens, rounds=1, seed=0)
     products = tokens @ tokens.transpose(-1, -2)
     mask = cluster_mask(orders, N // 4)
@@ -130,7 +125,7 @@ def test_every_method_runs_with_grouped_heads(name: str, is_causal: bool) -> Non
     if method.refusal(is_causal):
         assert is_causal and ("lsh" in name or "clusters" in name or "input" in name)
         return
-    query, key, value = (t.detach().float() for t in qkv())
+    query, key, value = (t.float() for t in qkv())
     query = torch.cat([query, query.flip(1)], 1)
     attention = method.build(sb.fit_statistics(query, key, 3), 3, is_causal)
     out = attention(query, key, value)

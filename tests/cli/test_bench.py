@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import builtins
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from testkit import rand, run_python
 
 pytest.importorskip("jsonargparse")
 pytest.importorskip("tqdm")
@@ -88,23 +88,24 @@ def test_the_picture_is_a_png(results: tuple[str, Path]) -> None:
 
 
 def test_freed_memory_stays_with_the_process_if_it_is_asked_to() -> None:
-    """Counts the pages that a second tensor of 40 MiB needs: all of them, or next to none."""
+    """Counts the page faults of a second tensor of 40 MiB: all of its pages before, and next to none after."""
     program = (
         "import resource, sys, torch\n"
         "from scatterbrain.bench.allocator import keep_freed_memory\n"
-        "if sys.argv[1] == 'keep' and not keep_freed_memory(): sys.exit('not glibc')\n"
-        "torch.ones(11 << 20)\n"  # leaves room for the next one, however that has to be aligned
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "torch.ones(10 << 20)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "def faults():\n"
+        "    torch.ones(11 << 20)\n"  # leaves room for the next one, whatever its alignment
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(10 << 20)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "faults()\n"
+        "if not keep_freed_memory(): sys.exit('not glibc')\n"
+        "faults()\n"
     )
-    faults = {}
-    for allocator in ("keep", "system"):
-        done = subprocess.run([sys.executable, "-c", program, allocator], capture_output=True, text=True)
-        if "not glibc" in done.stderr:
-            pytest.skip("glibc only")
-        faults[allocator] = int(done.stdout)
-    assert faults["keep"] < 100 and faults["keep"] < faults["system"]
+    done = run_python("-c", program)
+    if "not glibc" in done.stderr:
+        pytest.skip("glibc only")
+    system, kept = map(int, done.stdout.split())
+    assert kept < 100 and kept < system
 
 
 def test_memory_is_measured_beyond_the_inputs(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_memory_is_measured_beyond_the_inputs(tmp_path: Path) -> None:
         pytest.skip("Linux only")
     path = tmp_path / "out.json"
     command = ["bench", "--lengths", "8192", "--methods", "window-16", *TINY, "--repeats", "1", "--directions", "F+B"]
-    command += ["--head_dim", "16"]  # narrower heads are computed in double
+    command += ["--head_dim", "16"]  # narrower heads are computed in float64
     assert main([*command, "--json", str(path)]) == 0
     row = rows(path)["window-16", 8192, "F+B", False, "float32"]
     results = 8192 * 4 * (2 * 16 + 2 * 16 + 2 * 16)  # out, its gradients of two query heads and one key and value head
@@ -236,10 +237,9 @@ def test_two_threads_are_timed_by_the_wall_clock(tmp_path: Path, capsys: pytest.
 @pytest.fixture
 def qkv_file(tmp_path: Path) -> Path:
     safetensors = pytest.importorskip("safetensors.torch")
-    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))  # noqa: E731
-    tensors = {f"a.N60.layer0.{part}": draw(heads, 60, 8) for part, heads in (("q", 4), ("k", 2), ("v", 2))}
-    tensors |= {f"a.cal.layer0.{part}": draw(heads, 90, 8) for part, heads in (("q", 4), ("k", 2))}
-    tensors |= {f"b.{part}": draw(1, 2, 700, 8) for part in "qkv"}
+    tensors = {f"a.N60.layer0.{part}": rand(heads, 60, 8) for part, heads in (("q", 4), ("k", 2), ("v", 2))}
+    tensors |= {f"a.cal.layer0.{part}": rand(heads, 90, 8) for part, heads in (("q", 4), ("k", 2))}
+    tensors |= {f"b.{part}": rand(1, 2, 700, 8) for part in "qkv"}
     path = tmp_path / "qkv.safetensors"
     safetensors.save_file(tensors, path)
     return path

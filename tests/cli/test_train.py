@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from testkit import ROOT, environment
 
 from scatterbrain.cli import main
 from scatterbrain.cli.train import parse_run_config
 from scatterbrain.training.attention import is_exact
 from scatterbrain.training.checkpoint import read_progress
 
-STDLIB = Path(__file__).parents[2] / "configs" / "lm" / "stdlib.yaml"
+STDLIB = ROOT / "configs" / "lm" / "stdlib.yaml"
 
 
 @pytest.fixture
@@ -39,7 +40,8 @@ def config(tmp_path: Path) -> Path:
 
 def start(*arguments: object, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "scatterbrain", "train", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(), **pipes, **options)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

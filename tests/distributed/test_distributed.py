@@ -3,16 +3,13 @@ scenarios are in worker.py."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from testkit import run_two_ranks
 from torch import Tensor
 
 import scatterbrain as sb
@@ -29,21 +26,9 @@ Results = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What each of the two processes leaves."""
+    """The results of each of the two processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(Path(sb.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    with ExitStack() as stack:
-        processes = []
-        for rank in range(2):
-            log = stack.enter_context(open(folder / f"{rank}.log", "w", encoding="utf-8"))
-            command = [sys.executable, str(WORKER), str(rank), str(folder)]
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            stack.callback(process.kill)
-            processes.append(process)
-        codes = [process.wait(SECONDS) for process in processes]
-    if any(codes):
-        pytest.fail("\n".join((folder / f"{rank}.log").read_text(encoding="utf-8")[-4000:] for rank in range(2)))
+    run_two_ranks(lambda rank: (WORKER, rank, folder), folder, SECONDS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -1,9 +1,8 @@
-"""One of two processes that train the same small encoder; test_distributed.py starts both and reads what they leave.
+"""One of two processes that train the same small encoder; test_distributed.py starts both and reads their results.
 
     python worker.py RANK FOLDER
 
-Writes FOLDER/RANK.pt: by scenario, what this rank has at its end. Rank 0 also trains everything alone, on the batches of
-both, before it meets the other.
+Writes FOLDER/RANK.pt: the results of this rank by scenario. Rank 0 first trains everything alone, on the batches of both.
 """
 
 from __future__ import annotations
@@ -15,8 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import testkit
 import torch
 import torch.distributed as dist
+from testkit import cores, low_ranks, rand, swapped_encoder
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -24,13 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import scatterbrain as sb
 
-WORLD, E, H, L, ROWS, STEPS = 2, 32, 2, 24, 2, 3
-LOW_RANKS = {
-    "stored": sb.Quadratic(4),
-    "ema": sb.Quadratic(4, "ema"),
-    "learned": sb.Quadratic(4, "learned"),
-    "favor": sb.Favor(8, redraw=2),
-}
+WORLD, E, H, L, ROWS, STEPS = 2, 32, 2, 24, 2, 3  # E is the width of the swapped encoder
+LOW_RANKS = {name: kernel for name, kernel in low_ranks().items() if name in ("stored", "ema", "learned")}
+LOW_RANKS["favor"] = sb.Favor(8, redraw=2)
 Wrap = Callable[[nn.Module], nn.Module]
 
 
@@ -38,18 +35,12 @@ def swapped(low_rank: str, device: str = "cpu") -> nn.TransformerEncoder:
     """The same model on every rank."""
     torch.manual_seed(0)
     with torch.device(device):
-        layer = nn.TransformerEncoderLayer(E, H, 48, dropout=0.0, batch_first=True)
-        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        sb.replace_attention(model, sb.Routed(16, block_q=8), LOW_RANKS[low_rank])
-    return model
+        return swapped_encoder(LOW_RANKS[low_rank])
 
 
 def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
     """Tokens and padding of one rank."""
-    generator = torch.Generator().manual_seed(100 * step + rank)
-    padding = torch.zeros(ROWS, L, dtype=torch.bool)
-    padding[0, L - 5 :] = True
-    return torch.randn(ROWS, L, E, generator=generator), padding
+    return rand(ROWS, L, E, seed=100 * step + rank), testkit.padding(L, (5, 0))
 
 
 def loss_of(model: nn.Module, tokens: Tensor, padding: Tensor) -> Tensor:
@@ -110,15 +101,15 @@ def trained(wrap: Wrap, low_rank: str, ranks: range, together: bool) -> dict[str
 def uneven(rank: int) -> dict[str, Any]:
     """In the first step rank 1 has nothing but padding, in the second it runs no forward pass."""
     model = swapped("ema")
-    cores = [layer.self_attn.attention for layer in model.layers]
+    attention = cores(model).values()
     for step in range(2):
-        for core in cores:
+        for core in attention:
             core.is_calibrated = False  # so that the second step commits as well
         tokens, padding = batch(step, rank)
         if not (rank and step):
             loss_of(model, tokens, padding | bool(rank)).backward()
         sb.update_statistics(model)
-    return {"buffers": dict(model.named_buffers()), "calibrated": [core.is_calibrated for core in cores]}
+    return {"buffers": dict(model.named_buffers()), "calibrated": [core.is_calibrated for core in attention]}
 
 
 def calibrated_alone(rank: int) -> dict[str, Any]:
@@ -166,9 +157,8 @@ def checkpoint(rank: int, low_rank: str) -> dict[str, Any]:
         result["plain"] = plain(tokens).detach()
     empty = sharded(swapped(low_rank, "meta"))
     empty.to_empty(device="cpu")
-    for module in empty.modules():
-        if isinstance(module, sb.ScatterbrainAttention):
-            module.reset_parameters()
+    for core in cores(empty).values():
+        core.reset_parameters()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(empty, whole if rank == 0 else {}, options=options)
     result["reloaded"] = empty.eval()(tokens).detach()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from testkit import COPIES, padding, rand, randomized
+from testkit import assert_close_in_scale as close
 from torch import Tensor, nn
 
 diffusers = pytest.importorskip("diffusers")
@@ -20,20 +20,11 @@ from scatterbrain.integrations.diffusers import ScatterbrainAttnProcessor, proce
 SETTINGS: dict[str, Any] = {"support": sb.Window(6), "low_rank": sb.Quadratic(4, "input")}
 EVERY_KEY: dict[str, Any] = {"support": sb.Window(4096), "low_rank": None}
 WIDTH, HEADS, TEXT = 32, 2, 24
-
-
-@pytest.fixture(autouse=True)
-def _seed_and_strict_warnings():
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, mean=0.0 if parameter.dim() > 1 else 0.5, std=0.2)
-    return model.eval()
+    return randomized(model, vectors=0.5).eval()
 
 
 def unet() -> nn.Module:
@@ -91,18 +82,12 @@ def vae() -> nn.Module:
     )
 
 
+latents = partial(rand, 2, 4, 8, 8, seed=1)
+text = partial(rand, 2, TEXT, WIDTH, seed=2)
+
+
 def text_mask() -> Tensor:
-    mask = torch.ones(2, TEXT)
-    mask[1, 15:] = 0
-    return mask
-
-
-def latents() -> Tensor:
-    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def text() -> Tensor:
-    return torch.randn(2, TEXT, WIDTH, generator=torch.Generator().manual_seed(2))
+    return 1.0 - padding(TEXT, (0, 9)).float()
 
 
 STEPS = torch.tensor([3, 500])
@@ -122,13 +107,8 @@ RUNS = {  # how each model is called
             ).sample
         ),
     ),
-    "vae": (vae, lambda m: m(torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))).sample),
+    "vae": (vae, lambda m: m(rand(1, 3, 8, 8, seed=1)).sample),
 }
-
-
-def close(mine: Tensor, exact: Tensor) -> None:
-    assert exact.std() > 0.01
-    torch.testing.assert_close(mine / exact.std(), exact / exact.std(), rtol=1e-4, atol=1e-4)
 
 
 def layer(**arguments: Any) -> Attention:
@@ -224,7 +204,7 @@ def test_calibrated_statistics_are_in_the_models_state_dict():
             run(again)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle"])
 def test_copies_own_their_processors(copied):
     model = dit()
     run = RUNS["dit"][1]

@@ -1,16 +1,18 @@
-"""sb.replace_attention: what it swaps, what it says of the rest, and the way back."""
+"""sb.replace_attention: the modules that it replaces, its notes on the others, and the way back."""
 
 from __future__ import annotations
 
 import copy
 import runpy
 import warnings
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
+import testkit
 import torch
-from torch import Tensor, nn
+from testkit import EXAMPLES, randomized
+from torch import nn
 
 import scatterbrain as sb
 from scatterbrain.integrations import NotReplaceable, Replacer, register_replacer
@@ -19,15 +21,8 @@ from scatterbrain.integrations.replacer import REPLACERS
 E, H, N, L = 48, 4, 2, 21
 SETTINGS: dict[str, Any] = {"support": sb.Window(8), "low_rank": sb.Quadratic(9, "input")}
 EVERY_KEY: dict[str, Any] = {"support": sb.Window(64), "low_rank": None}
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def _seed_and_strict_warnings():
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
+padding = partial(testkit.padding, L, (0, 6))
 
 
 class TheirMultihead(nn.MultiheadAttention):
@@ -93,18 +88,8 @@ EXPECTED = {  # path: (replaced, part of the note)
 }
 
 
-def encoder(**arguments: Any) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(E, H, 64, dropout=0.0, batch_first=True, **arguments)
-    model = nn.TransformerEncoder(layer, 2)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def padding() -> Tensor:
-    mask = torch.zeros(N, L, dtype=torch.bool)
-    mask[1, 15:] = True
-    return mask
+def encoder() -> nn.TransformerEncoder:
+    return randomized(testkit.encoder(E, H))
 
 
 # ------------------------------------------------------------------------------------------------------------- report

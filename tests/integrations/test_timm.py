@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import warnings
+from functools import partial
 from typing import Any
 
 import pytest
+import testkit
 import torch
 import torch.nn.functional as F
+from testkit import COPIES, randomized
+from testkit import assert_close_in_scale as close
 from torch import Tensor
 
 timm = pytest.importorskip("timm")
@@ -21,30 +22,17 @@ from scatterbrain.integrations.timm import Attention, attention_layer
 SETTINGS: dict[str, Any] = {"support": sb.Window(16), "low_rank": sb.Quadratic(4, "input")}
 EVERY_KEY: dict[str, Any] = {"support": sb.Window(4096), "low_rank": None}
 DIM, HEADS, TOKENS = 48, 3, 40
-
-
-@pytest.fixture(autouse=True)
-def _seed_and_strict_warnings():
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
+padding = partial(testkit.padding, TOKENS, (10, 0), (0, 3))
 
 
 def layer(**arguments: Any) -> timm.layers.Attention:
-    module = timm.layers.Attention(DIM, HEADS, qkv_bias=True, norm_layer=torch.nn.LayerNorm, **arguments).eval()
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module
+    module = timm.layers.Attention(DIM, HEADS, qkv_bias=True, norm_layer=torch.nn.LayerNorm, **arguments)
+    return randomized(module, 0.3).eval()
 
 
 def tokens() -> Tensor:
     return torch.randn(2, TOKENS, DIM)
-
-
-def close(mine: Tensor, exact: Tensor) -> None:
-    assert exact.std() > 0.01
-    torch.testing.assert_close(mine / exact.std(), exact / exact.std(), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ pass-through
@@ -88,14 +76,7 @@ def test_gradients_are_those_of_exact_attention_where_every_key_is_exact():
 # ------------------------------------------------------------------------------------------------------------- masks
 
 
-def padding() -> Tensor:
-    mask = torch.zeros(2, TOKENS, dtype=torch.bool)
-    mask[0, 30:] = True
-    mask[1, :3] = True
-    return mask
-
-
-PADDING_MASKS = {  # of what attends, True; from padding
+PADDING_MASKS = {  # from padding, True is attended
     "keys": lambda p: ~p[:, None, None, :],
     "keys for every query": lambda p: (~p[:, None, None, :]).expand(-1, 1, TOKENS, -1),
     "both tokens valid": lambda p: ~(p[:, None, None, :] | p[:, None, :, None]),
@@ -246,7 +227,7 @@ def test_attn_layer_takes_the_drop_in_preset_by_default_and_its_head_width_is_ch
 
 
 @pytest.mark.parametrize("how", ["swap", "attn_layer"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle"])
 def test_copies_keep_attention_and_its_state(how: str, copied):
     if how == "swap":
         model = models.build("vit")

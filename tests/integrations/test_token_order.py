@@ -1,4 +1,5 @@
-"""Tokens along a Hilbert curve inside the blocks: outputs stay, whatever the grid, and what sees the curve is refused."""
+"""Tokens along a Hilbert curve inside the blocks: outputs stay for every grid, and code that would see the curve is
+refused."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from testkit import assert_close_in_scale as close
+from testkit import cores, randomized
 from torch import Tensor, nn
 
 import scatterbrain as sb
@@ -22,27 +25,8 @@ EVERY_KEY: dict[str, Any] = {"support": sb.Window(4096), "low_rank": None, "toke
 ORDERED: dict[str, Any] = {"support": sb.Full(), "token_order": "hilbert"}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def close(mine: Any, exact: Any) -> None:
-    """Equal to rounding, for tensors and for tuples, lists and dictionaries of them."""
-    if isinstance(exact, Tensor):
-        assert exact.std() > 0.01
-        torch.testing.assert_close(mine / exact.std(), exact / exact.std(), rtol=1e-4, atol=1e-4)
-    elif isinstance(exact, dict):
-        assert mine.keys() == exact.keys()
-        close(list(mine.values()), list(exact.values()))
-    elif exact is not None:
-        assert type(mine) is type(exact) and len(mine) == len(exact)
-        for a, b in zip(mine, exact):
-            close(a, b)
-
-
 class Seen:
-    """Tokens that enter the first block. A hook that is itself allowed inside the ordered part."""
+    """A hook that keeps the tokens entering the first block, and is allowed inside the ordered part."""
 
     __module__ = "scatterbrain.tests"
 
@@ -141,8 +125,7 @@ def test_timm_get_intermediate_layers_and_features_only():
     features = timm.create_model(
         "vit_tiny_patch16_224", img_size=models.SIZE, features_only=True, out_indices=2, **models.TINY
     ).eval()
-    for parameter in features.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    randomized(features, 0.3)
     with torch.no_grad():
         before = model.get_intermediate_layers(x, 2, reshape=True, norm=True), features(x)
         for swapped in (model, features):
@@ -216,9 +199,7 @@ HUGGING_FACE = {  # model, configuration, image size, arguments of its forward, 
 
 def hugging_face(name: str) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     cls, config, size, arguments, _ = HUGGING_FACE[name]
-    model = cls(config).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, mean=0.0 if parameter.dim() > 1 else 0.7, std=0.25)
+    model = randomized(cls(config), 0.25, vectors=0.7).eval()
     return model, torch.randn(2, 3, *size), arguments
 
 
@@ -390,8 +371,7 @@ def test_models_of_transformers_that_choose_the_implementation_have_exact_class_
     config = hf.Dinov2WithRegistersConfig(image_size=24, **SMALL)
     config._attn_implementation = "scatterbrain"
     model = hf.Dinov2WithRegistersModel(config)
-    cores = [module for module in model.modules() if isinstance(module, sb.ScatterbrainAttention)]
-    assert [core.exact_queries for core in cores] == [5, 5]
+    assert [core.exact_queries for core in cores(model).values()] == [5, 5]
 
 
 def test_an_ordered_model_saves_as_its_own_class(tmp_path):

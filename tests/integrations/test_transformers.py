@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from testkit import COPIES, cores
+from torch import nn
 
 pytest.importorskip("transformers")
 import hf_models as hf
@@ -15,7 +15,6 @@ import transformers
 
 import scatterbrain as sb
 from scatterbrain.integrations.transformers import SETTINGS, register
-from scatterbrain.nn.attention import ScatterbrainAttention
 
 ROUTED = register("scatterbrain:small", sb.Routed(32, block_q=8), sb.Quadratic(5))
 WINDOW = register("scatterbrain:window", sb.Window(16, block_q=8), sb.Quadratic(5))
@@ -24,10 +23,6 @@ INPUT = register("scatterbrain:input", sb.Routed(32, block_q=8), sb.Quadratic(5,
 pytestmark = pytest.mark.filterwarnings("ignore:.*has a sliding window")
 WINDOWED = "mistral with a window"  # exact in every layer
 CAUSAL = [name for name in hf.named("decoder") if name != WINDOWED]
-
-
-def cores(model: nn.Module) -> dict[str, ScatterbrainAttention]:
-    return {path: m for path, m in model.named_modules() if isinstance(m, ScatterbrainAttention)}
 
 
 def calibrated(name: str, implementation: str = ROUTED, **arguments) -> nn.Module:
@@ -160,14 +155,9 @@ def test_no_gradient_flows_to_the_future(name: str):
 # -------------------- caches
 
 
-def decode(model: nn.Module, ids: Tensor, start: int, past: transformers.Cache, mask: Tensor | None = None) -> Tensor:
-    """Logits of all tokens: the first ``start`` in one pass, the others one by one."""
-    out = []
-    with torch.no_grad():
-        for begin, end in [(0, start)] + [(i, i + 1) for i in range(start, ids.shape[1])]:
-            seen = None if mask is None else mask[:, :end]
-            out.append(model(input_ids=ids[:, begin:end], attention_mask=seen, cache=past, use_cache=True).logits)
-    return torch.cat(out, 1)
+def one_by_one(first: int) -> list[int]:
+    """The ends of pieces: ``first`` tokens together, the others one by one."""
+    return list(range(first, hf.TOKENS + 1))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "opt"])
@@ -176,7 +166,7 @@ def test_decoding_is_exact_over_the_cache(name: str):
     layers = {"n_layer": 1} if name == "gpt2" else {"num_hidden_layers": 1}
     model, exact = calibrated(name, **layers), hf.FAMILIES[name].build("sdpa", **layers)
     ids = hf.tokens()
-    mine = decode(model, ids, 90, transformers.DynamicCache(config=model.config))
+    mine = hf.in_pieces(model, ids, one_by_one(90))
     reference = hf.run(exact, input_ids=ids)
     torch.testing.assert_close(mine[:, 90:], reference[:, 90:], rtol=2e-5, atol=2e-5)
     assert torch.equal(mine[:, :90], hf.run(model, input_ids=ids[:, :90]))
@@ -187,7 +177,7 @@ def test_decoding_is_exact_over_the_cache(name: str):
 def test_token_by_token_is_one_pass_but_for_the_approximation(name: str, side: str | None):
     model, exact = calibrated(name), hf.FAMILIES[name].build("sdpa")
     ids, mask = hf.tokens(), None if side is None else hf.keep(side)
-    mine = decode(model, ids, 50, transformers.DynamicCache(config=model.config), mask)[:, 50:]
+    mine = hf.in_pieces(model, ids, one_by_one(50), mask)[:, 50:]
     reference = hf.run(exact, input_ids=ids, attention_mask=mask)[:, 50:]
     one_pass = hf.run(model, input_ids=ids, attention_mask=mask)[:, 50:]
     assert (mine - reference).norm() <= (one_pass - reference).norm()
@@ -202,17 +192,9 @@ def test_chunks_are_one_pass(name: str, kind: str, side: str | None, implementat
     model = calibrated(name, implementation)
     ids, mask = hf.tokens(), None if side is None else hf.keep(side, padded=32)
     counts = hf.keep(side or "none", padded=32).bool()
-    if kind == "static":
-        past = transformers.StaticCache(config=model.config, max_cache_len=hf.TOKENS + 28)
-    else:
-        past = transformers.DynamicCache(config=model.config)
-    out = []
-    with torch.no_grad():
-        for begin, end in ((0, 48), (48, 80), (80, 100)):
-            seen = None if mask is None else mask[:, :end]
-            out.append(model(input_ids=ids[:, begin:end], attention_mask=seen, cache=past, use_cache=True).logits)
+    chunks = hf.in_pieces(model, ids, (48, 80, 100), mask, kind)
     one_pass = hf.run(model, input_ids=ids, attention_mask=mask)
-    torch.testing.assert_close(torch.cat(out, 1)[counts], one_pass[counts], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(chunks[counts], one_pass[counts], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "opt"])
@@ -373,7 +355,7 @@ def test_a_half_precision_load_keeps_statistics_in_full(tmp_path):
         assert torch.equal(mine.key_projection, theirs.key_projection) and theirs.is_calibrated
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle"])
 def test_copies_carry_their_calibration(copied):
     model = calibrated("llama")
     arguments, _ = hf.inputs("llama")

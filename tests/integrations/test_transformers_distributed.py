@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from testkit import run_two_ranks
 
 pytest.importorskip("transformers")
-ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import os
@@ -67,16 +62,4 @@ os._exit(0)  # gloo's threads may still run when the interpreter ends, which the
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize(("kind", "statistics"), [("ddp", "learned"), ("fsdp2", "stored")])
 def test_wrapped_models_have_the_gradients_of_one_process(kind: str, statistics: str, tmp_path):
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "rendezvous"), kind, statistics],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    run_two_ranks(lambda rank: ("-c", PROGRAM, rank, tmp_path / "rendezvous", kind, statistics), tmp_path, 300)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 import hf_models as hf
-import transformers
 
 import scatterbrain as sb
 from scatterbrain.integrations.transformers import register
@@ -67,24 +66,6 @@ def test_packed_sequences(name: str):
     check(name, hf.run(mine, **arguments), hf.run(exact, **arguments), hf.keep("none").bool())
 
 
-def cache(kind: str, model: nn.Module) -> transformers.Cache:
-    if kind == "static":
-        return transformers.StaticCache(config=model.config, max_cache_len=hf.TOKENS + 28)
-    return transformers.DynamicCache(config=model.config)
-
-
-@torch.no_grad()
-def in_pieces(model: nn.Module, kind: str, ids: Tensor, mask: Tensor | None, cuts: list[int]) -> Tensor:
-    """Logits of the tokens fed in pieces that end at ``cuts``."""
-    past, out, start = cache(kind, model), [], 0
-    for end in cuts:
-        seen = None if mask is None else mask[:, :end]
-        result = model(input_ids=ids[:, start:end], attention_mask=seen, cache=past, use_cache=True)
-        out.append(result.logits)
-        start = end
-    return torch.cat(out, 1)
-
-
 @pytest.mark.parametrize("implementation", NAMES)
 @pytest.mark.parametrize("cuts", [[96, 97, 98, 100], [32, 80, 81, 100]], ids=["tokens one by one", "chunks"])
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -93,7 +74,7 @@ def in_pieces(model: nn.Module, kind: str, ids: Tensor, mask: Tensor | None, cut
 def test_caches(name: str, kind: str, side: str | None, cuts: list[int], implementation: str):
     mask = None if side is None else hf.keep(side)
     mine, exact = both(name, implementation)
-    pieces = [in_pieces(model, kind, hf.tokens(), mask, cuts) for model in (mine, exact)]
+    pieces = [hf.in_pieces(model, hf.tokens(), cuts, mask, kind) for model in (mine, exact)]
     check(name, *pieces, hf.keep(side or "none").bool())
 
 

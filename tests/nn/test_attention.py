@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
+import testkit
 import torch
 import torch.nn.functional as F
+from testkit import leaves, padding
 
 import scatterbrain as sb
 from scatterbrain.low_rank.quadratic import EMA_EVERY
 
-
-def tokens(seed: int, n: int = 80, heads: int = 4, d: int = 16, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, heads, n, d, generator=torch.Generator().manual_seed(seed))
-
-
-def qkv(seed: int = 0, kv_heads: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tokens(seed), tokens(seed + 1, heads=kv_heads), tokens(seed + 2, heads=kv_heads)
+qkv = partial(testkit.qkv, 80, heads=4, kv_heads=4, head_dim=16)
 
 
 def calibrated(**kwargs: object) -> sb.ScatterbrainAttention:
@@ -48,11 +45,11 @@ def test_calibration_over_batches_weighs_by_tokens() -> None:
 
 def test_a_failed_calibration_leaves_the_module_as_it_was() -> None:
     core = calibrated()
-    before = core(*qkv(5))
+    before = core(*qkv(seed=5))
     with pytest.raises(RuntimeError, match="stop"), sb.calibrate(core):
-        core(*qkv(9))
+        core(*qkv(seed=9))
         raise RuntimeError("stop")
-    assert torch.equal(core(*qkv(5)), before)
+    assert torch.equal(core(*qkv(seed=5)), before)
 
 
 @pytest.mark.parametrize("kind", ["stored", "ema", "learned", "favor"])
@@ -79,34 +76,26 @@ def test_half_precision_keeps_statistics_in_float32() -> None:
     core = calibrated()
     inputs = [t.bfloat16() for t in qkv()]
     want = core(*inputs)
-    assert (
-        torch.equal(core.bfloat16()(*inputs), want)
-        and core.query_projection.dtype == torch.float32
-        and want.dtype == torch.bfloat16
-    )
+    assert torch.equal(core.bfloat16()(*inputs), want) and want.dtype == torch.bfloat16
+    assert core.query_projection.dtype == torch.float32
 
 
 def test_learned_projections_start_equal_and_orthonormal_and_get_gradients() -> None:
     core = sb.ScatterbrainAttention(4, 16, 2, *sb.presets.train(32))
     p = core.query_projection.detach()
-    assert torch.allclose(p @ p.transpose(-1, -2), torch.eye(9).expand(4, 9, 9), atol=1e-5) and torch.equal(
-        core.key_projection, core.query_projection[::2]
-    )
+    assert torch.allclose(p @ p.transpose(-1, -2), torch.eye(9).expand(4, 9, 9), atol=1e-5)
+    assert torch.equal(core.key_projection, core.query_projection[::2])
     q, k, v = qkv(kv_heads=2)
     core(q, k, v, is_causal=True).square().sum().backward()
-    assert (
-        all(parameter.grad is not None and parameter.grad.ne(0).any() for parameter in core.parameters())
-        and len(list(core.parameters())) == 5
-    )
+    assert len(list(core.parameters())) == 5
+    assert all(parameter.grad is not None and parameter.grad.ne(0).any() for parameter in core.parameters())
 
 
 def test_moving_averages_commit_after_the_step_and_not_within_it() -> None:
     core = sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=sb.Quadratic(4, "ema"))
     q, k, v = qkv()
     first = core(q, k, v, is_causal=True)
-    assert (
-        torch.equal(core(q, k, v, is_causal=True), first) and not core.is_calibrated
-    )  # seeing tokens changes nothing within a step
+    assert torch.equal(core(q, k, v, is_causal=True), first) and not core.is_calibrated
     sb.update_statistics(core)
     assert core.is_calibrated and torch.allclose(core.query_mean, q.mean((0, 2)) * 0.25, atol=1e-6)
     mean = core.query_mean.clone()
@@ -130,12 +119,8 @@ def test_random_features_are_redrawn_on_schedule_only() -> None:
     for _ in range(6):
         sb.update_statistics(core)
         seen.append(core.projection.clone())
-    assert (
-        torch.equal(seen[1], start)
-        and not torch.equal(seen[2], start)
-        and torch.equal(seen[3], seen[2])
-        and not torch.equal(seen[5], seen[2])
-    )
+    assert torch.equal(seen[1], start) and not torch.equal(seen[2], start)
+    assert torch.equal(seen[3], seen[2]) and not torch.equal(seen[5], seen[2])
 
 
 def test_another_scale_than_the_calibrated_one_raises() -> None:
@@ -197,10 +182,9 @@ def test_reset_keeps_the_parameters_of_the_optimizer() -> None:
 def test_first_queries_attend_to_every_key_exactly_and_the_others_as_without(padded: bool, grad: bool) -> None:
     settings = {"support": sb.Window(16), "low_rank": sb.Quadratic(4, "input")}
     plain, core = (sb.ScatterbrainAttention(4, 16, exact_queries=first, **settings) for first in (0, 3))
-    q, k, v = (x.requires_grad_(grad) for x in qkv())
-    mask = torch.zeros(2, 80, dtype=torch.bool)
-    mask[:, 60:] = padded
-    bias = torch.zeros(2, 1, 1, 80).masked_fill(mask[:, None, None], float("-inf"))
+    q, k, v = leaves(qkv()) if grad else qkv()
+    mask = padding(80, (20 * padded,) * 2)
+    bias = testkit.as_kind(mask, float)[:, None, None]
     exact = F.scaled_dot_product_attention(q[:, :, :3], k, v, attn_mask=bias)
     with torch.set_grad_enabled(grad):
         out, lse = core(q, k, v, mask if padded else None, return_lse=True)

@@ -1,4 +1,4 @@
-"""Where a swapped model goes: files, devices, dtypes and copies, for every kind of low-rank state."""
+"""A model with replaced attention in files, on devices, in dtypes and copies, for every kind of low-rank state."""
 
 from __future__ import annotations
 
@@ -6,48 +6,40 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from testkit import low_ranks, rand, swapped_encoder
 from torch import Tensor, nn
 
 import scatterbrain as sb
 
-E, H, N, L = 32, 2, 2, 24
-LOW_RANKS: dict[str, Any] = {
-    "none": None,
-    "stored": sb.Quadratic(4),
-    "input": sb.Quadratic(4, "input"),
-    "ema": sb.Quadratic(4, "ema"),
-    "learned": sb.Quadratic(4, "learned"),
-    "favor": sb.Favor(8),
-}
+LOW_RANKS = low_ranks()
 
 
 @pytest.fixture(params=LOW_RANKS)
 def low_rank(request: pytest.FixtureRequest) -> str:
-    torch.manual_seed(0)
     return request.param
 
 
 def swapped(low_rank: str) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(E, H, 48, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-    sb.replace_attention(model, sb.Routed(16, block_q=8), LOW_RANKS[low_rank])
-    return model
+    return swapped_encoder(LOW_RANKS[low_rank]).eval()
 
 
 def tokens() -> Tensor:
-    return torch.randn(N, L, E, generator=torch.Generator().manual_seed(3))
+    return rand(2, 24, 32)
+
+
+def calibrate(model: nn.Module, low_rank: str, dtype: torch.dtype = torch.float32) -> None:
+    """Where statistics are calibrated from data."""
+    if low_rank in ("stored", "ema"):
+        with sb.calibrate(model), torch.no_grad():
+            model(tokens().to(dtype))
 
 
 def ready(low_rank: str) -> nn.TransformerEncoder:
-    """Calibrated where it needs to be."""
     model = swapped(low_rank)
-    if low_rank in ("stored", "ema"):
-        with sb.calibrate(model), torch.no_grad():
-            model(tokens())
+    calibrate(model, low_rank)
     return model
 
 
@@ -114,9 +106,7 @@ def test_a_model_on_meta_is_emptied_and_reset(low_rank: str, how: str):
         for name in ("reset_parameters", "_reset_parameters"):
             if hasattr(module, name):
                 getattr(module, name)()
-    if low_rank in ("stored", "ema"):
-        with sb.calibrate(model), torch.no_grad():
-            model(tokens())
+    calibrate(model, low_rank)
     assert model(tokens()).isfinite().all()
 
 
@@ -139,14 +129,10 @@ def test_statistics_keep_their_precision(low_rank: str, dtype: torch.dtype):
 def test_the_default_dtype_is_not_that_of_statistics(low_rank: str, dtype: torch.dtype):
     expected = {name: b.dtype for name, b in swapped(low_rank).named_buffers()}
     torch.set_default_dtype(dtype)
-    try:
-        model = swapped(low_rank)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = swapped(low_rank)
+    torch.set_default_dtype(torch.float32)
     assert {name: b.dtype for name, b in model.named_buffers()} == expected
-    if low_rank in ("stored", "ema"):
-        with sb.calibrate(model), torch.no_grad():
-            model(tokens().to(dtype))
+    calibrate(model, low_rank, dtype)
     assert model(tokens().to(dtype)).dtype == dtype
 
 

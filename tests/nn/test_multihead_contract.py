@@ -1,5 +1,5 @@
-"""What nn.MultiheadAttention documents, as a suite that asks it of any class: of torch's own, and of sb.MultiheadAttention
-with Full support. Nothing in a test knows which of the two it has."""
+"""The documented behaviour of nn.MultiheadAttention, asked of torch's own class and of sb.MultiheadAttention with Full
+support. No test knows which class it has."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from testkit import as_kind, partial_mask, with_biases
 from torch import Tensor, nn
 
 import scatterbrain as sb
@@ -39,16 +40,7 @@ CLASSES: dict[str, Make] = {
 
 @pytest.fixture(params=CLASSES)
 def make(request: pytest.FixtureRequest) -> Make:
-    torch.manual_seed(0)
     return CLASSES[request.param]
-
-
-def with_biases(module: nn.MultiheadAttention) -> nn.MultiheadAttention:
-    """Biases start at zero, where a wrong one would not be seen."""
-    for parameter in module.parameters():
-        if parameter.dim() == 1:
-            nn.init.normal_(parameter)
-    return module
 
 
 def by_hand(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor,
@@ -82,16 +74,9 @@ def tokens(count: int, width: int = E, batch: int = N) -> Tensor:
     return torch.randn(batch, count, width)
 
 
-def some(*shape: int) -> Tensor:
-    """True for about a third, never for all of a row."""
-    mask = torch.rand(shape) < 0.35
-    mask[..., 0] = False
-    return mask
-
-
 def added(mask: Tensor) -> Tensor:
-    """A bool mask as it acts on scores."""
-    return torch.zeros(mask.shape).masked_fill(mask, -math.inf)
+    """What a bool mask adds to the scores."""
+    return as_kind(mask, float)
 
 
 # ------------------------------------------------------------------------------------------------------- constructions
@@ -118,7 +103,7 @@ def test_output_and_weights_are_those_of_the_definition(make: Make, name: str, b
     arguments = {"embed_dim": E, "num_heads": H, **CONSTRUCTIONS[name]}
     m = with_biases(make(**arguments, batch_first=batch_first))
     q, k, v = tokens(L), tokens(S, m.kdim), tokens(S, m.vdim)
-    padding, mask = some(N, S), some(L, S)
+    padding, mask = partial_mask(N, S), partial_mask(L, S)
     expected, probabilities = by_hand(m, q, k, v, added(padding)[:, None, None] + added(mask))
     order = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
     out, weights = m(order(q), order(k), order(v), key_padding_mask=padding, attn_mask=mask, need_weights=need_weights)
@@ -131,7 +116,7 @@ def test_output_and_weights_are_those_of_the_definition(make: Make, name: str, b
 
 def test_the_mode_and_gradients_do_not_matter_to_the_result(make: Make):
     m = with_biases(make(E, H, batch_first=True))
-    x, padding = tokens(S), some(N, S)
+    x, padding = tokens(S), partial_mask(N, S)
     expected, probabilities = by_hand(m, x, x, x, added(padding)[:, None, None])
     for training in (True, False):
         for grad in (True, False):
@@ -148,7 +133,7 @@ def test_the_mode_and_gradients_do_not_matter_to_the_result(make: Make):
 def test_gradients_are_those_of_the_definition(make: Make):
     m = with_biases(make(E, H, batch_first=True, kdim=10, vdim=9, add_bias_kv=True))
     leaves = [t.requires_grad_() for t in (tokens(L), tokens(S, 10), tokens(S, 9))]
-    mask = added(some(L, S))
+    mask = added(partial_mask(L, S))
     wanted = [*leaves, *m.parameters()]
     got = torch.autograd.grad(m(*leaves, attn_mask=mask)[0].square().sum(), wanted)
     expected = torch.autograd.grad(by_hand(m, *leaves, mask)[0].square().sum(), wanted)
@@ -199,7 +184,7 @@ def test_construction_draws_the_same_numbers(make: Make):
 def test_masks_act_on_the_scores(make: Make, kind: type, shape: tuple, padded: bool, need_weights: bool):
     m = with_biases(make(E, H, batch_first=True))
     q, k = tokens(L), tokens(S)
-    mask, padding = some(*shape), some(N, S)
+    mask, padding = partial_mask(*shape), partial_mask(N, S)
     mask[..., 1] = padding[:, 1] = False
     mask = mask if kind is bool else torch.randn(shape) + added(mask)
     padding = padding if kind is bool else torch.randn(N, S) + added(padding)
@@ -226,7 +211,7 @@ def test_float_masks_are_added(make: Make):
 @pytest.mark.parametrize("kinds", [(bool, float), (float, bool)])
 def test_masks_of_two_types_work_and_are_deprecated(make: Make, kinds: tuple):
     m = make(E, H, batch_first=True)
-    x, padding, mask = tokens(S), some(N, S), some(S, S)
+    x, padding, mask = tokens(S), partial_mask(N, S), partial_mask(S, S)
     expected = by_hand(m, x, x, x, added(padding)[:, None, None] + added(mask))[0]
     given = [t if kind is bool else added(t) for t, kind in zip((padding, mask), kinds)]
     with pytest.warns(UserWarning, match="mismatched key_padding_mask and attn_mask is deprecated"):
@@ -239,7 +224,7 @@ def test_masks_of_two_types_work_and_are_deprecated(make: Make, kinds: tuple):
 @pytest.mark.parametrize("kind", [bool, float])
 def test_is_causal_with_the_causal_mask(make: Make, need_weights: bool, padded: bool, kind: type):
     m = make(E, H, batch_first=True)
-    x, padding = tokens(S), some(N, S)
+    x, padding = tokens(S), partial_mask(N, S)
     mask = nn.Transformer.generate_square_subsequent_mask(S)
     bias = mask + added(padding)[:, None, None] if padded else mask
     mask, padding = (mask, added(padding)) if kind is float else (mask.isinf(), padding)
@@ -256,7 +241,7 @@ def test_is_causal_without_a_mask_is_an_error(make: Make):
 
 
 def test_padded_keys_have_weight_zero(make: Make):
-    x, padding = tokens(S), some(N, S)
+    x, padding = tokens(S), partial_mask(N, S)
     for training in (True, False):
         m = make(E, H, batch_first=True).train(training)
         with torch.no_grad():
@@ -268,7 +253,7 @@ def test_padded_keys_have_weight_zero(make: Make):
 def test_gradients_with_padding_are_finite(make: Make):
     m = make(E, H, batch_first=True, dropout=0.1)
     x = tokens(S).requires_grad_()
-    m(x, x, x, key_padding_mask=some(N, S), attn_mask=some(S, S))[0].sum().backward()
+    m(x, x, x, key_padding_mask=partial_mask(N, S), attn_mask=partial_mask(S, S))[0].sum().backward()
     assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in m.parameters())
 
 
@@ -280,8 +265,8 @@ def test_gradients_with_padding_are_finite(make: Make):
 def test_unbatched_inputs_are_a_batch_of_one(make: Make, batch_first: bool, average: bool):
     m = with_biases(make(E, H, batch_first=batch_first))
     q, k = tokens(L, batch=1), tokens(S, batch=1)
-    padding = some(1, S)
-    for mask in (None, some(L, S), some(H, L, S)):
+    padding = partial_mask(1, S)
+    for mask in (None, partial_mask(L, S), partial_mask(H, L, S)):
         bias = added(padding)[:, None, None] + (0.0 if mask is None else added(mask))
         expected, probabilities = by_hand(m, q, k, k, bias)
         out, weights = m(
@@ -423,7 +408,7 @@ def test_the_fast_path_is_taken_and_can_be_turned_off(make: Make, monkeypatch: p
     with torch.no_grad():
         m(x, x, x)
         m(x, x, tokens(S))
-        m(x, x, x, attn_mask=some(S, S))
+        m(x, x, x, attn_mask=partial_mask(S, S))
     assert len(calls) == 2
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -436,7 +421,7 @@ def test_the_fast_path_is_taken_and_can_be_turned_off(make: Make, monkeypatch: p
 
 def test_merge_masks_is_a_method(make: Make):
     m, x = make(E, H, batch_first=True), tokens(S)
-    mask, padding = added(some(S, S)), added(some(N, S))
+    mask, padding = added(partial_mask(S, S)), added(partial_mask(N, S))
     assert m.merge_masks(None, None, x) == (None, None)
     assert m.merge_masks(None, padding, x) == (padding, 1)
     merged, kind = m.merge_masks(mask, padding, x)

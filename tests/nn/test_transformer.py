@@ -1,15 +1,15 @@
-"""torch's own Transformer modules with our attention inside: built from it, or swapped afterwards."""
+"""torch's own Transformer modules with this library's attention inside: built from it, or swapped afterwards."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import testkit
 import torch
+from testkit import causal_mask, count_calls, encoder, partial_mask, randomized
 from torch import Tensor, nn
 
 import scatterbrain as sb
@@ -19,41 +19,18 @@ EVERY_KEY: dict[str, Any] = {"support": sb.Window(64), "low_rank": None}  # appr
 FEW: dict[str, Any] = {"support": sb.Routed(16, block_q=8), "low_rank": sb.Quadratic(9, "learned")}
 
 
-@pytest.fixture(autouse=True)
-def _seed_and_strict_warnings() -> Iterator[None]:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
-        warnings.filterwarnings("ignore", "enable_nested_tensor is True, but")
-        yield
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model
+pytestmark = pytest.mark.filterwarnings(
+    "error::UserWarning",
+    "ignore:The PyTorch API of nested tensors is in prototype",
+    "ignore:enable_nested_tensor is True, but",
+)
 
 
 def padding(tokens: int, left: bool = False) -> Tensor:
-    mask = torch.zeros(N, tokens, dtype=torch.bool)
-    mask[1, : 5 if left else None] = True
-    mask[1, 5 if left else None : tokens - 5] = False
-    return mask
+    return testkit.padding(tokens, (0, 0 if left else 5), (0, 5 if left else 0))
 
 
-def causal(tokens: int, kind: type = float) -> Tensor:
-    mask = nn.Transformer.generate_square_subsequent_mask(tokens)
-    return mask if kind is float else mask.isinf()
-
-
-def random_mask(rows: int, keys: int) -> Tensor:
-    mask = torch.rand(rows, keys) < 0.3
-    mask[:, 0] = False
-    return mask
-
-
-# -------------------- what is called, in which settings
+# -------------------- calls and settings
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -62,48 +39,42 @@ LAYERS: dict[str, dict[str, Any]] = {
     "own activation": {"activation": nn.SiLU()},
     "no bias": {"bias": False},
     "tokens first": {"batch_first": False},
-    "odd heads": {"nhead": 3},
+    "odd heads": {"heads": 3},
 }
 ENCODER_CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "padding": {"src_key_padding_mask": padding(L)},
     "left padding": {"src_key_padding_mask": padding(L, left=True)},
-    "causal": {"mask": causal(L)},
-    "causal, hint": {"mask": causal(L), "is_causal": True},
-    "causal, bool": {"mask": causal(L, bool)},
-    "causal, no hint": {"mask": causal(L), "is_causal": False},
-    "causal, padding": {"mask": causal(L, bool), "src_key_padding_mask": padding(L)},
+    "causal": {"mask": causal_mask(L, kind=float)},
+    "causal, hint": {"mask": causal_mask(L, kind=float), "is_causal": True},
+    "causal, bool": {"mask": causal_mask(L)},
+    "causal, no hint": {"mask": causal_mask(L, kind=float), "is_causal": False},
+    "causal, padding": {"mask": causal_mask(L), "src_key_padding_mask": padding(L)},
 }
 DECODER_CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "causal": {"tgt_mask": causal(L)},
-    "causal, hint": {"tgt_mask": causal(L), "tgt_is_causal": True},
+    "causal": {"tgt_mask": causal_mask(L, kind=float)},
+    "causal, hint": {"tgt_mask": causal_mask(L, kind=float), "tgt_is_causal": True},
     "padding": {
-        "tgt_mask": causal(L, bool), "tgt_key_padding_mask": padding(L), "memory_key_padding_mask": padding(S)
+        "tgt_mask": causal_mask(L), "tgt_key_padding_mask": padding(L), "memory_key_padding_mask": padding(S)
     },
     "causal memory": {"memory_mask": torch.ones(L, S, dtype=torch.bool).triu(1), "memory_is_causal": True},
 }  # fmt: skip
 MASKED_CALLS: dict[str, dict[str, Any]] = {
-    "mask": {"tgt_mask": random_mask(L, L)},
-    "memory mask": {"tgt_mask": causal(L), "memory_mask": random_mask(L, S)},
+    "mask": {"tgt_mask": partial_mask(L, L)},
+    "memory mask": {"tgt_mask": causal_mask(L, kind=float), "memory_mask": partial_mask(L, S)},
 }
 
 
-def encoder(**arguments: Any) -> nn.TransformerEncoder:
-    arguments = {"d_model": E, "nhead": H, "dim_feedforward": 64, "dropout": 0.0, "batch_first": True, **arguments}
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(**arguments), 2)
-
-
-def decoder(**arguments: Any) -> nn.TransformerDecoder:
-    arguments = {"d_model": E, "nhead": H, "dim_feedforward": 64, "dropout": 0.0, "batch_first": True, **arguments}
-    return nn.TransformerDecoder(nn.TransformerDecoderLayer(**arguments), 2)
+def decoder() -> nn.TransformerDecoder:
+    return nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 64, dropout=0.0, batch_first=True), 2)
 
 
 def run(model: nn.Module, call: dict[str, Any], batch_first: bool = True) -> list[Tensor]:
     """Real rows of the output, batch first: in training with gradients, in evaluation with and without."""
-    inputs = [torch.randn(N, L, E, generator=torch.Generator().manual_seed(1))]
+    inputs = [testkit.rand(N, L, E, seed=1)]
     if isinstance(model, nn.TransformerDecoder):
-        inputs.append(torch.randn(N, S, E, generator=torch.Generator().manual_seed(2)))
+        inputs.append(testkit.rand(N, S, E, seed=2))
     order = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
     hidden = call.get("src_key_padding_mask", call.get("tgt_key_padding_mask"))
     results = []
@@ -115,20 +86,12 @@ def run(model: nn.Module, call: dict[str, Any], batch_first: bool = True) -> lis
     return results
 
 
-def count_calls(model: nn.Module) -> list[nn.Module]:
-    calls: list[nn.Module] = []
-    for module in model.modules():
-        if isinstance(module, sb.ScatterbrainAttention):
-            module.register_forward_hook(lambda m, args, out: calls.append(m))
-    return calls
-
-
 # -------------------- Full support
 
 
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.nn with our attention under its own name."""
+    """torch.nn with this library's attention under the name of torch's."""
     exact = functools.partial(sb.MultiheadAttention, support=sb.Full())
     monkeypatch.setattr(nn, "MultiheadAttention", exact)
     monkeypatch.setattr(nn.modules.transformer, "MultiheadAttention", exact)
@@ -172,7 +135,7 @@ def test_a_whole_transformer_built_of_exact_modules_is_torchs(monkeypatch: pytes
     theirs = nn.Transformer(**arguments, batch_first=True).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     source, target = torch.randn(N, S, E), torch.randn(N, L, E)
-    call = {"tgt_mask": causal(L, bool), "src_key_padding_mask": padding(S), "memory_key_padding_mask": padding(S)}
+    call = {"tgt_mask": causal_mask(L), "src_key_padding_mask": padding(S), "memory_key_padding_mask": padding(S)}
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert torch.equal(ours(source, target, **call), theirs(source, target, **call))
@@ -286,7 +249,7 @@ def swapped_decoder() -> nn.Module:
     model = randomized(decoder()).eval()
     sb.replace_attention(model)
     with torch.no_grad(), sb.calibrate(model):
-        model(torch.randn(N, 90, E), torch.randn(N, 100, E), tgt_mask=causal(90))
+        model(torch.randn(N, 90, E), torch.randn(N, 100, E), tgt_mask=causal_mask(90, kind=float))
     return model
 
 
@@ -295,7 +258,7 @@ def test_a_causal_decoder_reads_no_later_token():
     target, memory = torch.randn(N, 90, E), torch.randn(N, 100, E)
     changed = torch.cat([target[:, :41], torch.randn(N, 49, E)], 1)
     with torch.no_grad():
-        a, b = (model(t, memory, tgt_mask=causal(90)) for t in (target, changed))
+        a, b = (model(t, memory, tgt_mask=causal_mask(90, kind=float)) for t in (target, changed))
     assert torch.equal(a[:, :41], b[:, :41]) and not torch.equal(a, b)
 
 
@@ -372,13 +335,15 @@ def test_compiled_layers_train():
 
 
 def test_compiled_decoders_need_the_hint_and_say_so():
-    model = randomized(decoder(batch_first=True))
+    model = randomized(decoder())
     sb.replace_attention(model, **EVERY_KEY, where=lambda path: "self_attn" in path)
     target, memory = torch.randn(N, L, E), torch.randn(N, S, E)
     compiled = torch.compile(model.layers[0], fullgraph=True, backend="eager")
     with pytest.warns(UserWarning, match="pass is_causal=True if it is the causal mask"):
-        got = compiled(target, memory, tgt_mask=causal(L))
-    torch.testing.assert_close(got, model.layers[0](target, memory, tgt_mask=causal(L)), rtol=1e-3, atol=1e-3)
+        got = compiled(target, memory, tgt_mask=causal_mask(L, kind=float))
+    torch.testing.assert_close(
+        got, model.layers[0](target, memory, tgt_mask=causal_mask(L, kind=float)), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -27,14 +27,14 @@ class SlowAttention(nn.Module):
         return _Sleep.apply(query + key + value)
 
 
-def test_the_clock_counts_the_attention_forward_and_backward_and_nothing_else():
-    clock = AttentionTimer()
+def test_the_timer_counts_the_attention_forward_and_backward_and_nothing_else():
+    timer = AttentionTimer()
     x = torch.randn(1, 1, 4, 2, requires_grad=True)
     before = _Sleep.apply(x)
-    output = TimedAttention(SlowAttention(), clock)(before, before, before, is_causal=True)
-    assert PAUSE <= clock.seconds < 2 * PAUSE
+    output = TimedAttention(SlowAttention(), timer)(before, before, before, is_causal=True)
+    assert PAUSE <= timer.seconds < 2 * PAUSE
     _Sleep.apply(output).sum().backward()
-    assert 3 * PAUSE <= clock.seconds < 5 * PAUSE
+    assert 3 * PAUSE <= timer.seconds < 5 * PAUSE
 
 
 def test_the_timed_module_changes_neither_output_nor_gradient():

@@ -19,7 +19,6 @@ VARIANTS = {
 
 
 def make(variant: str, attention: str) -> Decoder:
-    torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     return Decoder(VARIANTS[variant], 256, partial(build_attention, ATTENTIONS[attention]), generator)
 

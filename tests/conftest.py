@@ -1,0 +1,23 @@
+"""Every test starts from the same seed and leaves torch's settings as it found them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# OpenMP reads this when torch is loaded. Threads that spin between small kernels slow the tests down several times where
+# other programs want the processor.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_settings() -> Iterator[None]:
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
