@@ -195,8 +195,8 @@ def fit_to(module: nn.Module, core: ScatterbrainAttention, query: Tensor, key: T
 
 
 def cross_support(support: Support, low_rank: LowRank) -> tuple[Support, str]:
-    """A support for cross-attention, in which the choice of a token's keys must not depend on later target tokens, and a
-    note if it is another one than asked for. Exact attention if there is none."""
+    """A support for cross-attention, in which the choice of a token's keys must not depend on later target tokens, and
+    a note if it is another one than asked for. Exact attention if there is none."""
     try:
         return query_by_query(support, low_rank)
     except NotReplaceable as reason:
