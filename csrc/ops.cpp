@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "launchers.h"
+#include "math/routing.h"
 #include "prepared_calls.h"
 #include "profile.h"
 
@@ -187,12 +188,6 @@ std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::string> saved_sizes(
 }
 
 int64_t narrow_head() { return kNarrowHead; }
-
-int64_t list_capacity(int64_t keys, int64_t block_k) {
-  RouteParams params{};
-  params.keys = keys, params.block_k = block_k;
-  return params.index_capacity();
-}
 
 int64_t launchers_address(Device device) { return reinterpret_cast<int64_t>(&launchers(device.type())); }
 

@@ -16,7 +16,7 @@ constexpr int64_t kRoundBytes = int64_t(1) << 21;  // kept records of one round,
 
 template <class E>
 class Backward {
-  typedef typename Sum<E>::type T;
+  typedef AccType<E> T;
 
  public:
   Backward(const AttentionArguments& a, const Tensor& out, const Tensor& lse, const Tensor& d_out,
@@ -50,7 +50,7 @@ class Backward {
     const int64_t of_head = p.k_tokens * p.map_pad, states = p.batch * p.q_heads * p.units * p.slot_size;
     dy = std::make_unique<Scratch>(p.batch * p.kv_heads * of_head * int64_t(sizeof(T)));
     d_state = std::make_unique<Scratch>(states * int64_t(sizeof(T)));
-    p.dy = {dy->data(), p.kv_heads * of_head, of_head, p.map_pad}, p.d_state = d_state->data();
+    p.dy = {dy->data(), p.kv_heads * of_head, of_head, p.map_pad}, p.d_kv_state = d_state->data();
   }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
@@ -162,7 +162,7 @@ class Backward {
       int64_t at = 0;
       for (BackwardTask& task : round) {
         task.records = static_cast<char*>(records->data()) + at * sizes.record_bytes;
-        at += task.groups;
+        at += task.tiles;
       }
       in_parallel(int64_t(round.size()), sizes, [&](int64_t i, void* scratch) {
         BackwardTask& task = round[size_t(i)];
@@ -182,10 +182,10 @@ class Backward {
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (int64_t unit = 0; unit < p.units; ++unit) {
         BackwardTask task;
-        task.stage = BackwardTask::kCount, task.b = b, task.h = h, task.unit = unit,
+        task.stage = BackwardTask::kCountTiles, task.b = b, task.h = h, task.unit = unit,
         task.zero_row = call.zero_row.data();
         kernel.backward_unit(p, task);
-        round.push_back(task), groups += task.groups;
+        round.push_back(task), groups += task.tiles;
         const bool full = groups * sizes.record_bytes >= kRoundBytes && int64_t(round.size()) % threads == 0;
         if (full || (h + 1 == (kv + 1) * group && unit + 1 == p.units)) flush();
       }
@@ -196,7 +196,7 @@ class Backward {
   std::vector<int64_t> even_ranges(const std::vector<BackwardTask>& round, int64_t count) {
     std::vector<int64_t> pairs(size_t(ceil_div(p.k_tokens, kChunk)), 0);
     for (BackwardTask task : round) {
-      task.stage = BackwardTask::kSpread, task.pairs = pairs.data();
+      task.stage = BackwardTask::kCountKeys, task.keys_of_chunk = pairs.data();
       kernel.backward_unit(p, task);
     }
     const int64_t total = std::accumulate(pairs.begin(), pairs.end(), int64_t(0));
@@ -219,7 +219,7 @@ class Backward {
   // Adds the states' part of the key-side gradients, and completes the gradients of the key maps.
   void keys(const HeadRange& range) {
     const Stage stage("backward of keys");
-    if (p.uses_state)
+    if (p.uses_kv_state)
       call.for_each_unit(range, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) { kernel.backward_scan(p, b, kv); });
     call.for_each_unit(range, ceil_div(p.k_tokens, kChunk), kernel.backward_keys(p, 0, 0, 0, nullptr, nullptr),
                        [&](int64_t b, int64_t kv, int64_t chunk, void* scratch) {

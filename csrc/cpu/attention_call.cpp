@@ -1,5 +1,6 @@
 #include "attention_call.h"
 
+#include "../math/low_rank_kernels.h"
 #include "../profile.h"
 #include "../tensor_traits.h"
 
@@ -14,7 +15,7 @@ AttentionParams AttentionCall<E>::params_of(const AttentionArguments& a, const A
   p.k_tokens = shape.k_tokens, p.head_dim = shape.head_dim, p.head_pad = pad_to(shape.head_dim, kPad);
   p.value_pad = pad_to(shape.value_dim, kPad);
   const bool exact = a.query.scalar_type() == ScalarType::Double;
-  p.cancelling = std::is_same_v<T, double> && !exact ? kCancellingInDouble : kCancelling;
+  p.fallback_bound = std::is_same_v<T, double> && !exact ? kFallbackBoundInDouble : kFallbackBound;
   p.low_rank = static_cast<LowRank>(a.low_rank), p.rank = shape.rank, p.is_causal = a.is_causal, p.scale = a.scale;
   const StateLayout states = state_layout(shape);
   p.segment = states.segment, p.slots = states.slots, p.features = states.features, p.slot_size = states.slot_size;
@@ -38,16 +39,16 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
       given_scores(a.scores) {
   p.q = q.rows, p.k = k.rows, p.v = v.rows;
   if (p.low_rank != LowRank::kNone) {
-    p.map_pad = p.low_rank == LowRank::kQuadratic ? packed_width(p.rank) : pad_to(p.rank, kPad);
+    p.map_pad = map_width(p.low_rank, p.rank);
     maps.set<T>(a, p, p.head_dim < kNarrowHead);
     count_valid();
     p.valid_before = valid_before.data();
   }
-  int64_t by_key = kDirectKeys;  // keys of the largest complement that is summed key by key
-  for (const RowRange& row : padding.rows) by_key = std::max(by_key, p.direct_keys(row));
+  int64_t by_key = kByKeyLimit;  // keys of the largest complement that is summed key by key
+  for (const RowRange& row : padding.rows) by_key = std::max(by_key, by_key_limit(p, row));
   const int64_t longest = longest_list(p);
-  p.max_pairs = pad_to(longest + kChunk + by_key + 2 * kPad, kPad);
-  p.uses_state = p.low_rank != LowRank::kNone && any_state(longest);
+  p.max_keys = pad_to(longest + kChunk + by_key + 2 * kPad, kPad);
+  p.uses_kv_state = p.low_rank != LowRank::kNone && any_state(longest);
   take_scores();
 }
 
@@ -73,9 +74,9 @@ bool AttentionCall<E>::any_state(int64_t longest) const {
     const int64_t length = row.k_end - row.k_first;
     if (length <= 0) continue;
     const int64_t before = valid_before[size_t(b * p.slots + (p.is_causal ? (length - 1) / kChunk : p.slots - 1))];
-    if (before <= p.direct_keys(row)) continue;
-    if (p.is_causal || before - longest > p.direct_keys(row)) return true;
-    if (before - shortest_list(p, b) > p.direct_keys(row)) return true;
+    if (before <= by_key_limit(p, row)) continue;
+    if (p.is_causal || before - longest > by_key_limit(p, row)) return true;
+    if (before - shortest_list(p, b) > by_key_limit(p, row)) return true;
   }
   return false;
 }
@@ -104,13 +105,13 @@ void AttentionCall<E>::take_states() {
     const std::initializer_list<int64_t> sizes = {p.batch, p.kv_heads, p.slots, p.slot_size};
     STD_TORCH_CHECK(has_shape(*given_state, sizes) && given_state->is_contiguous(),
                     "attention_backward: state must be what attention_with_state returned for the same arguments");
-    state = given_state, p.state = state->data_ptr(), has_state = true;
+    state = given_state, p.kv_state = state->data_ptr(), has_state = true;
     return;
   }
   state = empty({p.batch, p.kv_heads, p.slots, p.slot_size}, kScalar<T>);
-  p.state = state->data_ptr();
-  if (p.uses_state) return;
-  std::memset(p.state, 0, size_t(state->numel()) * sizeof(T));
+  p.kv_state = state->data_ptr();
+  if (p.uses_kv_state) return;
+  std::memset(p.kv_state, 0, size_t(state->numel()) * sizeof(T));
   has_state = true;
 }
 
@@ -119,12 +120,12 @@ void AttentionCall<E>::build_states(const HeadRange& range) {
   if (p.low_rank == LowRank::kNone || has_state) return;
   const Stage stage("states");
   const AttentionKernels& kernel = attention_kernels<E>();
-  for_each_unit(range, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_references(p, b, h); });
-  for_each_unit(range, p.slots - 1, kernel.state_segment(p, 0, 0, 0, nullptr, nullptr),
+  for_each_unit(range, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.kv_state_references(p, b, h); });
+  for_each_unit(range, p.slots - 1, kernel.kv_state_segment(p, 0, 0, 0, nullptr, nullptr),
                 [&](int64_t b, int64_t h, int64_t segment, void* scratch) {
-                  kernel.state_segment(p, b, h, segment, scratch, zero_row.data());
+                  kernel.kv_state_segment(p, b, h, segment, scratch, zero_row.data());
                 });
-  for_each_unit(range, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.state_scan(p, b, h); });
+  for_each_unit(range, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.kv_state_scan(p, b, h); });
 }
 
 template <class E>

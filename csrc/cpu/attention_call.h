@@ -21,7 +21,7 @@ auto with_row_element(const AttentionArguments& a, const Visit& visit) {
 // Rows of q, k, v, out and d_out hold E; all else holds T, the type of sums over them.
 template <class E>
 struct AttentionCall {
-  typedef typename Sum<E>::type T;
+  typedef AccType<E> T;
   explicit AttentionCall(const AttentionArguments& a);
 
   // Takes the given states, or makes room for them.

@@ -11,7 +11,7 @@ namespace {
 
 template <class E>
 class Forward {
-  typedef typename Sum<E>::type T;
+  typedef AccType<E> T;
 
  public:
   explicit Forward(const AttentionArguments& a)

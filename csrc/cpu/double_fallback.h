@@ -1,4 +1,4 @@
-// Where subtracting the listed keys' L from the state loses precision (kCancelling), the query is recomputed in
+// Where subtracting the listed keys' L from the state loses precision (kFallbackBound), the query is recomputed in
 // float64: the same launcher runs on a call of one head in which every other query is masked. The first call leaves
 // these queries out.
 #pragma once
@@ -15,7 +15,7 @@ class DoubleFallback {
   explicit DoubleFallback(AttentionParams& p) : heads(p.q_heads), tokens(p.q_tokens) {
     if (std::is_same_v<T, double> || p.low_rank == LowRank::kNone) return;
     flags.resize(size_t(p.batch * heads * tokens));
-    p.cancelled = flags.data();
+    p.needs_double = flags.data();
   }
 
   // Calls visit(b, h, flags of the N queries) for every head with a query to recompute, in order.

@@ -1,35 +1,38 @@
-// The table of torch-free kernels of one instruction set. kernels/all.h is compiled once per set (kernels_avx512.cpp,
-// kernels_avx2.cpp, kernels_baseline.cpp); the best one the processor has is chosen at run time, or the one
-// SCATTERBRAIN_ISA names.
+// The tables of torch-free kernels. csrc/cpu/kernels/ is compiled once per instruction set (kernels_avx512.cpp,
+// kernels_avx2.cpp, ...); the best set that the processor has is chosen at run time, or the one SCATTERBRAIN_ISA names.
 #pragma once
 #include <cstdint>
 
 #include "../params.h"
+#include "tuning.h"  // which the launchers use as well
 
 namespace sb {
 
-// One call of the backward pass on the queries of one unit. Stages: kMeasure fills scratch_bytes and record_bytes;
-// kCount fills groups; kCompute writes dq, dx and the states' gradient, and either scatters each group's pairs at once
-// or keeps them in `records` (groups * record_bytes); kSpread counts some of the kept pairs in `pairs`, by blocks of
-// kChunk keys; kScatter adds kept records to dk, dv and dy for keys in [key_begin, key_end).
+// One call of the backward pass on the queries of one unit.
 struct BackwardTask {
-  enum Stage { kMeasure, kCount, kCompute, kSpread, kScatter } stage = kMeasure;
+  enum Stage {
+    kMeasure,     // fills scratch_bytes and record_bytes
+    kCountTiles,  // fills tiles
+    kCompute,     // writes dq, dx and the states' gradient; scatters each tile at once, or keeps it in `records`
+    kCountKeys,   // counts some of the records' keys in keys_of_chunk, by chunks of kChunk keys
+    kScatter,     // adds kept records to dk, dv and dy for keys in [key_begin, key_end)
+  } stage = kMeasure;
   int64_t b = 0, h = 0, unit = 0;
-  bool keep = false;
+  bool keep = false;  // records: tiles * record_bytes
   int64_t key_begin = 0, key_end = 0;
-  int64_t* pairs = nullptr;
+  int64_t* keys_of_chunk = nullptr;
   void *scratch = nullptr, *records = nullptr;
   const void* zero_row = nullptr;
-  int64_t scratch_bytes = 0, record_bytes = 0, groups = 0;
+  int64_t scratch_bytes = 0, record_bytes = 0, tiles = 0;
 };
 
-// z = W t + bias for the rows of one head, and its gradients. Most outputs are lanes, of `lanes` columns, a multiple of
-// 8; the last `dots` are dot products: the few that would leave most of a vector empty, and always the last.
+// z = W t + bias for the rows of one head, and its gradients. The first `lanes` outputs, a multiple of 8, are
+// vectorised; the remaining `dots`, too few to fill a vector, are dot products.
 struct ProjectParams {
   int64_t tokens, head_dim, head_pad, outputs, outputs_pad, lanes, dots;
 };
-// W of one head: (head_dim, lanes), and rows (dots, head_pad) with the columns that they go to. What every column
-// starts with (outputs_pad), and a factor of the last output.
+// W of one head: of_lanes (head_dim, lanes), and rows (dots, head_pad), which go to `columns`. offset (outputs_pad) is
+// what every column starts with; last_factor multiplies the last output.
 template <class T>
 struct ProjectWeights {
   const T *of_lanes, *rows;
@@ -38,12 +41,13 @@ struct ProjectWeights {
   T last_factor;
 };
 
-// Attention on rows of one type of element.
+// Attention on rows of one element type. Kernels that take scratch return the bytes they need, and do nothing else
+// where scratch is null.
 struct AttentionKernels {
-  void (*state_references)(const AttentionParams&, int64_t b, int64_t kv);
-  int64_t (*state_segment)(const AttentionParams&, int64_t b, int64_t kv, int64_t segment, void* scratch,
-                           const void* zero_row);
-  void (*state_scan)(const AttentionParams&, int64_t b, int64_t kv);
+  void (*kv_state_references)(const AttentionParams&, int64_t b, int64_t kv);
+  int64_t (*kv_state_segment)(const AttentionParams&, int64_t b, int64_t kv, int64_t segment, void* scratch,
+                              const void* zero_row);
+  void (*kv_state_scan)(const AttentionParams&, int64_t b, int64_t kv);
   int64_t (*forward_unit)(const AttentionParams&, int64_t b, int64_t h, int64_t unit, void* scratch,
                           const void* zero_row);
   void (*backward_unit)(const AttentionParams&, BackwardTask&);
@@ -58,8 +62,8 @@ struct ProjectKernels {
                            const T* zero_row, T* d_tokens, int64_t d_row_stride, T* d_weight, T* d_bias);
 };
 
-// Routing: the panels of 512 keys of one head, and the lists of one group of queries (which must be cleared before).
-// `group` returns the bytes of scratch it needs and does nothing else without scratch; `keys` needs one panel.
+// Routing: the panels of kRouteSegment keys of one head, with one panel of scratch, and the lists of one group of
+// queries (which must be cleared before), whose scratch works as above.
 struct RouteKernels {
   void (*keys)(const RouteParams&, int64_t b, int64_t kv, int64_t segment, float* panels, float* scratch,
                const float* zero_row);
@@ -87,16 +91,6 @@ struct InstructionSet {
 extern const InstructionSet kAvx512, kAvx2, kBaseline;
 extern const AttentionKernels kAvx512Bf16;
 const InstructionSet& instruction_set();
-
-// The type that sums over rows of E are in.
-template <class E>
-struct Sum {
-  typedef E type;
-};
-template <>
-struct Sum<Bfloat16> {
-  typedef float type;
-};
 
 template <class E>
 const AttentionKernels& attention_kernels() {

@@ -1,15 +1,13 @@
 #if defined(__x86_64__)
-#include "kernels.h"
-
 #include <immintrin.h>
 
-// Only what follows is compiled for these instructions: everything included above may be shared with other processors.
+#include "kernels.h"
+
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+#define SB_ISA avx512_bf16
 #define SB_VECTOR_BYTES 64
 #define SB_BFLOAT16
-namespace sb::avx512_bf16 {
-#include "kernels/all.h"
-}  // namespace sb::avx512_bf16
+#include "kernels/tables.h"
 
 namespace sb {
 extern const AttentionKernels kAvx512Bf16 = avx512_bf16::attention_table<Bfloat16>();

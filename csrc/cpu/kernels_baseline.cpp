@@ -1,9 +1,4 @@
-#include "kernels.h"
-
-#define SB_VECTOR_BYTES 16
-namespace sb::baseline {
-#include "kernels/all.h"
-}  // namespace sb::baseline
+#include "kernels/tables.h"  // for the set that kernels/isa.h falls back to
 
 namespace sb {
 extern const InstructionSet kBaseline = baseline::instruction_set_named("baseline");

@@ -7,8 +7,6 @@
 namespace sb::cpu {
 namespace {
 
-constexpr int64_t kTokensPerTask = 256;
-
 // Shapes of a projection of tokens (B, H, N, d) by a weight (1 or B, heads, outputs, d).
 struct Projection {
   Projection(const Tensor& tokens, const Tensor& weight)

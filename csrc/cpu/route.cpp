@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   p.low_rank = a.block_k == 1 ? static_cast<LowRank>(a.low_rank) : LowRank::kNone;
   p.keys = a.keys, p.block_q = a.block_q, p.block_k = a.block_k, p.window = a.window, p.is_causal = a.is_causal,
   p.scale = float(a.scale);
-  p.blocks = ceil_div(p.q_tokens, p.block_q), p.capacity = p.index_capacity();
+  p.blocks = ceil_div(p.q_tokens, p.block_q), p.capacity = list_capacity(p.keys, p.block_k);
 
   const TensorRows q = as_rows<float>(a.query, p.head_pad), k = as_rows<float>(a.key, p.head_pad);
   p.q = q.rows, p.k = k.rows;
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   const int64_t panel_floats = place_panels(p), heads = p.batch * p.kv_heads, shared = p.q_heads / p.kv_heads;
   const Scratch memory(heads_per_range(heads, p.k_tokens) * panel_floats * int64_t(sizeof(float)));
   float* const panels = static_cast<float*>(memory.data());
-  const int64_t segments = ceil_div(p.k_tokens, kRouteSegment), groups = ceil_div(p.blocks, p.blocks_per_group());
+  const int64_t segments = ceil_div(p.k_tokens, kRouteSegment), groups = ceil_div(p.blocks, blocks_per_group(p.block_k));
   const int64_t panel_bytes = p.panel_rows * kRouteLanes * int64_t(sizeof(float)),
                 group_bytes = kernel.group(p, 0, 0, 0, nullptr, nullptr);
   for_each_head_range(heads, p.k_tokens, [&](const HeadRange& range) {

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 
+#include "../math/low_rank_kernels.h"
 #include "map_rows.h"
+#include "tuning.h"
 
 namespace sb::cpu {
 
@@ -20,7 +22,7 @@ AttentionShape shape_of(const AttentionArguments& a, ScalarType dtype) {
 StateLayout state_layout(const AttentionShape& s) {
   const int64_t segment = s.is_causal ? kChunk : kSegment, slots = ceil_div(s.k_tokens, segment) + 1;
   if (s.low_rank == int64_t(LowRank::kNone)) return {segment, slots, 0, 0};
-  const int64_t features = s.low_rank == int64_t(LowRank::kQuadratic) ? (s.rank + 1) * (s.rank + 2) / 2 : s.rank;
+  const int64_t features = feature_count(static_cast<LowRank>(s.low_rank), s.rank);
   return {segment, slots, features, features * pad_to(s.value_dim, kPad) + pad_to(features, kPad) + kPad};
 }
 
@@ -28,7 +30,7 @@ ScoreLayout score_layout(const AttentionShape& s) {
   ScoreLayout layout;
   layout.lanes = s.block_q == 1 ? 1 : s.block_q <= 8 ? 8 : s.block_q < 32 ? 16 : 32;
   layout.slots = pad_to(ceil_div(s.q_tokens, s.block_q) * s.block_q, kPad);
-  const bool all_keys = s.block_q == 1 && s.low_rank != int64_t(LowRank::kNone) && s.k_tokens <= kDenseKeys;
+  const bool all_keys = s.block_q == 1 && s.low_rank != int64_t(LowRank::kNone) && s.k_tokens <= kBitmaskKeys;
   const int64_t keys = pad_to(all_keys ? s.k_tokens : std::min(s.listed_keys, s.k_tokens), kPad);
   const bool full_tiles = s.block_q % layout.lanes == 0;
   layout.keys = !s.is_causal && !in_double(s) && full_tiles && (all_keys || keys <= kKeptKeys) ? keys : 0;

@@ -1,5 +1,14 @@
-// Rows of bfloat16 and float16 to float32 and back, rounded to the nearest with ties to even, NaN stays NaN. Where the
-// instruction set cannot convert float16 itself the launcher does it element by element.
+// Rows of bfloat16 and float16 to float32 and back, rounded to nearest with ties to even; NaN stays NaN. Where the
+// instruction set has no float16 conversion the launcher converts element by element.
+#pragma once
+#include <cstdint>
+
+#include "../kernels.h"
+#include "isa.h"
+#include "vec.h"
+
+namespace sb::SB_ISA {
+
 typedef uint16_t HalfBits;
 
 template <int N>
@@ -9,11 +18,11 @@ struct HalfVec {
   typedef uint32_t bits __attribute__((vector_size(N * sizeof(uint32_t))));
 };
 
-// Each as the low half of 32 bits.
+// 16-bit lanes, zero-extended to 32 bits.
 template <int N>
 SB_INLINE typename HalfVec<N>::bits extend_halves(typename HalfVec<N>::type v) {
 #if SB_VECTOR_BYTES == 64 && !defined(__clang__)
-  typedef short Shorts __attribute__((vector_size(32)));  // one instruction, of which GCC 12 makes five
+  typedef short Shorts __attribute__((vector_size(32)));  // one instruction; GCC 12 emits five for the conversion below
   if constexpr (N == 16)
     return (typename HalfVec<N>::bits)__builtin_ia32_pmovzxwd512_mask((Shorts)v, (typename Vec<float, N>::ints){},
                                                                       0xffff);
@@ -59,7 +68,7 @@ struct Float16Lanes {
 };
 #endif
 
-// n elements, whole vectors and then what is left in one that is filled up.
+// n elements: whole vectors, then the remainder in a zero-filled one.
 template <class Lanes>
 void widen_row(const HalfBits* from, int64_t n, float* to) {
   constexpr int N = kWidth<float>;
@@ -93,3 +102,5 @@ constexpr ConvertKernels convert_table() {
   return {&widen_row<Bfloat16Lanes>, &narrow_row<Bfloat16Lanes>, nullptr, nullptr};
 #endif
 }
+
+}  // namespace sb::SB_ISA

@@ -1,6 +1,18 @@
-// What rows of q, k, v, o and dO are made of, and how products contract them. E is the element of a row, T what sums
-// are in. float and double are contracted one by one; bfloat16 by dot instructions two by two, a Word at a time,
-// without ever being widened: the products of two bfloat16 are exact in float32.
+// Element types of the rows of q, k, v, o and dO, and how products contract them. E is the element type, T = AccType<E>
+// the accumulation type. A contraction goes in steps: float and double one element at a time, bfloat16 two at a time,
+// a Word, by dot instructions and without widening, since products of two bfloat16 are exact in float32.
+#pragma once
+#include <cstdint>
+#if defined(SB_BFLOAT16)
+#include <immintrin.h>
+#endif
+
+#include "../../params.h"
+#include "convert.h"
+#include "isa.h"
+#include "vec.h"
+
+namespace sb::SB_ISA {
 
 typedef uint32_t Word;
 typedef Word UnalignedWord __attribute__((aligned(2), may_alias));
@@ -16,14 +28,12 @@ struct Element<Bfloat16> {
   static constexpr int kPerStep = 2;
 };
 template <class E>
-using SumOf = typename Sum<E>::type;
-template <class E>
 using StepOf = typename Element<E>::Step;
-// Whether E is contracted in pairs.
+// Whether a step is two elements.
 template <class E>
 inline constexpr bool kPaired = Element<E>::kPerStep == 2;
 
-// Steps of n elements: the last one of an odd number is filled up with a zero.
+// Steps of n elements; an odd number is zero-padded.
 template <class E>
 SB_INLINE int64_t steps_of(int64_t n) {
   return (n + Element<E>::kPerStep - 1) / Element<E>::kPerStep;
@@ -37,7 +47,7 @@ SB_INLINE StepOf<E> step_at(const E* row, int64_t k) {
     return row[k];
 }
 
-// acc + a b, of steps of one element or of two.
+// acc + a.b of one step.
 template <class S>
 inline constexpr bool kIsWord = false;
 template <>
@@ -56,7 +66,7 @@ SB_INLINE typename Vec<T, N>::type multiply_add(typename Vec<T, N>::type acc, ty
     return acc + a * b;
 }
 
-// N neighbouring bfloat16 as float32, and back, rounded to the nearest with ties to even.
+// N neighbouring bfloat16 as bits, and N float32 rounded to them, to nearest with ties to even.
 template <int N>
 SB_INLINE typename HalfVec<N>::type load_half(const Bfloat16* p) {
   return *reinterpret_cast<const typename HalfVec<N>::unaligned*>(p);
@@ -73,13 +83,13 @@ SB_INLINE void store_half(Bfloat16* p, typename Vec<float, N>::type v) {
 #endif
 }
 
-// Words of a pair: element i of `low` and of `high`.
+// Word i holds element i of `low` and of `high`.
 template <int N>
 SB_INLINE typename Vec<Word, N>::type interleave(typename HalfVec<N>::type low, typename HalfVec<N>::type high) {
   return extend_halves<N>(low) | (extend_halves<N>(high) << 16);
 }
 
-// The same of float32, rounded.
+// interleave for two vectors of float32, which are rounded.
 template <int N, int... i>
 SB_INLINE typename HalfVec<2 * N>::type alternate_halves(typename HalfVec<2 * N>::type v, Indices<i...>) {
 #if defined(__clang__)
@@ -104,16 +114,16 @@ SB_INLINE typename Vec<Word, N>::type interleave_narrow(typename Vec<float, N>::
 #endif
 }
 
-// N elements of a row as sums are, and back.
+// N elements of a row in the accumulation type, and back.
 template <class E, int N>
-SB_INLINE typename Vec<SumOf<E>, N>::type load_wide(const E* p) {
+SB_INLINE typename Vec<AccType<E>, N>::type load_wide(const E* p) {
   if constexpr (kPaired<E>)
     return Bfloat16Lanes::widen<N>(load_half<N>(p));
   else
     return load<E, N>(p);
 }
 template <class E, int N>
-SB_INLINE void store_narrow(E* p, typename Vec<SumOf<E>, N>::type v) {
+SB_INLINE void store_narrow(E* p, typename Vec<AccType<E>, N>::type v) {
   if constexpr (kPaired<E>)
     store_half<N>(p, v);
   else
@@ -121,7 +131,7 @@ SB_INLINE void store_narrow(E* p, typename Vec<SumOf<E>, N>::type v) {
 }
 
 template <class E>
-SB_INLINE SumOf<E> widen_one(E x) {
+SB_INLINE AccType<E> widen_one(E x) {
   if constexpr (kPaired<E>) {
     const union {
       Word bits;
@@ -132,9 +142,9 @@ SB_INLINE SumOf<E> widen_one(E x) {
     return x;
   }
 }
-// A row of E as a row of sums: itself, or widened into `wide`.
+// A row in the accumulation type: the row itself, or a copy in `wide`.
 template <class E>
-SB_INLINE const SumOf<E>* widen_row_of(const E* row, int64_t width, SumOf<E>* wide) {
+SB_INLINE const AccType<E>* widen_row_of(const E* row, int64_t width, AccType<E>* wide) {
   if constexpr (kPaired<E>) {
     constexpr int N = kWidth<float>;
     for (int64_t e = 0; e < width; e += N) store<float, N>(wide + e, load_wide<E, N>(row + e));
@@ -143,11 +153,11 @@ SB_INLINE const SumOf<E>* widen_row_of(const E* row, int64_t width, SumOf<E>* wi
     return row;
   }
 }
-// [n][kLanes] weights as a product over the n rows wants them: themselves, or words of two rows in `steps`.
+// [n][kLanes] weights in steps along n: the weights themselves, or Words of two rows in `steps`.
 template <class E, int kLanes>
-SB_INLINE const StepOf<E>* weight_steps(int64_t n, const SumOf<E>* weight, StepOf<E>* steps) {
+SB_INLINE const StepOf<E>* weight_steps(int64_t n, const AccType<E>* weight, StepOf<E>* steps) {
   if constexpr (kPaired<E>) {
-    constexpr int N = kLanes < kWidth<float> ? kLanes : kWidth<float>;
+    constexpr int N = kLaneWidth<float, kLanes>;
     for (int64_t i = 0; i < n; i += 2)
       for (int v = 0; v < kLanes; v += N) {
         const auto low = load<float, N>(weight + i * kLanes + v);
@@ -160,3 +170,5 @@ SB_INLINE const StepOf<E>* weight_steps(int64_t n, const SumOf<E>* weight, StepO
     return weight;
   }
 }
+
+}  // namespace sb::SB_ISA

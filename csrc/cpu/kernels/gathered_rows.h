@@ -1,15 +1,25 @@
-// Products of one row with listed rows, and where listed rows are.
+// Listed rows in memory, their products with one row or a few, and sums over lists.
+#pragma once
+#include <cstdint>
 
-// Dot products of one row with n listed rows, lanes along the width: as many rows at once as there are lanes.
+#include "../../params.h"
+#include "../tuning.h"
+#include "element_types.h"
+#include "gemm.h"
+#include "isa.h"
+#include "vec.h"
+
+namespace sb::SB_ISA {
+
+// out[i] = rows(i).one for n rows, lanes along the width, as many rows at once as there are lanes.
 template <class E, class R>
-SB_INLINE void dot_rows(int64_t n, const R& rows, const E* one, int64_t width, SumOf<E>* out) {
-  typedef SumOf<E> T;
+SB_INLINE void dot_rows(int64_t n, const R& rows, const E* one, int64_t width, AccType<E>* out) {
+  typedef AccType<E> T;
   typedef StepOf<E> S;
   constexpr int N = kWidth<T>, kElements = N * Element<E>::kPerStep;
   typedef typename Vec<T, N>::type V;
   const int64_t whole = width / kElements * kElements;
-  const auto steps = [](const E* row)
-                         __attribute__((always_inline)) { return load<S, N>(reinterpret_cast<const S*>(row)); };
+  const auto steps = [](const E* row) SB_INLINE_LAMBDA { return load<S, N>(reinterpret_cast<const S*>(row)); };
   int64_t i = 0;
   for (; i + N <= n; i += N) {
     V acc[N] = {};
@@ -31,7 +41,8 @@ SB_INLINE void dot_rows(int64_t n, const R& rows, const E* one, int64_t width, S
     out[i] = sum_lanes<T, N>(acc);
   }
 }
-// Rows as sums are.
+
+// Rows in the accumulation type.
 template <class E, class R>
 SB_INLINE auto wide_rows(const R& rows) {
   if constexpr (kPaired<E>)
@@ -39,11 +50,12 @@ SB_INLINE auto wide_rows(const R& rows) {
   else
     return rows;
 }
-// out[column] = sum_k weight[k] row_k[column], a single output row: as many accumulators as columns allow, and where
-// those are few, one chain for even k and one for odd.
+
+// out[column] = sum_k weight[k] row_k[column], one output row, with as many accumulators as the columns allow; where
+// those are few, even and odd k are separate chains.
 template <class E, class R>
-SB_INLINE void combine_rows(int64_t n, const SumOf<E>* weight, const R& rows, int64_t columns, SumOf<E>* out) {
-  typedef SumOf<E> T;
+SB_INLINE void combine_rows(int64_t n, const AccType<E>* weight, const R& rows, int64_t columns, AccType<E>* out) {
+  typedef AccType<E> T;
   constexpr int N = kWidth<T>;
   if (columns == 4 * N) {
     typename Vec<T, N>::type even[4] = {}, odd[4] = {};
@@ -68,6 +80,7 @@ SB_INLINE void combine_rows(int64_t n, const SumOf<E>* weight, const R& rows, in
   for (; column + 4 * N <= columns; column += 4 * N) micro<T, N, 1, 4, false>(0, column, n, a, b, c);
   for (; column < columns; column += N) micro<T, N, 1, 1, false>(0, column, n, a, b, c);
 }
+
 // out += sum_k weight[k] row_k.
 template <class T, class R>
 SB_INLINE void add_rows(int64_t n, const T* weight, const R& rows, int64_t columns, T* out) {
@@ -76,7 +89,7 @@ SB_INLINE void add_rows(int64_t n, const T* weight, const R& rows, int64_t colum
     micro<T, N, 1, 1, true>(0, column, n, Strided<T>{weight, 0, 1}, rows, DenseRows<T>{out, 0});
 }
 
-// The keys of a pair list as rows of k, v and y.
+// Listed keys as rows of k, v, y or their gradients.
 template <class E>
 SB_INLINE ListedRows<const E> listed(const StridedTensor& rows, int64_t b, int64_t head, const int32_t* key) {
   return {rows.at<const E>(b, head, 0), rows.row, key};
@@ -86,14 +99,14 @@ SB_INLINE ListedRows<T> listed_target(const StridedTensor& rows, int64_t b, int6
   return {rows.at<T>(b, head, 0), rows.row, key};
 }
 
-// Listed rows [begin, end) on their way to the cache: no hardware prefetcher guesses where a list goes next.
+// Prefetches listed rows [begin, end): hardware prefetchers cannot follow a list.
 template <class E>
 SB_INLINE void fetch_rows(const ListedRows<const E>& rows, int64_t begin, int64_t end, int64_t columns) {
   for (int64_t i = begin; i < end; ++i)
     for (int64_t e = 0; e < columns; e += int64_t(64 / sizeof(E))) __builtin_prefetch(rows(i) + e);
 }
 
-// n rows as the rows of a product over them, in steps.
+// n rows in steps along n, for a product over them.
 template <class E, class R>
 SB_INLINE auto rows_in_steps(const R& rows, [[maybe_unused]] int64_t n, [[maybe_unused]] const E* zero_row) {
   if constexpr (kPaired<E>)
@@ -101,29 +114,29 @@ SB_INLINE auto rows_in_steps(const R& rows, [[maybe_unused]] int64_t n, [[maybe_
   else
     return rows;
 }
-// C = W rows, of a few dense rows of weights and n listed ones. W is [step][lane].
+
+// C = W rows, of a few dense rows of weights and n listed rows. W is [step][lane].
 template <class E, bool kAccumulate, class C>
 SB_INLINE void combine_listed(int64_t lanes, int64_t columns, int64_t n, const StepOf<E>* W,
                               const ListedRows<const E>& rows, const E* zero_row, const C& c) {
-  typedef SumOf<E> T;
+  typedef AccType<E> T;
   gemm<T, kWidth<T>, kAccumulate>(lanes, columns, steps_of<E>(n), Strided<StepOf<E>>{W, 1, lanes},
                                   rows_in_steps<E>(rows, n, zero_row), c);
 }
 
-// The same where the listed rows lie scattered, kDepth of them at a time: while their columns pass one after the other
-// they stay in the first level of cache, and the next ones are fetched if they are far.
-constexpr int64_t kDepth = 32;
+// The same where the listed rows are scattered, kScatteredRows at a time: they stay in the first level of cache while
+// their columns pass, and the next ones are prefetched if they are far.
 template <class E, class C>
 SB_INLINE void combine_scattered(int64_t lanes, int64_t columns, int64_t n, const StepOf<E>* W,
                                  const ListedRows<const E>& rows, bool far, const E* zero_row, const C& c) {
   const auto to = [&](int64_t k) { return k < n ? k : n; };
-  for (int64_t k = 0; k < n || k == 0; k += kDepth) {
-    if (far) fetch_rows<E>(rows, to(k + kDepth), to(k + 2 * kDepth), columns);
+  for (int64_t k = 0; k < n || k == 0; k += kScatteredRows) {
+    if (far) fetch_rows<E>(rows, to(k + kScatteredRows), to(k + 2 * kScatteredRows), columns);
     if (k == 0)
-      combine_listed<E, false>(lanes, columns, to(kDepth), W, rows, zero_row, c);
+      combine_listed<E, false>(lanes, columns, to(kScatteredRows), W, rows, zero_row, c);
     else
-      combine_listed<E, true>(lanes, columns, to(k + kDepth) - k, W + steps_of<E>(k) * lanes, rows.from(k), zero_row,
-                              c);
+      combine_listed<E, true>(lanes, columns, to(k + kScatteredRows) - k, W + steps_of<E>(k) * lanes, rows.from(k),
+                              zero_row, c);
   }
 }
 
@@ -139,8 +152,10 @@ SB_INLINE int64_t lower_bound_key(const int32_t* key, int64_t begin, int64_t end
   return begin;
 }
 
-// A sum in short chains. The normaliser's error is the same in every element of the output: it adds up in dO.o where
-// the others cancel.
+// Sums of weights are taken in chains of at most this many terms.
+constexpr int64_t kShortChain = 8;
+// A sum over lanes in short chains. The normaliser's rounding is the same in every element of the output, so it adds up
+// in dO.o, where other errors cancel.
 template <class T>
 SB_INLINE T sum_short(const T* p, int64_t n) {
   constexpr int N = kWidth<T>;
@@ -151,4 +166,5 @@ SB_INLINE T sum_short(const T* p, int64_t n) {
   for (; i < n; ++i) tail += p[i];
   return tail + sum_lanes<T, N>(sum);
 }
-constexpr int64_t kShort = 8;
+
+}  // namespace sb::SB_ISA

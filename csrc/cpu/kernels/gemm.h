@@ -1,9 +1,17 @@
-// One micro-kernel serves every product of the pipeline: C[row][lane] (+)= sum_k A(row, k) B(k)[lane], A broadcast, B
-// and C in lanes. The operands are small functors, so that dense tiles, tiles with any stride and rows behind pointers
-// (gathered keys) are the same code and nothing is ever packed. Every product is one chain of multiply-adds in
-// ascending k, whatever the tiling: results do not depend on how rows are grouped. An accumulating product is added to
-// C at its end: a sum over many tiles is then a chain of tiles of short chains, whose rounding is far below that of one
-// long chain.
+// Matrix products C[row][lane] (+)= sum_k A(row, k) B(k)[lane] with one micro-kernel: A is broadcast, B and C are in
+// lanes. Operands are small functors, so dense tiles, any strides and rows behind pointers (gathered keys) share the
+// code, and nothing is packed. Every product is one chain of multiply-adds in ascending k, whatever the tiling: results
+// do not depend on how rows are grouped. An accumulating product is added to C at its end: a sum over many tiles is a
+// chain of short chains, which rounds far less than one long chain.
+#pragma once
+#include <cstdint>
+
+#include "../../params.h"
+#include "element_types.h"
+#include "isa.h"
+#include "vec.h"
+
+namespace sb::SB_ISA {
 
 template <class T>
 struct Strided {  // A(row, k) = p[row * row_stride + k * k_stride]
@@ -42,12 +50,12 @@ struct DownRows {  // A(row, k) = element `row` of R(k)
 };
 
 template <class E, class R>
-struct AcrossSteps {  // A(row, k) = step k of R(row), a row of elements E
+struct AcrossSteps {  // A(row, k) = step k of R(row), a row of E
   R rows;
   SB_INLINE StepOf<E> operator()(int64_t row, int64_t k) const { return step_at<E>(rows(row), k); }
 };
 template <class R>
-struct InterleavedRows {  // B(k) = words of rows 2k and 2k + 1 of n rows of bfloat16; past the last one zeros
+struct InterleavedRows {  // B(k) = Words of rows 2k and 2k + 1 of n rows of bfloat16, zeros past the last
   R rows;
   int64_t n;
   const Bfloat16* zero_row;
@@ -77,11 +85,11 @@ SB_INLINE typename Vec<S, N>::type lanes_of(const WidenedRows<R>& b, int64_t k, 
 template <class T, int N, int MR, int NV, bool kAccumulate, class A, class B, class C>
 SB_INLINE void micro(int64_t row, int64_t column, int64_t depth, const A& a, const B& b, const C& c) {
   typedef typename Vec<T, N>::type V;
-  typedef decltype(a(row, 0)) S;  // T, or a word of two
+  typedef decltype(a(row, 0)) S;  // T or Word
   V acc[MR][NV];
   SB_EACH (i, MR)
     SB_EACH (v, NV) acc[i][v] = V{};
-  SB_PRAGMA(GCC unroll 4)  // fewer ends of loops to foresee
+  SB_PRAGMA(GCC unroll 4)  // fewer mispredicted loop ends
   for (int64_t k = 0; k < depth; ++k) {
     typename Vec<S, N>::type rhs[NV];
     SB_EACH (v, NV) rhs[v] = lanes_of<S, N>(b, k, column + v * N);
@@ -98,8 +106,8 @@ SB_INLINE void micro(int64_t row, int64_t column, int64_t depth, const A& a, con
     }
 }
 
-// Tiles of MR rows, then of fewer for what is left. A few rows of one or two vectors take as long as a tile that hides
-// the latency of their sums: the last such tile goes back over rows that are there already, and computes the same.
+// Tiles of MR rows, then smaller ones for the remainder. A few rows of one or two vectors take as long as a tile that
+// hides the latency of their sums: the last tile then overlaps rows already computed, with the same results.
 template <class T, int N, int MR, int NV, bool kAccumulate, class A, class B, class C>
 SB_INLINE void gemm_rows(int64_t row, int64_t rows, int64_t column, int64_t depth, const A& a, const B& b, const C& c) {
   for (; row + MR <= rows; row += MR) micro<T, N, MR, NV, kAccumulate>(row, column, depth, a, b, c);
@@ -111,10 +119,9 @@ SB_INLINE void gemm_rows(int64_t row, int64_t rows, int64_t column, int64_t dept
   if constexpr (MR > 1) gemm_rows<T, N, (MR > 4 ? 4 : MR / 2), NV, kAccumulate>(row, rows, column, depth, a, b, c);
 }
 
-// Columns from `column` on, which must be a multiple of N as `columns` must. Twelve accumulators, or sixteen of the 32
-// registers of AVX-512, hide the latency of a multiply-add and leave registers for the operands. Sixteen rows of one
-// vector, where rows come in sixteens, read every line of B once, so that rows which are not in the first level of
-// cache wait once.
+// Columns [column, columns), both multiples of N. Twelve accumulators, or sixteen of AVX-512's 32 registers, hide the
+// latency of a multiply-add and leave registers for the operands. Tiles of sixteen rows and one vector read every line
+// of B once, so a row outside the first level of cache is waited for once.
 template <class T, int N, bool kAccumulate, class A, class B, class C>
 SB_INLINE void gemm_from(int64_t column, int64_t rows, int64_t columns, int64_t depth, const A& a, const B& b,
                          const C& c) {
@@ -132,3 +139,5 @@ template <class T, int N, bool kAccumulate, class A, class B, class C>
 SB_INLINE void gemm(int64_t rows, int64_t columns, int64_t depth, const A& a, const B& b, const C& c) {
   gemm_from<T, N, kAccumulate>(0, rows, columns, depth, a, b, c);
 }
+
+}  // namespace sb::SB_ISA

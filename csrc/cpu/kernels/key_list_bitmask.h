@@ -1,45 +1,60 @@
-// Lists as masks: where a row has few keys, queries that have lists of their own evaluate all of them together.
+// Key lists as bitmasks: in rows of few keys, queries with lists of their own evaluate all keys of the row together.
+#pragma once
+#include <cstdint>
 
-// Which queries of a group list each key: all keys of the row, of which there are few.
-template <bool kDense>
-struct DenseLists {
-  uint32_t lanes[kDenseKeys];
+#include "../../params.h"
+#include "../tuning.h"
+#include "features.h"
+#include "isa.h"
+#include "key_list.h"
+#include "query_tile.h"
+#include "scores.h"
+#include "vec.h"
+
+namespace sb::SB_ISA {
+
+// Bit q of of_key[i]: whether query q of the tile lists key i.
+template <bool kBitmask>
+struct Bitmasks {
+  uint32_t of_key[kBitmaskKeys];
 };
 template <>
-struct DenseLists<false> {};
+struct Bitmasks<false> {};
 
-// The dense list of queries that have lists of their own: every valid key of the row.
+// Fills the tile's list with every valid key of the row, and `bitmask` with the queries that list each.
 template <class E, int kLanes>
-SB_INLINE void collect_dense(const AttentionParams& p, Tile<E, kLanes>& tile, uint32_t* lanes) {
-  const Group<E, kLanes>& g = tile.g;
-  const RowRange& range = p.rows[g.b];
+SB_INLINE void collect_bitmask(const AttentionParams& p, QueryTile<E, kLanes>& tile, uint32_t* bitmask) {
+  const RowRange& range = p.rows[tile.b];
   KeyList& list = tile.list;
-  uint32_t of_key[kDenseKeys] = {};
-  for (int lane = 0; lane < g.lanes; ++lane) {
-    if (g.query[lane] < 0) continue;
-    collect_pairs(p, g.b, g.h, g.first_slot + lane, g.first_slot + lane, list);
-    for (int64_t i = 0; i < list.n01; ++i) of_key[list.key[i] - range.k_first] |= uint32_t(1) << lane;
+  uint32_t of_key[kBitmaskKeys] = {};
+  for (int lane = 0; lane < tile.lanes; ++lane) {
+    if (tile.query[lane] < 0) continue;
+    collect_keys(p, tile.b, tile.h, tile.first_slot + lane, tile.first_slot + lane, list);
+    for (int64_t i = 0; i < list.n_listed; ++i) of_key[list.key[i] - range.k_first] |= uint32_t(1) << lane;
   }
-  const uint8_t* mask = p.k_mask ? p.k_mask + g.b * p.k_tokens + range.k_first : nullptr;
+  const uint8_t* mask = p.k_mask ? p.k_mask + tile.b * p.k_tokens + range.k_first : nullptr;
   int64_t n = 0;
   for (int64_t j = 0; j < range.k_end - range.k_first; ++j)
-    if (!(mask && mask[j])) lanes[n] = of_key[j], list.key[n++] = int32_t(range.k_first + j);
-  list.n0 = 0, list.n01 = list.n = n, list.complement = false, list.lanes = lanes;
+    if (!(mask && mask[j])) bitmask[n] = of_key[j], list.key[n++] = int32_t(range.k_first + j);
+  list.n_chunk = 0, list.n_listed = list.n = n, list.uses_kv_state = false, list.bitmask = bitmask;
 }
 
-// By what every lane weighs one key of a dense list: which lanes list it, and the exponent in base 2, s or rho + kappa.
+// One key of such a list: the lanes that list it, and each lane's exponent in base 2, s or rho + kappa.
 template <class E, int kLanes, int N>
-struct DenseKey {
-  typedef SumOf<E> T;
+struct BitmaskKey {
+  typedef AccType<E> T;
   typedef typename Vec<T, N>::type V;
   typename Vec<T, N>::ints listed;
   V exponent;
-  SB_INLINE DenseKey(const Group<E, kLanes>& g, const KeyList& list, const LogScales<T>& kappa,
-                     const ScoreFactor<E>& score, const T* S, int64_t i, int v) {
+  SB_INLINE BitmaskKey(const QueryTile<E, kLanes>& tile, const LogScales<T>& kappa, const ScoreFactor<E>& score,
+                       const T* S, int64_t i, int v) {
     typedef typename Vec<T, N>::ints I;
     I bit;
     SB_EACH (lane, N) bit[lane] = 1 << (v * N + lane);
-    listed = ((I{} + list.lanes[i]) & bit) != I{};
-    exponent = listed ? score(load<T, N>(S + i * kLanes + v * N)) : load<T, N>(g.rho + v * N) + kappa(list.key[i]);
+    listed = ((I{} + tile.list.bitmask[i]) & bit) != I{};
+    exponent =
+        listed ? score(load<T, N>(S + i * kLanes + v * N)) : load<T, N>(tile.rho + v * N) + kappa(tile.list.key[i]);
   }
 };
+
+}  // namespace sb::SB_ISA

@@ -1,27 +1,40 @@
-// The low-rank part's states: H = sum_j exp(kappa_j - kappa_ref) F(y_j) (x) v_j and hz = sum_j exp(kappa_j - kappa_ref)
-// F(y_j) over keys before a segment.
+// States of the low-rank part: H = sum_j exp(kappa_j - kappa_ref) F(y_j) (x) v_j and
+// hz = sum_j exp(kappa_j - kappa_ref) F(y_j), over the keys before a segment.
+#pragma once
+#include <cstdint>
+
+#include "../../params.h"
+#include "arena.h"
+#include "element_types.h"
+#include "features.h"
+#include "gemm.h"
+#include "isa.h"
+#include "transpose.h"
+#include "vec.h"
+
+namespace sb::SB_ISA {
 
 template <class T>
-struct State {
+struct KVState {
   T *H, *hz, *kappa_ref;
 };
 template <class T>
-SB_INLINE State<T> state_slot(const AttentionParams& p, void* base, int64_t row, int64_t slot) {
-  T* H = static_cast<T*>(base) + (row * p.slots + slot) * p.slot_size;
+SB_INLINE KVState<T> kv_state_slot(const AttentionParams& p, int64_t row, int64_t slot) {
+  T* H = static_cast<T*>(p.kv_state) + (row * p.slots + slot) * p.slot_size;
   return {H, H + p.features * p.value_pad, H + p.features * p.value_pad + p.features_pad()};
 }
 
-// The gradient of a state, summed over the queries of unit `unit` of query head row (b, h): the same layout.
+// The gradient of a state, summed over the queries of unit `unit` of head `row` = (b, h), in the same layout.
 template <class T>
-SB_INLINE State<T> d_state_slot(const AttentionParams& p, int64_t row, int64_t unit) {
-  T* H = static_cast<T*>(p.d_state) + (row * p.units + unit) * p.slot_size;
+SB_INLINE KVState<T> d_kv_state_slot(const AttentionParams& p, int64_t row, int64_t unit) {
+  T* H = static_cast<T*>(p.d_kv_state) + (row * p.units + unit) * p.slot_size;
   return {H, H + p.features * p.value_pad, nullptr};
 }
 
-// 64 keys of one head in lanes: rows that are ignored or past the end point at a zero row and weigh exactly 0.
+// A chunk of keys of one head in lanes. Masked keys and those past the end point at a zero row, with weight exactly 0.
 template <class E>
 struct KeyChunk {
-  typedef SumOf<E> T;
+  typedef AccType<E> T;
   static constexpr int L = int(kChunk);
   const E* v[L];
   const T* y[L];
@@ -46,39 +59,37 @@ struct KeyChunk {
   }
 };
 
-// kappa_ref of every slot: the running maximum of kappa over the keys before it (causal), or the maximum over all keys
-// in every slot.
+// Sets kappa_ref of every slot: the maximum of kappa over the keys before it, or over all keys without a causal edge.
 template <class T>
-void state_references(const AttentionParams& p, int64_t b, int64_t h) {
+void kv_state_references(const AttentionParams& p, int64_t b, int64_t h) {
   const RowRange& range = p.rows[b];
   const auto kappa = log_scales<T>(p.kappa, b, h);
   T running = T(-1e30);
   for (int64_t slot = 0; slot < p.slots; ++slot) {
-    *state_slot<T>(p, p.state, b * p.kv_heads + h, slot).kappa_ref = running;
+    *kv_state_slot<T>(p, b * p.kv_heads + h, slot).kappa_ref = running;
     const int64_t begin = range.k_first + slot * p.segment;
     const int64_t end = begin + p.segment < range.k_end ? begin + p.segment : range.k_end;
     for (int64_t j = begin; j < end; ++j)
       if (!(p.k_mask && p.k_mask[b * p.k_tokens + j]) && kappa(j) > running) running = kappa(j);
   }
   if (!p.is_causal)
-    for (int64_t slot = 0; slot < p.slots; ++slot)
-      *state_slot<T>(p, p.state, b * p.kv_heads + h, slot).kappa_ref = running;
+    for (int64_t slot = 0; slot < p.slots; ++slot) *kv_state_slot<T>(p, b * p.kv_heads + h, slot).kappa_ref = running;
 }
 
-// Slot segment + 1 receives the sum over the segment's own keys.
+// Sets slot segment + 1 to the sum over the segment's own keys.
 template <class E>
-int64_t state_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t segment, void* scratch,
-                      const void* zero_row) {
-  typedef SumOf<E> T;
+int64_t kv_state_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t segment, void* scratch,
+                         const void* zero_row) {
+  typedef AccType<E> T;
   constexpr int N = kWidth<T>;
   Arena arena{static_cast<char*>(scratch), 0};
-  T* z = arena.take<T>(p.map_pad * kChunk);         // [rank][64]
-  T* F = arena.take<T>(p.features_pad() * kChunk);  // [features][64]
+  T* z = arena.take<T>(p.map_pad * kChunk);         // [rank][key]
+  T* F = arena.take<T>(p.features_pad() * kChunk);  // [features][key]
   T* wide = arena.take<T>(kPaired<E> ? p.value_pad * kChunk : 0);
   if (!scratch) return arena.used;
   const RowRange& range = p.rows[b];
-  const State<T> s = state_slot<T>(p, p.state, b * p.kv_heads + h, segment + 1);
-  for (int64_t i = 0; i < p.features * p.value_pad + p.features_pad(); ++i) s.H[i] = T(0);
+  const KVState<T> s = kv_state_slot<T>(p, b * p.kv_heads + h, segment + 1);
+  for (int64_t i = 0; i < p.kv_state_size(); ++i) s.H[i] = T(0);
   KeyChunk<E> keys;
   const int64_t begin = range.k_first + segment * p.segment;
   for (int64_t first = begin; first < begin + p.segment && first < range.k_end; first += kChunk) {
@@ -102,13 +113,38 @@ int64_t state_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t se
 
 // Turns the segments' own sums into prefix sums, each relative to its own kappa_ref.
 template <class T>
-void state_scan(const AttentionParams& p, int64_t b, int64_t h) {
-  const int64_t row = b * p.kv_heads + h, size = p.features * p.value_pad + p.features_pad();
-  const State<T> first = state_slot<T>(p, p.state, row, 0);
+void kv_state_scan(const AttentionParams& p, int64_t b, int64_t h) {
+  const int64_t row = b * p.kv_heads + h, size = p.kv_state_size();
+  const KVState<T> first = kv_state_slot<T>(p, row, 0);
   for (int64_t i = 0; i < size; ++i) first.H[i] = T(0);
   for (int64_t slot = 1; slot < p.slots; ++slot) {
-    const State<T> before = state_slot<T>(p, p.state, row, slot - 1), here = state_slot<T>(p, p.state, row, slot);
+    const KVState<T> before = kv_state_slot<T>(p, row, slot - 1), here = kv_state_slot<T>(p, row, slot);
     const T decay = exp2s<T>(*before.kappa_ref - *here.kappa_ref);
     for (int64_t i = 0; i < size; ++i) here.H[i] += before.H[i] * decay;
   }
 }
+
+// exp(kappa_j - kappa_ref) of entries [begin, end) of a list.
+template <class T>
+SB_INLINE void decay_of_keys(const LogScales<T>& kappa, T kappa_ref, const int32_t* key, int64_t begin, int64_t end,
+                             T* decay) {
+  constexpr int N = kWidth<T>;
+  for (int64_t i = begin; i < end; ++i) decay[i] = kappa(key[i]) - kappa_ref;
+  for (int64_t i = begin; i < end; i += N) store<T, N>(decay + i, exp2v<N>(load<T, N>(decay + i)));
+}
+
+// exp(rho + kappa_ref - log) of each lane, 0 where kv_state_log says that no state is used. The exponent is formed in
+// double: its error would scale a query's whole complement against its exact part.
+template <class T, int kLanes>
+SB_INLINE void kv_state_weights(const T* rho, T kappa_ref, const T* log, const T* kv_state_log, T* weight) {
+  constexpr int N = kLaneWidth<double, kLanes>;
+  double exponent[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane)
+    exponent[lane] = kv_state_log[lane] <= T(-1e29) ? -1e30 : double(rho[lane]) + double(kappa_ref) - double(log[lane]);
+  for (int lane = 0; lane < kLanes; lane += N) {
+    const auto power = exp2v<N>(load<double, N>(exponent + lane));
+    SB_EACH (i, N) weight[lane + i] = T(power[i]);
+  }
+}
+
+}  // namespace sb::SB_ISA

@@ -1,13 +1,25 @@
-// z = W t + offset, row by row: every output is one sum over the width in an order of its own, so a row's bits do not
-// depend on its neighbours. rows (tokens, outputs_pad).
+// Projections of tokens and their gradients.
+#pragma once
+#include <cstdint>
+
+#include "../kernels.h"
+#include "../tuning.h"
+#include "gathered_rows.h"
+#include "gemm.h"
+#include "isa.h"
+#include "vec.h"
+
+namespace sb::SB_ISA {
+
+// z = W t + offset into rows (tokens, outputs_pad). The order of every output's sum is its own: a row's bits do not
+// depend on its neighbours.
 template <class T>
 void project(const ProjectParams& p, const ProjectWeights<T>& w, const T* tokens, int64_t row_stride, T* rows) {
   constexpr int N = kWidth<T>, kHalf = N > 8 ? 8 : N;
-  constexpr int64_t kRows = 16;
   const int64_t whole = p.lanes / N * N;
-  for (int64_t first = 0; first < p.tokens; first += kRows) {
-    const int64_t n = p.tokens - first < kRows ? p.tokens - first : kRows;
-    for (int64_t i = first + kRows; i < first + 2 * kRows && i < p.tokens; ++i)
+  for (int64_t first = 0; first < p.tokens; first += kProjectRows) {
+    const int64_t n = p.tokens - first < kProjectRows ? p.tokens - first : kProjectRows;
+    for (int64_t i = first + kProjectRows; i < first + 2 * kProjectRows && i < p.tokens; ++i)
       for (int64_t e = 0; e < p.head_dim; e += int64_t(64 / sizeof(T))) __builtin_prefetch(tokens + i * row_stride + e);
     T* to = rows + first * p.outputs_pad;
     for (int64_t o = 0; o < p.outputs_pad; o += N) {
@@ -20,7 +32,7 @@ void project(const ProjectParams& p, const ProjectWeights<T>& w, const T* tokens
     gemm<T, N, true>(n, whole, p.head_dim, a, b, c);
     if (whole < p.lanes) gemm_from<T, kHalf, true>(whole, n, p.lanes, p.head_dim, a, b, c);
     for (int64_t o = 0; o < p.dots; ++o) {
-      T dot[kRows];
+      T dot[kProjectRows];
       dot_rows<T>(n, DenseRows<const T>{tokens + first * row_stride, row_stride}, w.rows + o * p.head_pad, p.head_pad,
                   dot);
       const int64_t column = w.columns[o];
@@ -31,19 +43,17 @@ void project(const ProjectParams& p, const ProjectWeights<T>& w, const T* tokens
 }
 
 // grad (tokens, outputs), weight (outputs, head_pad); d_weight (outputs, head_pad) and d_bias (outputs) receive the sum
-// over these tokens. A row whose gradient is zero is left out of the sum: padded rows may hold anything, and nothing
-// multiplies by zero.
+// over these tokens. Rows whose gradient is zero are left out of it: padded rows may hold NaN.
 template <class T>
 void project_backward(const ProjectParams& p, const T* grad, const T* tokens, int64_t row_stride, const T* weight,
                       const T* zero_row, T* d_tokens, int64_t d_row_stride, T* d_weight, T* d_bias) {
-  constexpr int kRows = 64;
   gemm<T, kWidth<T>, false>(p.tokens, p.head_pad, p.outputs, Strided<T>{grad, p.outputs, 1},
                             DenseRows<const T>{weight, p.head_pad}, DenseRows<T>{d_tokens, d_row_stride});
   for (int64_t i = 0; i < p.outputs * p.head_pad; ++i) d_weight[i] = T(0);
   for (int64_t o = 0; o < p.outputs; ++o) d_bias[o] = T(0);
-  for (int64_t first = 0; first < p.tokens; first += kRows) {
-    const int64_t n = p.tokens - first < kRows ? p.tokens - first : kRows;
-    const T* rows[kRows];
+  for (int64_t first = 0; first < p.tokens; first += kProjectBackwardRows) {
+    const int64_t n = p.tokens - first < kProjectBackwardRows ? p.tokens - first : kProjectBackwardRows;
+    const T* rows[kProjectBackwardRows];
     for (int64_t i = 0; i < n; ++i) {
       const T* g = grad + (first + i) * p.outputs;
       bool any = false;
@@ -54,3 +64,5 @@ void project_backward(const ProjectParams& p, const T* grad, const T* tokens, in
                              PointedRows<const T>{rows}, DenseRows<T>{d_weight, p.head_pad});
   }
 }
+
+}  // namespace sb::SB_ISA

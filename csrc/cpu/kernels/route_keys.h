@@ -1,8 +1,27 @@
-// The key side of routing: panels of keys, and of means of keys, of one key/value head.
+// The key side of routing: panels of the keys, and of means of keys, of one key/value head.
+#pragma once
+#include <cstdint>
 
-// Lane `lane` of `to` becomes the mean of n lanes of `from`, weighted by the keys behind them: the mean k, and the mean
-// of the low-rank features, [1, y / 2] 2^(kappa / 2) of the quadratic kernel or y 2^kappa, written again as a y and a
-// kappa.
+#include "../../math/low_rank_kernels.h"
+#include "../../math/padding.h"
+#include "../../math/routing.h"
+#include "../../params.h"
+#include "../tuning.h"
+#include "features.h"
+#include "isa.h"
+#include "route_panel.h"
+#include "transpose.h"
+#include "vec.h"
+
+namespace sb::SB_ISA {
+
+// L of a run is formed from the mean of its keys' features y 2^(kappa / power), written as a y and a kappa again; the
+// power is the degree of K.
+SB_INLINE float mean_power(LowRank kind) {
+  return visit_low_rank(kind, [](auto kernel) SB_INLINE_LAMBDA { return float(kernel.kDegree); });
+}
+
+// Writes the mean of n lanes of `from`, weighted by the keys behind them, to the first lane of `to`.
 SB_INLINE void merge_lanes(const RouteParams& p, const float* from, int64_t from_lanes, int64_t n, float* to,
                            int64_t to_lanes) {
   const int64_t y_row = p.head_dim + 1, count_row = p.panel_rows - 1;
@@ -20,8 +39,8 @@ SB_INLINE void merge_lanes(const RouteParams& p, const float* from, int64_t from
   };
   for (int64_t row = 0; row < y_row; ++row) to[row * to_lanes] = weighted(row, weight) / total;
   to[count_row * to_lanes] = total;
-  if (p.low_rank == LowRank::kNone) return;
-  const float power = p.low_rank == LowRank::kQuadratic ? 2.0f : 1.0f;
+  if (!p.has_low_rank()) return;
+  const float power = mean_power(p.low_rank);
   const float* kappa = from + (count_row - 1) * from_lanes;
   float largest = -1e30f, sum = 0;
   for (int64_t i = 0; i < n; ++i)
@@ -35,14 +54,14 @@ SB_INLINE void merge_lanes(const RouteParams& p, const float* from, int64_t from
   to[(count_row - 1) * to_lanes] = largest + power * __builtin_log2f(sum / total);
 }
 
-// 32 keys as they lie in memory. Ignored ones point at a row of zeros and count nothing.
+// kLeaf keys as rows in memory. Masked keys point at a row of zeros and count 0.
 struct KeyRows {
   const float *k[kLeaf], *y[kLeaf];
   float count[kLeaf], kappa[kLeaf];
 };
 
-// The same mean from n keys that are at hand as rows, where a sum goes over whole vectors. `square` is their |k|^2,
-// whose mean is kept for what finish_means makes of it; without it |mean|^2 is formed at once.
+// merge_lanes from n keys as rows, where sums go over whole vectors. `square` holds their |k|^2, whose mean is kept for
+// finish_means; without it |mean|^2 is formed at once.
 SB_INLINE void merge_rows(const RouteParams& p, const KeyRows& keys, int64_t first, int64_t n, const float* square,
                           float* to, int64_t to_lanes) {
   constexpr int NV = int(kPad) / kBlockWidth;  // independent sums
@@ -78,8 +97,8 @@ SB_INLINE void merge_rows(const RouteParams& p, const KeyRows& keys, int64_t fir
   const float square_of_mean = means(keys.k + first, count, p.head_dim, total, to);  // rows of k end in zeros
   to[p.head_dim * to_lanes] = square ? sum_of(square) / total : square_of_mean;
   to[count_row * to_lanes] = total;
-  if (p.low_rank == LowRank::kNone) return;
-  const float power = p.low_rank == LowRank::kQuadratic ? 2.0f : 1.0f;
+  if (!p.has_low_rank()) return;
+  const float power = mean_power(p.low_rank);
   const BlockVec none = splat<float, kBlockWidth>(-1e30f);
   const auto present = [&](int64_t i, BlockVec v) {
     return load_lanes<kBlockWidth>(count + i) > BlockVec{} ? v : none;
@@ -97,8 +116,8 @@ SB_INLINE void merge_rows(const RouteParams& p, const KeyRows& keys, int64_t fir
   to[(count_row - 1) * to_lanes] = largest + power * __builtin_log2f(sum / total);
 }
 
-// `lanes` columns of a panel: |mean|^2, which turns the mean of |k|^2 into the spread around the mean when `spread` is
-// asked for.
+// Replaces the mean of |k|^2 in `lanes` columns of a panel by |mean|^2, or with `spread` by their difference, the
+// variance of the run.
 SB_INLINE void finish_means(const RouteParams& p, float* panel, int64_t stride, int64_t lanes, bool spread) {
   float* square_row = panel + p.head_dim * stride;
   int64_t i = 0;
@@ -120,18 +139,19 @@ SB_INLINE void finish_means(const RouteParams& p, float* panel, int64_t stride, 
   }
 }
 
-// 32 keys from position `first` on. Ignored keys are zero and count nothing; their memory is not read.
+// Fills a panel with the kLeaf keys from position `first` on. Masked keys are zero and count 0; their memory is not
+// read.
 SB_INLINE void key_panel(const RouteParams& p, int64_t b, int64_t kv, int64_t first, const float* zero_row,
                          KeyRows& keys, float* panel) {
   const RowRange& range = p.rows[b];
-  const bool mapped = p.low_rank != LowRank::kNone;
+  const bool has_low_rank = p.has_low_rank();
   const auto kappa = log_scales<float>(p.kappa, b, kv);
   for (int i = 0; i < kLeaf; ++i) {
     const int64_t j = range.k_first + first + i;
     const bool valid = j < range.k_end && !(p.k_mask && p.k_mask[b * p.k_tokens + j]);
     keys.k[i] = valid ? p.k.at<const float>(b, kv, j) : zero_row;
-    keys.y[i] = valid && mapped ? p.y.at<const float>(b, kv, j) : zero_row;
-    keys.kappa[i] = valid && mapped ? kappa(j) : 0.0f;
+    keys.y[i] = valid && has_low_rank ? p.y.at<const float>(b, kv, j) : zero_row;
+    keys.kappa[i] = valid && has_low_rank ? kappa(j) : 0.0f;
     keys.count[i] = valid ? 1.0f : 0.0f;
   }
   for (int i = 0; i < kLeaf; i += kRouteWidth)
@@ -146,14 +166,15 @@ SB_INLINE void key_panel(const RouteParams& p, int64_t b, int64_t kv, int64_t fi
     }
     store<float, kRouteWidth>(square_row + i, square);
   }
-  if (p.low_rank == LowRank::kNone) return;
+  if (!p.has_low_rank()) return;
   float* y = square_row + kLeaf;
   transpose_rows<float, kLeaf>(keys.y, p.rank, 1.0f, y);
   for (int i = 0; i < kLeaf; i += kRouteWidth)
     store<float, kRouteWidth>(y + p.rank * kLeaf + i, load_lanes(keys.kappa + i));
 }
 
-// Positions [segment * 512, + 512) of one key/value head, at every level. Scratch: one panel.
+// Fills the panels of keys [segment * kRouteSegment, + kRouteSegment) of one key/value head, at every level. Scratch:
+// one panel.
 inline void route_keys(const RouteParams& p, int64_t b, int64_t kv, int64_t segment, float* panels, float* scratch,
                        const float* zero_row) {
   const int64_t length = int64_t(p.rows[b].k_end) - p.rows[b].k_first, begin = segment * kRouteSegment;
@@ -161,8 +182,8 @@ inline void route_keys(const RouteParams& p, int64_t b, int64_t kv, int64_t segm
                 panel_size = p.panel_rows * kLeaf;
   KeyRows keys;
   if (p.block_k == 1) {
-    // Means that no search of this row looks at are not formed.
-    const bool has_blocks = (length + kLeaf - 1) / kLeaf > p.candidate_blocks(), has_supers = length >= kLongRow;
+    // Only means that a search of this row looks at are formed.
+    const bool has_blocks = ceil_div(length, kLeaf) > candidate_blocks(p.keys), has_supers = length >= kLongRow;
     for (int64_t first = begin; first < end; first += kLeaf) {
       const int64_t block = first / kLeaf;
       float* panel = panels + block * panel_size;
@@ -173,7 +194,7 @@ inline void route_keys(const RouteParams& p, int64_t b, int64_t kv, int64_t segm
     }
     // Lanes of blocks past the row's end hold no key.
     if (!has_blocks) return;
-    for (int64_t block = (end + kLeaf - 1) / kLeaf; block < (begin + kRouteSegment) / kLeaf && end > begin; ++block)
+    for (int64_t block = ceil_div(end, kLeaf); block < (begin + kRouteSegment) / kLeaf && end > begin; ++block)
       for (int64_t row = 0; row < p.panel_rows; ++row)
         panels[p.level_offset[1] + block / kLeaf * panel_size + row * kLeaf + block % kLeaf] = 0;
     if (end > begin && has_supers) {
@@ -200,3 +221,5 @@ inline void route_keys(const RouteParams& p, int64_t b, int64_t kv, int64_t segm
     finish_means(p, blocks, kBranch, kBranch, true);
   }
 }
+
+}  // namespace sb::SB_ISA

@@ -1,40 +1,59 @@
-// Routing per query: blocks of 8 keys and a window.
+// Routing per query: a list of blocks of kBranch keys, and a window.
+#pragma once
+#include <cstdint>
+
+#include "../../math/padding.h"
+#include "../../math/routing.h"
+#include "../../params.h"
+#include "../tuning.h"
+#include "arena.h"
+#include "gemm.h"
+#include "isa.h"
+#include "route_panel.h"
+#include "route_select.h"
+#include "vec.h"
+
+namespace sb::SB_ISA {
 
 struct PerQueryScratch {
   float *query, *super_score;  // (16, d + 1), (16, units)
-  int32_t *key, *candidate, *chosen,
-      *taken;        // (units), (16, 8 (kept + 2)) sortable scores, (16, kept + 2) superblocks behind them, positions
-  uint16_t* wanted;  // (superblocks): which queries look inside
+  int32_t *key, *candidate;    // sortable scores: (units), (16, 8 (kept + 2))
+  int32_t *chosen, *taken;     // superblocks of the candidates (16, kept + 2); positions taken
+  uint16_t* wanted;            // (superblocks): bit q says whether query q looks inside
   int64_t units, width, bytes;
   int32_t guess[2] = {};  // for the searches of take_top
 
   SB_INLINE PerQueryScratch(const RouteParams& p, void* memory) {
-    const int64_t supers = (p.k_tokens + kBranch * kBranch - 1) / (kBranch * kBranch);
-    units = (supers + kLeaf - 1) / kLeaf * kLeaf, width = p.candidate_superblocks() + 2;
+    const int64_t supers = ceil_div(p.k_tokens, kBranch * kBranch);
+    units = pad_to(supers, kLeaf), width = candidate_superblocks(p.keys, p.window) + 2;
     Arena arena{static_cast<char*>(memory), 0};
-    query = arena.take<float>(kRows * (p.head_dim + 1)), super_score = arena.take<float>(kRows * units);
-    key = arena.take<int32_t>(units), candidate = arena.take<int32_t>(kRows * width * kBranch);
-    chosen = arena.take<int32_t>(kRows * width), taken = arena.take<int32_t>((width + 1) * kBranch + units + kRouteWidth);
+    query = arena.take<float>(kRoutedQueries * (p.head_dim + 1)),
+    super_score = arena.take<float>(kRoutedQueries * units);
+    key = arena.take<int32_t>(units), candidate = arena.take<int32_t>(kRoutedQueries * width * kBranch);
+    chosen = arena.take<int32_t>(kRoutedQueries * width),
+    taken = arena.take<int32_t>((width + 1) * kBranch + units + kRouteWidth);
     wanted = arena.take<uint16_t>(units);
     bytes = arena.used;
   }
 };
 
+// The lists of kRoutedQueries queries.
 inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t group, const float* panels,
                             PerQueryScratch& w) {
   const RowRange& range = p.rows[b];
-  const int64_t length = int64_t(range.k_end) - range.k_first, count = (length + kBranch - 1) / kBranch,
+  const int64_t length = int64_t(range.k_end) - range.k_first, count = ceil_div(length, kBranch),
                 panel_size = p.panel_rows * kLeaf;
   const int64_t shift = (p.is_causal ? range.offset : 0) - int64_t(range.k_first),
                 routed = (p.keys - p.window) / kBranch;
-  const int64_t kept = p.candidate_superblocks(), depth = p.head_dim + 1, all_supers = (count + kBranch - 1) / kBranch;
-  int64_t low[kRows], high[kRows], supers[kRows], lists[kRows] = {};
-  bool live[kRows], choose = false;
+  const int64_t kept = candidate_superblocks(p.keys, p.window), depth = p.head_dim + 1,
+                all_supers = ceil_div(count, kBranch);
+  int64_t low[kRoutedQueries], high[kRoutedQueries], supers[kRoutedQueries], lists[kRoutedQueries] = {};
+  bool live[kRoutedQueries], choose = false;
   for (int64_t s = 0; s < all_supers; ++s) w.wanted[s] = 0;
 
   // 1. Scaled queries, windows [low, high) in blocks, superblocks that may be listed from.
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t slot = group * kRows + r, i = range.q_first + slot;
+  for (int r = 0; r < kRoutedQueries; ++r) {
+    const int64_t slot = group * kRoutedQueries + r, i = range.q_first + slot;
     float* query = w.query + r * depth;
     live[r] = i < range.q_end && !(p.q_mask && p.q_mask[b * p.q_tokens + i]);
     int64_t position = i + shift;
@@ -60,7 +79,7 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
     } else {
       const int64_t start = position - p.window / 2, end = position + p.window / 2;
       low[r] = (start > 0 ? start : 0) / kBranch;
-      // No window, no block: a query's position is then nowhere in its list.
+      // Without a window no block is forced into the list.
       high[r] = p.window < 2 ? low[r] : -floor_div(-(end < length ? end : length), kBranch);
     }
     low[r] = clamp_to(low[r], 0, count), high[r] = clamp_to(high[r], low[r], count);
@@ -68,21 +87,21 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
     choose = choose || supers[r] > kept;
   }
 
-  // 2. The best superblocks of each query; one that is cut by the window's start always stays.
+  // 2. The best superblocks of each query, and always the one that the window's start cuts.
   if (choose)
     for (int64_t first = 0; first < all_supers; first += kLeaf)
       gemm<float, kWidth<float>, false>(
-          kRows, kLeaf, depth, Strided<float>{w.query, depth, 1},
+          kRoutedQueries, kLeaf, depth, Strided<float>{w.query, depth, 1},
           DenseRows<const float>{panels + p.level_offset[1] + first / kLeaf * panel_size, kLeaf},
           DenseRows<float>{w.super_score + first, w.units});
   const BlockVec never = splat<float, kBlockWidth>(-__builtin_inff());
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kRoutedQueries; ++r) {
     if (!live[r]) continue;
     const uint16_t bit = uint16_t(1u << r);
     if (supers[r] <= kept) {
       for (int64_t s = 0; s < supers[r]; ++s) w.wanted[s] |= bit;
     } else {
-      const int64_t padded = (supers[r] + kLeaf - 1) / kLeaf * kLeaf;
+      const int64_t padded = pad_to(supers[r], kLeaf);
       for (int64_t s = 0; s < padded; s += kBlockWidth) {
         const BlockInts unit = lane_numbers<kBlockWidth>() + int32_t(s);
         const float* keys_behind =
@@ -103,7 +122,7 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
   for (int64_t s = 0; s < all_supers; ++s) {
     if (!w.wanted[s]) continue;
     const float* panel = panels + s * p.panel_rows * kBranch;
-    int rows[kRows], n = 0;
+    int rows[kRoutedQueries], n = 0;
     for (uint32_t bits = w.wanted[s]; bits; bits &= bits - 1) rows[n++] = __builtin_ctz(bits);
     for (int at = 0; at < n; at += kTogether) {
       const float* queries[kTogether];
@@ -129,15 +148,15 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
     }
   }
 
-  // 4. The list: the best blocks, the window's blocks between them.
-  for (int r = 0; r < kRows; ++r) {
+  // 4. The list: the best blocks with the window's blocks between them.
+  for (int r = 0; r < kRoutedQueries; ++r) {
     if (!live[r]) continue;
     int32_t* candidate = w.candidate + r * w.width * kBranch;
     int64_t candidates = lists[r] * kBranch;
     for (; candidates % kRouteWidth; candidates += kBranch)
       for (int i = 0; i < kBranch; ++i) candidate[candidates + i] = kNever;
     const int64_t taken = take_top(candidate, candidates, routed, w.taken, w.guess[1]);
-    const int64_t list = (b * p.q_heads + h) * p.blocks + group * kRows + r;
+    const int64_t list = (b * p.q_heads + h) * p.blocks + group * kRoutedQueries + r;
     int32_t* out = p.index + list * p.capacity;
     int64_t n = 0, i = 0;
     const auto unit = [&](int64_t at) {
@@ -151,3 +170,5 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
     p.count[list] = int32_t(n);
   }
 }
+
+}  // namespace sb::SB_ISA

@@ -1,14 +1,32 @@
-// Pooled routing: blocks of 8, 16 or 32 queries share a list of single keys.
+// Pooled routing: a block of queries shares a list of single keys.
+#pragma once
+#include <cstdint>
 
-// Where the first search for the smallest score taken starts: most end near a thirtieth of the largest.
-constexpr int32_t kLikely = 0x3d000000;  // 2^-5 in sortable form
+#include "../../math/base2.h"
+#include "../../math/padding.h"
+#include "../../math/routing.h"
+#include "../../params.h"
+#include "../tuning.h"
+#include "arena.h"
+#include "features.h"
+#include "gathered_rows.h"
+#include "gemm.h"
+#include "isa.h"
+#include "route_panel.h"
+#include "route_select.h"
+#include "vec.h"
+
+namespace sb::SB_ISA {
+
+// The first search for the smallest score taken starts here: most end near a thirtieth of the largest score.
+constexpr int32_t kFirstGuess = 0x3d000000;  // 2^-5 in sortable form
 
 struct PooledScratch {
   float *pool, *x, *s, *t;  // (4, d + 1), (4, r), (4, units), (4, units)
-  int32_t *key, *chunk, *taken,
-      *blocks;  // sortable scores; runs of lanes to score; positions taken; kept candidate blocks
+  int32_t *key, *chunk;     // sortable scores; runs of lanes to score
+  int32_t *taken, *blocks;  // positions taken; kept candidate blocks
   int64_t units, bytes;
-  int32_t guess[3] = {kLikely, kLikely, kLikely};  // for the searches of take_top
+  int32_t guess[3] = {kFirstGuess, kFirstGuess, kFirstGuess};  // for the searches of take_top
   float rho[kGroup], inverse[kGroup];
   bool live[kGroup];
   int64_t begin[kGroup], own_end[kGroup];  // positions of the block's queries
@@ -16,12 +34,12 @@ struct PooledScratch {
 
   SB_INLINE PooledScratch(const RouteParams& p, void* memory) {
     const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
-    const int64_t supers = (p.k_tokens + kRouteSegment - 1) / kRouteSegment, leaves = (p.k_tokens + kLeaf - 1) / kLeaf;
-    const int64_t kept = p.candidate_blocks();
+    const int64_t supers = ceil_div(p.k_tokens, kRouteSegment), leaves = ceil_div(p.k_tokens, kLeaf);
+    const int64_t kept = candidate_blocks(p.keys);
     const int64_t short_leaves = leaves < kLongRow / kLeaf ? leaves : kLongRow / kLeaf,
                   tail = kGroup * p.block_q / kLeaf + 2;
     units = larger(larger(supers, short_leaves) + kLeaf, larger((2 * kept + 2) * kSuper, (kept + tail) * kLeaf));
-    units = (units + kLeaf - 1) / kLeaf * kLeaf;
+    units = pad_to(units, kLeaf);
     Arena arena{static_cast<char*>(memory), 0};
     pool = arena.take<float>(kGroup * (p.head_dim + 1)), x = arena.take<float>(kGroup * (p.rank + 1));
     s = arena.take<float>(kGroup * units), t = arena.take<float>(kGroup * units);
@@ -31,7 +49,8 @@ struct PooledScratch {
   }
 };
 
-// Mean query and mean variance of the valid queries among slots [first, end) of head (b, h), scaled into base 2.
+// Mean and variance of the valid queries in slots [first, end) of head (b, h), scaled into base 2, and their mean x and
+// rho. False where there are none.
 SB_INLINE bool pool_queries(const RouteParams& p, int64_t b, int64_t h, int64_t first, int64_t end, float* mean,
                             float* x, float* rho) {
   const float* rows[2 * kPool];
@@ -45,7 +64,7 @@ SB_INLINE bool pool_queries(const RouteParams& p, int64_t b, int64_t h, int64_t 
   for (int64_t i = end; i < 2 * end - first && i < p.q_tokens; ++i)  // the next pool, most likely
     for (int64_t e = 0; e < p.head_pad; e += int64_t(64 / sizeof(float)))
       __builtin_prefetch(p.q.at<const float>(b, h, i) + e);
-  const float scale = p.scale * kLog2e, share = 1.0f / float(n);
+  const float scale = p.scale * float(kLog2e), share = 1.0f / float(n);
   constexpr int NV = int(kPad) / kBlockWidth;  // independent sums
   BlockVec variance[NV]{};
   for (int64_t e = 0; e < p.head_pad; e += kPad) {
@@ -64,9 +83,9 @@ SB_INLINE bool pool_queries(const RouteParams& p, int64_t b, int64_t h, int64_t 
   }
   SB_UNROLL
   for (int v = 1; v < NV; ++v) variance[0] += variance[v];
-  // v / 4 with v in natural units, the whole in base 2.
+  // variance / 4 in natural units, the product in base 2.
   mean[p.head_dim] = sum_lanes<float, kBlockWidth>(variance[0]) * (p.scale * scale * share * 0.25f / float(p.head_dim));
-  if (p.low_rank == LowRank::kNone) return true;
+  if (!p.has_low_rank()) return true;
   for (int64_t e = 0; e < p.rank; e += kPad) {  // rows are padded
     BlockVec sum[NV]{};
     for (int64_t i = 0; i < n; ++i)
@@ -81,7 +100,7 @@ SB_INLINE bool pool_queries(const RouteParams& p, int64_t b, int64_t h, int64_t 
   return true;
 }
 
-// s and x.y of the four pools against runs of kLanes tokens.
+// s and x.y of the kGroup pools with runs of kLanes tokens.
 template <int kLanes>
 SB_INLINE void score_runs(const RouteParams& p, const PooledScratch& w, const float* level, const int32_t* chunk,
                           int64_t chunks) {
@@ -93,7 +112,7 @@ SB_INLINE void score_runs(const RouteParams& p, const PooledScratch& w, const fl
       micro<float, N, kGroup, NV, false>(0, column, p.head_dim + 1, Strided<float>{w.pool, p.head_dim + 1, 1},
                                          DenseRows<const float>{panel, kLeaf},
                                          DenseRows<float>{w.s + c * kLanes, w.units});
-      if (p.low_rank != LowRank::kNone)
+      if (p.has_low_rank())
         micro<float, N, kGroup, NV, false>(0, column, p.rank, Strided<float>{w.x, p.rank + 1, 1},
                                            DenseRows<const float>{panel + (p.head_dim + 1) * kLeaf, kLeaf},
                                            DenseRows<float>{w.t + c * kLanes, w.units});
@@ -101,9 +120,9 @@ SB_INLINE void score_runs(const RouteParams& p, const PooledScratch& w, const fl
   }
 }
 
-// Turns row g of s into scores: |2^(s - M) - L 2^-M|, or s - M without a low-rank part, M the largest exponent among
-// the eligible; -inf where a token is not eligible: at or past `limit`, in [own_begin, own_end), or with no key behind
-// it. Keeps 1 / (largest score) in `inverse`; with kKeys the scores go to w.key, sortable, instead.
+// Turns row g of s into scores: |2^(s - M) - L 2^-M|, or s - M without a low-rank part, where M is the largest exponent
+// of eligible tokens. Tokens at or past `limit`, in [own_begin, own_end) or with no key behind them are not eligible
+// and get -inf. Sets w.inverse to 1 / (largest score); with kKeys the scores go to w.key instead, in sortable form.
 template <int kLanes, bool kKeys>
 SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* level, const int32_t* chunk,
                          int64_t chunks, int g, int64_t limit, int64_t own_begin, int64_t own_end) {
@@ -111,7 +130,7 @@ SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* le
   const int64_t kappa_row = (p.panel_rows - 2) * kLeaf, count_row = (p.panel_rows - 1) * kLeaf;
   float *s = w.s + g * w.units, *t = w.t + g * w.units;
   RouteVec top = splat<float, kRouteWidth>(-1e30f), best{};
-  const auto each = [&](const auto& visit) __attribute__((always_inline)) {
+  const auto each = [&](const auto& visit) SB_INLINE_LAMBDA {
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t first = int64_t(chunk[c]) * kLanes;
       const float* panel = level + first / kLeaf * p.panel_rows * kLeaf + first % kLeaf;
@@ -124,20 +143,21 @@ SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* le
       }
     }
   };
-  const bool mapped = p.low_rank != LowRank::kNone, quadratic = p.low_rank == LowRank::kQuadratic;
-  each([&](int64_t at, const float* kappa, RouteInts eligible) __attribute__((always_inline)) {
+  const bool has_low_rank = p.has_low_rank();
+  const RuntimeKernel kernel{p.low_rank};
+  each([&](int64_t at, const float* kappa, RouteInts eligible) SB_INLINE_LAMBDA {
     RouteVec exponent = load_lanes(s + at);
-    if (mapped) exponent = max_lanes(exponent, load_lanes(kappa) + w.rho[g]);
+    if (has_low_rank) exponent = max_lanes(exponent, load_lanes(kappa) + w.rho[g]);
     top = max_lanes(top, eligible ? exponent : top);
   });
   float largest = top[0];
   SB_UNROLL
   for (int i = 1; i < kRouteWidth; ++i) largest = top[i] > largest ? top[i] : largest;
-  each([&](int64_t at, const float* kappa, RouteInts eligible) __attribute__((always_inline)) {
+  each([&](int64_t at, const float* kappa, RouteInts eligible) SB_INLINE_LAMBDA {
     RouteVec score = load_lanes(s + at) - largest;
-    if (mapped) {
+    if (has_low_rank) {
       const RouteVec L =
-          exp2v<kRouteWidth>(load_lanes(kappa) + (w.rho[g] - largest)) * kernel_of(quadratic, load_lanes(t + at));
+          exp2v<kRouteWidth>(load_lanes(kappa) + (w.rho[g] - largest)) * kernel.value(load_lanes(t + at));
       score = (RouteVec)((RouteInts)(exp2v<kRouteWidth>(score) - L) & 0x7fffffff);
       best = max_lanes(best, eligible ? score : best);
     }
@@ -152,8 +172,8 @@ SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* le
   w.inverse[g] = most > 0 ? 1.0f / most : 1.0f;
 }
 
-// The n best runs' tokens for the whole group, as unit numbers: a token's score is the largest over the blocks, each
-// relative to its own largest; the causal form asks the first block only.
+// Writes the n best tokens of the runs for the whole group. A token's score is the largest over the query blocks, each
+// relative to the block's own largest; the causal form uses the first block only.
 template <int kLanes>
 SB_INLINE int64_t shared_top(const RouteParams& p, PooledScratch& w, const float* level, const int32_t* chunk,
                              int64_t chunks, int64_t limit, int64_t n, int32_t* out) {
@@ -175,6 +195,7 @@ SB_INLINE int64_t shared_top(const RouteParams& p, PooledScratch& w, const float
   return taken;
 }
 
+// The lists of the query blocks of one group.
 inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t group, const float* panels,
                          PooledScratch& w) {
   const RowRange& range = p.rows[b];
@@ -212,16 +233,16 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
   }
   if (first_live < 0) return;
 
-  // 2. Candidate blocks: those complete before the group (all, if nothing is causal), the best of the best superblocks
-  // if the row is long.
+  // 2. Candidate blocks: the best of those complete before the group (of all, without a causal edge), in long rows
+  // within the best superblocks.
   const int64_t group_end =
       p.is_causal ? clamp_to(range.q_first + group * kGroup * p.block_q + shift, 0, length) : length;
-  const int64_t complete = p.is_causal ? group_end / kLeaf : (length + kLeaf - 1) / kLeaf, kept = p.candidate_blocks();
+  const int64_t complete = p.is_causal ? group_end / kLeaf : ceil_div(length, kLeaf), kept = candidate_blocks(p.keys);
   int64_t blocks = 0;
   if (complete <= kept) {
     for (; blocks < complete; ++blocks) w.blocks[blocks] = int32_t(blocks);
   } else if (length >= kLongRow) {
-    const int64_t supers = p.is_causal ? group_end / kRouteSegment : (length + kRouteSegment - 1) / kRouteSegment;
+    const int64_t supers = p.is_causal ? group_end / kRouteSegment : ceil_div(length, kRouteSegment);
     int64_t runs = 0;
     for (; runs * kLeaf < supers; ++runs) w.chunk[runs] = int32_t(runs);
     int64_t taken =
@@ -246,10 +267,10 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
     for (int64_t j = w.begin[g]; j < w.own_end[g]; ++j)
       if (!(p.k_mask && p.k_mask[b * p.k_tokens + range.k_first + j])) own[own_count++] = int32_t(j);
     const int64_t taken = take_top(w.key, blocks * kLeaf, p.keys - own_count, w.taken, w.guess[2]);
-    // Ascending: the block's own keys are between the candidates before and behind them.
+    // Ascending: the block's own keys go between the candidates before and after them.
     const int64_t list = (b * p.q_heads + h) * p.blocks + group * kGroup + g;
     int32_t* out = p.index + list * p.capacity;
-    if (blocks > 0 && w.blocks[blocks - 1] >= blocks)  // not all from the first on
+    if (blocks > 0 && w.blocks[blocks - 1] >= blocks)  // the blocks are not 0, 1, ...
       for (int64_t i = 0; i < taken; ++i)
         w.taken[i] = w.blocks[uint32_t(w.taken[i]) / kLeaf] * kLeaf + uint32_t(w.taken[i]) % kLeaf;
     const int64_t before = own_count > 0 ? lower_bound_key(w.taken, 0, taken, own[0]) : taken;
@@ -259,3 +280,5 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
     p.count[list] = int32_t(taken + own_count);
   }
 }
+
+}  // namespace sb::SB_ISA

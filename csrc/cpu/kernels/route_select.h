@@ -1,4 +1,11 @@
 // Selection of the largest scores, as integers in the order of the floats.
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+#include "route_panel.h"
+
+namespace sb::SB_ISA {
 
 // Bit i: whether lane i is at least `threshold`.
 SB_INLINE uint32_t lanes_from(RouteInts v, int32_t threshold) {
@@ -15,7 +22,7 @@ SB_INLINE uint32_t lanes_from(RouteInts v, int32_t threshold) {
 #endif
 }
 
-// How many of `count` keys (a multiple of the width) are at least `threshold`.
+// The number of keys that are at least `threshold`; `count` is a multiple of the width.
 SB_INLINE int64_t count_from(const int32_t* key, int64_t count, int32_t threshold) {
   int64_t total = 0;
   if constexpr (kRouteWidth == 16) {
@@ -33,7 +40,7 @@ SB_INLINE int64_t count_from(const int32_t* key, int64_t count, int32_t threshol
   return total;
 }
 
-// out[0, ..) = first + the lanes that bits name, ascending; returns how many. May write a whole vector.
+// Writes first + lane for every set bit to out, ascending, and returns their number. May write a whole vector.
 SB_INLINE int64_t append_lanes(uint32_t bits, int64_t first, int32_t* out) {
 #if defined(__x86_64__) && SB_VECTOR_BYTES == 64
   store_ints(out, __builtin_ia32_compresssi512_mask(lane_numbers() + int32_t(first), RouteInts{}, uint16_t(bits)));
@@ -45,13 +52,13 @@ SB_INLINE int64_t append_lanes(uint32_t bits, int64_t first, int32_t* out) {
 #endif
 }
 
-// The positions of the n largest of `count` keys (a multiple of the width), ascending; ties go to the lowest, kNever is
-// never taken. `out` has room for a vector more. `guess` is where the search for the smallest key taken starts, and
-// receives it: neighbouring queries have similar ones. It changes the time, not the result.
+// Writes the positions of the n largest of `count` keys (a multiple of the width), ascending; ties go to the lowest,
+// kNever is never taken. `out` has room for a vector more. The search for the smallest key taken starts at `guess`,
+// which receives it: neighbouring queries have similar ones. It changes the time, not the result.
 SB_INLINE int64_t take_top(const int32_t* key, int64_t count, int64_t n, int32_t* out, int32_t& guess) {
   if (n <= 0) return 0;
-  // Keys from `high` on are fewer than n, keys from `low` on at least n: close in until they are n exactly, or until
-  // only ties of `low` are left to cut.
+  // Fewer than n keys are >= high, at least n are >= low: narrow until exactly n are, or until only ties of `low` are
+  // left to cut.
   int64_t low = int64_t(kNever) + 1, high = int64_t(INT32_MAX) + 1, from_low = count_from(key, count, int32_t(low)),
           from_high = 0, step = int64_t(1) << 21;
   if (from_low > n) {
@@ -62,7 +69,7 @@ SB_INLINE int64_t take_top(const int32_t* key, int64_t count, int64_t n, int32_t
         low = probe, from_low = hits;
       else
         high = probe, from_high = hits;
-      // First away from the guess in growing steps, then by interpolation and halving in turn.
+      // First move away from the guess in growing steps, then interpolate and halve in turn.
       if (high > INT32_MAX || low <= kNever + 1)
         probe += high > INT32_MAX ? step : -step, step *= 4;
       else
@@ -88,3 +95,5 @@ SB_INLINE int64_t take_top(const int32_t* key, int64_t count, int64_t n, int32_t
   }
   return taken;
 }
+
+}  // namespace sb::SB_ISA

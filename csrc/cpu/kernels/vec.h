@@ -1,14 +1,10 @@
-// Vectors on GCC/Clang extensions: one source for every instruction set. Included inside the namespace of an
-// instruction set by kernels/all.h, after SB_VECTOR_BYTES (16, 32 or 64) and the target pragma are set. Nothing here
-// includes a header: an inline function of the standard library compiled under one target and merged by the linker into
-// code for another would break the one-definition rule.
-#define SB_INLINE inline __attribute__((always_inline))
-#define SB_PRAGMA(text) _Pragma(#text)
-#define SB_UNROLL SB_PRAGMA(GCC unroll 16)
-// A loop whose count is known when compiling, unrolled: arrays of vectors indexed by it stay in registers.
-#define SB_EACH(i, count) \
-  SB_UNROLL               \
-  for (int i = 0; i < (count); ++i)
+// Vectors on GCC/Clang extensions: one source for every instruction set.
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+
+namespace sb::SB_ISA {
 
 // Vec<T, N>: N lanes of T, an unaligned view of it, and integers of the same width (the type of a comparison).
 template <class T, int N>
@@ -32,7 +28,7 @@ SB_DEFINE_VEC(double, int64_t, 4)
 SB_DEFINE_VEC(double, int64_t, 8)
 #undef SB_DEFINE_VEC
 
-// Conditions that a generic lambda knows when compiling.
+// Compile-time conditions as arguments of a generic lambda.
 template <bool kValue>
 struct Constant {
   constexpr operator bool() const { return kValue; }
@@ -43,6 +39,9 @@ typedef Constant<false> No;
 // Lanes of the widest register.
 template <class T>
 inline constexpr int kWidth = SB_VECTOR_BYTES / int(sizeof(T));
+// Lanes of the vectors that hold kLanes values.
+template <class T, int kLanes>
+inline constexpr int kLaneWidth = kLanes < kWidth<T> ? kLanes : kWidth<T>;
 
 template <class T, int N>
 SB_INLINE typename Vec<T, N>::type load(const T* p) {
@@ -62,10 +61,10 @@ SB_INLINE V max_lanes(V a, V b) {
   return a > b ? a : b;
 }
 
-// 2^x, relative error 1e-7 (float) and 1e-16 (double). Below the smallest normal number the result is exactly zero,
-// and beyond the largest power of two it stays there; exponents of weights are never positive, so neither touches a
-// weight that counts. x = n + f with n an integer and |f| <= 1/2: adding 1.5 * 2^mantissa rounds x to n and leaves n in
-// the low bits, ready to be added to the exponent.
+// 2^x, relative error 1e-7 (float) and 1e-16 (double). Results below the smallest normal number are exactly zero, and
+// those above the largest power of two are that power; the exponents of weights are never positive, so neither changes
+// a weight that matters. x = n + f with n an integer and |f| <= 1/2: adding 1.5 * 2^mantissa rounds x to n and leaves n
+// in the low bits, ready to be added to the exponent.
 template <int N>
 SB_INLINE typename Vec<float, N>::type exp2_fraction(typename Vec<float, N>::type f) {
   // Minimax in relative error on [-1/2, 1/2], degree 6: 2e-9 before rounding.
@@ -129,12 +128,13 @@ SB_INLINE typename Vec<double, N>::type exp2v(typename Vec<double, N>::type x) {
   const V y = (V)((I)p + ((I)shifted << 52));
   return x < tiny ? V{} : y;
 }
-// log2 of positive normal numbers to about 1e-12; infinity and NaN stay what they are.
+
+// log2 of positive normal numbers to about 1e-12; infinity and NaN pass through.
 template <int N>
 SB_INLINE typename Vec<double, N>::type log2v(typename Vec<double, N>::type x) {
   typedef typename Vec<double, N>::type V;
   typedef typename Vec<double, N>::ints I;
-  // x = m 2^n with m in [sqrt(1/2), sqrt(2)): the bits of sqrt(1/2) are taken off before the exponent is read.
+  // x = m 2^n with m in [sqrt(1/2), sqrt(2)): the bits of sqrt(1/2) are subtracted before the exponent is read.
   const I n = ((I)x - int64_t(0x3fe6a09e667f3bcd)) >> 52;
   const V m = (V)((I)x - (n << 52)), s = (m - 1.0) / (m + 1.0), s2 = s * s;
   V p = s2 * (1.0 / 13) + 1.0 / 11;
@@ -147,8 +147,9 @@ SB_INLINE typename Vec<double, N>::type log2v(typename Vec<double, N>::type x) {
   return x < __builtin_inf() ? y : x;
 }
 
-// a / divisor with inverse = 1 / divisor, rounded as a division is but for rare last bits: the remainder of the product
-// corrects it, where there is a fused multiply-add to form it. Infinity stays what it is.
+// a / divisor from inverse = 1 / divisor, rounded like a division except for rare last bits: a fused multiply-add forms
+// the remainder of the product, which corrects it. Without fused multiply-adds it is a division. Infinity passes
+// through.
 template <class T, int N>
 SB_INLINE typename Vec<T, N>::type divide(typename Vec<T, N>::type a, T divisor, [[maybe_unused]] T inverse) {
 #if SB_VECTOR_BYTES == 16
@@ -164,7 +165,7 @@ SB_INLINE T exp2s(T x) {
   return exp2v<N>(splat<T, N>(x))[0];
 }
 
-// A square of N vectors transposed in registers: log2(N) rounds that exchange blocks of 1, 2, 4, ... lanes.
+// 0, 1, ... kCount - 1 as template arguments, for shuffles.
 template <int... kIndex>
 struct Indices {};
 template <int kCount, int... kIndex>
@@ -173,6 +174,8 @@ template <int... kIndex>
 struct CountIndices<0, kIndex...> {
   typedef Indices<kIndex...> type;
 };
+
+// Swaps the odd blocks of kStep lanes of a with the even blocks of b.
 template <class T, int N, int kStep, int... i>
 SB_INLINE void exchange_blocks(typename Vec<T, N>::type& a, typename Vec<T, N>::type& b, Indices<i...>) {
   const auto first = a, second = b;
@@ -185,6 +188,7 @@ SB_INLINE void exchange_blocks(typename Vec<T, N>::type& a, typename Vec<T, N>::
   b = __builtin_shuffle(first, second, I{(i & kStep ? N + i : i + kStep)...});
 #endif
 }
+
 // The sum of the lanes, always in the same order: halves folded onto each other.
 template <class T, int N, int kStep, int... i>
 SB_INLINE typename Vec<T, N>::type rotate_lanes(typename Vec<T, N>::type v, Indices<i...>) {
@@ -202,6 +206,7 @@ SB_INLINE T sum_lanes(typename Vec<T, N>::type v) {
   else
     return sum_lanes<T, N, kStep / 2>(v + rotate_lanes<T, N, kStep>(v, typename CountIndices<N>::type{}));
 }
+
 // The sums of the lanes of N vectors in rows[0], each in the order of sum_lanes: two vectors folded into the halves of
 // one, then the halves' halves.
 template <class T, int N, int kStep, int... i>
@@ -222,6 +227,8 @@ SB_INLINE void fold_rows(typename Vec<T, N>::type* rows) {
     fold_rows<T, N, kStep / 2>(rows);
   }
 }
+
+// Transposes a square of N vectors in registers: log2(N) rounds exchange blocks of 1, 2, 4, ... lanes.
 template <class T, int N, int kStep = 1>
 SB_INLINE void transpose_square(typename Vec<T, N>::type* rows) {
   if constexpr (kStep < N) {
@@ -230,3 +237,5 @@ SB_INLINE void transpose_square(typename Vec<T, N>::type* rows) {
     transpose_square<T, N, kStep * 2>(rows);
   }
 }
+
+}  // namespace sb::SB_ISA

@@ -1,0 +1,209 @@
+// Backward pass of a query tile that shares a key list, a query in every lane; attention_backward_tile.h has the steps.
+#pragma once
+#include <cstdint>
+
+#include "../../math/low_rank_kernels.h"
+#include "../../params.h"
+#include "attention_backward_scratch.h"
+#include "dkdv_scatter_shared.h"
+#include "element_types.h"
+#include "features.h"
+#include "gathered_rows.h"
+#include "gemm.h"
+#include "isa.h"
+#include "key_list.h"
+#include "key_list_bitmask.h"
+#include "kv_state.h"
+#include "query_tile.h"
+#include "scores.h"
+#include "tile_prefetch.h"
+#include "vec.h"
+
+namespace sb::SB_ISA {
+
+// Step 2 of a list with a bitmask: P is zero where a query does not list the key, dU/dt where it does.
+template <class E, int kLanes>
+SB_INLINE void weigh_bitmask(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
+                             const LogScales<AccType<E>>& kappa, const AccType<E>* S, BackwardScratch<E, kLanes>& s,
+                             ScatterRecord<E>& r) {
+  typedef AccType<E> T;
+  const KeyList& list = tile.list;
+  constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
+  typedef typename Vec<T, N>::type V;
+  const RuntimeKernel kernel{p.low_rank};
+  const ScoreFactor<E> score(p);
+  for (int v = 0; v < NQ; ++v) {
+    const V lse = load<T, N>(s.lse + v * N), delta = load<T, N>(s.delta + v * N);
+    V exact{}, slope{};
+    for (int64_t begin = 0; begin < list.n; begin += kShortChain) {
+      V sum{}, moment{};
+      for (int64_t i = begin; i < list.n && i < begin + kShortChain; ++i) {
+        const int64_t o = i * kLanes + v * N;
+        const BitmaskKey<E, kLanes, N> key(tile, kappa, score, S, i, v);
+        const V grad = load<T, N>(s.g + o) - delta;
+        const V e = exp2v<N>(key.exponent - lse), t = load<T, N>(r.dt + o);
+        const V P = key.listed ? e : V{}, weight = key.listed ? e : e * kernel.value(t);
+        store<T, N>(r.dt + o, key.listed ? V{} : e * kernel.slope(t));
+        sum += weight, moment += weight * grad;
+        store<T, N>(s.P + o, P), store<T, N>(s.net + o, weight), store<T, N>(s.g + o, grad);
+      }
+      exact += sum, slope += moment;
+    }
+    store<T, N>(s.exact + v * N, exact), store<T, N>(s.removed + v * N, V{}), store<T, N>(s.slope + v * N, slope);
+  }
+}
+
+// Steps 1 and 2: P, U and g before they are rescaled.
+template <class E, int kLanes>
+SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
+                            const LogScales<AccType<E>>& kappa, AccType<E> kappa_ref, BackwardScratch<E, kLanes>& s,
+                            ScatterRecord<E>& r, TilePrefetcher<E, kLanes, true>& prefetcher) {
+  typedef AccType<E> T;
+  const KeyList& list = tile.list;
+  constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
+  typedef typename Vec<T, N>::type V;
+  const RuntimeKernel kernel{p.low_rank};
+  for (int64_t i = 0; i < list.n; ++i) r.key[i] = list.key[i];
+  const int64_t chunk_first = tile.chunk_first;
+  const int64_t L_begin = first_low_rank(list);
+  r.lanes = kLanes, r.by_key_count = 0, r.n_chunk = list.n_chunk, r.n_listed = list.n_listed, r.n = list.n,
+  r.L_begin = L_begin;
+  r.first_key = first_key(list), r.last_key = last_key(list);
+  const auto k = listed<E>(p.k, tile.b, tile.kv, list.key), v_rows = listed<E>(p.v, tile.b, tile.kv, list.key);
+  const ScoreFactor<E> score(p);
+  if constexpr (!kPaired<E>) s.P = r.ds, s.g = r.w;  // ds and w, which replace them, have the same type
+  T *const P = s.P, *const grad_of = s.g;
+
+  // 1. S, kept or recomputed, x.y as in the forward pass, and dP = V dO.
+  const KeptScores<T> kept = kept_scores<T, kLanes>(p, tile.b, tile.h, tile.first_slot, list.n_listed);
+  const T* const S = kept.data ? kept.data : P;
+  const int64_t stride = kept.stride, dots = (kept.data ? 0 : list.n_listed) + list.n;
+  const int64_t per_slice = prefetcher.left() * kSliceRows<T, kLanes> / (dots + 1) + 1;
+  if (!kept.data) {
+    queries_in_lanes<E, kLanes>(p, tile, s.qT);
+    dot_lanes<E, N, kLanes>(list.n_listed, p.head_dim, k, s.qT, P, prefetcher, per_slice);
+  }
+  if (p.has_low_rank()) low_rank_products<E, kLanes>(p, tile, list, L_begin, s.xT, r.dt);
+  dot_lanes<E, N, kLanes>(list.n, p.value_pad, v_rows, s.gT, grad_of, prefetcher, per_slice);
+  prefetcher.fetch(prefetcher.left());
+
+  // 2. P, dP - dO.o into g, dU/dt into dt and the weight into net, with their sums in short chains.
+  V rho[NQ], edge[NQ], lse[NQ], delta[NQ], a[NQ], exact[NQ], removed[NQ], slope[NQ];
+  SB_EACH (v, NQ) {
+    rho[v] = load<T, N>(tile.rho + v * N), edge[v] = load<T, N>(tile.edge + v * N);
+    lse[v] = load<T, N>(s.lse + v * N), delta[v] = load<T, N>(s.delta + v * N);
+    const V state = list.uses_kv_state ? rho[v] + kappa_ref : splat<T, N>(T(-1e30));
+    store<T, N>(s.kv_state_log + v * N, state);
+    exact[v] = removed[v] = slope[v] = V{};
+  }
+  kv_state_weights<T, kLanes>(tile.rho, kappa_ref, s.lse, s.kv_state_log, s.weight);
+  SB_EACH (v, NQ) a[v] = load<T, N>(s.weight + v * N);
+  if (list.bitmask) return weigh_bitmask<E, kLanes>(p, tile, kappa, S, s, r);
+  if (list.uses_kv_state) decay_of_keys<T>(kappa, kappa_ref, list.key, list.n_chunk, list.n_listed, s.exponent);
+  for (int64_t begin = 0; begin < list.n; begin += kShortChain) {
+    const int64_t end = begin + kShortChain < list.n ? begin + kShortChain : list.n;
+    V sum[NQ] = {}, taken[NQ] = {}, moment[NQ] = {};
+    int64_t i = begin;
+    for (; i < list.n_chunk && i < end; ++i) {
+      const V at = splat<T, N>(T(list.key[i] - chunk_first));
+      SB_EACH (v, NQ) {
+        const int64_t o = i * kLanes + v * N;
+        const V weight = at <= edge[v] ? exp2v<N>(score(load<T, N>(S + i * stride + v * N)) - lse[v]) : V{};
+        const V grad = load<T, N>(grad_of + o) - delta[v];
+        sum[v] += weight, moment[v] += weight * grad;
+        store<T, N>(P + o, weight), store<T, N>(s.net + o, weight), store<T, N>(grad_of + o, grad);
+      }
+    }
+    const int64_t listed_end = list.n_listed < end ? list.n_listed : end;
+    if (list.uses_kv_state)
+      for (; i < listed_end; ++i)
+        SB_EACH (v, NQ) {
+          const int64_t o = i * kLanes + v * N;
+          const V weight = exp2v<N>(score(load<T, N>(S + i * stride + v * N)) - lse[v]),
+                  grad = load<T, N>(grad_of + o) - delta[v];
+          T* dt = r.dt + (i - L_begin) * kLanes + v * N;
+          const V t = load<T, N>(dt), du = a[v] * s.exponent[i] * kernel.slope(t);
+          const V u = du * kernel.root(t), net = weight - u;
+          sum[v] += weight, taken[v] += u, moment[v] += net * grad;
+          store<T, N>(dt, -du);
+          store<T, N>(P + o, weight), store<T, N>(s.net + o, net), store<T, N>(grad_of + o, grad);
+        }
+    else
+      for (; i < listed_end; ++i)
+        SB_EACH (v, NQ) {
+          const int64_t o = i * kLanes + v * N;
+          const V weight = exp2v<N>(score(load<T, N>(S + i * stride + v * N)) - lse[v]),
+                  grad = load<T, N>(grad_of + o) - delta[v];
+          sum[v] += weight, moment[v] += weight * grad;
+          store<T, N>(P + o, weight), store<T, N>(s.net + o, weight), store<T, N>(grad_of + o, grad);
+        }
+    for (; i < end; ++i) {
+      const V at = splat<T, N>(T(list.key[i] - chunk_first));
+      const T kj = kappa(list.key[i]);
+      SB_EACH (v, NQ) {
+        const int64_t o = i * kLanes + v * N;
+        T* dt = r.dt + (i - L_begin) * kLanes + v * N;
+        const V t = load<T, N>(dt), grad = load<T, N>(grad_of + o) - delta[v];
+        const V e = at <= edge[v] ? exp2v<N>((rho[v] - lse[v]) + kj) : V{}, weight = e * kernel.value(t);
+        sum[v] += weight, moment[v] += weight * grad;
+        store<T, N>(dt, e * kernel.slope(t));
+        store<T, N>(s.net + o, weight), store<T, N>(grad_of + o, grad);
+      }
+    }
+    SB_EACH (v, NQ) exact[v] += sum[v], removed[v] += taken[v], slope[v] += moment[v];
+  }
+  SB_EACH (v, NQ) {
+    store<T, N>(s.exact + v * N, exact[v]);
+    store<T, N>(s.removed + v * N, removed[v]);
+    store<T, N>(s.slope + v * N, slope[v]);
+  }
+}
+
+// Steps 4 and 5: w, ds and dt of the record, then dq and dx.
+template <class E, int kLanes>
+SB_INLINE void gradients_shared(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
+                                BackwardScratch<E, kLanes>& s, ScatterRecord<E>& r) {
+  typedef AccType<E> T;
+  constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
+  typedef typename Vec<T, N>::type V;
+  V correction[NQ], inverse[NQ], scaled[NQ];
+  SB_EACH (v, NQ) {
+    correction[v] = load<T, N>(s.correction + v * N), inverse[v] = load<T, N>(s.inverse + v * N);
+    scaled[v] = inverse[v] * T(p.scale);
+  }
+  const auto rescale = [&](int64_t begin, int64_t end, auto is_listed, auto has_L) SB_INLINE_LAMBDA {
+    T* dt = r.dt - r.L_begin * kLanes;
+    for (int64_t o = begin * kLanes; o < end * kLanes; o += kLanes)
+      SB_EACH (v, NQ) {
+        const int64_t at = o + v * N;
+        const V grad = load<T, N>(s.g + at) - correction[v];
+        if constexpr (is_listed) {
+          const V ds = load<T, N>(s.P + at) * grad * scaled[v];
+          if constexpr (kPaired<E>) store<T, N>(s.P + at, ds);
+          store_narrow<E, N>(r.ds + at, ds);
+        }
+        if constexpr (has_L) store<T, N>(dt + at, load<T, N>(dt + at) * grad * inverse[v]);
+        store_narrow<E, N>(r.w + at, load<T, N>(s.net + at) * inverse[v]);
+      }
+  };
+  rescale(0, r.L_begin, Yes{}, No{});
+  rescale(r.L_begin, r.n_listed, Yes{}, Yes{});
+  rescale(r.n_listed, r.n, No{}, Yes{});
+  T* dq[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane)
+    dq[lane] = tile.query[lane] < 0 ? s.dQ + lane * p.head_pad : p.dq.at<T>(tile.b, tile.h, tile.query[lane]);
+  const StepOf<E>* W;
+  if constexpr (kPaired<E>)
+    W = weight_steps<E, kLanes>(r.n_listed, s.P, s.W);
+  else
+    W = r.ds;
+  combine_listed<E, false>(kLanes, p.head_pad, r.n_listed, W, listed<E>(p.k, tile.b, tile.kv, r.key), tile.zero_row,
+                           PointedRows<T>{dq});
+  if (p.has_low_rank()) {
+    const auto y = listed<T>(p.y, tile.b, tile.kv, r.key + r.L_begin);
+    gemm<T, N, true>(gradient_rows(p.low_rank, p.rank), kLanes, r.n - r.L_begin, DownRows<decltype(y)>{y},
+                     DenseRows<const T>{r.dt, kLanes}, DenseRows<T>{s.dX, kLanes});
+  }
+}
+
+}  // namespace sb::SB_ISA

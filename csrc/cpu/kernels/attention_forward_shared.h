@@ -1,0 +1,175 @@
+// Forward pass of a query tile that shares a key list, a query in every lane (docs/algorithm.md, sections 1 and 7).
+#pragma once
+#include <cstdint>
+
+#include "../../params.h"
+#include "../tuning.h"
+#include "attention_forward_scratch.h"
+#include "element_types.h"
+#include "features.h"
+#include "gathered_rows.h"
+#include "gemm.h"
+#include "isa.h"
+#include "key_list.h"
+#include "key_list_bitmask.h"
+#include "kv_state.h"
+#include "query_tile.h"
+#include "scores.h"
+#include "tile_prefetch.h"
+#include "vec.h"
+
+namespace sb::SB_ISA {
+
+// Step 4: O = W V.
+template <class E, int kLanes>
+SB_INLINE void combine_weights(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
+                               ForwardScratch<E, kLanes>& s) {
+  const KeyList& list = tile.list;
+  const auto v_rows = listed<E>(p.v, tile.b, tile.kv, list.key);
+  const StepOf<E>* W = weight_steps<E, kLanes>(list.n, s.S, s.W);
+  const DenseRows<AccType<E>> to{s.O, p.value_pad};
+  if (p.index)
+    combine_scattered<E>(kLanes, p.value_pad, list.n, W, v_rows, p.k_tokens > kNearKeys, tile.zero_row, to);
+  else
+    combine_listed<E, false>(kLanes, p.value_pad, list.n, W, v_rows, tile.zero_row, to);
+}
+
+// Steps 2 and 3 of a list with a bitmask.
+template <class E, int kLanes>
+SB_INLINE void bitmask_weights(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
+                               const LogScales<AccType<E>>& kappa, const AccType<E>* S, ForwardScratch<E, kLanes>& s) {
+  typedef AccType<E> T;
+  const KeyList& list = tile.list;
+  constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
+  typedef typename Vec<T, N>::type V;
+  const RuntimeKernel kernel{p.low_rank};
+  const ScoreFactor<E> score(p);
+  const V none = splat<T, N>(T(-1e30));
+  for (int v = 0; v < NQ; ++v) {
+    V c = none, exact{};
+    for (int64_t i = 0; i < list.n; ++i) {
+      const BitmaskKey<E, kLanes, N> key(tile, kappa, score, S, i, v);
+      c = max_lanes(c, key.exponent);
+    }
+    for (int64_t begin = 0; begin < list.n; begin += kShortChain) {
+      V sum{};
+      for (int64_t i = begin; i < list.n && i < begin + kShortChain; ++i) {
+        const BitmaskKey<E, kLanes, N> key(tile, kappa, score, S, i, v);
+        const V e = exp2v<N>(key.exponent - c), t = load<T, N>(s.L + i * kLanes + v * N);
+        const V weight = key.listed ? e : e * kernel.value(t);
+        sum += weight;
+        store<T, N>(s.S + i * kLanes + v * N, weight);
+      }
+      exact += sum;
+    }
+    store<T, N>(s.c + v * N, c), store<T, N>(s.exact + v * N, exact), store<T, N>(s.removed + v * N, V{});
+    store<T, N>(s.kv_state_log + v * N, none), store<T, N>(s.weight + v * N, V{});
+  }
+}
+
+// Steps 1 to 4.
+template <class E, int kLanes>
+SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
+                              const LogScales<AccType<E>>& kappa, AccType<E> kappa_ref, ForwardScratch<E, kLanes>& s,
+                              TilePrefetcher<E, kLanes, false>& prefetcher) {
+  typedef AccType<E> T;
+  const KeyList& list = tile.list;
+  constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
+  typedef typename Vec<T, N>::type V;
+  const RuntimeKernel kernel{p.low_rank};
+  const V none = splat<T, N>(T(-1e30));
+  const int64_t chunk_first = tile.chunk_first;
+  const auto k = listed<E>(p.k, tile.b, tile.kv, list.key);
+  const ScoreFactor<E> score(p);
+
+  const KeptScores<T> kept = kept_scores<T, kLanes>(p, tile.b, tile.h, tile.first_slot, list.n_listed);
+  T* const S = kept.data ? kept.data : s.S;
+
+  // 1. Scores of the listed keys and x.y where L is needed.
+  dot_lanes<E, N, kLanes>(list.n_listed, p.head_dim, k, s.qT, S, prefetcher,
+                          prefetcher.left() * kSliceRows<T, kLanes> / (list.n_listed + 1) + 1);
+  prefetcher.fetch(prefetcher.left());
+  const int64_t L_begin = first_low_rank(list);
+  if (p.has_low_rank()) low_rank_products<E, kLanes>(p, tile, list, L_begin, s.xT, s.L + L_begin * kLanes);
+
+  // 2. The stabiliser: each query's largest exponent among what it sees.
+  V rho[NQ], edge[NQ], c[NQ], exact[NQ], removed[NQ], a[NQ];
+  SB_EACH (v, NQ) {
+    rho[v] = load<T, N>(tile.rho + v * N), edge[v] = load<T, N>(tile.edge + v * N);
+    const V state = list.uses_kv_state ? rho[v] + kappa_ref : none;
+    store<T, N>(s.kv_state_log + v * N, state);
+    c[v] = state, exact[v] = V{}, removed[v] = V{};
+  }
+  if (list.bitmask) {
+    bitmask_weights<E, kLanes>(p, tile, kappa, S, s);
+    return combine_weights<E, kLanes>(p, tile, s);
+  }
+  for (int64_t i = 0; i < list.n_chunk; ++i) {
+    const V at = splat<T, N>(T(list.key[i] - chunk_first));
+    SB_EACH (v, NQ) c[v] = max_lanes(c[v], at <= edge[v] ? score(load<T, N>(S + i * kLanes + v * N)) : none);
+  }
+  for (int64_t i = list.n_chunk; i < list.n_listed; ++i)
+    SB_EACH (v, NQ) c[v] = max_lanes(c[v], score(load<T, N>(S + i * kLanes + v * N)));
+  for (int64_t i = list.n_listed; i < list.n; ++i) {
+    const V at = splat<T, N>(T(list.key[i] - chunk_first));
+    SB_EACH (v, NQ) c[v] = max_lanes(c[v], at <= edge[v] ? rho[v] + kappa(list.key[i]) : none);
+  }
+
+  // 3. Weights, into S for listed keys and behind them for the rest.
+  SB_EACH (v, NQ) store<T, N>(s.c + v * N, c[v]);
+  kv_state_weights<T, kLanes>(tile.rho, kappa_ref, s.c, s.kv_state_log, s.weight);
+  SB_EACH (v, NQ) a[v] = load<T, N>(s.weight + v * N);
+  if (list.uses_kv_state) decay_of_keys<T>(kappa, kappa_ref, list.key, list.n_chunk, list.n_listed, s.decay);
+  for (int64_t begin = 0; begin < list.n; begin += kShortChain) {
+    const int64_t end = begin + kShortChain < list.n ? begin + kShortChain : list.n;
+    V sum[NQ] = {}, taken[NQ] = {};
+    int64_t i = begin;
+    for (; i < list.n_chunk && i < end; ++i) {
+      const V at = splat<T, N>(T(list.key[i] - chunk_first));
+      SB_EACH (v, NQ) {
+        const int64_t o = i * kLanes + v * N;
+        const V weight = at <= edge[v] ? exp2v<N>(score(load<T, N>(S + o)) - c[v]) : V{};
+        sum[v] += weight;
+        store<T, N>(s.S + o, weight);
+      }
+    }
+    const int64_t listed_end = list.n_listed < end ? list.n_listed : end;
+    if (list.uses_kv_state)
+      for (; i < listed_end; ++i)
+        SB_EACH (v, NQ) {
+          const int64_t o = i * kLanes + v * N;
+          const V weight = exp2v<N>(score(load<T, N>(S + o)) - c[v]);
+          const V u = a[v] * s.decay[i] * kernel.value(load<T, N>(s.L + o));
+          sum[v] += weight;
+          taken[v] += u;
+          store<T, N>(s.S + o, weight - u);
+        }
+    else
+      for (; i < listed_end; ++i)
+        SB_EACH (v, NQ) {
+          const int64_t o = i * kLanes + v * N;
+          const V weight = exp2v<N>(score(load<T, N>(S + o)) - c[v]);
+          sum[v] += weight;
+          store<T, N>(s.S + o, weight);
+        }
+    for (; i < end; ++i) {
+      const V at = splat<T, N>(T(list.key[i] - chunk_first));
+      const T kj = kappa(list.key[i]);
+      SB_EACH (v, NQ) {
+        const V u = exp2v<N>((rho[v] - c[v]) + kj) * kernel.value(load<T, N>(s.L + i * kLanes + v * N));
+        const V weight = at <= edge[v] ? u : V{};
+        sum[v] += weight;
+        store<T, N>(s.S + i * kLanes + v * N, weight);
+      }
+    }
+    SB_EACH (v, NQ) exact[v] += sum[v], removed[v] += taken[v];
+  }
+  SB_EACH (v, NQ) {
+    store<T, N>(s.exact + v * N, exact[v]);
+    store<T, N>(s.removed + v * N, removed[v]);
+  }
+
+  combine_weights<E, kLanes>(p, tile, s);
+}
+
+}  // namespace sb::SB_ISA

@@ -1,0 +1,43 @@
+// The tables of one instruction set's kernels; with SB_BFLOAT16 that of attention on rows of bfloat16 alone.
+#pragma once
+#include "../kernels.h"
+#include "attention_backward.h"
+#include "attention_forward.h"
+#include "convert.h"
+#include "isa.h"
+#include "kv_state.h"
+#include "kv_state_backward.h"
+#include "project.h"
+#include "route.h"
+#include "route_keys.h"
+
+namespace sb::SB_ISA {
+
+template <class E>
+constexpr AttentionKernels attention_table() {
+  return {&kv_state_references<AccType<E>>,
+          &kv_state_segment<E>,
+          &kv_state_scan<AccType<E>>,
+          &forward_unit<E>,
+          &backward_unit<E>,
+          &backward_scan<AccType<E>>,
+          &backward_keys<E>};
+}
+
+#if !defined(SB_BFLOAT16)
+template <class T>
+constexpr ProjectKernels<T> project_table() {
+  return {&project<T>, &project_backward<T>};
+}
+constexpr InstructionSet instruction_set_named(const char* name) {
+  return {name,
+          attention_table<float>(),
+          attention_table<double>(),
+          project_table<float>(),
+          project_table<double>(),
+          {&route_keys, &route_group},
+          convert_table()};
+}
+#endif
+
+}  // namespace sb::SB_ISA

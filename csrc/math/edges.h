@@ -1,0 +1,30 @@
+// Causal edges, and which state a query reads (docs/algorithm.md, section 4). A slot is a query's place in its row:
+// position s of the order where the call has one, else query first + s. Edges count from the row's first key.
+#pragma once
+#include <cstdint>
+
+#include "../params.h"
+#include "host_device.h"
+
+namespace sb {
+
+// Number of query slots of a row.
+SB_HD int64_t slots_of_row(const AttentionParams& p, const RowRange& range) {
+  return p.order ? p.q_tokens : int64_t(range.q_end) - range.q_first;
+}
+
+// The last key that query slot `slot` sees, -1 for none; the row's last key without a causal edge.
+SB_HD int64_t edge_of_slot(const AttentionParams& p, const RowRange& range, int64_t slot) {
+  const int64_t last = range.k_end - range.k_first - 1;
+  if (!p.is_causal) return last;
+  const int64_t edge = int64_t(range.q_first) + slot + range.offset - range.k_first;
+  return edge < -1 ? -1 : edge > last ? last : edge;
+}
+
+// The state slot that a query with this edge reads: the sum over every whole chunk before the edge's own, or over all
+// keys without a causal edge.
+SB_HD int64_t kv_state_of_edge(const AttentionParams& p, int64_t edge) {
+  return p.is_causal ? (edge < 0 ? 0 : edge / kChunk) : p.slots - 1;
+}
+
+}  // namespace sb

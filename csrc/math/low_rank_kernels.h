@@ -1,0 +1,155 @@
+// Low-rank kernels L_ij = exp(rho_i + kappa_j) K(t), t = x_i.y_j, and their feature expansions F with
+// F(x).F(y) = K(x.y) (docs/algorithm.md, section 2).
+//
+// A kind of kernel is one type with these members, and one line in visit_low_rank:
+//   kDegree, root(t), slope(t)   K(t) = root(t)^kDegree, K'(t) = slope(t); value(t) is K(t)
+//   features(rank)               width of F
+//   map_width(rank)              width of a row of coordinates in memory, padded
+//   gradient_rows(rank)          rows that the products of dL/dt and the other side's coordinates fill
+//   expand, chain, log_gradient  F(z), its chain rule, and the derivative by the log scale
+// V is what one thread computes with: a scalar, or a vector of tokens. GCC compiles templates for the instruction set
+// that is selected where they stand, so kernels.h, which comes before the selection, does not include this file.
+#pragma once
+#include <cstdint>
+
+#include "host_device.h"
+#include "low_rank.h"
+#include "padding.h"
+
+namespace sb {
+
+// The type of one lane of V.
+template <class V>
+struct LaneOf {
+  typedef decltype(V()[0] + V()[0]) type;
+};
+template <>
+struct LaneOf<float> {
+  typedef float type;
+};
+template <>
+struct LaneOf<double> {
+  typedef double type;
+};
+
+// K(t) = (1 + t / 2)^2 with F(z) = [1, z_a, z_a^2 / 2, sqrt(1/2) z_a z_b (a < b)].
+struct QuadraticKernel {
+  static constexpr int kDegree = 2;
+  template <class V>
+  static SB_HD V root(V t) {
+    typedef typename LaneOf<V>::type T;
+    return t * T(0.5) + T(1);
+  }
+  template <class V>
+  static SB_HD V slope(V t) {
+    return root(t);
+  }
+  template <class V>
+  static SB_HD V value(V t) {
+    const V half = root(t);
+    return half * half;
+  }
+
+  static SB_HD constexpr int64_t features(int64_t rank) { return (rank + 1) * (rank + 2) / 2; }
+  static SB_HD constexpr int64_t map_width(int64_t rank) { return packed_width(rank); }
+  // The packed column of ones collects the sum of dL/dt.
+  static SB_HD constexpr int64_t gradient_rows(int64_t rank) { return rank + 1; }
+
+  // Calls store(f, weight F_f(z)) for every feature; z(a) is coordinate a.
+  template <class V, class Z, class Store>
+  static SB_HD void expand(int64_t rank, V weight, const Z& z, const Store& store) {
+    typedef typename LaneOf<V>::type T;
+    store(0, weight);
+    int64_t pair = rank + 1;
+    for (int64_t a = 0; a < rank; ++a) {
+      const V wa = weight * z(a);
+      store(a + 1, wa);
+      store(pair++, wa * z(a) * T(0.5));
+      const V wa2 = wa * T(kRootHalf);
+      for (int64_t b = a + 1; b < rank; ++b, ++pair) store(pair, wa2 * z(b));
+    }
+  }
+
+  // Adds weight dF/dz^T g to the rows 0 .. rank - 1 of dz. Row `rank` collects g_0 + z.g_1 / 2: with it
+  // log_gradient is the same formula for the state and for listed keys.
+  template <class V, class Z, class G, class Load, class Store>
+  static SB_HD void chain(int64_t rank, V weight, const Z& z, const G& g, const Load& dz, const Store& store) {
+    typedef typename LaneOf<V>::type T;
+    V half = V{};
+    int64_t pair = rank + 1;
+    for (int64_t a = 0; a < rank; ++a) {
+      const V za = z(a), wa = weight * T(kRootHalf) * za, linear = g(a + 1);
+      half += za * linear;
+      V da = dz(a) + weight * (linear + za * g(pair++));
+      for (int64_t b = a + 1; b < rank; ++b, ++pair) {
+        const V gab = g(pair);
+        da += weight * T(kRootHalf) * z(b) * gab;
+        store(b, dz(b) + wa * gab);
+      }
+      store(a, da);
+    }
+    store(rank, dz(rank) + weight * (g(0) + half * T(0.5)));
+  }
+
+  // Sum of dL L over the other side: `sum` is z.dz, `last` the row of dz behind the coordinates.
+  template <class V>
+  static SB_HD V log_gradient(V sum, V last) {
+    return last + sum * typename LaneOf<V>::type(0.5);
+  }
+
+ private:
+  static constexpr double kRootHalf = 0.70710678118654752440;
+};
+
+// K(t) = t of general non-negative features: F(z) = z.
+struct FeatureKernel {
+  static constexpr int kDegree = 1;
+  template <class V>
+  static SB_HD V root(V t) {
+    return t;
+  }
+  template <class V>
+  static SB_HD V slope(V) {
+    return V{} + typename LaneOf<V>::type(1);
+  }
+  template <class V>
+  static SB_HD V value(V t) {
+    return t;
+  }
+
+  static SB_HD constexpr int64_t features(int64_t rank) { return rank; }
+  static SB_HD constexpr int64_t map_width(int64_t rank) { return pad_to(rank, kPad); }
+  static SB_HD constexpr int64_t gradient_rows(int64_t rank) { return rank; }
+
+  template <class V, class Z, class Store>
+  static SB_HD void expand(int64_t rank, V weight, const Z& z, const Store& store) {
+    for (int64_t f = 0; f < rank; ++f) store(f, weight * z(f));
+  }
+  template <class V, class Z, class G, class Load, class Store>
+  static SB_HD void chain(int64_t rank, V weight, const Z&, const G& g, const Load& dz, const Store& store) {
+    for (int64_t f = 0; f < rank; ++f) store(f, dz(f) + weight * g(f));
+  }
+  template <class V>
+  static SB_HD V log_gradient(V sum, V) {
+    return sum;
+  }
+};
+
+// Calls visit with the kernel's type. LowRank::kNone counts as general features, of which there are none.
+template <class Visit>
+SB_HD auto visit_low_rank(LowRank kind, const Visit& visit) {
+  return kind == LowRank::kQuadratic ? visit(QuadraticKernel{}) : visit(FeatureKernel{});
+}
+
+// Width of F, of a padded row of coordinates, and rows of their gradient, for a kind known at run time.
+SB_HD int64_t feature_count(LowRank kind, int64_t rank) {
+  return visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA { return kernel.features(rank); });
+}
+SB_HD int64_t map_width(LowRank kind, int64_t rank) {
+  return visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA { return kernel.map_width(rank); });
+}
+SB_HD int64_t gradient_rows(LowRank kind, int64_t rank) {
+  return visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA { return kernel.gradient_rows(rank); });
+}
+
+}  // namespace sb
