@@ -1,8 +1,8 @@
 """The command line: ``scatterbrain COMMAND``, also ``python -m scatterbrain COMMAND``.
 
 A command is a module of this package with a function of the same name, which takes the remaining arguments and returns
-the exit code or raises :class:`CommandError`. It is imported when it is called, so that no command needs the dependencies
-of another.
+the exit code or raises :class:`CommandError`. It is imported when it is called, so that no command needs the
+dependencies of another.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
         self._layer: list[Attention] = []  # in a list, so that it is no submodule
 
     def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        # AttnProcessor2_0 has no entries, and a submodule does not see those of its layer. Without a prefix the processor
-        # is loaded by itself, where missing entries are an error.
+        # AttnProcessor2_0 has no entries, and a submodule does not see those of its layer. Without a prefix the
+        # processor is loaded by itself, where missing entries are an error.
         return prefix != ""
 
     def __call__(

@@ -19,8 +19,8 @@ def _grid_orders(height: int, width: int, prefix: int, device: torch.device) -> 
 
 @torch.library.custom_op("scatterbrain::grid_order", mutates_args=())
 def _grid_order(height: int, width: int, prefix: int, inverse: bool, device: torch.device) -> Tensor:
-    """:func:`_grid_orders` as an operator for compiled graphs, whose sizes may be symbols. Returns a copy, since a graph
-    may write into its inputs."""
+    """:func:`_grid_orders` as an operator for compiled graphs, whose sizes may be symbols. Returns a copy, since a
+    graph may write into its inputs."""
     return _grid_orders(height, width, prefix, device)[inverse].clone()
 
 

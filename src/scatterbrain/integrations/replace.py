@@ -105,8 +105,8 @@ def _check_arguments(model: nn.Module, support: Support, low_rank: LowRank, toke
     adds_parameters = low_rank is not None and low_rank.adds_parameters and not support.is_full
     if adds_parameters and (wrapper := parallel_wrapper(model)):
         raise ValueError(
-            f"replace_attention: expected a model that is not yet in {wrapper}, which would neither shard nor synchronise "
-            "the projections that statistics='learned' adds; replace attention first, then wrap the model"
+            f"replace_attention: expected a model that is not yet in {wrapper}, which would neither shard nor "
+            "synchronise the projections that statistics='learned' adds; replace attention first, then wrap the model"
         )
 
 
@@ -156,8 +156,8 @@ def _stop_nested_tensors(model: nn.Module, report: Report) -> None:
 
 
 def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of what a replacer takes or what is attention by class or name, under every path that a module has;
-    of nested ones only the innermost."""
+    """(path, module) of what a replacer takes or what is attention by class or name, under every path that a module
+    has; of nested ones only the innermost."""
     found = [
         (path, module) for path, module in model.named_modules(remove_duplicate=False) if _looks_like_attention(module)
     ]

@@ -35,8 +35,8 @@ class Replacer(Protocol):
 
 
 class ClassReplacer:
-    """Modules of exactly the class ``original`` become ``host`` by changing their class. The objects stay, so references
-    to the module or its parameters, in an optimizer for one, stay valid.
+    """Modules of exactly the class ``original`` become ``host`` by changing their class. The objects stay, so
+    references to the module or its parameters, in an optimizer for one, stay valid.
 
     Args:
         original: a class whose modules have ``num_heads`` and ``head_dim``.

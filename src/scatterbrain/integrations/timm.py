@@ -86,8 +86,8 @@ class Attention(HostModule, timm.layers.Attention):
 
 
 class LayerType(type):
-    """Metaclass of the classes that :func:`attention_layer` makes, for copyreg: models that hold such a class can then be
-    pickled."""
+    """Metaclass of the classes that :func:`attention_layer` makes, for copyreg: models that hold such a class can then
+    be pickled."""
 
 
 def attention_layer(

@@ -1,8 +1,8 @@
 """Image tokens along a Hilbert curve inside a vision transformer's blocks, and in the model's order everywhere else.
 
 Positions are added to the tokens before the first block, so blocks can take patches in any order. Along a Hilbert curve
-every run of patches, which shares a list of keys, is a compact piece of the picture. Tokens are reordered once before the
-first block and put back once at the end of the model's own forward.
+every run of patches, which shares a list of keys, is a compact piece of the picture. Tokens are reordered once before
+the first block and put back once at the end of the model's own forward.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Family(ABC):
     def run(self, model: nn.Module, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """``function`` of the model with its tokens along the curve between entry and output."""
         order: Order | None = getattr(model, "_token_order", None)
-        # A new instance of an ordered class has no order. When one of METHODS calls another, the outer one puts the tokens
-        # back.
+        # A new instance of an ordered class has no order. When one of METHODS calls another, the outer one puts the
+        # tokens back.
         if order is None or order.pending is not None:
             return function(model, **arguments)
         if not torch.compiler.is_compiling():

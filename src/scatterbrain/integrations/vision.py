@@ -1,4 +1,4 @@
-"""Vision transformers inside a model: which of them can have their tokens ordered, and class tokens that attend exactly."""
+"""Vision transformers inside a model: which can have their tokens ordered, and class tokens that attend exactly."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def family_of(module: nn.Module) -> str | None:
 def exact_class_tokens(model: nn.Module, where: Callable[[str], bool] = lambda path: True) -> list[str]:
     """Lets the tokens before the patches attend to every key exactly, in every vision transformer inside ``model``.
 
-    Class, register and distillation tokens look at the whole image. With a list of keys that they share with the patches
-    beside them their error is several times that of a patch, and a few exact rows cost next to nothing.
+    Class, register and distillation tokens look at the whole image. With a list of keys that they share with the
+    patches beside them their error is several times that of a patch, and a few exact rows cost next to nothing.
 
     Args:
         model: holds :class:`ScatterbrainAttention` modules.

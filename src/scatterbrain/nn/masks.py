@@ -1,8 +1,8 @@
 """What attention masks say: whether one is the causal mask, and which tokens are padding.
 
 Each library has its own convention; these functions name the one they take. Layers of a model share one mask tensor, so
-an answer is kept until the mask is written to. Under torch.compile, and for meta tensors, the content of a mask cannot be
-looked at.
+an answer is kept until the mask is written to. Under torch.compile, and for meta tensors, the content of a mask cannot
+be looked at.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def kept_keys_and_offset(mask: Tensor) -> tuple[Tensor, int | None] | None:
         mask: bool (B, 1, N, M), True = may attend.
 
     Returns:
-        The keys that some query sees, bool (B, 1, 1, M), and the offset o with which query i sees keys <= i + o; None in
-        its place if every query sees the same keys. None alone for any other mask.
+        The keys that some query sees, bool (B, 1, 1, M), and the offset o with which query i sees keys <= i + o; None
+        in its place if every query sees the same keys. None alone for any other mask.
     """
     queries, keys = mask.shape[2:]
     keep = mask.any(2, keepdim=True)
@@ -91,8 +91,8 @@ def kept_keys_and_offset(mask: Tensor) -> tuple[Tensor, int | None] | None:
 
 
 def as_bool_padding(mask: Tensor | None) -> Tensor | None:
-    """A padding mask of nn.MultiheadAttention as bool, True = ignore. None for no mask, and for a float mask with values
-    other than 0 and -inf; if such a mask cannot be looked at, a RuntimeError is raised when the graph runs."""
+    """A padding mask of nn.MultiheadAttention as bool, True = ignore. None for no mask, and for a float mask with other
+    values than 0 and -inf; if such a mask cannot be looked at, a RuntimeError is raised when the graph runs."""
     if mask is None or mask.dtype == torch.bool:
         return mask
     if is_unreadable(mask):

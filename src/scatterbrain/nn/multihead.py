@@ -52,12 +52,12 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
 
     The submodule ``attention`` is the :class:`ScatterbrainAttention`. A checkpoint of nn.MultiheadAttention loads
     strictly: calibrated statistics are reset, since they belong to the weights that they were fitted with, and learned
-    projections stay. A checkpoint of this module loads strictly into nn.MultiheadAttention unless it holds statistics or
-    projections.
+    projections stay. A checkpoint of this module loads strictly into nn.MultiheadAttention unless it holds statistics
+    or projections.
 
     In evaluation without gradients nn.TransformerEncoderLayer would compute exact attention itself and never call this
-    module; its attribute ``_qkv_same_embed_dim`` is False to prevent that. torch.fx traces the module as one node, as it
-    does torch's own modules. TorchScript cannot hold an approximating module and raises; use torch.compile or
+    module; its attribute ``_qkv_same_embed_dim`` is False to prevent that. torch.fx traces the module as one node, as
+    it does torch's own modules. TorchScript cannot hold an approximating module and raises; use torch.compile or
     torch.export.
 
     Args:
@@ -96,8 +96,8 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
     def _attach(self, attention: ScatterbrainAttention | None) -> None:
         super()._attach(attention)
         if attention is not None:
-            # With True torch's fused encoder layer would compute attention itself, without a call of forward. Parameters
-            # keep their names.
+            # With True torch's fused encoder layer would compute attention itself, without a call of forward.
+            # Parameters keep their names.
             self._qkv_same_embed_dim = False
 
     def _detach(self) -> None:

@@ -13,10 +13,10 @@ class AttentionTimer:
 
     The forward pass is timed around the call. For the backward pass there is an identity before and after the module.
     Autograd reaches the one on the output when the output's gradient is complete, just before the backward pass of the
-    attention, and the one on query, key and value when the attention has computed all three gradients. Autograd runs the
-    nodes of a device one after another, latest first, so the work between the two belongs to the attention: routing,
-    low-rank coordinates, kernels, and the gradients of its own parameters. The projections to query, key and value and
-    the output projection are not counted.
+    attention, and the one on query, key and value when the attention has computed all three gradients. Autograd runs
+    the nodes of a device one after another, latest first, so the work between the two belongs to the attention:
+    routing, low-rank coordinates, kernels, and the gradients of its own parameters. The projections to query, key and
+    value and the output projection are not counted.
 
     On a GPU each reading waits for the device, so the timed step loses some overlap.
     """

@@ -52,8 +52,8 @@ def find_files(config: DataConfig) -> list[Path]:
 class Batches:
     """Endless shuffled batches of sequences. A batch is a function of its number, so a checkpoint needs no data state.
 
-    Every pass cuts the bytes into consecutive sequences from a random offset and visits them in a random order; both are
-    drawn from the seed and the number of the pass.
+    Every pass cuts the bytes into consecutive sequences from a random offset and visits them in a random order; both
+    are drawn from the seed and the number of the pass.
 
     Args:
         tokens: uint8 (bytes,).

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from scatterbrain.integrations.transformers import layers
 from scatterbrain.integrations.transformers.masks import Visible, compacted, dense_mask, is_compact, read_mask
 from scatterbrain.integrations.transformers.registry import PER_LAYER, SETTINGS
+from scatterbrain.low_rank import Heads
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.warn import warn
 
@@ -84,8 +85,8 @@ def _attach(module: nn.Module, name: str, query: Tensor, key: Tensor) -> Scatter
             f"{type(module).__name__} was compiled before it owned a ScatterbrainAttention; choose the implementation "
             f"with model.set_attn_implementation({name!r}) before torch.compile"
         )
-    geometry = layers.Geometry(query.shape[1], query.shape[3], key.shape[1])
-    return layers.attach(module, *SETTINGS[name], geometry=geometry)
+    heads = Heads(query.shape[1], query.shape[3], key.shape[1])
+    return layers.attach(module, *SETTINGS[name], heads=heads)
 
 
 # -------------------- what is possible
@@ -101,7 +102,7 @@ def _check_mask(module: nn.Module, mask: Tensor | None) -> None:
 
 
 def _refuse(module: nn.Module, mask: Tensor | None, queries: int, keys: int, arguments: dict[str, Any]) -> None:
-    """Raises ValueError for arguments that sparse + low-rank attention cannot express, naming the layer and the cure."""
+    """Raises ValueError, with layer and cure, for arguments that sparse + low-rank attention cannot express."""
     layer = type(module).__name__
     for argument, what in REFUSED.items():
         if arguments.get(argument) is not None:
@@ -118,8 +119,8 @@ def _refuse(module: nn.Module, mask: Tensor | None, queries: int, keys: int, arg
     window = arguments.get("sliding_window")
     if compact and window is not None and queries > 1 and keys > window:
         raise ValueError(
-            f"{layer} has a sliding window of {window} keys, and its mask of {keys} keys says nothing of it; choose the "
-            "implementation for the whole model (set_attn_implementation), so that it makes the masks too"
+            f"{layer} has a sliding window of {window} keys, and its mask of {keys} keys says nothing of it; choose "
+            "the implementation for the whole model (set_attn_implementation), so that it makes the masks too"
         )
     if arguments.get("output_attentions"):
         warn(f"{layer} returns no attention weights (output_attentions); use attn_implementation='eager' for them", 3)
@@ -149,8 +150,8 @@ def _is_exact(
     elif visible.dense is not None:
         reason = (
             "its mask differs from query to query (packed sequences, a 4-D attention_mask, or masks of another "
-            "implementation than this layer's); pass an attention_mask (batch, tokens), 1 = keep, if that says the same, "
-            "and choose single layers with sb.replace_attention(model, where=...)"
+            "implementation than this layer's); pass an attention_mask (batch, tokens), 1 = keep, if that says the "
+            "same, and choose single layers with sb.replace_attention(model, where=...)"
         )
     elif dropout > 0:
         reason = (

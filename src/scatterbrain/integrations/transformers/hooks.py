@@ -46,9 +46,9 @@ def refuse_family(model: PreTrainedModel, config: PreTrainedConfig, name: str) -
     """Raises ValueError for a model that computes attention in its own code and would silently ignore the choice."""
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"{type(model).__name__} ({config.model_type}) computes attention in its own code and does not ask transformers' "
-            f"AttentionInterface, so attn_implementation={name!r} would change nothing; models of this family are not "
-            "supported"
+            f"{type(model).__name__} ({config.model_type}) computes attention in its own code and does not ask "
+            f"transformers' AttentionInterface, so attn_implementation={name!r} would change nothing; models of this "
+            "family are not supported"
         )
 
 
@@ -88,8 +88,8 @@ def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., Non
 
 
 def _move_missing(original: Callable[..., None]) -> Callable[..., None]:
-    """While loading, transformers replaces entries that a checkpoint lacks by uninitialised memory. Ours are never on the
-    meta device and have their initial values already, so they stay."""
+    """While loading, transformers replaces entries that a checkpoint lacks by uninitialised memory. Ours are never on
+    the meta device and have their initial values already, so they stay."""
 
     @functools.wraps(original)
     def move_missing(self: PreTrainedModel, missing_keys: set[str], *args: Any, **kwargs: Any) -> None:

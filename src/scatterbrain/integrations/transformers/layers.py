@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scatterbrain.integrations.restrictions import NotReplaceable, query_by_query
-from scatterbrain.low_rank import LowRank
+from scatterbrain.low_rank import Heads, LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.supports import Full, Support
 
@@ -52,18 +52,10 @@ def attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-# -------------------- geometry
+# -------------------- heads
 
 
-class Geometry(NamedTuple):
-    """Heads of an attention layer."""
-
-    num_heads: int
-    head_dim: int
-    num_kv_heads: int
-
-
-def geometry_of(module: nn.Module) -> Geometry | None:
+def heads_of(module: nn.Module) -> Heads | None:
     """Heads of an attention module, from its attributes, projections and configuration; None if they do not tell."""
     head_dim = _first_int(module, _HEAD_DIM)
     heads = _first_int(module, _HEADS)
@@ -83,7 +75,7 @@ def geometry_of(module: nn.Module) -> Geometry | None:
         kv_heads = heads // groups if groups else _first_int(module, ("num_key_value_heads", "num_kv_heads")) or heads
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         return None
-    return Geometry(heads, head_dim, kv_heads)
+    return Heads(heads, head_dim, kv_heads)
 
 
 def _first_int(owner: Any, names: tuple[str, ...]) -> int | None:
@@ -115,7 +107,7 @@ def attach(
     support: Support,
     low_rank: LowRank,
     path: str = "",
-    geometry: Geometry | None = None,
+    heads: Heads | None = None,
     seed: int = 0,
 ) -> ScatterbrainAttention:
     """Gives an attention module its ScatterbrainAttention.
@@ -128,7 +120,7 @@ def attach(
         module: an attention module of transformers.
         support, low_rank: its settings.
         path: of the module in the model; tells self-attention from cross-attention.
-        geometry: the heads; default :func:`geometry_of`, checked against the first tensors.
+        heads: default :func:`heads_of`, checked against the first tensors.
         seed: of random projections; global random number generators are left as they are.
 
     Raises:
@@ -137,12 +129,12 @@ def attach(
     if not _is_self(module, path):
         support = cross_support(support, low_rank)[0]
     core = core_of(module) or module.__dict__.get(PARKED)
-    known = geometry or geometry_of(module)
-    if core is None or core.low_rank != low_rank or (geometry is not None and _geometry(core) != geometry):
+    known = heads or heads_of(module)
+    if core is None or core.low_rank != low_rank or (heads is not None and _heads(core) != heads):
         least_head_dim = 1 if low_rank is None else low_rank.least_head_dim
-        core = _build(known or Geometry(1, least_head_dim, 1), support, low_rank, seed)
+        core = _build(known or Heads(1, least_head_dim, 1), support, low_rank, seed)
         core.is_self = _is_self(module, path)
-        core.is_guess = geometry is None
+        core.is_guess = heads is None
     core.support = support
     module.__dict__.pop(PARKED, None)
     device = next((p.device for p in module.parameters(recurse=False) or ()), None)
@@ -167,7 +159,7 @@ def detach(module: nn.Module) -> None:
     module.__dict__.pop(PARKED, None)
 
 
-def _build(geometry: Geometry, support: Support, low_rank: LowRank, seed: int) -> ScatterbrainAttention:
+def _build(heads: Heads, support: Support, low_rank: LowRank, seed: int) -> ScatterbrainAttention:
     """Built on the CPU in float32, whatever the defaults are while a model is built, and without advancing its random
     number generator: later weights are those of the same model with another implementation."""
     dtype = torch.get_default_dtype()
@@ -175,24 +167,24 @@ def _build(geometry: Geometry, support: Support, low_rank: LowRank, seed: int) -
         torch.set_default_dtype(torch.float32)
         try:
             torch.manual_seed(torch.initial_seed() + seed)
-            return ScatterbrainAttention(*geometry, support=support, low_rank=low_rank)
+            return ScatterbrainAttention(*heads, support=support, low_rank=low_rank)
         finally:
             torch.set_default_dtype(dtype)
 
 
-def _geometry(core: ScatterbrainAttention) -> Geometry:
-    return Geometry(core.num_heads, core.head_dim, core.num_kv_heads)
+def _heads(core: ScatterbrainAttention) -> Heads:
+    return Heads(core.num_heads, core.head_dim, core.num_kv_heads)
 
 
 def fit_to(module: nn.Module, core: ScatterbrainAttention, query: Tensor, key: Tensor) -> None:
-    """Rebuilds ``core`` in place for the heads that came, if :func:`geometry_of` had guessed others and ``core`` holds no
+    """Rebuilds ``core`` in place for the heads that came, if :func:`heads_of` had guessed others and ``core`` holds no
     state yet."""
-    came = Geometry(query.shape[1], query.shape[3], key.shape[1])
-    if _geometry(core) == came or not getattr(core, "is_guess", False):
+    came = Heads(query.shape[1], query.shape[3], key.shape[1])
+    if _heads(core) == came or not getattr(core, "is_guess", False):
         return  # ScatterbrainAttention raises for a mismatch
     if core.is_calibrated or any(True for _ in core.parameters()):
         raise ValueError(
-            f"{type(module).__name__}: its ScatterbrainAttention was made for {_geometry(core)}, got {came}; it holds "
+            f"{type(module).__name__}: its ScatterbrainAttention was made for {_heads(core)}, got {came}; it holds "
             "calibration or learned projections, which do not fit: attach it anew with set_attn_implementation"
         )
     fresh = _build(came, core.support, core.low_rank, 0).to(query.device)
@@ -203,8 +195,8 @@ def fit_to(module: nn.Module, core: ScatterbrainAttention, query: Tensor, key: T
 
 
 def cross_support(support: Support, low_rank: LowRank) -> tuple[Support, str]:
-    """A support for cross-attention, in which the choice of a token's keys must not depend on later target tokens, and a
-    note if it is another one than asked for. Exact attention if there is none."""
+    """A support for cross-attention, in which the choice of a token's keys must not depend on later target tokens, and
+    a note if it is another one than asked for. Exact attention if there is none."""
     try:
         return query_by_query(support, low_rank)
     except NotReplaceable as reason:

@@ -5,7 +5,7 @@ of attention. All forms are plain 4-D tensors, which transformers passes on unto
 
     None                      every key; causal if the layer is
     bool  (B, 1, 1, M)        True: every query sees key j
-    int32 (B, 1, 1, M)        query i sees key j if i >= mask[j]; causal attention, with the offset of a cache and padding
+    int32 (B, 1, 1, M)        query i sees key j if i >= mask[j]; causal, with the offset of a cache and padding
     bool  (B, 1, N, M)        anything else (sliding windows, packed sequences, ...), as transformers' sdpa has it
 """
 
@@ -38,10 +38,10 @@ def compact_mask(
     device: torch.device | str = "cpu",
     **arguments: Any,
 ) -> Tensor | None:
-    """A mask function of transformers' AttentionMaskInterface, with the arguments of ``sdpa_mask``. attention_mask is bool
-    (B, keys seen so far), True = keep."""
-    # A window at least as long as the sequence hides nothing. transformers allows a skip only where no other mask function
-    # was added.
+    """A mask function of transformers' AttentionMaskInterface, with the arguments of ``sdpa_mask``. attention_mask is
+    bool (B, keys seen so far), True = keep."""
+    # A window at least as long as the sequence hides nothing. transformers allows a skip only where no other mask
+    # function was added.
     window_covers = local_size is not None and kv_offset == 0 and kv_length <= local_size
     is_causal = mask_function is causal_mask_function or (window_covers and allow_is_causal_skip)
     is_bidirectional = mask_function is bidirectional_mask_function or (window_covers and allow_is_bidirectional_skip)

@@ -28,8 +28,8 @@ def register(name: str, support: Support | None = None, low_rank: LowRank | obje
         register("scatterbrain:wide", sb.Routed(128), sb.Quadratic(9))
         model = AutoModel.from_pretrained(path, attn_implementation="scatterbrain:wide")
 
-    A name is known to this process alone: register it before loading a model that was saved under it. Registering a name
-    again affects models that choose it afterwards.
+    A name is known to this process alone: register it before loading a model that was saved under it. Registering a
+    name again affects models that choose it afterwards.
 
     Args:
         name: "scatterbrain:" and letters, digits, ".", "_" or "-".
@@ -64,7 +64,7 @@ def _register(name: str, support: Support, low_rank: LowRank) -> str:
 
 
 def _publish(name: str) -> None:
-    """Registers the attention function and the mask function; without the second transformers drops padding silently."""
+    """Registers attention and mask function; without the second transformers silently drops padding."""
 
     def attention(module, query, key, value, attention_mask, **arguments):
         return attention_forward(module, query, key, value, attention_mask, name=name, **arguments)
