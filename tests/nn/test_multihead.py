@@ -684,3 +684,12 @@ def test_compiled_padding_masks_with_other_values_raise():
     torch.testing.assert_close(compiled(x, padding(float)), ours(x, x, x, padding(), need_weights=False)[0])
     with pytest.raises(RuntimeError, match="pass a bool mask"):
         compiled(x, padding(float) - 1)
+
+
+@pytest.mark.parametrize("low_rank", [sb.Quadratic(4, "learned"), sb.Favor(8)], ids=str)
+def test_an_exact_module_loads_the_checkpoint_of_an_approximating_one(low_rank: object):
+    approximate = sb.MultiheadAttention(32, 2, support=sb.Window(8), low_rank=low_rank)
+    assert any(name.startswith("attention.") for name in approximate.state_dict())
+    exact = sb.MultiheadAttention(32, 2, support=sb.Full())
+    exact.load_state_dict(approximate.state_dict())
+    assert torch.equal(exact.in_proj_weight, approximate.in_proj_weight)

@@ -21,7 +21,8 @@ class HostModule:
 
     Checkpoints go both ways. One of the original module loads strictly; calibrated statistics are then reset, since
     they belong to the weights that they were fitted with, and learned projections stay. ``state_dict`` leaves out the
-    entries of ``attention`` while it has no state, and then loads strictly into the original module.
+    entries of ``attention`` while it has no state, and then loads strictly into the original module. A module without
+    ``attention`` ignores its entries in a checkpoint.
     """
 
     attention: ScatterbrainAttention | None
@@ -61,8 +62,11 @@ class HostModule:
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         inner = f"{prefix}attention."
-        has_entries = any(name.startswith(inner) for name in state_dict)
-        if self.attention is not None and not has_entries and self._is_of_original(state_dict, prefix):
+        entries = [name for name in state_dict if name.startswith(inner)]
+        if self.attention is None:  # exact attention needs nothing that an approximation saved
+            for name in entries:
+                del state_dict[name]
+        elif not entries and self._is_of_original(state_dict, prefix):
             if self.attention.is_calibrated:
                 self.attention.reset_parameters()
             state_dict.update(self.attention.state_dict(prefix=inner))
