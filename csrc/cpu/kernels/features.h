@@ -76,20 +76,25 @@ SB_INLINE void log_gradient(LowRank kind, int64_t rank, const T* z, const T* dz,
   }
 }
 
-// K and K' of a kind known at run time; the compiler moves the choice out of loops.
+// K and K' of a kind known at run time. Every kind is evaluated and one selected: a branch in its place slows the
+// forward pass down.
 struct RuntimeKernel {
-  LowRank kind;
+  bool is_quadratic;
+  SB_INLINE explicit RuntimeKernel(LowRank kind) : is_quadratic(kind == LowRank::kQuadratic) {}
   template <class V>
   SB_INLINE V value(V t) const {
-    return visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA { return kernel.value(t); });
+    const V quadratic = QuadraticKernel::value(t);
+    return is_quadratic ? quadratic : FeatureKernel::value(t);
   }
   template <class V>
   SB_INLINE V slope(V t) const {
-    return visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA { return kernel.slope(t); });
+    const V quadratic = QuadraticKernel::slope(t);
+    return is_quadratic ? quadratic : FeatureKernel::slope(t);
   }
   template <class V>
   SB_INLINE V root(V t) const {
-    return visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA { return kernel.root(t); });
+    const V quadratic = QuadraticKernel::root(t);
+    return is_quadratic ? quadratic : FeatureKernel::root(t);
   }
 };
 
