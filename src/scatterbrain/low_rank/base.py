@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
+
+from scatterbrain.registry import Registry
 
 if TYPE_CHECKING:
     import torch
@@ -192,30 +194,14 @@ class StateOwner(Protocol):
     def buffers(self) -> Iterable[Tensor]: ...
 
 
-LOW_RANK_KERNELS: dict[str, type[LowRankKernel]] = {}  # by kind
-_Class = TypeVar("_Class", bound=type[LowRankKernel])
-
-
-def register(cls: _Class) -> _Class:
-    """Makes a low-rank kernel known by its ``kind``; also a class decorator.
-
-    Raises:
-        TypeError: not a class derived from LowRankKernel.
-        ValueError: another class has the name.
-    """
-    if not (isinstance(cls, type) and issubclass(cls, LowRankKernel)):
-        raise TypeError(f"low_rank.register: expected a class derived from LowRankKernel, got {cls!r}")
-    if LOW_RANK_KERNELS.setdefault(cls.kind, cls) is not cls:
-        name = LOW_RANK_KERNELS[cls.kind].__name__
-        raise ValueError(f"low_rank.register: {cls.kind!r} is {name} already; choose another kind")
-    return cls
+LOW_RANK_KERNELS = Registry(LowRankKernel)
+register = LOW_RANK_KERNELS.register
 
 
 def check_low_rank(low_rank: object) -> None:
     """Raises TypeError for anything but a low-rank kernel or None."""
     if low_rank is not None and not isinstance(low_rank, LowRankKernel):
-        names = ", ".join(known.__name__ for known in LOW_RANK_KERNELS.values())
-        raise TypeError(f"low_rank must be {names} or None, got {type(low_rank).__name__}")
+        raise TypeError(f"low_rank must be {LOW_RANK_KERNELS.names()} or None, got {type(low_rank).__name__}")
 
 
 def check_kind_of_coefficients(statistics: object) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from torch import Tensor
+
+from scatterbrain.registry import Registry
 
 if TYPE_CHECKING:
     from scatterbrain.call import Call
@@ -102,28 +104,11 @@ def takes_keys(cls: type[Support]) -> bool:
     return any(field.name == "keys" for field in fields(cls))
 
 
-SUPPORTS: dict[str, type[Support]] = {}  # by kind
-_Class = TypeVar("_Class", bound=type[Support])
-
-
-def register(cls: _Class) -> _Class:
-    """Makes a support known by its ``kind``; also a class decorator.
-
-    Raises:
-        TypeError: not a class derived from Support.
-        ValueError: another class has the name.
-    """
-    if not (isinstance(cls, type) and issubclass(cls, Support)):
-        raise TypeError(f"supports.register: expected a class derived from Support, got {cls!r}")
-    if SUPPORTS.setdefault(cls.kind, cls) is not cls:
-        raise ValueError(
-            f"supports.register: {cls.kind!r} is {SUPPORTS[cls.kind].__name__} already; choose another kind"
-        )
-    return cls
+SUPPORTS = Registry(Support)
+register = SUPPORTS.register
 
 
 def check_support(support: object) -> None:
     """Raises TypeError for anything but a support."""
     if not isinstance(support, Support):
-        names = ", ".join(known.__name__ for known in SUPPORTS.values())
-        raise TypeError(f"support must be one of {names}, got {type(support).__name__}")
+        raise TypeError(f"support must be one of {SUPPORTS.names()}, got {type(support).__name__}")
