@@ -1,16 +1,17 @@
 """The routing operator against its dense definition, and what every list must satisfy."""
 
 import math
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+from operator_cases import operator_arguments
+from testkit import run_python
 from torch import Tensor
 
 import scatterbrain as sb
 from scatterbrain.hilbert import hilbert_order, inverse_order
+from scatterbrain.operators.arguments import RouteArguments
 from scatterbrain.padding import valid_range
 from scatterbrain.reference import Coordinates
 from scatterbrain.reference.routing import choices
@@ -81,24 +82,9 @@ class Inputs:
         return self
 
     def route(self, keys: int, block_q: int, block_k: int = 1, window: int = 0) -> tuple[Tensor, Tensor]:
-        return torch.ops.scatterbrain.route(
-            self.query,
-            self.key,
-            self.query_map,
-            self.key_map,
-            self.query_mask,
-            self.key_mask,
-            self.query_range,
-            self.key_range,
-            self.query_offset,
-            self.low_rank,
-            keys,
-            block_q,
-            block_k,
-            window,
-            self.is_causal,
-            self.query.shape[-1] ** -0.5,
-        )
+        given = {name: value for name, value in vars(self).items() if name in RouteArguments._fields}
+        form = dict(keys=keys, block_q=block_q, block_k=block_k, window=window, scale=self.query.shape[-1] ** -0.5)
+        return torch.ops.scatterbrain.route(*operator_arguments(RouteArguments, **given, **form))
 
     def definition(self) -> sb.reference.Inputs:
         """For the definition, which finds padding's ranges by itself."""
@@ -418,22 +404,24 @@ def test_memory_is_linear(form: dict) -> None:
     take 1 GB.
     """
     program = f"""
-import resource, torch, scatterbrain
+import resource, torch
+from operator_cases import operator_arguments
+from scatterbrain.operators.arguments import RouteArguments
 q = torch.randn(1, 1, 65536, 32)
 coordinates = torch.randn(1, 1, 65536, 10) * .3
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def route(n):
     x = coordinates[:, :, :n]
-    torch.ops.scatterbrain.route(q[:, :, :n], q[:, :, :n], x, x, None, None, None, None, None, 1,
-                                 {form["keys"]}, {form["block_q"]}, {form.get("block_k", 1)}, {form.get("window", 0)},
-                                 False, .2)
+    torch.ops.scatterbrain.route(*operator_arguments(RouteArguments, query=q[:, :, :n], key=q[:, :, :n], query_map=x,
+                                                     key_map=x, low_rank=1, **{form}))
 route(1024)
 before = peak()
 route(65536)
 grown = (peak() - before) / 1024
 assert grown < 160, f"routing took {{grown:.0f}} MB"
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    run = run_python("-c", program)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(
