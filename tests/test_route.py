@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from operator_cases import operator_arguments
-from testkit import run_python
+from testkit import projections, rand, run_python
 from torch import Tensor
 
 import scatterbrain as sb
@@ -56,16 +56,15 @@ class Inputs:
         seed: int = 0,
     ) -> None:
         m = n if m is None else m
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
-
-        self.query, self.key = 1.5 * draw(batch, heads, n, d), 1.5 * draw(batch, kv_heads, m, d)
+        self.query, self.key = (
+            1.5 * rand(batch, heads, n, d, seed=seed),
+            1.5 * rand(batch, kv_heads, m, d, seed=seed + 1),
+        )
         self.query_map = self.key_map = None
         self.low_rank = low_rank
         if low_rank:
-            self.query_map, self.key_map = 0.7 * draw(batch, heads, n, 6), 0.7 * draw(batch, kv_heads, m, 6)
+            self.query_map = 0.7 * rand(batch, heads, n, 6, seed=seed + 2)
+            self.key_map = 0.7 * rand(batch, kv_heads, m, 6, seed=seed + 3)
         if low_rank == 2:  # features are not negative
             self.query_map[..., :-1].abs_(), self.key_map[..., :-1].abs_()
         self.query_mask = self.key_mask = self.query_range = self.key_range = self.query_offset = None
@@ -181,9 +180,7 @@ def test_route_takes_padding_scale_and_coordinates_as_the_definition(
         fitted = sb.fit_statistics(query, key, 5, mask, scale=0.2)
         defined = sb.reference.fit_statistics(query, key, 5, mask, scale=0.2)
     if low_rank == sb.Quadratic(5, "learned"):
-        generator = torch.Generator().manual_seed(8)
-        shapes = (4, 5, 12), (4, 12), (4,), (2, 5, 12), (2, 12)
-        fitted = defined = sb.Projections(*(torch.randn(*shape, generator=generator) / 4 for shape in shapes))
+        fitted = defined = projections(5, heads=4, kv_heads=2, head_dim=12)
     arguments = dict(low_rank=low_rank, key_padding_mask=mask, is_causal=is_causal, scale=0.2)
     arguments["query_offset"] = torch.tensor([3, -4]) if is_causal else 0
     lists = sb.route(query, key, support, statistics=fitted, **arguments)
