@@ -84,6 +84,21 @@ def registered() -> Iterator[None]:
     del SUPPORTS["first"], LOW_RANK_KERNELS["elu"]
 
 
+@pytest.fixture
+def used(monkeypatch) -> set[str]:
+    """Names of the methods below that were called."""
+    called: set[str] = set()
+    for cls, name in ((First, "lists"), (Elu, "coordinates")):
+
+        def recorded(*arguments, method=getattr(cls, name), name=f"{cls.__name__}.{name}"):
+            called.add(name)
+            return method(*arguments)
+
+        monkeypatch.setattr(cls, name, recorded)
+    return called
+
+
+BOTH = {"First.lists", "Elu.coordinates"}
 tokens = partial(qkv, N, heads=4, kv_heads=2, head_dim=D)
 PADDING = padding(N, (0, 20))
 PAIRS = [(First(8), Elu()), (First(8), None), (First(8), sb.Favor(32)), (sb.Window(16), Elu()), (sb.Routed(24), Elu())]
@@ -121,12 +136,13 @@ def test_a_module_owns_them_and_saves_and_loads() -> None:
     assert not module.needs_calibration and not module.has_state
 
 
-def test_a_drop_in_module_takes_them() -> None:
+def test_a_drop_in_module_takes_them(used) -> None:
     layer = torch.nn.MultiheadAttention(4 * D, 4, batch_first=True)
     report = sb.replace_attention(layer, First(8), Elu())
     assert len(report.replaced) == 1 and "First(keys=8), Elu()" in str(report)
     x = rand(2, N, 4 * D)
     assert layer(x, x, x, need_weights=False)[0].isfinite().all()
+    assert used == BOTH
 
 
 def test_they_are_compiled_and_traced() -> None:
@@ -136,15 +152,16 @@ def test_they_are_compiled_and_traced() -> None:
 
 
 @pytest.mark.parametrize("causal", ["no", "yes"])
-def test_the_benchmark_knows_them_by_their_kind(tmp_path, causal: str) -> None:
+def test_the_benchmark_knows_them_by_their_kind(tmp_path, used, causal: str) -> None:
     results = tmp_path / "results.json"
     options = ["--lengths", "64", "--repeats", "1", "--memory", "false", "--causal", causal, "--json", str(results)]
     assert main(["bench", "--methods", "sdpa", "first-8+elu", "first-8+none", "window-16+elu", *options]) == 0
+    assert used == BOTH
     rows = [row for row in json.loads(results.read_text())["rows"] if row["method"] != "sdpa"]
     assert len(rows) == 6 and all(row["seconds"] and 0 < row["error"] < 10 for row in rows)
 
 
-def test_a_configuration_names_them(tmp_path) -> None:
+def test_a_configuration_names_them(tmp_path, used) -> None:
     text = tmp_path / "text.py"
     text.write_text("import os\n" * 4000)
     config = tmp_path / "run.yaml"
@@ -155,7 +172,7 @@ def test_a_configuration_names_them(tmp_path) -> None:
         f"sample: {{length: 4}}\noutput: {tmp_path / 'run'}\n"
     )
     assert main(["train", str(config)]) == 0
-    assert (tmp_path / "run" / "sample.txt").exists()
+    assert (tmp_path / "run" / "sample.txt").exists() and used == BOTH
 
 
 def test_a_configuration_imports_them_from_a_module(tmp_path, monkeypatch) -> None:
