@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from testkit import KV, B, H, N, blocks, leaves, padding, qkv, rand
+from torch import Tensor
 
 import scatterbrain as sb
+from scatterbrain.operators.arguments import QUADRATIC, AttentionArguments
 
 
 def some_lists(block_k: int) -> sb.Blocks:
@@ -19,47 +23,45 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 WITHOUT_GRADIENT = ("test_schema", "test_faketensor")
 
 
-def attention_arguments(kernel: str, lists: str, dtype: torch.dtype, is_causal: bool) -> tuple:
+# What a call is without settings of its own; a tensor is None.
+PLAIN = dict(
+    low_rank=0, keys=0, window=0, block_q=16, block_k=1, span_keys=0, is_causal=False, scale=0.2, packed_rank=0
+)
+
+
+def operator_arguments(kind: type[NamedTuple], given: NamedTuple | None = None, **fields: object) -> Any:
+    """Arguments of an operator (a tuple of scatterbrain.operators.arguments) by name: ``fields``, else those that
+    ``given``, the arguments of another operator, has too, else a plain call's."""
+    common = PLAIN if given is None else PLAIN | given._asdict()
+    return kind(**{name: common.get(name) for name in kind._fields} | fields)
+
+
+def detached(arguments: NamedTuple) -> Any:
+    return type(arguments)(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
+
+
+def attention_arguments(kernel: str, lists: str, dtype: torch.dtype, is_causal: bool) -> AttentionArguments:
     """Arguments of the attention operator. The causal samples have masks with their ranges, and an offset."""
-    maps = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors = leaves(qkv(dtype=dtype))
-    coordinates = [None, None]
+    fields: dict[str, object] = dict(zip(("query", "key", "value"), leaves(qkv(dtype=dtype))))
     if kernel != "none":
-        coordinates = [rand(B, h, N, 4, seed=seed, dtype=maps).abs().requires_grad_() for seed, h in ((4, H), (5, KV))]
-    index = count = span = order = offset = None
-    block_q, block_k, span_keys = 16, 1, 0
+        maps = torch.float64 if dtype == torch.float64 else torch.float32
+        for name, seed, heads in (("query_map", 4, H), ("key_map", 5, KV)):
+            fields[name] = rand(B, heads, N, 4, seed=seed, dtype=maps).abs().requires_grad_()
     if lists in ("index", "order"):
-        lists_of_keys = some_lists(4)
-        index, count, block_k = lists_of_keys.index, lists_of_keys.count, lists_of_keys.block_k
+        given = some_lists(4)
+        fields |= dict(index=given.index, count=given.count, block_k=given.block_k)
     if lists == "order":
-        order = (
-            torch.randperm(N, generator=torch.Generator().manual_seed(1)).expand(B, H, N).to(torch.int32).contiguous()
-        )
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+        fields["query_order"] = order.expand(B, H, N).to(torch.int32).contiguous()
     if lists == "span":
-        span, span_keys = torch.tensor([[[0, 12], [4, 16], [20, 32]]], dtype=torch.int32), 12
-    masks = ranges = (None, None)
+        fields |= dict(span=torch.tensor([[[0, 12], [4, 16], [20, 32]]], dtype=torch.int32), span_keys=12)
     if is_causal:
-        masks = (MASK, MASK.clone())
-        ranges = (torch.tensor([[0, N], [0, N - 9]], dtype=torch.int32),) * 2
-        ranges, offset = (ranges[0], ranges[1].clone()), torch.tensor([0, 3], dtype=torch.int32)
-    code = {"none": 0, "quadratic": 1, "features": 2}[kernel]
-    return (
-        *tensors,
-        *coordinates,
-        index,
-        count,
-        span,
-        order,
-        *masks,
-        *ranges,
-        offset,
-        code,
-        block_q,
-        block_k,
-        span_keys,
-        is_causal,
-        0.3,
-    )
+        padding_range = torch.tensor([[0, N], [0, N - 9]], dtype=torch.int32)
+        fields |= dict(query_mask=MASK, key_mask=MASK.clone())
+        fields |= dict(query_range=padding_range, key_range=padding_range.clone())
+        fields["query_offset"] = torch.tensor([0, 3], dtype=torch.int32)
+    code = {"none": 0, "quadratic": QUADRATIC, "features": 2}[kernel]
+    return operator_arguments(AttentionArguments, **fields, low_rank=code, is_causal=is_causal, scale=0.3)
 
 
 SAMPLES = [

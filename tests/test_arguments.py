@@ -17,13 +17,11 @@ from scatterbrain.padding import PaddingInfo
 from scatterbrain.supports import BlockLists
 
 TOKENS = ("query", "key", "value")
-OPERATORS = {
-    "attention": (AttentionArguments,),
+MADE_FROM = {"attention": AttentionArguments, "quadratic_attention": QuadraticArguments, "route": RouteArguments}
+OPERATORS = {  # the others that take the same arguments
     "attention_with_state": (AttentionArguments,),
     "attention_backward": (ForwardResults, AttentionArguments, KeptResults),
-    "quadratic_attention": (QuadraticArguments,),
     "quadratic_attention_with_state": (QuadraticArguments,),
-    "route": (RouteArguments,),
 }
 
 
@@ -52,21 +50,24 @@ def test_defaults_are_those_of_the_schema(operator: str) -> None:
     assert defaults == {a.name: a.default_value for a in arguments_of(operator) if a.has_default_value()}
 
 
-@pytest.mark.parametrize("operator", ["attention", "quadratic_attention", "route"])
+@pytest.mark.parametrize("operator", MADE_FROM)
 def test_tensors_come_before_all_other_arguments(operator: str) -> None:
     kinds = ["Tensor" in str(argument.type) for argument in arguments_of(operator)]
-    assert kinds == sorted(kinds, reverse=True) and sum(kinds) == TENSORS[OPERATORS[operator][0]]
+    assert kinds == sorted(kinds, reverse=True) and sum(kinds) == TENSORS[MADE_FROM[operator]]
 
 
 def test_lists_and_padding_are_named_as_the_arguments_that_they_become() -> None:
     """So that a new argument of either reaches the operators without being listed again."""
-    own = {*TOKENS, "query_map", "key_map", "low_rank", "is_causal", "scale", "packed_rank"}
-    assert {*BlockLists._fields, *PaddingInfo._fields, *own} == set(AttentionArguments._fields)
-    assert set(PaddingInfo._fields) < set(RouteArguments._fields)
+    lists, padding = BlockLists._fields, PaddingInfo._fields
+    own = {*TOKENS, "is_causal", "scale", "packed_rank"}
+    assert {*lists, *padding, *own, "query_map", "key_map", "low_rank"} == set(AttentionArguments._fields)
+    projection, routing = ("query_weight", "query_bias", "key_weight", "key_bias"), ("keys", "window")
+    assert {*lists, *padding, *own, *projection, *routing} == set(QuadraticArguments._fields)
+    assert set(padding) < set(RouteArguments._fields)
 
 
 def test_every_schema_with_the_arguments_of_attention_is_compared() -> None:
     """A new operator that takes them joins the table above."""
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("scatterbrain::")}
     takes_lists = {name for name in names if "query_mask" in [argument.name for argument in arguments_of(name)]}
-    assert takes_lists == {*OPERATORS, "prepare"}
+    assert takes_lists == {*MADE_FROM, *OPERATORS, "prepare"}

@@ -11,10 +11,12 @@ from functools import partial
 import pytest
 import testkit
 import torch
+from operator_cases import operator_arguments
 from testkit import rand
 from torch import Tensor, nn
 
 import scatterbrain as sb
+from scatterbrain.operators.arguments import AttentionArguments, ForwardResults, RouteArguments
 
 B, H, KV, N, D = 2, 4, 2, 40, 8
 NONE = sb.Window(8)
@@ -554,38 +556,33 @@ def test_budgets_larger_than_the_sequence_are_no_error_and_attend_to_all_of_it()
 # ---------------------------------------------------------------------------------------- operators
 
 
-def operands(
+def well_formed(
     low_rank: int = 1,
     block_q: int = 8,
     form: str = "index",
     is_causal: bool = False,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, object]:
-    """Well-formed arguments of the attention operator, by name."""
+) -> AttentionArguments:
     lists = -(-N // block_q)
     maps = torch.float64 if dtype == torch.float64 else torch.float32
-    index = torch.arange(4, dtype=torch.int32).expand(B, H, lists, 4) if form == "index" else None
-    return dict(
+    fields: dict[str, object] = {}
+    if low_rank:
+        fields |= dict(query_map=rand(B, H, N, 4, dtype=maps), key_map=rand(B, KV, N, 4, dtype=maps))
+    if form == "index":
+        index = torch.arange(4, dtype=torch.int32).expand(B, H, lists, 4)
+        fields |= dict(index=index, count=torch.full((B, H, lists), 4, dtype=torch.int32))
+    if form == "span":
+        fields |= dict(span=torch.tensor([0, 8], dtype=torch.int32).expand(1, lists, 2), span_keys=8)
+    return operator_arguments(
+        AttentionArguments,
         query=rand(B, H, N, D, dtype=dtype),
         key=rand(B, KV, N, D, dtype=dtype),
         value=rand(B, KV, N, D, dtype=dtype),
-        query_map=rand(B, H, N, 4, dtype=maps) if low_rank else None,
-        key_map=rand(B, KV, N, 4, dtype=maps) if low_rank else None,
-        index=index,
-        count=torch.full((B, H, lists), 4, dtype=torch.int32) if form == "index" else None,
-        span=torch.tensor([0, 8], dtype=torch.int32).expand(1, lists, 2) if form == "span" else None,
-        query_order=None,
-        query_mask=None,
-        key_mask=None,
-        query_range=None,
-        key_range=None,
-        query_offset=None,
         low_rank=low_rank,
         block_q=block_q,
-        block_k=1,
-        span_keys=8 if form == "span" else 0,
         is_causal=is_causal,
         scale=0.3,
+        **fields,
     )
 
 
@@ -680,10 +677,10 @@ RESULTS = {
 }
 
 
-def backward(given: dict[str, object], **results: object) -> tuple[Tensor, ...]:
+def backward(given: AttentionArguments, **results: object) -> tuple[Tensor, ...]:
     shapes = dict(d_out=(B, H, N, D), d_lse=(B, H, N), out=(B, H, N, D), lse=(B, H, N)) | results
-    tensors = [shape if isinstance(shape, Tensor) else torch.zeros(shape) for shape in shapes.values()]
-    return torch.ops.scatterbrain.attention_backward(*tensors, *given.values())
+    tensors = {name: shape if isinstance(shape, Tensor) else torch.zeros(shape) for name, shape in shapes.items()}
+    return torch.ops.scatterbrain.attention_backward(*ForwardResults(**tensors), *given)
 
 
 @pytest.mark.parametrize(
@@ -692,19 +689,19 @@ def backward(given: dict[str, object], **results: object) -> tuple[Tensor, ...]:
     ids=[*FORWARD, *SPANS],
 )
 def test_the_attention_operators_refuse(form: str, change: dict[str, object]) -> None:
-    given = operands(form=form)
-    torch.ops.scatterbrain.attention(*given.values())  # what is refused below is the change
+    given = well_formed(form=form)
+    torch.ops.scatterbrain.attention(*given)  # the change alone is refused below
     with pytest.raises(RuntimeError, match="attention: "):
-        torch.ops.scatterbrain.attention(*(given | change).values())
+        torch.ops.scatterbrain.attention(*given._replace(**change))
     with pytest.raises(RuntimeError, match="attention: "):
-        backward(given | change)
+        backward(given._replace(**change))
 
 
 @pytest.mark.parametrize("change", RESULTS.values(), ids=RESULTS)
 def test_the_backward_operator_refuses_results_of_another_shape(change: dict[str, object]) -> None:
-    backward(operands())
+    backward(well_formed())
     with pytest.raises(RuntimeError, match="attention_backward: "):
-        backward(operands(), **change)
+        backward(well_formed(), **change)
 
 
 PROJECTIONS = {
@@ -739,25 +736,19 @@ def test_the_projection_refuses_gradients_of_another_shape(grad: Tensor) -> None
 
 
 def routing(block_q: int = 16, **changed: object) -> tuple[Tensor, Tensor]:
-    given = dict(
+    given = operator_arguments(
+        RouteArguments,
         query=rand(B, H, N, D),
         key=rand(B, KV, N, D),
         query_map=rand(B, H, N, 4),
         key_map=rand(B, KV, N, 4),
-        query_mask=None,
-        key_mask=None,
-        query_range=None,
-        key_range=None,
-        query_offset=None,
         low_rank=1,
         keys=24,
         block_q=block_q,
         block_k=1 if block_q > 1 else 8,
-        window=0,
-        is_causal=False,
         scale=0.3,
     )
-    return torch.ops.scatterbrain.route(*(given | changed).values())
+    return torch.ops.scatterbrain.route(*given._replace(**changed))
 
 
 ROUTES = {name: FORWARD[name] for name in FORWARD if "range" in name or "offset" in name or "mask" in name} | {
@@ -790,7 +781,7 @@ def test_drawn_nonsense_raises_or_gives_results_of_the_right_shape(seed: int) ->
     """Several arguments at once are replaced by tensors of drawn shapes, dtypes and contents."""
     r = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    given = operands(
+    given = well_formed(
         r.choice([0, 1, 2]),
         r.choice([1, 5, 8, 32]),
         r.choice(["index", "span", ""]),
@@ -812,25 +803,25 @@ def test_drawn_nonsense_raises_or_gives_results_of_the_right_shape(seed: int) ->
             )
         return torch.randint(-3, r.choice([5, 60]), [max(0, n) for n in shape], generator=generator, dtype=torch.int32)
 
-    for name in r.sample(list(given), r.choice([1, 2, 3])):
-        value = given[name]
+    for name in r.sample(given._fields, r.choice([1, 2, 3])):
+        value = getattr(given, name)
+        can_be_left_out = name in ("index", "count", "span", "query_map", "key_map")
         if isinstance(value, bool):
-            given[name] = not value
+            changed = not value
         elif isinstance(value, int):
-            given[name] = r.choice([-1, 0, 1, 2, 8, 2**31, 2**40])
-        elif not isinstance(value, float):
-            given[name] = (
-                tensor(value)
-                if r.random() < 0.8
-                else None
-                if name in ("index", "count", "span", "query_map", "key_map")
-                else value
-            )
+            changed = r.choice([-1, 0, 1, 2, 8, 2**31, 2**40])
+        elif isinstance(value, float):
+            changed = value
+        elif r.random() < 0.8:
+            changed = tensor(value)
+        else:
+            changed = None if can_be_left_out else value
+        given = given._replace(**{name: changed})
     try:
-        out, lse = torch.ops.scatterbrain.attention(*given.values())
+        out, lse = torch.ops.scatterbrain.attention(*given)
     except RuntimeError as error:
         assert "attention: " in str(error)
         return
-    assert out.shape == (*given["query"].shape[:3], given["value"].shape[3]) and lse.shape == out.shape[:3]
-    gradients = torch.ops.scatterbrain.attention_backward(out, lse, out, lse, *given.values())
-    assert [g.shape for g in gradients[:3]] == [given[name].shape for name in ("query", "key", "value")]
+    assert out.shape == (*given.query.shape[:3], given.value.shape[3]) and lse.shape == out.shape[:3]
+    gradients = torch.ops.scatterbrain.attention_backward(*ForwardResults(out, lse, out, lse), *given)
+    assert [g.shape for g in gradients[:3]] == [t.shape for t in (given.query, given.key, given.value)]

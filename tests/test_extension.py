@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from testkit import assert_all_close, leaves, out_and_gradients, padding, qkv, rand
 from torch import Tensor
 
 import scatterbrain as sb
@@ -31,9 +33,10 @@ class First(Support):
     keys: int
 
     def lists(self, call: Call, query_map: Tensor | None, key_map: Tensor | None) -> BlockLists:
-        (batch, _, n, _), (_, heads, m, _), padding = call.query.shape, call.key.shape, call.padding
+        (batch, _, n, _), (_, heads, m, _) = call.query.shape, call.key.shape
         blocks = -(-n // 16)
-        seen = torch.full((batch, 1), m) if padding.key_range is None else padding.key_range.diff(dim=1)
+        valid = call.padding.key_range
+        seen = torch.full((batch, 1), m) if valid is None else valid.diff(dim=1)
         seen = seen.expand(batch, blocks)
         if call.is_causal:
             seen = torch.minimum(seen, 16 * torch.arange(1, blocks + 1))
@@ -81,12 +84,23 @@ def registered() -> Iterator[None]:
     del SUPPORTS["first"], LOW_RANK_KERNELS["elu"]
 
 
-def tokens(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, heads, N, D, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+@pytest.fixture
+def used(monkeypatch) -> set[str]:
+    """Names of the methods below that were called."""
+    called: set[str] = set()
+    for cls, name in ((First, "lists"), (Elu, "coordinates")):
+
+        def recorded(*arguments, method=getattr(cls, name), name=f"{cls.__name__}.{name}"):
+            called.add(name)
+            return method(*arguments)
+
+        monkeypatch.setattr(cls, name, recorded)
+    return called
 
 
-PADDING = torch.arange(N).expand(2, N) >= torch.tensor([[N], [N - 20]])
+BOTH = {"First.lists", "Elu.coordinates"}
+tokens = partial(qkv, N, heads=4, kv_heads=2, head_dim=D)
+PADDING = padding(N, (0, 20))
 PAIRS = [(First(8), Elu()), (First(8), None), (First(8), sb.Favor(32)), (sb.Window(16), Elu()), (sb.Routed(24), Elu())]
 
 
@@ -96,52 +110,58 @@ PAIRS = [(First(8), Elu()), (First(8), None), (First(8), sb.Favor(32)), (sb.Wind
 def test_the_function_computes_what_the_reference_defines(support, low_rank, is_causal, mask) -> None:
     arguments = dict(low_rank=low_rank, is_causal=is_causal, key_padding_mask=mask)
     if isinstance(support, sb.Routed):  # the reference has no coordinates of Elu to route by
-        support = sb.route(*(t.detach() for t in tokens()[:2]), support, **arguments)
-    results = []
-    for function, leaves in ((sb.attention, tokens()), (sb.reference.attention, tokens(torch.float64))):
-        out = function(*leaves, support, **arguments)
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
-        results.append([out, *torch.autograd.grad(out, leaves, upstream)])
-    for mine, defined in zip(*results):
-        torch.testing.assert_close(mine.double(), defined, rtol=1e-4, atol=1e-5)
+        query, key, _ = tokens()
+        support = sb.route(query, key, support, **arguments)
+    mine, defined = (
+        out_and_gradients(
+            lambda *t: function(*t, support, **arguments),
+            tokens(dtype=dtype),
+            d_out=rand(2, 4, N, D, seed=9, dtype=dtype),
+        )
+        for function, dtype in ((sb.attention, torch.float32), (sb.reference.attention, torch.float64))
+    )
+    assert_all_close([t.double() for t in mine], defined)
 
 
 def test_a_module_owns_them_and_saves_and_loads() -> None:
     module = sb.ScatterbrainAttention(4, D, 2, First(8), Elu())
-    query, key, value = tokens()
+    query, key, value = leaves(tokens())
     out = module(query, key, value, key_padding_mask=PADDING)
     assert torch.equal(out, sb.attention(query, key, value, First(8), Elu(), PADDING))
     out.sum().backward()
+    assert all(t.grad.isfinite().all() for t in (query, key, value))
     fresh = sb.ScatterbrainAttention(4, D, 2, First(8), Elu())
     fresh.load_state_dict(module.state_dict())
     assert torch.equal(fresh(query, key, value, key_padding_mask=PADDING), out)
     assert not module.needs_calibration and not module.has_state
 
 
-def test_a_drop_in_module_takes_them() -> None:
+def test_a_drop_in_module_takes_them(used) -> None:
     layer = torch.nn.MultiheadAttention(4 * D, 4, batch_first=True)
     report = sb.replace_attention(layer, First(8), Elu())
     assert len(report.replaced) == 1 and "First(keys=8), Elu()" in str(report)
-    x = torch.randn(2, N, 4 * D, generator=torch.Generator().manual_seed(0))
+    x = rand(2, N, 4 * D)
     assert layer(x, x, x, need_weights=False)[0].isfinite().all()
+    assert used == BOTH
 
 
 def test_they_are_compiled_and_traced() -> None:
-    query, key, value = (t.detach() for t in tokens())
+    query, key, value = tokens()
     compiled = torch.compile(lambda *t: sb.attention(*t, First(8), Elu()), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(query, key, value), sb.attention(query, key, value, First(8), Elu()))
 
 
 @pytest.mark.parametrize("causal", ["no", "yes"])
-def test_the_benchmark_knows_them_by_their_kind(tmp_path, causal: str) -> None:
+def test_the_benchmark_knows_them_by_their_kind(tmp_path, used, causal: str) -> None:
     results = tmp_path / "results.json"
     options = ["--lengths", "64", "--repeats", "1", "--memory", "false", "--causal", causal, "--json", str(results)]
     assert main(["bench", "--methods", "sdpa", "first-8+elu", "first-8+none", "window-16+elu", *options]) == 0
+    assert used == BOTH
     rows = [row for row in json.loads(results.read_text())["rows"] if row["method"] != "sdpa"]
     assert len(rows) == 6 and all(row["seconds"] and 0 < row["error"] < 10 for row in rows)
 
 
-def test_a_configuration_names_them(tmp_path) -> None:
+def test_a_configuration_names_them(tmp_path, used) -> None:
     text = tmp_path / "text.py"
     text.write_text("import os\n" * 4000)
     config = tmp_path / "run.yaml"
@@ -152,7 +172,7 @@ def test_a_configuration_names_them(tmp_path) -> None:
         f"sample: {{length: 4}}\noutput: {tmp_path / 'run'}\n"
     )
     assert main(["train", str(config)]) == 0
-    assert (tmp_path / "run" / "sample.txt").exists()
+    assert (tmp_path / "run" / "sample.txt").exists() and used == BOTH
 
 
 def test_a_configuration_imports_them_from_a_module(tmp_path, monkeypatch) -> None:
@@ -184,7 +204,7 @@ def test_what_an_own_class_must_define_is_said() -> None:
     class Nothing(Support):
         kind: ClassVar[str] = "nothing"
 
-    query, key, value = (t.detach() for t in tokens())
+    query, key, value = tokens()
     with pytest.raises(NotImplementedError, match=r"Nothing must define lists\(call, query_map, key_map\)"):
         sb.attention(query, key, value, Nothing(), None)
     with pytest.raises(TypeError, match="sb.reference knows no support Nothing; define it with"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operator_cases import operator_arguments
 from testkit import assert_same_bits, qkv, rand
 from torch import Tensor
 
 import scatterbrain as sb
+from scatterbrain.operators.arguments import AttentionArguments, ForwardResults
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -68,9 +70,9 @@ def test_gradients_of_another_type_are_converted() -> None:
     query, key, value = qkv(40, batch=1, heads=1, head_dim=32, dtype=torch.bfloat16)
     d_out = rand(*query.shape, seed=3, dtype=torch.bfloat16)
     span = torch.tensor([[[0, 40]] * 3], dtype=torch.int32)
-    rest = (*(None,) * 4, span, *(None,) * 6, 0, 16, 1, 40, False, 32**-0.5)
-    out, lse = torch.ops.scatterbrain.attention(query, key, value, *rest)
+    arguments = operator_arguments(AttentionArguments, query=query, key=key, value=value, span=span, span_keys=40)
+    out, lse = torch.ops.scatterbrain.attention(*arguments)
     backward = torch.ops.scatterbrain.attention_backward
-    want = backward(d_out, None, out, lse, query, key, value, *rest)
-    got = backward(d_out.float(), None, out.float(), lse, query, key, value, *rest)
+    want = backward(*ForwardResults(d_out, None, out, lse), *arguments)
+    got = backward(*ForwardResults(d_out.float(), None, out.float(), lse), *arguments)
     assert_same_bits(got[:3], want[:3], ("dq", "dk", "dv"))

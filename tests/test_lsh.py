@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from testkit import rand
 
 import scatterbrain as sb
 from scatterbrain.reference.lsh import transformed
 
 
 def tokens(n: int, heads: int = 2, d: int = 16, seed: int = 0) -> torch.Tensor:
-    return torch.randn(2, heads, n, d, generator=torch.Generator().manual_seed(seed))
+    return rand(2, heads, n, d, seed=seed)
 
 
 def listed(lists: sb.Blocks) -> list[list[int]]:

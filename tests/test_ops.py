@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import DTYPES, MASK, SAMPLES, WITHOUT_GRADIENT, attention_arguments, some_lists
+from operator_cases import (
+    DTYPES,
+    MASK,
+    SAMPLES,
+    WITHOUT_GRADIENT,
+    attention_arguments,
+    detached,
+    operator_arguments,
+    some_lists,
+)
 from testkit import (
     KV,
     B,
@@ -30,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import scatterbrain as sb
 from scatterbrain.call import Call
+from scatterbrain.operators.arguments import QUADRATIC, ForwardResults, RouteArguments
 from scatterbrain.padding import EVERYTHING
 
 # ---------------------------------------------------------------------------------------- opcheck
@@ -39,11 +49,11 @@ from scatterbrain.padding import EVERYTHING
 def test_opcheck_of_attention_and_its_backward(kernel: str, lists: str, dtype: torch.dtype, is_causal: bool) -> None:
     arguments = attention_arguments(kernel, lists, dtype, is_causal)
     torch.library.opcheck(torch.ops.scatterbrain.attention.default, arguments)
-    plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    plain = detached(arguments)
     out, lse = torch.ops.scatterbrain.attention(*plain)
     d_lse = None if lists == "span" else torch.randn_like(lse)
-    gradients = (torch.randn_like(out), d_lse, out, lse, *plain)
-    torch.library.opcheck(torch.ops.scatterbrain.attention_backward.default, gradients, test_utils=WITHOUT_GRADIENT)
+    backward = (*ForwardResults(torch.randn_like(out), d_lse, out, lse), *plain)
+    torch.library.opcheck(torch.ops.scatterbrain.attention_backward.default, backward, test_utils=WITHOUT_GRADIENT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,11 +78,27 @@ def test_opcheck_of_seeded_constants(operator: str, arguments: tuple) -> None:
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("block_q, block_k, window", [(8, 1, 0), (16, 1, 0), (32, 1, 0), (1, 8, 0), (1, 8, 16)])
 def test_opcheck_of_routing(block_q: int, block_k: int, window: int, is_causal: bool) -> None:
-    maps = (rand(B, H, N, 4, seed=4), rand(B, KV, N, 4, seed=5))
+    query, key, _ = qkv()
     ranges = torch.tensor([[0, N], [0, N - 9]], dtype=torch.int32)
-    offset = torch.tensor([0, 3], dtype=torch.int32) if is_causal else None
-    padding_info = (MASK, MASK.clone(), ranges, ranges.clone(), offset)
-    arguments = (*qkv()[:2], *maps, *padding_info, 1, 40, block_q, block_k, window, is_causal, 0.3)
+    arguments = operator_arguments(
+        RouteArguments,
+        query=query,
+        key=key,
+        query_map=rand(B, H, N, 4, seed=4),
+        key_map=rand(B, KV, N, 4, seed=5),
+        query_mask=MASK,
+        key_mask=MASK.clone(),
+        query_range=ranges,
+        key_range=ranges.clone(),
+        query_offset=torch.tensor([0, 3], dtype=torch.int32) if is_causal else None,
+        low_rank=QUADRATIC,
+        keys=40,
+        block_q=block_q,
+        block_k=block_k,
+        window=window,
+        is_causal=is_causal,
+        scale=0.3,
+    )
     torch.library.opcheck(torch.ops.scatterbrain.route.default, arguments, test_utils=WITHOUT_GRADIENT)
 
 

@@ -5,32 +5,43 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import DTYPES, MASK, SAMPLES, WITHOUT_GRADIENT, attention_arguments
+from operator_cases import (
+    DTYPES,
+    MASK,
+    SAMPLES,
+    WITHOUT_GRADIENT,
+    attention_arguments,
+    detached,
+    operator_arguments,
+)
 from testkit import KV, B, H, N, assert_same_bits, leaves, qkv, rand
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import scatterbrain as sb
+from scatterbrain.operators.arguments import (
+    QUADRATIC,
+    AttentionArguments,
+    ForwardResults,
+    QuadraticArguments,
+    RouteArguments,
+)
 
 GRADIENTS = ("dq", "dk", "dv", "d_query_map", "d_key_map")
 
 
-def detached(arguments: tuple) -> tuple:
-    return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-
-
-def check_saved_results(arguments: tuple) -> tuple[Tensor, Tensor]:
+def check_saved_results(arguments: AttentionArguments) -> tuple[Tensor, Tensor]:
     """The saved key/value state and scores, after a check that the backward pass has the same bits with and without."""
     torch.library.opcheck(torch.ops.scatterbrain.attention_with_state.default, arguments, test_utils=WITHOUT_GRADIENT)
     out, lse, state, scores = torch.ops.scatterbrain.attention_with_state(*arguments)
     assert_same_bits((out, lse), torch.ops.scatterbrain.attention(*arguments))
-    gradients = (torch.randn_like(out), None, out, lse, *arguments)
-    again = torch.ops.scatterbrain.attention_backward(*gradients)
+    backward = (*ForwardResults(torch.randn_like(out), None, out, lse), *arguments)
+    again = torch.ops.scatterbrain.attention_backward(*backward)
     for kept in ({"state": state}, {"scores": scores}, {"state": state, "scores": scores}):
-        assert_same_bits(torch.ops.scatterbrain.attention_backward(*gradients, **kept), again, GRADIENTS)
+        assert_same_bits(torch.ops.scatterbrain.attention_backward(*backward, **kept), again, GRADIENTS)
     if scores.numel():  # the backward pass reads them
         noise = torch.linspace(0, 1, scores.numel()).reshape(scores.shape)
-        others = torch.ops.scatterbrain.attention_backward(*gradients, scores=scores + noise)
+        others = torch.ops.scatterbrain.attention_backward(*backward, scores=scores + noise)
         assert not torch.equal(others[0], again[0])
     return state, scores
 
@@ -73,27 +84,45 @@ def test_saved_scores_change_no_bit_of_the_backward_pass(
     count[1] = count[1].clamp(max=(n * 2 // 3) // block_k).clamp(min=1)
     index[1] = torch.arange(used).clamp(max=(n * 2 // 3) // block_k - 1)
     ends = torch.tensor([[0, n], [0, n * 2 // 3]], dtype=torch.int32)
-    arguments = (q, k, v, *maps, index, count, None, None, mask, mask, ends, ends, None)
-    _, scores = check_saved_results((*arguments, low_rank, block_q, block_k, 0, False, 0.2))
+    arguments = operator_arguments(
+        AttentionArguments,
+        query=q,
+        key=k,
+        value=v,
+        query_map=maps[0],
+        key_map=maps[1],
+        index=index,
+        count=count,
+        query_mask=mask,
+        key_mask=mask,
+        query_range=ends,
+        key_range=ends,
+        low_rank=low_rank,
+        block_q=block_q,
+        block_k=block_k,
+    )
+    _, scores = check_saved_results(arguments)
     is_short = keys <= 80 or (block_q == 1 and low_rank != 0 and n <= 128) or min(keys, n) <= 80
     has_full_tiles = block_q not in (12, 40)
     assert (scores.numel() > 0) == (dtype != torch.float64 and is_short and has_full_tiles)
 
 
-NO_ROWS = (None,) * 5  # masks, ranges and offset
 WIDE = 32  # narrower heads are computed in float64 and do not use packed rows
 
 
-def quadratic_arguments(block_q: int, block_k: int, window: int, dtype: torch.dtype) -> tuple[list, list, tuple]:
-    """Tokens, projections and settings of quadratic_attention: with lists of its own, or for block_q 0 given a window."""
+def quadratic_arguments(block_q: int, block_k: int, window: int, dtype: torch.dtype) -> QuadraticArguments:
+    """A call that routes, or for block_q 0 has a window given."""
     n, rank = 150, 5
-    tokens = qkv(n, head_dim=WIDE, dtype=dtype)
-    weights = [rand(1, h, rank + 1, *shape, seed=7 + h) / 9 for h in (H, KV) for shape in ((WIDE,), ())]
-    span = None
+    fields: dict[str, object] = dict(zip(("query", "key", "value"), qkv(n, head_dim=WIDE, dtype=dtype)))
+    for token, heads in (("query", H), ("key", KV)):
+        for part, width in (("weight", (WIDE,)), ("bias", ())):
+            fields[f"{token}_{part}"] = rand(1, heads, rank + 1, *width, seed=7 + heads) / 9
     if block_q == 0:
         span = torch.tensor([[[max(0, i - 20), i + 20] for i in range(8, n + 8, 16)]], dtype=torch.int32).clamp(max=n)
-    blocks = (block_q or 16, block_k or 1, 0 if span is None else 40, False, 0.2)
-    return tokens, weights, (None, None, span, None, *NO_ROWS, 0 if block_q == 0 else 32, window, *blocks, rank)
+        fields |= dict(span=span, span_keys=40)
+    else:
+        fields |= dict(keys=32, window=window, block_q=block_q, block_k=block_k)
+    return operator_arguments(QuadraticArguments, **fields, packed_rank=rank)
 
 
 ONE_CALL = pytest.mark.parametrize("block_q, block_k, window", [(16, 1, 0), (1, 8, 16), (0, 0, 0)])
@@ -106,24 +135,28 @@ def test_one_call_projects_routes_and_attends(
     block_q: int, block_k: int, window: int, dtype: torch.dtype, trained: bool
 ) -> None:
     """As the separate operators do."""
-    library, none = torch.ops.scatterbrain, NO_ROWS
-    (q, k, v), weights, settings = quadratic_arguments(block_q, block_k, window, dtype)
-    lists, keys, blocks, rank = settings[:4], settings[9], settings[11:-1], settings[-1]
+    library, given = torch.ops.scatterbrain, quadratic_arguments(block_q, block_k, window, dtype)
     operator = library.quadratic_attention_with_state if trained else library.quadratic_attention
-    arguments = (q, k, v, *weights, *settings)
-    torch.library.opcheck(operator.default, arguments, test_utils=WITHOUT_GRADIENT)
+    torch.library.opcheck(operator.default, given, test_utils=WITHOUT_GRADIENT)
     separate = library.attention_with_state if trained else library.attention
     with FlopCounterMode(display=False) as flops:
-        maps = [library.project_packed(t, *weights[i : i + 2]) for t, i in ((q, 0), (k, 2))]
-        if keys:
-            lists = (*library.route(q, k, *maps, *none, 1, keys, *blocks[:2], window, *blocks[3:], rank), None, None)
-        expected = separate(q, k, v, *maps, *lists, *none, 1, *blocks, rank)
+        fields = dict(
+            query_map=library.project_packed(given.query, given.query_weight, given.query_bias),
+            key_map=library.project_packed(given.key, given.key_weight, given.key_bias),
+            low_rank=QUADRATIC,
+        )
+        if given.keys:
+            index, count = library.route(*operator_arguments(RouteArguments, given, **fields))
+            fields |= dict(index=index, count=count)
+        attention = operator_arguments(AttentionArguments, given, **fields)
+        expected = separate(*attention)
     with FlopCounterMode(display=False) as flops_of_one:
-        operator(*arguments)
+        operator(*given)
     assert flops_of_one.get_total_flops() == flops.get_total_flops() > 0
     if trained:
-        expected = (*expected, *maps, *(t if keys else torch.empty(0, dtype=torch.int32) for t in lists[:2]))
-    results = operator(*arguments)
+        routed = (attention.index, attention.count) if given.keys else (torch.empty(0, dtype=torch.int32),) * 2
+        expected = (*expected, attention.query_map, attention.key_map, *routed)
+    results = operator(*given)
     assert len(results) == len(expected)
     for name, a, b in zip(operator.default._schema.returns, results, expected):
         assert_same_result(name.name, a, b)
@@ -141,39 +174,42 @@ def assert_same_result(name: str, a: Tensor, b: Tensor) -> None:
 def test_a_prepared_call_passes_the_arguments_of_a_plain_one(
     block_q: int, block_k: int, window: int, dtype: torch.dtype
 ) -> None:
-    library = torch.ops.scatterbrain
-    tokens, weights, settings = quadratic_arguments(block_q, block_k, window, dtype)
+    library, given = torch.ops.scatterbrain, quadratic_arguments(block_q, block_k, window, dtype)
+    tokens = dict(query=given.query, key=given.key, value=given.value)
+    kept = {name: value for name, value in given._asdict().items() if name not in tokens}
     source = torch.arange(7.0)
-    plan = library.prepare(*weights, *settings, [source], [source.clone()])
-    expected = library.quadratic_attention_with_state(*tokens, *weights, *settings)
-    results = library.prepared_attention_with_state(*tokens, plan)
+    prepared = library.prepare(**kept, sources=[source], copies=[source.clone()])
+    expected = library.quadratic_attention_with_state(*given)
+    results = library.prepared_attention_with_state(**tokens, call=prepared)
     for name, a, b in zip(library.quadratic_attention_with_state.default._schema.returns, results, expected):
         assert_same_result(name.name, a, b)
-    assert torch.equal(library.prepared_attention(*tokens, plan), expected[0])
+    assert torch.equal(library.prepared_attention(**tokens, call=prepared), expected[0])
 
     out, lse, state, scores, query_map, key_map, *routed = results
-    lists = (*routed, None, None) if settings[9] else settings[:4]
-    d_out = rand(*out.shape, seed=9, dtype=dtype)
-    attention = (*tokens, query_map, key_map, *lists, *NO_ROWS, 1, *settings[11:])
-    kept = dict(state=state, scores=scores, query_weight=weights[0], key_weight=weights[2])
-    gradients = library.attention_backward(d_out, None, out, lse, *attention, **kept)
-    planned = library.prepared_attention_backward(d_out, *results[:-2], *tokens, plan, *(routed if settings[9] else ()))
-    assert len(planned) == 3 and all(map(torch.equal, planned, gradients))
+    saved = dict(out=out, lse=lse, state=state, scores=scores, query_map=query_map, key_map=key_map)
+    lists = dict(zip(("index", "count"), routed)) if given.keys else {}
+    maps = dict(query_map=query_map, key_map=key_map, low_rank=QUADRATIC)
+    forward = ForwardResults(rand(*out.shape, seed=9, dtype=dtype), None, out, lse)
+    attention = operator_arguments(AttentionArguments, given, **maps, **lists)
+    weights = dict(query_weight=given.query_weight, key_weight=given.key_weight)
+    want = library.attention_backward(*forward, *attention, state=state, scores=scores, **weights)
+    got = library.prepared_attention_backward(d_out=forward.d_out, **saved, **tokens, call=prepared, **lists)
+    assert len(got) == 3 and all(map(torch.equal, got, want))
 
     source[3] += 1
-    assert library.prepared_attention(*tokens, plan).numel() == 0
-    assert [t.numel() for t in library.prepared_attention_with_state(*tokens, plan)] == [0] * 8
-    other = library.prepare(*weights, *settings, [], [])
-    assert other != plan
-    library.discard_prepared(plan)
-    library.discard_prepared(plan)  # as after a copy of the process
+    assert library.prepared_attention(**tokens, call=prepared).numel() == 0
+    assert [t.numel() for t in library.prepared_attention_with_state(**tokens, call=prepared)] == [0] * 8
+    other = library.prepare(**kept, sources=[], copies=[])
+    assert other != prepared
+    library.discard_prepared(prepared)
+    library.discard_prepared(prepared)  # as after a copy of the process
     with pytest.raises(
-        RuntimeError, match=f"expected the number of a prepared call that was not discarded, got {plan}"
+        RuntimeError, match=f"expected the number of a prepared call that was not discarded, got {prepared}"
     ):
-        library.prepared_attention(*tokens, plan)
-    assert torch.equal(library.prepared_attention(*tokens, other), expected[0])
+        library.prepared_attention(**tokens, call=prepared)
+    assert torch.equal(library.prepared_attention(**tokens, call=other), expected[0])
     with pytest.raises(RuntimeError, match="fit together"):
-        library.prepared_attention(tokens[0], tokens[1], tokens[2][:, :, 1:], other)
+        library.prepared_attention(given.query, given.key, given.value[:, :, 1:], other)
     library.discard_prepared(other)
 
 
@@ -203,20 +239,36 @@ def test_gradients_go_through_the_projections_inside_the_backward_pass(
     q, k, v = qkv(head_dim=width, dtype=dtype)
     heads = ((1, KV), (1, KV)) if shared else ((B, H), (B, KV))
     weights = [rand(b, h, 4, width, seed=3 + i, dtype=maps_dtype) / width for i, (b, h) in enumerate(heads)]
-    maps = [torch.ops.scatterbrain.project(t, w, None) for t, w in zip((q, k), weights)]
+    query_map, key_map = (torch.ops.scatterbrain.project(t, w, None) for t, w in zip((q, k), weights))
     starts = torch.arange(0, N, block_q).clamp(max=N - 12)
     span = torch.stack([starts, starts + 12], -1)[None].to(torch.int32)
     ends = torch.tensor([[0, N], [0, N - 9]], dtype=torch.int32)
-    arguments = (q, k, v, *maps, None, None, span, None, MASK, MASK, ends, ends, None)
-    arguments = (*arguments, 1, block_q, 1, 12, is_causal, 0.3)
+    arguments = operator_arguments(
+        AttentionArguments,
+        query=q,
+        key=k,
+        value=v,
+        query_map=query_map,
+        key_map=key_map,
+        span=span,
+        query_mask=MASK,
+        key_mask=MASK,
+        query_range=ends,
+        key_range=ends,
+        low_rank=QUADRATIC,
+        block_q=block_q,
+        span_keys=12,
+        is_causal=is_causal,
+        scale=0.3,
+    )
     out, lse = torch.ops.scatterbrain.attention(*arguments)
-    gradients = (rand(*out.shape, seed=9, dtype=dtype), None, out, lse, *arguments)
+    backward = (*ForwardResults(rand(*out.shape, seed=9, dtype=dtype), None, out, lse), *arguments)
     fused = dict(query_weight=weights[0], key_weight=weights[1])
     torch.library.opcheck(
-        torch.ops.scatterbrain.attention_backward.default, gradients, fused, test_utils=WITHOUT_GRADIENT
+        torch.ops.scatterbrain.attention_backward.default, backward, fused, test_utils=WITHOUT_GRADIENT
     )
-    *tokens, dv, d_query_map, d_key_map = torch.ops.scatterbrain.attention_backward(*gradients)
-    *through, dv_again, _, _ = torch.ops.scatterbrain.attention_backward(*gradients, **fused)
+    *tokens, dv, d_query_map, d_key_map = torch.ops.scatterbrain.attention_backward(*backward)
+    *through, dv_again, _, _ = torch.ops.scatterbrain.attention_backward(*backward, **fused)
     assert torch.equal(dv, dv_again)
     for plain, d_map, weight, result in zip(tokens, (d_query_map, d_key_map), weights, through):
         expected = plain.double() + d_map.double() @ weight.double()
@@ -227,15 +279,17 @@ def test_gradients_go_through_the_projections_inside_the_backward_pass(
 def test_results_saved_by_other_arguments_are_refused() -> None:
     arguments = detached(attention_arguments("quadratic", "span", torch.float64, False))
     out, lse, state, _ = torch.ops.scatterbrain.attention_with_state(*arguments)
+    forward = ForwardResults(out, None, out, lse)
     with pytest.raises(RuntimeError, match="state must be what attention_with_state returned"):
-        torch.ops.scatterbrain.attention_backward(out, None, out, lse, *arguments, state=state[..., 1:].contiguous())
+        torch.ops.scatterbrain.attention_backward(*forward, *arguments, state=state[..., 1:].contiguous())
     q, k, v = qkv(40, batch=1, kv_heads=H, head_dim=16)
     span = torch.tensor([[[0, 20], [10, 30], [20, 40]]], dtype=torch.int32)
-    arguments = (q, k, v, None, None, None, None, span, *(None,) * 6, 0, 16, 1, 20, False, 0.2)
+    arguments = operator_arguments(AttentionArguments, query=q, key=k, value=v, span=span, span_keys=20)
     out, lse, _, scores = torch.ops.scatterbrain.attention_with_state(*arguments)
+    forward = ForwardResults(out, None, out, lse)
     for wrong in (scores[..., 1:].contiguous(), scores.transpose(1, 2)):
         with pytest.raises(RuntimeError, match="scores must be what attention_with_state returned"):
-            torch.ops.scatterbrain.attention_backward(out, None, out, lse, *arguments, scores=wrong)
+            torch.ops.scatterbrain.attention_backward(*forward, *arguments, scores=wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -253,30 +307,30 @@ def test_packed_rows_are_the_map_in_another_layout(rank: int, is_causal: bool, d
         torch.testing.assert_close(rows[..., rank + 1], map_[..., rank] / torch.log(torch.tensor(2.0)))
         assert not rows[..., rank + 2 :].any()
     torch.library.opcheck(torch.ops.scatterbrain.project_packed.default, (q, *weights[0]), test_utils=WITHOUT_GRADIENT)
-    route = (*NO_ROWS, 1, 16, 16, 1, 0, is_causal, 0.2)
-    lists = torch.ops.scatterbrain.route(q.float(), k.float(), *maps, *route)
-    of_packed = torch.ops.scatterbrain.route(q.float(), k.float(), *packed, *route, packed_rank=rank)
+    plain, in_rows = ({"query_map": x, "key_map": y, "low_rank": QUADRATIC} for x, y in (maps, packed))
+    in_rows["packed_rank"] = rank
+    routing = operator_arguments(RouteArguments, query=q.float(), key=k.float(), keys=16, is_causal=is_causal)
+    lists, of_packed = (torch.ops.scatterbrain.route(*routing._replace(**form)) for form in (plain, in_rows))
     assert_same_bits(of_packed, lists, ("index", "count"))
-    rest = (*lists, None, None, *NO_ROWS, 1, 16, 1, 0, is_causal, 0.2)
-    results = [
-        torch.ops.scatterbrain.attention(q, k, v, *m, *rest, packed_rank=r) for m, r in ((maps, 0), (packed, rank))
-    ]
-    d_out = torch.randn_like(results[0][0])
-    results = [
-        (*result, *torch.ops.scatterbrain.attention_backward(d_out, None, *result, q, k, v, *m, *rest, packed_rank=r))
-        for result, m, r in zip(results, (maps, packed), (0, rank))
-    ]
+    index, count = lists
+    given = dict(query=q, key=k, value=v, index=index, count=count, is_causal=is_causal)
+    d_out, results = rand(*q.shape[:3], v.shape[3], seed=9, dtype=dtype), []
+    for form in (plain, in_rows):
+        arguments = operator_arguments(AttentionArguments, **given, **form)
+        out, lse = torch.ops.scatterbrain.attention(*arguments)
+        forward = ForwardResults(d_out, None, out, lse)
+        results.append((out, lse, *torch.ops.scatterbrain.attention_backward(*forward, *arguments)))
     assert_same_bits(*results, ("out", "lse", *GRADIENTS))
 
 
 def test_packed_rows_of_another_rank_are_refused() -> None:
     q = rand(B, H, N, WIDE)
     rows = torch.ops.scatterbrain.project_packed(q, rand(1, 1, 4, WIDE), rand(1, 1, 4))
-    rest = (None,) * 9
+    given = operator_arguments(AttentionArguments, query=q, key=q, value=q, query_map=rows, key_map=rows)
     with pytest.raises(RuntimeError, match="packed_rank 20 must be 32 wide"):
-        torch.ops.scatterbrain.attention(q, q, q, rows, rows, *rest, 1, 16, 1, 0, False, 0.2, packed_rank=20)
+        torch.ops.scatterbrain.attention(*given._replace(low_rank=QUADRATIC, packed_rank=20))
     with pytest.raises(RuntimeError, match="packed_rank is for the quadratic kernel"):
-        torch.ops.scatterbrain.attention(q, q, q, rows, rows, *rest, 2, 16, 1, 0, False, 0.2, packed_rank=3)
+        torch.ops.scatterbrain.attention(*given._replace(low_rank=2, packed_rank=3))
 
 
 @pytest.mark.parametrize("threads", [1, 4])

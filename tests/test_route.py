@@ -1,16 +1,17 @@
 """The routing operator against its dense definition, and what every list must satisfy."""
 
 import math
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+from operator_cases import operator_arguments
+from testkit import projections, rand, run_python
 from torch import Tensor
 
 import scatterbrain as sb
 from scatterbrain.hilbert import hilbert_order, inverse_order
+from scatterbrain.operators.arguments import RouteArguments
 from scatterbrain.padding import valid_range
 from scatterbrain.reference import Coordinates
 from scatterbrain.reference.routing import choices
@@ -55,16 +56,15 @@ class Inputs:
         seed: int = 0,
     ) -> None:
         m = n if m is None else m
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
-
-        self.query, self.key = 1.5 * draw(batch, heads, n, d), 1.5 * draw(batch, kv_heads, m, d)
+        self.query, self.key = (
+            1.5 * rand(batch, heads, n, d, seed=seed),
+            1.5 * rand(batch, kv_heads, m, d, seed=seed + 1),
+        )
         self.query_map = self.key_map = None
         self.low_rank = low_rank
         if low_rank:
-            self.query_map, self.key_map = 0.7 * draw(batch, heads, n, 6), 0.7 * draw(batch, kv_heads, m, 6)
+            self.query_map = 0.7 * rand(batch, heads, n, 6, seed=seed + 2)
+            self.key_map = 0.7 * rand(batch, kv_heads, m, 6, seed=seed + 3)
         if low_rank == 2:  # features are not negative
             self.query_map[..., :-1].abs_(), self.key_map[..., :-1].abs_()
         self.query_mask = self.key_mask = self.query_range = self.key_range = self.query_offset = None
@@ -81,24 +81,9 @@ class Inputs:
         return self
 
     def route(self, keys: int, block_q: int, block_k: int = 1, window: int = 0) -> tuple[Tensor, Tensor]:
-        return torch.ops.scatterbrain.route(
-            self.query,
-            self.key,
-            self.query_map,
-            self.key_map,
-            self.query_mask,
-            self.key_mask,
-            self.query_range,
-            self.key_range,
-            self.query_offset,
-            self.low_rank,
-            keys,
-            block_q,
-            block_k,
-            window,
-            self.is_causal,
-            self.query.shape[-1] ** -0.5,
-        )
+        given = {name: value for name, value in vars(self).items() if name in RouteArguments._fields}
+        form = dict(keys=keys, block_q=block_q, block_k=block_k, window=window, scale=self.query.shape[-1] ** -0.5)
+        return torch.ops.scatterbrain.route(*operator_arguments(RouteArguments, **given, **form))
 
     def definition(self) -> sb.reference.Inputs:
         """For the definition, which finds padding's ranges by itself."""
@@ -195,9 +180,7 @@ def test_route_takes_padding_scale_and_coordinates_as_the_definition(
         fitted = sb.fit_statistics(query, key, 5, mask, scale=0.2)
         defined = sb.reference.fit_statistics(query, key, 5, mask, scale=0.2)
     if low_rank == sb.Quadratic(5, "learned"):
-        generator = torch.Generator().manual_seed(8)
-        shapes = (4, 5, 12), (4, 12), (4,), (2, 5, 12), (2, 12)
-        fitted = defined = sb.Projections(*(torch.randn(*shape, generator=generator) / 4 for shape in shapes))
+        fitted = defined = projections(5, heads=4, kv_heads=2, head_dim=12)
     arguments = dict(low_rank=low_rank, key_padding_mask=mask, is_causal=is_causal, scale=0.2)
     arguments["query_offset"] = torch.tensor([3, -4]) if is_causal else 0
     lists = sb.route(query, key, support, statistics=fitted, **arguments)
@@ -418,22 +401,24 @@ def test_memory_is_linear(form: dict) -> None:
     take 1 GB.
     """
     program = f"""
-import resource, torch, scatterbrain
+import resource, torch
+from operator_cases import operator_arguments
+from scatterbrain.operators.arguments import RouteArguments
 q = torch.randn(1, 1, 65536, 32)
 coordinates = torch.randn(1, 1, 65536, 10) * .3
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def route(n):
     x = coordinates[:, :, :n]
-    torch.ops.scatterbrain.route(q[:, :, :n], q[:, :, :n], x, x, None, None, None, None, None, 1,
-                                 {form["keys"]}, {form["block_q"]}, {form.get("block_k", 1)}, {form.get("window", 0)},
-                                 False, .2)
+    torch.ops.scatterbrain.route(*operator_arguments(RouteArguments, query=q[:, :, :n], key=q[:, :, :n], query_map=x,
+                                                     key_map=x, low_rank=1, **{form}))
 route(1024)
 before = peak()
 route(65536)
 grown = (peak() - before) / 1024
 assert grown < 160, f"routing took {{grown:.0f}} MB"
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    run = run_python("-c", program)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(

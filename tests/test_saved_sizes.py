@@ -8,9 +8,10 @@ import random
 
 import pytest
 import torch
+from operator_cases import operator_arguments
 from torch import Tensor
 
-import scatterbrain  # noqa: F401  (loads the operators)
+from scatterbrain.operators.arguments import QUADRATIC, AttentionArguments, RouteArguments
 
 OPERATORS = torch.ops.scatterbrain
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -45,32 +46,25 @@ def draw(seed: int) -> dict:
 def results(call: dict) -> tuple[Tensor, Tensor]:
     """State and scores of the operator."""
     batch, n, m, dtype = call["batch"], call["queries"], call["keys"], call["dtype"]
-    query = torch.randn(batch, call["heads"], n, call["head_dim"]).to(dtype)
-    key, value = (torch.randn(batch, call["kv_heads"], m, call[d]).to(dtype) for d in ("head_dim", "value_dim"))
-    maps, wide = [None, None], torch.float64 if dtype == torch.float64 else torch.float32
-    packed_rank = call["rank"] if call["is_packed"] and call["low_rank"] == 1 else 0
+    fields = dict(query=torch.randn(batch, call["heads"], n, call["head_dim"]).to(dtype))
+    for name, width in (("key", "head_dim"), ("value", "value_dim")):
+        fields[name] = torch.randn(batch, call["kv_heads"], m, call[width]).to(dtype)
     if call["low_rank"]:
-        width = OPERATORS.packed_width(packed_rank) if packed_rank else call["rank"] + 1
-        maps = [torch.rand(batch, t.shape[1], t.shape[2], width, dtype=wide) for t in (query, key)]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        fields["packed_rank"] = call["rank"] if call["is_packed"] and call["low_rank"] == QUADRATIC else 0
+        width = OPERATORS.packed_width(call["rank"]) if fields["packed_rank"] else call["rank"] + 1
+        for token in ("query", "key"):
+            fields[f"{token}_map"] = torch.rand(*fields[token].shape[:3], width, dtype=wide)
     blocks = -(-n // call["block_q"])
-    index = count = span = None
     if call["listed"]:
         capacity = call["listed"] // call["block_k"]
-        index = torch.zeros(batch, call["heads"], blocks, capacity, dtype=torch.int32)
-        count = torch.full(index.shape[:3], min(1, m), dtype=torch.int32)
+        fields["index"] = torch.zeros(batch, call["heads"], blocks, capacity, dtype=torch.int32)
+        fields["count"] = torch.full((batch, call["heads"], blocks), min(1, m), dtype=torch.int32)
     if call["has_span"]:
-        span = torch.zeros(1, blocks, 2, dtype=torch.int32)
-    settings = (
-        call["low_rank"],
-        call["block_q"],
-        call["block_k"],
-        call["span_keys"],
-        call["is_causal"],
-        0.3,
-        packed_rank,
-    )
-    nothing = (None,) * 6
-    return OPERATORS.attention_with_state(query, key, value, *maps, index, count, span, *nothing, *settings)[2:]
+        fields["span"] = torch.zeros(1, blocks, 2, dtype=torch.int32)
+    fields |= {name: call[name] for name in ("low_rank", "block_q", "block_k", "span_keys", "is_causal")}
+    _, _, state, scores = OPERATORS.attention_with_state(*operator_arguments(AttentionArguments, **fields))
+    return state, scores
 
 
 def test_sizes_are_those_of_what_the_operator_returns() -> None:
@@ -97,8 +91,8 @@ def test_widths_and_capacities_are_those_of_the_operators() -> None:
         assert rows.shape[3] == OPERATORS.packed_width(rank)
     tokens = torch.randn(1, 2, 40, 16)
     for keys, block_q, block_k, window in ((64, 16, 1, 0), (40, 8, 1, 0), (64, 1, 8, 16), (32, 1, 8, 0)):
-        settings = 0, keys, block_q, block_k, window, False, 0.3
-        index, _ = OPERATORS.route(tokens, tokens, *(None,) * 7, *settings)
+        form = dict(keys=keys, block_q=block_q, block_k=block_k, window=window)
+        index, _ = OPERATORS.route(*operator_arguments(RouteArguments, query=tokens, key=tokens, **form))
         assert index.shape[3] == OPERATORS.list_capacity(keys, block_k)
     narrow = OPERATORS.narrow_head()
     for head_dim, dtype in ((narrow - 1, "float64"), (narrow, "float32")):

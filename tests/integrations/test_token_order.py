@@ -260,7 +260,7 @@ def test_models_around_an_ordered_model_work_and_checkpoint_gradients():
         torch.testing.assert_close(parameter.grad, before[name], rtol=1e-3, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------- refused masks
 
 
 def test_masks_of_a_timm_model_are_refused():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from testkit import rand
 from torch import Tensor
 
 import scatterbrain as sb
@@ -14,7 +15,7 @@ from scatterbrain.reference.low_rank import drawn_projection
 
 
 def tokens(heads: int, n: int, seed: int, d: int = 8) -> Tensor:
-    return torch.randn(2, heads, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return rand(2, heads, n, d, seed=seed, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from testkit import leaves, qkv, run_python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scatterbrain as sb
@@ -93,7 +92,7 @@ print(checked)
 def test_it_runs_where_nothing_else_of_the_package_exists() -> None:
     """It reads the fields of the data classes and calls none of their methods."""
     program = ALONE.format(folder=str(FOLDER.parent))
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    result = run_python("-c", program)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "35\n"
 
@@ -113,8 +112,7 @@ class NoOperators(TorchDispatchMode):
     ids=lambda support: type(support).__name__,
 )
 def test_it_calls_no_operator_of_the_package(support: object, low_rank: object) -> None:
-    generator = torch.Generator().manual_seed(0)
-    tokens: list[Tensor] = [torch.randn(1, 2, 40, 8, generator=generator).requires_grad_() for _ in range(3)]
+    tokens = leaves(qkv(40, batch=1, kv_heads=2))
     with NoOperators():
         stored = low_rank == sb.Quadratic(3)
         statistics = sb.reference.fit_statistics(*tokens[:2], 3) if stored else None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operator_cases import operator_arguments
 from oracle import row_error
 from testkit import assert_same_bits, rand
 from torch import Tensor
 
-import scatterbrain as sb  # noqa: F401  (registers the operator)
+from scatterbrain.operators.arguments import QUADRATIC, AttentionArguments
 
 KEYS, LISTED, HEAD_DIM, RANK, SCALE = 320, 48, 16, 2, 0.25
 # L of the listed keys over every other weight: within what float64 can subtract, and beyond it
@@ -39,9 +40,10 @@ def peaked_call(peak: float, block_q: int, is_causal: bool) -> list[Tensor]:
     """Results and gradients of the operator."""
     *inputs, d_out, d_lse = peaked_inputs(peak)
     leaves = [t.requires_grad_() for t in inputs]
-    out, lse = torch.ops.scatterbrain.attention(
-        *leaves, *lists(block_q, is_causal), *(None,) * 7, 1, block_q, 1, 0, is_causal, SCALE
-    )
+    index, count = lists(block_q, is_causal)
+    given = dict(zip(("query", "key", "value", "query_map", "key_map"), leaves), index=index, count=count)
+    settings = dict(low_rank=QUADRATIC, block_q=block_q, is_causal=is_causal, scale=SCALE)
+    out, lse = torch.ops.scatterbrain.attention(*operator_arguments(AttentionArguments, **given, **settings))
     return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, [d_out, d_lse])]
 
 
