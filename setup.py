@@ -1,7 +1,7 @@
 """Compiles the two extension modules; everything else about the package is in pyproject.toml.
 
 scatterbrain._C           the operators, on torch's stable ABI: one library serves torch 2.11 and newer. It is no Python
-                          module (no PyInit, no Python.h): src/scatterbrain/ops.py loads it with torch.ops.load_library.
+                          module (no PyInit, no Python.h): src/scatterbrain/operators/library.py loads it with torch.ops.load_library.
 scatterbrain._build_info  what was built how; pybind11, without torch headers, since pybind11 does not compile under the
                           limited API.
 """
