@@ -137,7 +137,7 @@ def attention(
     checks.check_pair(support, low_rank, is_causal)
     checks.check_offset(query_offset, query.shape[0], is_causal)
     if support.is_full:  # nothing is left for the low-rank kernel
-        low_rank = statistics = None
+        low_rank = statistics = kept_as = None
     padding = padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
     call = Call(query, key, value, support, low_rank, statistics, default_scale(query, scale), padding, is_causal)
     check_coefficients(low_rank, statistics, call)
