@@ -182,7 +182,7 @@ def route(
             )
     checks.check_tensors(query, key)
     checks.check_scale(scale)
-    if not (isinstance(support, Support) and support.depends_on_content):
+    if not getattr(type(support), "depends_on_content", False):
         raise TypeError(
             f"route: support must be Routed or LSH, whose lists depend on the content, got {type(support).__name__}"
         )
