@@ -41,13 +41,12 @@ def run(call: Call, return_lse: bool, key: tuple | None) -> tuple[Tensor, Tensor
         out = _prepare_and_run(call, key)
         if out is not None:
             return out, None
-    is_plain = is_untraced()
-    if is_plain and call.low_rank is not None:
-        projection = call.low_rank.projection(call)
-        if projection is not None:
-            return untraced.quadratic_attention(_quadratic_arguments(call, projection))
-    arguments = _attention_arguments(call)
-    return untraced.attention(arguments) if is_plain else torch.ops.scatterbrain.attention(*arguments)
+    if not is_untraced():
+        return torch.ops.scatterbrain.attention(*_attention_arguments(call))
+    projection = None if call.low_rank is None else call.low_rank.projection(call)
+    if projection is not None:
+        return untraced.quadratic_attention(_quadratic_arguments(call, projection))
+    return untraced.attention(_attention_arguments(call))
 
 
 def run_prepared(found: prepared.Prepared, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor | None:

@@ -21,7 +21,7 @@ from scatterbrain.low_rank import (
 from scatterbrain.low_rank.moments import checked_moments
 from scatterbrain.low_rank.quadratic_coefficients import statistics_from_moments
 from scatterbrain.padding import padding_info
-from scatterbrain.supports import Blocks, Support, Window, check_support
+from scatterbrain.supports import Blocks, Support, Window
 
 DEFAULT_LOW_RANK = Quadratic(rank=9)
 
@@ -137,7 +137,7 @@ def attention(
     checks.check_pair(support, low_rank, is_causal)
     checks.check_offset(query_offset, query.shape[0], is_causal)
     if support.is_full:  # nothing is left for the low-rank kernel
-        low_rank = statistics = None
+        low_rank = statistics = kept_as = None
     padding = padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
     call = Call(query, key, value, support, low_rank, statistics, default_scale(query, scale), padding, is_causal)
     check_coefficients(low_rank, statistics, call)
@@ -182,8 +182,7 @@ def route(
             )
     checks.check_tensors(query, key)
     checks.check_scale(scale)
-    check_support(support)
-    if not support.depends_on_content:
+    if not getattr(type(support), "depends_on_content", False):
         raise TypeError(
             f"route: support must be Routed or LSH, whose lists depend on the content, got {type(support).__name__}"
         )

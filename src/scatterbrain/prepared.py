@@ -53,9 +53,9 @@ def key_of(
         return None
     if not (
         type(query) is type(key) is type(value) is Tensor
-        and getattr(statistics, "can_be_prepared", False)
-        and getattr(support, "can_be_prepared", False)
-        and getattr(low_rank, "can_be_prepared", False)
+        and getattr(type(statistics), "can_be_prepared", False)
+        and getattr(type(support), "can_be_prepared", False)
+        and getattr(type(low_rank), "can_be_prepared", False)
         and type(is_causal) is bool
         and (scale is None or type(scale) is float)
         and query.is_cpu

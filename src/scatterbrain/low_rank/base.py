@@ -103,6 +103,10 @@ class LowRankKernel:
 
     def check_head_dim(self, head_dim: int) -> None:
         """Raises ValueError for heads narrower than ``least_head_dim``."""
+        if head_dim < self.least_head_dim:
+            raise ValueError(
+                f"{type(self).__name__}: rank must be at most head_dim={head_dim}, got {self.least_head_dim}"
+            )
 
     def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:
         """Raises TypeError or ValueError unless these are what the kernel needs for a call of this geometry and
@@ -125,8 +129,8 @@ class LowRankKernel:
         raise NotImplementedError(f"{type(self).__name__} must define coordinates(call)")
 
     def projection(self, call: Call) -> Projection | None:
-        """The affine maps that the coordinates are, where they are: one operator then projects, routes and attends.
-        For kernels of code 1."""
+        """The affine maps that the coordinates are, where they are: one operator then projects, routes and attends
+        without :meth:`coordinates`, so a class that overrides one of the two overrides both. For kernels of code 1."""
         return None
 
     def constant_projection(self, call: Call) -> Any:

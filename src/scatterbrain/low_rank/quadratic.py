@@ -102,10 +102,6 @@ class Quadratic(LowRankKernel):
                 "sb.fit_statistics with Quadratic(statistics='stored'), or use a calibrated module"
             )
 
-    def check_head_dim(self, head_dim: int) -> None:
-        if self.rank > head_dim:
-            raise ValueError(f"Quadratic: rank must be at most head_dim={head_dim}, got {self.rank}")
-
     def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:
         head_dim = call.query.shape[3]
         is_own = isinstance(coefficients, (Statistics, Projections))

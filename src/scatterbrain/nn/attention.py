@@ -83,6 +83,7 @@ class ScatterbrainAttention(nn.Module):
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, num_kv_heads
         self.support, self.low_rank = support, low_rank
         self.exact_queries = exact_queries
+        self.is_collecting = False
         self._forget()
         state = self._initial_state()
         for name, tensor in state.parameters.items():
@@ -97,7 +98,6 @@ class ScatterbrainAttention(nn.Module):
 
     def _forget(self) -> None:
         self.is_calibrated = False
-        self.is_collecting = False
         self.gathered: Moments | None = None
         self.scale: float | None = None
         self.steps = self.draws = 0

@@ -24,10 +24,10 @@ def is_readable(*tensors: Tensor | None) -> bool:
 
 
 def is_known(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition on lengths holds for every length that a traced graph serves; outside a trace, whether it
-    holds."""
-    if not torch.compiler.is_compiling():
-        return bool(condition)
+    """Whether a condition on lengths holds for every length that a traced graph serves; where lengths are numbers,
+    whether it holds."""
+    if isinstance(condition, bool) and not torch.compiler.is_compiling():
+        return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)

@@ -86,7 +86,8 @@ class Support:
         raise NotImplementedError(f"{type(self).__name__} must define lists(call, query_map, key_map)")
 
     def operator_routing(self, call: Call) -> OperatorRouting | None:
-        """Settings with which the attention operator makes the lists itself; None where :meth:`lists` does."""
+        """Settings with which the attention operator makes the lists itself, without :meth:`lists`, so a class that
+        overrides one of the two overrides both; None where :meth:`lists` makes them."""
         return None
 
     def for_cross_attention(self) -> tuple[Support, str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 import scatterbrain as sb
 from scatterbrain.checks import check_pair
-from scatterbrain.low_rank import LOW_RANK_KERNELS
+from scatterbrain.low_rank import LOW_RANK_KERNELS, LowRankKernel
 from scatterbrain.supports import SUPPORTS, Support
 from scatterbrain.training.config import AttentionConfig
 
@@ -29,7 +29,7 @@ def build_support_and_low_rank(config: AttentionConfig) -> tuple[Any, Any]:
         with _naming("attention.keys"):
             support = preset(keys=config.keys)[0]
     else:
-        support = _build("attention.support", config.support, _supports(), keys=config.keys)
+        support = _build("attention.support", config.support, _supports(), Support, keys=config.keys)
     if config.low_rank is None:
         low_rank = None if support.is_full else preset()[1]
     else:
@@ -71,30 +71,33 @@ def describe_attention(config: AttentionConfig) -> str:
 def _build_low_rank(value: str | dict[str, Any]) -> Any:
     if value == "none":
         return None
-    return _build("attention.low_rank", value, LOW_RANK_KERNELS)
+    return _build("attention.low_rank", value, LOW_RANK_KERNELS, LowRankKernel)
 
 
 def _supports() -> dict[str, type[Support]]:
     return {kind: cls for kind, cls in SUPPORTS.items() if cls.is_configurable and not cls.is_bidirectional_only}
 
 
-def _class_of(key: str, kind: object, classes: dict[str, type]) -> type:
-    """A class by its kind, or an own one by "module:Class", which is imported and registered."""
+def _class_of(key: str, kind: object, classes: dict[str, type], base: type) -> type:
+    """A class by its kind, or an own one derived from ``base`` by "module:Class"."""
     if isinstance(kind, str) and ":" in kind:
         module, _, name = kind.partition(":")
         try:
-            return getattr(importlib.import_module(module), name)
+            cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"{key}: cannot import {kind!r}, expected module:Class: {error}") from error
-    if kind not in classes:
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            raise ValueError(f"{key}: expected a class derived from {base.__name__}, got {kind!r}")
+        return cls
+    if not isinstance(kind, str) or kind not in classes:
         raise ValueError(f"{key}: expected one of {', '.join(classes)} (as the kind), got {kind!r}")
     return classes[kind]
 
 
-def _build(key: str, value: str | dict[str, Any], classes: dict[str, type], **defaults: Any) -> Any:
+def _build(key: str, value: str | dict[str, Any], classes: dict[str, type], base: type, **defaults: Any) -> Any:
     fields = {"kind": value} if isinstance(value, str) else dict(value)
     kind = fields.pop("kind", None)
-    cls = _class_of(key, kind, classes)
+    cls = _class_of(key, kind, classes, base)
     defaults |= getattr(cls, "training_defaults", {})
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     for name in fields:
