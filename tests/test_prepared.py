@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 
 import pytest
 import testkit
@@ -168,3 +169,28 @@ def test_a_mode_around_the_backward_pass_alone_sees_registered_operators(tokens,
         counts.append(flops.get_total_flops())
     assert counts[0] == counts[1] > 0
     assert_same_bits(*gradients, testkit.RESULTS[2:])
+
+
+def test_a_derived_support_is_not_taken_for_its_base(tokens, statistics) -> None:
+    """Instances of a class without its own equality compare equal whatever its fields are."""
+
+    @dataclass(frozen=True, eq=False)
+    class Shifted(sb.Window):
+        shift: int = 0
+
+        def lists(self, call, query_map, key_map):
+            lists = super().lists(call, query_map, key_map)
+            return lists._replace(span=(lists.span - self.shift).clamp(min=0))
+
+    outs = [call(tokens, statistics, Shifted(32, shift=shift)) for shift in (0, 8)]
+    assert torch.equal(outs[0], call(tokens, statistics, sb.Window(32))) and not torch.equal(*outs)
+
+
+def test_a_derived_routed_support_makes_its_own_lists(tokens, statistics) -> None:
+    @dataclass(frozen=True)
+    class Halved(sb.Routed):
+        def lists(self, call, query_map, key_map):
+            lists = super().lists(call, query_map, key_map)
+            return lists._replace(count=lists.count // 2)
+
+    assert not torch.equal(call(tokens, statistics, Halved(32)), call(tokens, statistics, sb.Routed(32)))

@@ -25,6 +25,7 @@ from testkit import (
     weights,
 )
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import scatterbrain as sb
 from scatterbrain.execution import covers_every_key
@@ -222,3 +223,14 @@ def test_vmap_of_short_sequences_is_a_loop(low_rank: str, in_dims: tuple) -> Non
     for i in range(2):
         one = [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims)]
         torch.testing.assert_close(got[i], function(*one), rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_of_symbolic_lengths_serves_longer_ones() -> None:
+    """Traced where the window covers every key, run where it does not."""
+
+    def attend(*tokens: Tensor) -> Tensor:
+        return sb.attention(*tokens, sb.Window(64), None)
+
+    graph = make_fx(attend, tracing_mode="symbolic")(*qkv(50))
+    longer = qkv(300)
+    assert torch.equal(graph(*longer), attend(*longer))

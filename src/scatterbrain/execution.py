@@ -25,8 +25,8 @@ from scatterbrain.operators.tracing import is_known, is_untraced
 from scatterbrain.supports import BlockLists, Support
 
 
-def run(call: Call, return_lse: bool, key: tuple | None) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of a checked call; lse may be None unless ``return_lse``. ``key``: under which it may be kept
+def run(call: Call, return_lse: bool, kept_as: tuple | None) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of a checked call; lse may be None unless ``return_lse``. ``kept_as``: under which it may be kept
     (:func:`scatterbrain.prepared.key_of`), or None."""
     queries, keys = call.query.shape[2], call.key.shape[2]
     if (
@@ -34,11 +34,11 @@ def run(call: Call, return_lse: bool, key: tuple | None) -> tuple[Tensor, Tensor
         and call.padding.is_everything()
         and covers_every_key(call.support, queries, keys, call.is_causal)
     ):
-        out = _by_torch(call, key)
+        out = _by_torch(call, kept_as)
         if out is not None:
             return out, None
-    if key is not None:
-        out = _prepare_and_run(call, key)
+    if kept_as is not None:
+        out = _prepare_and_run(call, kept_as)
         if out is not None:
             return out, None
     if not is_untraced():
@@ -75,7 +75,7 @@ def exact(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: flo
     return F.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=True)
 
 
-def _by_torch(call: Call, key: tuple | None) -> Tensor | None:
+def _by_torch(call: Call, kept_as: tuple | None) -> Tensor | None:
     """The output of torch's kernel; None where it would not do what was asked: it multiplies masked scores by the scale,
     which makes NaN of -inf where the scale is not positive, and under vmap it is a loop."""
     if call.is_causal and not call.scale > 0:
@@ -85,8 +85,8 @@ def _by_torch(call: Call, key: tuple | None) -> Tensor | None:
     unused = [] if call.coefficients is None else [t for t in call.coefficients.parameters() if t.requires_grad]
     if unused and not is_untraced():
         return None
-    if key is not None:
-        prepared.keep(key, call.coefficients.tensors(), None, call.scale)
+    if kept_as is not None:
+        prepared.keep(kept_as, call.coefficients.tensors(), None, call.scale)
     out = exact(call.query, call.key, call.value, call.is_causal, call.scale)
     return untraced.with_zero_gradients(out, unused) if unused else out
 
@@ -94,7 +94,7 @@ def _by_torch(call: Call, key: tuple | None) -> Tensor | None:
 # -------------------- prepared calls
 
 
-def _prepare_and_run(call: Call, key: tuple) -> Tensor | None:
+def _prepare_and_run(call: Call, kept_as: tuple) -> Tensor | None:
     """Keeps the call and runs it as all later ones: checkpointing wants every call to save the same. None where it
     cannot be kept."""
     if call.support.operator_routing(call) is None and call.support.depends_on_content:
@@ -104,7 +104,7 @@ def _prepare_and_run(call: Call, key: tuple) -> Tensor | None:
         return None
     sources = call.coefficients.tensors()
     kept = untraced.PreparedCall(_quadratic_arguments(call, constant.projection), sources, constant.copies)
-    prepared.keep(key, sources, kept, call.scale)
+    prepared.keep(kept_as, sources, kept, call.scale)
     with contextlib.suppress(untraced.StaleProjection):
         return kept.attention(call.query, call.key, call.value)
     return None

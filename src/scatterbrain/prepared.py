@@ -48,14 +48,14 @@ def key_of(
     statistics: object,
 ) -> tuple | None:
     """Everything that the checks look at; None where a call is not of the kind that is kept. Types are compared exactly:
-    a value that only equals a number, or a tensor of another class, goes through the checks."""
+    a value that only equals a number, or an object of a derived class, goes through the checks."""
     if not is_untraced():
         return None
     if not (
         type(query) is type(key) is type(value) is Tensor
-        and getattr(type(statistics), "can_be_prepared", False)
-        and getattr(type(support), "can_be_prepared", False)
-        and getattr(type(low_rank), "can_be_prepared", False)
+        and type(statistics).__dict__.get("can_be_prepared", False)
+        and type(support).__dict__.get("can_be_prepared", False)
+        and type(low_rank).__dict__.get("can_be_prepared", False)
         and type(is_causal) is bool
         and (scale is None or type(scale) is float)
         and query.is_cpu

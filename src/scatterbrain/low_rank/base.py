@@ -79,7 +79,6 @@ class LowRankKernel:
         reads_input: the kernel looks at the whole sequence, so causal attention would see the future.
         adds_parameters: a module with this kernel has parameters of its own.
         is_calibrated_from_data: :func:`scatterbrain.calibrate`, or a moving average, fits the kernel's statistics.
-        trains_from_scratch: the kernel works in a causal model whose statistics are not known yet.
         least_head_dim: width of the narrowest heads that it takes.
         checkpoint_rank: rank of the statistics, which a checkpoint must match; 0 without any.
     """
@@ -92,7 +91,6 @@ class LowRankKernel:
     reads_input = False
     adds_parameters = False
     is_calibrated_from_data = False
-    trains_from_scratch = True
     least_head_dim = 1
     checkpoint_rank = 0
 
@@ -107,6 +105,9 @@ class LowRankKernel:
             raise ValueError(
                 f"{type(self).__name__}: rank must be at most head_dim={head_dim}, got {self.least_head_dim}"
             )
+
+    def check_from_scratch(self) -> None:
+        """Raises ValueError where the kernel cannot be part of a causal model that is trained from scratch."""
 
     def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:
         """Raises TypeError or ValueError unless these are what the kernel needs for a call of this geometry and

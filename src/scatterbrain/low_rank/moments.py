@@ -13,6 +13,12 @@ from scatterbrain.padding import PaddingInfo
 MOMENTS = ("tokens", "query_mean", "query_second", "key_mean", "key_second")
 
 
+def moment_shapes(kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the moments that a module gathers, in the order of :data:`MOMENTS`."""
+    mean, second = (kv_heads, head_dim), (kv_heads, head_dim, head_dim)
+    return (kv_heads,), mean, second, mean, second
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Token-weighted first and second moments in float64, per key/value head: the mean of scaled queries and of keys

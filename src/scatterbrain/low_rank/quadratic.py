@@ -13,7 +13,7 @@ from torch import Tensor
 from scatterbrain.call import Call
 from scatterbrain.fields import check_int
 from scatterbrain.low_rank.base import Coefficients, Heads, LowRankKernel, State, StateOwner
-from scatterbrain.low_rank.moments import MOMENTS, Moments, moments
+from scatterbrain.low_rank.moments import MOMENTS, Moments, moment_shapes, moments
 from scatterbrain.low_rank.quadratic_coefficients import (
     EMA_FLOOR,
     STORED_FLOOR,
@@ -82,10 +82,6 @@ class Quadratic(LowRankKernel):
         return self.statistics in ("stored", "ema")
 
     @property
-    def trains_from_scratch(self) -> bool:
-        return self.statistics in ("learned", "ema")
-
-    @property
     def least_head_dim(self) -> int:
         return self.rank
 
@@ -100,6 +96,13 @@ class Quadratic(LowRankKernel):
             raise ValueError(
                 "statistics='input' would leak the future in causal attention; pass statistics= from "
                 "sb.fit_statistics with Quadratic(statistics='stored'), or use a calibrated module"
+            )
+
+    def check_from_scratch(self) -> None:
+        if self.statistics not in ("learned", "ema"):
+            raise ValueError(
+                f"expected learned or ema, got {self.statistics!r}; stored statistics come from a trained model, and "
+                "those of the input would show a token what follows it"
             )
 
     def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:
@@ -182,8 +185,7 @@ class Quadratic(LowRankKernel):
         # A moving average starts as the learned form does, without means; stored statistics are nothing yet.
         start = rows if self.statistics == "ema" else zeros(kv_heads, r, d)
         maps = (start.clone(), zeros(kv_heads, d), start.clone(), zeros(kv_heads, d))
-        shapes = ((kv_heads,), (kv_heads, d), (kv_heads, d, d), (kv_heads, d), (kv_heads, d, d))
-        raw = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        raw = (torch.zeros(shape, dtype=torch.float64) for shape in moment_shapes(kv_heads, d))
         return State({}, dict(zip((*MAPS, *GATHERED), (*maps, *raw))))
 
     def coefficients(self, owner: StateOwner) -> Coefficients | None:

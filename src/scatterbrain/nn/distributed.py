@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scatterbrain.low_rank.moments import MOMENTS, Moments
+from scatterbrain.low_rank.moments import MOMENTS, Moments, moment_shapes
 
 
 class Gatherer(Protocol):
-    """A module that gathers moments: its buffers ``moment_*`` have the shapes of what it gathers."""
+    """A module that gathers moments and has buffers: :class:`scatterbrain.ScatterbrainAttention`."""
 
+    num_kv_heads: int
+    head_dim: int
     gathered: Moments | None
     scale: float | None
+
+    def buffers(self) -> Iterator[Tensor]: ...
 
 
 def merge_over_ranks(modules: list[Gatherer], group: dist.ProcessGroup | None) -> None:
@@ -36,7 +42,7 @@ def merge_over_ranks(modules: list[Gatherer], group: dist.ProcessGroup | None) -
     sums = torch.cat([_weighted(module) for module in modules])
     dist.all_reduce(sums, group=group)
     for module in modules:
-        size = 2 + sum(_buffer(module, name).numel() for name in MOMENTS)
+        size = 2 + sum(map(math.prod, _shapes(module)))
         _take(module, sums[:size])
         sums = sums[size:]
 
@@ -51,19 +57,19 @@ def fill(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def _buffer(module: Gatherer, name: str) -> Tensor:
-    return getattr(module, "moment_" + name)
+def _shapes(module: Gatherer) -> tuple[tuple[int, ...], ...]:
+    return moment_shapes(module.num_kv_heads, module.head_dim)
 
 
 def _weighted(module: Gatherer) -> Tensor:
     """float64: 1 and the scale, then the tokens and every other moment times the tokens; zeros where nothing was
     gathered."""
-    shapes = [_buffer(module, name) for name in MOMENTS]
     gathered = module.gathered
     if gathered is None:
-        return torch.cat([shapes[0].new_zeros(2), *(torch.zeros_like(s).flatten() for s in shapes)])
-    tokens = gathered.tokens
-    products = [getattr(gathered, name) * _along(tokens, shape) for name, shape in zip(MOMENTS[1:], shapes[1:])]
+        size, device = 2 + sum(map(math.prod, _shapes(module))), next(module.buffers()).device
+        return torch.zeros(size, dtype=torch.float64, device=device)
+    tokens, *moments = (getattr(gathered, name) for name in MOMENTS)
+    products = [moment * _along(tokens, moment) for moment in moments]
     # A rank whose tokens are all padding adds nothing, whatever its means are.
     products = [torch.where(_along(tokens, p) > 0, p, 0).flatten() for p in products]
     return torch.cat([tokens.new_tensor([1.0, module.scale]), tokens, *products])
@@ -79,10 +85,8 @@ def _take(module: Gatherer, sums: Tensor) -> None:
             f"statistics of several ranks: expected one scale of attention on all of them, got {module.scale:.6g} here "
             f"and {scale:.6g} on average"
         )
-    shapes = [_buffer(module, name) for name in MOMENTS]
-    tokens, *products = (
-        part.reshape(s.shape) for part, s in zip(sums[2:].split([s.numel() for s in shapes]), shapes)
-    )  # fmt: skip
+    shapes = _shapes(module)
+    tokens, *products = (p.reshape(s) for p, s in zip(sums[2:].split([math.prod(s) for s in shapes]), shapes))
     module.gathered = Moments(tokens, *(p / _along(tokens.clamp(min=1), p) for p in products))
     module.scale = scale if module.scale is None else module.scale
 

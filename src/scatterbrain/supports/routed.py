@@ -122,7 +122,7 @@ class Routed(Support):
 
     def operator_routing(self, call: Call) -> OperatorRouting | None:
         # The operator would route float64 inputs in float64: `lists` routes float32 copies.
-        if call.query.dtype == torch.float64:
+        if call.query.dtype == torch.float64 or type(self).lists is not Routed.lists:
             return None
         return OperatorRouting(self.keys, self.window, self.block_q, self.block_k)
 

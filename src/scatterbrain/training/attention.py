@@ -38,11 +38,9 @@ def build_support_and_low_rank(config: AttentionConfig) -> tuple[Any, Any]:
         raise ValueError(
             f"attention.low_rank: support full leaves nothing to approximate, got {low_rank}; leave it out"
         )
-    if low_rank is not None and not low_rank.trains_from_scratch:
-        raise ValueError(
-            f"attention.low_rank.statistics: expected learned or ema, got {low_rank.statistics!r}; stored "
-            "statistics come from a trained model, and those of the input would show a byte what follows it"
-        )
+    if low_rank is not None:
+        with _naming("attention.low_rank.statistics"):
+            low_rank.check_from_scratch()
     with _naming("attention"):
         check_pair(support, low_rank, is_causal=True)
     return support, low_rank
