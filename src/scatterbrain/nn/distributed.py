@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scatterbrain.low_rank import StateOwner
 from scatterbrain.low_rank.moments import MOMENTS, Moments, moment_shapes
 
 
-class Gatherer(Protocol):
-    """A module that gathers moments and has buffers: :class:`scatterbrain.ScatterbrainAttention`."""
-
-    num_kv_heads: int
-    head_dim: int
-    gathered: Moments | None
-    scale: float | None
-
-    def buffers(self) -> Iterator[Tensor]: ...
-
-
-def merge_over_ranks(modules: list[Gatherer], group: dist.ProcessGroup | None) -> None:
+def merge_over_ranks(modules: list[StateOwner], group: dist.ProcessGroup | None) -> None:
     """Replaces what each module gathered on this rank by what it gathered on all ranks of ``group`` together, weighted
     by tokens, as if the ranks' batches had been passed one after another. One all-reduce for all modules; every rank of
     the group must call it with the same modules. Does nothing where torch.distributed is not initialised, on a single
@@ -57,11 +45,11 @@ def fill(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def _shapes(module: Gatherer) -> tuple[tuple[int, ...], ...]:
+def _shapes(module: StateOwner) -> tuple[tuple[int, ...], ...]:
     return moment_shapes(module.num_kv_heads, module.head_dim)
 
 
-def _weighted(module: Gatherer) -> Tensor:
+def _weighted(module: StateOwner) -> Tensor:
     """float64: 1 and the scale, then the tokens and every other moment times the tokens; zeros where nothing was
     gathered."""
     gathered = module.gathered
@@ -75,7 +63,7 @@ def _weighted(module: Gatherer) -> Tensor:
     return torch.cat([tokens.new_tensor([1.0, module.scale]), tokens, *products])
 
 
-def _take(module: Gatherer, sums: Tensor) -> None:
+def _take(module: StateOwner, sums: Tensor) -> None:
     ran, scale = sums[:2].tolist()
     if not ran:
         return
