@@ -4,6 +4,7 @@ checkpoints that exist."""
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -111,3 +112,12 @@ def test_inside_other_modules_the_entries_are_under_attention() -> None:
     module = sb.MultiheadAttention(16, 2, support=sb.Window(16), low_rank=sb.Quadratic(RANK, "learned"))
     outer = ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]
     assert list(module.state_dict()) == outer + [f"attention.{name}" for name in (LEARNED | EXTRA)]
+
+
+@pytest.mark.parametrize("setting", [sb.Full(), sb.Empty(), sb.Window(8), sb.Routed(64), sb.LSH(8), sb.Quadratic(5)])
+def test_pickled_settings_are_found_where_they_used_to_be(setting: object) -> None:
+    module = "low_rank" if isinstance(setting, sb.Quadratic) else "support"
+    fields = {**vars(setting)}
+    class_ = f"cscatterbrain.{module}\n{type(setting).__name__}\n".encode()
+    state = pickle.dumps(fields, protocol=0)[:-1]  # without its stop
+    assert pickle.loads(class_ + b")\x81" + state + b"b.") == setting
