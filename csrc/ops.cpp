@@ -1,9 +1,5 @@
 // The operators: their schemas, and functions that check the arguments and call the launcher of the tensors' device.
 // scatterbrain/ops.py says what the arguments mean; arguments.h lists them, checks.h checks them.
-#include <torch/csrc/stable/library.h>
-
-#include <string>
-#include <tuple>
 
 #include "checks.h"
 #include "launchers.h"

@@ -1,12 +1,13 @@
 // Arguments of the kernels: raw pointers, int64 strides in elements, shapes and flags. Free of torch.
 #pragma once
-#include <cstdint>
-
-#include "math/host_device.h"
-#include "math/low_rank.h"
 #include "math/padding.h"
 
 namespace sb {
+
+// Exponents are kept in base 2 inside the kernels, where exp2 is cheaper than exp.
+inline constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+
+enum class LowRank : int64_t { kNone = 0, kQuadratic = 1, kFeatures = 2 };  // math/low_rank_kernels.h has their algebra
 
 // The bits of a bfloat16. Kernels read and write rows of them; nothing computes in it.
 struct Bfloat16 {

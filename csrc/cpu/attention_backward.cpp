@@ -12,8 +12,6 @@
 namespace sb::cpu {
 namespace {
 
-constexpr int64_t kRoundBytes = int64_t(1) << 21;  // kept records of one round, about a shared cache
-
 template <class E>
 class Backward {
   typedef AccType<E> T;

@@ -1,9 +1,6 @@
 // The tables of torch-free kernels. csrc/cpu/kernels/ is compiled once per instruction set (kernels_avx512.cpp,
 // kernels_avx2.cpp, ...); the best set that the processor has is chosen at run time, or the one SCATTERBRAIN_ISA names.
 #pragma once
-#include <cstdint>
-
-#include "../params.h"
 #include "tuning.h"  // which the launchers use as well
 
 namespace sb {

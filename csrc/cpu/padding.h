@@ -1,10 +1,6 @@
 // Per-row padding masks, valid ranges and causal offset, as kernels read them.
 #pragma once
-#include <vector>
-
-#include "../arguments.h"
 #include "allocation.h"
-#include "kernels.h"
 
 namespace sb::cpu {
 

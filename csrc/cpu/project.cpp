@@ -122,7 +122,7 @@ template <class T>
 Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias) {
   Projection call(tokens, weight);
   const int64_t rank = call.p.outputs - 1, width = packed_width(rank);
-  Weights<T> w(call, weight, bias, width, rank + 1, T(1.44269504088896340736));
+  Weights<T> w(call, weight, bias, width, rank + 1, T(kLog2e));
   w.set(rank, T(1));
   Tensor out = empty({call.batch, call.heads, call.n, width}, kScalar<T>);
   T* z = static_cast<T*>(out.data_ptr());

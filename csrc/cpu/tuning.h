@@ -1,9 +1,6 @@
 // Constants that make the CPU kernels fast and choose between ways to the same result. Those that define results are
 // in params.h and csrc/math.
 #pragma once
-#include <cstdint>
-
-#include "../math/host_device.h"
 #include "../math/routing.h"
 #include "../params.h"
 

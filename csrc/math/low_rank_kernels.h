@@ -10,11 +10,7 @@
 // V is what one thread computes with: a scalar, or a vector of tokens. GCC compiles templates for the instruction set
 // that is selected where they stand, so kernels.h, which comes before the selection, does not include this file.
 #pragma once
-#include <cstdint>
-
-#include "host_device.h"
-#include "low_rank.h"
-#include "padding.h"
+#include "../params.h"
 
 namespace sb {
 

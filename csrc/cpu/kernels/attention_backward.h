@@ -1,20 +1,7 @@
 // The backward pass of the queries of one unit; attention_backward_tile.h has the mathematics.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../kernels.h"
-#include "../tuning.h"
-#include "arena.h"
-#include "attention_backward_scratch.h"
 #include "attention_backward_tile.h"
 #include "dkdv_scatter_per_query.h"
-#include "dkdv_scatter_shared.h"
-#include "isa.h"
-#include "key_list_bitmask.h"
-#include "kv_state.h"
-#include "query_tile.h"
-#include "tile_prefetch.h"
 
 namespace sb::SB_ISA {
 

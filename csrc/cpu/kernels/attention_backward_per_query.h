@@ -1,21 +1,8 @@
 // Backward pass of queries with key lists of their own: lanes are keys; attention_backward_tile.h has the steps.
 #pragma once
-#include <cstdint>
-
-#include "../../math/low_rank_kernels.h"
-#include "../../params.h"
 #include "attention_backward_scratch.h"
-#include "dkdv_scatter_shared.h"
-#include "element_types.h"
-#include "features.h"
-#include "gathered_rows.h"
-#include "isa.h"
-#include "key_list.h"
 #include "kv_state.h"
-#include "low_rank_products.h"
-#include "query_tile.h"
 #include "scores.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

@@ -1,13 +1,6 @@
 // Scratch memory of the backward pass.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "arena.h"
-#include "complement_by_key.h"
 #include "dkdv_scatter_shared.h"
-#include "element_types.h"
-#include "isa.h"
 
 namespace sb::SB_ISA {
 

@@ -12,28 +12,8 @@
 // Listed keys are scattered to dk, dv and dy tile after tile: the order of every sum is the order of the queries, for
 // any number of threads.
 #pragma once
-#include <cstdint>
-
-#include "../../math/base2.h"
-#include "../../math/low_rank_kernels.h"
-#include "../../params.h"
-#include "../tuning.h"
 #include "attention_backward_per_query.h"
-#include "attention_backward_scratch.h"
 #include "attention_backward_shared.h"
-#include "complement_by_key.h"
-#include "dkdv_scatter_shared.h"
-#include "element_types.h"
-#include "features.h"
-#include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "kv_state.h"
-#include "low_rank_products.h"
-#include "query_tile.h"
-#include "tile_prefetch.h"
-#include "transpose.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

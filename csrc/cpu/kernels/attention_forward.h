@@ -1,27 +1,8 @@
 // The forward pass (docs/algorithm.md, sections 1, 5 and 7).
 #pragma once
-#include <cstdint>
-
-#include "../../math/base2.h"
-#include "../../params.h"
-#include "../tuning.h"
-#include "arena.h"
 #include "attention_forward_per_query.h"
-#include "attention_forward_scratch.h"
 #include "attention_forward_shared.h"
 #include "complement_by_key.h"
-#include "element_types.h"
-#include "features.h"
-#include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "key_list_bitmask.h"
-#include "kv_state.h"
-#include "query_tile.h"
-#include "scores.h"
-#include "tile_prefetch.h"
-#include "transpose.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

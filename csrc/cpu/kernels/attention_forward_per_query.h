@@ -1,18 +1,9 @@
 // Forward pass of queries with key lists of their own: lanes are keys (docs/algorithm.md, sections 1 and 7).
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
 #include "attention_forward_scratch.h"
-#include "features.h"
-#include "gathered_rows.h"
-#include "isa.h"
-#include "key_list.h"
 #include "kv_state.h"
 #include "low_rank_products.h"
-#include "query_tile.h"
 #include "scores.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

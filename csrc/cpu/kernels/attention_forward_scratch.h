@@ -1,11 +1,7 @@
 // Scratch memory of the forward pass.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
 #include "arena.h"
 #include "element_types.h"
-#include "isa.h"
 #include "key_list.h"
 
 namespace sb::SB_ISA {

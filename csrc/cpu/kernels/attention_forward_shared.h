@@ -1,23 +1,10 @@
 // Forward pass of a query tile that shares a key list, a query in every lane (docs/algorithm.md, sections 1 and 7).
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../tuning.h"
 #include "attention_forward_scratch.h"
-#include "element_types.h"
-#include "features.h"
-#include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "key_list.h"
 #include "key_list_bitmask.h"
 #include "kv_state.h"
 #include "low_rank_products.h"
-#include "query_tile.h"
-#include "scores.h"
 #include "tile_prefetch.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

@@ -1,10 +1,6 @@
 // Rows of bfloat16 and float16 to float32 and back, rounded to nearest with ties to even; NaN stays NaN. Where the
 // instruction set has no float16 conversion the launcher converts element by element.
 #pragma once
-#include <cstdint>
-
-#include "../kernels.h"
-#include "isa.h"
 #include "vec.h"
 
 namespace sb::SB_ISA {

@@ -1,17 +1,7 @@
 // Scatter of the backward pass to dk, dv and dy, for queries with key lists of their own. Lists of neighbouring queries
 // overlap: what a tile adds to the keys of a block is one small product, so a key's rows are read and written once.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../tuning.h"
-#include "arena.h"
 #include "dkdv_scatter_shared.h"
-#include "element_types.h"
-#include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

@@ -2,15 +2,11 @@
 // the accumulation type. A contraction goes in steps: float and double one element at a time, bfloat16 two at a time,
 // a Word, by dot instructions and without widening, since products of two bfloat16 are exact in float32.
 #pragma once
-#include <cstdint>
 #if defined(SB_BFLOAT16)
 #include <immintrin.h>
 #endif
 
-#include "../../params.h"
 #include "convert.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

@@ -1,11 +1,7 @@
-// Feature expansion F(z) of the low-rank kernels and its chain rule (math/low_rank.h), on kLanes tokens at a time held
+// Feature expansion F(z) of the low-rank kernels and its chain rule (math/low_rank_kernels.h), on kLanes tokens at a time held
 // as [coordinate][token].
 #pragma once
-#include <cstdint>
-
 #include "../../math/low_rank_kernels.h"
-#include "../../params.h"
-#include "isa.h"
 #include "vec.h"
 
 namespace sb::SB_ISA {

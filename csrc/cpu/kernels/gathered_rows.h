@@ -1,13 +1,6 @@
 // Listed rows in memory, their products with one row or a few, and sums over lists.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../tuning.h"
-#include "element_types.h"
 #include "gemm.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

@@ -4,12 +4,7 @@
 // do not depend on how rows are grouped. An accumulating product is added to C at its end: a sum over many tiles is a
 // chain of short chains, which rounds far less than one long chain.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
 #include "element_types.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

@@ -7,11 +7,7 @@
 //   [n_listed, n)       - keys that are neither listed nor in the state: those of the chunk, and those of a small
 //                         complement. Weight L, masked by the edge.
 #pragma once
-#include <cstdint>
-
 #include "../../math/edges.h"
-#include "../../params.h"
-#include "../tuning.h"
 #include "isa.h"
 
 namespace sb::SB_ISA {

@@ -1,15 +1,7 @@
 // Key lists as bitmasks: in rows of few keys, queries with lists of their own evaluate all keys of the row together.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../tuning.h"
 #include "features.h"
-#include "isa.h"
-#include "key_list.h"
-#include "query_tile.h"
 #include "scores.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

@@ -1,16 +1,10 @@
 // States of the low-rank part: H = sum_j exp(kappa_j - kappa_ref) F(y_j) (x) v_j and
 // hz = sum_j exp(kappa_j - kappa_ref) F(y_j), over the keys before a segment.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
 #include "arena.h"
-#include "element_types.h"
 #include "features.h"
 #include "gemm.h"
-#include "isa.h"
 #include "transpose.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

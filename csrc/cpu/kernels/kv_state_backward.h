@@ -1,17 +1,6 @@
 // Gradients that reach keys and values through the states.
 #pragma once
-#include <cstdint>
-
-#include "../../math/low_rank_kernels.h"
-#include "../../params.h"
-#include "arena.h"
-#include "element_types.h"
-#include "features.h"
-#include "gemm.h"
-#include "isa.h"
 #include "kv_state.h"
-#include "transpose.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

@@ -1,15 +1,9 @@
 // Products t = x.y of the low-rank kernel with listed keys, and the gradients of x from those of t, for a tile of
 // queries and for a single one. How x and y meet is known here and in the scatter to dy alone.
 #pragma once
-#include <cstdint>
-
 #include "../../math/low_rank_kernels.h"
-#include "../../params.h"
 #include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
 #include "query_tile.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

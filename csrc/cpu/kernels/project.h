@@ -1,13 +1,6 @@
 // Projections of tokens and their gradients.
 #pragma once
-#include <cstdint>
-
-#include "../kernels.h"
-#include "../tuning.h"
 #include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

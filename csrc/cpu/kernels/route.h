@@ -1,9 +1,5 @@
 // Routing: the keys that a query, or a block of queries, reads exactly (docs/algorithm.md, section 3).
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "isa.h"
 #include "route_per_query.h"
 #include "route_pooled.h"
 

@@ -3,10 +3,6 @@
 // (per-query form: the variance of the run), then y and kappa, then the number of keys behind the lane. Scores are in
 // base 2. Positions count from the row's first valid key.
 #pragma once
-#include <cstdint>
-
-#include "../../math/routing.h"
-#include "isa.h"
 #include "vec.h"
 
 namespace sb::SB_ISA {

@@ -1,17 +1,8 @@
 // Routing per query: a list of blocks of kBranch keys, and a window.
 #pragma once
-#include <cstdint>
-
-#include "../../math/padding.h"
-#include "../../math/routing.h"
-#include "../../params.h"
-#include "../tuning.h"
 #include "arena.h"
 #include "gemm.h"
-#include "isa.h"
-#include "route_panel.h"
 #include "route_select.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

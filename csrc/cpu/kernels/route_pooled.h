@@ -1,20 +1,9 @@
 // Pooled routing: a block of queries shares a list of single keys.
 #pragma once
-#include <cstdint>
-
-#include "../../math/base2.h"
-#include "../../math/padding.h"
-#include "../../math/routing.h"
-#include "../../params.h"
-#include "../tuning.h"
 #include "arena.h"
 #include "features.h"
 #include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "route_panel.h"
 #include "route_select.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

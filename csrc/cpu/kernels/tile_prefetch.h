@@ -1,14 +1,7 @@
 // Prefetches the rows that the next query tile touches. Hardware prefetchers cannot follow a list, and a burst of
 // prefetches would stall: they are spread between the products of the current tile.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../tuning.h"
 #include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "key_list.h"
 #include "query_tile.h"
 
 namespace sb::SB_ISA {

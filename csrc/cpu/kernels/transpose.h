@@ -1,11 +1,6 @@
 // Rows of several tokens as [element][lane], a token in every lane.
 #pragma once
-#include <cstdint>
-
-#include "../../math/padding.h"
 #include "element_types.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

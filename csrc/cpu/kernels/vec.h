@@ -1,7 +1,5 @@
 // Vectors on GCC/Clang extensions: one source for every instruction set.
 #pragma once
-#include <cstdint>
-
 #include "isa.h"
 
 namespace sb::SB_ISA {
@@ -110,7 +108,7 @@ SB_INLINE typename Vec<double, N>::type exp2v(typename Vec<double, N>::type x) {
   V clamped = x < tiny ? tiny : x;
   clamped = clamped > huge ? huge : clamped;
   const V shifted = clamped + 6755399441055744.0;
-  const V f = (clamped - (shifted - 6755399441055744.0)) * 0.693147180559945309417;
+  const V f = (clamped - (shifted - 6755399441055744.0)) * kLn2;
   // Taylor series of exp on |f| <= ln(2)/2: the first term left out is 4e-18.
   V p = f * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
   p = p * f + 1.0 / 39916800.0;
@@ -143,7 +141,7 @@ SB_INLINE typename Vec<double, N>::type log2v(typename Vec<double, N>::type x) {
   p = p * s2 + 1.0 / 5;
   p = p * s2 + 1.0 / 3;
   p = p * s2 + 1.0;
-  const V y = __builtin_convertvector(n, V) + p * s * (2 * 1.44269504088896340736);
+  const V y = __builtin_convertvector(n, V) + p * s * (2 * kLog2e);
   return x < __builtin_inf() ? y : x;
 }
 
