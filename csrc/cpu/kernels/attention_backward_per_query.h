@@ -28,7 +28,7 @@ SB_INLINE void weigh_per_query(const AttentionParams& p, const QueryTile<E, kLan
                                ScatterRecord<E>* records) {
   typedef AccType<E> T;
   constexpr int N = kWidth<T>;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
   const auto for_each_query = [&](const auto& visit) SB_INLINE_LAMBDA {
     for (int lane = 0; lane < kLanes; ++lane)

@@ -15,7 +15,7 @@ SB_INLINE void weigh_bitmask(const AttentionParams& p, const QueryTile<E, kLanes
   typedef AccType<E> T;
   const KeyList& list = tile.list;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
   const ScoreFactor<E> score(p);
   for (int v = 0; v < NQ; ++v) {
@@ -47,7 +47,7 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
   typedef AccType<E> T;
   const KeyList& list = tile.list;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
   for (int64_t i = 0; i < list.n; ++i) r.key[i] = list.key[i];
   const int64_t chunk_first = tile.chunk_first;
@@ -151,7 +151,7 @@ SB_INLINE void gradients_shared(const AttentionParams& p, const QueryTile<E, kLa
                                 BackwardScratch<E, kLanes>& s, ScatterRecord<E>& r) {
   typedef AccType<E> T;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   V correction[NQ], inverse[NQ], scaled[NQ];
   SB_EACH (v, NQ) {
     correction[v] = load<T, N>(s.correction + v * N), inverse[v] = load<T, N>(s.inverse + v * N);

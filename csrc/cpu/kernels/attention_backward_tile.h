@@ -24,7 +24,7 @@ template <class E, int kLanes>
 SB_INLINE bool balance_tile(const AttentionParams& p, const KVState<AccType<E>>& state, BackwardScratch<E, kLanes>& s) {
   typedef AccType<E> T;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   bool any = false;
   for (int lane = 0; lane < kLanes; ++lane) any |= !(s.kv_state_log[lane] <= T(-1e29));
   V total[NQ] = {}, slope[NQ];
@@ -107,7 +107,7 @@ SB_INLINE void kv_state_gradients(const AttentionParams& p, const KVState<AccTyp
                                   const KVState<AccType<E>>& d_state, BackwardScratch<E, kLanes>& s) {
   typedef AccType<E> T;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   V inverse[NQ], correction[NQ], delta[NQ];
   SB_EACH (v, NQ) {
     inverse[v] = load<T, N>(s.inverse + v * N), correction[v] = load<T, N>(s.correction + v * N);

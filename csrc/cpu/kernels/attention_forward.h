@@ -14,7 +14,7 @@ SB_INLINE void log2_lanes(const T* x, T* y) {
   } else {
     constexpr int N = kLaneWidth<double, kLanes>;
     for (int lane = 0; lane < kLanes; lane += N) {
-      typename Vec<double, N>::type v;
+      Vector<double, N> v;
       SB_EACH (i, N) v[i] = double(x[lane + i]);
       v = log2v<N>(v);
       SB_EACH (i, N) y[lane + i] = T(v[i]);
@@ -51,7 +51,7 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
     expand_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.weight, s.F);
     for (int v = 0; v < kLanes; v += N)
       for (int64_t begin = 0; begin < p.features; begin += kShortChain) {
-        typename Vec<T, N>::type sum{};
+        Vector<T, N> sum{};
         for (int64_t f = begin; f < p.features && f < begin + kShortChain; ++f)
           sum += load<T, N>(s.F + f * kLanes + v) * state.hz[f];
         store<T, N>(total + v, load<T, N>(total + v) + sum);
@@ -95,7 +95,7 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
         store_narrow<E, NV>(out + e, divide<T, NV>(load<T, NV>(O + e), d, inverse));
     } else {
       for (int64_t e = 0; e < p.value_pad; e += NV)
-        store_narrow<E, NV>(out + e, d == T(0) ? typename Vec<T, NV>::type{} : load<T, NV>(O + e) / d);
+        store_narrow<E, NV>(out + e, d == T(0) ? Vector<T, NV>{} : load<T, NV>(O + e) / d);
     }
   }
 }

@@ -29,7 +29,7 @@ SB_INLINE void bitmask_weights(const AttentionParams& p, const QueryTile<E, kLan
   typedef AccType<E> T;
   const KeyList& list = tile.list;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
   const ScoreFactor<E> score(p);
   const V none = splat<T, N>(T(-1e30));
@@ -63,7 +63,7 @@ SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLane
   typedef AccType<E> T;
   const KeyList& list = tile.list;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
   const V none = splat<T, N>(T(-1e30));
   const int64_t chunk_first = tile.chunk_first;

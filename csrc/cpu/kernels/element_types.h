@@ -49,8 +49,7 @@ inline constexpr bool kIsWord = false;
 template <>
 inline constexpr bool kIsWord<Word> = true;
 template <class T, class S, int N>
-SB_INLINE typename Vec<T, N>::type multiply_add(typename Vec<T, N>::type acc, typename Vec<S, N>::type a,
-                                                typename Vec<S, N>::type b) {
+SB_INLINE Vector<T, N> multiply_add(Vector<T, N> acc, Vector<S, N> a, Vector<S, N> b) {
 #if defined(SB_BFLOAT16)
   if constexpr (kIsWord<S>) {
     if constexpr (N == 16)
@@ -64,16 +63,16 @@ SB_INLINE typename Vec<T, N>::type multiply_add(typename Vec<T, N>::type acc, ty
 
 // N neighbouring bfloat16 as bits, and N float32 rounded to them, to nearest with ties to even.
 template <int N>
-SB_INLINE typename HalfVec<N>::type load_half(const Bfloat16* p) {
+SB_INLINE Halves<N> load_half(const Bfloat16* p) {
   return *reinterpret_cast<const typename HalfVec<N>::unaligned*>(p);
 }
 template <int N>
-SB_INLINE void store_half(Bfloat16* p, typename Vec<float, N>::type v) {
+SB_INLINE void store_half(Bfloat16* p, Vector<float, N> v) {
 #if defined(SB_BFLOAT16)
   if constexpr (N == 16)
-    *reinterpret_cast<typename HalfVec<N>::unaligned*>(p) = (typename HalfVec<N>::type)_mm512_cvtneps_pbh(v);
+    *reinterpret_cast<typename HalfVec<N>::unaligned*>(p) = (Halves<N>)_mm512_cvtneps_pbh(v);
   else
-    *reinterpret_cast<typename HalfVec<N>::unaligned*>(p) = (typename HalfVec<N>::type)_mm256_cvtneps_pbh(v);
+    *reinterpret_cast<typename HalfVec<N>::unaligned*>(p) = (Halves<N>)_mm256_cvtneps_pbh(v);
 #else
   *reinterpret_cast<typename HalfVec<N>::unaligned*>(p) = Bfloat16Lanes::narrow<N>(v);
 #endif
@@ -81,30 +80,23 @@ SB_INLINE void store_half(Bfloat16* p, typename Vec<float, N>::type v) {
 
 // Word i holds element i of `low` and of `high`.
 template <int N>
-SB_INLINE typename Vec<Word, N>::type interleave(typename HalfVec<N>::type low, typename HalfVec<N>::type high) {
+SB_INLINE Vector<Word, N> interleave(Halves<N> low, Halves<N> high) {
   return extend_halves<N>(low) | (extend_halves<N>(high) << 16);
 }
 
 // interleave for two vectors of float32, which are rounded.
 template <int N, int... i>
-SB_INLINE typename HalfVec<2 * N>::type alternate_halves(typename HalfVec<2 * N>::type v, Indices<i...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(v, v, (i / 2 + i % 2 * N)...);
-#else
-  typedef typename HalfVec<2 * N>::type Halves;
-  return __builtin_shuffle(v, Halves{HalfBits(i / 2 + i % 2 * N)...});
-#endif
+SB_INLINE Halves<2 * N> alternate_halves(Halves<2 * N> v, Indices<i...>) {
+  return SB_SHUFFLE(v, v, (i / 2 + i % 2 * N)...);
 }
 template <int N>
-SB_INLINE typename Vec<Word, N>::type interleave_narrow(typename Vec<float, N>::type low,
-                                                        typename Vec<float, N>::type high) {
+SB_INLINE Vector<Word, N> interleave_narrow(Vector<float, N> low, Vector<float, N> high) {
 #if defined(SB_BFLOAT16)
-  typedef typename HalfVec<2 * N>::type Halves;
   typedef typename CountIndices<2 * N>::type Each;
   if constexpr (N == 16)
-    return (typename Vec<Word, N>::type)alternate_halves<N>((Halves)_mm512_cvtne2ps_pbh(high, low), Each{});
+    return (Vector<Word, N>)alternate_halves<N>((Halves<2 * N>)_mm512_cvtne2ps_pbh(high, low), Each{});
   else
-    return (typename Vec<Word, N>::type)alternate_halves<N>((Halves)_mm256_cvtne2ps_pbh(high, low), Each{});
+    return (Vector<Word, N>)alternate_halves<N>((Halves<2 * N>)_mm256_cvtne2ps_pbh(high, low), Each{});
 #else
   return interleave<N>(Bfloat16Lanes::narrow<N>(low), Bfloat16Lanes::narrow<N>(high));
 #endif
@@ -157,7 +149,7 @@ SB_INLINE const StepOf<E>* weight_steps(int64_t n, const AccType<E>* weight, Ste
     for (int64_t i = 0; i < n; i += 2)
       for (int v = 0; v < kLanes; v += N) {
         const auto low = load<float, N>(weight + i * kLanes + v);
-        typename Vec<float, N>::type high{};
+        Vector<float, N> high{};
         if (i + 1 < n) high = load<float, N>(weight + (i + 1) * kLanes + v);
         store<Word, N>(steps + i / 2 * kLanes + v, interleave_narrow<N>(low, high));
       }

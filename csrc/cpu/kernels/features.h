@@ -1,5 +1,5 @@
-// Feature expansion F(z) of the low-rank kernels and its chain rule (math/low_rank_kernels.h), on kLanes tokens at a time held
-// as [coordinate][token].
+// Feature expansion F(z) of the low-rank kernels and its chain rule (math/low_rank_kernels.h), on kLanes tokens at a
+// time held as [coordinate][token].
 #pragma once
 #include "../../math/low_rank_kernels.h"
 #include "vec.h"
@@ -34,7 +34,7 @@ struct LaneRows {
 template <class T, int N, int kLanes>
 struct LaneStores {
   T* p;
-  SB_INLINE void operator()(int64_t row, typename Vec<T, N>::type v) const { store<T, N>(p + row * kLanes, v); }
+  SB_INLINE void operator()(int64_t row, Vector<T, N> v) const { store<T, N>(p + row * kLanes, v); }
 };
 
 // F[f][lane] = weight[lane] F_f(z).
@@ -64,7 +64,7 @@ template <class T, int kLanes>
 SB_INLINE void log_gradient(LowRank kind, int64_t rank, const T* z, const T* dz, T* d_log) {
   constexpr int N = kLaneWidth<T, kLanes>;
   for (int lane = 0; lane < kLanes; lane += N) {
-    typename Vec<T, N>::type sum{};
+    Vector<T, N> sum{};
     for (int64_t a = 0; a < rank; ++a) sum += load<T, N>(z + a * kLanes + lane) * load<T, N>(dz + a * kLanes + lane);
     visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA {
       store<T, N>(d_log + lane, kernel.log_gradient(sum, load<T, N>(dz + rank * kLanes + lane)));

@@ -10,7 +10,7 @@ SB_INLINE void dot_rows(int64_t n, const R& rows, const E* one, int64_t width, A
   typedef AccType<E> T;
   typedef StepOf<E> S;
   constexpr int N = kWidth<T>, kElements = N * Element<E>::kPerStep;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   const int64_t whole = width / kElements * kElements;
   const auto steps = [](const E* row) SB_INLINE_LAMBDA { return load<S, N>(reinterpret_cast<const S*>(row)); };
   int64_t i = 0;
@@ -51,7 +51,7 @@ SB_INLINE void combine_rows(int64_t n, const AccType<E>* weight, const R& rows, 
   typedef AccType<E> T;
   constexpr int N = kWidth<T>;
   if (columns == 4 * N) {
-    typename Vec<T, N>::type even[4] = {}, odd[4] = {};
+    Vector<T, N> even[4] = {}, odd[4] = {};
     int64_t k = 0;
     for (; k + 2 <= n; k += 2) {
       const E *a = rows(k), *b = rows(k + 1);
@@ -152,7 +152,7 @@ constexpr int64_t kShortChain = 8;
 template <class T>
 SB_INLINE T sum_short(const T* p, int64_t n) {
   constexpr int N = kWidth<T>;
-  typename Vec<T, N>::type sum{};
+  Vector<T, N> sum{};
   int64_t i = 0;
   for (; i + N <= n; i += N) sum += load<T, N>(p + i);
   T tail = T(0);

@@ -63,30 +63,30 @@ struct WidenedRows {  // B(k) = a row of bfloat16 as float32
 
 // Lanes column .. column + N - 1 of B(k), in steps S.
 template <class S, int N, class B>
-SB_INLINE typename Vec<S, N>::type lanes_of(const B& b, int64_t k, int64_t column) {
+SB_INLINE Vector<S, N> lanes_of(const B& b, int64_t k, int64_t column) {
   return load<S, N>(b(k) + column);
 }
 template <class S, int N, class R>
-SB_INLINE typename Vec<S, N>::type lanes_of(const InterleavedRows<R>& b, int64_t k, int64_t column) {
+SB_INLINE Vector<S, N> lanes_of(const InterleavedRows<R>& b, int64_t k, int64_t column) {
   const Bfloat16* high = 2 * k + 1 < b.n ? b.rows(2 * k + 1) : b.zero_row;
   return interleave<N>(load_half<N>(b.rows(2 * k) + column), load_half<N>(high + column));
 }
 
 template <class S, int N, class R>
-SB_INLINE typename Vec<S, N>::type lanes_of(const WidenedRows<R>& b, int64_t k, int64_t column) {
+SB_INLINE Vector<S, N> lanes_of(const WidenedRows<R>& b, int64_t k, int64_t column) {
   return load_wide<Bfloat16, N>(b.rows(k) + column);
 }
 
 template <class T, int N, int MR, int NV, bool kAccumulate, class A, class B, class C>
 SB_INLINE void micro(int64_t row, int64_t column, int64_t depth, const A& a, const B& b, const C& c) {
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   typedef decltype(a(row, 0)) S;  // T or Word
   V acc[MR][NV];
   SB_EACH (i, MR)
     SB_EACH (v, NV) acc[i][v] = V{};
   SB_PRAGMA(GCC unroll 4)  // fewer mispredicted loop ends
   for (int64_t k = 0; k < depth; ++k) {
-    typename Vec<S, N>::type rhs[NV];
+    Vector<S, N> rhs[NV];
     SB_EACH (v, NV) rhs[v] = lanes_of<S, N>(b, k, column + v * N);
     SB_EACH (i, MR) {
       const auto lhs = splat<S, N>(a(row + i, k));

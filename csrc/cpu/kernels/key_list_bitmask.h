@@ -35,12 +35,12 @@ SB_INLINE void collect_bitmask(const AttentionParams& p, QueryTile<E, kLanes>& t
 template <class E, int kLanes, int N>
 struct BitmaskKey {
   typedef AccType<E> T;
-  typedef typename Vec<T, N>::type V;
-  typename Vec<T, N>::ints listed;
+  typedef Vector<T, N> V;
+  Ints<T, N> listed;
   V exponent;
   SB_INLINE BitmaskKey(const QueryTile<E, kLanes>& tile, const LogScales<T>& kappa, const ScoreFactor<E>& score,
                        const T* S, int64_t i, int v) {
-    typedef typename Vec<T, N>::ints I;
+    typedef Ints<T, N> I;
     I bit;
     SB_EACH (lane, N) bit[lane] = 1 << (v * N + lane);
     listed = ((I{} + tile.list.bitmask[i]) & bit) != I{};

@@ -95,7 +95,7 @@ int64_t kv_state_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t
     gemm<T, N, true>(p.features, p.value_pad, kChunk, Strided<T>{F, kChunk, 1}, PointedRows<const T>{v},
                      DenseRows<T>{s.H, p.value_pad});
     for (int64_t f = 0; f < p.features; f += N) {  // as many sums over lanes at once as there are lanes
-      typename Vec<T, N>::type sum[N]{};
+      Vector<T, N> sum[N]{};
       for (int64_t of = 0; of < N && f + of < p.features; ++of)
         for (int i = 0; i < int(kChunk); i += N) sum[of] += load<T, N>(F + (f + of) * kChunk + i);
       fold_rows<T, N>(sum);

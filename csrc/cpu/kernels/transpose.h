@@ -9,7 +9,7 @@ template <class E, int kLanes, class Visit>
 SB_INLINE void for_each_step(const E* const* rows, int64_t width, const Visit& visit) {
   typedef StepOf<E> S;
   constexpr int N = kLaneWidth<S, kLanes>;
-  typedef typename Vec<S, N>::type V;
+  typedef Vector<S, N> V;
   const int64_t steps = steps_of<E>(width);
   int64_t e = 0;
   for (; e + N <= steps; e += N)
@@ -32,7 +32,7 @@ template <class E, int kLanes>
 SB_INLINE void transpose_steps(const E* const* rows, int64_t width, StepOf<E>* out) {
   typedef StepOf<E> S;
   constexpr int N = kLaneWidth<S, kLanes>;
-  for_each_step<E, kLanes>(rows, width, [&](int64_t e, int lane, typename Vec<S, N>::type v) SB_INLINE_LAMBDA {
+  for_each_step<E, kLanes>(rows, width, [&](int64_t e, int lane, Vector<S, N> v) SB_INLINE_LAMBDA {
     store<S, N>(out + e * kLanes + lane, v);
   });
 }
@@ -43,8 +43,8 @@ SB_INLINE void dot_of_lanes(const E* const* rows, int64_t width, const StepOf<E>
   typedef AccType<E> T;
   typedef StepOf<E> S;
   constexpr int N = kLaneWidth<S, kLanes>;
-  typename Vec<T, N>::type sum[kLanes / N]{};
-  for_each_step<E, kLanes>(rows, width, [&](int64_t e, int lane, typename Vec<S, N>::type v) SB_INLINE_LAMBDA {
+  Vector<T, N> sum[kLanes / N]{};
+  for_each_step<E, kLanes>(rows, width, [&](int64_t e, int lane, Vector<S, N> v) SB_INLINE_LAMBDA {
     auto& s = sum[lane / N];
     s = multiply_add<T, S, N>(s, v, load<S, N>(lanes + e * kLanes + lane));
   });
@@ -58,7 +58,7 @@ SB_INLINE void transpose_rows(const T* const* rows, int64_t width, T factor, T* 
   static_assert(kPad % N == 0, "rows are padded to whole squares");
   for (int64_t e = 0; e < width; e += N)
     for (int lane = 0; lane < kLanes; lane += N) {
-      typename Vec<T, N>::type square[N];
+      Vector<T, N> square[N];
       SB_EACH (i, N) square[i] = load<T, N>(rows[lane + i] + e) * factor;
       transpose_square<T, N>(square);
       T* to = out + e * kLanes + lane;
@@ -76,7 +76,7 @@ template <class E, int kLanes>
 SB_INLINE const AccType<E>* widen_steps(const StepOf<E>* steps, int64_t width, AccType<E>* wide) {
   if constexpr (kPaired<E>) {
     constexpr int N = kLaneWidth<float, kLanes>;
-    typedef typename Vec<float, N>::type V;
+    typedef Vector<float, N> V;
     for (int64_t e = 0; e < steps_of<E>(width); ++e)
       for (int lane = 0; lane < kLanes; lane += N) {
         const auto words = load<Word, N>(steps + e * kLanes + lane);
