@@ -12,7 +12,7 @@ namespace {
 
 // -------------------- attention, routing, projections
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_state(SB_ATTENTION(SB_PARAMETER, SB_COMMA)) {
+Results attention_with_state(SB_ATTENTION(SB_PARAMETER, SB_COMMA)) {
   AttentionArguments a{SB_ATTENTION(SB_VALUE, SB_COMMA)};
   a.is_trained = true;
   check_attention(a);
@@ -26,9 +26,8 @@ std::tuple<Tensor, Tensor> attention(SB_ATTENTION(SB_PARAMETER, SB_COMMA)) {
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor d_out, MaybeTensor d_lse, Tensor out,
-                                                                      Tensor lse, SB_ATTENTION(SB_PARAMETER, SB_COMMA),
-                                                                      SB_SAVED(SB_PARAMETER, SB_COMMA)) {
+Gradients attention_backward(Tensor d_out, MaybeTensor d_lse, Tensor out, Tensor lse,
+                             SB_ATTENTION(SB_PARAMETER, SB_COMMA), SB_SAVED(SB_PARAMETER, SB_COMMA)) {
   const AttentionArguments a{SB_ATTENTION(SB_VALUE, SB_COMMA), SB_SAVED(SB_VALUE, SB_COMMA)};
   check_attention_backward(a, d_out, d_lse, out, lse);
   return launchers(a.query).attention_backward(a, out, lse, d_out, d_lse);
@@ -113,15 +112,8 @@ TrainedResults train_quadratic(const QuadraticArguments& given, const Tensor& qu
   AttentionArguments a = project_and_route(given, query, key, value);
   a.is_trained = true;
   auto [out, lse, state, scores] = launchers(query).attention(a);
-  const bool routed = given.keys > 0;
-  return {out,
-          lse,
-          state,
-          scores,
-          *a.query_map,
-          *a.key_map,
-          routed ? *a.index : empty_result(query),
-          routed ? *a.count : empty_result(query)};
+  const auto routed = [&](const MaybeTensor& list) { return given.keys > 0 ? *list : empty_result(query); };
+  return {out, lse, state, scores, *a.query_map, *a.key_map, routed(a.index), routed(a.count)};
 }
 
 std::tuple<Tensor, Tensor> quadratic_attention(SB_TOKENS(SB_PARAMETER, SB_COMMA),

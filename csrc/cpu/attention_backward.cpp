@@ -5,7 +5,6 @@
 #include "../tensor_traits.h"
 #include "double_fallback.h"
 #include "launchers.h"
-#include "project.h"
 
 #include <numeric>
 
@@ -51,7 +50,7 @@ class Backward {
     p.dy = {dy->data(), p.kv_heads * of_head, of_head, p.map_pad}, p.d_kv_state = d_state->data();
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
+  Gradients run() {
     compute();
     write_back<T>(dq_rows, dq), write_back<T>(dk_rows, dk), write_back<T>(dv_rows, dv);
     const ScalarType dtype = accumulation_type(dq);
@@ -241,9 +240,8 @@ class Backward {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments& a, const Tensor& out,
-                                                                      const Tensor& lse, const Tensor& d_out,
-                                                                      const MaybeTensor& d_lse) {
+Gradients attention_backward(const AttentionArguments& a, const Tensor& out, const Tensor& lse, const Tensor& d_out,
+                             const MaybeTensor& d_lse) {
   return with_row_element(a, [&](auto* element) {
     return Backward<std::remove_pointer_t<decltype(element)>>(a, out, lse, d_out, d_lse).run();
   });

@@ -9,27 +9,23 @@ namespace {
 
 // The conversions between elements E and float32 of the instruction set in use; null where it has none.
 template <class E>
-auto widen_of() -> void (*)(const uint16_t*, int64_t, float*) {
-  const ConvertKernels& kernels = instruction_set().convert;
-  if constexpr (std::is_same_v<E, torch::headeronly::BFloat16>) return kernels.widen_bfloat16;
-  if constexpr (std::is_same_v<E, torch::headeronly::Half>) return kernels.widen_float16;
-  return nullptr;
-}
-template <class E>
-auto narrow_of() -> void (*)(const float*, int64_t, uint16_t*) {
-  const ConvertKernels& kernels = instruction_set().convert;
-  if constexpr (std::is_same_v<E, torch::headeronly::BFloat16>) return kernels.narrow_bfloat16;
-  if constexpr (std::is_same_v<E, torch::headeronly::Half>) return kernels.narrow_float16;
-  return nullptr;
+HalfConversion conversion_of() {
+  const InstructionSet& set = instruction_set();
+  if constexpr (std::is_same_v<E, torch::headeronly::BFloat16>) return set.bfloat16;
+  if constexpr (std::is_same_v<E, torch::headeronly::Half>) return set.float16;
+  return {};
 }
 
 // Copies a row of elements E, `step` apart, to a row of T padded with zeros.
 template <class T, class E>
 struct RowCopy {
   int64_t width, width_pad, step;
-  void (*widen)(const uint16_t*, int64_t, float*);
+  decltype(HalfConversion::widen) widen;
   RowCopy(const Tensor& t, int64_t width_pad)
-      : width(t.size(3)), width_pad(width_pad), step(t.stride(3)), widen(step == 1 ? widen_of<E>() : nullptr) {}
+      : width(t.size(3)),
+        width_pad(width_pad),
+        step(t.stride(3)),
+        widen(step == 1 ? conversion_of<E>().widen : nullptr) {}
   void operator()(const E* source, T* target) const {
     if constexpr (std::is_same_v<T, Bfloat16>)  // mostly bfloat16 too, whose rows are padded or made contiguous
       for (int64_t e = 0; e < width; ++e)
@@ -96,7 +92,7 @@ void write_back(const TensorRows& from, const Tensor& result) {
   with_element(result.scalar_type(), [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
     const StridedTensor to = rows_of(result);
-    const auto narrow = narrow_of<E>();
+    const auto narrow = conversion_of<E>().narrow;
     for_each_row(result, width * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
       const T* source = from.rows.at<const T>(b, h, i);
       E* target = to.at<E>(b, h, i);
@@ -125,6 +121,17 @@ Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return converted;
 }
 
+template <class T>
+std::vector<T> padded_weight(const Tensor& weight) {
+  const int64_t rows = weight.size(0) * weight.size(1) * weight.size(2), width = weight.size(3),
+                padded_width = pad_to(width, kPad);
+  const Tensor packed = as_dtype(as_contiguous(weight), kScalar<T>);
+  std::vector<T> padded(size_t(rows * padded_width), T(0));
+  const T* w = static_cast<const T*>(packed.data_ptr());
+  for (int64_t row = 0; row < rows; ++row) std::copy_n(w + row * width, width, &padded[size_t(row * padded_width)]);
+  return padded;
+}
+
 #define SB_INSTANTIATE(T)                                           \
   template TensorRows as_rows<T>(const Tensor&, int64_t);           \
   template TensorRows result_rows<T>(const Tensor&, int64_t, bool); \
@@ -132,6 +139,8 @@ Tensor as_dtype(const Tensor& t, ScalarType dtype) {
 SB_INSTANTIATE(float)
 SB_INSTANTIATE(double)
 SB_INSTANTIATE(Bfloat16)
+template std::vector<float> padded_weight<float>(const Tensor&);
+template std::vector<double> padded_weight<double>(const Tensor&);
 template BlockRows<float> rows_of_block(const Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
 template BlockRows<double> rows_of_block(const Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t, double*);
 

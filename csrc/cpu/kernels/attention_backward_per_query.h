@@ -108,7 +108,7 @@ SB_INLINE void gradients_per_query(const AttentionParams& p, const QueryTile<E, 
     for (int64_t i = 0; i < r.n; i += N) store_narrow<E, N>(r.w + i, load<T, N>(w.g + i));
   }
   if (L_count == 0) return;
-  x_gradient_of_query<T>(p, tile.b, tile.kv, L_count, r.key + r.L_begin, r.dt, s.row);
+  combine_rows<T>(L_count, r.dt, listed<T>(p.y, tile.b, tile.kv, r.key + r.L_begin), p.map_pad, s.row);
   for (int64_t a = 0; a < gradient_rows(p.low_rank, p.rank); ++a) s.dX[a * kLanes + lane] = s.row[a];
 }
 

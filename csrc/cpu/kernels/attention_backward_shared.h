@@ -101,28 +101,24 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
       }
     }
     const int64_t listed_end = list.n_listed < end ? list.n_listed : end;
-    if (list.uses_kv_state)
+    const auto weigh_listed = [&](auto uses_state) SB_INLINE_LAMBDA {
       for (; i < listed_end; ++i)
         SB_EACH (v, NQ) {
           const int64_t o = i * kLanes + v * N;
           const V weight = exp2v<N>(score(load<T, N>(S + i * stride + v * N)) - lse[v]),
                   grad = load<T, N>(grad_of + o) - delta[v];
-          T* dt = r.dt + (i - L_begin) * kLanes + v * N;
-          const V t = load<T, N>(dt), du = a[v] * s.exponent[i] * kernel.slope(t);
-          const V u = du * kernel.root(t), net = weight - u;
-          sum[v] += weight, taken[v] += u, moment[v] += net * grad;
-          store<T, N>(dt, -du);
+          V net = weight;
+          if constexpr (uses_state) {
+            T* dt = r.dt + (i - L_begin) * kLanes + v * N;
+            const V t = load<T, N>(dt), du = a[v] * s.exponent[i] * kernel.slope(t), u = du * kernel.root(t);
+            taken[v] += u, net -= u;
+            store<T, N>(dt, -du);
+          }
+          sum[v] += weight, moment[v] += net * grad;
           store<T, N>(P + o, weight), store<T, N>(s.net + o, net), store<T, N>(grad_of + o, grad);
         }
-    else
-      for (; i < listed_end; ++i)
-        SB_EACH (v, NQ) {
-          const int64_t o = i * kLanes + v * N;
-          const V weight = exp2v<N>(score(load<T, N>(S + i * stride + v * N)) - lse[v]),
-                  grad = load<T, N>(grad_of + o) - delta[v];
-          sum[v] += weight, moment[v] += weight * grad;
-          store<T, N>(P + o, weight), store<T, N>(s.net + o, weight), store<T, N>(grad_of + o, grad);
-        }
+    };
+    list.uses_kv_state ? weigh_listed(Yes{}) : weigh_listed(No{});
     for (; i < end; ++i) {
       const V at = splat<T, N>(T(list.key[i] - chunk_first));
       const T kj = kappa(list.key[i]);

@@ -96,7 +96,7 @@ template <class T, int kLanes>
 void query_gradient_by_key(const AttentionParams& p, int lane, BackwardScratch<T, kLanes>& s, const ByKeyQuery<T>& q) {
   for (int64_t a = 0; a < p.map_pad; ++a) s.row[a] = T(0);
   gradients_by_key<T>(p, q, 0, q.end, [&](const int32_t* key, int64_t n, const T*, const T* dt) {
-    add_x_gradient_of_query<T>(p, q.b, q.kv, n, key, dt, s.row);
+    add_rows<T>(n, dt, listed<T>(p.y, q.b, q.kv, key), p.map_pad, s.row);
   });
   for (int64_t a = 0; a < gradient_rows(p.low_rank, p.rank); ++a) s.dX[a * kLanes + lane] += s.row[a];
 }

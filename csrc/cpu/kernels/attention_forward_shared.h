@@ -123,24 +123,20 @@ SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLane
       }
     }
     const int64_t listed_end = list.n_listed < end ? list.n_listed : end;
-    if (list.uses_kv_state)
+    const auto weigh_listed = [&](auto uses_state) SB_INLINE_LAMBDA {
       for (; i < listed_end; ++i)
         SB_EACH (v, NQ) {
           const int64_t o = i * kLanes + v * N;
-          const V weight = exp2v<N>(score(load<T, N>(S + o)) - c[v]);
-          const V u = a[v] * s.decay[i] * kernel.value(load<T, N>(s.L + o));
+          V weight = exp2v<N>(score(load<T, N>(S + o)) - c[v]);
           sum[v] += weight;
-          taken[v] += u;
-          store<T, N>(s.S + o, weight - u);
-        }
-    else
-      for (; i < listed_end; ++i)
-        SB_EACH (v, NQ) {
-          const int64_t o = i * kLanes + v * N;
-          const V weight = exp2v<N>(score(load<T, N>(S + o)) - c[v]);
-          sum[v] += weight;
+          if constexpr (uses_state) {
+            const V u = a[v] * s.decay[i] * kernel.value(load<T, N>(s.L + o));
+            taken[v] += u, weight -= u;
+          }
           store<T, N>(s.S + o, weight);
         }
+    };
+    list.uses_kv_state ? weigh_listed(Yes{}) : weigh_listed(No{});
     for (; i < end; ++i) {
       const V at = splat<T, N>(T(list.key[i] - chunk_first));
       const T kj = kappa(list.key[i]);

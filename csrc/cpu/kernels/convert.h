@@ -15,6 +15,14 @@ struct HalfVec {
 };
 template <int N>
 using Halves = typename HalfVec<N>::type;
+template <int N>
+SB_INLINE Halves<N> load_halves(const void* p) {
+  return *static_cast<const typename HalfVec<N>::unaligned*>(p);
+}
+template <int N>
+SB_INLINE void store_halves(void* p, Halves<N> v) {
+  *static_cast<typename HalfVec<N>::unaligned*>(p) = v;
+}
 
 // 16-bit lanes, zero-extended to 32 bits.
 template <int N>
@@ -70,9 +78,7 @@ template <class Lanes>
 void widen_row(const HalfBits* from, int64_t n, float* to) {
   constexpr int N = kWidth<float>;
   int64_t i = 0;
-  for (; i + N <= n; i += N)
-    store<float, N>(to + i,
-                    Lanes::template widen<N>(*reinterpret_cast<const typename HalfVec<N>::unaligned*>(from + i)));
+  for (; i + N <= n; i += N) store<float, N>(to + i, Lanes::template widen<N>(load_halves<N>(from + i)));
   if (i == n) return;
   Halves<N> rest{};
   for (int64_t k = i; k < n; ++k) rest[k - i] = from[k];
@@ -83,8 +89,7 @@ template <class Lanes>
 void narrow_row(const float* from, int64_t n, HalfBits* to) {
   constexpr int N = kWidth<float>;
   int64_t i = 0;
-  for (; i + N <= n; i += N)
-    *reinterpret_cast<typename HalfVec<N>::unaligned*>(to + i) = Lanes::template narrow<N>(load<float, N>(from + i));
+  for (; i + N <= n; i += N) store_halves<N>(to + i, Lanes::template narrow<N>(load<float, N>(from + i)));
   if (i == n) return;
   Vector<float, N> rest{};
   for (int64_t k = i; k < n; ++k) rest[k - i] = from[k];
@@ -92,11 +97,12 @@ void narrow_row(const float* from, int64_t n, HalfBits* to) {
   for (int64_t k = i; k < n; ++k) to[k] = narrow[k - i];
 }
 
-constexpr ConvertKernels convert_table() {
+constexpr HalfConversion convert_bfloat16() { return {&widen_row<Bfloat16Lanes>, &narrow_row<Bfloat16Lanes>}; }
+constexpr HalfConversion convert_float16() {
 #if SB_VECTOR_BYTES >= 32
-  return {&widen_row<Bfloat16Lanes>, &narrow_row<Bfloat16Lanes>, &widen_row<Float16Lanes>, &narrow_row<Float16Lanes>};
+  return {&widen_row<Float16Lanes>, &narrow_row<Float16Lanes>};
 #else
-  return {&widen_row<Bfloat16Lanes>, &narrow_row<Bfloat16Lanes>, nullptr, nullptr};
+  return {};
 #endif
 }
 

@@ -118,11 +118,8 @@ SB_INLINE void scatter_keys(const AttentionParams& p, int64_t b, int64_t kv, con
 template <class T>
 SB_INLINE void fetch_block(const AttentionParams& p, int64_t b, int64_t kv, int64_t key) {
   const int64_t end = key + kScatterBlockKeys < p.k_tokens ? key + kScatterBlockKeys : p.k_tokens;
-  for (; key < end; ++key) {
-    for (int64_t e = 0; e < p.value_pad; e += int64_t(64 / sizeof(T)))
-      __builtin_prefetch(p.dv.at<T>(b, kv, key) + e, 1);
-    for (int64_t e = 0; e < p.head_pad; e += int64_t(64 / sizeof(T))) __builtin_prefetch(p.dk.at<T>(b, kv, key) + e, 1);
-  }
+  for (; key < end; ++key)
+    fetch_row<1>(p.dv.at<T>(b, kv, key), p.value_pad), fetch_row<1>(p.dk.at<T>(b, kv, key), p.head_pad);
 }
 
 // Adds a tile's share of dk, dv and dy for the keys in [key_begin, key_end).

@@ -61,20 +61,16 @@ SB_INLINE Vector<T, N> multiply_add(Vector<T, N> acc, Vector<S, N> a, Vector<S, 
     return acc + a * b;
 }
 
-// N neighbouring bfloat16 as bits, and N float32 rounded to them, to nearest with ties to even.
+// N float32 rounded to bfloat16, to nearest with ties to even.
 template <int N>
-SB_INLINE Halves<N> load_half(const Bfloat16* p) {
-  return *reinterpret_cast<const typename HalfVec<N>::unaligned*>(p);
-}
-template <int N>
-SB_INLINE void store_half(Bfloat16* p, Vector<float, N> v) {
+SB_INLINE Halves<N> narrow_halves(Vector<float, N> v) {
 #if defined(SB_BFLOAT16)
   if constexpr (N == 16)
-    *reinterpret_cast<typename HalfVec<N>::unaligned*>(p) = (Halves<N>)_mm512_cvtneps_pbh(v);
+    return (Halves<N>)_mm512_cvtneps_pbh(v);
   else
-    *reinterpret_cast<typename HalfVec<N>::unaligned*>(p) = (Halves<N>)_mm256_cvtneps_pbh(v);
+    return (Halves<N>)_mm256_cvtneps_pbh(v);
 #else
-  *reinterpret_cast<typename HalfVec<N>::unaligned*>(p) = Bfloat16Lanes::narrow<N>(v);
+  return Bfloat16Lanes::narrow<N>(v);
 #endif
 }
 
@@ -104,16 +100,16 @@ SB_INLINE Vector<Word, N> interleave_narrow(Vector<float, N> low, Vector<float, 
 
 // N elements of a row in the accumulation type, and back.
 template <class E, int N>
-SB_INLINE typename Vec<AccType<E>, N>::type load_wide(const E* p) {
+SB_INLINE Vector<AccType<E>, N> load_wide(const E* p) {
   if constexpr (kPaired<E>)
-    return Bfloat16Lanes::widen<N>(load_half<N>(p));
+    return Bfloat16Lanes::widen<N>(load_halves<N>(p));
   else
     return load<E, N>(p);
 }
 template <class E, int N>
-SB_INLINE void store_narrow(E* p, typename Vec<AccType<E>, N>::type v) {
+SB_INLINE void store_narrow(E* p, Vector<AccType<E>, N> v) {
   if constexpr (kPaired<E>)
-    store_half<N>(p, v);
+    store_halves<N>(p, narrow_halves<N>(v));
   else
     store<E, N>(p, v);
 }

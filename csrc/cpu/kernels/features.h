@@ -77,19 +77,16 @@ SB_INLINE void log_gradient(LowRank kind, int64_t rank, const T* z, const T* dz,
 struct RuntimeKernel {
   bool is_quadratic;
   SB_INLINE explicit RuntimeKernel(LowRank kind) : is_quadratic(kind == LowRank::kQuadratic) {}
-  template <class V>
-  SB_INLINE V value(V t) const {
-    const V quadratic = QuadraticKernel::value(t);
+  SB_INLINE auto value(auto t) const {
+    const auto quadratic = QuadraticKernel::value(t);
     return is_quadratic ? quadratic : FeatureKernel::value(t);
   }
-  template <class V>
-  SB_INLINE V slope(V t) const {
-    const V quadratic = QuadraticKernel::slope(t);
+  SB_INLINE auto slope(auto t) const {
+    const auto quadratic = QuadraticKernel::slope(t);
     return is_quadratic ? quadratic : FeatureKernel::slope(t);
   }
-  template <class V>
-  SB_INLINE V root(V t) const {
-    const V quadratic = QuadraticKernel::root(t);
+  SB_INLINE auto root(auto t) const {
+    const auto quadratic = QuadraticKernel::root(t);
     return is_quadratic ? quadratic : FeatureKernel::root(t);
   }
 };

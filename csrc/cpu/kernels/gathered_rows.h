@@ -92,11 +92,10 @@ SB_INLINE ListedRows<T> listed_target(const StridedTensor& rows, int64_t b, int6
   return {rows.at<T>(b, head, 0), rows.row, key};
 }
 
-// Prefetches listed rows [begin, end): hardware prefetchers cannot follow a list.
-template <class E>
-SB_INLINE void fetch_rows(const ListedRows<const E>& rows, int64_t begin, int64_t end, int64_t columns) {
-  for (int64_t i = begin; i < end; ++i)
-    for (int64_t e = 0; e < columns; e += int64_t(64 / sizeof(E))) __builtin_prefetch(rows(i) + e);
+// Prefetches a row that hardware prefetchers do not foresee, for writing or into the second level of cache on demand.
+template <int kForWriting = 0, int kLocality = 3, class E>
+SB_INLINE void fetch_row(const E* row, int64_t columns) {
+  for (int64_t e = 0; e < columns; e += int64_t(64 / sizeof(E))) __builtin_prefetch(row + e, kForWriting, kLocality);
 }
 
 // n rows in steps along n, for a product over them.
@@ -124,7 +123,7 @@ SB_INLINE void combine_scattered(int64_t lanes, int64_t columns, int64_t n, cons
                                  const ListedRows<const E>& rows, bool far, const E* zero_row, const C& c) {
   const auto to = [&](int64_t k) { return k < n ? k : n; };
   for (int64_t k = 0; k < n || k == 0; k += kScatteredRows) {
-    if (far) fetch_rows<E>(rows, to(k + kScatteredRows), to(k + 2 * kScatteredRows), columns);
+    for (int64_t i = to(k + kScatteredRows); far && i < to(k + 2 * kScatteredRows); ++i) fetch_row(rows(i), columns);
     if (k == 0)
       combine_listed<E, false>(lanes, columns, to(kScatteredRows), W, rows, zero_row, c);
     else

@@ -69,7 +69,7 @@ SB_INLINE Vector<S, N> lanes_of(const B& b, int64_t k, int64_t column) {
 template <class S, int N, class R>
 SB_INLINE Vector<S, N> lanes_of(const InterleavedRows<R>& b, int64_t k, int64_t column) {
   const Bfloat16* high = 2 * k + 1 < b.n ? b.rows(2 * k + 1) : b.zero_row;
-  return interleave<N>(load_half<N>(b.rows(2 * k) + column), load_half<N>(high + column));
+  return interleave<N>(load_halves<N>(b.rows(2 * k) + column), load_halves<N>(high + column));
 }
 
 template <class S, int N, class R>

@@ -51,8 +51,7 @@ SB_INLINE bool pool_queries(const RouteParams& p, int64_t b, int64_t h, int64_t 
   }
   if (n == 0) return false;
   for (int64_t i = end; i < 2 * end - first && i < p.q_tokens; ++i)  // the next pool, most likely
-    for (int64_t e = 0; e < p.head_pad; e += int64_t(64 / sizeof(float)))
-      __builtin_prefetch(p.q.at<const float>(b, h, i) + e);
+    fetch_row(p.q.at<const float>(b, h, i), p.head_pad);
   const float scale = p.scale * float(kLog2e), share = 1.0f / float(n);
   constexpr int NV = int(kPad) / kBlockWidth;  // independent sums
   BlockVec variance[NV]{};

@@ -36,7 +36,8 @@ constexpr InstructionSet instruction_set_named(const char* name) {
           project_table<float>(),
           project_table<double>(),
           {&route_keys, &route_group},
-          convert_table()};
+          convert_bfloat16(),
+          convert_float16()};
 }
 #endif
 
