@@ -186,30 +186,17 @@ int64_t launchers_address(Device device) { return reinterpret_cast<int64_t>(&lau
 #define SB_IMPLEMENT(name) library.impl(#name, TORCH_BOX(&name))
 
 void implement_operators(torch::stable::detail::StableLibrary& library) {
-  SB_IMPLEMENT(route);
-  SB_IMPLEMENT(project);
-  SB_IMPLEMENT(project_packed);
-  SB_IMPLEMENT(project_backward);
-  SB_IMPLEMENT(attention);
-  SB_IMPLEMENT(attention_with_state);
-  SB_IMPLEMENT(attention_backward);
-  SB_IMPLEMENT(quadratic_attention);
-  SB_IMPLEMENT(quadratic_attention_with_state);
-  SB_IMPLEMENT(prepare);
-  SB_IMPLEMENT(prepared_attention);
-  SB_IMPLEMENT(prepared_attention_with_state);
-  SB_IMPLEMENT(prepared_attention_backward);
-  SB_IMPLEMENT(equal_bytes);
+  SB_IMPLEMENT(route), SB_IMPLEMENT(project), SB_IMPLEMENT(project_packed), SB_IMPLEMENT(project_backward);
+  SB_IMPLEMENT(attention), SB_IMPLEMENT(attention_with_state), SB_IMPLEMENT(attention_backward);
+  SB_IMPLEMENT(quadratic_attention), SB_IMPLEMENT(quadratic_attention_with_state);
+  SB_IMPLEMENT(prepare), SB_IMPLEMENT(prepared_attention), SB_IMPLEMENT(prepared_attention_with_state);
+  SB_IMPLEMENT(prepared_attention_backward), SB_IMPLEMENT(equal_bytes);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, library) {
-  SB_IMPLEMENT(discard_prepared);
   library.impl("stages", TORCH_BOX(&record_stages));
-  SB_IMPLEMENT(saved_sizes);
-  SB_IMPLEMENT(narrow_head);
-  SB_IMPLEMENT(packed_width);
-  SB_IMPLEMENT(list_capacity);
-  SB_IMPLEMENT(launchers_address);
+  SB_IMPLEMENT(discard_prepared), SB_IMPLEMENT(saved_sizes), SB_IMPLEMENT(narrow_head), SB_IMPLEMENT(packed_width);
+  SB_IMPLEMENT(list_capacity), SB_IMPLEMENT(launchers_address);
 }
 
 #define SB_ATTENTION_SCHEMA SB_ATTENTION(SB_SCHEMA, SB_SCHEMA_COMMA)

@@ -43,7 +43,7 @@ class Backward {
     p.out = out_rows.rows, p.d_out = d_out_rows.rows, p.lse = lse_values.data_ptr();
     if (d_lse) d_lse_values = values(*d_lse), p.d_lse = d_lse_values->data_ptr();
     p.d_query_map = rows_of(d_query_map), p.d_key_map = rows_of(d_key_map);
-    if (p.low_rank == LowRank::kNone) return;
+    if (!p.has_low_rank()) return;
     const int64_t of_head = p.k_tokens * p.map_pad, states = p.batch * p.q_heads * p.units * p.slot_size;
     dy = std::make_unique<Scratch>(p.batch * p.kv_heads * of_head * int64_t(sizeof(T)));
     d_state = std::make_unique<Scratch>(states * int64_t(sizeof(T)));
@@ -76,7 +76,7 @@ class Backward {
           for (int64_t head = range.first; head < range.first + range.count; ++head)
             units_in_parallel(sizes, head / p.kv_heads, head % p.kv_heads);
       }
-      if (p.low_rank != LowRank::kNone) keys(range);
+      if (p.has_low_rank()) keys(range);
     });
     fallback.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
       const Stage stage("queries again in double");
@@ -107,7 +107,7 @@ class Backward {
   }
   // Without rows where there is no map, and where its gradient goes on through the projection.
   Tensor gradient_of_map(bool fully_written, int64_t heads, int64_t rows) const {
-    const bool mapped = p.low_rank != LowRank::kNone;
+    const bool mapped = p.has_low_rank();
     const std::initializer_list<int64_t> sizes = {p.batch, heads, mapped ? rows : 0, p.rank + 1};
     return fully_written ? empty(sizes, kScalar<T>) : zeros(sizes, kScalar<T>);
   }
@@ -124,7 +124,7 @@ class Backward {
     const Stage stage("zeros");
     call.for_each_unit(range, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) {
       zero_rows(p.dk, b, kv, p.head_pad), zero_rows(p.dv, b, kv, p.value_pad);
-      if (p.low_rank != LowRank::kNone) zero_rows(p.dy, b, kv, p.map_pad);
+      if (p.has_low_rank()) zero_rows(p.dy, b, kv, p.map_pad);
     });
   }
   void zero_rows(const StridedTensor& rows, int64_t b, int64_t kv, int64_t width) const {

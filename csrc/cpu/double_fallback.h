@@ -13,7 +13,7 @@ template <class T>
 class DoubleFallback {
  public:
   explicit DoubleFallback(AttentionParams& p) : heads(p.q_heads), tokens(p.q_tokens) {
-    if (std::is_same_v<T, double> || p.low_rank == LowRank::kNone) return;
+    if (std::is_same_v<T, double> || !p.has_low_rank()) return;
     flags.resize(size_t(p.batch * heads * tokens));
     p.needs_double = flags.data();
   }

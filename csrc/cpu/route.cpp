@@ -39,12 +39,12 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   const TensorRows q = as_rows<float>(a.query, p.head_pad), k = as_rows<float>(a.key, p.head_pad);
   p.q = q.rows, p.k = k.rows;
   Maps maps;
-  if (p.low_rank != LowRank::kNone) {
+  if (p.has_low_rank()) {
     p.rank = rank_of(a);
     maps.set<float>(a, p, false);
   }
   const Padding padding(a, p);
-  p.panel_rows = p.head_dim + 2 + (p.low_rank == LowRank::kNone ? 0 : p.rank + 1);
+  p.panel_rows = p.head_dim + 2 + (!p.has_low_rank() ? 0 : p.rank + 1);
 
   Tensor index = empty({p.batch, p.q_heads, p.blocks, p.capacity}, ScalarType::Int);
   Tensor count = zeros({p.batch, p.q_heads, p.blocks}, ScalarType::Int);

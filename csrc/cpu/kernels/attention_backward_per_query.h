@@ -20,8 +20,7 @@ SB_INLINE LaneWeights<AccType<E>> weights_of(const AttentionParams& p, const Bac
     return {r.ds, r.w};
 }
 
-// Steps 1 and 2, with a record for each query. All queries take one step before any takes the next, as in the forward
-// pass.
+// Steps 1 and 2, with a record for each query. All queries take one step before any takes the next.
 template <class E, int kLanes>
 SB_INLINE void weigh_per_query(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
                                const LogScales<AccType<E>>& kappa, AccType<E> kappa_ref, BackwardScratch<E, kLanes>& s,

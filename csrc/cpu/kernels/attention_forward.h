@@ -60,8 +60,7 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
                              DenseRows<const T>{state.H, p.value_pad}, DenseRows<T>{s.O, p.value_pad});
   }
 
-  // 6. One normaliser. In exact arithmetic the complement's weight is not negative; where rounding makes it so,
-  // den = exact weight, its lower bound. A row without weight gives zeros; NaN stays NaN.
+  // 6. One normaliser. A row without weight gives zeros; NaN stays NaN.
   T den[kLanes], log_den[kLanes];
   bool skip[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -88,7 +87,7 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
     E* out = p.out.at<E>(tile.b, tile.h, tile.query[lane]);
     const T *O = s.O + lane * p.value_pad, d = den[lane];
     lse[tile.query[lane]] = d == T(0) ? -T(__builtin_inf()) : T(kLn2) * (s.c[lane] + log_den[lane]);
-    // Divided, not multiplied by a rounded 1 / den, whose error would be the same in every element and add up in dO.o.
+    // Divided, not multiplied by a rounded 1 / den (docs/algorithm.md, section 5).
     if (d > T(1e-30) && d < T(1e30)) {
       const T inverse = T(1) / d;
       for (int64_t e = 0; e < p.value_pad; e += NV)

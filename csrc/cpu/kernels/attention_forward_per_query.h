@@ -7,8 +7,8 @@
 
 namespace sb::SB_ISA {
 
-// Steps 1 to 4. All queries take one step before any takes the next: their lists overlap, and rows of K or V that one
-// has read are still in the first level of cache for its neighbour.
+// Steps 1 to 4. All queries take one step before any takes the next: rows that one has read are still in the first
+// level of cache for its neighbour.
 template <class E, int kLanes>
 SB_INLINE void forward_per_query(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
                                  const LogScales<AccType<E>>& kappa, AccType<E> kappa_ref,

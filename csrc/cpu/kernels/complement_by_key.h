@@ -1,5 +1,5 @@
-// The complement of one query summed key by key, without the state: for queries where subtracting the listed keys' L
-// from the state loses precision even in float64 (kFallbackBoundInDouble). Rare on real tokens, and linear in the keys.
+// The complement of one query summed key by key, where subtracting from the state loses precision even in float64
+// (kFallbackBoundInDouble).
 #pragma once
 #include "features.h"
 #include "low_rank_products.h"

@@ -144,10 +144,9 @@ SB_INLINE int64_t lower_bound_key(const int32_t* key, int64_t begin, int64_t end
   return begin;
 }
 
-// Sums of weights are taken in chains of at most this many terms.
+// Sums of weights are taken in chains of at most this many terms (docs/algorithm.md, section 5).
 constexpr int64_t kShortChain = 8;
-// A sum over lanes in short chains. The normaliser's rounding is the same in every element of the output, so it adds up
-// in dO.o, where other errors cancel.
+// A sum over lanes in short chains.
 template <class T>
 SB_INLINE T sum_short(const T* p, int64_t n) {
   constexpr int N = kWidth<T>;

@@ -1,8 +1,7 @@
-// Matrix products C[row][lane] (+)= sum_k A(row, k) B(k)[lane] with one micro-kernel: A is broadcast, B and C are in
-// lanes. Operands are small functors, so dense tiles, any strides and rows behind pointers (gathered keys) share the
-// code, and nothing is packed. Every product is one chain of multiply-adds in ascending k, whatever the tiling: results
-// do not depend on how rows are grouped. An accumulating product is added to C at its end: a sum over many tiles is a
-// chain of short chains, which rounds far less than one long chain.
+// Matrix products C[row][lane] (+)= sum_k A(row, k) B(k)[lane] with one micro-kernel (docs/algorithm.md, section 7).
+// Every product is one chain of multiply-adds in ascending k, whatever the tiling: results do not depend on how rows
+// are grouped. An accumulating product is added to C at its end: a sum over many tiles is a chain of short chains,
+// which rounds far less than one long chain.
 #pragma once
 #include "element_types.h"
 
@@ -34,16 +33,10 @@ struct ListedRows {  // B(k) or C(row): the rows of one matrix that a list names
   SB_INLINE ListedRows from(int64_t first) const { return {p, stride, list + first}; }
 };
 template <class R>
-struct AcrossRows {  // A(row, k) = element k of R(row)
-  R rows;
-  SB_INLINE auto operator()(int64_t row, int64_t k) const { return rows(row)[k]; }
-};
-template <class R>
 struct DownRows {  // A(row, k) = element `row` of R(k)
   R rows;
   SB_INLINE auto operator()(int64_t row, int64_t k) const { return rows(k)[row]; }
 };
-
 template <class E, class R>
 struct AcrossSteps {  // A(row, k) = step k of R(row), a row of E
   R rows;
@@ -55,7 +48,6 @@ struct InterleavedRows {  // B(k) = Words of rows 2k and 2k + 1 of n rows of bfl
   int64_t n;
   const Bfloat16* zero_row;
 };
-
 template <class R>
 struct WidenedRows {  // B(k) = a row of bfloat16 as float32
   R rows;
@@ -71,7 +63,6 @@ SB_INLINE Vector<S, N> lanes_of(const InterleavedRows<R>& b, int64_t k, int64_t 
   const Bfloat16* high = 2 * k + 1 < b.n ? b.rows(2 * k + 1) : b.zero_row;
   return interleave<N>(load_halves<N>(b.rows(2 * k) + column), load_halves<N>(high + column));
 }
-
 template <class S, int N, class R>
 SB_INLINE Vector<S, N> lanes_of(const WidenedRows<R>& b, int64_t k, int64_t column) {
   return load_wide<Bfloat16, N>(b.rows(k) + column);

@@ -4,8 +4,7 @@
 // kernels_<set>.cpp includes the system's headers and kernels.h, then sets these and the target pragma, then includes
 // the kernels. So nothing but the kernels is compiled for the set: an inline function of a header that other files
 // include too would be merged by the linker into code for processors without it. For the same reason kernels call
-// nothing of std::. A header compiled on its own gets the baseline. Headers include the ones they build on, which bring
-// the basic ones with them.
+// nothing of std::. A header compiled on its own gets the baseline.
 #pragma once
 #include "../kernels.h"
 

@@ -12,8 +12,8 @@ SB_INLINE void low_rank_products(const AttentionParams& p, const QueryTile<E, kL
                                  const int32_t* key, const AccType<E>* xT, AccType<E>* t) {
   typedef AccType<E> T;
   const auto y = listed<T>(p.y, tile.b, tile.kv, key);
-  gemm<T, kLaneWidth<T, kLanes>, false>(n, kLanes, p.rank, AcrossRows<decltype(y)>{y}, DenseRows<const T>{xT, kLanes},
-                                        DenseRows<T>{t, kLanes});
+  gemm<T, kLaneWidth<T, kLanes>, false>(n, kLanes, p.rank, AcrossSteps<T, decltype(y)>{y},
+                                        DenseRows<const T>{xT, kLanes}, DenseRows<T>{t, kLanes});
 }
 // dX[gradient_rows][lane] += sum over the n keys of y dt.
 template <class E, int kLanes>

@@ -120,7 +120,7 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
       float score[kTogether * kBranch];
       for (int i = 0; i < kTogether; ++i) queries[i] = w.query + rows[at + i < n ? at + i : at] * depth;
       micro<float, kBlockWidth, kTogether, kBranch / kBlockWidth, false>(
-          0, 0, depth, AcrossRows<PointedRows<const float>>{{queries}}, DenseRows<const float>{panel, kBranch},
+          0, 0, depth, AcrossSteps<float, PointedRows<const float>>{{queries}}, DenseRows<const float>{panel, kBranch},
           DenseRows<float>{score, kBranch});
       for (int i = 0; i < kTogether && at + i < n; ++i) {
         const int r = rows[at + i];
