@@ -1,6 +1,5 @@
-// Launcher of the backward pass. Every key's gradient is summed over its queries in ascending order, in one of two ways
-// that give the same bits: whole key/value heads in parallel, or, where there are fewer heads than threads, rounds of
-// units whose records are kept and then scattered by key range. The double fallback adds its queries last.
+// Launcher of the backward pass: whole key/value heads in parallel, or, where there are fewer heads than threads,
+// rounds of units whose records are kept and then scattered by key range (docs/algorithm.md, section 6, order of sums).
 #include "../profile.h"
 #include "../tensor_traits.h"
 #include "double_fallback.h"

@@ -1,6 +1,5 @@
-// Where subtracting the listed keys' L from the state loses precision (kFallbackBound), the query is recomputed in
-// float64: the same launcher runs on a call of one head in which every other query is masked. The first call leaves
-// these queries out.
+// Queries beyond kFallbackBound are recomputed in float64: the same launcher runs on a call of one head in which every
+// other query is masked.
 #pragma once
 #include <cstring>
 

@@ -51,20 +51,18 @@ struct Bfloat16Lanes {
 
 #if SB_VECTOR_BYTES >= 32
 struct Float16Lanes {
+  typedef short Shorts __attribute__((vector_size(SB_VECTOR_BYTES / 2)));
   template <int N>
   static SB_INLINE Vector<float, N> widen(Halves<N> v) {
 #if SB_VECTOR_BYTES == 64
-    typedef short Shorts __attribute__((vector_size(32)));
     return __builtin_ia32_vcvtph2ps512_mask((Shorts)v, Vector<float, N>{}, 0xffff, 4);
 #else
-    typedef short Shorts __attribute__((vector_size(16)));
     return __builtin_ia32_vcvtph2ps256((Shorts)v);
 #endif
   }
   template <int N>
   static SB_INLINE Halves<N> narrow(Vector<float, N> v) {
 #if SB_VECTOR_BYTES == 64
-    typedef short Shorts __attribute__((vector_size(32)));
     return (Halves<N>)__builtin_ia32_vcvtps2ph512_mask(v, 0, Shorts{}, 0xffff);
 #else
     return (Halves<N>)__builtin_ia32_vcvtps2ph256(v, 0);

@@ -78,7 +78,7 @@ SB_INLINE void copy_weights(const E* from, AccType<E>* to) {
   if constexpr (kKeys == 1)
     *to = widen_one<E>(*from);
   else
-    store<AccType<E>, kKeys>(to, load_wide<E, kKeys>(from));
+    store<AccType<E>, kKeys>(to, load_wide<kKeys>(from));
 }
 
 // Adds the pieces of one block to its keys [offset, offset + kKeys), which all of them cover.

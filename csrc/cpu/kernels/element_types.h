@@ -1,6 +1,5 @@
-// Element types of the rows of q, k, v, o and dO, and how products contract them. E is the element type, T = AccType<E>
-// the accumulation type. A contraction goes in steps: float and double one element at a time, bfloat16 two at a time,
-// a Word, by dot instructions and without widening, since products of two bfloat16 are exact in float32.
+// Element types E of the rows of q, k, v, o and dO, and how products contract them in steps: float and double one
+// element at a time, bfloat16 two at a time, a Word, by dot instructions (docs/algorithm.md, section 7).
 #pragma once
 #if defined(SB_BFLOAT16)
 #include <immintrin.h>
@@ -99,7 +98,7 @@ SB_INLINE Vector<Word, N> interleave_narrow(Vector<float, N> low, Vector<float, 
 }
 
 // N elements of a row in the accumulation type, and back.
-template <class E, int N>
+template <int N, class E>
 SB_INLINE Vector<AccType<E>, N> load_wide(const E* p) {
   if constexpr (kPaired<E>)
     return Bfloat16Lanes::widen<N>(load_halves<N>(p));
@@ -131,7 +130,7 @@ template <class E>
 SB_INLINE const AccType<E>* widen_row_of(const E* row, int64_t width, AccType<E>* wide) {
   if constexpr (kPaired<E>) {
     constexpr int N = kWidth<float>;
-    for (int64_t e = 0; e < width; e += N) store<float, N>(wide + e, load_wide<E, N>(row + e));
+    for (int64_t e = 0; e < width; e += N) store<float, N>(wide + e, load_wide<N>(row + e));
     return wide;
   } else {
     return row;

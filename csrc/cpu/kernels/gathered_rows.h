@@ -21,8 +21,8 @@ SB_INLINE void dot_rows(int64_t n, const R& rows, const E* one, int64_t width, A
       SB_EACH (r, N) acc[r] = multiply_add<T, S, N>(acc[r], o, steps(rows(i + r) + e));
     }
     for (int64_t e = whole; e < width; e += N) {  // half a register of bfloat16
-      const V o = load_wide<E, N>(one + e);
-      SB_EACH (r, N) acc[r] += o * load_wide<E, N>(rows(i + r) + e);
+      const V o = load_wide<N>(one + e);
+      SB_EACH (r, N) acc[r] += o * load_wide<N>(rows(i + r) + e);
     }
     fold_rows<T, N>(acc);
     store<T, N>(out + i, acc[0]);
@@ -30,18 +30,9 @@ SB_INLINE void dot_rows(int64_t n, const R& rows, const E* one, int64_t width, A
   for (; i < n; ++i) {
     V acc = {};
     for (int64_t e = 0; e < whole; e += kElements) acc = multiply_add<T, S, N>(acc, steps(one + e), steps(rows(i) + e));
-    for (int64_t e = whole; e < width; e += N) acc += load_wide<E, N>(one + e) * load_wide<E, N>(rows(i) + e);
+    for (int64_t e = whole; e < width; e += N) acc += load_wide<N>(one + e) * load_wide<N>(rows(i) + e);
     out[i] = sum_lanes<T, N>(acc);
   }
-}
-
-// Rows in the accumulation type.
-template <class E, class R>
-SB_INLINE auto wide_rows(const R& rows) {
-  if constexpr (kPaired<E>)
-    return WidenedRows<R>{rows};
-  else
-    return rows;
 }
 
 // out[column] = sum_k weight[k] row_k[column], one output row, with as many accumulators as the columns allow; where
@@ -56,22 +47,21 @@ SB_INLINE void combine_rows(int64_t n, const AccType<E>* weight, const R& rows, 
     for (; k + 2 <= n; k += 2) {
       const E *a = rows(k), *b = rows(k + 1);
       SB_EACH (v, 4) {
-        even[v] += weight[k] * load_wide<E, N>(a + v * N);
-        odd[v] += weight[k + 1] * load_wide<E, N>(b + v * N);
+        even[v] += weight[k] * load_wide<N>(a + v * N);
+        odd[v] += weight[k + 1] * load_wide<N>(b + v * N);
       }
     }
     if (k < n)
-      SB_EACH (v, 4) even[v] += weight[k] * load_wide<E, N>(rows(k) + v * N);
+      SB_EACH (v, 4) even[v] += weight[k] * load_wide<N>(rows(k) + v * N);
     SB_EACH (v, 4) store<T, N>(out + v * N, even[v] + odd[v]);
     return;
   }
   const Strided<T> a{weight, 0, 1};
   const DenseRows<T> c{out, 0};
-  const auto b = wide_rows<E>(rows);
   int64_t column = 0;
-  for (; column + 8 * N <= columns; column += 8 * N) micro<T, N, 1, 8, false>(0, column, n, a, b, c);
-  for (; column + 4 * N <= columns; column += 4 * N) micro<T, N, 1, 4, false>(0, column, n, a, b, c);
-  for (; column < columns; column += N) micro<T, N, 1, 1, false>(0, column, n, a, b, c);
+  for (; column + 8 * N <= columns; column += 8 * N) micro<T, N, 1, 8, false>(0, column, n, a, rows, c);
+  for (; column + 4 * N <= columns; column += 4 * N) micro<T, N, 1, 4, false>(0, column, n, a, rows, c);
+  for (; column < columns; column += N) micro<T, N, 1, 1, false>(0, column, n, a, rows, c);
 }
 
 // out += sum_k weight[k] row_k.

@@ -48,24 +48,16 @@ struct InterleavedRows {  // B(k) = Words of rows 2k and 2k + 1 of n rows of bfl
   int64_t n;
   const Bfloat16* zero_row;
 };
-template <class R>
-struct WidenedRows {  // B(k) = a row of bfloat16 as float32
-  R rows;
-};
 
-// Lanes column .. column + N - 1 of B(k), in steps S.
+// Lanes column .. column + N - 1 of B(k), in steps S; rows of bfloat16 in float32.
 template <class S, int N, class B>
 SB_INLINE Vector<S, N> lanes_of(const B& b, int64_t k, int64_t column) {
-  return load<S, N>(b(k) + column);
+  return load_wide<N>(b(k) + column);
 }
 template <class S, int N, class R>
 SB_INLINE Vector<S, N> lanes_of(const InterleavedRows<R>& b, int64_t k, int64_t column) {
   const Bfloat16* high = 2 * k + 1 < b.n ? b.rows(2 * k + 1) : b.zero_row;
   return interleave<N>(load_halves<N>(b.rows(2 * k) + column), load_halves<N>(high + column));
-}
-template <class S, int N, class R>
-SB_INLINE Vector<S, N> lanes_of(const WidenedRows<R>& b, int64_t k, int64_t column) {
-  return load_wide<Bfloat16, N>(b.rows(k) + column);
 }
 
 template <class T, int N, int MR, int NV, bool kAccumulate, class A, class B, class C>

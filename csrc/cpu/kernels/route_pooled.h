@@ -226,22 +226,23 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
   const int64_t group_end =
       p.is_causal ? clamp_to(range.q_first + group * kGroup * p.block_q + shift, 0, length) : length;
   const int64_t complete = p.is_causal ? group_end / kLeaf : ceil_div(length, kLeaf), kept = candidate_blocks(p.keys);
+  const auto all_runs = [&](int64_t tokens) {  // of kLeaf tokens
+    for (int64_t run = 0; run * kLeaf < tokens; ++run) w.chunk[run] = int32_t(run);
+    return ceil_div(tokens, kLeaf);
+  };
   int64_t blocks = 0;
   if (complete <= kept) {
     for (; blocks < complete; ++blocks) w.blocks[blocks] = int32_t(blocks);
   } else if (length >= kLongRow) {
     const int64_t supers = p.is_causal ? group_end / kRouteSegment : ceil_div(length, kRouteSegment);
-    int64_t runs = 0;
-    for (; runs * kLeaf < supers; ++runs) w.chunk[runs] = int32_t(runs);
+    const int64_t runs = all_runs(supers);
     int64_t taken =
         runs > 0 ? shared_top<kLeaf>(p, w, panels + p.level_offset[2], w.chunk, runs, supers, 2 * kept, w.blocks) : 0;
     for (int64_t i = 0; i < taken; ++i) w.chunk[i] = w.blocks[i];
     if (supers * kSuper < complete) w.chunk[taken++] = int32_t(supers);
     blocks = shared_top<kSuper>(p, w, panels + p.level_offset[1], w.chunk, taken, complete, kept, w.blocks);
   } else {
-    int64_t runs = 0;
-    for (; runs * kLeaf < complete; ++runs) w.chunk[runs] = int32_t(runs);
-    blocks = shared_top<kLeaf>(p, w, panels + p.level_offset[1], w.chunk, runs, complete, kept, w.blocks);
+    blocks = shared_top<kLeaf>(p, w, panels + p.level_offset[1], w.chunk, all_runs(complete), complete, kept, w.blocks);
   }
   for (int64_t block = complete; block * kLeaf < w.limit[last_live]; ++block) w.blocks[blocks++] = int32_t(block);
 
