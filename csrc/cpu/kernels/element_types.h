@@ -87,11 +87,12 @@ SB_INLINE Halves<2 * N> alternate_halves(Halves<2 * N> v, Indices<i...>) {
 template <int N>
 SB_INLINE Vector<Word, N> interleave_narrow(Vector<float, N> low, Vector<float, N> high) {
 #if defined(SB_BFLOAT16)
-  typedef typename CountIndices<2 * N>::type Each;
   if constexpr (N == 16)
-    return (Vector<Word, N>)alternate_halves<N>((Halves<2 * N>)_mm512_cvtne2ps_pbh(high, low), Each{});
+    return (Vector<Word, N>)alternate_halves<N>((Halves<2 * N>)_mm512_cvtne2ps_pbh(high, low),
+                                                typename CountIndices<2 * N>::type{});
   else
-    return (Vector<Word, N>)alternate_halves<N>((Halves<2 * N>)_mm256_cvtne2ps_pbh(high, low), Each{});
+    return (Vector<Word, N>)alternate_halves<N>((Halves<2 * N>)_mm256_cvtne2ps_pbh(high, low),
+                                                typename CountIndices<2 * N>::type{});
 #else
   return interleave<N>(Bfloat16Lanes::narrow<N>(low), Bfloat16Lanes::narrow<N>(high));
 #endif

@@ -62,11 +62,10 @@ SB_INLINE Vector<S, N> lanes_of(const InterleavedRows<R>& b, int64_t k, int64_t 
 
 template <class T, int N, int MR, int NV, bool kAccumulate, class A, class B, class C>
 SB_INLINE void micro(int64_t row, int64_t column, int64_t depth, const A& a, const B& b, const C& c) {
-  typedef Vector<T, N> V;
   typedef decltype(a(row, 0)) S;  // T or Word
-  V acc[MR][NV];
+  Vector<T, N> acc[MR][NV];
   SB_EACH (i, MR)
-    SB_EACH (v, NV) acc[i][v] = V{};
+    SB_EACH (v, NV) acc[i][v] = Vector<T, N>{};
   SB_PRAGMA(GCC unroll 4)  // fewer mispredicted loop ends
   for (int64_t k = 0; k < depth; ++k) {
     Vector<S, N> rhs[NV];

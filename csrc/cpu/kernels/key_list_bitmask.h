@@ -35,9 +35,8 @@ SB_INLINE void collect_bitmask(const AttentionParams& p, QueryTile<E, kLanes>& t
 template <class E, int kLanes, int N>
 struct BitmaskKey {
   typedef AccType<E> T;
-  typedef Vector<T, N> V;
   Ints<T, N> listed;
-  V exponent;
+  Vector<T, N> exponent;
   SB_INLINE BitmaskKey(const QueryTile<E, kLanes>& tile, const LogScales<T>& kappa, const ScoreFactor<E>& score,
                        const T* S, int64_t i, int v) {
     typedef Ints<T, N> I;

@@ -9,19 +9,18 @@ template <class E, int kLanes, class Visit>
 SB_INLINE void for_each_step(const E* const* rows, int64_t width, const Visit& visit) {
   typedef StepOf<E> S;
   constexpr int N = kLaneWidth<S, kLanes>;
-  typedef Vector<S, N> V;
   const int64_t steps = steps_of<E>(width);
   int64_t e = 0;
   for (; e + N <= steps; e += N)
     for (int lane = 0; lane < kLanes; lane += N) {
-      V square[N];
+      Vector<S, N> square[N];
       SB_EACH (i, N) square[i] = load<S, N>(reinterpret_cast<const S*>(rows[lane + i]) + e);
       transpose_square<S, N>(square);
       SB_EACH (i, N) visit(e + i, lane, square[i]);
     }
   for (; e < steps; ++e)
     for (int lane = 0; lane < kLanes; lane += N) {
-      V one;
+      Vector<S, N> one;
       SB_EACH (i, N) one[i] = step_at<E>(rows[lane + i], e);
       visit(e, lane, one);
     }
@@ -76,12 +75,11 @@ template <class E, int kLanes>
 SB_INLINE const AccType<E>* widen_steps(const StepOf<E>* steps, int64_t width, AccType<E>* wide) {
   if constexpr (kPaired<E>) {
     constexpr int N = kLaneWidth<float, kLanes>;
-    typedef Vector<float, N> V;
     for (int64_t e = 0; e < steps_of<E>(width); ++e)
       for (int lane = 0; lane < kLanes; lane += N) {
         const auto words = load<Word, N>(steps + e * kLanes + lane);
-        store<float, N>(wide + 2 * e * kLanes + lane, (V)(words << 16));
-        store<float, N>(wide + (2 * e + 1) * kLanes + lane, (V)(words & 0xffff0000u));
+        store<float, N>(wide + 2 * e * kLanes + lane, (Vector<float, N>)(words << 16));
+        store<float, N>(wide + (2 * e + 1) * kLanes + lane, (Vector<float, N>)(words & 0xffff0000u));
       }
     return wide;
   } else {

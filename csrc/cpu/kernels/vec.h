@@ -87,7 +87,6 @@ SB_INLINE Vector<float, N> exp2_fraction(Vector<float, N> f) {
 template <int N>
 SB_INLINE Vector<float, N> exp2v(Vector<float, N> x) {
   typedef Vector<float, N> V;
-  typedef Ints<float, N> I;
 #if SB_VECTOR_BYTES == 64
   if constexpr (N >= 8) {  // rounding and scaling by a power of two are single instructions
     V n, y;
@@ -108,13 +107,12 @@ SB_INLINE Vector<float, N> exp2v(Vector<float, N> x) {
   clamped = clamped > huge ? huge : clamped;
   const V shifted = clamped + 12582912.0f;
   const V f = clamped - (shifted - 12582912.0f);
-  const V y = (V)((I)exp2_fraction<N>(f) + ((I)shifted << 23));
+  const V y = (V)((Ints<float, N>)exp2_fraction<N>(f) + ((Ints<float, N>)shifted << 23));
   return x < tiny ? V{} : y;
 }
 template <int N>
 SB_INLINE Vector<double, N> exp2v(Vector<double, N> x) {
   typedef Vector<double, N> V;
-  typedef Ints<double, N> I;
   const V tiny = splat<double, N>(-1022.0), huge = splat<double, N>(1023.0);
   V clamped = x < tiny ? tiny : x;
   clamped = clamped > huge ? huge : clamped;
@@ -124,7 +122,7 @@ SB_INLINE Vector<double, N> exp2v(Vector<double, N> x) {
   constexpr double kFactorial[] = {479001600, 39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1};
   V p = f * (1.0 / 6227020800.0) + 1.0 / kFactorial[0];
   SB_EACH (i, 12) p = p * f + 1.0 / kFactorial[i + 1];
-  const V y = (V)((I)p + ((I)shifted << 52));
+  const V y = (V)((Ints<double, N>)p + ((Ints<double, N>)shifted << 52));
   return x < tiny ? V{} : y;
 }
 
