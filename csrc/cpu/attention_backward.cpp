@@ -110,10 +110,10 @@ class Backward {
     const std::initializer_list<int64_t> sizes = {p.batch, heads, mapped ? rows : 0, p.rank + 1};
     return fully_written ? empty(sizes, kScalar<T>) : zeros(sizes, kScalar<T>);
   }
-  std::vector<T> map_weight(const MaybeTensor& weight, MapWeight& to) const {
+  TensorRows map_weight(const MaybeTensor& weight, MapWeight& to) const {
     if (!weight) return {};
-    std::vector<T> rows = padded_weight<T>(*weight);
-    to = {rows.data(), weight->size(0) == 1 ? 0 : weight->size(1) * weight->size(2) * p.head_pad, weight->size(1)};
+    TensorRows rows = as_rows<T>(as_contiguous(*weight), p.head_pad);
+    to = {rows.rows.data, weight->size(0) == 1 ? 0 : weight->size(1) * weight->size(2) * p.head_pad, weight->size(1)};
     return rows;
   }
   static Tensor values(const Tensor& t) { return as_dtype(as_contiguous(t), kScalar<T>); }
@@ -232,8 +232,7 @@ class Backward {
   const AttentionKernels& kernel = attention_kernels<E>();
   const Tensor dq, dk, dv, d_query_map, d_key_map, lse_values;
   MaybeTensor d_lse_values;
-  const std::vector<T> query_weight, key_weight;
-  const TensorRows dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
+  const TensorRows query_weight, key_weight, dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
   std::unique_ptr<Scratch> dy, d_state;
 };
 

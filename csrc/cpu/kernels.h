@@ -69,8 +69,8 @@ struct RouteKernels {
 
 // Rows of bfloat16 and float16, as their bits, to float32 and back; null where the instruction set has no conversion.
 struct HalfConversion {
-  void (*widen)(const uint16_t* from, int64_t n, float* to) = nullptr;
-  void (*narrow)(const float* from, int64_t n, uint16_t* to) = nullptr;
+  void (*widen)(const void* from, int64_t n, float* to) = nullptr;
+  void (*narrow)(const float* from, int64_t n, void* to) = nullptr;
 };
 
 struct InstructionSet {

@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
   const ProjectParams& p = call.p;
   const Tensor g = as_contiguous(grad);
   const int64_t size = p.outputs * p.head_pad;
-  const std::vector<T> padded = padded_weight<T>(weight);
+  const TensorRows padded = as_rows<T>(as_contiguous(weight), p.head_pad);
 
   Tensor d_tokens = empty_like_tokens(tokens, p.head_dim, tokens.scalar_type());
   const TensorRows d_rows = result_rows<T>(d_tokens, p.head_pad);
@@ -133,8 +133,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
         project_kernels<T>().project_backward(
             call.block(i),
             static_cast<const T*>(g.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs,
-            in.data, in.row, &padded[size_t(call.weight_of(b, h) * size)], static_cast<const T*>(zero_row.data()),
-            d_rows.rows.template at<T>(b, h, i * kTokensPerTask), d_rows.rows.row, d_weight, d_weight + size);
+            in.data, in.row, static_cast<const T*>(padded.rows.data) + call.weight_of(b, h) * size,
+            static_cast<const T*>(zero_row.data()), d_rows.rows.template at<T>(b, h, i * kTokensPerTask),
+            d_rows.rows.row, d_weight, d_weight + size);
       });
   Tensor d_weight = zeros({call.weight_batch, call.weight_heads, p.outputs, p.head_dim}, kScalar<T>);
   Tensor d_bias = zeros({call.weight_batch, call.weight_heads, p.outputs}, kScalar<T>);

@@ -31,7 +31,7 @@ struct RowCopy {
       for (int64_t e = 0; e < width; ++e)
         target[e].bits = torch::headeronly::BFloat16(static_cast<float>(source[e * step])).x;
     else if (std::is_same_v<T, float> && widen)
-      widen(reinterpret_cast<const uint16_t*>(source), width, reinterpret_cast<float*>(target));
+      widen(source, width, reinterpret_cast<float*>(target));
     else
       for (int64_t e = 0; e < width; ++e) target[e] = static_cast<T>(source[e * step]);
     std::fill(target + width, target + width_pad, T{});
@@ -65,8 +65,7 @@ BlockRows<T> rows_of_block(const Tensor& t, int64_t width_pad, int64_t b, int64_
     using E = std::remove_pointer_t<decltype(element)>;
     const RowCopy<T, E> copy(t, width_pad);
     if (std::is_same_v<T, float> && copy.widen && from.row == width_pad && copy.width == width_pad)  // all at once
-      return copy.widen(reinterpret_cast<const uint16_t*>(from.at<const E>(b, h, first)), n * width_pad,
-                        reinterpret_cast<float*>(scratch));
+      return copy.widen(from.at<const E>(b, h, first), n * width_pad, reinterpret_cast<float*>(scratch));
     for (int64_t i = 0; i < n; ++i) copy(from.at<const E>(b, h, first + i), scratch + i * width_pad);
   });
   return {scratch, width_pad};
@@ -99,7 +98,7 @@ void write_back(const TensorRows& from, const Tensor& result) {
       if constexpr (std::is_same_v<T, Bfloat16>)  // the result is bfloat16 too: it has the dtype of the query
         std::memcpy(target, source, size_t(width) * sizeof(T));
       else if (std::is_same_v<T, float> && narrow)
-        narrow(reinterpret_cast<const float*>(source), width, reinterpret_cast<uint16_t*>(target));
+        narrow(reinterpret_cast<const float*>(source), width, target);
       else
         for (int64_t e = 0; e < width; ++e) target[e] = static_cast<E>(source[e]);
     });
@@ -121,17 +120,6 @@ Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return converted;
 }
 
-template <class T>
-std::vector<T> padded_weight(const Tensor& weight) {
-  const int64_t rows = weight.size(0) * weight.size(1) * weight.size(2), width = weight.size(3),
-                padded_width = pad_to(width, kPad);
-  const Tensor packed = as_dtype(as_contiguous(weight), kScalar<T>);
-  std::vector<T> padded(size_t(rows * padded_width), T(0));
-  const T* w = static_cast<const T*>(packed.data_ptr());
-  for (int64_t row = 0; row < rows; ++row) std::copy_n(w + row * width, width, &padded[size_t(row * padded_width)]);
-  return padded;
-}
-
 #define SB_INSTANTIATE(T)                                           \
   template TensorRows as_rows<T>(const Tensor&, int64_t);           \
   template TensorRows result_rows<T>(const Tensor&, int64_t, bool); \
@@ -139,8 +127,6 @@ std::vector<T> padded_weight(const Tensor& weight) {
 SB_INSTANTIATE(float)
 SB_INSTANTIATE(double)
 SB_INSTANTIATE(Bfloat16)
-template std::vector<float> padded_weight<float>(const Tensor&);
-template std::vector<double> padded_weight<double>(const Tensor&);
 template BlockRows<float> rows_of_block(const Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
 template BlockRows<double> rows_of_block(const Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t, double*);
 

@@ -38,10 +38,6 @@ TensorRows result_rows(const Tensor& result, int64_t width_pad, bool fully_writt
 template <class T>
 void write_back(const TensorRows& from, const Tensor& result);
 
-// A projection's weight (1 or B, heads, outputs, d) of float32 or float64 as rows of T.
-template <class T>
-std::vector<T> padded_weight(const Tensor& weight);
-
 // A contiguous float32 or float64 tensor in the other of the two dtypes, or itself.
 Tensor as_dtype(const Tensor& t, ScalarType dtype);
 

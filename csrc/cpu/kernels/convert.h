@@ -73,7 +73,8 @@ struct Float16Lanes {
 
 // n elements: whole vectors, then the remainder in a zero-filled one.
 template <class Lanes>
-void widen_row(const HalfBits* from, int64_t n, float* to) {
+void widen_row(const void* source, int64_t n, float* to) {
+  const HalfBits* from = static_cast<const HalfBits*>(source);
   constexpr int N = kWidth<float>;
   int64_t i = 0;
   for (; i + N <= n; i += N) store<float, N>(to + i, Lanes::template widen<N>(load_halves<N>(from + i)));
@@ -84,7 +85,8 @@ void widen_row(const HalfBits* from, int64_t n, float* to) {
   for (int64_t k = i; k < n; ++k) to[k] = wide[k - i];
 }
 template <class Lanes>
-void narrow_row(const float* from, int64_t n, HalfBits* to) {
+void narrow_row(const float* from, int64_t n, void* target) {
+  HalfBits* to = static_cast<HalfBits*>(target);
   constexpr int N = kWidth<float>;
   int64_t i = 0;
   for (; i + N <= n; i += N) store_halves<N>(to + i, Lanes::template narrow<N>(load<float, N>(from + i)));

@@ -82,7 +82,7 @@ SB_INLINE ListedRows<T> listed_target(const StridedTensor& rows, int64_t b, int6
   return {rows.at<T>(b, head, 0), rows.row, key};
 }
 
-// Prefetches a row that hardware prefetchers do not foresee, for writing or into the second level of cache on demand.
+// Prefetches a row: hardware prefetchers cannot follow a list. The arguments are those of __builtin_prefetch.
 template <int kForWriting = 0, int kLocality = 3, class E>
 SB_INLINE void fetch_row(const E* row, int64_t columns) {
   for (int64_t e = 0; e < columns; e += int64_t(64 / sizeof(E))) __builtin_prefetch(row + e, kForWriting, kLocality);
