@@ -1,7 +1,7 @@
 // The arguments of the operators, listed once. A list names its fields as X(type, name, default of the schema) with S()
 // between them. The schemas, the parameters of the operator functions, the values that they pass on and the structs
-// below are generated from these lists, so a new argument is one new line here. scatterbrain/operators/arguments.py says what each
-// means.
+// below are generated from these lists, so a new argument is one new line here. scatterbrain/operators/arguments.py
+// says what each means.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>

@@ -4,7 +4,6 @@
 #pragma once
 #include <torch/headeronly/util/Exception.h>
 
-#include "arguments.h"
 #include "params.h"
 #include "tensor_traits.h"
 
@@ -14,7 +13,7 @@ inline constexpr int64_t kInt32Limit = int64_t(1) << 31;
 
 // -------------------- projections
 
-inline void check_projection(const Tensor& tokens, const Tensor& weight) {
+inline void check_projection(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias = std::nullopt) {
   STD_TORCH_CHECK(tokens.dim() == 4 && weight.dim() == 4,
                   "project: expected tokens (B, H, N, d) and weight (1 or B, heads, outputs, d)");
   STD_TORCH_CHECK(is_floating(tokens), "project: expected floating-point tokens");
@@ -25,10 +24,6 @@ inline void check_projection(const Tensor& tokens, const Tensor& weight) {
                   "project: heads, d and outputs must be at least 1");
   STD_TORCH_CHECK(weight.scalar_type() == accumulation_type(tokens),
                   "project: expected a float32 weight (float64 for float64 tokens)");
-}
-
-inline void check_projection(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias) {
-  check_projection(tokens, weight);
   STD_TORCH_CHECK(!bias || (has_shape(*bias, {weight.size(0), weight.size(1), weight.size(2)}) &&
                             bias->scalar_type() == weight.scalar_type()),
                   "project: bias must have the dtype of weight and its shape without the last dimension");

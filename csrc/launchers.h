@@ -15,14 +15,16 @@ struct SavedSizes {
   ScalarType dtype;
 };
 
+// out, lse, state and scores. The last two are of saved_sizes where the call is trained.
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+// Of query, key, value, query_map and key_map. Those of the maps have no rows without a low-rank kernel, and where the
+// projections that made the maps are given.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 struct Launchers {
-  // out, lse, state and scores. The last two are of saved_sizes where the call is trained.
-  std::tuple<Tensor, Tensor, Tensor, Tensor> (*attention)(const AttentionArguments&);
-  // Gradients of query, key, value, query_map and key_map. Those of the maps have no rows without a low-rank kernel,
-  // and where the projections that made the maps are given.
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> (*attention_backward)(const AttentionArguments&, const Tensor& out,
-                                                                           const Tensor& lse, const Tensor& d_out,
-                                                                           const MaybeTensor& d_lse);
+  Results (*attention)(const AttentionArguments&);
+  Gradients (*attention_backward)(const AttentionArguments&, const Tensor& out, const Tensor& lse, const Tensor& d_out,
+                                  const MaybeTensor& d_lse);
   std::tuple<Tensor, Tensor> (*route)(const RouteArguments&);
   Tensor (*project)(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);
   Tensor (*project_packed)(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);

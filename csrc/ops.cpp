@@ -1,9 +1,5 @@
 // The operators: their schemas, and functions that check the arguments and call the launcher of the tensors' device.
 // scatterbrain/ops.py says what the arguments mean; arguments.h lists them, checks.h checks them.
-#include <torch/csrc/stable/library.h>
-
-#include <string>
-#include <tuple>
 
 #include "checks.h"
 #include "launchers.h"
@@ -16,7 +12,7 @@ namespace {
 
 // -------------------- attention, routing, projections
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_state(SB_ATTENTION(SB_PARAMETER, SB_COMMA)) {
+Results attention_with_state(SB_ATTENTION(SB_PARAMETER, SB_COMMA)) {
   AttentionArguments a{SB_ATTENTION(SB_VALUE, SB_COMMA)};
   a.is_trained = true;
   check_attention(a);
@@ -30,9 +26,8 @@ std::tuple<Tensor, Tensor> attention(SB_ATTENTION(SB_PARAMETER, SB_COMMA)) {
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor d_out, MaybeTensor d_lse, Tensor out,
-                                                                      Tensor lse, SB_ATTENTION(SB_PARAMETER, SB_COMMA),
-                                                                      SB_SAVED(SB_PARAMETER, SB_COMMA)) {
+Gradients attention_backward(Tensor d_out, MaybeTensor d_lse, Tensor out, Tensor lse,
+                             SB_ATTENTION(SB_PARAMETER, SB_COMMA), SB_SAVED(SB_PARAMETER, SB_COMMA)) {
   const AttentionArguments a{SB_ATTENTION(SB_VALUE, SB_COMMA), SB_SAVED(SB_VALUE, SB_COMMA)};
   check_attention_backward(a, d_out, d_lse, out, lse);
   return launchers(a.query).attention_backward(a, out, lse, d_out, d_lse);
@@ -117,15 +112,8 @@ TrainedResults train_quadratic(const QuadraticArguments& given, const Tensor& qu
   AttentionArguments a = project_and_route(given, query, key, value);
   a.is_trained = true;
   auto [out, lse, state, scores] = launchers(query).attention(a);
-  const bool routed = given.keys > 0;
-  return {out,
-          lse,
-          state,
-          scores,
-          *a.query_map,
-          *a.key_map,
-          routed ? *a.index : empty_result(query),
-          routed ? *a.count : empty_result(query)};
+  const auto routed = [&](const MaybeTensor& list) { return given.keys > 0 ? *list : empty_result(query); };
+  return {out, lse, state, scores, *a.query_map, *a.key_map, routed(a.index), routed(a.count)};
 }
 
 std::tuple<Tensor, Tensor> quadratic_attention(SB_TOKENS(SB_PARAMETER, SB_COMMA),
@@ -198,30 +186,17 @@ int64_t launchers_address(Device device) { return reinterpret_cast<int64_t>(&lau
 #define SB_IMPLEMENT(name) library.impl(#name, TORCH_BOX(&name))
 
 void implement_operators(torch::stable::detail::StableLibrary& library) {
-  SB_IMPLEMENT(route);
-  SB_IMPLEMENT(project);
-  SB_IMPLEMENT(project_packed);
-  SB_IMPLEMENT(project_backward);
-  SB_IMPLEMENT(attention);
-  SB_IMPLEMENT(attention_with_state);
-  SB_IMPLEMENT(attention_backward);
-  SB_IMPLEMENT(quadratic_attention);
-  SB_IMPLEMENT(quadratic_attention_with_state);
-  SB_IMPLEMENT(prepare);
-  SB_IMPLEMENT(prepared_attention);
-  SB_IMPLEMENT(prepared_attention_with_state);
-  SB_IMPLEMENT(prepared_attention_backward);
-  SB_IMPLEMENT(equal_bytes);
+  SB_IMPLEMENT(route), SB_IMPLEMENT(project), SB_IMPLEMENT(project_packed), SB_IMPLEMENT(project_backward);
+  SB_IMPLEMENT(attention), SB_IMPLEMENT(attention_with_state), SB_IMPLEMENT(attention_backward);
+  SB_IMPLEMENT(quadratic_attention), SB_IMPLEMENT(quadratic_attention_with_state);
+  SB_IMPLEMENT(prepare), SB_IMPLEMENT(prepared_attention), SB_IMPLEMENT(prepared_attention_with_state);
+  SB_IMPLEMENT(prepared_attention_backward), SB_IMPLEMENT(equal_bytes);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, library) {
-  SB_IMPLEMENT(discard_prepared);
   library.impl("stages", TORCH_BOX(&record_stages));
-  SB_IMPLEMENT(saved_sizes);
-  SB_IMPLEMENT(narrow_head);
-  SB_IMPLEMENT(packed_width);
-  SB_IMPLEMENT(list_capacity);
-  SB_IMPLEMENT(launchers_address);
+  SB_IMPLEMENT(discard_prepared), SB_IMPLEMENT(saved_sizes), SB_IMPLEMENT(narrow_head), SB_IMPLEMENT(packed_width);
+  SB_IMPLEMENT(list_capacity), SB_IMPLEMENT(launchers_address);
 }
 
 #define SB_ATTENTION_SCHEMA SB_ATTENTION(SB_SCHEMA, SB_SCHEMA_COMMA)

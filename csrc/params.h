@@ -1,12 +1,13 @@
 // Arguments of the kernels: raw pointers, int64 strides in elements, shapes and flags. Free of torch.
 #pragma once
-#include <cstdint>
-
-#include "math/host_device.h"
-#include "math/low_rank.h"
 #include "math/padding.h"
 
 namespace sb {
+
+// Exponents are kept in base 2 inside the kernels, where exp2 is cheaper than exp.
+inline constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+
+enum class LowRank : int64_t { kNone = 0, kQuadratic = 1, kFeatures = 2 };  // math/low_rank_kernels.h has their algebra
 
 // The bits of a bfloat16. Kernels read and write rows of them; nothing computes in it.
 struct Bfloat16 {
@@ -50,13 +51,10 @@ struct RowRange {
 
 // Keys of a chunk of causal states: inside the chunk of its edge a query reads nothing from a state.
 inline constexpr int64_t kChunk = 64;
-// Where subtracting the listed keys' L from the state loses precision, the query is recomputed in float64
-// (cpu/double_fallback.h): where that L is more than this many times the query's whole weight. Where the result is
-// float32 but the call already computes in float64, more may be lost; beyond that bound too the complement is summed
-// key by key, in time linear in the keys.
+// A query is recomputed in float64 where the L subtracted from the state is more than this many times its whole weight.
+// Where the result is float32 but the call computes in float64, more may be lost (docs/algorithm.md, section 5).
 inline constexpr double kFallbackBound = 1, kFallbackBoundInDouble = 1 << 30;
-// Heads of fewer dimensions than this are computed in float64. Sums that short do not average roundings out, and their
-// rows are mostly padding.
+// Heads of fewer dimensions than this are computed in float64: sums that short do not average roundings out.
 inline constexpr int64_t kNarrowHead = 16;
 
 // The attention operator. T is float, or double for float64 inputs; every T array is in that type. Log scales are in

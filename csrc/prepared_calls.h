@@ -1,6 +1,5 @@
-// Prepared calls (scatterbrain/prepared.py): calls whose arguments were checked before. All arguments but the tokens
-// are stored here, because passing one from the interpreter to an operator takes about as long as a hundred kernel
-// products.
+// Prepared calls (scatterbrain/prepared.py): all arguments but the tokens are checked once and stored here, because
+// passing one from the interpreter to an operator takes about as long as a hundred kernel products.
 #pragma once
 #include <memory>
 

@@ -1,14 +1,8 @@
 // Dtypes and shapes of tensors on any device.
 #pragma once
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <initializer_list>
+#include "arguments.h"
 
 namespace sb {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline bool is_floating(const Tensor& t) {
   const ScalarType s = t.scalar_type();

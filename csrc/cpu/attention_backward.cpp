@@ -1,18 +1,14 @@
-// Launcher of the backward pass. Every key's gradient is summed over its queries in ascending order, in one of two ways
-// that give the same bits: whole key/value heads in parallel, or, where there are fewer heads than threads, rounds of
-// units whose records are kept and then scattered by key range. The double fallback adds its queries last.
+// Launcher of the backward pass: whole key/value heads in parallel, or, where there are fewer heads than threads,
+// rounds of units whose records are kept and then scattered by key range (docs/algorithm.md, section 6, order of sums).
 #include "../profile.h"
 #include "../tensor_traits.h"
 #include "double_fallback.h"
 #include "launchers.h"
-#include "project.h"
 
 #include <numeric>
 
 namespace sb::cpu {
 namespace {
-
-constexpr int64_t kRoundBytes = int64_t(1) << 21;  // kept records of one round, about a shared cache
 
 template <class E>
 class Backward {
@@ -46,14 +42,14 @@ class Backward {
     p.out = out_rows.rows, p.d_out = d_out_rows.rows, p.lse = lse_values.data_ptr();
     if (d_lse) d_lse_values = values(*d_lse), p.d_lse = d_lse_values->data_ptr();
     p.d_query_map = rows_of(d_query_map), p.d_key_map = rows_of(d_key_map);
-    if (p.low_rank == LowRank::kNone) return;
+    if (!p.has_low_rank()) return;
     const int64_t of_head = p.k_tokens * p.map_pad, states = p.batch * p.q_heads * p.units * p.slot_size;
     dy = std::make_unique<Scratch>(p.batch * p.kv_heads * of_head * int64_t(sizeof(T)));
     d_state = std::make_unique<Scratch>(states * int64_t(sizeof(T)));
     p.dy = {dy->data(), p.kv_heads * of_head, of_head, p.map_pad}, p.d_kv_state = d_state->data();
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
+  Gradients run() {
     compute();
     write_back<T>(dq_rows, dq), write_back<T>(dk_rows, dk), write_back<T>(dv_rows, dv);
     const ScalarType dtype = accumulation_type(dq);
@@ -79,7 +75,7 @@ class Backward {
           for (int64_t head = range.first; head < range.first + range.count; ++head)
             units_in_parallel(sizes, head / p.kv_heads, head % p.kv_heads);
       }
-      if (p.low_rank != LowRank::kNone) keys(range);
+      if (p.has_low_rank()) keys(range);
     });
     fallback.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
       const Stage stage("queries again in double");
@@ -110,14 +106,14 @@ class Backward {
   }
   // Without rows where there is no map, and where its gradient goes on through the projection.
   Tensor gradient_of_map(bool fully_written, int64_t heads, int64_t rows) const {
-    const bool mapped = p.low_rank != LowRank::kNone;
+    const bool mapped = p.has_low_rank();
     const std::initializer_list<int64_t> sizes = {p.batch, heads, mapped ? rows : 0, p.rank + 1};
     return fully_written ? empty(sizes, kScalar<T>) : zeros(sizes, kScalar<T>);
   }
-  std::vector<T> map_weight(const MaybeTensor& weight, MapWeight& to) const {
+  TensorRows map_weight(const MaybeTensor& weight, MapWeight& to) const {
     if (!weight) return {};
-    std::vector<T> rows = padded_weight<T>(*weight);
-    to = {rows.data(), weight->size(0) == 1 ? 0 : weight->size(1) * weight->size(2) * p.head_pad, weight->size(1)};
+    TensorRows rows = as_rows<T>(as_contiguous(*weight), p.head_pad);
+    to = {rows.rows.data, weight->size(0) == 1 ? 0 : weight->size(1) * weight->size(2) * p.head_pad, weight->size(1)};
     return rows;
   }
   static Tensor values(const Tensor& t) { return as_dtype(as_contiguous(t), kScalar<T>); }
@@ -127,7 +123,7 @@ class Backward {
     const Stage stage("zeros");
     call.for_each_unit(range, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) {
       zero_rows(p.dk, b, kv, p.head_pad), zero_rows(p.dv, b, kv, p.value_pad);
-      if (p.low_rank != LowRank::kNone) zero_rows(p.dy, b, kv, p.map_pad);
+      if (p.has_low_rank()) zero_rows(p.dy, b, kv, p.map_pad);
     });
   }
   void zero_rows(const StridedTensor& rows, int64_t b, int64_t kv, int64_t width) const {
@@ -236,16 +232,14 @@ class Backward {
   const AttentionKernels& kernel = attention_kernels<E>();
   const Tensor dq, dk, dv, d_query_map, d_key_map, lse_values;
   MaybeTensor d_lse_values;
-  const std::vector<T> query_weight, key_weight;
-  const TensorRows dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
+  const TensorRows query_weight, key_weight, dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
   std::unique_ptr<Scratch> dy, d_state;
 };
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments& a, const Tensor& out,
-                                                                      const Tensor& lse, const Tensor& d_out,
-                                                                      const MaybeTensor& d_lse) {
+Gradients attention_backward(const AttentionArguments& a, const Tensor& out, const Tensor& lse, const Tensor& d_out,
+                             const MaybeTensor& d_lse) {
   return with_row_element(a, [&](auto* element) {
     return Backward<std::remove_pointer_t<decltype(element)>>(a, out, lse, d_out, d_lse).run();
   });

@@ -38,7 +38,7 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
       given_state(a.state),
       given_scores(a.scores) {
   p.q = q.rows, p.k = k.rows, p.v = v.rows;
-  if (p.low_rank != LowRank::kNone) {
+  if (p.has_low_rank()) {
     p.map_pad = map_width(p.low_rank, p.rank);
     maps.set<T>(a, p, p.head_dim < kNarrowHead);
     count_valid();
@@ -48,7 +48,7 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
   for (const RowRange& row : padding.rows) by_key = std::max(by_key, by_key_limit(p, row));
   const int64_t longest = longest_list(p);
   p.max_keys = pad_to(longest + kChunk + by_key + 2 * kPad, kPad);
-  p.uses_kv_state = p.low_rank != LowRank::kNone && any_state(longest);
+  p.uses_kv_state = p.has_low_rank() && any_state(longest);
   take_scores();
 }
 
@@ -100,7 +100,7 @@ void AttentionCall<E>::take_scores() {
 
 template <class E>
 void AttentionCall<E>::take_states() {
-  if (p.low_rank == LowRank::kNone) return;
+  if (!p.has_low_rank()) return;
   if (given_state && given_state->numel() > 0 && given_state->scalar_type() == kScalar<T>) {
     const std::initializer_list<int64_t> sizes = {p.batch, p.kv_heads, p.slots, p.slot_size};
     STD_TORCH_CHECK(has_shape(*given_state, sizes) && given_state->is_contiguous(),
@@ -117,7 +117,7 @@ void AttentionCall<E>::take_states() {
 
 template <class E>
 void AttentionCall<E>::build_states(const HeadRange& range) {
-  if (p.low_rank == LowRank::kNone || has_state) return;
+  if (!p.has_low_rank() || has_state) return;
   const Stage stage("states");
   const AttentionKernels& kernel = attention_kernels<E>();
   for_each_unit(range, 1, 0, [&](int64_t b, int64_t h, int64_t, void*) { kernel.kv_state_references(p, b, h); });

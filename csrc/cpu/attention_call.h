@@ -4,7 +4,6 @@
 #include "map_rows.h"
 #include "padding.h"
 #include "saved_sizes.h"
-#include "tensor_rows.h"
 
 namespace sb::cpu {
 

@@ -27,7 +27,7 @@ class Forward {
     if (!call.every_query()) std::fill_n(static_cast<T*>(p.lse), lse.numel(), -std::numeric_limits<T>::infinity());
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor> run() {
+  Results run() {
     compute();
     write_back<E>(out_rows, out);
     return {out, as_dtype(lse, accumulation_type(out)), call.saved_state(), scores};
@@ -73,7 +73,7 @@ class Forward {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const AttentionArguments& a) {
+Results attention(const AttentionArguments& a) {
   return with_row_element(a, [&](auto* element) { return Forward<std::remove_pointer_t<decltype(element)>>(a).run(); });
 }
 

@@ -1,7 +1,5 @@
 #include "block_lists.h"
 
-#include <algorithm>
-
 #include "allocation.h"
 #include "parallel.h"
 

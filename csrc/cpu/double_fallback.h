@@ -1,6 +1,5 @@
-// Where subtracting the listed keys' L from the state loses precision (kFallbackBound), the query is recomputed in
-// float64: the same launcher runs on a call of one head in which every other query is masked. The first call leaves
-// these queries out.
+// Queries beyond kFallbackBound are recomputed in float64: the same launcher runs on a call of one head in which every
+// other query is masked.
 #pragma once
 #include <cstring>
 
@@ -13,7 +12,7 @@ template <class T>
 class DoubleFallback {
  public:
   explicit DoubleFallback(AttentionParams& p) : heads(p.q_heads), tokens(p.q_tokens) {
-    if (std::is_same_v<T, double> || p.low_rank == LowRank::kNone) return;
+    if (std::is_same_v<T, double> || !p.has_low_rank()) return;
     flags.resize(size_t(p.batch * heads * tokens));
     p.needs_double = flags.data();
   }

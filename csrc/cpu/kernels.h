@@ -1,9 +1,6 @@
 // The tables of torch-free kernels. csrc/cpu/kernels/ is compiled once per instruction set (kernels_avx512.cpp,
 // kernels_avx2.cpp, ...); the best set that the processor has is chosen at run time, or the one SCATTERBRAIN_ISA names.
 #pragma once
-#include <cstdint>
-
-#include "../params.h"
 #include "tuning.h"  // which the launchers use as well
 
 namespace sb {
@@ -71,11 +68,9 @@ struct RouteKernels {
 };
 
 // Rows of bfloat16 and float16, as their bits, to float32 and back; null where the instruction set has no conversion.
-struct ConvertKernels {
-  void (*widen_bfloat16)(const uint16_t* from, int64_t n, float* to);
-  void (*narrow_bfloat16)(const float* from, int64_t n, uint16_t* to);
-  void (*widen_float16)(const uint16_t* from, int64_t n, float* to);
-  void (*narrow_float16)(const float* from, int64_t n, uint16_t* to);
+struct HalfConversion {
+  void (*widen)(const void* from, int64_t n, float* to) = nullptr;
+  void (*narrow)(const float* from, int64_t n, void* to) = nullptr;
 };
 
 struct InstructionSet {
@@ -84,7 +79,7 @@ struct InstructionSet {
   ProjectKernels<float> project_f32;
   ProjectKernels<double> project_f64;
   RouteKernels route;
-  ConvertKernels convert;
+  HalfConversion bfloat16, float16;
   const AttentionKernels* bf16 = nullptr;  // where bfloat16 has dot instructions
 };
 

@@ -1,7 +1,6 @@
 #include "launchers.h"
 
 #include "allocation.h"
-#include "kernels.h"
 #include "saved_sizes.h"
 
 namespace sb::cpu {

@@ -4,10 +4,9 @@
 
 namespace sb::cpu {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const AttentionArguments&);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionArguments&, const Tensor& out,
-                                                                      const Tensor& lse, const Tensor& d_out,
-                                                                      const MaybeTensor& d_lse);
+Results attention(const AttentionArguments&);
+Gradients attention_backward(const AttentionArguments&, const Tensor& out, const Tensor& lse, const Tensor& d_out,
+                             const MaybeTensor& d_lse);
 std::tuple<Tensor, Tensor> route(const RouteArguments&);
 Tensor project(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);
 Tensor project_packed(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);

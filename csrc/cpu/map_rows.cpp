@@ -27,10 +27,9 @@ MapRows as_map(const Tensor& map, MapKind kind, int64_t rank, bool wide_logs) {
       for (int64_t e = 0; e < rank; ++e) target[e] = static_cast<T>(source[e * step]);
       for (int64_t e = rank; e < width; ++e) target[e] = T(0);
       if (!features) target[rank] = T(1);
-      constexpr double log2e = 1.44269504088896340736;
       *log_to.at<T>(b, h, i) = packed      ? static_cast<T>(source[(rank + 1) * step])
-                               : wide_logs ? static_cast<T>(source[rank * step]) * T(log2e)
-                                           : static_cast<T>(source[rank * step] * static_cast<E>(log2e));
+                               : wide_logs ? static_cast<T>(source[rank * step]) * T(kLog2e)
+                                           : static_cast<T>(source[rank * step] * static_cast<E>(kLog2e));
     });
   });
   return {rows, logs, to, log_to};

@@ -1,7 +1,5 @@
-// Coordinates and log scales of the low-rank kernel as kernels read them. For the quadratic kernel both are columns of
-// packed rows (packed_width), which are used in place; a map (B, H, N, r + 1), whose last column is a natural log
-// scale, is packed first. General features are rows, and their log scales an array of their own. Log scales become base
-// 2.
+// Coordinates and log scales of the low-rank kernel as kernels read them: for the quadratic kernel both are columns of
+// packed rows (packed_width); general features are rows, and their log scales an array of their own, in base 2.
 #pragma once
 #include "tensor_rows.h"
 

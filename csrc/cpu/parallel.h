@@ -10,8 +10,6 @@
 
 namespace sb::cpu {
 
-inline int64_t ceil_div(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
-
 // Memory for one thread, aligned to a cache line.
 struct Scratch {
   explicit Scratch(int64_t bytes) : memory(new char[size_t(bytes) + 64]) {}
@@ -52,13 +50,9 @@ struct HeadRange {
   int64_t first, count;
 };
 
-// A stage leaves its results in a shared cache for the next one: heads go through all stages together until they have
-// this many tokens, or are as many as threads.
-constexpr int64_t kTokensPerHeadRange = 4096;
-
 inline int64_t heads_per_range(int64_t heads, int64_t tokens) {
   const int64_t most =
-      std::max<int64_t>(torch::stable::get_num_threads(), kTokensPerHeadRange / std::max<int64_t>(1, tokens));
+      std::max<int64_t>(torch::stable::get_num_threads(), kTokensPerWave / std::max<int64_t>(1, tokens));
   return std::min(heads, most);
 }
 

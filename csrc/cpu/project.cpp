@@ -1,8 +1,7 @@
 // Launcher of the projections: blocks of tokens in parallel; partial weight gradients are added in block order.
-#include "project.h"
-
 #include "../profile.h"
 #include "launchers.h"
+#include "tensor_rows.h"
 
 namespace sb::cpu {
 namespace {
@@ -24,14 +23,10 @@ struct Projection {
     part.tokens = std::min(kTokensPerTask, n - i * kTokensPerTask);
     return part;
   }
-  // The tokens of block i as rows, and the bytes of scratch for them.
+  // The tokens of block i as rows, in place or in scratch.
   template <class T>
   BlockRows<T> rows(const Tensor& tokens, int64_t b, int64_t h, int64_t i, T* scratch) const {
     return rows_of_block<T>(tokens, p.head_pad, b, h, i * kTokensPerTask, block(i).tokens, scratch);
-  }
-  template <class T>
-  int64_t bytes_of_rows() const {
-    return kTokensPerTask * p.head_pad * int64_t(sizeof(T));
   }
   int64_t weight_of(int64_t b, int64_t h) const {
     return (weight_batch == 1 ? 0 : b) * weight_heads + h * weight_heads / heads;
@@ -41,8 +36,7 @@ struct Projection {
   int64_t batch, heads, n, weight_heads, weight_batch, blocks;
 };
 
-// The first `lanes` outputs are vectorised; the remaining `dots` are dot products. The last output always is one,
-// because packed rows have it at a column of its own.
+// Outputs that are vectorised (ProjectParams). The last never is, because packed rows have it at a column of its own.
 int64_t lanes_of(int64_t outputs) {
   const int64_t whole = (outputs - 1) / 16 * 16, left = outputs - 1 - whole;
   return whole + (left > 10 ? 16 : left > 4 ? 8 : 0);
@@ -95,42 +89,26 @@ class Weights {
   std::vector<int32_t> columns;
 };
 
+// Rows of outputs, or `packed`: coordinates, a column of ones, the log scale in base 2.
 template <class T>
-Tensor forward(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias) {
+Tensor forward(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias, bool packed) {
   Projection call(tokens, weight);
-  const Weights<T> w(call, weight, bias, call.p.outputs_pad, call.p.outputs - 1, T(1));
-  const ProjectParams& p = call.p;
-  Tensor out = empty({call.batch, call.heads, call.n, p.outputs}, kScalar<T>);
-  T* z = static_cast<T*>(out.data_ptr());
-  // Heads inside blocks: the heads of a token are often neighbours in memory.
-  parallel_units(call.batch, call.blocks, call.heads,
-                 kTokensPerTask * (p.head_pad + p.outputs_pad) * int64_t(sizeof(T)),
-                 [&](int64_t b, int64_t i, int64_t h, void* scratch) {
-                   const ProjectParams block = call.block(i);
-                   T* rows = static_cast<T*>(scratch);
-                   const BlockRows<T> in = call.rows<T>(tokens, b, h, i, rows + kTokensPerTask * p.outputs_pad);
-                   project_kernels<T>().project(block, w.of(call.weight_of(b, h)), in.data, in.row, rows);
-                   T* to = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs;
-                   for (int64_t at = 0; at < block.tokens; ++at)
-                     std::copy_n(rows + at * p.outputs_pad, p.outputs, to + at * p.outputs);
-                 });
-  return out;
-}
-
-// Packed rows: coordinates, a column of ones, the log scale in base 2.
-template <class T>
-Tensor forward_packed(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias) {
-  Projection call(tokens, weight);
-  const int64_t rank = call.p.outputs - 1, width = packed_width(rank);
-  Weights<T> w(call, weight, bias, width, rank + 1, T(1.44269504088896340736));
-  w.set(rank, T(1));
+  const int64_t last = call.p.outputs - 1, padded = packed ? packed_width(last) : call.p.outputs_pad,
+                width = packed ? padded : call.p.outputs;
+  Weights<T> w(call, weight, bias, padded, packed ? last + 1 : last, T(packed ? kLog2e : 1));
+  if (packed) w.set(last, T(1));
   Tensor out = empty({call.batch, call.heads, call.n, width}, kScalar<T>);
   T* z = static_cast<T*>(out.data_ptr());
-  parallel_units(call.batch, call.blocks, call.heads, call.bytes_of_rows<T>(),
+  // Heads inside blocks: the heads of a token are often neighbours in memory.
+  parallel_units(call.batch, call.blocks, call.heads, kTokensPerTask * (call.p.head_pad + padded) * int64_t(sizeof(T)),
                  [&](int64_t b, int64_t i, int64_t h, void* scratch) {
+                   const ProjectParams block = call.block(i);
+                   T* to = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * width;
+                   T* rows = width == padded ? to : static_cast<T*>(scratch) + kTokensPerTask * call.p.head_pad;
                    const BlockRows<T> in = call.rows<T>(tokens, b, h, i, static_cast<T*>(scratch));
-                   T* rows = z + ((b * call.heads + h) * call.n + i * kTokensPerTask) * width;
-                   project_kernels<T>().project(call.block(i), w.of(call.weight_of(b, h)), in.data, in.row, rows);
+                   project_kernels<T>().project(block, w.of(call.weight_of(b, h)), in.data, in.row, rows);
+                   for (int64_t at = 0; rows != to && at < block.tokens; ++at)
+                     std::copy_n(rows + at * padded, width, to + at * width);
                  });
   return out;
 }
@@ -141,22 +119,23 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
   const ProjectParams& p = call.p;
   const Tensor g = as_contiguous(grad);
   const int64_t size = p.outputs * p.head_pad;
-  const std::vector<T> padded = padded_weight<T>(weight);
+  const TensorRows padded = as_rows<T>(as_contiguous(weight), p.head_pad);
 
   Tensor d_tokens = empty_like_tokens(tokens, p.head_dim, tokens.scalar_type());
   const TensorRows d_rows = result_rows<T>(d_tokens, p.head_pad);
   const ZeroRow<T> zero_row(p.head_pad);
   std::vector<T> partial(size_t(call.batch * call.heads * call.blocks * (size + p.outputs)));
   parallel_units(
-      call.batch, call.heads, call.blocks, call.bytes_of_rows<T>(),
+      call.batch, call.heads, call.blocks, kTokensPerTask * p.head_pad * int64_t(sizeof(T)),
       [&](int64_t b, int64_t h, int64_t i, void* scratch) {
         const BlockRows<T> in = call.rows<T>(tokens, b, h, i, static_cast<T*>(scratch));
         T* d_weight = &partial[size_t(((b * call.heads + h) * call.blocks + i) * (size + p.outputs))];
         project_kernels<T>().project_backward(
             call.block(i),
             static_cast<const T*>(g.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs,
-            in.data, in.row, &padded[size_t(call.weight_of(b, h) * size)], static_cast<const T*>(zero_row.data()),
-            d_rows.rows.template at<T>(b, h, i * kTokensPerTask), d_rows.rows.row, d_weight, d_weight + size);
+            in.data, in.row, static_cast<const T*>(padded.rows.data) + call.weight_of(b, h) * size,
+            static_cast<const T*>(zero_row.data()), d_rows.rows.template at<T>(b, h, i * kTokensPerTask),
+            d_rows.rows.row, d_weight, d_weight + size);
       });
   Tensor d_weight = zeros({call.weight_batch, call.weight_heads, p.outputs, p.head_dim}, kScalar<T>);
   Tensor d_bias = zeros({call.weight_batch, call.weight_heads, p.outputs}, kScalar<T>);
@@ -175,35 +154,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
 
 }  // namespace
 
-template <class T>
-std::vector<T> padded_weight(const Tensor& weight) {
-  const int64_t rows = weight.size(0) * weight.size(1) * weight.size(2), width = weight.size(3),
-                padded_width = pad_to(width, kPad);
-  const Tensor packed = as_dtype(as_contiguous(weight), kScalar<T>);
-  std::vector<T> padded(size_t(rows * padded_width), T(0));
-  const T* w = static_cast<const T*>(packed.data_ptr());
-  for (int64_t row = 0; row < rows; ++row) std::copy_n(w + row * width, width, &padded[size_t(row * padded_width)]);
-  return padded;
-}
-template std::vector<float> padded_weight<float>(const Tensor&);
-template std::vector<double> padded_weight<double>(const Tensor&);
-
 Tensor project(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias) {
   const Stage stage("projection");
-  return tokens.scalar_type() == ScalarType::Double ? forward<double>(tokens, weight, bias)
-                                                    : forward<float>(tokens, weight, bias);
+  return (tokens.scalar_type() == ScalarType::Double ? forward<double> : forward<float>)(tokens, weight, bias, false);
 }
 
 Tensor project_packed(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias) {
   const Stage stage("projection");
-  return tokens.scalar_type() == ScalarType::Double ? forward_packed<double>(tokens, weight, bias)
-                                                    : forward_packed<float>(tokens, weight, bias);
+  return (tokens.scalar_type() == ScalarType::Double ? forward<double> : forward<float>)(tokens, weight, bias, true);
 }
 
 std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
   const Stage stage("backward of projection");
-  return tokens.scalar_type() == ScalarType::Double ? backward<double>(grad, tokens, weight)
-                                                    : backward<float>(grad, tokens, weight);
+  return (tokens.scalar_type() == ScalarType::Double ? backward<double> : backward<float>)(grad, tokens, weight);
 }
 
 }  // namespace sb::cpu

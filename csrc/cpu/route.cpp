@@ -39,12 +39,12 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   const TensorRows q = as_rows<float>(a.query, p.head_pad), k = as_rows<float>(a.key, p.head_pad);
   p.q = q.rows, p.k = k.rows;
   Maps maps;
-  if (p.low_rank != LowRank::kNone) {
+  if (p.has_low_rank()) {
     p.rank = rank_of(a);
     maps.set<float>(a, p, false);
   }
   const Padding padding(a, p);
-  p.panel_rows = p.head_dim + 2 + (p.low_rank == LowRank::kNone ? 0 : p.rank + 1);
+  p.panel_rows = p.head_dim + 2 + (!p.has_low_rank() ? 0 : p.rank + 1);
 
   Tensor index = empty({p.batch, p.q_heads, p.blocks, p.capacity}, ScalarType::Int);
   Tensor count = zeros({p.batch, p.q_heads, p.blocks}, ScalarType::Int);
@@ -56,7 +56,8 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   const int64_t panel_floats = place_panels(p), heads = p.batch * p.kv_heads, shared = p.q_heads / p.kv_heads;
   const Scratch memory(heads_per_range(heads, p.k_tokens) * panel_floats * int64_t(sizeof(float)));
   float* const panels = static_cast<float*>(memory.data());
-  const int64_t segments = ceil_div(p.k_tokens, kRouteSegment), groups = ceil_div(p.blocks, blocks_per_group(p.block_k));
+  const int64_t segments = ceil_div(p.k_tokens, kRouteSegment),
+                groups = ceil_div(p.blocks, blocks_per_group(p.block_k));
   const int64_t panel_bytes = p.panel_rows * kRouteLanes * int64_t(sizeof(float)),
                 group_bytes = kernel.group(p, 0, 0, 0, nullptr, nullptr);
   for_each_head_range(heads, p.k_tokens, [&](const HeadRange& range) {

@@ -1,10 +1,7 @@
 #include "saved_sizes.h"
 
-#include <algorithm>
-
 #include "../math/low_rank_kernels.h"
 #include "map_rows.h"
-#include "tuning.h"
 
 namespace sb::cpu {
 

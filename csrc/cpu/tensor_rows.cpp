@@ -9,33 +9,29 @@ namespace {
 
 // The conversions between elements E and float32 of the instruction set in use; null where it has none.
 template <class E>
-auto widen_of() -> void (*)(const uint16_t*, int64_t, float*) {
-  const ConvertKernels& kernels = instruction_set().convert;
-  if constexpr (std::is_same_v<E, torch::headeronly::BFloat16>) return kernels.widen_bfloat16;
-  if constexpr (std::is_same_v<E, torch::headeronly::Half>) return kernels.widen_float16;
-  return nullptr;
-}
-template <class E>
-auto narrow_of() -> void (*)(const float*, int64_t, uint16_t*) {
-  const ConvertKernels& kernels = instruction_set().convert;
-  if constexpr (std::is_same_v<E, torch::headeronly::BFloat16>) return kernels.narrow_bfloat16;
-  if constexpr (std::is_same_v<E, torch::headeronly::Half>) return kernels.narrow_float16;
-  return nullptr;
+HalfConversion conversion_of() {
+  const InstructionSet& set = instruction_set();
+  if constexpr (std::is_same_v<E, torch::headeronly::BFloat16>) return set.bfloat16;
+  if constexpr (std::is_same_v<E, torch::headeronly::Half>) return set.float16;
+  return {};
 }
 
 // Copies a row of elements E, `step` apart, to a row of T padded with zeros.
 template <class T, class E>
 struct RowCopy {
   int64_t width, width_pad, step;
-  void (*widen)(const uint16_t*, int64_t, float*);
+  decltype(HalfConversion::widen) widen;
   RowCopy(const Tensor& t, int64_t width_pad)
-      : width(t.size(3)), width_pad(width_pad), step(t.stride(3)), widen(step == 1 ? widen_of<E>() : nullptr) {}
+      : width(t.size(3)),
+        width_pad(width_pad),
+        step(t.stride(3)),
+        widen(step == 1 ? conversion_of<E>().widen : nullptr) {}
   void operator()(const E* source, T* target) const {
     if constexpr (std::is_same_v<T, Bfloat16>)  // mostly bfloat16 too, whose rows are padded or made contiguous
       for (int64_t e = 0; e < width; ++e)
         target[e].bits = torch::headeronly::BFloat16(static_cast<float>(source[e * step])).x;
     else if (std::is_same_v<T, float> && widen)
-      widen(reinterpret_cast<const uint16_t*>(source), width, reinterpret_cast<float*>(target));
+      widen(source, width, reinterpret_cast<float*>(target));
     else
       for (int64_t e = 0; e < width; ++e) target[e] = static_cast<T>(source[e * step]);
     std::fill(target + width, target + width_pad, T{});
@@ -69,8 +65,7 @@ BlockRows<T> rows_of_block(const Tensor& t, int64_t width_pad, int64_t b, int64_
     using E = std::remove_pointer_t<decltype(element)>;
     const RowCopy<T, E> copy(t, width_pad);
     if (std::is_same_v<T, float> && copy.widen && from.row == width_pad && copy.width == width_pad)  // all at once
-      return copy.widen(reinterpret_cast<const uint16_t*>(from.at<const E>(b, h, first)), n * width_pad,
-                        reinterpret_cast<float*>(scratch));
+      return copy.widen(from.at<const E>(b, h, first), n * width_pad, reinterpret_cast<float*>(scratch));
     for (int64_t i = 0; i < n; ++i) copy(from.at<const E>(b, h, first + i), scratch + i * width_pad);
   });
   return {scratch, width_pad};
@@ -96,14 +91,14 @@ void write_back(const TensorRows& from, const Tensor& result) {
   with_element(result.scalar_type(), [&](auto* element) {
     using E = std::remove_pointer_t<decltype(element)>;
     const StridedTensor to = rows_of(result);
-    const auto narrow = narrow_of<E>();
+    const auto narrow = conversion_of<E>().narrow;
     for_each_row(result, width * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
       const T* source = from.rows.at<const T>(b, h, i);
       E* target = to.at<E>(b, h, i);
       if constexpr (std::is_same_v<T, Bfloat16>)  // the result is bfloat16 too: it has the dtype of the query
         std::memcpy(target, source, size_t(width) * sizeof(T));
       else if (std::is_same_v<T, float> && narrow)
-        narrow(reinterpret_cast<const float*>(source), width, reinterpret_cast<uint16_t*>(target));
+        narrow(reinterpret_cast<const float*>(source), width, target);
       else
         for (int64_t e = 0; e < width; ++e) target[e] = static_cast<E>(source[e]);
     });

@@ -4,8 +4,6 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <algorithm>
-
 #include "allocation.h"
 #include "parallel.h"
 

@@ -1,9 +1,6 @@
 // Constants that make the CPU kernels fast and choose between ways to the same result. Those that define results are
 // in params.h and csrc/math.
 #pragma once
-#include <cstdint>
-
-#include "../math/host_device.h"
 #include "../math/routing.h"
 #include "../params.h"
 
@@ -22,14 +19,11 @@ inline constexpr int64_t kRoundBytes = int64_t(1) << 21;  // kept records of a b
 inline constexpr int64_t kByKeyLimit = 64;
 // Rows of no more queries than this sum every complement key by key.
 inline constexpr int64_t kByKeyQueries = 16;
-// Bidirectional rows of no more keys than this, and of more queries than kByKeyQueries: queries with lists of their own
-// evaluate all keys together, and a list is a bitmask (kernels/key_list_bitmask.h).
+// Lists are bitmasks in rows of no more keys than this and of more queries than kByKeyQueries.
 inline constexpr int64_t kBitmaskKeys = 128;
 
-// Scores of listed keys are kept from the forward to the backward pass where a query lists no more keys than this (64
-// and a block that its window touches) and tiles are full, or where all keys are evaluated together (kBitmaskKeys):
-// they then take about one more row of 64 per query. Never with a causal edge, where the states that the backward pass
-// holds as well would make scores the larger part of a call's memory.
+// Scores are kept from the forward to the backward pass where a query lists no more keys than this: 64 and a block that
+// its window touches, about one more row of 64 per query (docs/algorithm.md, section 7).
 inline constexpr int64_t kKeptKeys = 80;
 
 // Query tiles and the scatter of the backward pass.

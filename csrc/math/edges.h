@@ -1,10 +1,7 @@
 // Causal edges, and which state a query reads (docs/algorithm.md, section 4). A slot is a query's place in its row:
 // position s of the order where the call has one, else query first + s. Edges count from the row's first key.
 #pragma once
-#include <cstdint>
-
 #include "../params.h"
-#include "host_device.h"
 
 namespace sb {
 

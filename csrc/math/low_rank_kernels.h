@@ -10,45 +10,30 @@
 // V is what one thread computes with: a scalar, or a vector of tokens. GCC compiles templates for the instruction set
 // that is selected where they stand, so kernels.h, which comes before the selection, does not include this file.
 #pragma once
-#include <cstdint>
-
-#include "host_device.h"
-#include "low_rank.h"
-#include "padding.h"
+#include "../params.h"
 
 namespace sb {
 
 // The type of one lane of V.
 template <class V>
-struct LaneOf {
-  typedef decltype(V()[0] + V()[0]) type;
-};
-template <>
-struct LaneOf<float> {
-  typedef float type;
-};
-template <>
-struct LaneOf<double> {
-  typedef double type;
-};
+auto lane_of() {
+  if constexpr (requires(V v) { v[0]; })
+    return V()[0] + V()[0];
+  else
+    return V();
+}
+template <class V>
+using LaneOf = decltype(lane_of<V>());
 
 // K(t) = (1 + t / 2)^2 with F(z) = [1, z_a, z_a^2 / 2, sqrt(1/2) z_a z_b (a < b)].
 struct QuadraticKernel {
   static constexpr int kDegree = 2;
   template <class V>
   static SB_HD V root(V t) {
-    typedef typename LaneOf<V>::type T;
-    return t * T(0.5) + T(1);
+    return t * LaneOf<V>(0.5) + LaneOf<V>(1);
   }
-  template <class V>
-  static SB_HD V slope(V t) {
-    return root(t);
-  }
-  template <class V>
-  static SB_HD V value(V t) {
-    const V half = root(t);
-    return half * half;
-  }
+  static SB_HD auto slope(auto t) { return root(t); }
+  static SB_HD auto value(auto t) { return root(t) * root(t); }
 
   static SB_HD constexpr int64_t features(int64_t rank) { return (rank + 1) * (rank + 2) / 2; }
   static SB_HD constexpr int64_t map_width(int64_t rank) { return packed_width(rank); }
@@ -58,7 +43,7 @@ struct QuadraticKernel {
   // Calls store(f, weight F_f(z)) for every feature; z(a) is coordinate a.
   template <class V, class Z, class Store>
   static SB_HD void expand(int64_t rank, V weight, const Z& z, const Store& store) {
-    typedef typename LaneOf<V>::type T;
+    typedef LaneOf<V> T;
     store(0, weight);
     int64_t pair = rank + 1;
     for (int64_t a = 0; a < rank; ++a) {
@@ -74,7 +59,7 @@ struct QuadraticKernel {
   // log_gradient is the same formula for the state and for listed keys.
   template <class V, class Z, class G, class Load, class Store>
   static SB_HD void chain(int64_t rank, V weight, const Z& z, const G& g, const Load& dz, const Store& store) {
-    typedef typename LaneOf<V>::type T;
+    typedef LaneOf<V> T;
     V half = V{};
     int64_t pair = rank + 1;
     for (int64_t a = 0; a < rank; ++a) {
@@ -94,7 +79,7 @@ struct QuadraticKernel {
   // Sum of dL L over the other side: `sum` is z.dz, `last` the row of dz behind the coordinates.
   template <class V>
   static SB_HD V log_gradient(V sum, V last) {
-    return last + sum * typename LaneOf<V>::type(0.5);
+    return last + sum * LaneOf<V>(0.5);
   }
 
  private:
@@ -104,18 +89,12 @@ struct QuadraticKernel {
 // K(t) = t of general non-negative features: F(z) = z.
 struct FeatureKernel {
   static constexpr int kDegree = 1;
-  template <class V>
-  static SB_HD V root(V t) {
-    return t;
-  }
+  static SB_HD auto root(auto t) { return t; }
   template <class V>
   static SB_HD V slope(V) {
-    return V{} + typename LaneOf<V>::type(1);
+    return V{} + LaneOf<V>(1);
   }
-  template <class V>
-  static SB_HD V value(V t) {
-    return t;
-  }
+  static SB_HD auto value(auto t) { return t; }
 
   static SB_HD constexpr int64_t features(int64_t rank) { return rank; }
   static SB_HD constexpr int64_t map_width(int64_t rank) { return pad_to(rank, kPad); }
@@ -129,10 +108,7 @@ struct FeatureKernel {
   static SB_HD void chain(int64_t rank, V weight, const Z&, const G& g, const Load& dz, const Store& store) {
     for (int64_t f = 0; f < rank; ++f) store(f, dz(f) + weight * g(f));
   }
-  template <class V>
-  static SB_HD V log_gradient(V sum, V) {
-    return sum;
-  }
+  static SB_HD auto log_gradient(auto sum, auto) { return sum; }
 };
 
 // Calls visit with the kernel's type. LowRank::kNone counts as general features, of which there are none.

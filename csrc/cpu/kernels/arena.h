@@ -1,8 +1,5 @@
 // A bump allocator over one block of scratch memory; with a null base it only counts the bytes.
 #pragma once
-#include <cstdint>
-
-#include "../../math/padding.h"
 #include "isa.h"
 
 namespace sb::SB_ISA {

@@ -1,20 +1,7 @@
 // The backward pass of the queries of one unit; attention_backward_tile.h has the mathematics.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../kernels.h"
-#include "../tuning.h"
-#include "arena.h"
-#include "attention_backward_scratch.h"
 #include "attention_backward_tile.h"
 #include "dkdv_scatter_per_query.h"
-#include "dkdv_scatter_shared.h"
-#include "isa.h"
-#include "key_list_bitmask.h"
-#include "kv_state.h"
-#include "query_tile.h"
-#include "tile_prefetch.h"
 
 namespace sb::SB_ISA {
 
@@ -36,8 +23,7 @@ struct BackwardVisitor {
   void operator()(QueryTile<E, kLanes>& tile, const QueryTile<E, kLanes>* next) {
     if constexpr (kBitmask) collect_bitmask<E, kLanes>(p, tile, bitmask.of_key);
     Arena arena{records + (keep ? tiles * record_bytes : 0), 0};
-    ScatterRecord<E>* r = arena.take<ScatterRecord<E>>(kRecords);
-    for (int i = 0; i < kRecords; ++i) allocate_record<E>(p, arena, kShared ? kLanes : 1, r[i]);
+    ScatterRecord<E>* r = take_records<E, kLanes, kShared>(p, arena);
     if constexpr (kShared) prefetcher.look_ahead(tile, next);
     backward_tile<E, kLanes, kShared>(p, tile, s, r, prefetcher);
     ++tiles;
@@ -62,9 +48,7 @@ template <class E, int kLanes, bool kShared, bool kBitmask = false>
 void backward_unit_of(const AttentionParams& p, BackwardTask& task) {
   constexpr int kRecords = kShared ? 1 : kLanes;
   Arena size{nullptr, 0};
-  ScatterRecord<E> unused;
-  size.take<ScatterRecord<E>>(kRecords);
-  for (int i = 0; i < kRecords; ++i) allocate_record<E>(p, size, kShared ? kLanes : 1, unused);
+  take_records<E, kLanes, kShared>(p, size);
   task.record_bytes = size.used;
 
   Arena arena{static_cast<char*>(task.scratch), 0};

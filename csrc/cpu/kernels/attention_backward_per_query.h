@@ -1,21 +1,8 @@
 // Backward pass of queries with key lists of their own: lanes are keys; attention_backward_tile.h has the steps.
 #pragma once
-#include <cstdint>
-
-#include "../../math/low_rank_kernels.h"
-#include "../../params.h"
 #include "attention_backward_scratch.h"
-#include "dkdv_scatter_shared.h"
-#include "element_types.h"
-#include "features.h"
-#include "gathered_rows.h"
-#include "isa.h"
-#include "key_list.h"
 #include "kv_state.h"
-#include "low_rank_products.h"
-#include "query_tile.h"
 #include "scores.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -33,15 +20,14 @@ SB_INLINE LaneWeights<AccType<E>> weights_of(const AttentionParams& p, const Bac
     return {r.ds, r.w};
 }
 
-// Steps 1 and 2, with a record for each query. All queries take one step before any takes the next, as in the forward
-// pass.
+// Steps 1 and 2, with a record for each query. All queries take one step before any takes the next.
 template <class E, int kLanes>
 SB_INLINE void weigh_per_query(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
                                const LogScales<AccType<E>>& kappa, AccType<E> kappa_ref, BackwardScratch<E, kLanes>& s,
                                ScatterRecord<E>* records) {
   typedef AccType<E> T;
   constexpr int N = kWidth<T>;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
   const auto for_each_query = [&](const auto& visit) SB_INLINE_LAMBDA {
     for (int lane = 0; lane < kLanes; ++lane)
@@ -121,7 +107,7 @@ SB_INLINE void gradients_per_query(const AttentionParams& p, const QueryTile<E, 
     for (int64_t i = 0; i < r.n; i += N) store_narrow<E, N>(r.w + i, load<T, N>(w.g + i));
   }
   if (L_count == 0) return;
-  x_gradient_of_query<T>(p, tile.b, tile.kv, L_count, r.key + r.L_begin, r.dt, s.row);
+  combine_rows<T>(L_count, r.dt, listed<T>(p.y, tile.b, tile.kv, r.key + r.L_begin), p.map_pad, s.row);
   for (int64_t a = 0; a < gradient_rows(p.low_rank, p.rank); ++a) s.dX[a * kLanes + lane] = s.row[a];
 }
 

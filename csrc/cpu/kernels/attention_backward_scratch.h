@@ -1,13 +1,6 @@
 // Scratch memory of the backward pass.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "arena.h"
-#include "complement_by_key.h"
 #include "dkdv_scatter_shared.h"
-#include "element_types.h"
-#include "isa.h"
 
 namespace sb::SB_ISA {
 
@@ -43,34 +36,35 @@ SB_INLINE void allocate_backward(const AttentionParams& p, Arena& arena, Backwar
   s.xT = arena.take<T>(p.map_pad * kLanes);
   s.gT = arena.take<S>(p.value_pad * kLanes);
   if constexpr (kPaired<E>) {
-    s.wide = arena.take<T>(p.value_pad * kLanes);
-    s.wide_rows = arena.take<T>(p.value_pad * kLanes);
-    s.P = arena.take<T>(p.max_keys * kLanes);
-    s.g = arena.take<T>(p.max_keys * kLanes);
+    s.wide = arena.take<T>(p.value_pad * kLanes), s.wide_rows = arena.take<T>(p.value_pad * kLanes);
+    s.P = arena.take<T>(p.max_keys * kLanes), s.g = arena.take<T>(p.max_keys * kLanes);
     s.W = arena.take<S>(p.max_keys * kLanes);
   }
   s.exponent = arena.take<T>(p.max_keys);
   s.row = arena.take<T>(p.map_pad);
-  s.F = arena.take<T>(p.features_pad() * kLanes);
-  s.gF = arena.take<T>(p.features_pad() * kLanes);
+  s.F = arena.take<T>(p.features_pad() * kLanes), s.gF = arena.take<T>(p.features_pad() * kLanes);
   s.dQ = arena.take<T>(p.head_pad * kLanes);
   s.dX = arena.take<T>((p.rank < p.map_pad ? p.map_pad : p.rank + 1) * kLanes);
   s.net = arena.take<T>(p.max_keys * kLanes);
 }
-template <class E>
-SB_INLINE void allocate_record(const AttentionParams& p, Arena& arena, int64_t lanes, ScatterRecord<E>& r) {
+// Records of one tile: one for all lanes, or (not kShared) one each.
+template <class E, int kLanes, bool kShared>
+SB_INLINE ScatterRecord<E>* take_records(const AttentionParams& p, Arena& arena) {
   typedef AccType<E> T;
-  r.key = arena.take<int32_t>(p.max_keys);
-  r.w = arena.take<E>(p.max_keys * lanes);
-  r.ds = arena.take<E>(p.max_keys * lanes);
-  r.dt = arena.take<T>(p.max_keys * lanes);
-  r.q = arena.take<const E*>(lanes);
-  r.d_out = arena.take<const E*>(lanes);
-  r.x = arena.take<const T*>(lanes);
-  r.by_key = arena.take<ByKeyQuery<T>>(lanes);
-  T* z = arena.take<T>(lanes * p.map_pad);
-  if (r.by_key)
-    for (int64_t i = 0; i < lanes; ++i) r.by_key[i].z = z + i * p.map_pad;
+  constexpr int kRecords = kShared ? 1 : kLanes, kOfRecord = kShared ? kLanes : 1;
+  ScatterRecord<E>*records = arena.take<ScatterRecord<E>>(kRecords), unused;
+  for (int record = 0; record < kRecords; ++record) {
+    ScatterRecord<E>& r = records ? records[record] : unused;
+    r.key = arena.take<int32_t>(p.max_keys);
+    r.w = arena.take<E>(p.max_keys * kOfRecord), r.ds = arena.take<E>(p.max_keys * kOfRecord);
+    r.dt = arena.take<T>(p.max_keys * kOfRecord);
+    r.q = arena.take<const E*>(kOfRecord), r.d_out = arena.take<const E*>(kOfRecord);
+    r.x = arena.take<const T*>(kOfRecord);
+    r.by_key = arena.take<ByKeyQuery<T>>(kOfRecord);
+    T* z = arena.take<T>(kOfRecord * p.map_pad);
+    for (int64_t i = 0; i < kOfRecord && records; ++i) r.by_key[i].z = z + i * p.map_pad;
+  }
+  return records;
 }
 
 }  // namespace sb::SB_ISA

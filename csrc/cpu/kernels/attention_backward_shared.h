@@ -1,23 +1,9 @@
 // Backward pass of a query tile that shares a key list, a query in every lane; attention_backward_tile.h has the steps.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
 #include "attention_backward_scratch.h"
-#include "dkdv_scatter_shared.h"
-#include "element_types.h"
-#include "features.h"
-#include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "key_list.h"
 #include "key_list_bitmask.h"
 #include "kv_state.h"
-#include "low_rank_products.h"
-#include "query_tile.h"
-#include "scores.h"
 #include "tile_prefetch.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -29,7 +15,7 @@ SB_INLINE void weigh_bitmask(const AttentionParams& p, const QueryTile<E, kLanes
   typedef AccType<E> T;
   const KeyList& list = tile.list;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
   const ScoreFactor<E> score(p);
   for (int v = 0; v < NQ; ++v) {
@@ -61,7 +47,7 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
   typedef AccType<E> T;
   const KeyList& list = tile.list;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
   for (int64_t i = 0; i < list.n; ++i) r.key[i] = list.key[i];
   const int64_t chunk_first = tile.chunk_first;
@@ -115,28 +101,24 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
       }
     }
     const int64_t listed_end = list.n_listed < end ? list.n_listed : end;
-    if (list.uses_kv_state)
+    const auto weigh_listed = [&](auto uses_state) SB_INLINE_LAMBDA {
       for (; i < listed_end; ++i)
         SB_EACH (v, NQ) {
           const int64_t o = i * kLanes + v * N;
           const V weight = exp2v<N>(score(load<T, N>(S + i * stride + v * N)) - lse[v]),
                   grad = load<T, N>(grad_of + o) - delta[v];
-          T* dt = r.dt + (i - L_begin) * kLanes + v * N;
-          const V t = load<T, N>(dt), du = a[v] * s.exponent[i] * kernel.slope(t);
-          const V u = du * kernel.root(t), net = weight - u;
-          sum[v] += weight, taken[v] += u, moment[v] += net * grad;
-          store<T, N>(dt, -du);
+          V net = weight;
+          if constexpr (uses_state) {
+            T* dt = r.dt + (i - L_begin) * kLanes + v * N;
+            const V t = load<T, N>(dt), du = a[v] * s.exponent[i] * kernel.slope(t), u = du * kernel.root(t);
+            taken[v] += u, net -= u;
+            store<T, N>(dt, -du);
+          }
+          sum[v] += weight, moment[v] += net * grad;
           store<T, N>(P + o, weight), store<T, N>(s.net + o, net), store<T, N>(grad_of + o, grad);
         }
-    else
-      for (; i < listed_end; ++i)
-        SB_EACH (v, NQ) {
-          const int64_t o = i * kLanes + v * N;
-          const V weight = exp2v<N>(score(load<T, N>(S + i * stride + v * N)) - lse[v]),
-                  grad = load<T, N>(grad_of + o) - delta[v];
-          sum[v] += weight, moment[v] += weight * grad;
-          store<T, N>(P + o, weight), store<T, N>(s.net + o, weight), store<T, N>(grad_of + o, grad);
-        }
+    };
+    list.uses_kv_state ? weigh_listed(Yes{}) : weigh_listed(No{});
     for (; i < end; ++i) {
       const V at = splat<T, N>(T(list.key[i] - chunk_first));
       const T kj = kappa(list.key[i]);
@@ -165,7 +147,7 @@ SB_INLINE void gradients_shared(const AttentionParams& p, const QueryTile<E, kLa
                                 BackwardScratch<E, kLanes>& s, ScatterRecord<E>& r) {
   typedef AccType<E> T;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   V correction[NQ], inverse[NQ], scaled[NQ];
   SB_EACH (v, NQ) {
     correction[v] = load<T, N>(s.correction + v * N), inverse[v] = load<T, N>(s.inverse + v * N);

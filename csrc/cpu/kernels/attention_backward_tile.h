@@ -1,50 +1,17 @@
-// The backward pass of a query tile (docs/algorithm.md, sections 6 and 7). With the saved log-sum-exp, P = exp(s -
-// lse), U = L exp(-lse) and g = dO.v - delta:
-//   listed key:    ds = P g; where the state holds its L, the weight is P - U and dL is -g exp(-lse)
-//   unlisted key:  dL = g exp(-lse)
-// The steps of a tile: (1) scores, x.y and dO.v; (2) P, U, g and their sums; (3) the state's part of the sums, and
-// balance; (4) ds, dt and weights of listed keys; (5) dq and dx; (6) dx through the state and the state's gradient.
-//
-// lse and out are rounded, and their error is the same for every key of a query, where the terms of its gradient
-// cancel. So step 3 sums the weights again, together with the weighted sum of dO.v - dO.o: one division makes the
-// weights sum to one and delta their mean.
-//
-// Listed keys are scattered to dk, dv and dy tile after tile: the order of every sum is the order of the queries, for
-// any number of threads.
+// The backward pass of a query tile (docs/algorithm.md: formulas and the order of sums in section 6, steps in 7).
 #pragma once
-#include <cstdint>
-
-#include "../../math/base2.h"
-#include "../../math/low_rank_kernels.h"
-#include "../../params.h"
-#include "../tuning.h"
 #include "attention_backward_per_query.h"
-#include "attention_backward_scratch.h"
 #include "attention_backward_shared.h"
-#include "complement_by_key.h"
-#include "dkdv_scatter_shared.h"
-#include "element_types.h"
-#include "features.h"
-#include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "kv_state.h"
-#include "low_rank_products.h"
-#include "query_tile.h"
-#include "tile_prefetch.h"
-#include "transpose.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
 // Step 3: the state's part of the sums, then the factor that makes the weights sum to one and the correction that makes
-// delta their mean. As in the forward pass the complement's weight is not negative. Returns whether any lane uses the
-// state.
+// delta their mean. Returns whether any lane uses the state.
 template <class E, int kLanes>
 SB_INLINE bool balance_tile(const AttentionParams& p, const KVState<AccType<E>>& state, BackwardScratch<E, kLanes>& s) {
   typedef AccType<E> T;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   bool any = false;
   for (int lane = 0; lane < kLanes; ++lane) any |= !(s.kv_state_log[lane] <= T(-1e29));
   V total[NQ] = {}, slope[NQ];
@@ -77,38 +44,40 @@ SB_INLINE bool balance_tile(const AttentionParams& p, const KVState<AccType<E>>&
   return any;
 }
 
-// Balances a lane whose complement is summed key by key: it leaves the state and the record's U. Element i of this lane
-// in the record's arrays is at i * stride.
+// One lane's arrays of listed keys: element i is at i * stride.
+template <class T>
+struct LaneArrays {
+  int64_t stride;
+  T *P, *g, *dt, *net;
+};
+
+// Balances a lane whose complement is summed key by key, without the record's U.
 template <class T, int kLanes>
-void balance_by_key(const AttentionParams& p, const QueryTile<T, kLanes>& tile, int lane, int64_t stride, T* ds, T* w,
-                    T* dt, T* net, BackwardScratch<T, kLanes>& s, ScatterRecord<T>& r) {
+void balance_by_key(const AttentionParams& p, const QueryTile<T, kLanes>& tile, int lane, const LaneArrays<T>& of,
+                    BackwardScratch<T, kLanes>& s, ScatterRecord<T>& r) {
   ByKeyQuery<T>& q = r.by_key[r.by_key_count++];
   const RowRange& range = p.rows[tile.b];
   q.b = tile.b, q.kv = tile.kv, q.end = p.is_causal ? tile.chunk_first - range.k_first : range.k_end - range.k_first;
   q.key = r.key + r.n_chunk, q.listed = r.n_listed - r.n_chunk, q.x = tile.x[lane], q.d_out = s.d_out[lane];
   q.log = tile.rho[lane] - s.lse[lane], q.delta = s.delta[lane];
   map_row<T>(p, q.x, q.z);
-  for (int64_t i = 0; i < r.n_listed; ++i) net[i * stride] = ds[i * stride];
-  for (int64_t i = r.L_begin; i < r.n_listed; ++i) dt[(i - r.L_begin) * stride] = T(0);
+  for (int64_t i = 0; i < r.n_listed; ++i) of.net[i * of.stride] = of.P[i * of.stride];
+  for (int64_t i = r.L_begin; i < r.n_listed; ++i) of.dt[(i - r.L_begin) * of.stride] = T(0);
   T den = s.exact[lane], slope = T(0);
-  for (int64_t i = 0; i < r.n; ++i) slope += net[i * stride] * w[i * stride];
+  for (int64_t i = 0; i < r.n; ++i) slope += of.net[i * of.stride] * of.g[i * of.stride];
   sum_by_key<T>(p, q, &den, &slope);
   s.inverse[lane] = q.inverse = den == T(0) ? T(0) : T(1) / den;
   s.correction[lane] = slope * q.inverse - s.d_lse[lane];
   q.delta += s.correction[lane];
-  s.weight[lane] = T(0);
-  for (int64_t f = 0; f < p.features; ++f) s.F[f * kLanes + lane] = T(0);
 }
 
-// Removes a lane that is recomputed in double (p.needs_double) from the state and the record.
+// Removes a lane that is recomputed in double (p.needs_double) from the record.
 template <class E, int kLanes, class T>
-void drop_lane(const AttentionParams& p, int lane, int64_t stride, T* ds, T* w, T* dt, T* net,
-               BackwardScratch<E, kLanes>& s, const ScatterRecord<E>& r) {
-  for (int64_t i = 0; i < r.n; ++i) net[i * stride] = w[i * stride] = T(0);
-  for (int64_t i = 0; i < r.n_listed; ++i) ds[i * stride] = T(0);
-  for (int64_t i = r.L_begin; i < r.n; ++i) dt[(i - r.L_begin) * stride] = T(0);
-  s.inverse[lane] = s.correction[lane] = s.weight[lane] = T(0);
-  for (int64_t f = 0; f < p.features; ++f) s.F[f * kLanes + lane] = T(0);
+void drop_lane(int lane, const LaneArrays<T>& of, BackwardScratch<E, kLanes>& s, const ScatterRecord<E>& r) {
+  for (int64_t i = 0; i < r.n; ++i) of.net[i * of.stride] = of.g[i * of.stride] = T(0);
+  for (int64_t i = 0; i < r.n_listed; ++i) of.P[i * of.stride] = T(0);
+  for (int64_t i = r.L_begin; i < r.n; ++i) of.dt[(i - r.L_begin) * of.stride] = T(0);
+  s.inverse[lane] = s.correction[lane] = T(0);
 }
 
 // dx of a lane whose complement is summed key by key.
@@ -116,7 +85,7 @@ template <class T, int kLanes>
 void query_gradient_by_key(const AttentionParams& p, int lane, BackwardScratch<T, kLanes>& s, const ByKeyQuery<T>& q) {
   for (int64_t a = 0; a < p.map_pad; ++a) s.row[a] = T(0);
   gradients_by_key<T>(p, q, 0, q.end, [&](const int32_t* key, int64_t n, const T*, const T* dt) {
-    add_x_gradient_of_query<T>(p, q.b, q.kv, n, key, dt, s.row);
+    add_rows<T>(n, dt, listed<T>(p.y, q.b, q.kv, key), p.map_pad, s.row);
   });
   for (int64_t a = 0; a < gradient_rows(p.low_rank, p.rank); ++a) s.dX[a * kLanes + lane] += s.row[a];
 }
@@ -127,7 +96,7 @@ SB_INLINE void kv_state_gradients(const AttentionParams& p, const KVState<AccTyp
                                   const KVState<AccType<E>>& d_state, BackwardScratch<E, kLanes>& s) {
   typedef AccType<E> T;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   V inverse[NQ], correction[NQ], delta[NQ];
   SB_EACH (v, NQ) {
     inverse[v] = load<T, N>(s.inverse + v * N), correction[v] = load<T, N>(s.correction + v * N);
@@ -195,23 +164,21 @@ SB_INLINE int apply_fallback(const AttentionParams& p, const QueryTile<E, kLanes
   for (int lane = 0; lane < tile.lanes; ++lane) {
     if (tile.query[lane] < 0 || !(s.removed[lane] > T(p.fallback_bound) * s.den[lane])) continue;
     ScatterRecord<E>& r = records[kShared ? 0 : lane];
-    const int64_t at = kShared ? lane : 0, stride = kShared ? kLanes : 1;
-    T* net = s.net + (kShared ? lane : lane * p.max_keys);
-    T *P, *grad;
-    if constexpr (kShared) {
-      P = s.P + lane, grad = s.g + lane;
-    } else {
+    LaneArrays<T> of{kLanes, s.P + lane, s.g + lane, r.dt + lane, s.net + lane};
+    if constexpr (!kShared) {
       const LaneWeights<T> w = weights_of<E, kLanes>(p, s, lane, r);
-      P = w.P, grad = w.g;
+      of = {1, w.P, w.g, r.dt, s.net + lane * p.max_keys};
     }
+    s.weight[lane] = T(0);
+    for (int64_t f = 0; f < p.features; ++f) s.F[f * kLanes + lane] = T(0);
     if (p.needs_double) {
       p.needs_double[(tile.b * p.q_heads + tile.h) * p.q_tokens + tile.query[lane]] = 1;
-      drop_lane<E, kLanes>(p, lane, stride, P, grad, r.dt + at, net, s, r);
+      drop_lane<E, kLanes>(lane, of, s, r);
       continue;
     }
     if constexpr (sizeof(T) == sizeof(double)) {
       by_key[by_key_count++] = lane;
-      balance_by_key<T, kLanes>(p, tile, lane, stride, P, grad, r.dt + at, net, s, r);
+      balance_by_key<T, kLanes>(p, tile, lane, of, s, r);
     }
   }
   return by_key_count;

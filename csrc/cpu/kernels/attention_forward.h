@@ -1,27 +1,8 @@
 // The forward pass (docs/algorithm.md, sections 1, 5 and 7).
 #pragma once
-#include <cstdint>
-
-#include "../../math/base2.h"
-#include "../../params.h"
-#include "../tuning.h"
-#include "arena.h"
 #include "attention_forward_per_query.h"
-#include "attention_forward_scratch.h"
 #include "attention_forward_shared.h"
 #include "complement_by_key.h"
-#include "element_types.h"
-#include "features.h"
-#include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "key_list_bitmask.h"
-#include "kv_state.h"
-#include "query_tile.h"
-#include "scores.h"
-#include "tile_prefetch.h"
-#include "transpose.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -33,7 +14,7 @@ SB_INLINE void log2_lanes(const T* x, T* y) {
   } else {
     constexpr int N = kLaneWidth<double, kLanes>;
     for (int lane = 0; lane < kLanes; lane += N) {
-      typename Vec<double, N>::type v;
+      Vector<double, N> v;
       SB_EACH (i, N) v[i] = double(x[lane + i]);
       v = log2v<N>(v);
       SB_EACH (i, N) y[lane + i] = T(v[i]);
@@ -70,7 +51,7 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
     expand_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.weight, s.F);
     for (int v = 0; v < kLanes; v += N)
       for (int64_t begin = 0; begin < p.features; begin += kShortChain) {
-        typename Vec<T, N>::type sum{};
+        Vector<T, N> sum{};
         for (int64_t f = begin; f < p.features && f < begin + kShortChain; ++f)
           sum += load<T, N>(s.F + f * kLanes + v) * state.hz[f];
         store<T, N>(total + v, load<T, N>(total + v) + sum);
@@ -79,8 +60,7 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
                              DenseRows<const T>{state.H, p.value_pad}, DenseRows<T>{s.O, p.value_pad});
   }
 
-  // 6. One normaliser. In exact arithmetic the complement's weight is not negative; where rounding makes it so,
-  // den = exact weight, its lower bound. A row without weight gives zeros; NaN stays NaN.
+  // 6. One normaliser. A row without weight gives zeros; NaN stays NaN.
   T den[kLanes], log_den[kLanes];
   bool skip[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -107,14 +87,14 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
     E* out = p.out.at<E>(tile.b, tile.h, tile.query[lane]);
     const T *O = s.O + lane * p.value_pad, d = den[lane];
     lse[tile.query[lane]] = d == T(0) ? -T(__builtin_inf()) : T(kLn2) * (s.c[lane] + log_den[lane]);
-    // Divided, not multiplied by a rounded 1 / den, whose error would be the same in every element and add up in dO.o.
+    // Divided, not multiplied by a rounded 1 / den (docs/algorithm.md, section 5).
     if (d > T(1e-30) && d < T(1e30)) {
       const T inverse = T(1) / d;
       for (int64_t e = 0; e < p.value_pad; e += NV)
         store_narrow<E, NV>(out + e, divide<T, NV>(load<T, NV>(O + e), d, inverse));
     } else {
       for (int64_t e = 0; e < p.value_pad; e += NV)
-        store_narrow<E, NV>(out + e, d == T(0) ? typename Vec<T, NV>::type{} : load<T, NV>(O + e) / d);
+        store_narrow<E, NV>(out + e, d == T(0) ? Vector<T, NV>{} : load<T, NV>(O + e) / d);
     }
   }
 }

@@ -1,23 +1,14 @@
 // Forward pass of queries with key lists of their own: lanes are keys (docs/algorithm.md, sections 1 and 7).
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
 #include "attention_forward_scratch.h"
-#include "features.h"
-#include "gathered_rows.h"
-#include "isa.h"
-#include "key_list.h"
 #include "kv_state.h"
 #include "low_rank_products.h"
-#include "query_tile.h"
 #include "scores.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
-// Steps 1 to 4. All queries take one step before any takes the next: their lists overlap, and rows of K or V that one
-// has read are still in the first level of cache for its neighbour.
+// Steps 1 to 4. All queries take one step before any takes the next: rows that one has read are still in the first
+// level of cache for its neighbour.
 template <class E, int kLanes>
 SB_INLINE void forward_per_query(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
                                  const LogScales<AccType<E>>& kappa, AccType<E> kappa_ref,

@@ -1,11 +1,7 @@
 // Scratch memory of the forward pass.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
 #include "arena.h"
 #include "element_types.h"
-#include "isa.h"
 #include "key_list.h"
 
 namespace sb::SB_ISA {
@@ -30,12 +26,10 @@ SB_INLINE void allocate_forward(const AttentionParams& p, Arena& arena, ForwardS
   s.qT = arena.take<StepOf<E>>(p.head_pad * kLanes);
   s.W = arena.take<StepOf<E>>(kPaired<E> ? p.max_keys * kLanes : 0);
   s.xT = arena.take<T>(p.map_pad * kLanes);
-  s.S = arena.take<T>(p.max_keys * kLanes);
-  s.L = arena.take<T>(p.max_keys * kLanes);
+  s.S = arena.take<T>(p.max_keys * kLanes), s.L = arena.take<T>(p.max_keys * kLanes);
   s.F = arena.take<T>(p.features_pad() * kLanes);
   s.O = arena.take<T>(p.value_pad * kLanes);
-  const int64_t lists = kShared ? 0 : kLanes;
-  for (int64_t i = 0; i < lists; ++i) s.lists[i].key = arena.take<int32_t>(p.max_keys);
+  for (int64_t i = 0; i < kLanes && !kShared; ++i) s.lists[i].key = arena.take<int32_t>(p.max_keys);
   s.decay = arena.take<T>(p.max_keys * (kShared ? 1 : kLanes));
   s.by_key = arena.take<T>(p.head_pad + p.map_pad + p.max_keys);
 }

@@ -1,23 +1,10 @@
 // Forward pass of a query tile that shares a key list, a query in every lane (docs/algorithm.md, sections 1 and 7).
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../tuning.h"
 #include "attention_forward_scratch.h"
-#include "element_types.h"
-#include "features.h"
-#include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "key_list.h"
 #include "key_list_bitmask.h"
 #include "kv_state.h"
 #include "low_rank_products.h"
-#include "query_tile.h"
-#include "scores.h"
 #include "tile_prefetch.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -42,7 +29,7 @@ SB_INLINE void bitmask_weights(const AttentionParams& p, const QueryTile<E, kLan
   typedef AccType<E> T;
   const KeyList& list = tile.list;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
   const ScoreFactor<E> score(p);
   const V none = splat<T, N>(T(-1e30));
@@ -76,7 +63,7 @@ SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLane
   typedef AccType<E> T;
   const KeyList& list = tile.list;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
   const V none = splat<T, N>(T(-1e30));
   const int64_t chunk_first = tile.chunk_first;
@@ -136,24 +123,20 @@ SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLane
       }
     }
     const int64_t listed_end = list.n_listed < end ? list.n_listed : end;
-    if (list.uses_kv_state)
+    const auto weigh_listed = [&](auto uses_state) SB_INLINE_LAMBDA {
       for (; i < listed_end; ++i)
         SB_EACH (v, NQ) {
           const int64_t o = i * kLanes + v * N;
-          const V weight = exp2v<N>(score(load<T, N>(S + o)) - c[v]);
-          const V u = a[v] * s.decay[i] * kernel.value(load<T, N>(s.L + o));
+          V weight = exp2v<N>(score(load<T, N>(S + o)) - c[v]);
           sum[v] += weight;
-          taken[v] += u;
-          store<T, N>(s.S + o, weight - u);
-        }
-    else
-      for (; i < listed_end; ++i)
-        SB_EACH (v, NQ) {
-          const int64_t o = i * kLanes + v * N;
-          const V weight = exp2v<N>(score(load<T, N>(S + o)) - c[v]);
-          sum[v] += weight;
+          if constexpr (uses_state) {
+            const V u = a[v] * s.decay[i] * kernel.value(load<T, N>(s.L + o));
+            taken[v] += u, weight -= u;
+          }
           store<T, N>(s.S + o, weight);
         }
+    };
+    list.uses_kv_state ? weigh_listed(Yes{}) : weigh_listed(No{});
     for (; i < end; ++i) {
       const V at = splat<T, N>(T(list.key[i] - chunk_first));
       const T kj = kappa(list.key[i]);

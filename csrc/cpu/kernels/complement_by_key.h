@@ -1,17 +1,8 @@
-// The complement of one query summed key by key, without the state: for queries where subtracting the listed keys' L
-// from the state loses precision even in float64 (kFallbackBoundInDouble). Rare on real tokens, and linear in the keys.
+// The complement of one query summed key by key, where subtracting from the state loses precision even in float64
+// (kFallbackBoundInDouble).
 #pragma once
-#include <cstdint>
-
-#include "../../math/base2.h"
-#include "../../params.h"
 #include "features.h"
-#include "gathered_rows.h"
-#include "isa.h"
-#include "key_list.h"
 #include "low_rank_products.h"
-#include "query_tile.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

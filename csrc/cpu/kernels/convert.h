@@ -1,10 +1,6 @@
 // Rows of bfloat16 and float16 to float32 and back, rounded to nearest with ties to even; NaN stays NaN. Where the
 // instruction set has no float16 conversion the launcher converts element by element.
 #pragma once
-#include <cstdint>
-
-#include "../kernels.h"
-#include "isa.h"
 #include "vec.h"
 
 namespace sb::SB_ISA {
@@ -17,52 +13,59 @@ struct HalfVec {
   typedef HalfBits unaligned __attribute__((vector_size(N * sizeof(HalfBits)), aligned(sizeof(HalfBits)), may_alias));
   typedef uint32_t bits __attribute__((vector_size(N * sizeof(uint32_t))));
 };
+template <int N>
+using Halves = typename HalfVec<N>::type;
+template <int N>
+SB_INLINE Halves<N> load_halves(const void* p) {
+  return *static_cast<const typename HalfVec<N>::unaligned*>(p);
+}
+template <int N>
+SB_INLINE void store_halves(void* p, Halves<N> v) {
+  *static_cast<typename HalfVec<N>::unaligned*>(p) = v;
+}
 
 // 16-bit lanes, zero-extended to 32 bits.
 template <int N>
-SB_INLINE typename HalfVec<N>::bits extend_halves(typename HalfVec<N>::type v) {
+SB_INLINE typename HalfVec<N>::bits extend_halves(Halves<N> v) {
 #if SB_VECTOR_BYTES == 64 && !defined(__clang__)
   typedef short Shorts __attribute__((vector_size(32)));  // one instruction; GCC 12 emits five for the conversion below
   if constexpr (N == 16)
-    return (typename HalfVec<N>::bits)__builtin_ia32_pmovzxwd512_mask((Shorts)v, (typename Vec<float, N>::ints){},
-                                                                      0xffff);
+    return (typename HalfVec<N>::bits)__builtin_ia32_pmovzxwd512_mask((Shorts)v, (Ints<float, N>){}, 0xffff);
 #endif
   return __builtin_convertvector(v, typename HalfVec<N>::bits);
 }
 
 struct Bfloat16Lanes {
   template <int N>
-  static SB_INLINE typename Vec<float, N>::type widen(typename HalfVec<N>::type v) {
-    return (typename Vec<float, N>::type)(extend_halves<N>(v) << 16);
+  static SB_INLINE Vector<float, N> widen(Halves<N> v) {
+    return (Vector<float, N>)(extend_halves<N>(v) << 16);
   }
   template <int N>
-  static SB_INLINE typename HalfVec<N>::type narrow(typename Vec<float, N>::type v) {
+  static SB_INLINE Halves<N> narrow(Vector<float, N> v) {
     typedef typename HalfVec<N>::bits U;
     const U u = (U)v, rounded = u + 0x7fffu + ((u >> 16) & 1u), nan = U{} + 0x7fc00000u;
     const U bits = v == v ? rounded : nan;
-    return __builtin_convertvector(bits >> 16, typename HalfVec<N>::type);
+    return __builtin_convertvector(bits >> 16, Halves<N>);
   }
 };
 
 #if SB_VECTOR_BYTES >= 32
 struct Float16Lanes {
+  typedef short Shorts __attribute__((vector_size(SB_VECTOR_BYTES / 2)));
   template <int N>
-  static SB_INLINE typename Vec<float, N>::type widen(typename HalfVec<N>::type v) {
+  static SB_INLINE Vector<float, N> widen(Halves<N> v) {
 #if SB_VECTOR_BYTES == 64
-    typedef short Shorts __attribute__((vector_size(32)));
-    return __builtin_ia32_vcvtph2ps512_mask((Shorts)v, typename Vec<float, N>::type{}, 0xffff, 4);
+    return __builtin_ia32_vcvtph2ps512_mask((Shorts)v, Vector<float, N>{}, 0xffff, 4);
 #else
-    typedef short Shorts __attribute__((vector_size(16)));
     return __builtin_ia32_vcvtph2ps256((Shorts)v);
 #endif
   }
   template <int N>
-  static SB_INLINE typename HalfVec<N>::type narrow(typename Vec<float, N>::type v) {
+  static SB_INLINE Halves<N> narrow(Vector<float, N> v) {
 #if SB_VECTOR_BYTES == 64
-    typedef short Shorts __attribute__((vector_size(32)));
-    return (typename HalfVec<N>::type)__builtin_ia32_vcvtps2ph512_mask(v, 0, Shorts{}, 0xffff);
+    return (Halves<N>)__builtin_ia32_vcvtps2ph512_mask(v, 0, Shorts{}, 0xffff);
 #else
-    return (typename HalfVec<N>::type)__builtin_ia32_vcvtps2ph256(v, 0);
+    return (Halves<N>)__builtin_ia32_vcvtps2ph256(v, 0);
 #endif
   }
 };
@@ -70,36 +73,36 @@ struct Float16Lanes {
 
 // n elements: whole vectors, then the remainder in a zero-filled one.
 template <class Lanes>
-void widen_row(const HalfBits* from, int64_t n, float* to) {
+void widen_row(const void* source, int64_t n, float* to) {
+  const HalfBits* from = static_cast<const HalfBits*>(source);
   constexpr int N = kWidth<float>;
   int64_t i = 0;
-  for (; i + N <= n; i += N)
-    store<float, N>(to + i,
-                    Lanes::template widen<N>(*reinterpret_cast<const typename HalfVec<N>::unaligned*>(from + i)));
+  for (; i + N <= n; i += N) store<float, N>(to + i, Lanes::template widen<N>(load_halves<N>(from + i)));
   if (i == n) return;
-  typename HalfVec<N>::type rest{};
+  Halves<N> rest{};
   for (int64_t k = i; k < n; ++k) rest[k - i] = from[k];
   const auto wide = Lanes::template widen<N>(rest);
   for (int64_t k = i; k < n; ++k) to[k] = wide[k - i];
 }
 template <class Lanes>
-void narrow_row(const float* from, int64_t n, HalfBits* to) {
+void narrow_row(const float* from, int64_t n, void* target) {
+  HalfBits* to = static_cast<HalfBits*>(target);
   constexpr int N = kWidth<float>;
   int64_t i = 0;
-  for (; i + N <= n; i += N)
-    *reinterpret_cast<typename HalfVec<N>::unaligned*>(to + i) = Lanes::template narrow<N>(load<float, N>(from + i));
+  for (; i + N <= n; i += N) store_halves<N>(to + i, Lanes::template narrow<N>(load<float, N>(from + i)));
   if (i == n) return;
-  typename Vec<float, N>::type rest{};
+  Vector<float, N> rest{};
   for (int64_t k = i; k < n; ++k) rest[k - i] = from[k];
   const auto narrow = Lanes::template narrow<N>(rest);
   for (int64_t k = i; k < n; ++k) to[k] = narrow[k - i];
 }
 
-constexpr ConvertKernels convert_table() {
+constexpr HalfConversion convert_bfloat16() { return {&widen_row<Bfloat16Lanes>, &narrow_row<Bfloat16Lanes>}; }
+constexpr HalfConversion convert_float16() {
 #if SB_VECTOR_BYTES >= 32
-  return {&widen_row<Bfloat16Lanes>, &narrow_row<Bfloat16Lanes>, &widen_row<Float16Lanes>, &narrow_row<Float16Lanes>};
+  return {&widen_row<Float16Lanes>, &narrow_row<Float16Lanes>};
 #else
-  return {&widen_row<Bfloat16Lanes>, &narrow_row<Bfloat16Lanes>, nullptr, nullptr};
+  return {};
 #endif
 }
 

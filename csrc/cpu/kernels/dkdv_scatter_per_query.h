@@ -1,17 +1,7 @@
 // Scatter of the backward pass to dk, dv and dy, for queries with key lists of their own. Lists of neighbouring queries
 // overlap: what a tile adds to the keys of a block is one small product, so a key's rows are read and written once.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../tuning.h"
-#include "arena.h"
 #include "dkdv_scatter_shared.h"
-#include "element_types.h"
-#include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -88,7 +78,7 @@ SB_INLINE void copy_weights(const E* from, AccType<E>* to) {
   if constexpr (kKeys == 1)
     *to = widen_one<E>(*from);
   else
-    store<AccType<E>, kKeys>(to, load_wide<E, kKeys>(from));
+    store<AccType<E>, kKeys>(to, load_wide<kKeys>(from));
 }
 
 // Adds the pieces of one block to its keys [offset, offset + kKeys), which all of them cover.
@@ -128,11 +118,8 @@ SB_INLINE void scatter_keys(const AttentionParams& p, int64_t b, int64_t kv, con
 template <class T>
 SB_INLINE void fetch_block(const AttentionParams& p, int64_t b, int64_t kv, int64_t key) {
   const int64_t end = key + kScatterBlockKeys < p.k_tokens ? key + kScatterBlockKeys : p.k_tokens;
-  for (; key < end; ++key) {
-    for (int64_t e = 0; e < p.value_pad; e += int64_t(64 / sizeof(T)))
-      __builtin_prefetch(p.dv.at<T>(b, kv, key) + e, 1);
-    for (int64_t e = 0; e < p.head_pad; e += int64_t(64 / sizeof(T))) __builtin_prefetch(p.dk.at<T>(b, kv, key) + e, 1);
-  }
+  for (; key < end; ++key)
+    fetch_row<1>(p.dv.at<T>(b, kv, key), p.value_pad), fetch_row<1>(p.dk.at<T>(b, kv, key), p.head_pad);
 }
 
 // Adds a tile's share of dk, dv and dy for the keys in [key_begin, key_end).

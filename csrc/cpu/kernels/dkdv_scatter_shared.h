@@ -1,15 +1,6 @@
 // Scatter of the backward pass to dk, dv and dy, for query tiles that share a key list.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../tuning.h"
 #include "complement_by_key.h"
-#include "element_types.h"
-#include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

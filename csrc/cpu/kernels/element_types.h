@@ -1,16 +1,11 @@
-// Element types of the rows of q, k, v, o and dO, and how products contract them. E is the element type, T = AccType<E>
-// the accumulation type. A contraction goes in steps: float and double one element at a time, bfloat16 two at a time,
-// a Word, by dot instructions and without widening, since products of two bfloat16 are exact in float32.
+// Element types E of the rows of q, k, v, o and dO, and how products contract them in steps: float and double one
+// element at a time, bfloat16 two at a time, a Word, by dot instructions (docs/algorithm.md, section 7).
 #pragma once
-#include <cstdint>
 #if defined(SB_BFLOAT16)
 #include <immintrin.h>
 #endif
 
-#include "../../params.h"
 #include "convert.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -53,8 +48,7 @@ inline constexpr bool kIsWord = false;
 template <>
 inline constexpr bool kIsWord<Word> = true;
 template <class T, class S, int N>
-SB_INLINE typename Vec<T, N>::type multiply_add(typename Vec<T, N>::type acc, typename Vec<S, N>::type a,
-                                                typename Vec<S, N>::type b) {
+SB_INLINE Vector<T, N> multiply_add(Vector<T, N> acc, Vector<S, N> a, Vector<S, N> b) {
 #if defined(SB_BFLOAT16)
   if constexpr (kIsWord<S>) {
     if constexpr (N == 16)
@@ -66,66 +60,56 @@ SB_INLINE typename Vec<T, N>::type multiply_add(typename Vec<T, N>::type acc, ty
     return acc + a * b;
 }
 
-// N neighbouring bfloat16 as bits, and N float32 rounded to them, to nearest with ties to even.
+// N float32 rounded to bfloat16, to nearest with ties to even.
 template <int N>
-SB_INLINE typename HalfVec<N>::type load_half(const Bfloat16* p) {
-  return *reinterpret_cast<const typename HalfVec<N>::unaligned*>(p);
-}
-template <int N>
-SB_INLINE void store_half(Bfloat16* p, typename Vec<float, N>::type v) {
+SB_INLINE Halves<N> narrow_halves(Vector<float, N> v) {
 #if defined(SB_BFLOAT16)
   if constexpr (N == 16)
-    *reinterpret_cast<typename HalfVec<N>::unaligned*>(p) = (typename HalfVec<N>::type)_mm512_cvtneps_pbh(v);
+    return (Halves<N>)_mm512_cvtneps_pbh(v);
   else
-    *reinterpret_cast<typename HalfVec<N>::unaligned*>(p) = (typename HalfVec<N>::type)_mm256_cvtneps_pbh(v);
+    return (Halves<N>)_mm256_cvtneps_pbh(v);
 #else
-  *reinterpret_cast<typename HalfVec<N>::unaligned*>(p) = Bfloat16Lanes::narrow<N>(v);
+  return Bfloat16Lanes::narrow<N>(v);
 #endif
 }
 
 // Word i holds element i of `low` and of `high`.
 template <int N>
-SB_INLINE typename Vec<Word, N>::type interleave(typename HalfVec<N>::type low, typename HalfVec<N>::type high) {
+SB_INLINE Vector<Word, N> interleave(Halves<N> low, Halves<N> high) {
   return extend_halves<N>(low) | (extend_halves<N>(high) << 16);
 }
 
 // interleave for two vectors of float32, which are rounded.
 template <int N, int... i>
-SB_INLINE typename HalfVec<2 * N>::type alternate_halves(typename HalfVec<2 * N>::type v, Indices<i...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(v, v, (i / 2 + i % 2 * N)...);
-#else
-  typedef typename HalfVec<2 * N>::type Halves;
-  return __builtin_shuffle(v, Halves{HalfBits(i / 2 + i % 2 * N)...});
-#endif
+SB_INLINE Halves<2 * N> alternate_halves(Halves<2 * N> v, Indices<i...>) {
+  return SB_SHUFFLE(v, v, (i / 2 + i % 2 * N)...);
 }
 template <int N>
-SB_INLINE typename Vec<Word, N>::type interleave_narrow(typename Vec<float, N>::type low,
-                                                        typename Vec<float, N>::type high) {
+SB_INLINE Vector<Word, N> interleave_narrow(Vector<float, N> low, Vector<float, N> high) {
 #if defined(SB_BFLOAT16)
-  typedef typename HalfVec<2 * N>::type Halves;
-  typedef typename CountIndices<2 * N>::type Each;
   if constexpr (N == 16)
-    return (typename Vec<Word, N>::type)alternate_halves<N>((Halves)_mm512_cvtne2ps_pbh(high, low), Each{});
+    return (Vector<Word, N>)alternate_halves<N>((Halves<2 * N>)_mm512_cvtne2ps_pbh(high, low),
+                                                typename CountIndices<2 * N>::type{});
   else
-    return (typename Vec<Word, N>::type)alternate_halves<N>((Halves)_mm256_cvtne2ps_pbh(high, low), Each{});
+    return (Vector<Word, N>)alternate_halves<N>((Halves<2 * N>)_mm256_cvtne2ps_pbh(high, low),
+                                                typename CountIndices<2 * N>::type{});
 #else
   return interleave<N>(Bfloat16Lanes::narrow<N>(low), Bfloat16Lanes::narrow<N>(high));
 #endif
 }
 
 // N elements of a row in the accumulation type, and back.
-template <class E, int N>
-SB_INLINE typename Vec<AccType<E>, N>::type load_wide(const E* p) {
+template <int N, class E>
+SB_INLINE Vector<AccType<E>, N> load_wide(const E* p) {
   if constexpr (kPaired<E>)
-    return Bfloat16Lanes::widen<N>(load_half<N>(p));
+    return Bfloat16Lanes::widen<N>(load_halves<N>(p));
   else
     return load<E, N>(p);
 }
 template <class E, int N>
-SB_INLINE void store_narrow(E* p, typename Vec<AccType<E>, N>::type v) {
+SB_INLINE void store_narrow(E* p, Vector<AccType<E>, N> v) {
   if constexpr (kPaired<E>)
-    store_half<N>(p, v);
+    store_halves<N>(p, narrow_halves<N>(v));
   else
     store<E, N>(p, v);
 }
@@ -147,7 +131,7 @@ template <class E>
 SB_INLINE const AccType<E>* widen_row_of(const E* row, int64_t width, AccType<E>* wide) {
   if constexpr (kPaired<E>) {
     constexpr int N = kWidth<float>;
-    for (int64_t e = 0; e < width; e += N) store<float, N>(wide + e, load_wide<E, N>(row + e));
+    for (int64_t e = 0; e < width; e += N) store<float, N>(wide + e, load_wide<N>(row + e));
     return wide;
   } else {
     return row;
@@ -161,7 +145,7 @@ SB_INLINE const StepOf<E>* weight_steps(int64_t n, const AccType<E>* weight, Ste
     for (int64_t i = 0; i < n; i += 2)
       for (int v = 0; v < kLanes; v += N) {
         const auto low = load<float, N>(weight + i * kLanes + v);
-        typename Vec<float, N>::type high{};
+        Vector<float, N> high{};
         if (i + 1 < n) high = load<float, N>(weight + (i + 1) * kLanes + v);
         store<Word, N>(steps + i / 2 * kLanes + v, interleave_narrow<N>(low, high));
       }

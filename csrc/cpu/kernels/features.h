@@ -1,11 +1,7 @@
-// Feature expansion F(z) of the low-rank kernels and its chain rule (math/low_rank.h), on kLanes tokens at a time held
-// as [coordinate][token].
+// Feature expansion F(z) of the low-rank kernels and its chain rule (math/low_rank_kernels.h), on kLanes tokens at a
+// time held as [coordinate][token].
 #pragma once
-#include <cstdint>
-
 #include "../../math/low_rank_kernels.h"
-#include "../../params.h"
-#include "isa.h"
 #include "vec.h"
 
 namespace sb::SB_ISA {
@@ -38,7 +34,7 @@ struct LaneRows {
 template <class T, int N, int kLanes>
 struct LaneStores {
   T* p;
-  SB_INLINE void operator()(int64_t row, typename Vec<T, N>::type v) const { store<T, N>(p + row * kLanes, v); }
+  SB_INLINE void operator()(int64_t row, Vector<T, N> v) const { store<T, N>(p + row * kLanes, v); }
 };
 
 // F[f][lane] = weight[lane] F_f(z).
@@ -68,7 +64,7 @@ template <class T, int kLanes>
 SB_INLINE void log_gradient(LowRank kind, int64_t rank, const T* z, const T* dz, T* d_log) {
   constexpr int N = kLaneWidth<T, kLanes>;
   for (int lane = 0; lane < kLanes; lane += N) {
-    typename Vec<T, N>::type sum{};
+    Vector<T, N> sum{};
     for (int64_t a = 0; a < rank; ++a) sum += load<T, N>(z + a * kLanes + lane) * load<T, N>(dz + a * kLanes + lane);
     visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA {
       store<T, N>(d_log + lane, kernel.log_gradient(sum, load<T, N>(dz + rank * kLanes + lane)));
@@ -81,19 +77,16 @@ SB_INLINE void log_gradient(LowRank kind, int64_t rank, const T* z, const T* dz,
 struct RuntimeKernel {
   bool is_quadratic;
   SB_INLINE explicit RuntimeKernel(LowRank kind) : is_quadratic(kind == LowRank::kQuadratic) {}
-  template <class V>
-  SB_INLINE V value(V t) const {
-    const V quadratic = QuadraticKernel::value(t);
+  SB_INLINE auto value(auto t) const {
+    const auto quadratic = QuadraticKernel::value(t);
     return is_quadratic ? quadratic : FeatureKernel::value(t);
   }
-  template <class V>
-  SB_INLINE V slope(V t) const {
-    const V quadratic = QuadraticKernel::slope(t);
+  SB_INLINE auto slope(auto t) const {
+    const auto quadratic = QuadraticKernel::slope(t);
     return is_quadratic ? quadratic : FeatureKernel::slope(t);
   }
-  template <class V>
-  SB_INLINE V root(V t) const {
-    const V quadratic = QuadraticKernel::root(t);
+  SB_INLINE auto root(auto t) const {
+    const auto quadratic = QuadraticKernel::root(t);
     return is_quadratic ? quadratic : FeatureKernel::root(t);
   }
 };

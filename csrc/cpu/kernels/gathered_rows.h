@@ -1,13 +1,6 @@
 // Listed rows in memory, their products with one row or a few, and sums over lists.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../tuning.h"
-#include "element_types.h"
 #include "gemm.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -17,7 +10,7 @@ SB_INLINE void dot_rows(int64_t n, const R& rows, const E* one, int64_t width, A
   typedef AccType<E> T;
   typedef StepOf<E> S;
   constexpr int N = kWidth<T>, kElements = N * Element<E>::kPerStep;
-  typedef typename Vec<T, N>::type V;
+  typedef Vector<T, N> V;
   const int64_t whole = width / kElements * kElements;
   const auto steps = [](const E* row) SB_INLINE_LAMBDA { return load<S, N>(reinterpret_cast<const S*>(row)); };
   int64_t i = 0;
@@ -28,8 +21,8 @@ SB_INLINE void dot_rows(int64_t n, const R& rows, const E* one, int64_t width, A
       SB_EACH (r, N) acc[r] = multiply_add<T, S, N>(acc[r], o, steps(rows(i + r) + e));
     }
     for (int64_t e = whole; e < width; e += N) {  // half a register of bfloat16
-      const V o = load_wide<E, N>(one + e);
-      SB_EACH (r, N) acc[r] += o * load_wide<E, N>(rows(i + r) + e);
+      const V o = load_wide<N>(one + e);
+      SB_EACH (r, N) acc[r] += o * load_wide<N>(rows(i + r) + e);
     }
     fold_rows<T, N>(acc);
     store<T, N>(out + i, acc[0]);
@@ -37,18 +30,9 @@ SB_INLINE void dot_rows(int64_t n, const R& rows, const E* one, int64_t width, A
   for (; i < n; ++i) {
     V acc = {};
     for (int64_t e = 0; e < whole; e += kElements) acc = multiply_add<T, S, N>(acc, steps(one + e), steps(rows(i) + e));
-    for (int64_t e = whole; e < width; e += N) acc += load_wide<E, N>(one + e) * load_wide<E, N>(rows(i) + e);
+    for (int64_t e = whole; e < width; e += N) acc += load_wide<N>(one + e) * load_wide<N>(rows(i) + e);
     out[i] = sum_lanes<T, N>(acc);
   }
-}
-
-// Rows in the accumulation type.
-template <class E, class R>
-SB_INLINE auto wide_rows(const R& rows) {
-  if constexpr (kPaired<E>)
-    return WidenedRows<R>{rows};
-  else
-    return rows;
 }
 
 // out[column] = sum_k weight[k] row_k[column], one output row, with as many accumulators as the columns allow; where
@@ -58,27 +42,26 @@ SB_INLINE void combine_rows(int64_t n, const AccType<E>* weight, const R& rows, 
   typedef AccType<E> T;
   constexpr int N = kWidth<T>;
   if (columns == 4 * N) {
-    typename Vec<T, N>::type even[4] = {}, odd[4] = {};
+    Vector<T, N> even[4] = {}, odd[4] = {};
     int64_t k = 0;
     for (; k + 2 <= n; k += 2) {
       const E *a = rows(k), *b = rows(k + 1);
       SB_EACH (v, 4) {
-        even[v] += weight[k] * load_wide<E, N>(a + v * N);
-        odd[v] += weight[k + 1] * load_wide<E, N>(b + v * N);
+        even[v] += weight[k] * load_wide<N>(a + v * N);
+        odd[v] += weight[k + 1] * load_wide<N>(b + v * N);
       }
     }
     if (k < n)
-      SB_EACH (v, 4) even[v] += weight[k] * load_wide<E, N>(rows(k) + v * N);
+      SB_EACH (v, 4) even[v] += weight[k] * load_wide<N>(rows(k) + v * N);
     SB_EACH (v, 4) store<T, N>(out + v * N, even[v] + odd[v]);
     return;
   }
   const Strided<T> a{weight, 0, 1};
   const DenseRows<T> c{out, 0};
-  const auto b = wide_rows<E>(rows);
   int64_t column = 0;
-  for (; column + 8 * N <= columns; column += 8 * N) micro<T, N, 1, 8, false>(0, column, n, a, b, c);
-  for (; column + 4 * N <= columns; column += 4 * N) micro<T, N, 1, 4, false>(0, column, n, a, b, c);
-  for (; column < columns; column += N) micro<T, N, 1, 1, false>(0, column, n, a, b, c);
+  for (; column + 8 * N <= columns; column += 8 * N) micro<T, N, 1, 8, false>(0, column, n, a, rows, c);
+  for (; column + 4 * N <= columns; column += 4 * N) micro<T, N, 1, 4, false>(0, column, n, a, rows, c);
+  for (; column < columns; column += N) micro<T, N, 1, 1, false>(0, column, n, a, rows, c);
 }
 
 // out += sum_k weight[k] row_k.
@@ -99,11 +82,10 @@ SB_INLINE ListedRows<T> listed_target(const StridedTensor& rows, int64_t b, int6
   return {rows.at<T>(b, head, 0), rows.row, key};
 }
 
-// Prefetches listed rows [begin, end): hardware prefetchers cannot follow a list.
-template <class E>
-SB_INLINE void fetch_rows(const ListedRows<const E>& rows, int64_t begin, int64_t end, int64_t columns) {
-  for (int64_t i = begin; i < end; ++i)
-    for (int64_t e = 0; e < columns; e += int64_t(64 / sizeof(E))) __builtin_prefetch(rows(i) + e);
+// Prefetches a row: hardware prefetchers cannot follow a list. The arguments are those of __builtin_prefetch.
+template <int kForWriting = 0, int kLocality = 3, class E>
+SB_INLINE void fetch_row(const E* row, int64_t columns) {
+  for (int64_t e = 0; e < columns; e += int64_t(64 / sizeof(E))) __builtin_prefetch(row + e, kForWriting, kLocality);
 }
 
 // n rows in steps along n, for a product over them.
@@ -131,7 +113,7 @@ SB_INLINE void combine_scattered(int64_t lanes, int64_t columns, int64_t n, cons
                                  const ListedRows<const E>& rows, bool far, const E* zero_row, const C& c) {
   const auto to = [&](int64_t k) { return k < n ? k : n; };
   for (int64_t k = 0; k < n || k == 0; k += kScatteredRows) {
-    if (far) fetch_rows<E>(rows, to(k + kScatteredRows), to(k + 2 * kScatteredRows), columns);
+    for (int64_t i = to(k + kScatteredRows); far && i < to(k + 2 * kScatteredRows); ++i) fetch_row(rows(i), columns);
     if (k == 0)
       combine_listed<E, false>(lanes, columns, to(kScatteredRows), W, rows, zero_row, c);
     else
@@ -152,14 +134,13 @@ SB_INLINE int64_t lower_bound_key(const int32_t* key, int64_t begin, int64_t end
   return begin;
 }
 
-// Sums of weights are taken in chains of at most this many terms.
+// Sums of weights are taken in chains of at most this many terms (docs/algorithm.md, section 5).
 constexpr int64_t kShortChain = 8;
-// A sum over lanes in short chains. The normaliser's rounding is the same in every element of the output, so it adds up
-// in dO.o, where other errors cancel.
+// A sum over lanes in short chains.
 template <class T>
 SB_INLINE T sum_short(const T* p, int64_t n) {
   constexpr int N = kWidth<T>;
-  typename Vec<T, N>::type sum{};
+  Vector<T, N> sum{};
   int64_t i = 0;
   for (; i + N <= n; i += N) sum += load<T, N>(p + i);
   T tail = T(0);

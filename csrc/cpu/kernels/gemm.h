@@ -1,15 +1,9 @@
-// Matrix products C[row][lane] (+)= sum_k A(row, k) B(k)[lane] with one micro-kernel: A is broadcast, B and C are in
-// lanes. Operands are small functors, so dense tiles, any strides and rows behind pointers (gathered keys) share the
-// code, and nothing is packed. Every product is one chain of multiply-adds in ascending k, whatever the tiling: results
-// do not depend on how rows are grouped. An accumulating product is added to C at its end: a sum over many tiles is a
-// chain of short chains, which rounds far less than one long chain.
+// Matrix products C[row][lane] (+)= sum_k A(row, k) B(k)[lane] with one micro-kernel (docs/algorithm.md, section 7).
+// Every product is one chain of multiply-adds in ascending k, whatever the tiling: results do not depend on how rows
+// are grouped. An accumulating product is added to C at its end: a sum over many tiles is a chain of short chains,
+// which rounds far less than one long chain.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
 #include "element_types.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -39,16 +33,10 @@ struct ListedRows {  // B(k) or C(row): the rows of one matrix that a list names
   SB_INLINE ListedRows from(int64_t first) const { return {p, stride, list + first}; }
 };
 template <class R>
-struct AcrossRows {  // A(row, k) = element k of R(row)
-  R rows;
-  SB_INLINE auto operator()(int64_t row, int64_t k) const { return rows(row)[k]; }
-};
-template <class R>
 struct DownRows {  // A(row, k) = element `row` of R(k)
   R rows;
   SB_INLINE auto operator()(int64_t row, int64_t k) const { return rows(k)[row]; }
 };
-
 template <class E, class R>
 struct AcrossSteps {  // A(row, k) = step k of R(row), a row of E
   R rows;
@@ -61,37 +49,26 @@ struct InterleavedRows {  // B(k) = Words of rows 2k and 2k + 1 of n rows of bfl
   const Bfloat16* zero_row;
 };
 
-template <class R>
-struct WidenedRows {  // B(k) = a row of bfloat16 as float32
-  R rows;
-};
-
-// Lanes column .. column + N - 1 of B(k), in steps S.
+// Lanes column .. column + N - 1 of B(k), in steps S; rows of bfloat16 in float32.
 template <class S, int N, class B>
-SB_INLINE typename Vec<S, N>::type lanes_of(const B& b, int64_t k, int64_t column) {
-  return load<S, N>(b(k) + column);
+SB_INLINE Vector<S, N> lanes_of(const B& b, int64_t k, int64_t column) {
+  return load_wide<N>(b(k) + column);
 }
 template <class S, int N, class R>
-SB_INLINE typename Vec<S, N>::type lanes_of(const InterleavedRows<R>& b, int64_t k, int64_t column) {
+SB_INLINE Vector<S, N> lanes_of(const InterleavedRows<R>& b, int64_t k, int64_t column) {
   const Bfloat16* high = 2 * k + 1 < b.n ? b.rows(2 * k + 1) : b.zero_row;
-  return interleave<N>(load_half<N>(b.rows(2 * k) + column), load_half<N>(high + column));
-}
-
-template <class S, int N, class R>
-SB_INLINE typename Vec<S, N>::type lanes_of(const WidenedRows<R>& b, int64_t k, int64_t column) {
-  return load_wide<Bfloat16, N>(b.rows(k) + column);
+  return interleave<N>(load_halves<N>(b.rows(2 * k) + column), load_halves<N>(high + column));
 }
 
 template <class T, int N, int MR, int NV, bool kAccumulate, class A, class B, class C>
 SB_INLINE void micro(int64_t row, int64_t column, int64_t depth, const A& a, const B& b, const C& c) {
-  typedef typename Vec<T, N>::type V;
   typedef decltype(a(row, 0)) S;  // T or Word
-  V acc[MR][NV];
+  Vector<T, N> acc[MR][NV];
   SB_EACH (i, MR)
-    SB_EACH (v, NV) acc[i][v] = V{};
+    SB_EACH (v, NV) acc[i][v] = Vector<T, N>{};
   SB_PRAGMA(GCC unroll 4)  // fewer mispredicted loop ends
   for (int64_t k = 0; k < depth; ++k) {
-    typename Vec<S, N>::type rhs[NV];
+    Vector<S, N> rhs[NV];
     SB_EACH (v, NV) rhs[v] = lanes_of<S, N>(b, k, column + v * N);
     SB_EACH (i, MR) {
       const auto lhs = splat<S, N>(a(row + i, k));

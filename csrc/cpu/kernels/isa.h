@@ -6,7 +6,6 @@
 // include too would be merged by the linker into code for processors without it. For the same reason kernels call
 // nothing of std::. A header compiled on its own gets the baseline.
 #pragma once
-#include "../../math/host_device.h"
 #include "../kernels.h"
 
 #if !defined(SB_ISA)

@@ -1,17 +1,6 @@
-// Key lists: the keys that a query tile, or one query, evaluates. A list has three parts, each ascending:
-//
-//   [0, n_chunk)        - listed keys from the chunk of the tile's causal edge on. Weight exp(s), each query masked by
-//                         its own edge. Empty without a causal edge.
-//   [n_chunk, n_listed) - listed keys before that chunk, which every query of the tile sees. Weight exp(s), minus the L
-//                         that the state holds where the state is used.
-//   [n_listed, n)       - keys that are neither listed nor in the state: those of the chunk, and those of a small
-//                         complement. Weight L, masked by the edge.
+// Key lists: the keys that a query tile, or one query, evaluates, in the three parts of docs/algorithm.md, section 7.
 #pragma once
-#include <cstdint>
-
 #include "../../math/edges.h"
-#include "../../params.h"
-#include "../tuning.h"
 #include "isa.h"
 
 namespace sb::SB_ISA {
@@ -20,8 +9,8 @@ struct KeyList {
   int32_t* key;  // absolute
   int64_t n_chunk, n_listed, n;
   bool uses_kv_state;  // the state holds keys that are neither listed nor in the third part
-  // In rows of few keys, for queries with lists of their own: the list holds every valid key of the row (n_chunk = 0,
-  // n_listed = n), and bit q of bitmask[i] says whether query q of the tile lists key i. Else null.
+  // Of a list that holds every valid key of a short row: bit q of bitmask[i] says whether query q of the tile lists key
+  // i. Else null.
   const uint32_t* bitmask = nullptr;
 };
 
@@ -133,17 +122,17 @@ SB_INLINE int64_t first_low_rank(const KeyList& list) {
 
 // Smallest and largest key of a list.
 SB_INLINE int64_t first_key(const KeyList& list) {
+  const int64_t part[4] = {0, list.n_chunk, list.n_listed, list.n};
   int64_t first = INT64_MAX;
-  if (list.n_chunk > 0) first = list.key[0];
-  if (list.n_listed > list.n_chunk && list.key[list.n_chunk] < first) first = list.key[list.n_chunk];
-  if (list.n > list.n_listed && list.key[list.n_listed] < first) first = list.key[list.n_listed];
+  SB_EACH (i, 3)
+    if (part[i] < part[i + 1] && list.key[part[i]] < first) first = list.key[part[i]];
   return first;
 }
 SB_INLINE int64_t last_key(const KeyList& list) {
+  const int64_t part[4] = {0, list.n_chunk, list.n_listed, list.n};
   int64_t last = -1;
-  if (list.n_chunk > 0) last = list.key[list.n_chunk - 1];
-  if (list.n_listed > list.n_chunk && list.key[list.n_listed - 1] > last) last = list.key[list.n_listed - 1];
-  if (list.n > list.n_listed && list.key[list.n - 1] > last) last = list.key[list.n - 1];
+  SB_EACH (i, 3)
+    if (part[i] < part[i + 1] && list.key[part[i + 1] - 1] > last) last = list.key[part[i + 1] - 1];
   return last;
 }
 

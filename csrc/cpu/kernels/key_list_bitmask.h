@@ -1,15 +1,7 @@
 // Key lists as bitmasks: in rows of few keys, queries with lists of their own evaluate all keys of the row together.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../tuning.h"
 #include "features.h"
-#include "isa.h"
-#include "key_list.h"
-#include "query_tile.h"
 #include "scores.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -43,12 +35,11 @@ SB_INLINE void collect_bitmask(const AttentionParams& p, QueryTile<E, kLanes>& t
 template <class E, int kLanes, int N>
 struct BitmaskKey {
   typedef AccType<E> T;
-  typedef typename Vec<T, N>::type V;
-  typename Vec<T, N>::ints listed;
-  V exponent;
+  Ints<T, N> listed;
+  Vector<T, N> exponent;
   SB_INLINE BitmaskKey(const QueryTile<E, kLanes>& tile, const LogScales<T>& kappa, const ScoreFactor<E>& score,
                        const T* S, int64_t i, int v) {
-    typedef typename Vec<T, N>::ints I;
+    typedef Ints<T, N> I;
     I bit;
     SB_EACH (lane, N) bit[lane] = 1 << (v * N + lane);
     listed = ((I{} + tile.list.bitmask[i]) & bit) != I{};

@@ -1,16 +1,10 @@
 // States of the low-rank part: H = sum_j exp(kappa_j - kappa_ref) F(y_j) (x) v_j and
 // hz = sum_j exp(kappa_j - kappa_ref) F(y_j), over the keys before a segment.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
 #include "arena.h"
-#include "element_types.h"
 #include "features.h"
 #include "gemm.h"
-#include "isa.h"
 #include "transpose.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -101,7 +95,7 @@ int64_t kv_state_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t
     gemm<T, N, true>(p.features, p.value_pad, kChunk, Strided<T>{F, kChunk, 1}, PointedRows<const T>{v},
                      DenseRows<T>{s.H, p.value_pad});
     for (int64_t f = 0; f < p.features; f += N) {  // as many sums over lanes at once as there are lanes
-      typename Vec<T, N>::type sum[N]{};
+      Vector<T, N> sum[N]{};
       for (int64_t of = 0; of < N && f + of < p.features; ++of)
         for (int i = 0; i < int(kChunk); i += N) sum[of] += load<T, N>(F + (f + of) * kChunk + i);
       fold_rows<T, N>(sum);

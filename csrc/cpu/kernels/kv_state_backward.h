@@ -1,17 +1,6 @@
 // Gradients that reach keys and values through the states.
 #pragma once
-#include <cstdint>
-
-#include "../../math/low_rank_kernels.h"
-#include "../../params.h"
-#include "arena.h"
-#include "element_types.h"
-#include "features.h"
-#include "gemm.h"
-#include "isa.h"
 #include "kv_state.h"
-#include "transpose.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -19,27 +8,17 @@ namespace sb::SB_ISA {
 // chunk c is in slot c + 1 (every later unit), or in slot 0 without a causal edge.
 template <class T>
 void backward_scan(const AttentionParams& p, int64_t b, int64_t kv) {
-  const int64_t q_per_kv = p.q_heads / p.kv_heads, size = p.kv_state_size();
-  const int64_t first = b * p.q_heads + kv * q_per_kv;
-  for (int64_t h = 1; h < q_per_kv; ++h)
-    for (int64_t u = 0; u < p.units; ++u) {
-      const KVState<T> to = d_kv_state_slot<T>(p, first, u), from = d_kv_state_slot<T>(p, first + h, u);
-      for (int64_t i = 0; i < size; ++i) to.H[i] += from.H[i];
-    }
-  if (!p.is_causal) {
-    const KVState<T> to = d_kv_state_slot<T>(p, first, 0);
-    for (int64_t u = 1; u < p.units; ++u) {
-      const KVState<T> from = d_kv_state_slot<T>(p, first, u);
-      for (int64_t i = 0; i < size; ++i) to.H[i] += from.H[i];
-    }
-    return;
-  }
-  for (int64_t u = p.units - 2; u > 0; --u) {
-    const KVState<T> to = d_kv_state_slot<T>(p, first, u), from = d_kv_state_slot<T>(p, first, u + 1);
-    const T decay = exp2s<T>(*kv_state_slot<T>(p, b * p.kv_heads + kv, u).kappa_ref -
-                             *kv_state_slot<T>(p, b * p.kv_heads + kv, u + 1).kappa_ref);
+  const int64_t q_per_kv = p.q_heads / p.kv_heads, size = p.kv_state_size(), first = b * p.q_heads + kv * q_per_kv;
+  const auto add = [&](int64_t from_row, int64_t from_unit, int64_t to_unit, T decay) {
+    const KVState<T> from = d_kv_state_slot<T>(p, from_row, from_unit), to = d_kv_state_slot<T>(p, first, to_unit);
     for (int64_t i = 0; i < size; ++i) to.H[i] += from.H[i] * decay;
-  }
+  };
+  for (int64_t h = 1; h < q_per_kv; ++h)
+    for (int64_t u = 0; u < p.units; ++u) add(first + h, u, u, T(1));
+  for (int64_t u = 1; u < p.units && !p.is_causal; ++u) add(first, u, 0, T(1));
+  const auto kappa_ref = [&](int64_t slot) { return *kv_state_slot<T>(p, b * p.kv_heads + kv, slot).kappa_ref; };
+  for (int64_t u = p.units - 2; u > 0 && p.is_causal; --u)
+    add(first, u + 1, u, exp2s<T>(kappa_ref(u) - kappa_ref(u + 1)));
 }
 
 // Adds the state's part to dk and dv of a chunk of keys, and finishes dy and dkappa: writes them, or their product with

@@ -1,15 +1,8 @@
-// Products t = x.y of the low-rank kernel with listed keys, and the gradients of x from those of t, for a tile of
-// queries and for a single one. How x and y meet is known here and in the scatter to dy alone.
+// Products t = x.y of the low-rank kernel with listed keys, for a tile of queries and for a single one.
 #pragma once
-#include <cstdint>
-
 #include "../../math/low_rank_kernels.h"
-#include "../../params.h"
 #include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
 #include "query_tile.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -19,8 +12,8 @@ SB_INLINE void low_rank_products(const AttentionParams& p, const QueryTile<E, kL
                                  const int32_t* key, const AccType<E>* xT, AccType<E>* t) {
   typedef AccType<E> T;
   const auto y = listed<T>(p.y, tile.b, tile.kv, key);
-  gemm<T, kLaneWidth<T, kLanes>, false>(n, kLanes, p.rank, AcrossRows<decltype(y)>{y}, DenseRows<const T>{xT, kLanes},
-                                        DenseRows<T>{t, kLanes});
+  gemm<T, kLaneWidth<T, kLanes>, false>(n, kLanes, p.rank, AcrossSteps<T, decltype(y)>{y},
+                                        DenseRows<const T>{xT, kLanes}, DenseRows<T>{t, kLanes});
 }
 // dX[gradient_rows][lane] += sum over the n keys of y dt.
 template <class E, int kLanes>
@@ -42,17 +35,6 @@ template <class T>
 SB_INLINE void low_rank_products_of_query(const AttentionParams& p, int64_t b, int64_t kv, int64_t n,
                                           const int32_t* key, const T* x, T* t) {
   dot_rows<T>(n, listed<T>(p.y, b, kv, key), x, p.map_pad, t);
-}
-// dx[map_pad] = sum over the n keys of dt y, and the same added.
-template <class T>
-SB_INLINE void x_gradient_of_query(const AttentionParams& p, int64_t b, int64_t kv, int64_t n, const int32_t* key,
-                                   const T* dt, T* dx) {
-  combine_rows<T>(n, dt, listed<T>(p.y, b, kv, key), p.map_pad, dx);
-}
-template <class T>
-SB_INLINE void add_x_gradient_of_query(const AttentionParams& p, int64_t b, int64_t kv, int64_t n, const int32_t* key,
-                                       const T* dt, T* dx) {
-  add_rows<T>(n, dt, listed<T>(p.y, b, kv, key), p.map_pad, dx);
 }
 
 }  // namespace sb::SB_ISA

@@ -1,13 +1,6 @@
 // Projections of tokens and their gradients.
 #pragma once
-#include <cstdint>
-
-#include "../kernels.h"
-#include "../tuning.h"
 #include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -20,7 +13,7 @@ void project(const ProjectParams& p, const ProjectWeights<T>& w, const T* tokens
   for (int64_t first = 0; first < p.tokens; first += kProjectRows) {
     const int64_t n = p.tokens - first < kProjectRows ? p.tokens - first : kProjectRows;
     for (int64_t i = first + kProjectRows; i < first + 2 * kProjectRows && i < p.tokens; ++i)
-      for (int64_t e = 0; e < p.head_dim; e += int64_t(64 / sizeof(T))) __builtin_prefetch(tokens + i * row_stride + e);
+      fetch_row(tokens + i * row_stride, p.head_dim);
     T* to = rows + first * p.outputs_pad;
     for (int64_t o = 0; o < p.outputs_pad; o += N) {
       const auto offset = load<T, N>(w.offset + o);

@@ -1,13 +1,6 @@
 // Query tiles: up to kLanes queries of one query block, a query in every lane.
 #pragma once
-#include <cstdint>
-
-#include "../../math/edges.h"
-#include "../../math/padding.h"
-#include "../../params.h"
-#include "../tuning.h"
 #include "arena.h"
-#include "isa.h"
 #include "key_list.h"
 
 namespace sb::SB_ISA {

@@ -1,17 +1,8 @@
 // The key side of routing: panels of the keys, and of means of keys, of one key/value head.
 #pragma once
-#include <cstdint>
-
-#include "../../math/low_rank_kernels.h"
-#include "../../math/padding.h"
-#include "../../math/routing.h"
-#include "../../params.h"
-#include "../tuning.h"
 #include "features.h"
-#include "isa.h"
 #include "route_panel.h"
 #include "transpose.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

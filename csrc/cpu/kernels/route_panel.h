@@ -3,10 +3,6 @@
 // (per-query form: the variance of the run), then y and kappa, then the number of keys behind the lane. Scores are in
 // base 2. Positions count from the row's first valid key.
 #pragma once
-#include <cstdint>
-
-#include "../../math/routing.h"
-#include "isa.h"
 #include "vec.h"
 
 namespace sb::SB_ISA {
@@ -14,32 +10,32 @@ namespace sb::SB_ISA {
 inline constexpr int32_t kNever = int32_t(0x807fffff);  // the sortable form of -inf
 constexpr int kRouteWidth = kWidth<float>;
 constexpr int kBlockWidth = kRouteWidth < kBranch ? kRouteWidth : kBranch;  // at most the keys of a listed block
-typedef Vec<float, kRouteWidth>::type RouteVec;
-typedef Vec<float, kRouteWidth>::ints RouteInts;
-typedef Vec<float, kBlockWidth>::type BlockVec;
-typedef Vec<float, kBlockWidth>::ints BlockInts;
+typedef Vector<float, kRouteWidth> RouteVec;
+typedef Ints<float, kRouteWidth> RouteInts;
+typedef Vector<float, kBlockWidth> BlockVec;
+typedef Ints<float, kBlockWidth> BlockInts;
 
 template <int W = kRouteWidth>
-SB_INLINE typename Vec<float, W>::type load_lanes(const float* p) {
+SB_INLINE Vector<float, W> load_lanes(const float* p) {
   return load<float, W>(p);
 }
 template <int W = kRouteWidth>
-SB_INLINE typename Vec<float, W>::ints load_ints(const void* p) {
-  return (typename Vec<float, W>::ints)load<float, W>(static_cast<const float*>(p));
+SB_INLINE Ints<float, W> load_ints(const void* p) {
+  return (Ints<float, W>)load<float, W>(static_cast<const float*>(p));
 }
 template <int W = kRouteWidth>
-SB_INLINE void store_ints(void* p, typename Vec<float, W>::ints v) {
-  store<float, W>(static_cast<float*>(p), (typename Vec<float, W>::type)v);
+SB_INLINE void store_ints(void* p, Ints<float, W> v) {
+  store<float, W>(static_cast<float*>(p), (Vector<float, W>)v);
 }
 template <int W = kRouteWidth>
-SB_INLINE typename Vec<float, W>::ints lane_numbers() {
+SB_INLINE Ints<float, W> lane_numbers() {
   static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return load_ints<W>(numbers);
 }
 // Integers in the order of the floats v.
 template <int W = kRouteWidth>
-SB_INLINE typename Vec<float, W>::ints sortable(typename Vec<float, W>::type v) {
-  const auto i = (typename Vec<float, W>::ints)v;
+SB_INLINE Ints<float, W> sortable(Vector<float, W> v) {
+  const auto i = (Ints<float, W>)v;
   return i ^ ((i >> 31) & 0x7fffffff);
 }
 SB_INLINE int64_t clamp_to(int64_t value, int64_t low, int64_t high) {

@@ -1,17 +1,8 @@
 // Routing per query: a list of blocks of kBranch keys, and a window.
 #pragma once
-#include <cstdint>
-
-#include "../../math/padding.h"
-#include "../../math/routing.h"
-#include "../../params.h"
-#include "../tuning.h"
 #include "arena.h"
 #include "gemm.h"
-#include "isa.h"
-#include "route_panel.h"
 #include "route_select.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -129,7 +120,7 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
       float score[kTogether * kBranch];
       for (int i = 0; i < kTogether; ++i) queries[i] = w.query + rows[at + i < n ? at + i : at] * depth;
       micro<float, kBlockWidth, kTogether, kBranch / kBlockWidth, false>(
-          0, 0, depth, AcrossRows<PointedRows<const float>>{{queries}}, DenseRows<const float>{panel, kBranch},
+          0, 0, depth, AcrossSteps<float, PointedRows<const float>>{{queries}}, DenseRows<const float>{panel, kBranch},
           DenseRows<float>{score, kBranch});
       for (int i = 0; i < kTogether && at + i < n; ++i) {
         const int r = rows[at + i];

@@ -1,20 +1,9 @@
 // Pooled routing: a block of queries shares a list of single keys.
 #pragma once
-#include <cstdint>
-
-#include "../../math/base2.h"
-#include "../../math/padding.h"
-#include "../../math/routing.h"
-#include "../../params.h"
-#include "../tuning.h"
 #include "arena.h"
 #include "features.h"
 #include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "route_panel.h"
 #include "route_select.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -62,8 +51,7 @@ SB_INLINE bool pool_queries(const RouteParams& p, int64_t b, int64_t h, int64_t 
   }
   if (n == 0) return false;
   for (int64_t i = end; i < 2 * end - first && i < p.q_tokens; ++i)  // the next pool, most likely
-    for (int64_t e = 0; e < p.head_pad; e += int64_t(64 / sizeof(float)))
-      __builtin_prefetch(p.q.at<const float>(b, h, i) + e);
+    fetch_row(p.q.at<const float>(b, h, i), p.head_pad);
   const float scale = p.scale * float(kLog2e), share = 1.0f / float(n);
   constexpr int NV = int(kPad) / kBlockWidth;  // independent sums
   BlockVec variance[NV]{};
@@ -238,22 +226,23 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
   const int64_t group_end =
       p.is_causal ? clamp_to(range.q_first + group * kGroup * p.block_q + shift, 0, length) : length;
   const int64_t complete = p.is_causal ? group_end / kLeaf : ceil_div(length, kLeaf), kept = candidate_blocks(p.keys);
+  const auto all_runs = [&](int64_t tokens) {  // of kLeaf tokens
+    for (int64_t run = 0; run * kLeaf < tokens; ++run) w.chunk[run] = int32_t(run);
+    return ceil_div(tokens, kLeaf);
+  };
   int64_t blocks = 0;
   if (complete <= kept) {
     for (; blocks < complete; ++blocks) w.blocks[blocks] = int32_t(blocks);
   } else if (length >= kLongRow) {
     const int64_t supers = p.is_causal ? group_end / kRouteSegment : ceil_div(length, kRouteSegment);
-    int64_t runs = 0;
-    for (; runs * kLeaf < supers; ++runs) w.chunk[runs] = int32_t(runs);
+    const int64_t runs = all_runs(supers);
     int64_t taken =
         runs > 0 ? shared_top<kLeaf>(p, w, panels + p.level_offset[2], w.chunk, runs, supers, 2 * kept, w.blocks) : 0;
     for (int64_t i = 0; i < taken; ++i) w.chunk[i] = w.blocks[i];
     if (supers * kSuper < complete) w.chunk[taken++] = int32_t(supers);
     blocks = shared_top<kSuper>(p, w, panels + p.level_offset[1], w.chunk, taken, complete, kept, w.blocks);
   } else {
-    int64_t runs = 0;
-    for (; runs * kLeaf < complete; ++runs) w.chunk[runs] = int32_t(runs);
-    blocks = shared_top<kLeaf>(p, w, panels + p.level_offset[1], w.chunk, runs, complete, kept, w.blocks);
+    blocks = shared_top<kLeaf>(p, w, panels + p.level_offset[1], w.chunk, all_runs(complete), complete, kept, w.blocks);
   }
   for (int64_t block = complete; block * kLeaf < w.limit[last_live]; ++block) w.blocks[blocks++] = int32_t(block);
 

@@ -1,8 +1,5 @@
 // Selection of the largest scores, as integers in the order of the floats.
 #pragma once
-#include <cstdint>
-
-#include "isa.h"
 #include "route_panel.h"
 
 namespace sb::SB_ISA {

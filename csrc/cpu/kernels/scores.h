@@ -1,16 +1,8 @@
 // Scores q.k of listed keys, and dO.v alike, for a tile of queries and for a single one.
 #pragma once
-#include <cstdint>
-
-#include "../../math/base2.h"
-#include "../../params.h"
-#include "element_types.h"
 #include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
 #include "query_tile.h"
 #include "transpose.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 

@@ -1,15 +1,14 @@
 // The tables of one instruction set's kernels; with SB_BFLOAT16 that of attention on rows of bfloat16 alone.
 #pragma once
-#include "../kernels.h"
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "convert.h"
-#include "isa.h"
 #include "kv_state.h"
 #include "kv_state_backward.h"
 #include "project.h"
-#include "route.h"
 #include "route_keys.h"
+#include "route_per_query.h"
+#include "route_pooled.h"
 
 namespace sb::SB_ISA {
 
@@ -25,6 +24,20 @@ constexpr AttentionKernels attention_table() {
 }
 
 #if !defined(SB_BFLOAT16)
+// Writes the lists of query group `group` of head (b, h), which must be cleared before. Returns the bytes of scratch it
+// needs; without scratch it does nothing else.
+inline int64_t route_group(const RouteParams& p, int64_t b, int64_t h, int64_t group, const float* panels,
+                           void* scratch) {
+  if (p.block_k == 1) {
+    PooledScratch w(p, scratch);
+    if (scratch) route_pooled(p, b, h, group, panels, w);
+    return w.bytes;
+  }
+  PerQueryScratch w(p, scratch);
+  if (scratch) route_per_query(p, b, h, group, panels, w);
+  return w.bytes;
+}
+
 template <class T>
 constexpr ProjectKernels<T> project_table() {
   return {&project<T>, &project_backward<T>};
@@ -36,7 +49,8 @@ constexpr InstructionSet instruction_set_named(const char* name) {
           project_table<float>(),
           project_table<double>(),
           {&route_keys, &route_group},
-          convert_table()};
+          convert_bfloat16(),
+          convert_float16()};
 }
 #endif
 

@@ -1,22 +1,10 @@
 // Prefetches the rows that the next query tile touches. Hardware prefetchers cannot follow a list, and a burst of
 // prefetches would stall: they are spread between the products of the current tile.
 #pragma once
-#include <cstdint>
-
-#include "../../params.h"
-#include "../tuning.h"
 #include "gathered_rows.h"
-#include "gemm.h"
-#include "isa.h"
-#include "key_list.h"
 #include "query_tile.h"
 
 namespace sb::SB_ISA {
-
-template <class T>
-SB_INLINE void fetch_row(const T* row, int64_t columns) {
-  for (int64_t e = 0; e < columns; e += int64_t(64 / sizeof(T))) __builtin_prefetch(row + e, 0, 2);
-}
 
 // Rows that the next tile reads or adds to and the current one did not.
 template <class E, int kLanes, bool kBackward>
@@ -54,22 +42,22 @@ struct TilePrefetcher {
       if (key >= from && key <= last) continue;
       const bool is_listed = at < next->list.n_listed;
       if (has_low_rank) __builtin_prefetch(y(at), 0, 2);
-      if (is_listed) fetch_row(k(at), head_pad);
-      fetch_row(v(at), value_pad);
+      if (is_listed) fetch_row<0, 2>(k(at), head_pad);
+      fetch_row<0, 2>(v(at), value_pad);
       if constexpr (kBackward) {
-        if (is_listed) fetch_row(dk(at), head_pad);
-        fetch_row(dv(at), value_pad);
+        if (is_listed) fetch_row<0, 2>(dk(at), head_pad);
+        fetch_row<0, 2>(dv(at), value_pad);
       }
     }
     for (; at < stop; ++at) {
       const QueryTile<E, kLanes>& tile = *next;
       const int64_t query = tile.query[at - keys];
       if (query < 0) continue;
-      fetch_row(tile.q[at - keys], head_pad);
+      fetch_row<0, 2>(tile.q[at - keys], head_pad);
       if constexpr (kBackward) {
-        fetch_row(p.d_out.at<const E>(tile.b, tile.h, query), value_pad);
-        fetch_row(p.out.at<const E>(tile.b, tile.h, query), value_pad);
-        fetch_row(p.dq.at<const T>(tile.b, tile.h, query), head_pad);
+        fetch_row<0, 2>(p.d_out.at<const E>(tile.b, tile.h, query), value_pad);
+        fetch_row<0, 2>(p.out.at<const E>(tile.b, tile.h, query), value_pad);
+        fetch_row<0, 2>(p.dq.at<const T>(tile.b, tile.h, query), head_pad);
       }
     }
   }

@@ -1,11 +1,6 @@
 // Rows of several tokens as [element][lane], a token in every lane.
 #pragma once
-#include <cstdint>
-
-#include "../../math/padding.h"
 #include "element_types.h"
-#include "isa.h"
-#include "vec.h"
 
 namespace sb::SB_ISA {
 
@@ -14,19 +9,18 @@ template <class E, int kLanes, class Visit>
 SB_INLINE void for_each_step(const E* const* rows, int64_t width, const Visit& visit) {
   typedef StepOf<E> S;
   constexpr int N = kLaneWidth<S, kLanes>;
-  typedef typename Vec<S, N>::type V;
   const int64_t steps = steps_of<E>(width);
   int64_t e = 0;
   for (; e + N <= steps; e += N)
     for (int lane = 0; lane < kLanes; lane += N) {
-      V square[N];
+      Vector<S, N> square[N];
       SB_EACH (i, N) square[i] = load<S, N>(reinterpret_cast<const S*>(rows[lane + i]) + e);
       transpose_square<S, N>(square);
       SB_EACH (i, N) visit(e + i, lane, square[i]);
     }
   for (; e < steps; ++e)
     for (int lane = 0; lane < kLanes; lane += N) {
-      V one;
+      Vector<S, N> one;
       SB_EACH (i, N) one[i] = step_at<E>(rows[lane + i], e);
       visit(e, lane, one);
     }
@@ -37,7 +31,7 @@ template <class E, int kLanes>
 SB_INLINE void transpose_steps(const E* const* rows, int64_t width, StepOf<E>* out) {
   typedef StepOf<E> S;
   constexpr int N = kLaneWidth<S, kLanes>;
-  for_each_step<E, kLanes>(rows, width, [&](int64_t e, int lane, typename Vec<S, N>::type v) SB_INLINE_LAMBDA {
+  for_each_step<E, kLanes>(rows, width, [&](int64_t e, int lane, Vector<S, N> v) SB_INLINE_LAMBDA {
     store<S, N>(out + e * kLanes + lane, v);
   });
 }
@@ -48,8 +42,8 @@ SB_INLINE void dot_of_lanes(const E* const* rows, int64_t width, const StepOf<E>
   typedef AccType<E> T;
   typedef StepOf<E> S;
   constexpr int N = kLaneWidth<S, kLanes>;
-  typename Vec<T, N>::type sum[kLanes / N]{};
-  for_each_step<E, kLanes>(rows, width, [&](int64_t e, int lane, typename Vec<S, N>::type v) SB_INLINE_LAMBDA {
+  Vector<T, N> sum[kLanes / N]{};
+  for_each_step<E, kLanes>(rows, width, [&](int64_t e, int lane, Vector<S, N> v) SB_INLINE_LAMBDA {
     auto& s = sum[lane / N];
     s = multiply_add<T, S, N>(s, v, load<S, N>(lanes + e * kLanes + lane));
   });
@@ -63,7 +57,7 @@ SB_INLINE void transpose_rows(const T* const* rows, int64_t width, T factor, T* 
   static_assert(kPad % N == 0, "rows are padded to whole squares");
   for (int64_t e = 0; e < width; e += N)
     for (int lane = 0; lane < kLanes; lane += N) {
-      typename Vec<T, N>::type square[N];
+      Vector<T, N> square[N];
       SB_EACH (i, N) square[i] = load<T, N>(rows[lane + i] + e) * factor;
       transpose_square<T, N>(square);
       T* to = out + e * kLanes + lane;
@@ -81,12 +75,11 @@ template <class E, int kLanes>
 SB_INLINE const AccType<E>* widen_steps(const StepOf<E>* steps, int64_t width, AccType<E>* wide) {
   if constexpr (kPaired<E>) {
     constexpr int N = kLaneWidth<float, kLanes>;
-    typedef typename Vec<float, N>::type V;
     for (int64_t e = 0; e < steps_of<E>(width); ++e)
       for (int lane = 0; lane < kLanes; lane += N) {
         const auto words = load<Word, N>(steps + e * kLanes + lane);
-        store<float, N>(wide + 2 * e * kLanes + lane, (V)(words << 16));
-        store<float, N>(wide + (2 * e + 1) * kLanes + lane, (V)(words & 0xffff0000u));
+        store<float, N>(wide + 2 * e * kLanes + lane, (Vector<float, N>)(words << 16));
+        store<float, N>(wide + (2 * e + 1) * kLanes + lane, (Vector<float, N>)(words & 0xffff0000u));
       }
     return wide;
   } else {
