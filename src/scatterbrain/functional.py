@@ -117,18 +117,8 @@ def attention(
     if _is_autocast(query):
         tokens = cast_for_autocast(query, key, value)
         with torch.autocast(query.device.type, enabled=False):
-            return attention(
-                *tokens,
-                support,
-                low_rank,
-                key_padding_mask,
-                is_causal,
-                scale,
-                statistics,
-                query_padding_mask,
-                query_offset,
-                return_lse,
-            )
+            settings = support, low_rank, key_padding_mask, is_causal, scale, statistics, query_padding_mask
+            return attention(*tokens, *settings, query_offset, return_lse)
     checks.check_tensors(query, key, value)
     checks.check_no_forward_mode(query, key, value)
     checks.check_bool("return_lse", return_lse)
@@ -169,17 +159,8 @@ def route(
     if _is_autocast(query):
         tokens = cast_for_autocast(query, key)
         with torch.autocast(query.device.type, enabled=False):
-            return route(
-                *tokens,
-                support,
-                low_rank,
-                key_padding_mask,
-                is_causal,
-                scale,
-                statistics,
-                query_padding_mask,
-                query_offset,
-            )
+            settings = support, low_rank, key_padding_mask, is_causal, scale, statistics, query_padding_mask
+            return route(*tokens, *settings, query_offset)
     checks.check_tensors(query, key)
     checks.check_scale(scale)
     if not getattr(type(support), "depends_on_content", False):
