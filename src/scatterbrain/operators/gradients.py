@@ -18,8 +18,8 @@ def _project_setup(ctx: object, inputs: tuple, output: Tensor) -> None:
 
 def _project_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     d_tokens, d_weight, d_bias = torch.ops.scatterbrain.project_backward(grad, *ctx.saved_tensors)
-    need = ctx.needs_input_grad
-    return d_tokens if need[0] else None, d_weight if need[1] else None, d_bias if ctx.has_bias and need[2] else None
+    tokens, weight, bias = ctx.needs_input_grad
+    return d_tokens if tokens else None, d_weight if weight else None, d_bias if ctx.has_bias and bias else None
 
 
 torch.library.register_autograd("scatterbrain::project", _project_backward, setup_context=_project_setup)

@@ -32,13 +32,13 @@ def _register_batched(name: str, shared: tuple[str, ...] = ()) -> None:
     names = [argument.name for argument in operator._schema.arguments]
 
     def mapped(info: object, in_dims: tuple, *args: object) -> tuple:
-        size = info.batch_size
+        size, (first, *_), (first_dim, *_) = info.batch_size, args, in_dims
         folded = []
         for argument_name, argument, dim in zip(names, args, in_dims):
             is_shared = argument_name in shared
             if is_shared and dim is not None and argument.movedim(dim, 0).shape[1] == 1:
                 # One shared row per mapped element: every row of that element's batch gets its own copy.
-                batch = args[0].movedim(in_dims[0], 0).shape[1] if in_dims[0] is not None else args[0].shape[0]
+                batch = _batch(first, first_dim)
                 argument, dim = argument.movedim(dim, 0).expand(size, batch, *argument.movedim(dim, 0).shape[2:]), 0
             folded.append(_fold(argument, dim, size, is_shared))
         results = operator(*folded)
@@ -54,38 +54,37 @@ _register_batched("route")
 
 @torch.library.register_vmap("scatterbrain::project")
 def _(info: object, in_dims: tuple, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
-    size = info.batch_size
-    tokens, weight, bias = (
-        _spread(t, d, size, tokens, in_dims[0], i > 0) for i, (t, d) in enumerate(zip((tokens, weight, bias), in_dims))
-    )
-    return _unfold(torch.ops.scatterbrain.project(tokens, weight, bias), size), 0
+    size, (tokens_dim, weight_dim, bias_dim) = info.batch_size, in_dims
+    batch = _batch(tokens, tokens_dim)
+    weight, bias = _spread(weight, weight_dim, size, batch), _spread(bias, bias_dim, size, batch)
+    return _unfold(torch.ops.scatterbrain.project(_fold(tokens, tokens_dim, size), weight, bias), size), 0
 
 
 @torch.library.register_vmap("scatterbrain::project_backward")
 def _(
     info: object, in_dims: tuple, grad: Tensor, tokens: Tensor, weight: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    size, shared_rows = info.batch_size, weight.shape[0 if in_dims[2] is None else 1] == 1
-    grad, tokens, weight = (
-        _spread(t, d, size, tokens, in_dims[1], i > 1) for i, (t, d) in enumerate(zip((grad, tokens, weight), in_dims))
-    )
+    size, (grad_dim, tokens_dim, weight_dim) = info.batch_size, in_dims
+    batch, shared_rows = _batch(tokens, tokens_dim), _batch(weight, weight_dim) == 1
+    grad, tokens = _fold(grad, grad_dim, size), _fold(tokens, tokens_dim, size)
+    weight = _spread(weight, weight_dim, size, batch)
     if weight.shape[0] == 1:
         weight = weight.expand(tokens.shape[0], *weight.shape[1:])
-    d_tokens, d_weight, d_bias = (
-        _unfold(r, size) for r in torch.ops.scatterbrain.project_backward(grad, tokens, weight)
-    )
+    results = torch.ops.scatterbrain.project_backward(grad, tokens, weight)
+    d_tokens, d_weight, d_bias = (_unfold(r, size) for r in results)
     if shared_rows:
         d_weight, d_bias = d_weight.sum(1, keepdim=True), d_bias.sum(1, keepdim=True)
     return (d_tokens, d_weight, d_bias), (0, 0, 0)
 
 
-def _spread(
-    tensor: Tensor | None, dim: int | None, size: int, tokens: Tensor, tokens_dim: int | None, is_weight: bool
-) -> Tensor | None:
-    """A token tensor folded into the batch; a weight repeated for the rows of its mapped element where it has one per
-    element."""
-    if tensor is None or not is_weight or (dim is None and tensor.shape[0] == 1):
-        return tensor if is_weight else _fold(tensor, dim, size)
+def _batch(tensor: Tensor, dim: int | None) -> int:
+    """Batch rows of one mapped element."""
+    return tensor.shape[0] if dim is None else tensor.movedim(dim, 0).shape[1]
+
+
+def _spread(tensor: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
+    """A weight repeated for the batch rows of its mapped element; left alone if one is shared by all elements."""
+    if tensor is None or (dim is None and tensor.shape[0] == 1):
+        return tensor
     moved = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    batch = tokens.shape[0] if tokens_dim is None else tokens.movedim(tokens_dim, 0).shape[1]
     return moved.expand(size, batch, *moved.shape[2:]).reshape(size * batch, *moved.shape[2:])
