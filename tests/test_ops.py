@@ -446,3 +446,27 @@ def test_float64_stays_float64_under_autocast(support: object) -> None:
 def test_autocast_in_float16_gives_float16() -> None:
     with torch.autocast("cpu", torch.float16):
         assert sb.attention(*qkv(), sb.Window(8), sb.Favor(8)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("tokens_dim", "weight_dim"), [(0, 0), (1, 1), (2, None), (None, 1), (0, 2)])
+def test_vmap_of_projections_over_any_dimension_is_a_loop(
+    tokens_dim: int | None, weight_dim: int | None, rows: int
+) -> None:
+    library = torch.ops.scatterbrain
+
+    def mapped(t: Tensor, dim: int | None) -> Tensor:
+        return t if dim is None else torch.stack([t + i for i in range(3)], dim)
+
+    tokens, weight = mapped(rand(B, H, 5, D), tokens_dim), mapped(rand(rows, H, 4, D, seed=1), weight_dim)
+    gradient = rand(B, H, 5, 4, seed=2)
+
+    def both(t: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return library.project(t, w, None), *library.project_backward(gradient, t, w)
+
+    got = torch.vmap(both, in_dims=(tokens_dim, weight_dim))(tokens, weight)
+    each = [
+        both(*(t if dim is None else t.select(dim, i) for t, dim in ((tokens, tokens_dim), (weight, weight_dim))))
+        for i in range(3)
+    ]
+    assert all(torch.equal(a, torch.stack(b)) for a, b in zip(got, zip(*each)))
