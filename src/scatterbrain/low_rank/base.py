@@ -162,7 +162,9 @@ class LowRankKernel:
 
     def store(self, owner: StateOwner, moments: Moments, is_average: bool = False) -> None:
         """Fits the statistics of a kernel that ``is_calibrated_from_data`` and writes them into the module."""
-        raise NotImplementedError(f"{type(self).__name__} has no statistics to fit")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define store(owner, moments, is_average), since it is_calibrated_from_data"
+        )
 
     def finish_step(self, owner: StateOwner) -> None:
         """An optimizer step is over: commits the moments that were gathered, redraws features."""

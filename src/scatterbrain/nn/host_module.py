@@ -30,7 +30,7 @@ class HostModule:
     def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Whether ``state_dict``, which has no entries of ``attention``, is a checkpoint of the original module.
         ``prefix`` is this module's."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _is_of_original(state_dict, prefix)")
 
     def _attach(self, attention: ScatterbrainAttention | None) -> None:
         """Takes ``attention`` in, on the device of the module's parameters and in its mode."""
