@@ -22,6 +22,7 @@ from scatterbrain.call import Call
 from scatterbrain.operators import untraced
 from scatterbrain.operators.arguments import AttentionArguments, QuadraticArguments
 from scatterbrain.operators.tracing import is_known, is_untraced
+from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.supports import BlockLists, Support
 
 
@@ -82,13 +83,10 @@ def _by_torch(call: Call, kept_as: tuple | None) -> Tensor | None:
         return None
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         return None
-    unused = [] if call.coefficients is None else [t for t in call.coefficients.parameters() if t.requires_grad]
-    if unused and not is_untraced():
-        return None
     if kept_as is not None:
         prepared.keep(kept_as, call.coefficients.tensors(), None, call.scale)
     out = exact(call.query, call.key, call.value, call.is_causal, call.scale)
-    return untraced.with_zero_gradients(out, unused) if unused else out
+    return out if call.coefficients is None else with_zero_gradients(out, call.coefficients.parameters())
 
 
 # -------------------- prepared calls

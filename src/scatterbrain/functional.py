@@ -20,6 +20,7 @@ from scatterbrain.low_rank import (
 )
 from scatterbrain.low_rank.moments import checked_moments
 from scatterbrain.low_rank.quadratic_coefficients import statistics_from_moments
+from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
 from scatterbrain.supports import Blocks, Support, Window
 
@@ -126,12 +127,16 @@ def attention(
     check_kind_of_coefficients(statistics)
     checks.check_pair(support, low_rank, is_causal)
     checks.check_offset(query_offset, query.shape[0], is_causal)
+    unused: tuple[Tensor, ...] = ()
     if support.is_full:  # nothing is left for the low-rank kernel
+        unused = () if statistics is None else statistics.parameters()
         low_rank = statistics = kept_as = None
     padding = padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
     call = Call(query, key, value, support, low_rank, statistics, default_scale(query, scale), padding, is_causal)
     check_coefficients(low_rank, statistics, call)
     out, lse = execution.run(call, return_lse, kept_as)
+    if unused:
+        out, lse = (None if t is None else with_zero_gradients(t, unused) for t in (out, lse))
     return (out, lse) if return_lse else out
 
 

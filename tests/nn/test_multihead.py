@@ -383,13 +383,27 @@ def test_constructor_raises_what_torch_raises(arguments: tuple[int, int]):
     assert str(got.value) == str(expected.value)
 
 
-def test_nested_tensors_are_refused_with_the_cure():
-    _, ours = pair(sb.Window(8), batch_first=True)
+def rows_of_two_lengths(layout: torch.layout = torch.strided) -> tuple[list[Tensor], Tensor]:
+    rows = [torch.randn(length, E) for length in (5, 21)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        x = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)])
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        return rows, torch.nested.nested_tensor(rows, layout=layout)
+
+
+def test_rows_of_a_nested_tensor_are_attended_to_alone():
+    _, ours = pair(sb.Window(8), batch_first=True)
+    rows, x = rows_of_two_lengths()
+    for row, out in zip(rows, ours(x, x, x, need_weights=False)[0].unbind()):
+        torch.testing.assert_close(out, ours(row, row, row, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_other_calls_with_nested_tensors_are_refused_with_the_cure(layout: torch.layout):
+    _, ours = pair(sb.Window(8), batch_first=True)
+    _, x = rows_of_two_lengths(layout)
+    other = x if layout == torch.jagged else x.clone()
     with pytest.raises(ValueError, match="use_nested_tensor=False"):
-        ours.eval()(x, x, x, need_weights=False)
+        ours.eval()(x, other, other, need_weights=False)
 
 
 def test_uncalibrated_statistics_are_named():
@@ -533,8 +547,13 @@ def test_copies_are_equal_and_stay_off_torchs_fast_path(low_rank: str, copied: A
         with sb.calibrate(ours):
             ours(x, x, x, need_weights=False)
     other = copied(ours)
-    assert type(other) is sb.MultiheadAttention and other._qkv_same_embed_dim is False
+    layer = testkit.encoder(E, H, 1).layers[0].eval()
+    layer.self_attn, other.batch_first = other, True
+    calls = count_calls(layer)
     with torch.no_grad():
+        layer(x.transpose(0, 1))
+        other.batch_first = False
+        assert type(other) is sb.MultiheadAttention and calls == [other.attention]
         assert torch.equal(ours(x, x, x, need_weights=False)[0], other(x, x, x, need_weights=False)[0])
 
 
@@ -572,7 +591,6 @@ def test_resetting_parameters_draws_the_same_distribution_as_torch():
     nn.Linear(E, E)  # torch's constructor draws its output projection before it resets
     ours._reset_parameters()
     torch.testing.assert_close(ours.in_proj_weight, theirs.in_proj_weight)
-    assert ours._qkv_same_embed_dim is False
 
 
 # ------------------------------------------------------------------------------------------- nn.TransformerEncoder etc.
@@ -596,12 +614,19 @@ def test_the_encoder_layers_fast_path_does_not_bypass_us(grad: bool, training: b
     assert len(calls) == 4
 
 
-def test_an_encoder_made_of_our_layers_uses_no_nested_tensors():
-    layer = encoder(1, support=sb.Window(8), low_rank=INPUT).layers[0]
-    with pytest.warns(UserWarning, match="_qkv_same_embed_dim was not True"):
-        model = nn.TransformerEncoder(layer, 2).eval()
-    with torch.no_grad():
-        assert model(torch.randn(N, L, E), src_key_padding_mask=padding()).shape == (N, L, E)
+@pytest.mark.parametrize("low_rank", [None, sb.Quadratic(9, "learned")], ids=str)
+def test_an_encoder_made_of_our_layers_may_pass_nested_tensors(low_rank: sb.Quadratic | None):
+    layer = encoder(1, support=sb.Window(8), low_rank=low_rank).layers[0]
+    model = nn.TransformerEncoder(layer, 2).eval()
+    calls, x = count_calls(model), torch.randn(N, L, E)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+        assert model.use_nested_tensor
+        nested = model(x, src_key_padding_mask=padding())
+        model.use_nested_tensor = False
+        padded = model(x, src_key_padding_mask=padding()).masked_fill(padding()[..., None], 0)
+    torch.testing.assert_close(nested, padded)
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("hint", [None, True])

@@ -69,7 +69,7 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
             padding = _key_padding(attention_mask, hidden_states.shape[0], keys)
             if padding is None:
                 self._warn_exact("attention_mask is more than the padding of keys; pass (batch, 1, keys) or none")
-                return AttnProcessor2_0()(*arguments)
+                return self.attention.with_zero_gradients(AttnProcessor2_0()(*arguments))
         return self._attend(attn, hidden_states, encoder_hidden_states, padding, temb)
 
     def _check_layer(self, attn: Attention) -> None:

@@ -67,7 +67,7 @@ class Attention(HostModule, timm.layers.Attention):
         obstacle = self._obstacle(attn_mask, padding, is_causal)
         if obstacle is not None:
             self._warn_exact(obstacle)
-            return super().forward(x, attn_mask, is_causal)
+            return self.attention.with_zero_gradients(super().forward(x, attn_mask, is_causal))
         gate = None if self.gate is None else self.gate(x).sigmoid()
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)

@@ -13,6 +13,7 @@ from scatterbrain import checks, functional, presets
 from scatterbrain.low_rank import Coefficients, Heads, LowRank, State
 from scatterbrain.low_rank.moments import Moments, checked_moments, moments
 from scatterbrain.nn.distributed import fill
+from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
 from scatterbrain.supports import Full, Support
 
@@ -149,6 +150,8 @@ class ScatterbrainAttention(nn.Module):
             query_offset,
             return_lse,
         )
+        if low_rank is None:
+            out = tuple(map(self.with_zero_gradients, out)) if return_lse else self.with_zero_gradients(out)
         first = min(self.exact_queries, query.shape[2])
         if first == 0 or is_causal or support.is_full:
             return out
@@ -166,6 +169,12 @@ class ScatterbrainAttention(nn.Module):
             return_lse=return_lse,
         )
         return tuple(map(_replace_first, out, exact)) if return_lse else _replace_first(out, exact)
+
+    def with_zero_gradients(self, out: Tensor) -> Tensor:
+        """``out``, of a way that leaves the low-rank kernel out, with gradients of zero to the module's parameters:
+        DistributedDataParallel waits for every parameter's gradient. For modules that run exact attention in place of
+        this one."""
+        return with_zero_gradients(out, self.parameters())
 
     def _check_heads(self, query: Tensor, key: Tensor) -> None:
         """That queries and keys are those of this module. What else may be wrong with them, the function says."""

@@ -43,7 +43,9 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
                                                        included; ``attention`` is None and ``low_rank`` unused
     ``is_causal=True`` without ``attn_mask``           raises, as nn.MultiheadAttention does
     wrong shapes or mask types                         raises, as nn.MultiheadAttention does
-    nested tensors (unless ``support=Full()``)         ValueError
+    nested tensors of the strided layout, of which     approximated, as padding
+    query, key and value are one, without masks
+    other nested tensors (unless ``support=Full()``)   ValueError
     statistics="stored" before calibration             ValueError of :class:`ScatterbrainAttention`
     ================================================== =============================================================
 
@@ -56,9 +58,9 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
     or projections.
 
     In evaluation without gradients nn.TransformerEncoderLayer would compute exact attention itself and never call this
-    module; its attribute ``_qkv_same_embed_dim`` is False to prevent that. torch.fx traces the module as one node, as
-    it does torch's own modules. TorchScript cannot hold an approximating module and raises; use torch.compile or
-    torch.export.
+    module, unless there are hooks in the layer: a forward pre-hook that does nothing prevents it. torch.fx traces the
+    module as one node, as it does torch's own modules. TorchScript cannot hold an approximating module and raises; use
+    torch.compile or torch.export.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
@@ -96,16 +98,16 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
     def _attach(self, attention: ScatterbrainAttention | None) -> None:
         super()._attach(attention)
         if attention is not None:
-            # With True torch's fused encoder layer would compute attention itself, without a call of forward.
-            # Parameters keep their names.
-            self._qkv_same_embed_dim = False
+            self.register_forward_pre_hook(_must_be_called)
 
     def _detach(self) -> None:
         super()._detach()
-        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        for number, hook in list(self._forward_pre_hooks.items()):
+            if hook is _must_be_called:
+                del self._forward_pre_hooks[number]
 
     def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        return f"{prefix}out_proj.weight" in state_dict
+        return any(name.startswith(f"{prefix}out_proj.") for name in state_dict)
 
     def forward(
         self,
@@ -138,10 +140,7 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
         if self.attention is None:
             return super().forward(*exact, is_causal)
         if query.is_nested or key.is_nested or value.is_nested:
-            raise ValueError(
-                "MultiheadAttention: expected padded tensors with key_padding_mask, got a nested tensor; in an "
-                "nn.TransformerEncoder set use_nested_tensor=False (sb.replace_attention does)"
-            )
+            return self._nested(*exact, is_causal)
         if not self._fits(query, key, value, key_padding_mask, attn_mask, is_causal):
             return self._exact(*exact, is_causal)  # raises nn.MultiheadAttention's own error
         causal = attn_mask is not None and is_causal_mask(attn_mask, is_causal)
@@ -165,7 +164,7 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
         # 3. Back to the layout of query, and through the output projection.
         out = out.permute(0, 2, 1, 3) if batch_first else out.permute(2, 0, 1, 3)
         out = out.flatten(2) if batched else out[0].flatten(1)
-        return F.linear(out, self.out_proj.weight, self.out_proj.bias), None
+        return self.out_proj(out), None
 
     # -------------------- what is possible
 
@@ -214,10 +213,27 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
 
     # -------------------- compute
 
+    def _nested(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool,
+                attn_mask: Tensor | None, average_attn_weights: bool,
+                is_causal: bool) -> tuple[Tensor, None]:  # fmt: skip
+        """Rows of several lengths, which nn.TransformerEncoder makes of a padded batch, are padded again."""
+        is_rows = query is key and key is value and query.layout == torch.strided and self.batch_first
+        if not is_rows or need_weights or is_causal or key_padding_mask is not None or attn_mask is not None:
+            raise ValueError(
+                "MultiheadAttention: expected padded tensors with key_padding_mask, got a nested tensor; in an "
+                "nn.TransformerEncoder set use_nested_tensor=False (sb.replace_attention does)"
+            )
+        tokens = query.to_padded_tensor(0.0)
+        lengths = query._nested_tensor_size()[:, :1].to(query.device)
+        padding = torch.arange(tokens.shape[1], device=query.device) >= lengths
+        out, _ = self.forward(tokens, tokens, tokens, padding, False)
+        return torch._nested_tensor_from_mask(out, ~padding, mask_check=False), None
+
     def _exact(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool,
                attn_mask: Tensor | None, average_attn_weights: bool,
                is_causal: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """What nn.MultiheadAttention computes. Its forward cannot be called, since it reads ``_qkv_same_embed_dim``."""
+        """What nn.MultiheadAttention computes, by the way that it takes with gradients: the other one has other
+        rounding, and NaN in padded rows."""
         swap = self.batch_first and query.dim() == 3
         if swap:
             # Inputs that are one tensor must stay one: torch chooses the projection by identity.
@@ -225,15 +241,20 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
             k = q if key is query else key.transpose(0, 1)
             v = k if value is key else value.transpose(0, 1)
             query, key, value = q, k, v
+        weight, bias = self.out_proj.weight, self.out_proj.bias
+        is_adapted = not isinstance(self.out_proj, nn.Linear)  # by peft, whose forward torch's function does not call
+        if is_adapted:
+            weight, bias = torch.eye(self.embed_dim, dtype=weight.dtype, device=weight.device), None
         out, weights = F.multi_head_attention_forward(
             query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.bias_k,
-            self.bias_v, self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias,
+            self.bias_v, self.add_zero_attn, self.dropout, weight, bias,
             training=self.training, key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
             use_separate_proj_weight=self.in_proj_weight is None, q_proj_weight=self.q_proj_weight,
             k_proj_weight=self.k_proj_weight, v_proj_weight=self.v_proj_weight,
             average_attn_weights=average_attn_weights, is_causal=is_causal,
         )  # fmt: skip
-        return (out.transpose(0, 1) if swap else out), weights
+        out = self.out_proj(out) if is_adapted else out
+        return self.attention.with_zero_gradients(out.transpose(0, 1) if swap else out), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The input projections, in one product where the inputs are one tensor."""
@@ -266,11 +287,10 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
         scriptable.__dict__ = {k: v for k, v in vars(self).items() if k not in ("attention", "_warned")}
         return scriptable
 
-    def _reset_parameters(self) -> None:
-        same = self._qkv_same_embed_dim
-        self._qkv_same_embed_dim = self.in_proj_weight is not None
-        super()._reset_parameters()
-        self._qkv_same_embed_dim = same
+
+def _must_be_called(module: nn.Module, arguments: tuple) -> None:
+    """A hook that does nothing: torch's fused encoder layer would compute attention without a call of forward, and
+    leaves that to layers without hooks."""
 
 
 def _as_one_node(module: nn.Module, tracer: fx.Tracer, arguments: tuple) -> fx.Proxy:

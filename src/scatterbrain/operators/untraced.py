@@ -334,23 +334,3 @@ def _gradients_of_prepared(
         arguments.key_weight,
     )
     return dq, dk, dv
-
-
-# -------------------- parameters without influence
-
-
-def with_zero_gradients(out: Tensor, parameters: list[Tensor]) -> Tensor:
-    """``out``, with gradients of zero to parameters that it does not depend on: DDP waits for every parameter's
-    gradient."""
-    return _Unused.apply(out, *parameters) if torch.is_grad_enabled() else out
-
-
-class _Unused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, out: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, ...]:
-        return gradient, *(torch.zeros_like(t) for t in ctx.saved_tensors)

@@ -73,6 +73,7 @@ def attention_forward(
     visible = read_mask(attention_mask, causal, query.shape[0], query.shape[2], key.shape[2], is_self)
     if core is None or _is_exact(module, core, query, visible, dropout, arguments):
         out = _exact(query, key, value, visible, dropout, scaling)
+        out = out if core is None else core.with_zero_gradients(out)
     else:
         out = _approximate(module, core, query, key, value, visible, scaling)
     return out.transpose(1, 2).contiguous(), None
