@@ -14,7 +14,7 @@ from scatterbrain.integrations.report import Entry, Report
 from scatterbrain.integrations.restrictions import NotReplaceable, parallel_wrapper, query_by_query
 from scatterbrain.integrations.vision import apply_order, exact_class_tokens
 from scatterbrain.low_rank import LowRank, check_low_rank
-from scatterbrain.nn.attention import ScatterbrainAttention
+from scatterbrain.nn.attention import ScatterbrainAttention, join_layers
 from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule
 from scatterbrain.nn.multihead import MultiheadAttention
 from scatterbrain.supports import Support, check_support
@@ -87,6 +87,7 @@ def replace_attention(
             report._undo.append(undo)
     report.notes += exact_class_tokens(model, {entry.path for entry in report.replaced}.__contains__)
     _stop_nested_tensors(model, report)
+    join_layers(model)
     if not report.replaced:
         warnings.warn(f"replace_attention changed nothing: {report}", stacklevel=2)
     return report

@@ -13,6 +13,7 @@ from scatterbrain import checks, functional, presets
 from scatterbrain.low_rank import Coefficients, Heads, LowRank, State
 from scatterbrain.low_rank.moments import Moments, checked_moments, moments
 from scatterbrain.nn.distributed import fill
+from scatterbrain.nn.warn import warn_once
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
 from scatterbrain.supports import Full, Support
@@ -85,6 +86,9 @@ class ScatterbrainAttention(nn.Module):
         self.support, self.low_rank = support, low_rank
         self.exact_queries = exact_queries
         self.is_collecting = False
+        # Of all layers of a model together (join_layers): what was warned of, and how their paths end.
+        self.said: set[str] = set()
+        self.names: list[str] = []
         self._forget()
         state = self._initial_state()
         for name, tensor in state.parameters.items():
@@ -129,6 +133,7 @@ class ScatterbrainAttention(nn.Module):
         """Arguments as :func:`scatterbrain.attention`; query (B, num_heads, N, head_dim), key and value (B,
         num_kv_heads, M, ...)."""
         self._check_heads(query, key)
+        self._warn_frozen(query, key, value)
         support, low_rank = self.support, self.low_rank
         if self.is_collecting or self._is_average_due():
             query, key, value = functional.cast_for_autocast(query, key, value)
@@ -175,6 +180,23 @@ class ScatterbrainAttention(nn.Module):
         DistributedDataParallel waits for every parameter's gradient. For modules that run exact attention in place of
         this one."""
         return with_zero_gradients(out, self.parameters())
+
+    def _warn_frozen(self, *tokens: Tensor) -> None:
+        """Says, once, that learned projections stay as they are while something else trains: adapters freeze everything
+        that they are not told of."""
+        if not (self.training and self._parameters and torch.is_grad_enabled()):
+            return
+        if any(p.requires_grad for p in self._parameters.values()) or torch._C._are_functorch_transforms_active():
+            return
+        if any(isinstance(t, Tensor) and t.requires_grad for t in tokens):
+            names = self.names or "[<name of the ScatterbrainAttention>]"
+            warn_once(
+                "the learned projections of this model's attention are frozen (requires_grad=False) while other "
+                f"parameters train; to train, save and reload them with a peft adapter, give its configuration "
+                f"modules_to_save={names}, or call requires_grad_(True) on those modules and save them yourself",
+                self.said,
+                stacklevel=4,
+            )
 
     def _check_heads(self, query: Tensor, key: Tensor) -> None:
         """That queries and keys are those of this module. What else may be wrong with them, the function says."""
@@ -317,3 +339,18 @@ def _replace_first(rows: Tensor, first: Tensor) -> Tensor:
         return torch.cat([first, rows[:, :, first.shape[2] :]], 2)
     rows[:, :, : first.shape[2]] = first
     return rows
+
+
+def join_layers(model: nn.Module) -> None:
+    """What the layers of ``model`` say once, they say once together, and they name themselves as ``model`` does: by the
+    shortest end of their paths that no other module has."""
+    paths = dict(model.named_modules())
+    cores = {path: module for path, module in paths.items() if isinstance(module, ScatterbrainAttention)}
+    others = [path for path in paths if path not in cores]
+    said, names = next((core.said for core in cores.values()), set()), set()
+    for path in cores:
+        parts = path.split(".")
+        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        names.add(next((end for end in ends if not any(other.endswith(end) for other in others)), path))
+    for core in cores.values():
+        core.said, core.names = said, sorted(names)

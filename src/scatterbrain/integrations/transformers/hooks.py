@@ -21,6 +21,7 @@ from scatterbrain.integrations.transformers.layers import (
 )
 from scatterbrain.integrations.transformers.registry import PER_LAYER, PREFIX, SETTINGS, check_registered
 from scatterbrain.integrations.vision import exact_class_tokens
+from scatterbrain.nn.attention import join_layers
 
 _OWNED = f".{CORE}."  # part of the name of every entry of ours in a model's state dict
 
@@ -35,6 +36,7 @@ def adopt(model: nn.Module) -> None:
         elif name != PER_LAYER:
             park(module)
     exact_class_tokens(model)
+    join_layers(model)
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and any(core_of(module) for _, module in attention_layers(inner)):
             # A checkpoint without our entries is that of an ordinary model, which loads without a warning.
