@@ -36,6 +36,16 @@ def test_replaced_layers_are_those_of_the_implementation(name: str):
     assert torch.equal(hf.run(chosen, **arguments)[counts], hf.run(replaced, **arguments)[counts])
 
 
+def test_replaced_layers_start_as_those_of_the_implementation():
+    chosen = hf.FAMILIES["bert"].build(LEARNED)
+    for _ in range(2):  # whatever was replaced before
+        torch.manual_seed(0)
+        replaced = hf.FAMILIES["bert"].build()
+        sb.replace_attention(replaced, sb.Window(16, block_q=8), sb.Quadratic(5, "learned"))
+        for name, parameter in chosen.named_parameters():
+            assert torch.equal(parameter, replaced.get_parameter(name)), name
+
+
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("name", ["bert", "llama", "whisper"])
 def test_layers_that_are_left_out_stay_exact(name: str, side: str):

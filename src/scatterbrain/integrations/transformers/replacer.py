@@ -30,10 +30,10 @@ class TransformersReplacer:
     :data:`PER_LAYER`, under which layers without one run exactly, on the same masks."""
 
     def __init__(self) -> None:
-        self._paths: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._places: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()  # number and path in the model
 
     def prepare(self, model: nn.Module) -> None:
-        self._paths.update({module: path for path, module in attention_layers(model)})
+        self._places.update({module: (i, path) for i, (path, module) in enumerate(attention_layers(model))})
 
     def matches(self, module: nn.Module) -> bool:
         return routes(type(module))
@@ -47,9 +47,9 @@ class TransformersReplacer:
                 "it runs Scatterbrain already; restore() the earlier report, or set_attn_implementation('sdpa'), to "
                 "change it"
             )
-        parked, path = module.__dict__.pop(PARKED, None), self._paths.get(module, "")
+        parked, (seed, path) = module.__dict__.pop(PARKED, None), self._places.get(module, (0, ""))
         try:
-            attach(module, support, low_rank, path=path, seed=len(self._paths))
+            attach(module, support, low_rank, path=path, seed=seed)
         except ValueError as error:
             if parked is not None:
                 module.__dict__[PARKED] = parked
