@@ -65,6 +65,13 @@ def system_includes(folders: list[str]) -> list[str]:
     return [flag for folder in folders for flag in ("-isystem", folder)]
 
 
+def hidden_folders(folders: list[str]) -> list[str]:
+    """Macros of included headers name their file in error messages. Cuts the names to what is below the source folder or
+    the include folder: whoever uses a wheel does not have the folders of the machine that built it."""
+    outermost = [folder for folder in folders if not any(folder.startswith(f"{other}/") for other in folders)]
+    return [f"-fmacro-prefix-map={folder}/=" for folder in (ROOT, *outermost)]  # the last one that fits is taken
+
+
 def cxx_flags() -> list[str]:
     # Python's own flags ask for debug information, which makes the library ten times larger; CFLAGS=-g keeps it.
     own = os.environ.get("CFLAGS", "").split() + os.environ.get("CXXFLAGS", "").split()
@@ -87,13 +94,17 @@ def operator_extension(plan: CudaPlan) -> Extension:
         extension.library_dirs.append(str(plan.home / "lib64"))
     extension.include_dirs = [folder for folder in extension.include_dirs if folder not in includes]
     extension.define_macros += macros
-    extension.extra_compile_args = {"cxx": cxx_flags() + system_includes(includes), "nvcc": NVCC_FLAGS}
+    extension.extra_compile_args = {
+        "cxx": cxx_flags() + system_includes(includes) + hidden_folders(includes),
+        "nvcc": NVCC_FLAGS + [f"-Xcompiler={flag}" for flag in hidden_folders(includes)],
+    }
     return extension
 
 
 def build_info_extension(plan: CudaPlan, torch_version: str) -> Extension:
     import pybind11
 
+    includes = [pybind11.get_include()]
     facts = {
         "VERSION": runpy.run_path(str(ROOT / "src" / "scatterbrain" / "version.py"))["__version__"],
         "TORCH_VERSION": torch_version,
@@ -104,7 +115,7 @@ def build_info_extension(plan: CudaPlan, torch_version: str) -> Extension:
         "scatterbrain._build_info",
         [BUILD_INFO_SOURCE],
         define_macros=[(f"SCATTERBRAIN_{name}", f'"{value}"') for name, value in facts.items()],
-        extra_compile_args={"cxx": cxx_flags() + system_includes([pybind11.get_include()])},
+        extra_compile_args={"cxx": cxx_flags() + system_includes(includes) + hidden_folders(includes)},
         language="c++",
     )
 

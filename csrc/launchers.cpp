@@ -2,6 +2,8 @@
 
 #include <array>
 
+#include "error.h"
+
 namespace sb {
 namespace {
 
@@ -33,9 +35,9 @@ std::string registered_names() {
 
 Launchers& launchers(DeviceType device) {
   Launchers* const table = tables()[size_t(device)];
-  STD_TORCH_CHECK(table, "scatterbrain: expected tensors on a device that this build has kernels for (",
-                  registered_names(), "), got ", name_of(device),
-                  "; move the tensors there, or install a build with kernels for ", name_of(device));
+  SB_CHECK(table, "scatterbrain: expected tensors on a device that this build has kernels for (", registered_names(),
+           "), got ", name_of(device), "; move the tensors there, or install a build with kernels for ",
+           name_of(device));
   return *table;
 }
 

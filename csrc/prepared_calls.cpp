@@ -1,9 +1,9 @@
 #include "prepared_calls.h"
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <mutex>
 #include <unordered_map>
+
+#include "error.h"
 
 namespace sb {
 namespace {
@@ -40,9 +40,9 @@ void discard_prepared(int64_t number) {
 std::shared_ptr<const PreparedCall> prepared_call(int64_t number) {
   const std::lock_guard<std::mutex> lock(calls().guard);
   const auto found = calls().by_number.find(number);
-  STD_TORCH_CHECK(found != calls().by_number.end(),
-                  "attention: expected the number of a prepared call that was not discarded, got ", number,
-                  "; prepare the call again");
+  SB_CHECK(found != calls().by_number.end(),
+           "attention: expected the number of a prepared call that was not discarded, got ", number,
+           "; prepare the call again");
   return found->second;
 }
 

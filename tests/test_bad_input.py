@@ -6,7 +6,10 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections import namedtuple
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import testkit
@@ -16,7 +19,13 @@ from testkit import rand
 from torch import Tensor, nn
 
 import scatterbrain as sb
-from scatterbrain.operators.arguments import AttentionArguments, ForwardResults, RouteArguments
+from scatterbrain.operators.arguments import (
+    AttentionArguments,
+    ForwardResults,
+    KeptResults,
+    QuadraticArguments,
+    RouteArguments,
+)
 
 B, H, KV, N, D = 2, 4, 2, 40, 8
 NONE = sb.Window(8)
@@ -24,6 +33,7 @@ NONE = sb.Window(8)
 
 statistics = partial(testkit.fitted, 4, kv_heads=KV)
 projections = partial(testkit.projections, 4, heads=H, kv_heads=KV)
+int32_zeros = partial(torch.zeros, dtype=torch.int32)
 # One list for each of two query blocks.
 blocks = partial(testkit.blocks, block_q=20, heads=H, capacity=4)
 
@@ -141,6 +151,11 @@ CALLS = {
         lambda: attend(query_offset=torch.tensor([1, 2])),
         ValueError,
         "query_offset.*needs is_causal=True",
+    ),
+    "offset elsewhere": (
+        lambda: attend(query_offset=torch.zeros(B, dtype=torch.int64, device="meta"), is_causal=True),
+        ValueError,
+        "query_offset must be on the device of query, cpu, got meta",
     ),
     "float offset": (lambda: attend(query_offset=1.5, is_causal=True), TypeError, "query_offset must be an int.*float"),
     "offset of another batch": (
@@ -355,6 +370,38 @@ CALLS = {
         r"count must have shape \(1, 1, 2\)",
     ),
     "block_q 0": (lambda: blocks([[0], [1]], block_q=0), ValueError, "block_q must be at least 1, got 0"),
+    "block_q past 32 bits": (
+        lambda: blocks([[0], [1]], block_q=2**40),
+        ValueError,
+        "block_q must be at most 2147483647",
+    ),
+    "block_k past 32 bits": (
+        lambda: blocks([[0], [1]], block_k=2**40),
+        ValueError,
+        "block_k must be at most 2147483647",
+    ),
+    "count elsewhere": (
+        lambda: sb.Blocks(int32_zeros(1, 1, 1, 1), int32_zeros(1, 1, 1, device="meta"), 16, 1),
+        ValueError,
+        "Blocks: index, count and query_order must be on one device, got index on cpu and count on meta; move",
+    ),
+    "order elsewhere": (
+        lambda: sb.Blocks(int32_zeros(1, 1, 1, 1), int32_zeros(1, 1, 1), 16, 1, int32_zeros(1, 1, 9, device="meta")),
+        ValueError,
+        "one device.*query_order on meta",
+    ),
+    "lists elsewhere": (
+        lambda: attend(
+            support=sb.Blocks(int32_zeros(B, H, 2, 4, device="meta"), int32_zeros(B, H, 2, device="meta"), 20, 1)
+        ),
+        ValueError,
+        "Blocks: lists must be on the device of query, cpu, got meta; move index, count and query_order there",
+    ),
+    "tokens elsewhere than the lists": (
+        lambda: attend(*(t.to("meta") for t in qkv()), support=blocks([[0], [1]])),
+        ValueError,
+        "lists must be on the device of query, meta, got cpu",
+    ),
     "float block_k": (lambda: blocks([[0], [1]], block_k=1.0), TypeError, "block_k must be an int, got 1.0"),
     # supports and kernels, on construction
     "no window": (lambda: sb.Window(0), ValueError, "Window: keys must be at least 1, got 0"),
@@ -375,6 +422,40 @@ CALLS = {
     "window not of blocks": (lambda: sb.Routed(64, 1, 8, 12), ValueError, "Routed:.*multiples of 8.*window=12"),
     "window above keys": (lambda: sb.Routed(16, 1, 8, 24), ValueError, "window <= keys, got keys=16, window=24"),
     "no keys": (lambda: sb.Routed(-64), ValueError, "Routed: keys must be at least 1, got -64"),
+    # sizes that the kernels cannot count to
+    "causal window past 32 bits": (
+        lambda: attend(support=sb.Window(2**31), is_causal=True),
+        ValueError,
+        "Window: keys must be at most 2147483647, got 2147483648",
+    ),
+    "window past 64 bits": (lambda: sb.Window(2**70), ValueError, "Window: keys must be at most"),
+    "window blocks past 32 bits": (
+        lambda: attend(support=sb.Window(16, 2**31)),
+        ValueError,
+        "Window: block_q must be at most 2147483647, got 2147483648",
+    ),
+    "routed keys past 32 bits": (
+        lambda: attend(support=sb.Routed(2**31), key_padding_mask=testkit.padding(N, [1, 2])),
+        ValueError,
+        "Routed: keys must be at most 2147483647",
+    ),
+    "routed window past 32 bits": (
+        lambda: sb.Routed(2**31, 1, 8, 2**31),
+        ValueError,
+        "Routed: keys must be at most 2147483647",
+    ),
+    "LSH keys past 32 bits": (lambda: sb.LSH(2**31, 1), ValueError, "LSH: keys must be at most 2147483647"),
+    "LSH seed past 64 bits": (lambda: sb.LSH(64, seed=2**64), ValueError, "LSH: seed must be at most"),
+    "features past 32 bits": (lambda: sb.Favor(2**31), ValueError, "Favor: features must be at most 2147483647"),
+    "Favor seed past its draws": (lambda: sb.Favor(seed=2**50), ValueError, "Favor: seed must be at most"),
+    "redraw past 32 bits": (lambda: sb.Favor(redraw=2**31), ValueError, "Favor: redraw must be at most"),
+    "rank past 32 bits": (lambda: sb.Quadratic(2**31), ValueError, "Quadratic: rank must be at most 2147483647"),
+    "module heads past 32 bits": (
+        lambda: sb.ScatterbrainAttention(2**40, 8),
+        ValueError,
+        "ScatterbrainAttention: num_heads must be at most 2147483647",
+    ),
+    "scale past a float": (lambda: attend(scale=10**400), ValueError, "scale must be finite, got 1000"),
     "LSH rounds": (lambda: sb.LSH(64, rounds=3), ValueError, "LSH: keys.*divide by rounds=3, got 64"),
     "LSH no rounds": (lambda: sb.LSH(64, rounds=0), ValueError, "LSH: rounds must be at least 1"),
     "LSH hash": (lambda: sb.LSH(64, hash="angular"), ValueError, "LSH: expected hash='e2lsh', got 'angular'"),
@@ -393,6 +474,81 @@ CALLS = {
     ),
     "redraw 0": (lambda: sb.Favor(redraw=0), ValueError, "Favor: redraw must be at least 1"),
     # statistics
+    "statistics of a NaN scale": (
+        lambda: replace(statistics(), scale=math.nan),
+        ValueError,
+        "Statistics: scale must be finite, got nan",
+    ),
+    "statistics of no scale": (
+        lambda: replace(statistics(), scale=None),
+        TypeError,
+        "Statistics: scale must be a number, got NoneType",
+    ),
+    "statistics without a mean": (
+        lambda: replace(statistics(), key_mean=None),
+        TypeError,
+        "Statistics: key_mean must be a tensor, got NoneType",
+    ),
+    "integer statistics": (
+        lambda: statistics().to(torch.int32),
+        TypeError,
+        "Statistics: query_projection must be a floating-point tensor, got torch.int32",
+    ),
+    "statistics on two devices": (
+        lambda: replace(statistics(), key_mean=torch.zeros(KV, D, device="meta")),
+        ValueError,
+        "Statistics: tensors must be on one device, got query_projection on cpu and key_mean on meta; move",
+    ),
+    "statistics of one head without its dimension": (
+        lambda: sb.Statistics(rand(4, D), rand(D), rand(4, D), rand(D), 1.0),
+        ValueError,
+        r"Statistics: query_projection must be \(Hkv, rank, head_dim\).*got shape \(4, 8\)",
+    ),
+    "statistics of two widths": (
+        lambda: replace(statistics(), query_mean=rand(KV, D + 1)),
+        ValueError,
+        r"Statistics: query_mean must be of shape \(2, 8\), got \(2, 9\)",
+    ),
+    "statistics without values": (
+        lambda: attend(low_rank=STORED, statistics=statistics().to("meta")),
+        ValueError,
+        "statistics=Statistics: query_projection is on the meta device and holds no values",
+    ),
+    "projections of integers": (
+        lambda: replace(projections(), key_bias=torch.zeros(KV, D, dtype=torch.int64)),
+        TypeError,
+        "Projections: key_bias must be a floating-point tensor, got torch.int64",
+    ),
+    "flat projections": (
+        lambda: replace(projections(), key_projection=rand(4, D)),
+        ValueError,
+        r"Projections: key_projection must be \(Hkv, rank, head_dim\), got shape \(4, 8\)",
+    ),
+    "projections without values": (
+        lambda: attend(low_rank=sb.Quadratic(4, "learned"), statistics=projections().to("meta")),
+        ValueError,
+        "statistics=Projections: query_projection is on the meta device",
+    ),
+    "random features of nothing": (
+        lambda: sb.RandomFeatures(None),
+        TypeError,
+        "RandomFeatures: projection must be a tensor, got NoneType",
+    ),
+    "random features of a vector": (
+        lambda: sb.RandomFeatures(rand(D)),
+        ValueError,
+        r"RandomFeatures: projection must be \(rows, head_dim\), got shape \(8,\)",
+    ),
+    "random features without values": (
+        lambda: attend(low_rank=sb.Favor(8), statistics=sb.RandomFeatures(rand(8, D)).to("meta")),
+        ValueError,
+        "statistics=RandomFeatures: projection is on the meta device",
+    ),
+    "fit on the meta device": (
+        lambda: sb.fit_statistics(*(t.to("meta") for t in qkv()[:2]), 4),
+        ValueError,
+        "calibration: expected queries and keys that hold values, got tensors on the meta device",
+    ),
     "fit above head_dim": (
         lambda: sb.fit_statistics(*qkv()[:2], rank=9),
         ValueError,
@@ -691,16 +847,16 @@ def backward(given: AttentionArguments, **results: object) -> tuple[Tensor, ...]
 def test_the_attention_operators_refuse(form: str, change: dict[str, object]) -> None:
     given = well_formed(form=form)
     torch.ops.scatterbrain.attention(*given)  # the change alone is refused below
-    with pytest.raises(RuntimeError, match="attention: "):
+    with pytest.raises(RuntimeError, match="^attention: "):
         torch.ops.scatterbrain.attention(*given._replace(**change))
-    with pytest.raises(RuntimeError, match="attention: "):
+    with pytest.raises(RuntimeError, match="^attention: "):
         backward(given._replace(**change))
 
 
 @pytest.mark.parametrize("change", RESULTS.values(), ids=RESULTS)
 def test_the_backward_operator_refuses_results_of_another_shape(change: dict[str, object]) -> None:
     backward(well_formed())
-    with pytest.raises(RuntimeError, match="attention_backward: "):
+    with pytest.raises(RuntimeError, match="^attention_backward: "):
         backward(well_formed(), **change)
 
 
@@ -721,7 +877,7 @@ PROJECTIONS = {
 
 @pytest.mark.parametrize("weight, bias", PROJECTIONS.values(), ids=PROJECTIONS)
 def test_the_projection_refuses(weight: Tensor, bias: Tensor | None) -> None:
-    with pytest.raises(RuntimeError, match="project: "):
+    with pytest.raises(RuntimeError, match="^project: "):
         torch.ops.scatterbrain.project(rand(B, H, N, D), weight, bias)
 
 
@@ -731,7 +887,7 @@ def test_the_projection_refuses(weight: Tensor, bias: Tensor | None) -> None:
     ids=lambda t: str(tuple(t.shape)),
 )
 def test_the_projection_refuses_gradients_of_another_shape(grad: Tensor) -> None:
-    with pytest.raises(RuntimeError, match="project_backward: "):
+    with pytest.raises(RuntimeError, match="^project_backward: "):
         torch.ops.scatterbrain.project_backward(grad, rand(B, H, N, D), rand(1, KV, 3, D))
 
 
@@ -772,8 +928,77 @@ ROUTES = {name: FORWARD[name] for name in FORWARD if "range" in name or "offset"
 @pytest.mark.parametrize("change", ROUTES.values(), ids=ROUTES)
 def test_the_routing_operator_refuses(change: dict[str, object]) -> None:
     routing(block_q=change.get("block_q", 16) if change.get("block_q") in (1, 8, 16, 32) else 16)
-    with pytest.raises(RuntimeError, match="route: "):
+    with pytest.raises(RuntimeError, match="^route: "):
         routing(**change)
+
+
+def operator_calls() -> dict[str, tuple[str, NamedTuple]]:
+    """Operators with well-formed arguments that fill every tensor but the ones that exclude each other."""
+    optional = dict(
+        query_mask=torch.zeros(B, N, dtype=torch.bool),
+        key_mask=torch.zeros(B, N, dtype=torch.bool),
+        query_range=int32([0, N], [0, N]),
+        key_range=int32([0, N], [0, N]),
+        query_offset=int32(0, 0),
+    )
+    attention, tokens = well_formed()._replace(**optional), (rand(B, H, N, D), rand(B, KV, N, D))
+    spans = well_formed(form="span")._replace(query_order=None)
+    ordered = well_formed()._replace(query_order=torch.arange(N, dtype=torch.int32).repeat(B, H, 1))
+    weights = dict(
+        query_weight=rand(1, KV, 4, D), query_bias=rand(1, KV, 4), key_weight=rand(1, KV, 4, D), key_bias=rand(1, KV, 4)
+    )
+    shared = {name: value for name, value in attention._asdict().items() if name in QuadraticArguments._fields}
+    quadratic = operator_arguments(QuadraticArguments, **shared, **weights)
+    routed = operator_arguments(
+        RouteArguments,
+        **dict(zip(("query", "key"), tokens)),
+        **optional,
+        query_map=rand(B, H, N, 4),
+        key_map=rand(B, KV, N, 4),
+        low_rank=1,
+        keys=24,
+        block_q=16,
+        block_k=1,
+        scale=0.3,
+    )
+    results = ForwardResults(rand(B, H, N, D), rand(B, H, N), rand(B, H, N, D), rand(B, H, N))
+    backward = namedtuple("Backward", [*ForwardResults._fields, *AttentionArguments._fields, *KeptResults._fields])
+    project = namedtuple("Project", ["tokens", "weight", "bias"])
+    of_map = namedtuple("ProjectBackward", ["grad", "tokens", "weight"])
+    return {
+        "attention": ("attention", attention),
+        "attention of a window": ("attention", spans),
+        "attention in another order": ("attention", ordered),
+        "attention_with_state": ("attention_with_state", attention),
+        "attention_backward": (
+            "attention_backward",
+            backward(*results, *attention, *KeptResults(rand(0), rand(0), rand(1, KV, 4, D), rand(1, KV, 4, D))),
+        ),
+        "quadratic_attention": ("quadratic_attention", quadratic),
+        "quadratic_attention_with_state": ("quadratic_attention_with_state", quadratic),
+        "route": ("route", routed),
+        "project": ("project", project(tokens[0], weights["query_weight"], weights["query_bias"])),
+        "project_packed": ("project_packed", project(tokens[0], weights["query_weight"], weights["query_bias"])),
+        "project_backward": ("project_backward", of_map(rand(B, H, N, 4), tokens[0], weights["query_weight"])),
+    }
+
+
+OPERATOR_CALLS = operator_calls()
+
+
+@pytest.mark.parametrize("name", OPERATOR_CALLS)
+def test_the_operators_refuse_a_tensor_on_another_device(name: str) -> None:
+    """One tensor on the meta device would make torch return results that nothing has been written to."""
+    operator, arguments = OPERATOR_CALLS[name]
+    getattr(torch.ops.scatterbrain, operator)(*arguments)
+    tensors = [field for field, value in arguments._asdict().items() if isinstance(value, Tensor)]
+    assert len(tensors) >= 3
+    for field in tensors:
+        changed = arguments._replace(**{field: getattr(arguments, field).to("meta")})
+        with pytest.raises(
+            RuntimeError, match=r"[a-z_]+: tensors must be on one device, got \w+ on (cpu|meta) and \w+ on"
+        ):
+            getattr(torch.ops.scatterbrain, operator)(*changed)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -820,7 +1045,7 @@ def test_drawn_nonsense_raises_or_gives_results_of_the_right_shape(seed: int) ->
     try:
         out, lse = torch.ops.scatterbrain.attention(*given)
     except RuntimeError as error:
-        assert "attention: " in str(error)
+        assert str(error).startswith("attention: ")
         return
     assert out.shape == (*given.query.shape[:3], given.value.shape[3]) and lse.shape == out.shape[:3]
     gradients = torch.ops.scatterbrain.attention_backward(*ForwardResults(out, lse, out, lse), *given)

@@ -238,6 +238,12 @@ def dynamic_symbols(which: str) -> list[tuple[str, str]]:
     return [tuple(line.split()[-2:]) for line in listed.stdout.splitlines()]
 
 
+def test_no_folder_of_the_machine_that_compiled_is_in_the_libraries():
+    """Error messages of checks would carry it to users: the file of a check is named relative to its include folder."""
+    for library in (operator_library(), Path(_build_info.__file__)):
+        assert re.findall(rb"(?<![\w.])/[\w.+/-]+\.(?:h|hpp|cpp|cc|cu|cuh)\b", library.read_bytes()) == []
+
+
 def test_operator_library_is_named_for_the_stable_abi():
     assert operator_library().name == "_C.abi3.so"
 

@@ -238,6 +238,30 @@ def test_half_precision_and_strided_inputs_are_routed_as_their_float_copies() ->
 # ----------------------------------------------------------------------------------------------------------- invariants
 
 
+@pytest.mark.parametrize("n, m", [(100, 100), (10, 100), (100, 13), (3, 3)])
+@pytest.mark.parametrize(
+    "huge, all_of_them",
+    [
+        (sb.Routed(300_000), sb.Routed(128)),
+        (sb.Routed(2**31 - 8, 1, 8, 16), sb.Routed(128 + 16, 1, 8, 16)),
+        (sb.Routed(2**31 - 8, 1, 8, 2**31 - 8), sb.Routed(240, 1, 8, 240)),
+        (sb.LSH(3_000, rounds=150), sb.LSH(200, rounds=1)),
+    ],
+    ids=str,
+)
+def test_memory_follows_the_keys_that_there_are_whatever_the_budget(
+    huge: sb.Routed | sb.LSH, all_of_them: sb.Routed | sb.LSH, n: int, m: int
+) -> None:
+    """A budget of more keys than there are lists every one that may be seen, in lists of no more entries than keys."""
+    query, key = rand(1, 2, n, 16), rand(1, 2, m, 16, seed=1)
+    capacity = -(-m // getattr(huge, "block_k", 1))
+    for is_causal in (False,) if huge.is_bidirectional_only else (False, True):
+        lists, expected = (sb.route(query, key, support, None, is_causal=is_causal) for support in (huge, all_of_them))
+        assert lists.index.shape[3] == capacity and lists.index.untyped_storage().nbytes() == 4 * lists.index.numel()
+        assert torch.equal(lists.count, expected.count) and torch.equal(lists.index, expected.index)
+        assert is_causal or (lists.count == capacity).all()
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
 @pytest.mark.parametrize("form", POOLED + PER_QUERY, ids=ids)
 def test_lists_are_ascending_within_the_budget_and_hold_valid_keys(form: dict, is_causal: bool) -> None:

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../error.h"
+
 namespace sb::cpu {
 namespace {
 
@@ -13,7 +15,7 @@ int32_t code_of(ScalarType dtype) {
     case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
     case ScalarType::Half: return aoti_torch_dtype_float16();
     case ScalarType::Int: return aoti_torch_dtype_int32();
-    default: STD_TORCH_CHECK(false, "expected float32, float64, bfloat16, float16 or int32");
+    default: SB_CHECK(false, "expected float32, float64, bfloat16, float16 or int32");
   }
 }
 
@@ -36,7 +38,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   AtenTensorHandle handle;
   const int32_t error = aoti_torch_empty_strided(int64_t(sizes.size()), std::data(sizes), strides, code_of(dtype),
                                                  aoti_torch_device_type_cpu(), 0, &handle);
-  STD_TORCH_CHECK(error == 0, "scatterbrain: could not allocate a tensor of ", stride, " elements");
+  SB_CHECK(error == 0, "scatterbrain: could not allocate a tensor of ", stride, " elements");
   return Tensor(handle);
 }
 

@@ -1,5 +1,6 @@
 #include "attention_call.h"
 
+#include "../error.h"
 #include "../math/low_rank_kernels.h"
 #include "../profile.h"
 #include "../tensor_traits.h"
@@ -92,9 +93,9 @@ Tensor AttentionCall<E>::room_for_scores() {
 template <class E>
 void AttentionCall<E>::take_scores() {
   if (!given_scores || given_scores->numel() == 0 || given_scores->scalar_type() != kScalar<T>) return;
-  STD_TORCH_CHECK(has_shape(*given_scores, {p.batch, p.q_heads, p.kept_slots, p.kept_keys}) && p.kept_keys > 0 &&
-                      given_scores->is_contiguous(),
-                  "attention_backward: scores must be what attention_with_state returned for the same arguments");
+  SB_CHECK(has_shape(*given_scores, {p.batch, p.q_heads, p.kept_slots, p.kept_keys}) && p.kept_keys > 0 &&
+               given_scores->is_contiguous(),
+           "attention_backward: scores must be what attention_with_state returned for the same arguments");
   p.scores = given_scores->data_ptr();
 }
 
@@ -103,8 +104,8 @@ void AttentionCall<E>::take_states() {
   if (!p.has_low_rank()) return;
   if (given_state && given_state->numel() > 0 && given_state->scalar_type() == kScalar<T>) {
     const std::initializer_list<int64_t> sizes = {p.batch, p.kv_heads, p.slots, p.slot_size};
-    STD_TORCH_CHECK(has_shape(*given_state, sizes) && given_state->is_contiguous(),
-                    "attention_backward: state must be what attention_with_state returned for the same arguments");
+    SB_CHECK(has_shape(*given_state, sizes) && given_state->is_contiguous(),
+             "attention_backward: state must be what attention_with_state returned for the same arguments");
     state = given_state, p.kv_state = state->data_ptr(), has_state = true;
     return;
   }

@@ -1,5 +1,6 @@
 #include "block_lists.h"
 
+#include "../error.h"
 #include "allocation.h"
 #include "parallel.h"
 
@@ -12,24 +13,23 @@ void check_index(const AttentionParams& p) {
     const RowRange& range = p.rows[row / (p.list_heads * p.blocks)];
     const int64_t used = p.count[row], key_blocks = ceil_div(range.k_end - range.k_first, p.block_k),
                   block = row % p.blocks;
-    STD_TORCH_CHECK(used >= 0 && used <= p.capacity, "attention: count must be between 0 and the capacity ", p.capacity,
-                    ", got ", used);
+    SB_CHECK(used >= 0 && used <= p.capacity, "attention: count must be between 0 and the capacity ", p.capacity,
+             ", got ", used);
     const int32_t* entry = p.index + row * p.capacity;
     // One pass without branches; only a wrong list is read again, to say what is wrong.
     bool wrong = used > 0 && (entry[0] < 0 || entry[used - 1] >= key_blocks);
     for (int64_t i = 1; i < used; ++i) wrong |= entry[i - 1] >= entry[i];
     for (int64_t i = 0; wrong && i < used; ++i) {
-      STD_TORCH_CHECK(entry[i] >= 0 && entry[i] < key_blocks, "attention: index names key block ", entry[i], " of ",
-                      key_blocks, " (blocks of ", p.block_k, " keys)");
-      STD_TORCH_CHECK(i == 0 || entry[i - 1] < entry[i],
-                      "attention: each list of index must be strictly ascending, got ",
-                      entry[std::max<int64_t>(i, 1) - 1], " before ", entry[i]);
+      SB_CHECK(entry[i] >= 0 && entry[i] < key_blocks, "attention: index names key block ", entry[i], " of ",
+               key_blocks, " (blocks of ", p.block_k, " keys)");
+      SB_CHECK(i == 0 || entry[i - 1] < entry[i], "attention: each list of index must be strictly ascending, got ",
+               entry[std::max<int64_t>(i, 1) - 1], " before ", entry[i]);
     }
     if (p.is_causal && used > 0) {
       const int64_t last_query = std::min<int64_t>(range.q_first + (block + 1) * p.block_q, range.q_end) - 1;
-      STD_TORCH_CHECK(range.k_first + int64_t(entry[used - 1]) * p.block_k <= last_query + range.offset,
-                      "attention: index of query block ", block,
-                      " lists a key block after the block's last query, which causal attention must not see");
+      SB_CHECK(range.k_first + int64_t(entry[used - 1]) * p.block_k <= last_query + range.offset,
+               "attention: index of query block ", block,
+               " lists a key block after the block's last query, which causal attention must not see");
     }
   }
 }
@@ -53,8 +53,8 @@ BlockLists::BlockLists(const AttentionArguments& a, AttentionParams& p) {
     order = as_contiguous(*a.query_order);
     p.order = static_cast<const int32_t*>(order->data_ptr()), p.order_heads = order->size(1);
     for (int64_t i = 0; i < order->numel(); ++i)
-      STD_TORCH_CHECK(p.order[i] >= -1 && p.order[i] < p.q_tokens, "attention: query_order names query ", p.order[i],
-                      " of ", p.q_tokens);
+      SB_CHECK(p.order[i] >= -1 && p.order[i] < p.q_tokens, "attention: query_order names query ", p.order[i], " of ",
+               p.q_tokens);
   }
 }
 

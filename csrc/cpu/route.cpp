@@ -1,4 +1,5 @@
 // Launcher of routing: the key side of a few heads in panels, then groups of queries of these heads in parallel.
+#include <algorithm>
 #include <cstring>
 
 #include "../profile.h"
@@ -32,9 +33,12 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   p.k_tokens = a.key.size(2);
   p.head_dim = a.query.size(3), p.head_pad = pad_to(p.head_dim, kPad);
   p.low_rank = a.block_k == 1 ? static_cast<LowRank>(a.low_rank) : LowRank::kNone;
-  p.keys = a.keys, p.block_q = a.block_q, p.block_k = a.block_k, p.window = a.window, p.is_causal = a.is_causal,
+  p.block_q = a.block_q, p.block_k = a.block_k, p.window = a.window, p.is_causal = a.is_causal,
   p.scale = float(a.scale);
-  p.blocks = ceil_div(p.q_tokens, p.block_q), p.capacity = list_capacity(p.keys, p.block_k);
+  p.blocks = ceil_div(p.q_tokens, p.block_q);
+  // Memory follows the keys that there are, whatever the budget: no list is longer, and no more are chosen.
+  p.capacity = std::min(list_capacity(a.keys, p.block_k), ceil_div(p.k_tokens, p.block_k));
+  p.keys = p.window + std::min(a.keys - p.window, pad_to(p.k_tokens, p.block_k));
 
   const TensorRows q = as_rows<float>(a.query, p.head_pad), k = as_rows<float>(a.key, p.head_pad);
   p.q = q.rows, p.k = k.rows;

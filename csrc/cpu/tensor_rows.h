@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "../error.h"
 #include "allocation.h"
 #include "parallel.h"
 
@@ -68,7 +69,7 @@ void with_element(ScalarType dtype, const Visit& visit) {
     case ScalarType::Double: return visit(static_cast<double*>(nullptr));
     case ScalarType::BFloat16: return visit(static_cast<torch::headeronly::BFloat16*>(nullptr));
     case ScalarType::Half: return visit(static_cast<torch::headeronly::Half*>(nullptr));
-    default: STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
+    default: SB_CHECK(false, "expected float32, float64, bfloat16 or float16");
   }
 }
 

@@ -21,7 +21,7 @@ SB_HD int64_t candidate_superblocks(int64_t keys, int64_t window) {
   return keys - window > 64 ? (keys - window) / 8 * 2 : 16;
 }
 
-// Entries of a list, in units of block_k keys: a window touches one block more than it fills.
+// Entries of a list at most, in units of block_k keys: a window touches one block more than it fills.
 SB_HD int64_t list_capacity(int64_t keys, int64_t block_k) { return block_k == 1 ? keys : keys / block_k + 1; }
 
 }  // namespace sb

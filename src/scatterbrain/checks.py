@@ -3,6 +3,9 @@ and what to do."""
 
 from __future__ import annotations
 
+import reprlib
+import sys
+
 import torch
 from torch import Tensor
 
@@ -104,12 +107,13 @@ def check_scale(scale: float | None) -> None:
         return
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None for 1/sqrt(head_dim), got {type(scale).__name__}")
-    if not abs(scale) < float("inf"):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not abs(scale) <= sys.float_info.max:
+        raise ValueError(f"scale must be finite, got {reprlib.repr(scale)}")
 
 
-def check_offset(query_offset: int | Tensor, batch: int, is_causal: bool) -> None:
-    """An int, or an integer tensor of shape (batch,)."""
+def check_offset(query_offset: int | Tensor, batch: int, is_causal: bool, device: torch.device) -> None:
+    """An int, or an integer tensor of shape (batch,), which may be on another device than the tokens, ``device``, as long
+    as it has values."""
     if type(query_offset) is int and query_offset == 0:
         return
     if isinstance(query_offset, Tensor):
@@ -120,6 +124,8 @@ def check_offset(query_offset: int | Tensor, batch: int, is_causal: bool) -> Non
             )
         if not is_causal:
             raise ValueError("query_offset shifts the causal edge and needs is_causal=True, got is_causal=False")
+        if query_offset.is_meta and device.type != "meta":
+            raise ValueError(f"query_offset must be on the device of query, {device}, got {query_offset.device}")
         if is_readable(query_offset) and bool((query_offset.long().abs() >= 2**31).any()):
             raise ValueError(f"query_offset must fit into 32 bits, got {query_offset.tolist()}")
         return

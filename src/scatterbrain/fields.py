@@ -1,10 +1,18 @@
-"""Checks of the fields of supports and low-rank kernels."""
+"""Checks of the fields of supports, low-rank kernels and what they run with."""
 
 from __future__ import annotations
 
+import reprlib
+import sys
 
-def check_int(owner: str, name: str, value: object, low: int) -> None:
-    """An int of at least ``low``.
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1  # the kernels count keys, queries and features in 32 bits
+INT64_MAX = 2**63 - 1  # seeds of torch's generators
+
+
+def check_int(owner: str, name: str, value: object, low: int, high: int = INT32_MAX) -> None:
+    """An int from ``low`` to ``high``.
 
     Raises:
         TypeError, ValueError: naming the owner and the field.
@@ -13,3 +21,37 @@ def check_int(owner: str, name: str, value: object, low: int) -> None:
         raise TypeError(f"{owner}: {name} must be an int, got {value!r} of type {type(value).__name__}")
     if value < low:
         raise ValueError(f"{owner}: {name} must be at least {low}, got {value}")
+    if value > high:
+        raise ValueError(f"{owner}: {name} must be at most {high}, got {value}")
+
+
+def check_number(owner: str, name: str, value: object) -> None:
+    """A finite int or float.
+
+    Raises:
+        TypeError, ValueError: naming the owner and the field.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{owner}: {name} must be finite, got {reprlib.repr(value)}")
+
+
+def check_floats(owner: str, tensors: dict[str, object]) -> None:
+    """Floating-point tensors on one device.
+
+    Raises:
+        TypeError, ValueError: naming the owner and the field.
+    """
+    device = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{owner}: {name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{owner}: {name} must be a floating-point tensor, got {tensor.dtype}; convert it")
+        device = tensor.device if device is None else device
+        if tensor.device != device:
+            raise ValueError(
+                f"{owner}: tensors must be on one device, got {next(iter(tensors))} on {device} and {name} on "
+                f"{tensor.device}; move them with .to(device)"
+            )

@@ -126,7 +126,7 @@ def attention(
     checks.check_scale(scale)
     check_kind_of_coefficients(statistics)
     checks.check_pair(support, low_rank, is_causal)
-    checks.check_offset(query_offset, query.shape[0], is_causal)
+    checks.check_offset(query_offset, query.shape[0], is_causal, query.device)
     unused: tuple[Tensor, ...] = ()
     if support.is_full:  # nothing is left for the low-rank kernel
         unused = () if statistics is None else statistics.parameters()
@@ -179,7 +179,7 @@ def route(
     if low_rank is DEFAULT_LOW_RANK and statistics is not None:
         low_rank = low_rank.fitting(statistics)
     checks.check_pair(support, low_rank, is_causal)
-    checks.check_offset(query_offset, query.shape[0], is_causal)
+    checks.check_offset(query_offset, query.shape[0], is_causal, query.device)
     padding = padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
     call = Call(query, key, None, support, low_rank, statistics, default_scale(query, scale), padding, is_causal)
     check_coefficients(low_rank, statistics, call)

@@ -30,6 +30,14 @@ class Coefficients:
 
     can_be_prepared: ClassVar[bool] = False
 
+    @classmethod
+    def unchecked(cls, *values: object) -> Coefficients:
+        """From the values of all fields, which the package made itself: a module does so in every call."""
+        coefficients = object.__new__(cls)
+        for name, value in zip(cls.__match_args__, values):
+            object.__setattr__(coefficients, name, value)
+        return coefficients
+
     def to(self, *args: object, **kwargs: object) -> Coefficients:
         """The same on another device or in another dtype."""
         tensors = {name: t.to(*args, **kwargs) for name, t in vars(self).items() if isinstance(t, Tensor)}
@@ -223,5 +231,17 @@ def check_coefficients(low_rank: LowRankKernel | None, statistics: Coefficients 
     """Raises unless the low-rank kernel has what it needs for this call."""
     if low_rank is not None:
         low_rank.check_coefficients(statistics, call)
+        if statistics is not None and not call.query.is_meta:
+            _check_values(statistics)
     elif statistics is not None:
         raise ValueError(f"statistics={type(statistics).__name__} needs a low-rank kernel, got low_rank=None")
+
+
+def _check_values(statistics: Coefficients) -> None:
+    """Raises ValueError for tensors without content. On another device than the tokens they are moved in every call."""
+    for name, tensor in vars(statistics).items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise ValueError(
+                f"statistics={type(statistics).__name__}: {name} is on the meta device and holds no values; load or fit "
+                "them first"
+            )

@@ -11,18 +11,32 @@ import torch
 from torch import Tensor
 
 from scatterbrain.call import Call
-from scatterbrain.fields import check_int
+from scatterbrain.fields import INT64_MAX, check_floats, check_int
 from scatterbrain.low_rank.base import Coefficients, Heads, LowRankKernel, State, StateOwner
 from scatterbrain.numerics import squared_norm
 from scatterbrain.operators.fakes import accumulation_dtype
 from scatterbrain.operators.tracing import is_untraced
 
+SEED_STRIDE = 1_000_003  # between the generators of a kernel's seeds: a module's redraws use those in between
+SEED_MAX = INT64_MAX // SEED_STRIDE - 1
+
 
 @dataclass(frozen=True, eq=False)
 class RandomFeatures(Coefficients):
-    """The projection W (rows, head_dim) of FAVOR+, shared by all heads."""
+    """The projection W (rows, head_dim) of FAVOR+, shared by all heads.
+
+    Raises:
+        TypeError, ValueError: anything but a floating-point matrix.
+    """
 
     projection: Tensor
+
+    def __post_init__(self) -> None:
+        check_floats("RandomFeatures", {"projection": self.projection})
+        if self.projection.dim() != 2:
+            raise ValueError(
+                f"RandomFeatures: projection must be (rows, head_dim), got shape {tuple(self.projection.shape)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class Favor(LowRankKernel):
 
     def __post_init__(self) -> None:
         check_int("Favor", "features", self.features, 1)
-        check_int("Favor", "seed", self.seed, 0)
+        check_int("Favor", "seed", self.seed, 0, SEED_MAX)
         if self.redraw is not None:
             check_int("Favor", "redraw", self.redraw, 1)
         for name in ("orthogonal", "hyperbolic", "centred"):
@@ -116,7 +130,7 @@ class Favor(LowRankKernel):
         return State({}, {"projection": seeded_projection(self, heads.head_dim)})
 
     def coefficients(self, owner: StateOwner) -> RandomFeatures:
-        return RandomFeatures(*owner.tensors(("projection",)))
+        return RandomFeatures.unchecked(*owner.tensors(("projection",)))
 
     def finish_step(self, owner: StateOwner) -> None:
         if self.redraw and owner.steps % self.redraw == 0:
@@ -153,7 +167,7 @@ def draw_projection(low_rank: Favor, head_dim: int, generator: torch.Generator) 
 
 def seeded_projection(low_rank: Favor, head_dim: int, draw: int = 0) -> Tensor:
     """The ``draw``-th projection of ``low_rank.seed``."""
-    return draw_projection(low_rank, head_dim, torch.Generator().manual_seed(low_rank.seed * 1_000_003 + draw))
+    return draw_projection(low_rank, head_dim, torch.Generator().manual_seed(low_rank.seed * SEED_STRIDE + draw))
 
 
 @torch.library.custom_op(

@@ -93,6 +93,11 @@ def moments(
 
 def checked_moments(query: Tensor, key: Tensor, scale: float, padding: PaddingInfo) -> Moments:
     """Moments of calibration tokens, refused where they are not finite or there are none."""
+    if query.is_meta:
+        raise ValueError(
+            "calibration: expected queries and keys that hold values, got tensors on the meta device; load the model "
+            "first, and calibrate on real inputs"
+        )
     m = moments(query, key, scale, padding.key_mask, padding.query_mask)
     if not bool(
         torch.isfinite(m.query_second).all() & torch.isfinite(m.key_second).all() & torch.isfinite(m.key_mean).all()

@@ -192,15 +192,15 @@ class Quadratic(LowRankKernel):
         if self.reads_input:
             return None
         if self.statistics == "learned":
-            return Projections(*owner.tensors(LEARNED))
+            return Projections.unchecked(*owner.tensors(LEARNED))
         if not owner.is_calibrated and self.statistics == "stored":
             return None
         pq, a, pk, b = owner.tensors(MAPS)
         if owner.is_calibrated:
-            return Statistics(pq, a, pk, b, owner.scale)
+            return Statistics.unchecked(pq, a, pk, b, owner.scale)
         group = owner.num_heads // owner.num_kv_heads
         query_side = pq.repeat_interleave(group, 0), a.repeat_interleave(group, 0), a.new_zeros(owner.num_heads)
-        return Projections(*query_side, pk, b)
+        return Projections.unchecked(*query_side, pk, b)
 
     def has_state(self, owner: StateOwner) -> bool:
         return owner.is_calibrated if self.statistics == "stored" else super().has_state(owner)

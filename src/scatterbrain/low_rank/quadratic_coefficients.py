@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from scatterbrain.call import Call
+from scatterbrain.fields import check_floats, check_number
 from scatterbrain.low_rank.base import Coefficients, check_shapes
 from scatterbrain.low_rank.moments import Moments
 
@@ -28,6 +29,10 @@ class Statistics(Coefficients):
         key_projection: Pk (..., rank, head_dim).
         key_mean: b (..., head_dim), the mean of the keys weighted by exp(a.k).
         scale: the scale they were fitted for; another one at use raises.
+
+    Raises:
+        TypeError, ValueError: naming the field, for anything but floating-point tensors of shapes that fit together and
+            a finite scale.
     """
 
     can_be_prepared: ClassVar[bool] = True
@@ -37,6 +42,19 @@ class Statistics(Coefficients):
     key_projection: Tensor
     key_mean: Tensor
     scale: float
+
+    def __post_init__(self) -> None:
+        maps, means = ("query_projection", "key_projection"), ("query_mean", "key_mean")
+        check_floats("Statistics", {name: getattr(self, name) for name in (*maps, *means)})
+        check_number("Statistics", "scale", self.scale)
+        if self.query_projection.dim() not in (3, 4):
+            raise ValueError(
+                "Statistics: query_projection must be (Hkv, rank, head_dim), or (B, Hkv, rank, head_dim) for statistics "
+                f"of each batch row, got shape {tuple(self.query_projection.shape)}"
+            )
+        *leading, rank, head_dim = self.query_projection.shape
+        of_map, of_mean = (*leading, rank, head_dim), (*leading, head_dim)
+        check_shapes(self, of_map, of_mean, of_map, of_mean)
 
     @property
     def rank(self) -> int:
@@ -96,6 +114,9 @@ class Projections(Coefficients):
         query_log_scale: c (Hq).
         key_projection: Pk (Hkv, rank, head_dim).
         key_bias: a (Hkv, head_dim).
+
+    Raises:
+        TypeError, ValueError: naming the field, for anything but floating-point tensors of shapes that fit together.
     """
 
     query_projection: Tensor
@@ -103,6 +124,16 @@ class Projections(Coefficients):
     query_log_scale: Tensor
     key_projection: Tensor
     key_bias: Tensor
+
+    def __post_init__(self) -> None:
+        check_floats("Projections", {field.name: getattr(self, field.name) for field in fields(self)})
+        for name, heads in (("query_projection", "Hq"), ("key_projection", "Hkv")):
+            shape = tuple(getattr(self, name).shape)
+            if len(shape) != 3:
+                raise ValueError(f"Projections: {name} must be ({heads}, rank, head_dim), got shape {shape}")
+        (q_heads, rank, head_dim), kv_heads = self.query_projection.shape, self.key_projection.shape[0]
+        of_heads = (q_heads, rank, head_dim), (q_heads, head_dim), (q_heads,)
+        check_shapes(self, *of_heads, (kv_heads, rank, head_dim), (kv_heads, head_dim))
 
     @property
     def rank(self) -> int:

@@ -33,7 +33,7 @@ def _learned(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, ...]:
-    learned = Projections(query_projection, query_bias, query_log_scale, key_projection, key_bias)
+    learned = Projections.unchecked(query_projection, query_bias, query_log_scale, key_projection, key_bias)
     return tuple(w.to(dtype)[None] for w in learned.to(device, torch.float64).weights(scale))
 
 

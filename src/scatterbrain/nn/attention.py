@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scatterbrain import checks, functional, presets
+from scatterbrain.fields import check_int
 from scatterbrain.low_rank import Coefficients, Heads, LowRank, State
 from scatterbrain.low_rank.moments import Moments, checked_moments, moments
 from scatterbrain.nn.distributed import fill
@@ -67,6 +68,7 @@ class ScatterbrainAttention(nn.Module):
         for name, value in (("num_heads", num_heads), ("head_dim", head_dim), ("num_kv_heads", num_kv_heads)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"ScatterbrainAttention: {name} must be a positive int, got {value!r}")
+            check_int("ScatterbrainAttention", name, value, 1)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"ScatterbrainAttention: num_heads must be a multiple of num_kv_heads, got {num_heads} and "

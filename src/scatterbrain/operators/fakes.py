@@ -18,6 +18,18 @@ from scatterbrain.operators.arguments import (
 _OPS = torch.ops.scatterbrain
 
 
+def _check_devices(operator: str, **arguments: object) -> None:
+    """Raises RuntimeError unless all tensors are on the device of the first: torch calls the function for the meta
+    device, whose results hold nothing, as soon as one of them is there."""
+    (first, tokens), *_ = arguments.items()
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.device != tokens.device:
+            raise RuntimeError(
+                f"{operator}: tensors must be on one device, got {first} on {tokens.device} and {name} on "
+                f"{value.device}; move one of them"
+            )
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -33,17 +45,20 @@ def _like_tokens(tokens: Tensor, width: int) -> Tensor:
 
 @torch.library.register_fake("scatterbrain::project")
 def _(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_devices("project", tokens=tokens, weight=weight, bias=bias)
     return tokens.new_empty((*tokens.shape[:3], weight.shape[2]), dtype=accumulation_dtype(tokens.dtype))
 
 
 @torch.library.register_fake("scatterbrain::project_packed")
 def _(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    _check_devices("project_packed", tokens=tokens, weight=weight, bias=bias)
     width = _OPS.packed_width(int(weight.shape[2]) - 1)
     return tokens.new_empty((*tokens.shape[:3], width), dtype=accumulation_dtype(tokens.dtype))
 
 
 @torch.library.register_fake("scatterbrain::project_backward")
 def _(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices("project_backward", tokens=tokens, grad=grad, weight=weight)
     dtype = accumulation_dtype(tokens.dtype)
     return (
         _like_tokens(tokens, tokens.shape[3]),
@@ -55,6 +70,7 @@ def _(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Ten
 @torch.library.register_fake("scatterbrain::attention")
 def _(*arguments: object) -> tuple[Tensor, Tensor]:
     a = AttentionArguments(*arguments)
+    _check_devices("attention", **a._asdict())
     batch, heads, tokens, _d = a.query.shape
     lse = a.query.new_empty((batch, heads, tokens), dtype=accumulation_dtype(a.query.dtype))
     return _like_tokens(a.query, a.value.shape[3]), lse
@@ -101,6 +117,7 @@ def _(*arguments: object) -> tuple[Tensor, ...]:
 @torch.library.register_fake("scatterbrain::attention_backward")
 def _(*arguments: object) -> tuple[Tensor, ...]:
     forward, a, kept = backward_arguments(arguments)
+    _check_devices("attention_backward", **a._asdict(), **forward._asdict(), **kept._asdict())
     maps = []
     for tokens, m, weight in ((a.query, a.query_map, kept.query_weight), (a.key, a.key_map, kept.key_weight)):
         width = 1 if m is None else a.packed_rank + 1 if a.packed_rank else m.shape[3]
@@ -109,9 +126,16 @@ def _(*arguments: object) -> tuple[Tensor, ...]:
     return *(_like_tokens(t, t.shape[3]) for t in (a.query, a.key, a.value)), *maps
 
 
+def list_capacity(a: RouteArguments | QuadraticArguments, k_tokens: int | torch.SymInt) -> int | torch.SymInt:
+    """Entries of a routed list: no more than the budget, nor than the blocks of all keys."""
+    return torch.sym_min(_OPS.list_capacity(a.keys, a.block_k), (k_tokens + a.block_k - 1) // a.block_k)
+
+
 @torch.library.register_fake("scatterbrain::route")
 def _(*arguments: object) -> tuple[Tensor, Tensor]:
     a = RouteArguments(*arguments)
+    _check_devices("route", **a._asdict())
     shape = (a.query.shape[0], a.query.shape[1], (a.query.shape[2] + a.block_q - 1) // a.block_q)
-    capacity = _OPS.list_capacity(a.keys, a.block_k)
-    return a.query.new_empty((*shape, capacity), dtype=torch.int32), a.query.new_empty(shape, dtype=torch.int32)
+    return a.query.new_empty((*shape, list_capacity(a, a.key.shape[2])), dtype=torch.int32), a.query.new_empty(
+        shape, dtype=torch.int32
+    )

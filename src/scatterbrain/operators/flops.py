@@ -12,6 +12,7 @@ from scatterbrain.operators.arguments import (
     after_projection,
     backward_arguments,
 )
+from scatterbrain.operators.fakes import list_capacity
 
 _OPS = torch.ops.scatterbrain
 
@@ -63,7 +64,7 @@ def project_flops(tokens, weight, bias, *, out_shape=None, **kwargs) -> int:
 def quadratic_attention_flops(*arguments, out_shape=None, **kwargs) -> int:
     """Both projections, then as :func:`attention_flops`; routing counts nothing."""
     a = QuadraticArguments(*arguments)
-    index = (_OPS.list_capacity(a.keys, a.block_k),) if a.keys else a.index
+    index = (list_capacity(a, a.key[2]),) if a.keys else a.index
     _, _, outputs, _ = a.query_weight
     projected = after_projection(a, None, None, index, None)._replace(packed_rank=outputs - 1)
     of_maps = project_flops(a.query, a.query_weight, None) + project_flops(a.key, a.key_weight, None)

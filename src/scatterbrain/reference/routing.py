@@ -52,8 +52,10 @@ def routed_lists(support: Routed, inputs: Inputs, stages: bool = True) -> tuple[
     """index (B, Hq, ceil(N / block_q), capacity) and count, int32, as :class:`scatterbrain.Blocks` describes them; of
     :func:`choices`."""
     batch, heads, n, _ = inputs.query.shape
-    # A per-query window whose ends are rounded to blocks touches one block more than it fills.
+    # A per-query window whose ends are rounded to blocks touches one block more than it fills. No list has more entries
+    # than all keys make.
     capacity = support.keys if support.block_k == 1 else support.keys // support.block_k + 1
+    capacity = min(capacity, -(-inputs.key.shape[2] // support.block_k))
     index = torch.full((batch, heads, -(-n // support.block_q), capacity), -1, dtype=torch.int32)
     count = torch.zeros(index.shape[:3], dtype=torch.int32)
     for row, head, block, entries, _ in choices(support, inputs, stages):

@@ -35,8 +35,9 @@ class Blocks(Support):
             none). A query that no slot names is not computed: its row is zero. Bidirectional only.
 
     Raises:
-        TypeError, ValueError: naming the field, on a wrong dtype or shape, entries out of order, twice or negative.
-            Entries past the last key, or that no query of a causal block may see, are found when the lists are used.
+        TypeError, ValueError: naming the field, on a wrong dtype or shape, two devices, entries out of order, twice or
+            negative. Entries past the last key, or that no query of a causal block may see, and lists on another device
+            than the tokens are found when the lists are used.
     """
 
     kind: ClassVar[str] = "blocks"
@@ -66,6 +67,11 @@ class Blocks(Support):
                 raise TypeError(f"Blocks: {name} must be an int32 tensor, got {kind}")
             if tensor.dim() != dim:
                 raise ValueError(f"Blocks: {name} must have {dim} dimensions, got shape {tuple(tensor.shape)}")
+            if tensor.device != self.index.device:
+                raise ValueError(
+                    f"Blocks: index, count and query_order must be on one device, got index on {self.index.device} and "
+                    f"{name} on {tensor.device}; move one of them"
+                )
         check_int("Blocks", "block_q", self.block_q, 1)
         check_int("Blocks", "block_k", self.block_k, 1)
         if self.count.shape != self.index.shape[:3]:
@@ -123,6 +129,11 @@ class Blocks(Support):
         everything that their block may see."""
         (batch, q_heads, q_tokens, _), (_, kv_heads, k_tokens, _) = call.query.shape, call.key.shape
         padding, is_causal = call.padding, call.is_causal
+        if self.index.device != call.query.device:
+            raise ValueError(
+                f"Blocks: lists must be on the device of query, {call.query.device}, got {self.index.device}; move index, "
+                "count and query_order there"
+            )
         if self.index.shape[0] != batch or self.index.shape[1] not in (q_heads, kv_heads):
             raise ValueError(
                 f"Blocks: index must lead with (batch, heads) = ({batch}, {q_heads}) or ({batch}, "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scatterbrain.call import Call
-from scatterbrain.fields import check_int
+from scatterbrain.fields import INT64_MAX, check_int
 from scatterbrain.numerics import squared_norm
 from scatterbrain.operators import library  # noqa: F401  (loads the operators)
 from scatterbrain.operators.tracing import is_known
@@ -47,7 +47,7 @@ class LSH(Support):
     def __post_init__(self) -> None:
         check_int("LSH", "keys", self.keys, 1)
         check_int("LSH", "rounds", self.rounds, 1)
-        check_int("LSH", "seed", self.seed, 0)
+        check_int("LSH", "seed", self.seed, 0, INT64_MAX)
         if self.hash != "e2lsh":
             raise ValueError(f"LSH: expected hash='e2lsh', got {self.hash!r}")
         if self.keys % self.rounds:
@@ -118,6 +118,14 @@ def hash_tokens(
     return project(query, query_norm, extra_query, query_mask), project(key, key_norm, extra_key, key_mask)
 
 
+def _union(member: Tensor, m: int) -> Tensor:
+    """Sorted along the last dimension, duplicates and empty slots (``m``) moved to the end."""
+    member = member.sort(-1).values
+    repeated = torch.zeros_like(member, dtype=torch.bool)
+    repeated[..., 1:] = member[..., 1:] == member[..., :-1]
+    return member.masked_fill(repeated, m).sort(-1).values
+
+
 def lsh_lists(support: LSH, call: Call) -> BlockLists:
     """Per-query lists (block_q = block_k = 1): the sorted union over rounds of the keys in the query's cluster. Memory
     is linear in the tokens.
@@ -150,17 +158,23 @@ def lsh_lists(support: LSH, call: Call) -> BlockLists:
     begin, end = cluster * m_valid // clusters, (cluster + 1) * m_valid // clusters  # (B, H, rounds, N)
     key_order = torch.argsort(key_hash, dim=-1, stable=True)
     width = min(per_round, m)
-    position = begin[..., None] + torch.arange(width, device=device)
-    member = torch.gather(key_order[..., None, :].expand(-1, -1, -1, n, -1), -1, position.clamp(max=m - 1))
-    member = member.masked_fill(position >= end[..., None], m)  # m: no key
-    if query_mask is not None:
-        member = member.masked_fill(query_mask[:, None, None, :, None], m)
 
-    # Union: sorted, duplicates and empty slots moved to the end.
-    member = member.permute(0, 1, 3, 2, 4).reshape(batch, heads, n, support.rounds * width).sort(-1).values
-    repeated = torch.zeros_like(member, dtype=torch.bool)
-    repeated[..., 1:] = member[..., 1:] == member[..., :-1]
-    member = member.masked_fill(repeated, m).sort(-1).values
+    def members(rounds: slice) -> Tensor:
+        """(B, H, N, keys): the keys of the query's clusters in some rounds; m: no key."""
+        position = begin[:, :, rounds, :, None] + torch.arange(width, device=device)
+        order = key_order[:, :, rounds, None].expand(-1, -1, -1, n, -1)
+        keys = torch.gather(order, -1, position.clamp(max=m - 1)).masked_fill(position >= end[:, :, rounds, :, None], m)
+        return keys.transpose(2, 3).flatten(3)
+
+    # The union is made of so many rounds at a time that memory follows the keys that there are, whatever the budget.
+    if support.keys <= m:
+        member = _union(members(slice(support.rounds)), m)
+    else:
+        member, at_once = torch.empty(batch, heads, n, 0, dtype=torch.int64, device=device), max(1, m // width)
+        for first in range(0, support.rounds, at_once):
+            member = _union(torch.cat([member, members(slice(first, first + at_once))], -1), m)[..., :m]
+    if query_mask is not None:
+        member = member.masked_fill(query_mask[:, None, :, None], m)
     if padding.query_range is not None:  # lists count from the row's first valid query
         slot = torch.arange(n, device=device) + padding.query_range[:, :1].long()
         member = torch.gather(member, 2, slot.clamp(max=n - 1)[:, None, :, None].expand_as(member)).masked_fill(

@@ -80,7 +80,7 @@ class Routed(Support):
 
     @property
     def capacity(self) -> int:
-        """Entries of a list."""
+        """Entries of a list at most; no list has more than all keys fill."""
         return torch.ops.scatterbrain.list_capacity(self.keys, self.block_k)
 
     def covers_every_key(self, queries: int, keys: int, is_causal: bool) -> bool:
