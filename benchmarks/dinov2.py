@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=518, help="side of the images, a multiple of 14")
     parser.add_argument("--keys", type=int, default=64)
     parser.add_argument("--block-q", type=int, default=16, choices=(8, 16, 32))
+    parser.add_argument("--token-order", default="auto", choices=("auto", "hilbert", "natural"), help="of the patches")
     parser.add_argument("--rank", type=int, default=9, help="of the quadratic kernel")
     parser.add_argument("--rounds", type=int, default=0, help="interleaved timings; 0 for none")
     parser.add_argument("--skip-similarity", action="store_true", help="time only")
@@ -107,7 +108,7 @@ def main() -> None:
 
     exact, ours = dinov2_small(attn_implementation="sdpa"), dinov2_small()
     report = sb.replace_attention(
-        ours, sb.Routed(options.keys, block_q=options.block_q), sb.Quadratic(options.rank), token_order="hilbert"
+        ours, sb.Routed(options.keys, block_q=options.block_q), sb.Quadratic(options.rank), None, options.token_order
     )
     print("\n".join(str(report).splitlines()[-3:]))
     with sb.calibrate(ours):

@@ -41,7 +41,7 @@ def main() -> None:
     model, image = dinov2_small(attn_implementation="sdpa"), photograph("china.jpg", options.pixels)
     exact, exact_seconds = run(model, image)
 
-    print(sb.replace_attention(model, *sb.presets.drop_in(options.keys), token_order="hilbert"))
+    print(sb.replace_attention(model, *sb.presets.drop_in(options.keys)))
     with sb.calibrate(model):  # on typical pictures, of any size
         model(photograph("flower.jpg", min(options.pixels, 518)))
     ours, our_seconds = run(model, image)

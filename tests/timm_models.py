@@ -32,11 +32,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     ),
     "naflex": ("naflexvit_base_patch16_gap", {}, SIZE),
 }
+# Attention with rotary positions: rotations of all layers in one tensor or of each, halves or pairs, prefix or none.
+ROTARY: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
+    "eva02": ("eva02_tiny_patch14_224", {"img_size": (42, 70)}, (42, 70)),
+    "eva02, one projection each": ("eva02_base_patch14_224", {"img_size": (42, 70)}, (42, 70)),
+    "eva, no rotation": ("eva_giant_patch14_224", {"img_size": (42, 70)}, (42, 70)),
+    "dinov3": ("vit_small_patch16_dinov3", {"img_size": SIZE}, SIZE),
+    "dinov3, any size": ("vit_small_patch16_dinov3", {"img_size": 48, "dynamic_img_size": True}, SIZE),
+    "rope axial": ("vit_small_patch16_rope_224", {"img_size": SIZE}, SIZE),
+    "rope mixed": ("vit_small_patch16_rope_mixed_224", {"img_size": SIZE}, SIZE),
+    "rope, registers, pooled": ("vit_betwixt_patch16_rope_reg4_gap_256", {"img_size": SIZE}, SIZE),
+    "perception encoder": ("vit_pe_core_tiny_patch16_384", {"img_size": SIZE}, SIZE),
+    "fewer key heads": (
+        "vit_small_patch16_dinov3",
+        {"img_size": SIZE, "attn_type": "rope", "num_heads": 4, "num_kv_heads": 2, "qkv_fused": False},
+        SIZE,
+    ),
+}
 
 
 def build(name: str, **arguments: Any) -> nn.Module:
     """A model in evaluation mode whose attention is far from uniform."""
-    model, own, _ = FAMILIES[name]
+    model, own, _ = (FAMILIES | ROTARY)[name]
     built = timm.create_model(model, **{**TINY, **own, **arguments}).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in built.parameters():
@@ -47,4 +64,4 @@ def build(name: str, **arguments: Any) -> nn.Module:
 
 
 def images(name: str, batch: int = 2) -> Tensor:
-    return rand(batch, 3, *FAMILIES[name][2], seed=1)
+    return rand(batch, 3, *(FAMILIES | ROTARY)[name][2], seed=1)

@@ -2,6 +2,7 @@
 
 from scatterbrain import presets, reference
 from scatterbrain.functional import attention, fit_statistics, route
+from scatterbrain.integrations.dropout import set_attention_dropout
 from scatterbrain.integrations.replace import replace_attention
 from scatterbrain.low_rank import Favor, Projections, Quadratic, RandomFeatures, Statistics
 from scatterbrain.nn.attention import ScatterbrainAttention
@@ -33,6 +34,7 @@ __all__ = [
     "update_statistics",
     "MultiheadAttention",
     "replace_attention",
+    "set_attention_dropout",
     "profile",
     "__version__",
 ]

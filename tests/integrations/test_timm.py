@@ -38,17 +38,93 @@ def tokens() -> Tensor:
 # ------------------------------------------------------------------------------------------------------ pass-through
 
 
-@pytest.mark.parametrize("name", models.FAMILIES)
-def test_every_family_gives_its_own_output_where_every_key_is_exact(name: str):
-    model, x = models.build(name), models.images(name)
+def check_every_key(model: torch.nn.Module, x: Tensor, *names: str) -> None:
+    """Under Full() a model gives its own bits, and its own output where every key is listed; both have its state."""
     with torch.no_grad():
-        before = model(x)
+        before, keys = model(x), list(model.state_dict())
         report = sb.replace_attention(model, sb.Full())
-        assert torch.equal(model(x), before)
+        assert report.replaced and torch.equal(model(x), before) and list(model.state_dict()) == keys
         report.restore()
         report = sb.replace_attention(model, **EVERY_KEY)
-        assert {entry.now for entry in report.replaced} == {"scatterbrain.Attention"}
+        assert {entry.now for entry in report.replaced} == {f"scatterbrain.{name}" for name in names}
+        assert list(model.state_dict()) == keys
         close(model(x), before)
+        report.restore()
+        assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_every_family_gives_its_own_output_where_every_key_is_exact(name: str):
+    check_every_key(models.build(name), models.images(name), "Attention")
+
+
+@pytest.mark.parametrize("name", models.ROTARY)
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_with_rotary_positions_gives_its_own_output_where_every_key_is_exact(name: str, fused: bool):
+    model = models.build(name)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    check_every_key(model, models.images(name), type(model.blocks[0].attn).__name__)
+
+
+ENCODERS = {  # of vision language models: arguments, size of the image, class of their attention
+    "qwen3_vit_88m_enc": ({}, (96, 64), "AttentionRope"),
+    "deepseek_vit_412m_enc": ({}, (84, 56), "AttentionRope"),
+    "gemma4_vit_167m_enc": ({"head_dim": 16, "intermediate_size": 64}, (96, 48), "Gemma4Attention"),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_with_rotary_positions_in_their_own_order(name: str):
+    arguments, size, cls = ENCODERS[name]
+    model = randomized(timm.create_model(name, **arguments, embed_dim=48, depth=1, num_heads=3), 0.25).eval()
+    x = torch.rand(1, 3, *size)
+    check_every_key(model, x, cls)
+    report = sb.replace_attention(model, **SETTINGS)
+    assert "tokens in their own order" in str(report) and "rotated by position" in str(report)
+    assert torch.isfinite(model(x)).all()
+
+
+@pytest.mark.parametrize("name", ["eva02", "eva02, one projection each", "rope mixed", "fewer key heads"])
+def test_attention_with_rotary_positions_is_approximated_trained_and_saved(name: str):
+    model, x = models.build(name), models.images(name)
+    original = models.build(name)
+    sb.replace_attention(model, sb.Window(1, block_q=1), sb.Quadratic(4))
+    exact = original(x)
+    with sb.calibrate(model), torch.no_grad():
+        close(model(x), exact.detach())
+    out = model(x)
+    assert not torch.allclose(out, exact, rtol=1e-3, atol=1e-3)
+    out.square().sum().backward()
+    exact.square().sum().backward()
+    for (path, parameter), theirs in zip(model.named_parameters(), original.parameters(), strict=True):
+        assert (parameter.grad is None) == (theirs.grad is None), path
+    again = models.build(name)
+    sb.replace_attention(again, sb.Window(1, block_q=1), sb.Quadratic(4))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), out)
+    again.load_state_dict(original.state_dict())
+    with pytest.raises(ValueError, match="not calibrated"):
+        again(x)
+
+
+@pytest.mark.parametrize("name", ["eva02", "rope mixed", "fewer key heads"])
+def test_masks_and_dropout_of_attention_with_rotary_positions(name: str):
+    block, x, p = models.build(name, attn_drop_rate=0.5).blocks[0].attn, torch.randn(2, TOKENS, DIM), padding()
+    mask = ~p[:, None, None, :]
+    rope = torch.randn(TOKENS - block.num_prefix_tokens, 2 * block.head_dim)
+    exact, causal = block(x, rope, mask), block(x, rope, is_causal=True)
+    other = torch.rand(TOKENS, TOKENS) > 0.3
+    exactly = block(x, rope, other)
+    sb.replace_attention(block, **EVERY_KEY)
+    close(block(x, rope, mask)[~p], exact[~p])
+    close(block(x, rope, is_causal=True), causal)
+    with pytest.warns(UserWarning, match="attn_mask is more than the padding of tokens"):
+        assert torch.equal(block(x, rope, other), exactly)
+    block.attention.support = sb.Window(8)
+    assert torch.equal(block(x.masked_fill(p[..., None], 1e4), rope, mask)[~p], block(x, rope, mask)[~p])
+    with pytest.warns(UserWarning, match=r"attn_drop=0.5 acts .*sb.set_attention_dropout\(model, 0.0\)"):
+        block.train()(x, rope)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +212,10 @@ def test_attention_dropout_in_training_runs_exactly_and_says_so():
     (entry,) = sb.replace_attention(module, **SETTINGS).replaced
     assert "exact in training for its attn_drop=0.5" in entry.note
     torch.manual_seed(1)
-    with pytest.warns(UserWarning, match="attn_drop=0.5 acts on attention weights in training; set attn_drop.p = 0.0"):
+    with pytest.warns(UserWarning, match=r"attn_drop=0.5 acts .*; call sb.set_attention_dropout\(model"):
         assert torch.equal(module(x), before)
+    assert sb.set_attention_dropout(module, 0.0) == [""]
+    module(x)
 
 
 def naflex_batch() -> dict[str, Tensor]:
@@ -179,7 +257,7 @@ def test_identity_parameters_hooks_and_mode_stay_and_restore_gives_them_back():
     seen: list[type] = []
     module.register_forward_hook(lambda module, args, out: seen.append(type(module)))
     before = model(x)
-    report = sb.replace_attention(model, **SETTINGS)
+    report = sb.replace_attention(model, **SETTINGS, token_order="natural")
     assert model.blocks[0].attn is module and type(module) is Attention and not module.attention.training
     assert all(parameter is parameters[name] for name, parameter in module.named_parameters())
     assert not torch.equal(model(x), before)
@@ -283,7 +361,6 @@ def test_torch_compile_without_a_graph_break(token_order: str | None):
 # -------------------------------------------------------------------------------------------------------- the report
 
 REFUSED = {  # model: (class name, part of the reason)
-    "eva02_tiny_patch14_224": ("eva.EvaAttention", "rotated by position"),
     "beit_base_patch16_224": ("beit.Attention", "a bias for the position"),
     "cait_xxs24_224": ("cait.TalkingHeadAttn", "attention weights of several heads"),
     "swin_tiny_patch4_window7_224": ("swin_transformer.WindowAttention", "small windows"),

@@ -16,6 +16,7 @@ import scatterbrain as sb
 from scatterbrain.hilbert import hilbert_distance, hilbert_order
 from scatterbrain.integrations.permutation import coordinate_order
 from scatterbrain.integrations.vision import apply_order
+from scatterbrain.integrations.vision_families import ROTARY
 
 timm = pytest.importorskip("timm")
 hf = pytest.importorskip("transformers")
@@ -88,20 +89,25 @@ PREFIX = {
     "siglip, attention pool": 0,
     "dinov2 with registers": 5,
     "naflex": 4,
+    "dinov3": 5,
+    "dinov3, any size": 5,
+    "rope, registers, pooled": 4,
+    "fewer key heads": 5,
 }
 GRIDS = {"dynamic image size": (5, 2), "dynamic padding": (4, 5)}
 
 
-@pytest.mark.parametrize("name", models.FAMILIES)
+@pytest.mark.parametrize("name", models.FAMILIES | models.ROTARY)
 def test_timm_blocks_see_the_curve(name: str):
     model = models.build(name)
     check_curve(model, model.blocks[0], models.images(name), PREFIX.get(name, 1), GRIDS.get(name, (3, 5)))
 
 
-@pytest.mark.parametrize("name", models.FAMILIES)
+@pytest.mark.parametrize("name", models.FAMILIES | models.ROTARY)
 @pytest.mark.parametrize("settings", [ORDERED, EVERY_KEY], ids=["full", "every key"])
 def test_timm_outputs_stay(name: str, settings: dict[str, Any]):
     model, x = models.build(name), models.images(name)
+    as_dict = {} if name in models.ROTARY else {"output_dict": True}  # timm's Eva has no such argument
 
     def outputs() -> list[Any]:
         return [
@@ -109,7 +115,7 @@ def test_timm_outputs_stay(name: str, settings: dict[str, Any]):
             model.forward_features(x),
             model.forward_intermediates(x),
             model.forward_intermediates(x, [0], True, True, True, "NLC", True),
-            model.forward_intermediates(x, output_dict=True, return_prefix_tokens=True),
+            model.forward_intermediates(x, return_prefix_tokens=True, **as_dict),
         ]
 
     with torch.no_grad():
@@ -155,8 +161,9 @@ def test_gradients_stay():
     close(x.grad, before)
 
 
-def test_patch_dropout_in_training_keeps_its_own_order_and_says_so():
-    model, x = models.build("vit", patch_drop_rate=0.5), models.images("vit")
+@pytest.mark.parametrize("name", ["vit", "dinov3", "rope mixed"])
+def test_patch_dropout_in_training_keeps_its_own_order_and_says_so(name: str):
+    model, x = models.build(name, patch_drop_rate=0.5), models.images(name)
     exact = copy.deepcopy(model)
     sb.replace_attention(model, **ORDERED)
     close(model(x), exact(x))
@@ -185,6 +192,7 @@ def test_prune_and_reset_of_a_timm_model_keep_its_order():
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64, "patch_size": 4}
 ODD = (20, 36)  # a grid of 5 x 9
 ANY = {"interpolate_pos_encoding": True}
+DINOV3 = hf.DINOv3ViTConfig(image_size=24, num_register_tokens=2, **SMALL)
 HUGGING_FACE = {  # model, configuration, image size, arguments of its forward, prefix
     "vit": (hf.ViTModel, hf.ViTConfig(image_size=ODD, **SMALL), ODD, {}, 1),
     "vit, other size": (hf.ViTModel, hf.ViTConfig(image_size=24, **SMALL), ODD, ANY, 1),
@@ -192,6 +200,8 @@ HUGGING_FACE = {  # model, configuration, image size, arguments of its forward, 
     "dinov2": (hf.Dinov2Model, hf.Dinov2Config(image_size=24, **SMALL), ODD, {}, 1),
     "registers": (hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig(image_size=24, **SMALL), ODD, {}, 5),
     "backbone": (hf.Dinov2Backbone, hf.Dinov2Config(image_size=24, out_indices=[1, 2], **SMALL), ODD, {}, 1),
+    "dinov3": (hf.DINOv3ViTModel, DINOV3, ODD, {}, 3),
+    "dinov3 backbone": (hf.DINOv3ViTBackbone, DINOV3, ODD, {}, 3),
     "clip": (hf.CLIPVisionModel, hf.CLIPVisionConfig(image_size=24, **SMALL), ODD, ANY, 1),
     "siglip": (hf.SiglipVisionModel, hf.SiglipVisionConfig(image_size=24, **SMALL), ODD, ANY, 0),
 }
@@ -307,7 +317,6 @@ def with_convolution() -> nn.Module:
     ("build", "reason"),
     [
         (lambda: nn.Sequential(nn.Linear(3, 3)), "expected a model with a vision transformer among timm.VisionTransf"),
-        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28), "Eva: .*rotated by position"),
         (
             lambda: timm.create_model("vit_relpos_small_patch16_224", depth=1),
             "VisionTransformerRelPos: .*bias for each",
@@ -330,20 +339,200 @@ def test_a_second_order_and_an_unknown_one_are_refused():
     sb.replace_attention(model, **ORDERED)
     with pytest.raises(ValueError, match="its tokens are ordered already"):
         sb.replace_attention(model, **ORDERED)
-    with pytest.raises(ValueError, match="token_order must be 'hilbert' or None, got 'raster'"):
+    with pytest.raises(
+        ValueError, match=r"token_order must be 'auto', 'hilbert', or 'natural' \(or None\), got 'raster'"
+    ):
         sb.replace_attention(model, token_order="raster")
 
 
-def test_the_report_names_ordered_models_and_others():
+@pytest.mark.parametrize("token_order", ["hilbert", "auto"])
+def test_the_report_names_ordered_models_and_others(token_order: str):
     pair = nn.ModuleDict(
-        {"vit": models.build("vit"), "eva": timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28)}
+        {"vit": models.build("vit"), "naflex": models.build("naflex", rope_type="axial", reg_tokens=0)}
     )
-    text = str(sb.replace_attention(pair, **EVERY_KEY)).splitlines()
+    text = str(sb.replace_attention(pair, **{**EVERY_KEY, "token_order": token_order})).splitlines()
     assert text[-3:] == [
         "vit: tokens in Hilbert order",
-        "eva: tokens in their own order, Eva: its queries and keys are rotated by position (RoPE), in raster order",
+        f"naflex: tokens in their own order, NaFlexVit: {ROTARY}",
         "vit: its first token attends to every key exactly",
     ]
+
+
+# ------------------------------------------------------------------------------------------------- order by default
+
+WINDOW: dict[str, Any] = {"support": sb.Window(4), "low_rank": sb.Quadratic(4, "input")}
+LISTS = sb.Blocks(torch.zeros(1, 1, 4, 1, dtype=torch.int32), torch.ones(1, 1, 4, dtype=torch.int32), 4, 4)
+
+
+def order_notes(report: sb.integrations.Report) -> list[str]:
+    return [note for note in report.notes if "order" in note]
+
+
+@pytest.mark.parametrize(
+    ("support", "is_ordered"),
+    [
+        (sb.Routed(16), True),
+        (sb.Routed(32, block_q=1, block_k=8, window=16), True),
+        (sb.Window(8), True),
+        (sb.Full(), False),
+        (sb.Empty(), False),
+        (LISTS, False),
+    ],
+)
+def test_patches_are_ordered_by_default_where_the_support_gains_from_it(support: sb.supports.Support, is_ordered: bool):
+    model = models.build("vit", depth=1)
+    report = sb.replace_attention(model, support, sb.Quadratic(4, "input"))
+    assert order_notes(report) == ["the model: tokens in Hilbert order"] * is_ordered
+    assert hasattr(model, "_token_order") == is_ordered
+    report.restore()
+    assert not hasattr(model, "_token_order") and type(model) is timm.models.VisionTransformer
+
+
+def test_the_default_is_the_hilbert_order_to_the_bit_and_can_be_refused():
+    x, out = models.images("vit"), {}
+    with torch.no_grad():
+        for order in ("default", "hilbert", "natural", None):
+            model = models.build("vit")
+            sb.replace_attention(model, **WINDOW, **({} if order == "default" else {"token_order": order}))
+            out[order] = model(x)
+    assert torch.equal(out["default"], out["hilbert"]) and torch.equal(out["natural"], out[None])
+    assert not torch.allclose(out["default"], out["natural"], rtol=1e-3, atol=1e-3)
+
+
+def test_models_and_layers_without_an_approximation_keep_their_order():
+    model = models.build("vit")
+    with pytest.warns(UserWarning, match="changed nothing"):
+        report = sb.replace_attention(model, **WINDOW, where=lambda path: False)
+    assert order_notes(report) == [] and not hasattr(model, "_token_order")
+    report = sb.replace_attention(nn.TransformerEncoderLayer(16, 2), **WINDOW)
+    assert order_notes(report) == []
+
+
+def test_calls_that_speak_of_the_models_order_run_in_it_and_say_so():
+    model, x = models.build("vit"), models.images("vit")
+    natural = copy.deepcopy(model)
+    sb.replace_attention(model, **WINDOW)
+    sb.replace_attention(natural, **WINDOW, token_order="natural")
+    ordered = model(x)
+    mask, seen = torch.ones(2, 1, 1, x.shape[2] * x.shape[3] // 256 + 1, dtype=torch.bool), []
+    mask[..., 5:] = False
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="own order: attn_mask speaks of tokens in the model's order"):
+            assert torch.equal(model.forward_features(x, attn_mask=mask), natural.forward_features(x, attn_mask=mask))
+        handle = model.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
+        natural.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
+        with pytest.warns(UserWarning, match="own order: a forward hook on blocks.1 would see"):
+            assert torch.equal(model(x), natural(x)) and torch.equal(*seen)
+        handle.remove()
+        assert torch.equal(model(x), ordered)
+
+
+def test_a_compiled_model_with_a_hook_inside_shows_it_the_models_order():
+    model, x, seen = models.build("vit", depth=1), models.images("vit"), []
+    natural = model.blocks[0].norm1(model.norm_pre(model._pos_embed(model.patch_embed(x))))
+    sb.replace_attention(model, **WINDOW)
+    model.blocks[0].norm1.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad(), pytest.warns(UserWarning, match="a forward hook on blocks.0.norm1"):
+        torch.compile(model, backend="aot_eager")(x)
+    close(seen[0], natural)
+
+
+# --------------------------------------------------------------------------------------- order by the configuration
+
+
+def saved(model: nn.Module, folder: Any) -> str:
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def ordered_paths(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if hasattr(module, "_token_order")]
+
+
+@pytest.fixture
+def dinov2(tmp_path: Any) -> str:
+    return saved(hugging_face("dinov2")[0], tmp_path / "dinov2")
+
+
+def load(folder: str, cls: Any = hf.AutoModel, **arguments: Any) -> nn.Module:
+    import scatterbrain.integrations.transformers as integration
+
+    if "scatterbrain:order_test" not in integration.SETTINGS:
+        integration.register("scatterbrain:order_test", *WINDOW.values())
+    return cls.from_pretrained(folder, **{"attn_implementation": "scatterbrain:order_test", **arguments})
+
+
+def test_models_that_choose_the_implementation_are_ordered_as_replace_attention_does_it(dinov2: str):
+    model, x = load(dinov2), torch.randn(2, 3, *ODD)
+    replaced = hf.AutoModel.from_pretrained(dinov2)
+    sb.replace_attention(replaced, **WINDOW, token_order="hilbert")
+    natural = load(dinov2, scatterbrain_token_order="natural")
+    assert ordered_paths(model) == [""] and ordered_paths(natural) == []
+    with torch.no_grad():
+        assert torch.equal(model(x).last_hidden_state, replaced(x).last_hidden_state)
+        assert not torch.equal(model(x).last_hidden_state, natural(x).last_hidden_state)
+
+
+def test_from_pretrained_asks_for_an_order_or_refuses_it_and_saves_the_choice(dinov2: str, tmp_path: Any):
+    model = load(dinov2, scatterbrain_token_order="natural")
+    again = load(saved(model, tmp_path / "natural"))
+    assert again.config.scatterbrain_token_order == "natural" and ordered_paths(again) == []
+    assert ordered_paths(load(dinov2, scatterbrain_token_order="hilbert")) == [""]
+    assert ordered_paths(load(dinov2, attn_implementation="sdpa", scatterbrain_token_order="hilbert")) == []
+    assert ordered_paths(load(dinov2, attn_implementation="scatterbrain:full")) == []
+    assert ordered_paths(load(dinov2, hf.AutoModelForImageClassification)) == ["dinov2"]
+    with pytest.raises(ValueError, match=r"scatterbrain_token_order must be 'auto', 'hilbert', .*got 'raster'"):
+        load(dinov2, scatterbrain_token_order="raster")
+    assert "scatterbrain_token_order" not in hf.Dinov2Config().to_dict()
+
+
+def test_a_hilbert_order_asked_for_by_name_raises_where_there_is_none():
+    import scatterbrain.integrations.transformers  # noqa: F401  (registers the implementations)
+
+    config = hf.BertConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=8)
+    config._attn_implementation, config.scatterbrain_token_order = "scatterbrain", "hilbert"
+    with pytest.raises(ValueError, match="scatterbrain_token_order='hilbert' expected a model with a vision tr.*BertM"):
+        hf.BertModel(config)
+    config.scatterbrain_token_order = "auto"
+    assert ordered_paths(hf.BertModel(config)) == []
+
+
+def test_another_implementation_undoes_the_order(dinov2: str):
+    exact, model, x = hf.AutoModel.from_pretrained(dinov2), load(dinov2), torch.randn(2, 3, *ODD)
+    model.set_attn_implementation("sdpa")
+    assert ordered_paths(model) == [] and type(model) is hf.Dinov2Model
+    with torch.no_grad():
+        assert torch.equal(model(x).last_hidden_state, exact(x).last_hidden_state)
+    model.set_attn_implementation("scatterbrain:order_test")
+    assert ordered_paths(model) == [""]
+    model.config.scatterbrain_token_order = "natural"
+    model.set_attn_implementation("scatterbrain:order_test")
+    assert ordered_paths(model) == []
+    report = sb.replace_attention(exact, **WINDOW)
+    exact.set_attn_implementation("sdpa")
+    assert ordered_paths(exact) == []
+    report.restore()
+    assert type(exact) is hf.Dinov2Model
+
+
+def test_of_two_towers_the_images_are_ordered(tmp_path: Any):
+    text = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 8}
+    tokens = {"eos_token_id": 49, "bos_token_id": 1, "pad_token_id": 2}
+    tower = {
+        "text_config": {**text, "vocab_size": 50, **tokens},
+        "vision_config": {**SMALL, "image_size": 20},
+    }
+    folder = saved(hf.CLIPModel(hf.CLIPConfig(**tower)), tmp_path)
+    exact, model = hf.AutoModel.from_pretrained(folder), load(folder)
+    assert ordered_paths(model) == ["vision_model"]
+    assert ordered_paths(load(folder, scatterbrain_token_order="natural")) == []
+    assert ordered_paths(load(folder, scatterbrain_token_order="hilbert")) == ["vision_model"]
+    batch = {"input_ids": torch.tensor([[3, 4, 49]]), "pixel_values": torch.randn(1, 3, 20, 20)}
+    every_key = copy.deepcopy(model)
+    for core in cores(every_key).values():
+        core.support, core.low_rank = sb.Window(4096), None
+    with torch.no_grad():
+        close(every_key(**batch).image_embeds, exact(**batch).image_embeds)
 
 
 # ------------------------------------------------------------------------------------------------------- class tokens
@@ -356,7 +545,7 @@ def test_tokens_before_the_patches_attend_to_every_key_exactly(name: str):
     attention.register_forward_hook(lambda module, args, out: inputs.append((args[0], out)))
     with torch.no_grad():
         model(x)
-        sb.replace_attention(model, sb.Window(1, block_q=1), None)
+        sb.replace_attention(model, sb.Window(1, block_q=1), None, token_order="natural")
         model(x)
     prefix = PREFIX.get(name, 1)
     assert attention.attention.exact_queries == prefix

@@ -112,7 +112,7 @@ CALLS: dict[str, tuple[dict, dict, dict, str | None]] = {
         None,
     ),
     "dropout, evaluation": ({"dropout": 0.5}, {}, {}, None),
-    "dropout, training": ({"dropout": 0.5}, {}, {"training": True}, "set the module's .dropout = 0.0"),
+    "dropout, training": ({"dropout": 0.5}, {}, {"training": True}, "call sb.set_attention_dropout"),
     "weights": ({}, {}, {"need_weights": True}, "pass need_weights=False"),
     "weights per head": (
         {"batch_first": True},

@@ -18,7 +18,7 @@ def _refuse_added_keys(module: nn.MultiheadAttention) -> None:
 def _dropout(module: nn.MultiheadAttention) -> str:
     if module.dropout == 0:
         return ""
-    return f"exact in training for its dropout={module.dropout} on weights; set .dropout = 0.0"
+    return f"exact in training for its dropout={module.dropout} on weights; call sb.set_attention_dropout(model, 0.0)"
 
 
 register_replacer(ClassReplacer(nn.MultiheadAttention, MultiheadAttention, _dropout, _refuse_added_keys))

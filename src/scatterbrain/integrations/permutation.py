@@ -63,6 +63,10 @@ class Permutation:
         """(batch, tokens, ...) into this order."""
         return _take(tokens, self.order)
 
+    def apply_to_patches(self, rotations: Tensor) -> Tensor:
+        """Angles of the patches, (..., patches, channels), into this order, which is one for the whole batch."""
+        return rotations.index_select(-2, self.order[self.prefix :] - self.prefix)
+
     def undo(self, tokens: Tensor) -> Tensor:
         """(batch, tokens, ...) back from this order."""
         return _take(tokens, self.inverse)

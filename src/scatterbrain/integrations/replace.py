@@ -12,7 +12,12 @@ from scatterbrain.integrations import multihead  # noqa: F401  (registers its re
 from scatterbrain.integrations.replacer import PACKAGES, prepare_replacers, replacer_of
 from scatterbrain.integrations.report import Entry, Report
 from scatterbrain.integrations.restrictions import NotReplaceable, parallel_wrapper, query_by_query
-from scatterbrain.integrations.vision import apply_order, exact_class_tokens
+from scatterbrain.integrations.vision import (
+    apply_order,
+    apply_order_where_possible,
+    check_token_order,
+    exact_class_tokens,
+)
 from scatterbrain.low_rank import LowRank, check_low_rank
 from scatterbrain.nn.attention import ScatterbrainAttention, join_layers
 from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule
@@ -25,7 +30,7 @@ def replace_attention(
     support: Support = SUPPORT,
     low_rank: LowRank = LOW_RANK,
     where: Callable[[str], bool] | None = None,
-    token_order: str | None = None,
+    token_order: str | None = "auto",
 ) -> Report:
     """Replaces the attention modules of ``model`` in place and reports each of them.
 
@@ -51,10 +56,13 @@ def replace_attention(
         low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`.
         where: called with a module's path, says whether to replace it; default all.
         token_order: "hilbert" orders image patches along a Hilbert curve inside the blocks of every vision transformer
-            in ``model`` (timm's VisionTransformer family and NaFlexVit; transformers' ViT, DeiT, DINOv2, CLIP and
-            SigLIP). Every run of tokens is then a compact piece of the picture, which makes the approximation better.
-            Class, register and distillation tokens stay first; outputs and intermediate outputs are in the model's own
-            order. Default None, the model's order.
+            in ``model`` (timm's VisionTransformer and Eva families and NaFlexVit; transformers' ViT, DeiT, DINOv2,
+            DINOv3, CLIP and SigLIP). Every run of tokens is then a compact piece of the picture, which makes the
+            approximation better. Class, register and distillation tokens stay first; outputs and intermediate outputs
+            are in the model's own order. "natural" (or None) keeps the model's order everywhere. Default "auto":
+            Hilbert order where the model is one that supports it and the support gains from it (windows and lists that
+            neighbours share), the model's order elsewhere, and in single calls that need it (masks between patches,
+            forward hooks inside the blocks), which warn; the report says which.
 
     Returns:
         :class:`Report`: a table of every module that looks like attention, with what it is now or why it was left, and
@@ -63,14 +71,14 @@ def replace_attention(
     Raises:
         TypeError: model, support or low_rank of a wrong type.
         ValueError: "learned" for a model that is in DistributedDataParallel or FSDP already.
-        ValueError: token_order for a model without a vision transformer that can be ordered.
+        ValueError: token_order="hilbert" for a model without a vision transformer that can be ordered.
     """
     _check_arguments(model, support, low_rank, token_order)
     prepare_replacers(model)
     report = Report("exact attention" if support.is_full else f"{support}, {low_rank}")
     cross_attention = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
-    if token_order is not None:
-        _order_tokens(model, report)
+    if token_order == "hilbert":
+        report._add(*apply_order(model))
     done: dict[nn.Module, Entry] = {}
     for path, module in list(_attention_modules(model)):
         if module in done:  # one module under two names
@@ -85,6 +93,8 @@ def replace_attention(
         undo = _replace(module, entry, support, low_rank, module in cross_attention)
         if undo is not None:
             report._undo.append(undo)
+    if token_order == "auto" and report.replaced:
+        report._add(*apply_order_where_possible(model))
     report.notes += exact_class_tokens(model, {entry.path for entry in report.replaced}.__contains__)
     _stop_nested_tensors(model, report)
     join_layers(model)
@@ -101,8 +111,7 @@ def _check_arguments(model: nn.Module, support: Support, low_rank: LowRank, toke
         check_low_rank(low_rank)
     except TypeError as error:
         raise TypeError(f"replace_attention: {error}") from error
-    if token_order not in (None, "hilbert"):
-        raise ValueError(f"replace_attention: token_order must be 'hilbert' or None, got {token_order!r}")
+    check_token_order(token_order, "replace_attention: token_order")
     adds_parameters = low_rank is not None and low_rank.adds_parameters and not support.is_full
     if adds_parameters and (wrapper := parallel_wrapper(model)):
         raise ValueError(
@@ -131,13 +140,6 @@ def _replace(
     now = _class_name(module)
     entry.now = now if now != entry.was else f"{now}, scatterbrain inside"
     return undo
-
-
-def _order_tokens(model: nn.Module, report: Report) -> None:
-    ordered, refused, undo = apply_order(model)
-    report._undo += undo
-    report.notes += [f"{path or 'the model'}: tokens in Hilbert order" for path in ordered]
-    report.notes += [f"{path or 'the model'}: tokens in their own order, {reason}" for path, reason in refused]
 
 
 def _stop_nested_tensors(model: nn.Module, report: Report) -> None:

@@ -39,7 +39,8 @@ class ClassReplacer:
     references to the module or its parameters, in an optimizer for one, stay valid.
 
     Args:
-        original: a class whose modules have ``num_heads`` and ``head_dim``.
+        original: a class whose modules have ``num_heads`` and ``head_dim``, and ``num_kv_heads`` where keys and values
+            have fewer heads.
         host: a subclass of HostModule and ``original``.
         dropout: note on the module's dropout of attention weights, which runs exactly in training; "" for none.
         refuse: raises NotReplaceable for modules that have no approximation.
@@ -62,7 +63,10 @@ class ClassReplacer:
         if "forward" in vars(module):
             raise NotReplaceable("its forward is overridden on the instance; replace attention before that is done")
         with errors_as_reasons():
-            attention = attention_unless_exact(module.num_heads, module.head_dim, support, low_rank)
+            kv_heads = getattr(module, "num_kv_heads", None)
+            attention = attention_unless_exact(
+                module.num_heads, module.head_dim, support, low_rank, num_kv_heads=kv_heads
+            )
 
         def undo() -> None:
             module._detach()

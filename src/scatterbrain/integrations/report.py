@@ -48,6 +48,11 @@ class Report:
         """The modules that were left as they were."""
         return [entry for entry in self.entries if entry.now is None]
 
+    def _add(self, notes: list[str], undo: list[Callable[[], None]]) -> None:
+        """Lines about a change to the model, and the functions that undo it."""
+        self.notes += notes
+        self._undo += undo
+
     def restore(self) -> None:
         """Gives every replaced module its own class and settings back. Weights keep their present values, trained or
         not; calibration and learned projections are dropped. A second call does nothing."""

@@ -1,6 +1,7 @@
 """Image tokens along a Hilbert curve inside a vision transformer's blocks, and in the model's order everywhere else.
 
-Positions are added to the tokens before the first block, so blocks can take patches in any order. Along a Hilbert curve
+Positions are added to the tokens before the first block, or rotate queries and keys by angles that come with them, so
+blocks can take patches in any order. Along a Hilbert curve
 every run of patches, which shares a list of keys, is a compact piece of the picture. Tokens are reordered once before
 the first block and put back once at the end of the model's own forward.
 """
@@ -15,9 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from scatterbrain.integrations.permutation import Permutation, grid_permutation
 from scatterbrain.nn.warn import warn
+
+CURE = "or replace attention with token_order='natural'"
 
 # -------------------- state of a running forward
 
@@ -26,12 +30,28 @@ PermutationFor = Callable[[Tensor], Permutation | None]
 
 
 class Order:
-    """Shared by an ordered model and the hook before its first block: the permutation of the running forward."""
+    """Shared by an ordered model and what reorders its tokens: the permutation of the running forward.
 
-    def __init__(self, prefix: int) -> None:
-        self.prefix = prefix
+    Args:
+        prefix: tokens before the patches.
+        is_strict: whether a call that cannot be ordered raises; otherwise it runs in the model's own order and warns.
+    """
+
+    def __init__(self, prefix: int, is_strict: bool) -> None:
+        self.prefix, self.is_strict = prefix, is_strict
         self.pending: PermutationFor | None = None
         self.applied: Permutation | None = None
+
+    def enter(self, tokens: Tensor) -> Permutation | None:
+        """The permutation of these tokens before the first block; None leaves them as they are."""
+        self.applied = None if self.pending is None else self.pending(tokens)
+        return self.applied
+
+    def refuse(self, reason: str, error: type[Exception] = ValueError) -> None:
+        """A call cannot be ordered."""
+        if self.is_strict:
+            raise error(f"token_order: {reason}, {CURE}")
+        warn(f"token_order='auto' leaves the tokens of this call in the model's own order: {reason}", 2)
 
     def on_grid(self, height: int, width: int, device: torch.device) -> Permutation:
         """The permutation of images whose patches form one grid."""
@@ -45,10 +65,19 @@ class EntryHook:
         self.order = order
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        if self.order.pending is None:
-            return output
-        self.order.applied = self.order.pending(output)
-        return output if self.order.applied is None else self.order.applied.apply(output)
+        permutation = self.order.enter(output)
+        return output if permutation is None else permutation.apply(output)
+
+
+class RotationHook:
+    """Forward hook of the module that returns the rotations of the patches, called after :class:`EntryHook`."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+
+    def __call__(self, module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        permutation = self.order.applied
+        return output if permutation is None else tuple(map(permutation.apply_to_patches, output))
 
 
 class Family(ABC):
@@ -58,8 +87,13 @@ class Family(ABC):
     INSIDE: tuple[str, ...] = ()  # submodules that see tokens along the curve
 
     @abstractmethod
-    def entry(self, model: nn.Module) -> nn.Module:
-        """The module that returns the tokens before the first block."""
+    def attach(self, model: nn.Module, order: Order) -> list[RemovableHandle]:
+        """Lets the tokens before the first block take the order, and whatever else the blocks get with them. Returns
+        the hooks that do it."""
+
+    def overrides(self, base: type[nn.Module]) -> dict[str, Any]:
+        """Methods besides METHODS that an ordered class has instead of those of ``base``."""
+        return {}
 
     @abstractmethod
     def prefix(self, model: nn.Module) -> int:
@@ -67,6 +101,10 @@ class Family(ABC):
 
     def obstacle(self, model: nn.Module) -> str | None:
         """Why this model cannot be ordered; None if it can."""
+        return None
+
+    def refused(self, model: nn.Module, arguments: dict[str, Any]) -> str | None:
+        """Why a call with these arguments cannot be ordered; None if it can."""
         return None
 
     @abstractmethod
@@ -84,8 +122,13 @@ class Family(ABC):
         # tokens back.
         if order is None or order.pending is not None:
             return function(model, **arguments)
-        if not torch.compiler.is_compiling():
-            check_hooks(model, self.INSIDE)
+        for reason, error in (
+            (hook_inside(model, self.INSIDE), RuntimeError),
+            (self.refused(model, arguments), ValueError),
+        ):
+            if reason is not None:
+                order.refuse(reason, error)
+                return function(model, **arguments)
         order.pending = self.prepare(model, arguments)
         try:
             out = function(model, **arguments)
@@ -98,18 +141,19 @@ class Family(ABC):
 HARMLESS_HOOKS = ("torch.", "scatterbrain.", "transformers.utils.output_capturing")
 
 
-def check_hooks(model: nn.Module, inside: tuple[str, ...]) -> None:
-    """Raises RuntimeError for a forward hook on a module that sees tokens along the curve."""
+def hook_inside(model: nn.Module, inside: tuple[str, ...]) -> str | None:
+    """What a forward hook on a module inside would see; None without one."""
     for name in inside:
         for path, module in getattr(model, name).named_modules(prefix=name):
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
                 hook = getattr(hook, "func", hook)  # of functools.partial
                 if not str(getattr(hook, "__module__", "")).startswith(HARMLESS_HOOKS):
-                    raise RuntimeError(
-                        f"token_order: a forward hook on {path} would see tokens in the order of a Hilbert curve; take "
+                    return (
+                        f"a forward hook on {path} would see tokens in the order of a Hilbert curve; take "
                         "intermediate outputs from forward_intermediates (timm) or output_hidden_states=True "
-                        "(transformers), which are in the model's order, or replace attention with token_order=None"
+                        "(transformers), which are in the model's order"
                     )
+    return None
 
 
 def warn_of_dropped_patches() -> None:
@@ -120,32 +164,45 @@ def warn_of_dropped_patches() -> None:
 # -------------------- ordered classes
 
 
-def order_tokens(model: nn.Module, name: str, family: Family) -> Callable[[], None]:
+def order_tokens(model: nn.Module, name: str, family: Family, is_strict: bool) -> Callable[[], None]:
     """Orders the tokens of ``model`` in place, by changing its class and adding a hook.
 
     Args:
         model: a vision transformer of the family.
         name: key of the family in :data:`FAMILIES`.
+        is_strict: as :class:`Order`.
 
     Returns:
-        The function that undoes it.
+        The function that undoes it, and does nothing if :func:`restore_order` has undone it before.
     """
     base = type(model)
-    model._token_order = Order(family.prefix(model))
-    handle = family.entry(model).register_forward_hook(EntryHook(model._token_order))
-    model.__class__ = ordered = ordered_class(name, base)
+    model._token_order = order = Order(family.prefix(model), is_strict)
+    model._token_order_hooks = family.attach(model, order)
+    model.__class__ = ordered_class(name, base)
 
     def undo() -> None:
-        if type(model) is not ordered:
-            raise RuntimeError(
-                f"restore: the model's class was changed to {type(model).__name__} after its tokens were ordered; undo "
-                "that first"
-            )
-        handle.remove()
-        del model._token_order
-        model.__class__ = base
+        if getattr(model, "_token_order", None) is order:
+            restore_order(model)
 
     return undo
+
+
+def restore_order(model: nn.Module) -> None:
+    """The tokens of a model that :func:`order_tokens` has ordered stay in its own order again.
+
+    Raises:
+        RuntimeError: the model's class was changed since.
+    """
+    _, base = type(model).__dict__.get("ORDERED", (None, None))
+    if base is None:
+        raise RuntimeError(
+            f"restore: the model's class was changed to {type(model).__name__} after its tokens were ordered; undo "
+            "that first"
+        )
+    for handle in model._token_order_hooks:
+        handle.remove()
+    del model._token_order, model._token_order_hooks
+    model.__class__ = base
 
 
 FAMILIES: dict[str, Family] = {}
@@ -156,6 +213,7 @@ def ordered_class(name: str, base: type[nn.Module]) -> type[nn.Module]:
     """A subclass of ``base`` of the same name, whose METHODS reorder tokens around those of ``base``."""
     family = FAMILIES[name]
     own: dict[str, Any] = {method: _wrapped(family, getattr(base, method)) for method in family.METHODS}
+    own |= family.overrides(base)
     own |= {"ORDERED": (name, base), "__reduce_ex__": _reduce}
     own |= {field: getattr(base, field) for field in ("__module__", "__qualname__", "__doc__")}
     return type(base.__name__, (base,), own)

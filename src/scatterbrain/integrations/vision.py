@@ -14,9 +14,11 @@ BIASED = "its attention adds a bias for each pair of positions, in raster order"
 WINDOWED = "its blocks cut the image into windows"
 MASKED = "it drops patches at random"
 
+Undo = Callable[[], None]
+
 # Vision models that must keep their order, by class name.
 REFUSED = {
-    "Eva": ROTARY, "DINOv3ViTModel": ROTARY, "DINOv3ViTBackbone": ROTARY,
+    "DeepseekVitEncoder": ROTARY, "Qwen3VitEncoder": ROTARY, "Gemma4VitEncoder": ROTARY,
     "Beit": BIASED, "BeitModel": BIASED, "Data2VecVisionModel": BIASED, "VisionTransformerRelPos": BIASED,
     "VisionTransformerSAM": BIASED, "SwinTransformer": WINDOWED, "SwinTransformerV2": WINDOWED, "SwinModel": WINDOWED,
     "Swinv2Model": WINDOWED, "ViTMAEModel": MASKED,
@@ -25,20 +27,21 @@ REFUSED = {
 KNOWN_PACKAGES = ("torch", "timm", "transformers", "scatterbrain", "peft", "torchao", "bitsandbytes")
 
 
-def plan(model: nn.Module) -> tuple[list[tuple[str, str, nn.Module]], list[tuple[str, str]]]:
+def plan(model: nn.Module) -> tuple[list[tuple[str, str, nn.Module]], list[tuple[str, nn.Module, str]]]:
     """The vision transformers inside ``model``.
 
     Returns:
-        (path, name of the family, module) of those that can be ordered, and (path, reason) of those that cannot.
+        (path, name of the family, module) of those that can be ordered, and (path, module, reason) of those that
+        cannot.
     """
     possible, refused = [], []
     for path, module in model.named_modules():
         name = family_of(module)
-        reason = None if name is None else _obstacle(module, FAMILIES[name])
+        reason = None if name is None else obstacle(module, FAMILIES[name])
         if name is None and type(module).__module__.startswith(("timm.", "transformers.")):
             reason = REFUSED.get(type(module).__name__)
         if reason is not None:
-            refused.append((path, f"{type(module).__name__}: {reason}"))
+            refused.append((path, module, f"{type(module).__name__}: {reason}"))
         elif name is not None:
             possible.append((path, name, module))
     return possible, refused
@@ -85,12 +88,13 @@ def _has_parts(module: nn.Module, family: Family) -> bool:
     return all(hasattr(module, inner) for inner in family.INSIDE)
 
 
-def _obstacle(module: nn.Module, family: Family) -> str | None:
+def obstacle(module: nn.Module, family: Family) -> str | None:
+    """Why the tokens of a vision transformer of this family cannot be ordered; None if they can."""
     if hasattr(module, "_token_order"):
         return "its tokens are ordered already; restore() the earlier report to change it"
     if not _has_parts(module, family):
         return f"it has no {' and '.join(family.INSIDE)} in this version of its library"
-    for method in family.METHODS:
+    for method in (*family.METHODS, *family.overrides(type(module))):
         where = getattr(type(module), method).__module__
         if method in vars(module) or not where.startswith(("timm.", "transformers.")):
             return f"its {method} is not the library's own"
@@ -105,22 +109,63 @@ def _obstacle(module: nn.Module, family: Family) -> str | None:
     return family.obstacle(module)
 
 
-def apply_order(model: nn.Module) -> tuple[list[str], list[tuple[str, str]], list[Callable[[], None]]]:
+# -------------------- choosing an order
+
+TOKEN_ORDERS = ("auto", "hilbert", "natural", None)
+CONFIGURED = "scatterbrain_token_order"  # the attribute of a transformers configuration that says which
+
+
+def check_token_order(token_order: object, owner: str) -> None:
+    """Raises ValueError for anything but a value of ``token_order=``."""
+    if token_order not in TOKEN_ORDERS:
+        raise ValueError(f"{owner} must be 'auto', 'hilbert', or 'natural' (or None), got {token_order!r}")
+
+
+def gaining_cores(model: nn.Module) -> list[ScatterbrainAttention]:
+    """The attention inside ``model`` that is better where neighbours in the sequence are neighbours in the image."""
+    return [m for m in model.modules() if isinstance(m, ScatterbrainAttention) and m.support.gains_from_order]
+
+
+def apply_order(model: nn.Module, owner: str = "replace_attention: token_order") -> tuple[list[str], list[Undo]]:
     """Orders every vision transformer inside ``model`` along a Hilbert curve.
 
     Returns:
-        Paths of those that were ordered, (path, reason) of the others, and the functions that undo it.
+        A line for each vision transformer, and the functions that undo it.
 
     Raises:
         ValueError: none can be ordered; with the reasons.
     """
     possible, refused = plan(model)
     if not possible:
-        reasons = "; ".join(f"{path or 'the model'} is {reason}" for path, reason in refused)
+        reasons = "; ".join(f"{path or 'the model'} is {reason}" for path, _, reason in refused)
         names = ", ".join(name.split(".")[0] + "." + name.split(".")[-1] for name in FAMILIES)
         raise ValueError(
-            f"replace_attention: token_order='hilbert' expected a model with a vision transformer among {names}, got "
-            f"{reasons or type(model).__name__}; use token_order=None"
+            f"{owner}='hilbert' expected a model with a vision transformer among {names}, got "
+            f"{reasons or type(model).__name__}; use 'auto' or 'natural'"
         )
-    undo = [order_tokens(module, name, FAMILIES[name]) for _, name, module in possible]
-    return [path for path, _, _ in possible], refused, undo
+    undo = [order_tokens(module, name, FAMILIES[name], is_strict=True) for _, name, module in possible]
+    return _lines([path for path, _, _ in possible], refused), undo
+
+
+def apply_order_where_possible(model: nn.Module) -> tuple[list[str], list[Undo]]:
+    """Orders every vision transformer inside ``model`` that can be ordered, whose attention gains from it and whose
+    configuration, if it has one, does not refuse it. Returns as :func:`apply_order`."""
+    possible, refused = plan(model)
+    refused = [entry for entry in refused if gaining_cores(entry[1])]
+    ordered, undo = [], []
+    for path, name, module in possible:
+        if not gaining_cores(module):
+            continue
+        choice = getattr(getattr(module, "config", None), CONFIGURED, "auto")
+        if choice in ("natural", None):
+            refused.append((path, module, f"its configuration says {CONFIGURED}={choice!r}"))
+            continue
+        undo.append(order_tokens(module, name, FAMILIES[name], is_strict=False))
+        ordered.append(path)
+    return _lines(ordered, refused), undo
+
+
+def _lines(ordered: list[str], refused: list[tuple[str, nn.Module, str]]) -> list[str]:
+    return [f"{path or 'the model'}: tokens in Hilbert order" for path in ordered] + [
+        f"{path or 'the model'}: tokens in their own order, {reason}" for path, _, reason in refused
+    ]

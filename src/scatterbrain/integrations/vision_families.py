@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from scatterbrain.integrations.permutation import Permutation, coordinate_order
-from scatterbrain.integrations.token_order import FAMILIES, Family, Order, PermutationFor, warn_of_dropped_patches
+from scatterbrain.integrations.token_order import (
+    FAMILIES,
+    EntryHook,
+    Family,
+    Order,
+    PermutationFor,
+    RotationHook,
+    warn_of_dropped_patches,
+)
 
 ROTARY = "its queries and keys are rotated by position (RoPE), in raster order"
 
@@ -21,14 +31,20 @@ class Timm(Family):
     METHODS = ("forward_features", "forward_intermediates")
     INSIDE = ("blocks", "norm")
 
-    def entry(self, model: nn.Module) -> nn.Module:
-        return model.norm_pre
+    def attach(self, model: nn.Module, order: Order) -> list[RemovableHandle]:
+        return [model.norm_pre.register_forward_hook(EntryHook(order))]
 
     def prefix(self, model: nn.Module) -> int:
         return model.num_prefix_tokens
 
+    def obstacle(self, model: nn.Module) -> str | None:
+        known = hasattr(model.patch_embed, "dynamic_feat_size")
+        return None if known else f"{type(model.patch_embed).__name__} does not say how many patches an image has"
+
+    def refused(self, model: nn.Module, arguments: dict[str, Any]) -> str | None:
+        return _mask_in_own_order(arguments)
+
     def prepare(self, model: nn.Module, arguments: dict[str, Any]) -> PermutationFor:
-        _refuse_masks(arguments)
         height, width = self.grid(model, arguments["x"])
         order, training, dropout = model._token_order, model.training, model.patch_drop
         may_drop = training and getattr(dropout, "prob", 0) > 0
@@ -53,22 +69,48 @@ class Timm(Family):
         return out
 
 
+class TimmRotary(Timm):
+    """timm.models.Eva: EVA-02, DINOv3, rope ViTs. Their blocks get the rotations of the patches with the tokens."""
+
+    def attach(self, model: nn.Module, order: Order) -> list[RemovableHandle]:
+        return []
+
+    def overrides(self, base: type[nn.Module]) -> dict[str, Any]:
+        original = base._pos_embed
+
+        @functools.wraps(original)
+        def _pos_embed(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            tokens, rotations = original(self, x)
+            order: Order | None = getattr(self, "_token_order", None)
+            permutation = None if order is None else order.enter(tokens)
+            if permutation is None:
+                return tokens, rotations
+            return permutation.apply(tokens), None if rotations is None else permutation.apply_to_patches(rotations)
+
+        return {"_pos_embed": _pos_embed}
+
+
 class NaFlex(Timm):
     """timm.models.NaFlexVit, for images or for patches that carry their coordinates."""
 
     def obstacle(self, model: nn.Module) -> str | None:
-        return None if model.rope is None else ROTARY
+        return ROTARY if model.rope is not None else None
 
     def grid(self, model: nn.Module, images: Tensor) -> tuple[int, int]:
         return model.embeds.dynamic_feat_size(images.shape[-2:])
 
-    def prepare(self, model: nn.Module, arguments: dict[str, Any]) -> PermutationFor:
+    def refused(self, model: nn.Module, arguments: dict[str, Any]) -> str | None:
+        return _mask_in_own_order(self._given(arguments)[1])
+
+    def _given(self, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         batch = arguments.get("patches", arguments.get("x"))
-        given = {**arguments, **batch} if isinstance(batch, dict) else arguments
+        return batch, {**arguments, **batch} if isinstance(batch, dict) else arguments
+
+    def prepare(self, model: nn.Module, arguments: dict[str, Any]) -> PermutationFor:
+        batch, given = self._given(arguments)
         coordinates, valid = given.get("patch_coord"), given.get("patch_valid")
         if coordinates is None:
             return super().prepare(model, {**arguments, "x": batch})
-        _refuse_masks(given)
         prefix = model._token_order.prefix
         may_drop = model.training and model.patch_drop is not None
 
@@ -81,13 +123,11 @@ class NaFlex(Timm):
         return permutation
 
 
-def _refuse_masks(arguments: dict[str, Any]) -> None:
+def _mask_in_own_order(arguments: dict[str, Any]) -> str | None:
     for name in ("attn_mask", "is_causal"):
         if arguments.get(name) is not None and arguments[name] is not False:
-            raise ValueError(
-                f"token_order: {name} speaks of tokens in the model's order, which the blocks do not see; replace "
-                "attention with token_order=None"
-            )
+            return f"{name} speaks of tokens in the model's order, which the blocks do not see; leave it out"
+    return None
 
 
 def _on_grid(order: Order, height: int, width: int, may_drop: bool, tokens: Tensor) -> Permutation | None:
@@ -96,10 +136,11 @@ def _on_grid(order: Order, height: int, width: int, may_drop: bool, tokens: Tens
         return order.on_grid(height, width, tokens.device)
     if may_drop:
         return warn_of_dropped_patches()
-    raise ValueError(
-        f"token_order: expected {order.prefix} + {height} x {width} = {expected} tokens before the first block, got "
-        f"{tokens.shape[1]}; replace attention of this model with token_order=None"
+    order.refuse(
+        f"expected {order.prefix} + {height} x {width} = {expected} tokens before the first block, got "
+        f"{tokens.shape[1]}; pass images of the size that the model was made for"
     )
+    return None
 
 
 # -------------------- transformers
@@ -117,25 +158,35 @@ class Transformers(Family):
     def __init__(self, inside: tuple[str, ...], prefix: int, entry: str = "embeddings") -> None:
         self.INSIDE, self._prefix, self._entry = inside, prefix, entry
 
-    def entry(self, model: nn.Module) -> nn.Module:
-        return getattr(model, self._entry)
+    def attach(self, model: nn.Module, order: Order) -> list[RemovableHandle]:
+        return [getattr(model, self._entry).register_forward_hook(EntryHook(order))]
 
     def prefix(self, model: nn.Module) -> int:
         return self._prefix
 
+    def grid(self, model: nn.Module, images: Tensor) -> tuple[int, int]:
+        patch = model.config.patch_size
+        patch = patch if isinstance(patch, (tuple, list)) else (patch, patch)
+        return images.shape[-2] // patch[0], images.shape[-1] // patch[1]
+
+    def refused(self, model: nn.Module, arguments: dict[str, Any]) -> str | None:
+        images, mask = arguments.get("pixel_values"), arguments.get("attention_mask")
+        if images is None:
+            return "expected pixel_values, got none; pass images"
+        height, width = self.grid(model, images)
+        tokens = model._token_order.prefix + height * width
+        if mask is None or (mask.dim() == 2 and mask.shape[1] == tokens):
+            return None
+        return (
+            f"expected attention_mask of shape (batch, tokens) with {tokens} tokens, got {tuple(mask.shape)}; pass one "
+            "such or none"
+        )
+
     def prepare(self, model: nn.Module, arguments: dict[str, Any]) -> PermutationFor:
         order, images = model._token_order, arguments["pixel_values"]
-        embeddings = model.embeddings
-        patch = getattr(embeddings, "patch_embeddings", embeddings).patch_size
-        patch = patch if isinstance(patch, (tuple, list)) else (patch, patch)
-        height, width = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
+        height, width = self.grid(model, images)
         mask = arguments.get("attention_mask")
         if mask is not None:
-            if mask.dim() != 2:
-                raise ValueError(
-                    "token_order: expected attention_mask of shape (batch, tokens), got "
-                    f"{tuple(mask.shape)}; replace attention with token_order=None for other masks"
-                )
             arguments["attention_mask"] = mask.index_select(1, order.on_grid(height, width, mask.device).order)
         return lambda tokens: _on_grid(order, height, width, False, tokens)
 
@@ -147,7 +198,7 @@ class Transformers(Family):
 
     def put_back(self, permutation: Permutation, out: Any) -> Any:
         for name, value in list(out.items()):
-            if name in ("pooler_output", "image_embeds") or value is None:
+            if name in ("pooler_output", "image_embeds", "cls_tokens") or value is None:
                 continue
             if name == "last_hidden_state":
                 out[name] = permutation.undo(value)
@@ -161,7 +212,7 @@ class Transformers(Family):
             else:
                 raise RuntimeError(
                     f"token_order: the output {name} may hold tokens along the curve; replace attention with "
-                    "token_order=None"
+                    "token_order='natural'"
                 )
         return out
 
@@ -173,9 +224,17 @@ class WithRegisters(Transformers):
         return super().prefix(model) + model.config.num_register_tokens
 
 
+class TransformersRotary(WithRegisters):
+    """The same with rotations of the patches, which a module of its own returns."""
+
+    def attach(self, model: nn.Module, order: Order) -> list[RemovableHandle]:
+        return [*super().attach(model, order), model.rope_embeddings.register_forward_hook(RotationHook(order))]
+
+
 _DINOV2_REGISTERS = "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters"
 FAMILIES |= {
     "timm.models.vision_transformer.VisionTransformer": Timm(),
+    "timm.models.eva.Eva": TimmRotary(),
     "timm.models.naflexvit.NaFlexVit": NaFlex(),
 } | {
     f"transformers.models.{name}": family
@@ -186,6 +245,8 @@ FAMILIES |= {
         "dinov2.modeling_dinov2.Dinov2Backbone": Transformers(("encoder", "layernorm"), 1),
         f"{_DINOV2_REGISTERS}Model": WithRegisters(("encoder", "layernorm"), 1),
         f"{_DINOV2_REGISTERS}Backbone": WithRegisters(("encoder", "layernorm"), 1),
+        "dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel": TransformersRotary(("model", "norm"), 1),
+        "dinov3_vit.modeling_dinov3_vit.DINOv3ViTBackbone": TransformersRotary(("model", "norm"), 1),
         "clip.modeling_clip.CLIPVisionModel": Transformers(("encoder", "post_layernorm"), 1, "pre_layrnorm"),
         "siglip.modeling_siglip.SiglipVisionModel": Transformers(("encoder", "post_layernorm"), 0),
     }.items()

@@ -74,7 +74,12 @@ class HostModule:
 
 
 def attention_unless_exact(
-    num_heads: int, head_dim: int, support: Support, low_rank: LowRank, exact_queries: int = 0
+    num_heads: int,
+    head_dim: int,
+    support: Support,
+    low_rank: LowRank,
+    exact_queries: int = 0,
+    num_kv_heads: int | None = None,
 ) -> ScatterbrainAttention | None:
     """The attention of a host module; None for ``support=Full()``, where the host's own exact attention runs.
 
@@ -84,4 +89,4 @@ def attention_unless_exact(
     check_pair(support, low_rank, is_causal=False)
     if support.is_full:
         return None
-    return ScatterbrainAttention(num_heads, head_dim, support=support, low_rank=low_rank, exact_queries=exact_queries)
+    return ScatterbrainAttention(num_heads, head_dim, num_kv_heads, support, low_rank, exact_queries)

@@ -37,7 +37,7 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
     ``need_weights=True`` (the default)                exact, warns: pass need_weights=False
     any other ``attn_mask``, with ``is_causal`` or not exact with that mask, warns
     ``key_padding_mask`` with other float values       exact, warns (under torch.compile: RuntimeError)
-    ``dropout`` > 0 in training                        exact, warns: set ``.dropout = 0.0``
+    ``dropout`` > 0 in training                        exact, warns: ``set_attention_dropout``
     ``add_bias_kv``, ``add_zero_attn``                 exact, warns
     ``support=Full()``                                 nn.MultiheadAttention itself, its fast paths and TorchScript
                                                        included; ``attention`` is None and ``low_rank`` unused
@@ -202,7 +202,10 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
         if need_weights:
             return "need_weights=True (the default) asks for the attention weights; pass need_weights=False"
         if self.training and self.dropout > 0:
-            return f"dropout={self.dropout} acts on attention weights in training; set the module's .dropout = 0.0"
+            return (
+                f"dropout={self.dropout} acts on attention weights in training; call "
+                "sb.set_attention_dropout(model, 0.0)"
+            )
         if attn_mask is not None and not causal:
             if torch.compiler.is_compiling():
                 return "attn_mask cannot be looked at under torch.compile; pass is_causal=True if it is the causal mask"

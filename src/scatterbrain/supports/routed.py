@@ -40,6 +40,7 @@ class Routed(Support):
     depends_on_content: ClassVar[bool] = True
     reads_coordinates: ClassVar[bool] = True
     can_be_prepared: ClassVar[bool] = True
+    gains_from_order: ClassVar[bool] = True
 
     keys: int
     block_q: int = 16
@@ -98,10 +99,10 @@ class Routed(Support):
         # half types; below autograd there is nothing to detach from.
         if is_untraced():
             operator = untraced.route
-            as_float = lambda t: t.float() if t is not None and t.dtype == torch.float64 else t  # noqa: E731
+            as_float = lambda t: t.float() if t is not None and t.dtype == torch.float64 else t
         else:
-            operator = lambda arguments: torch.ops.scatterbrain.route(*arguments)  # noqa: E731
-            as_float = lambda t: None if t is None else t.detach().float()  # noqa: E731
+            operator = lambda arguments: torch.ops.scatterbrain.route(*arguments)
+            as_float = lambda t: None if t is None else t.detach().float()
         index, count = operator(
             RouteArguments(
                 query=as_float(call.query),

@@ -32,6 +32,7 @@ class Window(Support):
 
     kind: ClassVar[str] = "window"
     can_be_prepared: ClassVar[bool] = True
+    gains_from_order: ClassVar[bool] = True
 
     keys: int
     block_q: int = 16

@@ -15,6 +15,12 @@ Every attention layer owns a :class:`scatterbrain.ScatterbrainAttention` as its 
 calibration and learned projections move, copy, save and load with the model. Choosing another implementation takes it
 out of the state dict; choosing this one again brings it back.
 
+Vision transformers (ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP) run their layers on patches in Hilbert order wherever the
+support gains from it, as with ``sb.replace_attention``; outputs are in the model's own order. ``AutoModel.from_pretrained(path,
+attn_implementation="scatterbrain", scatterbrain_token_order="natural")`` refuses that, "hilbert" insists on it, and
+"auto" is the default. It is an attribute of the configuration, saved with it; set
+``model.config.scatterbrain_token_order`` before ``set_attn_implementation`` to change it later.
+
 ============================================ =======================================================================
 call                                         what happens
 ============================================ =======================================================================
@@ -44,8 +50,8 @@ except ModuleNotFoundError as error:
         name="transformers",
     ) from error
 
+from scatterbrain.integrations.dropout import set_attention_dropout
 from scatterbrain.integrations.replacer import register_replacer
-from scatterbrain.integrations.transformers.dropout import set_attention_dropout
 from scatterbrain.integrations.transformers.hooks import install
 from scatterbrain.integrations.transformers.registry import SETTINGS, Settings
 from scatterbrain.integrations.transformers.replacer import TransformersReplacer, UpdateStatistics

@@ -157,7 +157,7 @@ def _is_exact(
     elif dropout > 0:
         reason = (
             f"dropout={dropout} acts on attention weights in training; call "
-            "scatterbrain.integrations.transformers.set_attention_dropout(model, 0.0)"
+            "sb.set_attention_dropout(model, 0.0) before training"
         )
     if reason is not None:
         warn(f"{type(module).__name__} runs exact attention, without approximation: {reason}", 3)

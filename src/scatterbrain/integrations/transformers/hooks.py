@@ -20,6 +20,7 @@ from scatterbrain.integrations.transformers.layers import (
     park,
 )
 from scatterbrain.integrations.transformers.registry import PER_LAYER, PREFIX, SETTINGS, check_registered
+from scatterbrain.integrations.transformers.token_order import declare, follow_configuration
 from scatterbrain.integrations.vision import exact_class_tokens
 from scatterbrain.nn.attention import join_layers
 
@@ -28,7 +29,7 @@ _OWNED = f".{CORE}."  # part of the name of every entry of ours in a model's sta
 
 def adopt(model: nn.Module) -> None:
     """Gives a ScatterbrainAttention to every attention layer of ``model`` whose configuration names one of our
-    implementations, and takes it from every other layer."""
+    implementations, takes it from every other layer, and orders image tokens accordingly."""
     for seed, (path, module) in enumerate(attention_layers(model)):
         name = implementation(module)
         if name in SETTINGS:
@@ -37,6 +38,7 @@ def adopt(model: nn.Module) -> None:
             park(module)
     exact_class_tokens(model)
     join_layers(model)
+    follow_configuration(model)
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and any(core_of(module) for _, module in attention_layers(inner)):
             # A checkpoint without our entries is that of an ordinary model, which loads without a warning.
@@ -110,6 +112,7 @@ _WRAPPERS = {
 
 def install() -> None:
     """Wraps the methods of PreTrainedModel, once."""
+    declare()
     for name, wrapper in _WRAPPERS.items():
         original = getattr(PreTrainedModel, name, None)
         if original is None:
