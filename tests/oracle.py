@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -119,17 +120,24 @@ class Case:
         return [out.detach(), *gradients]
 
     def low_rank_share(self) -> float:
-        """The largest share that L of all keys a query sees, before the support is subtracted, is of the query's
-        normaliser."""
-        if self.low_rank is None or not self.queries or not self.keys:
-            return 0.0
-        query, key, value = (t.double() for t in (self.query, self.key, self.value))
-        inputs = Inputs.of(query, key, **self.definition)
-        exponent, factor = log_kernel(self.low_rank, inputs)
-        _, lse = sb.reference.attention(query, key, value, self.support, return_lse=True, **self.definition)
-        counted = inputs.visible() & torch.isfinite(lse)[..., None]
-        weight = torch.where(counted, torch.exp(exponent - lse[..., None]) * factor, 0)
-        return float(weight.sum(-1).max())
+        """:func:`low_rank_share` of the case."""
+        return low_rank_share(self.query, self.key, self.value, self.support, **self.definition)
+
+
+def low_rank_share(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, support: object, **arguments: Any
+) -> float:
+    """The largest share that L of all keys a query sees, before the support is subtracted, is of the query's
+    normaliser. Arguments as the definition's."""
+    if arguments["low_rank"] is None or not query.shape[2] or not key.shape[2]:
+        return 0.0
+    query, key, value = (t.double() for t in (query, key, value))
+    inputs = Inputs.of(query, key, **arguments)
+    exponent, factor = log_kernel(arguments["low_rank"], inputs)
+    _, lse = sb.reference.attention(query, key, value, support, return_lse=True, **arguments)
+    counted = inputs.visible() & torch.isfinite(lse)[..., None]
+    weight = torch.where(counted, torch.exp(exponent - lse[..., None]) * factor, 0)
+    return float(weight.sum(-1).max())
 
 
 def row_error(got: torch.Tensor, want: torch.Tensor, floor: float = 1e-3) -> float:

@@ -195,6 +195,12 @@ def test_setup_stops_under_force_cuda_before_compiling():
     assert "Traceback" not in stopped.stderr
 
 
+def test_setup_names_the_sanitizers_that_it_knows():
+    stopped = run_python("setup.py", "--version", cwd=ROOT, SCATTERBRAIN_SANITIZE="leak")
+    assert stopped.returncode == 1
+    assert stopped.stderr == "SCATTERBRAIN_SANITIZE: expected address or thread, or nothing, got 'leak'.\n"
+
+
 def test_compile_jobs_follow_max_jobs_then_cores_then_memory(toolchain, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
     monkeypatch.setattr(toolchain, "_available_memory", lambda: 1 << 40)

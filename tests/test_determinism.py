@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import testkit
 import torch
-from testkit import assert_same_bits, low_ranks, projections, rand
+from testkit import LAYOUTS, assert_same_bits, low_ranks, part_of_a_larger_one, projections, rand, width_first
 from torch import Tensor
 
 import scatterbrain as sb
+from scatterbrain.low_rank.moments import moments
 
 D, DV = 16, 12
 SUPPORTS = {
@@ -93,41 +94,6 @@ def test_padding_and_offsets_do_not_depend_on_threads(is_causal: bool) -> None:
 # ---------------------------------------------------------------------------------------- memory layouts
 
 
-def tokens_before_heads(t: Tensor) -> Tensor:
-    return t.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def width_first(t: Tensor) -> Tensor:
-    """The last dimension is the one with the largest stride."""
-    return t.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
-
-
-def every_second(t: Tensor) -> Tensor:
-    wide = torch.full((*t.shape[:3], 2 * t.shape[3]), torch.nan)
-    wide[..., ::2] = t
-    return wide[..., ::2]
-
-
-def part_of_a_larger_one(t: Tensor) -> Tensor:
-    """Views at an offset into memory that holds NaN around them, at addresses that no vector load is aligned to."""
-    large = torch.full((t.shape[0] + 1, t.shape[1] + 2, t.shape[2] + 3, t.shape[3] + 5), torch.nan)
-    view = large[1:, 1:-1, 2:-1, 3:-2]
-    view.copy_(t)
-    return view
-
-
-def unaligned(t: Tensor) -> Tensor:
-    flat = torch.empty(t.numel() + 1)
-    flat[1:] = t.reshape(-1)
-    return flat[1:].view(t.shape)
-
-
-LAYOUTS = {
-    f.__name__.replace("_", " "): f
-    for f in (tokens_before_heads, width_first, every_second, part_of_a_larger_one, unaligned)
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("support", [s for s in SUPPORTS if s != "empty"])
 def test_the_layout_of_the_inputs_changes_no_bit(support: str, layout: str) -> None:
@@ -148,6 +114,14 @@ def test_the_layout_changes_no_bit_with_projections() -> None:
     for layout in LAYOUTS.values():
         got = run([layout(t) for t in plain], sb.Routed(32), sb.Quadratic(4, "learned"), is_causal=True)
         assert_same_bits(got, run(plain, sb.Routed(32), sb.Quadratic(4, "learned"), is_causal=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_changes_no_bit_of_moments(layout: str) -> None:
+    """Statistics are fitted from them, also those of the input within a call."""
+    plain = testkit.qkv(77, batch=2, heads=2, kv_heads=2, head_dim=96)[:2]
+    got, want = (moments(*tokens, 0.1, per_row=True) for tokens in ([LAYOUTS[layout](t) for t in plain], plain))
+    assert_same_bits(list(vars(got).values()), list(vars(want).values()), tuple(vars(want)))
 
 
 @pytest.mark.parametrize("support", [s for s in SUPPORTS if s != "empty"])

@@ -135,6 +135,44 @@ def as_kind(mask: Tensor, kind: type) -> Tensor:
     return mask if kind is bool else torch.zeros(mask.shape).masked_fill(mask, -math.inf)
 
 
+# -------------------- memory layouts
+
+
+def tokens_before_heads(t: Tensor) -> Tensor:
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def width_first(t: Tensor) -> Tensor:
+    """The last dimension is the one with the largest stride."""
+    return t.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+
+
+def every_second(t: Tensor) -> Tensor:
+    wide = torch.full((*t.shape[:3], 2 * t.shape[3]), torch.nan, dtype=t.dtype)
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def part_of_a_larger_one(t: Tensor) -> Tensor:
+    """Views at an offset into memory that holds NaN around them, at addresses that no vector load is aligned to."""
+    large = torch.full((t.shape[0] + 1, t.shape[1] + 2, t.shape[2] + 3, t.shape[3] + 5), torch.nan, dtype=t.dtype)
+    view = large[1:, 1:-1, 2:-1, 3:-2]
+    view.copy_(t)
+    return view
+
+
+def unaligned(t: Tensor) -> Tensor:
+    flat = torch.empty(t.numel() + 1, dtype=t.dtype)
+    flat[1:] = t.reshape(-1)
+    return flat[1:].view(t.shape)
+
+
+LAYOUTS = {
+    f.__name__.replace("_", " "): f
+    for f in (tokens_before_heads, width_first, every_second, part_of_a_larger_one, unaligned)
+}
+
+
 # -------------------- low-rank kernels and models
 
 

@@ -66,7 +66,8 @@ def moments(
     def gather(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         batch, all_heads, n, d = tokens.shape
         valid = torch.ones(batch, n, dtype=torch.bool, device=tokens.device) if mask is None else ~mask
-        tokens = torch.where(valid[:, None, :, None], tokens.detach(), 0).double()
+        # Contiguous: sums over memory of another layout would round in another order.
+        tokens = torch.where(valid[:, None, :, None], tokens.detach(), 0).double().contiguous()
         shared = (
             all_heads // heads * n
         )  # tokens of a key/value head; written out, since a batch of 0 leaves none to infer
