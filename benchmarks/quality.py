@@ -60,8 +60,8 @@ class Layer:
         return float((difference / self.exact.flatten(2).norm(dim=-1)).mean())
 
 
-def load(path: str, rank: int) -> dict[str, list[Layer]]:
-    """The layers of every model in the file, in ascending order."""
+def load(path: str, rank: int, calibration_tokens: int | None) -> dict[str, list[Layer]]:
+    """The layers of every model in the file, in ascending order; statistics from the first ``calibration_tokens``."""
     with safe_open(path, "pt") as file:
         names = sorted(
             (m for m in map(re.compile(r"(\w+)\.N\d+\.layer(\d+)\.q").fullmatch, file.keys()) if m),
@@ -73,7 +73,10 @@ def load(path: str, rank: int) -> dict[str, list[Layer]]:
         for match in names:
             model = match[1]
             q, k, v = (file.get_tensor(f"{match[0][:-1]}{part}").float()[None] for part in "qkv")
-            q_cal, k_cal = (file.get_tensor(f"{model}.cal.layer{match[2]}.{part}").float()[None] for part in "qk")
+            cal = slice(calibration_tokens)
+            q_cal, k_cal = (
+                file.get_tensor(f"{model}.cal.layer{match[2]}.{part}").float()[None, :, cal] for part in "qk"
+            )
             if model.startswith("dino"):
                 side = math.isqrt(q.shape[2] - 1)
                 order = torch.cat([1 + hilbert_order(side, side), torch.tensor([0])])
@@ -153,9 +156,10 @@ def main() -> None:
     parser.add_argument("file", help="safetensors file of queries, keys and values")
     parser.add_argument("--keys", type=int, default=64, help="keys per query (default 64)")
     parser.add_argument("--rank", type=int, default=9, help="rank of the quadratic kernel (default 9)")
+    parser.add_argument("--calibration-tokens", type=int, help="of the calibration inputs (default all)")
     parser.add_argument("--captured", action="store_true", help="also compare the staged search with scoring every key")
     options = parser.parse_args()
-    models = load(options.file, options.rank)
+    models = load(options.file, options.rank, options.calibration_tokens)
     with torch.inference_mode():
         print_table(models, methods(options.keys, options.rank))
         if options.captured:

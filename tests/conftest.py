@@ -14,6 +14,13 @@ import torch
 
 
 @pytest.fixture(autouse=True)
+def _calibration_on_few_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests calibrate on a few tokens; those of the warning are marked."""
+    if request.node.get_closest_marker("counts_tokens") is None:
+        monkeypatch.setattr("scatterbrain.nn.observed.FEWEST_TOKENS", 0)
+
+
+@pytest.fixture(autouse=True)
 def _seed_and_settings() -> Iterator[None]:
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.manual_seed(0)

@@ -71,6 +71,12 @@ def test_a_group_of_one_rank_calibrates_alone(ranks: Results):
     assert not torch.equal(ranks[0]["alone"]["mean"], ranks[1]["alone"]["mean"])
 
 
+def test_the_tokens_of_all_ranks_are_counted_and_one_rank_speaks(ranks: Results):
+    (message,) = ranks[0]["counted"][100]
+    assert "fitted on 200 valid tokens (" in message
+    assert ranks[1]["counted"][100] == ranks[0]["counted"][160] == ranks[1]["counted"][160] == []
+
+
 @pytest.mark.parametrize("low_rank", ["ema", "favor"])
 def test_two_forward_passes_before_one_backward_pass(ranks: Results, low_rank: str):
     assert all(rank[f"two forwards {low_rank}"]["finite"] for rank in ranks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -120,6 +121,19 @@ def calibrated_alone(rank: int) -> dict[str, Any]:
     return {"mean": model.layers[0].self_attn.attention.query_mean}
 
 
+def counted(rank: int) -> dict[str, Any]:
+    """What calibration warns of where every rank sees 100 tokens, and 160."""
+    said = {}
+    for tokens in (100, 160):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = swapped("stored")
+            with sb.calibrate(model), torch.no_grad():
+                model(rand(1, tokens, E, seed=rank))
+        said[tokens] = [str(w.message) for w in caught if "calibrate" in str(w.message)]
+    return said
+
+
 def two_forwards(rank: int, low_rank: str) -> dict[str, Any]:
     """DDP broadcasts buffers in place before each forward pass; the backward pass of both must survive it."""
     model = DistributedDataParallel(swapped(low_rank))
@@ -209,6 +223,7 @@ def main(rank: int, folder: Path) -> None:
         results[f"two forwards {name}"] = two_forwards(rank, name)
     results["uneven"] = uneven(rank)
     results["alone"] = calibrated_alone(rank)
+    results["counted"] = counted(rank)
     results["late"] = late()
     results["reset"] = reset(rank)
     dist.barrier()

@@ -128,6 +128,18 @@ def test_masks_that_no_support_has_run_exactly_and_say_so(case: str):
     torch.testing.assert_close(mine, exact, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*runs exact attention")
+@pytest.mark.parametrize("case", ["sliding window", "bool mask", "packed"])
+def test_calibration_of_layers_that_run_exactly_says_why(case: str):
+    name, _, arguments, message = EXACT[case]
+    model = hf.FAMILIES[name].build("scatterbrain")
+    expected = pytest.raises(
+        ValueError, match=f"calibrate: no ScatterbrainAttention was run .*exact attention: .*{message}"
+    )
+    with expected, sb.calibrate(model):
+        hf.run(model, input_ids=hf.tokens(), **arguments)
+
+
 def test_dropout_on_weights_runs_exactly_in_training_and_says_how_to_stop_it():
     model = hf.FAMILIES["bert"].build(INPUT).train()
     with pytest.warns(

@@ -125,7 +125,8 @@ class Quadratic(LowRankKernel):
                 if self.statistics == "learned"
                 else f"Quadratic(statistics={self.statistics!r}) is not calibrated: pass statistics= from "
                 f"sb.fit_statistics(query, key, rank={self.rank}), use a calibrated "
-                "sb.ScatterbrainAttention (sb.calibrate), or, bidirectional only, Quadratic(statistics='input')"
+                "sb.ScatterbrainAttention (sb.calibrate), or, to train from scratch, sb.presets.train()"
+                + ("" if call.is_causal else ", or Quadratic(statistics='input')")
             )
         if not is_own:
             raise TypeError(

@@ -14,6 +14,7 @@ from scatterbrain.fields import check_int
 from scatterbrain.low_rank import Coefficients, Heads, LowRank, State
 from scatterbrain.low_rank.moments import Moments, checked_moments, moments
 from scatterbrain.nn.distributed import fill
+from scatterbrain.nn.observed import Observed
 from scatterbrain.nn.warn import warn_once
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
@@ -42,6 +43,8 @@ class ScatterbrainAttention(nn.Module):
         is_calibrated: whether statistics are in place: set by :func:`calibrate`, by the first commit of a moving
             average, or by loading a state that had them.
         is_collecting: whether the module is inside a :func:`calibrate` block.
+        observed: how much it has seen there; None outside.
+        bypassed: why the layer around this module last ran exact attention without it; None if it never has.
 
     Args:
         num_heads: query heads.
@@ -52,6 +55,9 @@ class ScatterbrainAttention(nn.Module):
             register tokens, whose attention is spread over the whole image: the cost is that of as many rows of exact
             attention.
     """
+
+    observed: Observed | None = None
+    bypassed: str | None = None
 
     def __init__(
         self,
@@ -136,6 +142,8 @@ class ScatterbrainAttention(nn.Module):
         num_kv_heads, M, ...)."""
         self._check_heads(query, key)
         self._warn_frozen(query, key, value)
+        if self.bypassed is not None and self.needs_calibration:
+            raise self.uncalibrated(type(self).__name__, is_causal)
         support, low_rank = self.support, self.low_rank
         if self.is_collecting or self._is_average_due():
             query, key, value = functional.cast_for_autocast(query, key, value)
@@ -239,6 +247,16 @@ class ScatterbrainAttention(nn.Module):
             return False
         return self.low_rank.needs_calibration(self)
 
+    def uncalibrated(self, owner: str, is_causal: bool) -> ValueError:
+        """The error of ``owner``, the layer that asked, for want of statistics; with the cure."""
+        train = "choose sb.presets.train(), which learns its projections ('scatterbrain:train' in transformers)"
+        return ValueError(
+            f"{owner} is not calibrated: run a few typical batches in `with sb.calibrate(model), torch.no_grad(): "
+            f"model(**batch)`, load a checkpoint of a calibrated model, or {train}"
+            + ("" if is_causal else ", or Quadratic(statistics='input')")
+            + (f"; its layer last ran exact attention without it: {self.bypassed}" if self.bypassed else "")
+        )
+
     @property
     def has_state(self) -> bool:
         """Whether a checkpoint must hold something of this module."""
@@ -267,6 +285,8 @@ class ScatterbrainAttention(nn.Module):
                 f"{self.scale:.6g}; use one scale, or reset_parameters() and start again"
             )
         padding = padding_info(query, key, key_padding_mask, query_padding_mask, 0)
+        if self.observed is not None:
+            self.observed.add(query, key, padding)
         if self.is_collecting:
             gathered = checked_moments(query, key, scale, padding)
         else:
@@ -274,6 +294,11 @@ class ScatterbrainAttention(nn.Module):
         # Merging is by tokens: a forward that checkpointing runs twice changes no mean.
         self.gathered = gathered if self.gathered is None else self.gathered.merge(gathered)
         self.scale = float(scale)
+
+    @property
+    def gathered_tokens(self) -> int:
+        """Valid tokens of the queries whose moments were gathered; of all ranks once those are merged."""
+        return 0 if self.gathered is None else int(self.gathered.tokens.min()) // (self.num_heads // self.num_kv_heads)
 
     @torch.no_grad()
     def finish_calibration(self) -> None:

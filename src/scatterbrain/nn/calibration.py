@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import nn
 
 from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.nn.distributed import merge_over_ranks
+from scatterbrain.nn.distributed import is_first_rank, merge_over_ranks, sum_over_ranks
+from scatterbrain.nn.observed import Observed, fewest_tokens, is_short
+from scatterbrain.nn.warn import warn
 
 
 def _cores(model: nn.Module) -> list[ScatterbrainAttention]:
@@ -39,6 +41,9 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
 
     Raises:
         ValueError: no layer that can be calibrated, or none of them was run; NaN or infinity in a batch.
+
+    Warns:
+        UserWarning: fewer than 256 valid tokens over all batches and ranks, or fewer different ones, with their number.
     """
     cores = [m for m in _cores(model) if m.low_rank is not None and m.low_rank.is_calibrated_from_data]
     if not cores:
@@ -49,24 +54,49 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
     before = [(m, m.scale, m.gathered) for m in cores]
     for m in cores:
         m.is_collecting, m.gathered, m.scale = True, None, None
+        m.observed, m.bypassed = Observed(), None
     try:
         yield model
         merge_over_ranks(cores, group)
+        distinct = sum_over_ranks(cores, [m.observed.distinct for m in cores], group)
     except BaseException:
         for m, scale, gathered in before:
             m.is_collecting, m.scale, m.gathered = False, scale, gathered
         raise
+    finally:
+        for m in cores:
+            m.observed = None
     ran = [m for m in cores if m.gathered is not None]
+    seen = {m: (m.gathered_tokens, n) for m, n in zip(cores, distinct, strict=True) if m.gathered is not None}
+    few = {m: counts for m, counts in seen.items() if is_short(*counts)}
     for m, scale, _ in before:
         if m.gathered is None:
             m.scale = scale
         m.finish_calibration()
     if not ran:
+        reasons = list(dict.fromkeys(m.bypassed for m in cores if m.bypassed))
         raise ValueError(
-            "calibrate: no ScatterbrainAttention was run inside the block; call the model on at least one batch there. "
-            "sb.MultiheadAttention bypasses it where it has to be exact: call it with need_weights=False, without "
-            "arbitrary masks, and in eval() mode if it has dropout"
+            "calibrate: no ScatterbrainAttention was run inside the block"
+            + (
+                f", since the layers around them ran exact attention: {'; '.join(reasons)}"
+                if reasons
+                else "; call the model on at least one batch there"
+            )
         )
+    if few and is_first_rank(group):
+        _warn_of_few_tokens(model, few)
+
+
+def _warn_of_few_tokens(model: nn.Module, few: dict[ScatterbrainAttention, tuple[int, int]]) -> None:
+    paths = {module: path for path, module in model.named_modules()}
+    module, (tokens, different) = min(few.items(), key=lambda entry: min(entry[1]))
+    where = f"{paths[module] or 'the module'}, the fewest of {len(few)} modules" if len(few) > 1 else paths[module]
+    saw = f"{tokens} valid tokens" + (f", of which {different} differ" if different < tokens else "")
+    warn(
+        f"calibrate: statistics were fitted on {saw}{where and f' ({where})'}, expected at least {fewest_tokens()}; with "
+        "fewer the error of the approximation grows: run more, longer or other sequences inside the block",
+        stacklevel=5,
+    )
 
 
 def update_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:

@@ -25,7 +25,7 @@ def merge_over_ranks(modules: list[StateOwner], group: dist.ProcessGroup | None)
     Raises:
         ValueError: ranks whose attention has another scale.
     """
-    if not modules or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) < 2:
+    if not modules or not _is_parallel(group):
         return
     sums = torch.cat([_weighted(module) for module in modules])
     dist.all_reduce(sums, group=group)
@@ -33,6 +33,24 @@ def merge_over_ranks(modules: list[StateOwner], group: dist.ProcessGroup | None)
         size = 2 + sum(map(math.prod, _shapes(module)))
         _take(module, sums[:size])
         sums = sums[size:]
+
+
+def sum_over_ranks(modules: list[StateOwner], counts: list[int], group: dist.ProcessGroup | None) -> list[int]:
+    """A number for each module, added up over the ranks of ``group``. As :func:`merge_over_ranks`, a collective."""
+    if not modules or not _is_parallel(group):
+        return counts
+    sums = torch.tensor(counts, dtype=torch.int64, device=next(modules[0].buffers()).device)
+    dist.all_reduce(sums, group=group)
+    return sums.tolist()
+
+
+def is_first_rank(group: dist.ProcessGroup | None) -> bool:
+    """Whether this is the rank of ``group`` that speaks for all of them."""
+    return not _is_parallel(group) or dist.get_rank(group) == 0
+
+
+def _is_parallel(group: dist.ProcessGroup | None) -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 def fill(target: Tensor, value: Tensor) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from scatterbrain.checks import check_pair
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
@@ -47,6 +49,8 @@ class HostModule:
 
     def _warn_exact(self, obstacle: str) -> None:
         """Warns, once per module and reason, that a call runs exact attention."""
+        if self.attention is not None and not torch.compiler.is_compiling():
+            self.attention.bypassed = obstacle
         if obstacle not in self._warned:
             self._warned.add(obstacle)
             warn(f"{type(self).__name__} runs exact attention, without approximation: {obstacle}.", stacklevel=4)

@@ -160,6 +160,8 @@ def _is_exact(
             "sb.set_attention_dropout(model, 0.0) before training"
         )
     if reason is not None:
+        if not torch.compiler.is_compiling():
+            core.bypassed = reason
         warn(f"{type(module).__name__} runs exact attention, without approximation: {reason}", 3)
     return reason is not None
 
@@ -195,11 +197,7 @@ def _approximate(
     if not torch.compiler.is_compiling():
         layers.fit_to(module, core, query, key)
     if core.needs_calibration:
-        raise ValueError(
-            f"{type(module).__name__} is not calibrated: run a few typical batches in "
-            "`with sb.calibrate(model), torch.no_grad(): model(**batch)`, load a checkpoint of a calibrated model, or "
-            "register a configuration with Quadratic(statistics='learned') or, bidirectional only, 'input'"
-        )
+        raise core.uncalibrated(type(module).__name__, visible.is_causal)
     return core(
         query,
         key,

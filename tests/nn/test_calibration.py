@@ -1,0 +1,137 @@
+"""Calibration says when it saw too little, and why when it saw nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from testkit import rand
+from torch import Tensor, nn
+
+import scatterbrain as sb
+from scatterbrain.nn.observed import FEWEST_TOKENS
+
+pytestmark = pytest.mark.counts_tokens
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def core(**arguments: Any) -> sb.ScatterbrainAttention:
+    return sb.ScatterbrainAttention(4, 16, 2, sb.Window(16), sb.Quadratic(4), **arguments)
+
+
+def batch(rows: int, tokens: int, seed: int = 0) -> Batch:
+    return rand(rows, 4, tokens, 16, seed=seed), rand(rows, 2, tokens, 16, seed=seed + 1), rand(rows, 2, tokens, 16)
+
+
+def calibrate(*batches: Batch, **arguments: Any) -> list[str]:
+    """What calibration on the batches warns of."""
+    module = core()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with sb.calibrate(module), torch.no_grad():
+            for each in batches:
+                module(*each, **arguments)
+    return [str(warning.message) for warning in caught]
+
+
+def of_first(each: Batch, tokens: int) -> Batch:
+    """The first token as many times."""
+    return tuple(t[:, :, :1].expand(-1, -1, tokens, -1) for t in each)
+
+
+@pytest.mark.parametrize(
+    ("batches", "arguments", "saw"),
+    [
+        ([batch(2, 50)], {}, "100 valid tokens"),
+        ([batch(1, 100), batch(1, 100, seed=7)], {}, "200 valid tokens"),
+        ([batch(2, 500)], {"key_padding_mask": torch.arange(500).ge(40).expand(2, -1)}, "80 valid tokens"),
+        ([batch(1, 50)] * 10, {}, "500 valid tokens, of which 50 differ"),
+        ([of_first(batch(1, 1), 400)], {}, "400 valid tokens, of which 1 differ"),
+        ([batch(1, 60)] * 2, {}, "120 valid tokens, of which 60 differ"),
+    ],
+)
+def test_calibration_on_few_tokens_warns_with_their_number(batches: list[Batch], arguments: dict[str, Any], saw: str):
+    (message,) = calibrate(*batches, **arguments)
+    assert message.startswith(f"calibrate: statistics were fitted on {saw}, expected at least {FEWEST_TOKENS}; ")
+    assert "run more, longer or other sequences" in message
+
+
+def test_calibration_on_enough_tokens_is_silent():
+    assert calibrate(batch(2, 200)) == []
+    assert calibrate(*(batch(1, 64, seed=10 * i) for i in range(4))) == []
+    # Learned queries are the same in every batch; the keys differ.
+    queries = batch(1, 64)[0]
+    assert calibrate(*((queries, *batch(1, 64, seed=10 * i)[1:]) for i in range(8))) == []
+
+
+def test_of_several_modules_the_one_with_the_fewest_tokens_is_named():
+    model = nn.ModuleDict({"long": core(), "short": core(), "shorter": core()})
+
+    def run() -> None:
+        with sb.calibrate(model), torch.no_grad():
+            for name, tokens in (("long", 300), ("short", 80), ("shorter", 50)):
+                model[name](*batch(1, tokens))
+
+    with pytest.warns(UserWarning, match=r"on 50 valid tokens \(shorter, the fewest of 2 modules\)"):
+        run()
+
+
+# ------------------------------------------------------------------------------------------------------ nothing was seen
+
+
+def encoder(**arguments: Any) -> nn.TransformerEncoder:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 32, batch_first=True, **arguments), 2)
+
+
+BYPASSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "dropout": (lambda model: model(rand(1, 300, 32)), r"dropout=0.1 acts .*sb.set_attention_dropout\(model, 0.0\)"),
+    "mask": (
+        lambda model: model.eval()(rand(1, 300, 32), mask=torch.rand(300, 300) > 0.5),
+        "attn_mask",
+    ),
+    "weights": (
+        lambda model: model.layers[0].self_attn(*[rand(1, 300, 32)] * 3),
+        r"need_weights=True \(the default\) asks for the attention weights; pass need_weights=False",
+    ),
+    "nothing": (lambda model: None, "call the model on at least one batch there"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*runs exact attention")
+@pytest.mark.parametrize("name", BYPASSED)
+def test_calibration_that_saw_nothing_says_why(name: str):
+    call, reason = BYPASSED[name]
+    model = encoder(dropout=0.1)
+    sb.replace_attention(model, sb.Window(8), sb.Quadratic(4))
+    for _ in range(2):  # the warning of the layer is given once, the reason every time
+        expected = pytest.raises(ValueError, match=f"no ScatterbrainAttention was run inside the block.*{reason}")
+        with expected, sb.calibrate(model):
+            call(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs exact attention")
+def test_a_layer_that_calibration_went_past_says_why_it_is_not_calibrated():
+    model = encoder(dropout=0.1)
+    sb.replace_attention(model, sb.Window(8), sb.Quadratic(4))
+    model.layers[1].self_attn.dropout = 0.0
+    with sb.calibrate(model):
+        model(rand(1, 300, 32))
+    sb.set_attention_dropout(model)
+    with pytest.raises(
+        ValueError, match=r"not calibrated: .*sb.calibrate.*ran exact attention without it: dropout=0.1"
+    ):
+        model(rand(1, 300, 32))
+    with sb.calibrate(model):
+        model(rand(1, 300, 32))
+    assert torch.isfinite(model(rand(1, 300, 32))).all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_an_uncalibrated_module_names_the_preset_for_training(is_causal: bool):
+    for call in (core(), lambda *each, **arguments: sb.attention(*each, sb.Window(16), sb.Quadratic(4), **arguments)):
+        with pytest.raises(ValueError, match=r"not calibrated.*sb.presets.train\(\)") as caught:
+            call(*batch(1, 50), is_causal=is_causal)
+        assert ("statistics='input'" in str(caught.value)) != is_causal
