@@ -266,3 +266,20 @@ def test_the_layers_are_named_apart_from_other_modules():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 2), "cross_attention": nn.Linear(3, 3)})
     sb.replace_attention(model, *SETTINGS)
     assert model["attention"].attention.names == ["attention.attention"]
+
+
+def test_another_implementation_reaches_the_projections_that_an_adapter_holds():
+    situation, model = SITUATIONS["llama"], SITUATIONS["llama"].build()
+    transformers = pytest.importorskip("scatterbrain.integrations.transformers")
+    narrow = transformers.register("scatterbrain:narrow", *SETTINGS)
+    every_key = transformers.register("scatterbrain:every-key", sb.Window(512, block_q=8), SETTINGS[1])
+    model.set_attn_implementation(narrow)
+    wrapped = adapted(model, situation, modules_to_save=situation.to_save)
+    step(wrapped, situation, steps=2)
+    approximated = output(wrapped, situation)
+    outputs = {}
+    for name in ("sdpa", every_key, narrow):
+        model.set_attn_implementation(name)
+        outputs[name] = output(wrapped, situation)
+    torch.testing.assert_close(outputs[every_key], outputs["sdpa"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(outputs[narrow], approximated) and not torch.allclose(approximated, outputs["sdpa"], atol=1e-3)

@@ -61,6 +61,16 @@ def vision_block(attn_drop: float = 0.0, masked: bool = False) -> Call:
     return module, lambda: module[0](x, mask)
 
 
+def rotary_block(masked: bool) -> Call:
+    pytest.importorskip("timm")
+    from timm.models.eva import EvaAttention
+
+    module = nn.ModuleList([EvaAttention(E, H, norm_layer=nn.LayerNorm, attn_drop=0.0 if masked else 0.1)])
+    sb.replace_attention(module, WINDOW, LEARNED)
+    x, mask = rand(2, L, E), ~partial_mask(L, L) if masked else None
+    return module, lambda: module[0](x, None, mask)
+
+
 def processor() -> Call:
     layers = pytest.importorskip("diffusers.models.attention_processor")
     module = nn.ModuleList([layers.Attention(E, heads=H, dim_head=E // H)])
@@ -107,6 +117,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     "decoder layer, any mask": swapped_decoder,
     "timm, dropout": lambda: vision_block(attn_drop=0.1),
     "timm, any mask": lambda: vision_block(masked=True),
+    "timm with rotary positions, dropout": lambda: rotary_block(masked=False),
+    "timm with rotary positions, any mask": lambda: rotary_block(masked=True),
     "diffusers, any mask": processor,
     "transformers, dropout": lambda: hugging_face("bert", "dropout"),
     "transformers, packed rows": lambda: hugging_face("llama", "packed rows"),

@@ -13,7 +13,8 @@ load, with ``model.set_attn_implementation(name)``, or for single layers with ``
 
 Every attention layer owns a :class:`scatterbrain.ScatterbrainAttention` as its submodule ``scatterbrain``, so
 calibration and learned projections move, copy, save and load with the model. Choosing another implementation takes it
-out of the state dict; choosing this one again brings it back.
+out of the state dict; choosing this one again brings it back. An adapter of peft has to be told of learned projections:
+``LoraConfig(..., modules_to_save=["scatterbrain"])``.
 
 Vision transformers (ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP) run their layers on patches in Hilbert order wherever the
 support gains from it, as with ``sb.replace_attention``; outputs are in the model's own order. ``AutoModel.from_pretrained(path,

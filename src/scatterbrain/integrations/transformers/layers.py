@@ -135,7 +135,9 @@ def attach(
         core = _build(known or Heads(1, least_head_dim, 1), support, low_rank, seed)
         core.is_self = _is_self(module, path)
         core.is_guess = heads is None
-    core.support = support
+    for inner in core.modules():  # an adapter that saves the module holds a copy beside the original
+        if isinstance(inner, ScatterbrainAttention):
+            inner.support = support
     module.__dict__.pop(PARKED, None)
     device = next((p.device for p in module.parameters(recurse=False) or ()), None)
     device = device or next((p.device for p in module.parameters()), torch.device("cpu"))

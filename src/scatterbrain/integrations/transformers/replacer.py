@@ -30,7 +30,7 @@ class TransformersReplacer:
     :data:`PER_LAYER`, under which layers without one run exactly, on the same masks."""
 
     def __init__(self) -> None:
-        self._places: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()  # number and path in the model
+        self._places: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()  # number and path
 
     def prepare(self, model: nn.Module) -> None:
         self._places.update({module: (i, path) for i, (path, module) in enumerate(attention_layers(model))})
