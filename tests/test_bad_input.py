@@ -695,9 +695,9 @@ def test_calibration_on_bad_batches_raises_and_leaves_the_module_as_it_was() -> 
         core(*qkv(), scale=1.0)
     other = sb.ScatterbrainAttention(H, D, KV, NONE, sb.Quadratic(3))
     with pytest.raises(
-        ValueError, match=r"statistics of rank 4, this module rank 3; create it with Quadratic\(rank=4\)"
+        RuntimeError, match=r"statistics of rank 4, this module rank 3; create it with Quadratic\(rank=4\)"
     ):
-        other.set_extra_state(core.get_extra_state())
+        other.load_state_dict(core.state_dict())
 
 
 def test_budgets_larger_than_the_sequence_are_no_error_and_attend_to_all_of_it() -> None:

@@ -133,7 +133,7 @@ def test_a_module_owns_them_and_saves_and_loads() -> None:
     fresh = sb.ScatterbrainAttention(4, D, 2, First(8), Elu())
     fresh.load_state_dict(module.state_dict())
     assert torch.equal(fresh(query, key, value, key_padding_mask=PADDING), out)
-    assert not module.needs_calibration and not module.has_state
+    assert not module.needs_calibration and not module.state_dict()
 
 
 def test_a_drop_in_module_takes_them(used) -> None:

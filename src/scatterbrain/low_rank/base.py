@@ -88,7 +88,7 @@ class LowRankKernel:
         adds_parameters: a module with this kernel has parameters of its own.
         is_calibrated_from_data: :func:`scatterbrain.calibrate`, or a moving average, fits the kernel's statistics.
         least_head_dim: width of the narrowest heads that it takes.
-        checkpoint_rank: rank of the statistics, which a checkpoint must match; 0 without any.
+        counts: what a module must count for the kernel, and save: "steps", "draws".
     """
 
     kind: ClassVar[str]
@@ -100,7 +100,7 @@ class LowRankKernel:
     adds_parameters = False
     is_calibrated_from_data = False
     least_head_dim = 1
-    checkpoint_rank = 0
+    counts: tuple[str, ...] = ()
 
     # -------------------- a call
 
@@ -156,9 +156,10 @@ class LowRankKernel:
         """What the state of a module comes to; None where there is nothing, or nothing yet."""
         return None
 
-    def has_state(self, owner: StateOwner) -> bool:
-        """Whether a checkpoint must hold something of the module."""
-        return next(iter((*owner.parameters(), *owner.buffers())), None) is not None
+    def misfit(self, shapes: dict[str, tuple[int, ...]]) -> str:
+        """Why a checkpoint with tensors of these shapes, by name, is for another kernel than this, and the cure; "" if
+        nothing says so."""
+        return ""
 
     def needs_calibration(self, owner: StateOwner) -> bool:
         """Whether running the module now would raise for want of statistics."""
@@ -187,9 +188,12 @@ class StateOwner(Protocol):
 
     Attributes:
         steps: optimizer steps that are over. draws: projections drawn since the first.
-        scale: factor of q.k that the statistics hold for; None before there are any.
         gathered: moments of the forward passes since the last commit; None without any.
+        gathered_scale: factor of q.k of these moments.
+        scale: the same, or else that of the statistics; None without either.
         is_calibrated: whether statistics are in place; :meth:`LowRankKernel.store` sets it.
+        calibrated_scale: factor of q.k that the statistics hold for, None before there are any; raises ValueError for
+            statistics that were loaded in part.
     """
 
     num_heads: int
@@ -199,7 +203,9 @@ class StateOwner(Protocol):
     draws: int
     scale: float | None
     gathered: Moments | None
+    gathered_scale: float | None
     is_calibrated: bool
+    calibrated_scale: float | None
 
     def tensors(self, names: Iterable[str]) -> list[Tensor]:
         """Parameters and buffers by name."""

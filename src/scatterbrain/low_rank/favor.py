@@ -85,6 +85,10 @@ class Favor(LowRankKernel):
         """Rows of the projection."""
         return self.features // 2 if self.hyperbolic else self.features
 
+    @property
+    def counts(self) -> tuple[str, ...]:
+        return "steps", "draws"
+
     # -------------------- a call
 
     def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:

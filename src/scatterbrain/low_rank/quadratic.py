@@ -86,8 +86,8 @@ class Quadratic(LowRankKernel):
         return self.rank
 
     @property
-    def checkpoint_rank(self) -> int:
-        return self.rank
+    def counts(self) -> tuple[str, ...]:
+        return ("steps",) if self.is_calibrated_from_data else ()  # alike, so that moving averages can be kept as stored
 
     # -------------------- a call
 
@@ -194,17 +194,24 @@ class Quadratic(LowRankKernel):
             return None
         if self.statistics == "learned":
             return Projections.unchecked(*owner.tensors(LEARNED))
-        if not owner.is_calibrated and self.statistics == "stored":
+        scale = owner.calibrated_scale
+        if scale is None and self.statistics == "stored":
             return None
         pq, a, pk, b = owner.tensors(MAPS)
-        if owner.is_calibrated:
-            return Statistics.unchecked(pq, a, pk, b, owner.scale)
+        if scale is not None:
+            return Statistics.unchecked(pq, a, pk, b, scale)
         group = owner.num_heads // owner.num_kv_heads
         query_side = pq.repeat_interleave(group, 0), a.repeat_interleave(group, 0), a.new_zeros(owner.num_heads)
         return Projections.unchecked(*query_side, pk, b)
 
-    def has_state(self, owner: StateOwner) -> bool:
-        return owner.is_calibrated if self.statistics == "stored" else super().has_state(owner)
+    def misfit(self, shapes: dict[str, tuple[int, ...]]) -> str:
+        *_, rank, _ = shapes.get("query_projection", (self.rank, 0))
+        if rank == self.rank:
+            return ""
+        return (
+            f"the checkpoint has statistics of rank {rank}, this module rank {self.rank}; create it with "
+            f"Quadratic(rank={rank})"
+        )
 
     def needs_calibration(self, owner: StateOwner) -> bool:
         return self.statistics == "stored" and not owner.is_calibrated

@@ -3,8 +3,9 @@ averages, projections)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,16 @@ from scatterbrain.low_rank import Coefficients, Heads, LowRank, State
 from scatterbrain.low_rank.moments import Moments, checked_moments, moments
 from scatterbrain.nn.distributed import fill
 from scatterbrain.nn.observed import Observed
+from scatterbrain.nn.record import NOTHING, Record, read_record, size_of_record, written_record
 from scatterbrain.nn.warn import warn_once
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
 from scatterbrain.supports import Full, Support
 
 _PRESET = presets.drop_in()[1]
+RECORD = "calibration"  # buffer with the record of the statistics (scatterbrain.nn.record)
+COUNTS = {"steps": "step_count", "draws": "draw_count"}  # buffers with the counts that a kernel names
+_version = attrgetter("_version")
 
 
 class ScatterbrainAttention(nn.Module):
@@ -36,12 +41,18 @@ class ScatterbrainAttention(nn.Module):
       :func:`update_statistics`.
 
     ``.half()`` and ``.bfloat16()`` convert learned projections with all parameters, and no statistics; a kernel always
-    computes coordinates in float32. Buffers have their final shape from the start, so a checkpoint of a calibrated
-    module loads into a new one and gives the same output.
+    computes coordinates in float32.
+
+    All that a module remembers is in parameters and plain persistent buffers, of the same names, shapes and dtypes from
+    the start: beside its statistics a module has ``calibration``, the record of what they are, and a kernel that counts
+    steps or draws has ``step_count`` and ``draw_count``. So a checkpoint of a calibrated module loads into a new one by
+    whatever fills buffers, and gives the same output. Statistics that do not agree with their record, since an entry was
+    missing or something else was written into it, count as not calibrated, and running raises ValueError. With
+    ``support=Full()`` or without a low-rank kernel there is nothing to remember, and the state dict is empty.
 
     Attributes:
-        is_calibrated: whether statistics are in place: set by :func:`calibrate`, by the first commit of a moving
-            average, or by loading a state that had them.
+        is_calibrated: whether statistics are in place, by :func:`calibrate`, by the first commit of a moving average,
+            or by loading. Setting it makes the record anew from what the buffers hold.
         is_collecting: whether the module is inside a :func:`calibrate` block.
         observed: how much it has seen there; None outside.
         bypassed: why the layer around this module last ran exact attention without it; None if it never has.
@@ -91,7 +102,7 @@ class ScatterbrainAttention(nn.Module):
                 f"{low_rank.least_head_dim}"
             )
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, num_kv_heads
-        self.support, self.low_rank = support, low_rank
+        self.support, self.low_rank = support, None if support.is_full else low_rank
         self.exact_queries = exact_queries
         self.is_collecting = False
         # Of all layers of a model together (join_layers): what was warned of, and how their paths end.
@@ -107,13 +118,18 @@ class ScatterbrainAttention(nn.Module):
     def _initial_state(self) -> State:
         if self.low_rank is None:
             return State({}, {})
-        return self.low_rank.initial_state(Heads(self.num_heads, self.head_dim, self.num_kv_heads))
+        parameters, buffers = self.low_rank.initial_state(Heads(self.num_heads, self.head_dim, self.num_kv_heads))
+        buffers = dict(buffers)
+        if self.low_rank.is_calibrated_from_data and buffers:
+            buffers[RECORD] = _record_of(None, list(buffers.values()))
+        counts = {COUNTS[name]: torch.zeros((), dtype=torch.int64) for name in self.low_rank.counts}
+        return State(parameters, buffers | counts)
 
     def _forget(self) -> None:
-        self.is_calibrated = False
         self.gathered: Moments | None = None
-        self.scale: float | None = None
-        self.steps = self.draws = 0
+        self.gathered_scale: float | None = None
+        self._known: dict[str, Any] = {RECORD: NOTHING} | dict.fromkeys(COUNTS, 0)
+        self._seen: dict[str, tuple[list[Tensor], list[int], Tensor | None]] = {}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -245,22 +261,20 @@ class ScatterbrainAttention(nn.Module):
         """Whether running the module now would raise for want of statistics."""
         if self.support.is_full or self.low_rank is None or self.is_collecting:
             return False
+        if any(buffer.is_meta for buffer in self._buffers.values()):
+            return False  # offloaded: forward will have them
         return self.low_rank.needs_calibration(self)
 
     def uncalibrated(self, owner: str, is_causal: bool) -> ValueError:
         """The error of ``owner``, the layer that asked, for want of statistics; with the cure."""
+        problem = self.calibration_problem
         train = "choose sb.presets.train(), which learns its projections ('scatterbrain:train' in transformers)"
         return ValueError(
-            f"{owner} is not calibrated: run a few typical batches in `with sb.calibrate(model), torch.no_grad(): "
+            f"{owner} is not calibrated{', since ' * bool(problem)}{problem}: run a few typical batches in `with sb.calibrate(model), torch.no_grad(): "
             f"model(**batch)`, load a checkpoint of a calibrated model, or {train}"
             + ("" if is_causal else ", or Quadratic(statistics='input')")
             + (f"; its layer last ran exact attention without it: {self.bypassed}" if self.bypassed else "")
         )
-
-    @property
-    def has_state(self) -> bool:
-        """Whether a checkpoint must hold something of this module."""
-        return self.low_rank is not None and self.low_rank.has_state(self)
 
     def commits_average(self) -> bool:
         """Whether the end of this step commits a moving average, if anything was gathered for it."""
@@ -279,10 +293,11 @@ class ScatterbrainAttention(nn.Module):
         query_padding_mask: Tensor | None,
         scale: float,
     ) -> None:
-        if self.scale is not None and abs(self.scale - scale) > 1e-6 * abs(scale):
+        before = self.gathered_scale if self.is_collecting else self.scale  # a calibration starts anew
+        if before is not None and abs(before - scale) > 1e-6 * abs(scale):
             raise ValueError(
                 f"ScatterbrainAttention: its statistics hold for one scale, got scale={scale:.6g} after "
-                f"{self.scale:.6g}; use one scale, or reset_parameters() and start again"
+                f"{before:.6g}; use one scale, or reset_parameters() and start again"
             )
         padding = padding_info(query, key, key_padding_mask, query_padding_mask, 0)
         if self.observed is not None:
@@ -293,7 +308,7 @@ class ScatterbrainAttention(nn.Module):
             gathered = moments(query, key, scale, padding.key_mask, padding.query_mask)
         # Merging is by tokens: a forward that checkpointing runs twice changes no mean.
         self.gathered = gathered if self.gathered is None else self.gathered.merge(gathered)
-        self.scale = float(scale)
+        self.gathered_scale = float(scale)
 
     @property
     def gathered_tokens(self) -> int:
@@ -321,30 +336,198 @@ class ScatterbrainAttention(nn.Module):
             raise ValueError("redraw: only Favor has a random projection, this module has low_rank=None")
         self.low_rank.redraw_projection(self, generator)
 
-    # -------------------- persistence
-
-    def get_extra_state(self) -> Tensor:
-        """Calibrated, scale, rank, steps, draws: as a tensor, so that any checkpoint format can hold it."""
-        scale = math.nan if self.scale is None else self.scale
-        return torch.tensor([self.is_calibrated, scale, self._rank, self.steps, self.draws], dtype=torch.float64)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        calibrated, scale, rank, steps, draws = state.tolist()
-        if int(rank) != self._rank:
-            raise ValueError(
-                f"ScatterbrainAttention: the checkpoint has statistics of rank {int(rank)}, this module rank "
-                f"{self._rank}; create it with Quadratic(rank={int(rank)})"
-            )
-        self.is_calibrated, self.scale = bool(calibrated), None if math.isnan(scale) else scale
-        self.steps, self.draws = int(steps), int(draws)
+    # -------------------- what the buffers say
 
     @property
-    def _rank(self) -> int:
-        return 0 if self.low_rank is None else self.low_rank.checkpoint_rank
+    def is_calibrated(self) -> bool:
+        return self._value(RECORD).scale is not None
+
+    @is_calibrated.setter
+    def is_calibrated(self, value: bool) -> None:
+        self._known[RECORD] = Record(self.scale, "") if value else NOTHING
+        statistics = self.tensors(self._statistics())
+        if statistics:
+            fill(self._buffers[RECORD], _record_of(self._known[RECORD].scale, statistics))
+            self._look(RECORD)
+        if self.gathered is None:
+            self.gathered_scale = None
+
+    @property
+    def calibrated_scale(self) -> float | None:
+        """Factor of q.k that the statistics hold for; None before there are any.
+
+        Raises:
+            ValueError: the buffers hold statistics that are not to be used.
+        """
+        record = self._value(RECORD)
+        if record.problem:
+            raise ValueError(
+                f"ScatterbrainAttention is not calibrated: {record.problem}; load a whole checkpoint, calibrate again "
+                "(sb.calibrate), call reset_parameters(), or set is_calibrated = True for statistics of your own"
+            )
+        return record.scale
+
+    @property
+    def calibration_problem(self) -> str:
+        """Why the statistics in the buffers cannot be used although there are some; "" otherwise."""
+        return self._value(RECORD).problem
+
+    @property
+    def scale(self) -> float | None:
+        """Factor of q.k of the moments that were gathered, or else of the statistics; None without either."""
+        return self._value(RECORD).scale if self.gathered_scale is None else self.gathered_scale
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that are over."""
+        return self._value("steps")
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._count("steps", value)
+
+    @property
+    def draws(self) -> int:
+        """Projections drawn since the first."""
+        return self._value("draws")
+
+    @draws.setter
+    def draws(self, value: int) -> None:
+        self._count("draws", value)
+
+    def _statistics(self) -> list[str]:
+        """Names of the buffers that the record is about."""
+        return [name for name in self._buffers if name not in _OWN] if RECORD in self._buffers else []
+
+    def _value(self, what: str) -> Any:
+        if torch.compiler.is_compiling():
+            self._look_while_tracing()
+        else:
+            self._look(what)
+        return self._known[what]
+
+    @torch.compiler.assume_constant_result
+    def _look_while_tracing(self) -> bool:
+        """For the compiler, which cannot trace the reading: its result is part of the graph, and another value that the
+        module comes to know makes another graph."""
+        for what in self._known:
+            self._look(what)
+        return True
+
+    def _look(self, what: str) -> None:
+        """Reads buffers that have changed since they were last read: they may be filled by anything, at any time.
+        Where they cannot be read, on the meta device or under a transform, what is known stays."""
+        buffers = self._buffers
+        own = buffers.get(RECORD if what == RECORD else COUNTS[what])
+        if own is None:
+            return
+        # Statistics and record come first among the buffers; by name it would take a microsecond in every call.
+        tensors = list(buffers.values())[: len(buffers) - len(self.low_rank.counts)] if what == RECORD else [own]
+        try:
+            versions = list(map(_version, tensors))
+        except RuntimeError:  # those made in inference mode have no version
+            versions = None
+        seen = self._seen.get(what)
+        # What says that nothing is there yet is compared, since collectives write behind the version counters.
+        if seen is not None and versions == seen[1] and all(map(is_, tensors, seen[0])):
+            if seen[2] is None or torch.equal(seen[2], own):
+                return
+        if not _are_readable(tensors):
+            return
+        if what == RECORD:
+            names = self._statistics()
+            value = read_record(own, names, [buffers[name] for name in names])
+            copy = own.detach().clone() if value.scale is None else None
+        else:
+            value, copy = int(own), None
+        if value != self._known[what]:
+            self._known[what] = value
+        self._seen.pop(what, None)
+        if versions is not None and not (what == RECORD and value.problem):
+            self._seen[what] = tensors, versions, copy
+
+    @torch.no_grad()
+    def _count(self, name: str, value: int) -> None:
+        buffer = self._buffers.get(COUNTS[name])
+        if buffer is None:
+            self._known[name] = value
+        else:
+            fill(buffer, torch.tensor(value, dtype=buffer.dtype))
+            self._look(name)
+
+    # -------------------- persistence
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.is_exact:  # exact attention needs nothing that an approximation saved
+            for name in [name for name in state_dict if name.startswith(prefix)]:
+                del state_dict[name]
+        self._translate(state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for what in self._known:
+            self._look(what)
+
+    def _translate(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        """Checkpoints of earlier releases have an entry ``_extra_state`` in place of the record and the counts."""
+        own = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
+        if self.low_rank is not None:
+            misfit = self.low_rank.misfit({name: tuple(tensor.shape) for name, tensor in own.items()})
+            if misfit:
+                error_msgs.append(f"ScatterbrainAttention: {misfit}")
+        extra = state_dict.pop(f"{prefix}_extra_state", None)
+        if extra is not None and not extra.is_meta:
+            statistics = [own[name] for name in self._statistics() if name in own]
+            if len(statistics) < len(self._statistics()):
+                statistics = []
+            for name, tensor in self._from_extra_state(extra, statistics).items():
+                state_dict.setdefault(prefix + name, tensor)
+
+    def _from_extra_state(self, extra: Tensor, statistics: list[Tensor]) -> dict[str, Tensor]:
+        """Record and counts, by the names of their buffers, from what earlier releases kept of a module with these
+        statistics: calibrated, scale or NaN, rank, steps, draws."""
+        calibrated, scale, _, *counts = extra.tolist()
+        found = dict(zip(COUNTS.values(), (torch.tensor(int(n), dtype=torch.int64) for n in counts)))
+        found = {name: tensor for name, tensor in found.items() if name in self._buffers}
+        if statistics and _are_readable(statistics):
+            found[RECORD] = written_record(scale if calibrated else None, statistics)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_seen": {}}  # holds nothing but what can be read again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_known" in state:
+            return
+        # A module pickled by an earlier release.
+        before = {name: self.__dict__.pop(name) for name in ("is_calibrated", "scale", "steps", "draws")}
+        gathered = self.gathered
+        self._forget()
+        if self.support.is_full:
+            self.low_rank = None
+            self._parameters.clear()
+            self._buffers.clear()
+        for name, tensor in self._initial_state().buffers.items():
+            if name in _OWN:
+                self.register_buffer(name, tensor)
+        self.gathered, self.gathered_scale = gathered, before["scale"]
+        self.is_calibrated = before["is_calibrated"]
+        self.steps, self.draws = before["steps"], before["draws"]
 
     def _apply(self, fn, recurse: bool = True):  # noqa: ANN001  (torch's own signature)
         """Moves buffers with the module but keeps the precision in which they were fitted: half a mantissa would undo
         the calibration."""
+        self._seen.clear()  # or it would keep the memory that the buffers leave
         kept = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         originals = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -381,3 +564,20 @@ def join_layers(model: nn.Module) -> None:
         names.add(next((end for end in ends if not any(other.endswith(end) for other in others)), path))
     for core in cores.values():
         core.said, core.names = said, sorted(names)
+
+
+_OWN = (RECORD, *COUNTS.values())  # buffers that no kernel makes
+
+
+def _are_readable(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are numbers in memory, and nothing watches or transforms what is done with them."""
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()) and all(
+        type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in tensors
+    )
+
+
+def _record_of(scale: float | None, statistics: list[Tensor]) -> Tensor:
+    """Their record, without content where they have none to be read."""
+    if _are_readable(statistics):
+        return written_record(scale, statistics)
+    return torch.zeros(size_of_record(len(statistics)), dtype=torch.float64, device=statistics[0].device)

@@ -51,9 +51,9 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
             "calibrate: expected at least one ScatterbrainAttention with Quadratic(statistics='stored' "
             "or 'ema') in the model, found none"
         )
-    before = [(m, m.scale, m.gathered) for m in cores]
+    before = [(m, m.gathered_scale, m.gathered) for m in cores]
     for m in cores:
-        m.is_collecting, m.gathered, m.scale = True, None, None
+        m.is_collecting, m.gathered, m.gathered_scale = True, None, None
         m.observed, m.bypassed = Observed(), None
     try:
         yield model
@@ -61,7 +61,7 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
         distinct = sum_over_ranks(cores, [m.observed.distinct for m in cores], group)
     except BaseException:
         for m, scale, gathered in before:
-            m.is_collecting, m.scale, m.gathered = False, scale, gathered
+            m.is_collecting, m.gathered_scale, m.gathered = False, scale, gathered
         raise
     finally:
         for m in cores:
@@ -71,7 +71,7 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
     few = {m: counts for m, counts in seen.items() if is_short(*counts)}
     for m, scale, _ in before:
         if m.gathered is None:
-            m.scale = scale
+            m.gathered_scale = scale
         m.finish_calibration()
     if not ran:
         reasons = list(dict.fromkeys(m.bypassed for m in cores if m.bypassed))

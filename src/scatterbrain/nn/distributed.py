@@ -78,7 +78,7 @@ def _weighted(module: StateOwner) -> Tensor:
     products = [moment * _along(tokens, moment) for moment in moments]
     # A rank whose tokens are all padding adds nothing, whatever its means are.
     products = [torch.where(_along(tokens, p) > 0, p, 0).flatten() for p in products]
-    return torch.cat([tokens.new_tensor([1.0, module.scale]), tokens, *products])
+    return torch.cat([tokens.new_tensor([1.0, module.gathered_scale]), tokens, *products])
 
 
 def _take(module: StateOwner, sums: Tensor) -> None:
@@ -86,15 +86,16 @@ def _take(module: StateOwner, sums: Tensor) -> None:
     if not ran:
         return
     scale /= ran
-    if module.scale is not None and abs(module.scale - scale) > 1e-6 * abs(scale):
+    own = module.gathered_scale
+    if own is not None and abs(own - scale) > 1e-6 * abs(scale):
         raise ValueError(
-            f"statistics of several ranks: expected one scale of attention on all of them, got {module.scale:.6g} here "
+            f"statistics of several ranks: expected one scale of attention on all of them, got {own:.6g} here "
             f"and {scale:.6g} on average"
         )
     shapes = _shapes(module)
     tokens, *products = (p.reshape(s) for p, s in zip(sums[2:].split([math.prod(s) for s in shapes]), shapes))
     module.gathered = Moments(tokens, *(p / _along(tokens.clamp(min=1), p) for p in products))
-    module.scale = scale if module.scale is None else module.scale
+    module.gathered_scale = scale if own is None else own
 
 
 def _along(tokens: Tensor, moment: Tensor) -> Tensor:

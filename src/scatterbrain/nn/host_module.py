@@ -22,8 +22,8 @@ class HostModule:
     where the package's own exact attention was asked for.
 
     Checkpoints go both ways. One of the original module loads strictly; calibrated statistics are then reset, since
-    they belong to the weights that they were fitted with, and learned projections stay. ``state_dict`` leaves out the
-    entries of ``attention`` while it has no state, and then loads strictly into the original module. A module without
+    they belong to the weights that they were fitted with, and learned projections stay. A module whose low-rank kernel
+    remembers nothing has the state dict of the original module, and loads strictly into it. A module without
     ``attention`` ignores its entries in a checkpoint.
     """
 
@@ -54,15 +54,6 @@ class HostModule:
         if obstacle not in self._warned:
             self._warned.add(obstacle)
             warn(f"{type(self).__name__} runs exact attention, without approximation: {obstacle}.", stacklevel=4)
-
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-        """As nn.Module.state_dict, without the entries of an attention that has no state: no low-rank state at all, or
-        statistics that are not calibrated yet."""
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
-        if self.attention is not None and not self.attention.has_state:
-            for name in [name for name in state if name.startswith(f"{prefix}attention.")]:
-                del state[name]
-        return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         inner = f"{prefix}attention."

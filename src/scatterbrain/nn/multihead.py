@@ -54,8 +54,8 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
 
     The submodule ``attention`` is the :class:`ScatterbrainAttention`. A checkpoint of nn.MultiheadAttention loads
     strictly: calibrated statistics are reset, since they belong to the weights that they were fitted with, and learned
-    projections stay. A checkpoint of this module loads strictly into nn.MultiheadAttention unless it holds statistics
-    or projections.
+    projections stay. A checkpoint of this module loads strictly into nn.MultiheadAttention if its low-rank kernel
+    remembers nothing: None, statistics="input", and every kernel with support=Full().
 
     In evaluation without gradients nn.TransformerEncoderLayer would compute exact attention itself and never call this
     module, unless there are hooks in the layer: a forward pre-hook that does nothing prevents it. torch.fx traces the
