@@ -87,7 +87,9 @@ class Quadratic(LowRankKernel):
 
     @property
     def counts(self) -> tuple[str, ...]:
-        return ("steps",) if self.is_calibrated_from_data else ()  # alike, so that moving averages can be kept as stored
+        return (
+            ("steps",) if self.is_calibrated_from_data else ()
+        )  # alike, so that moving averages can be kept as stored
 
     # -------------------- a call
 

@@ -340,10 +340,15 @@ class ScatterbrainAttention(nn.Module):
 
     @property
     def is_calibrated(self) -> bool:
-        return self._value(RECORD).scale is not None
+        return self._value(RECORD).is_good
 
     @is_calibrated.setter
     def is_calibrated(self, value: bool) -> None:
+        if value and self.scale is None:
+            raise ValueError(
+                "ScatterbrainAttention: is_calibrated = True needs the scale of q.k that the statistics hold for, and "
+                "none is known; calibrate (sb.calibrate), or set gathered_scale first"
+            )
         self._known[RECORD] = Record(self.scale, "") if value else NOTHING
         statistics = self.tensors(self._statistics())
         if statistics:
@@ -429,15 +434,17 @@ class ScatterbrainAttention(nn.Module):
             versions = None
         seen = self._seen.get(what)
         # What says that nothing is there yet is compared, since collectives write behind the version counters.
-        if seen is not None and versions == seen[1] and all(map(is_, tensors, seen[0])):
-            if seen[2] is None or torch.equal(seen[2], own):
-                return
+        is_same = seen is not None and versions == seen[1] and all(map(is_, tensors, seen[0]))
+        if is_same and (seen[2] is None or torch.equal(seen[2], own)):
+            return
         if not _are_readable(tensors):
             return
         if what == RECORD:
             names = self._statistics()
             value = read_record(own, names, [buffers[name] for name in names])
-            copy = own.detach().clone() if value.scale is None else None
+            if value == NOTHING and _is_without_buffers(self) and not any(bool(t.any()) for t in tensors):
+                value = Record(None, "accelerate loads the buffers of offloaded layers only with offload_buffers=True")
+            copy = None if value.is_good else own.detach().clone()
         else:
             value, copy = int(own), None
         if value != self._known[what]:
@@ -491,6 +498,18 @@ class ScatterbrainAttention(nn.Module):
                 statistics = []
             for name, tensor in self._from_extra_state(extra, statistics).items():
                 state_dict.setdefault(prefix + name, tensor)
+
+    @property
+    def made_from_extra_state(self) -> list[str]:
+        """Entries of a state dict that checkpoints of earlier releases have in their ``_extra_state``."""
+        return [name for name in self._buffers if name in _OWN]
+
+    def load_extra_state(self, extra: Tensor) -> None:
+        """Fills record and counts from the entry ``_extra_state`` of a checkpoint of an earlier release, whose other
+        entries are in place; for loaders that go around :meth:`load_state_dict`."""
+        statistics = self.tensors(self._statistics())
+        for name, tensor in self._from_extra_state(extra, statistics).items():
+            fill(self._buffers[name], tensor)
 
     def _from_extra_state(self, extra: Tensor, statistics: list[Tensor]) -> dict[str, Tensor]:
         """Record and counts, by the names of their buffers, from what earlier releases kept of a module with these
@@ -574,6 +593,12 @@ def _are_readable(tensors: Sequence[Tensor]) -> bool:
     return not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()) and all(
         type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in tensors
     )
+
+
+def _is_without_buffers(module: nn.Module) -> bool:
+    """Whether accelerate has offloaded the module, and its buffers with it to nowhere."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "offload", False) and not getattr(hook, "offload_buffers", True)
 
 
 def _record_of(scale: float | None, statistics: list[Tensor]) -> Tensor:

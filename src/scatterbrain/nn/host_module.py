@@ -35,10 +35,11 @@ class HostModule:
         raise NotImplementedError(f"{type(self).__name__} must define _is_of_original(state_dict, prefix)")
 
     def _attach(self, attention: ScatterbrainAttention | None) -> None:
-        """Takes ``attention`` in, on the device of the module's parameters and in its mode."""
+        """Takes ``attention`` in, on the device of the module's parameters and in its mode. Of parameters that have no
+        memory yet nothing follows for buffers, as for those of any module."""
         if attention is not None:
             parameter = next(self.parameters(), None)
-            if parameter is not None:
+            if parameter is not None and not parameter.is_meta:
                 attention.to(parameter.device)
             attention.train(self.training)
         self.attention = attention

@@ -11,14 +11,17 @@ no harm.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _PARTS = 4  # of the scale
 _FREQUENCIES = (1.0, 2.3, 3.7)  # of the weights of the sums: several, so that no two sets agree by chance
+_ROW = 256  # entries that are summed at once
 _TOLERANCE = 1e-3  # of a sum, relative to the root mean square; what averaging may round
 
 
@@ -26,12 +29,17 @@ class Record(NamedTuple):
     """What a record says.
 
     Args:
-        scale: factor of q.k that the statistics hold for; None where there are none that can be used.
-        problem: why there are none that can be used although there is something; "" otherwise.
+        scale: factor of q.k that the statistics hold for; None where they are not in place.
+        problem: why the statistics cannot be used; "" where they can, or where there are none.
     """
 
     scale: float | None
     problem: str
+
+    @property
+    def is_good(self) -> bool:
+        """Whether there are statistics that can be used."""
+        return self.scale is not None and not self.problem
 
 
 NOTHING = Record(None, "")
@@ -57,6 +65,7 @@ def read_record(record: Tensor, names: Sequence[str], statistics: Sequence[Tenso
     """What ``record`` says of these statistics, which have these names."""
     flag, *numbers = record.tolist()
     parts, sums = numbers[:_PARTS], numbers[_PARTS:]
+    scale = sum(parts) if abs(flag - 1) < 0.01 else None
     wrong = []
     for i, (name, tensor) in enumerate(zip(names, statistics, strict=True)):
         found, size = _sums(tensor)
@@ -64,12 +73,13 @@ def read_record(record: Tensor, names: Sequence[str], statistics: Sequence[Tenso
         kept = sums[i * len(found) : (i + 1) * len(found)]
         if not all(abs(a - b) <= tolerance for a, b in zip(found, kept)):  # false for NaN too
             wrong.append(name)
+    problem = ""
     if wrong:
         some = "" if len(wrong) == len(names) else ", ".join(wrong) + " of "
-        return Record(None, f"{some}the statistics are not what the record beside them (calibration) was made of")
-    if min(abs(flag), abs(flag - 1)) > 0.01:
-        return Record(None, f"the record beside the statistics (calibration) starts with {flag:.3g}, expected 0 or 1")
-    return Record(sum(parts), "") if flag > 0.5 else NOTHING
+        problem = f"{some}the statistics are not what the record beside them (calibration) was made of"
+    elif scale is None and not abs(flag) < 0.01:
+        problem = f"the record beside the statistics (calibration) starts with {flag:.3g}, expected 0 or 1"
+    return Record(scale, problem)
 
 
 def _parts(scale: float) -> list[float]:
@@ -82,14 +92,28 @@ def _parts(scale: float) -> list[float]:
 
 
 def _sums(tensor: Tensor) -> tuple[list[float], float]:
-    """Weighted sums of the entries, and their root mean square, both relative to the root of their number."""
+    """Weighted sums of the entries, and their root mean square, both relative to the root of their number. The sums have
+    the same bits for any number of threads and any place in memory."""
     entries = tensor.detach().to(device="cpu", dtype=torch.float64).flatten()
     root = max(entries.numel(), 1) ** 0.5
-    return (_weights(entries.numel()) @ entries / root).tolist(), float(torch.linalg.vector_norm(entries)) / root
+    if entries.numel() % _ROW:
+        entries = F.pad(entries, (0, -entries.numel() % _ROW))
+    entries = entries.view(-1, _ROW)
+    rows = (_weights(entries.numel()) * entries).sum(-1).tolist()
+    # fsum rounds once; where it overflows or meets NaN the sum is not finite, and agrees with nothing
+    return [_exact_sum(row) / root for row in rows], float(torch.linalg.vector_norm(entries)) / root
+
+
+def _exact_sum(numbers: list[float]) -> float:
+    try:
+        return math.fsum(numbers)
+    except (OverflowError, ValueError):
+        return math.nan
 
 
 @functools.lru_cache(maxsize=16)
 def _weights(count: int) -> Tensor:
     with torch.inference_mode(False):
         frequencies = torch.tensor(_FREQUENCIES, dtype=torch.float64, device="cpu")
-        return torch.cos(frequencies[:, None] * torch.arange(count, dtype=torch.float64, device="cpu"))
+        weights = torch.cos(frequencies[:, None] * torch.arange(count, dtype=torch.float64, device="cpu"))
+        return weights.unflatten(-1, (-1, _ROW))

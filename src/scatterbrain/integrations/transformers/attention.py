@@ -87,7 +87,9 @@ def _attach(module: nn.Module, name: str, query: Tensor, key: Tensor) -> Scatter
             f"with model.set_attn_implementation({name!r}) before torch.compile"
         )
     heads = Heads(query.shape[1], query.shape[3], key.shape[1])
-    return layers.attach(module, *SETTINGS[name], heads=heads)
+    core = layers.attach(module, *SETTINGS[name], heads=heads)
+    core.registered = name, SETTINGS[name]
+    return core
 
 
 # -------------------- what is possible

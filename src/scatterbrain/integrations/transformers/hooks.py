@@ -4,6 +4,7 @@ another implementation."""
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from scatterbrain.integrations.transformers import checkpoint
+from scatterbrain.integrations.transformers.checkpoint import OWNED
 from scatterbrain.integrations.transformers.layers import (
-    CORE,
     attach,
     attention_layers,
     core_of,
@@ -24,8 +26,6 @@ from scatterbrain.integrations.transformers.token_order import declare, follow_c
 from scatterbrain.integrations.vision import exact_class_tokens
 from scatterbrain.nn.attention import join_layers
 
-_OWNED = f".{CORE}."  # part of the name of every entry of ours in a model's state dict
-
 
 def adopt(model: nn.Module) -> None:
     """Gives a ScatterbrainAttention to every attention layer of ``model`` whose configuration names one of our
@@ -33,7 +33,7 @@ def adopt(model: nn.Module) -> None:
     for seed, (path, module) in enumerate(attention_layers(model)):
         name = implementation(module)
         if name in SETTINGS:
-            attach(module, *SETTINGS[name], path=path, seed=seed)
+            attach(module, *SETTINGS[name], path=path, seed=seed).registered = name, SETTINGS[name]
         elif name != PER_LAYER:
             park(module)
     exact_class_tokens(model)
@@ -43,7 +43,7 @@ def adopt(model: nn.Module) -> None:
         if isinstance(inner, PreTrainedModel) and any(core_of(module) for _, module in attention_layers(inner)):
             # A checkpoint without our entries is that of an ordinary model, which loads without a warning.
             patterns = set(getattr(inner, "_keys_to_ignore_on_load_missing", None) or ())
-            inner._keys_to_ignore_on_load_missing = patterns | {_OWNED.replace(".", r"\.")}
+            inner._keys_to_ignore_on_load_missing = patterns | {OWNED.replace(".", r"\.")}
 
 
 def refuse_family(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
@@ -97,15 +97,38 @@ def _move_missing(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def move_missing(self: PreTrainedModel, missing_keys: set[str], *args: Any, **kwargs: Any) -> None:
-        original(self, {key for key in missing_keys if _OWNED not in key}, *args, **kwargs)
+        original(self, {key for key in missing_keys if OWNED not in key}, *args, **kwargs)
 
     return move_missing
+
+
+def _load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_pretrained_model(
+        model: PreTrainedModel, state_dict: dict[str, Any] | None, checkpoint_files: list[str] | None, *args, **kwargs
+    ) -> Any:
+        result = original(model, state_dict, checkpoint_files, *args, **kwargs)
+        checkpoint.take_extra_states(model, result[0], state_dict, checkpoint_files)
+        return result
+
+    return load_pretrained_model
+
+
+def _finalize_model_loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def finalize_model_loading(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
+        checkpoint.settle(model, loading_info)
+        return original(model, load_config, loading_info)
+
+    return finalize_model_loading
 
 
 _WRAPPERS = {
     "__init__": _init,
     "post_init": _post_init,
     "set_attn_implementation": _set_attn_implementation,
+    "_load_pretrained_model": _load_pretrained_model,
+    "_finalize_model_loading": _finalize_model_loading,
     "_move_missing_keys_from_meta_to_device": _move_missing,
 }
 
@@ -123,4 +146,5 @@ def install() -> None:
         if not getattr(original, "_scatterbrain", False):
             wrapped = wrapper(original)
             wrapped._scatterbrain = True
-            setattr(PreTrainedModel, name, wrapped)
+            is_static = isinstance(inspect.getattr_static(PreTrainedModel, name), staticmethod)
+            setattr(PreTrainedModel, name, staticmethod(wrapped) if is_static else wrapped)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from scatterbrain.integrations.restrictions import NotReplaceable, query_by_query
+from scatterbrain.integrations.transformers.registry import SETTINGS, Settings, add
 from scatterbrain.low_rank import Heads, LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
+from scatterbrain.nn.distributed import fill
 from scatterbrain.supports import Full, Support
 
 CORE = "scatterbrain"  # attribute of an attention module that holds its ScatterbrainAttention; part of state dict names
@@ -97,7 +99,36 @@ def _out_features(module: nn.Module, names: tuple[str, ...]) -> int | None:
 # -------------------- the attention that a module owns
 
 
-def core_of(module: nn.Module) -> ScatterbrainAttention | None:
+class LayerAttention(ScatterbrainAttention):
+    """The ScatterbrainAttention of an attention module of transformers. A class of this package, so that a pickled model
+    imports it, and with it the implementation that the model's configuration names.
+
+    Attributes:
+        is_self: whether queries and keys are the same tokens.
+        is_guess: whether the heads are what :func:`heads_of` says, and not those of a call.
+        seed: of random projections.
+        registered: name and settings under which a model chose it; None for single layers.
+    """
+
+    is_self = True
+    is_guess = False
+    seed = 0
+    registered: tuple[str, Settings] | None = None
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Puts every tensor back to what it was at first."""
+        fresh = _build(_heads(self), self.support, self.low_rank, self.seed)
+        for name, tensor in fresh.state_dict().items():
+            fill(getattr(self, name), tensor)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.registered is not None and self.registered[0] not in SETTINGS:
+            add(*self.registered)
+
+
+def core_of(module: nn.Module) -> LayerAttention | None:
     """The ScatterbrainAttention of an attention module; None if it has none."""
     return module._modules.get(CORE)
 
@@ -109,12 +140,12 @@ def attach(
     path: str = "",
     heads: Heads | None = None,
     seed: int = 0,
-) -> ScatterbrainAttention:
+) -> LayerAttention:
     """Gives an attention module its ScatterbrainAttention.
 
     Cross-attention gets the support of :func:`cross_support`. A module that has one already, or had one before another
     implementation was chosen, keeps it with its calibration and learned projections if the low-rank kernel is the same,
-    whatever the support: supports own no state.
+    whatever the support: supports own no state. Exact attention has none either, and keeps the other for later.
 
     Args:
         module: an attention module of transformers.
@@ -128,9 +159,12 @@ def attach(
     """
     if not _is_self(module, path):
         support = cross_support(support, low_rank)[0]
-    core = core_of(module) or module.__dict__.get(PARKED)
+    if support.is_full:
+        low_rank = None
     known = heads or heads_of(module)
-    if core is None or core.low_rank != low_rank or (heads is not None and _heads(core) != heads):
+    present = [core for core in (core_of(module), module.__dict__.pop(PARKED, None)) if core is not None]
+    core = next((core for core in present if core.low_rank == low_rank), None)
+    if core is None or (heads is not None and _heads(core) != heads):
         least_head_dim = 1 if low_rank is None else low_rank.least_head_dim
         core = _build(known or Heads(1, least_head_dim, 1), support, low_rank, seed)
         core.is_self = _is_self(module, path)
@@ -138,7 +172,9 @@ def attach(
     for inner in core.modules():  # an adapter that saves the module holds a copy beside the original
         if isinstance(inner, ScatterbrainAttention):
             inner.support = support
-    module.__dict__.pop(PARKED, None)
+    waiting = next((other for other in present if other.low_rank is not None), None)
+    if low_rank is None and waiting is not None:
+        module.__dict__[PARKED] = waiting
     device = next((p.device for p in module.parameters(recurse=False) or ()), None)
     device = device or next((p.device for p in module.parameters()), torch.device("cpu"))
     if device.type != "meta":
@@ -151,7 +187,7 @@ def attach(
 def park(module: nn.Module) -> None:
     """Takes the ScatterbrainAttention out of the module and its state dict, and keeps it for a later :func:`attach`."""
     core = module._modules.pop(CORE, None)
-    if core is not None:
+    if core is not None and (core.low_rank is not None or PARKED not in module.__dict__):
         module.__dict__[PARKED] = core
 
 
@@ -161,7 +197,7 @@ def detach(module: nn.Module) -> None:
     module.__dict__.pop(PARKED, None)
 
 
-def _build(heads: Heads, support: Support, low_rank: LowRank, seed: int) -> ScatterbrainAttention:
+def _build(heads: Heads, support: Support, low_rank: LowRank, seed: int) -> LayerAttention:
     """Built on the CPU in float32, whatever the defaults are while a model is built, and without advancing its random
     number generator: later weights are those of the same model with another implementation."""
     dtype = torch.get_default_dtype()
@@ -169,7 +205,9 @@ def _build(heads: Heads, support: Support, low_rank: LowRank, seed: int) -> Scat
         torch.set_default_dtype(torch.float32)
         try:
             torch.manual_seed(torch.initial_seed() + seed)
-            return ScatterbrainAttention(*heads, support=support, low_rank=low_rank)
+            core = LayerAttention(*heads, support=support, low_rank=low_rank)
+            core.seed = seed
+            return core
         finally:
             torch.set_default_dtype(dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from scatterbrain.low_rank import LowRank
@@ -19,6 +20,14 @@ class Settings(NamedTuple):
 
 
 SETTINGS: dict[str, Settings] = {}
+PUBLISHERS: list[Callable[[str], None]] = []  # called with every name that is added
+
+
+def add(name: str, settings: Settings) -> None:
+    """Makes ``name`` stand for ``settings``, and transformers know it."""
+    SETTINGS[name] = settings
+    for publish in PUBLISHERS:
+        publish(name)
 
 
 def is_ours(name: str | None) -> bool:

@@ -10,7 +10,7 @@ from scatterbrain import presets
 from scatterbrain.checks import check_pair
 from scatterbrain.integrations.transformers.attention import attention_forward
 from scatterbrain.integrations.transformers.masks import compact_mask
-from scatterbrain.integrations.transformers.registry import PER_LAYER, SETTINGS, Settings
+from scatterbrain.integrations.transformers.registry import PER_LAYER, PUBLISHERS, Settings, add
 from scatterbrain.low_rank import LowRank
 from scatterbrain.supports import Full, Support
 
@@ -28,8 +28,8 @@ def register(name: str, support: Support | None = None, low_rank: LowRank | obje
         register("scatterbrain:wide", sb.Routed(128), sb.Quadratic(9))
         model = AutoModel.from_pretrained(path, attn_implementation="scatterbrain:wide")
 
-    A name is known to this process alone: register it before loading a model that was saved under it. Registering a
-    name again affects models that choose it afterwards.
+    A name is known to this process alone: register it before loading a model that was saved under it; a pickled model
+    brings it along. Registering a name again affects models that choose it afterwards.
 
     Args:
         name: "scatterbrain:" and letters, digits, ".", "_" or "-".
@@ -58,8 +58,7 @@ def register(name: str, support: Support | None = None, low_rank: LowRank | obje
 
 def _register(name: str, support: Support, low_rank: LowRank) -> str:
     check_pair(support, low_rank, is_causal=False)
-    SETTINGS[name] = Settings(support, low_rank)
-    _publish(name)
+    add(name, Settings(support, low_rank))
     return name
 
 
@@ -71,6 +70,9 @@ def _publish(name: str) -> None:
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, compact_mask)
+
+
+PUBLISHERS.append(_publish)
 
 
 def register_built_in() -> None:
