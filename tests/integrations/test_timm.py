@@ -273,16 +273,26 @@ def test_checkpoints_of_the_original_and_of_calibrated_models_load_strictly():
     for swapped in (model, again):
         sb.replace_attention(swapped, sb.Window(8), sb.Quadratic(4))
         swapped.load_state_dict(original.state_dict())
-    original.load_state_dict(model.state_dict())
+    names = list(model.state_dict())
     with pytest.raises(ValueError, match="not calibrated"):
         model(x)
     with sb.calibrate(model), torch.no_grad():
         model(x)
+    assert list(model.state_dict()) == names
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), model(x))
     again.load_state_dict(original.state_dict())
     with pytest.raises(ValueError, match="not calibrated"):
         again(x)
+
+
+@pytest.mark.parametrize("low_rank", [None, sb.Quadratic(4, "input")], ids=str)
+def test_with_nothing_to_remember_checkpoints_load_strictly_both_ways(low_rank: sb.Quadratic | None):
+    original, model = (models.build("vit") for _ in range(2))
+    sb.replace_attention(model, sb.Window(8), low_rank)
+    assert list(model.state_dict()) == list(original.state_dict())
+    original.load_state_dict(model.state_dict())
+    model.load_state_dict(original.state_dict())
 
 
 @pytest.mark.parametrize("name", ["vit", "distilled", "naflex"])

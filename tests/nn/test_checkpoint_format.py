@@ -51,6 +51,7 @@ FORMATS = {
         (0, math.nan, 0, 7, 3),
     ),
 }
+NEW = ("_known", "_seen", "gathered_scale", "said", "names")  # attributes that pickles of releases before do not have
 SCALE = [0.30078125, -205 / 2**18, 205 / 2**28]  # of 0.3: eight bits each, and the rest
 SCALE.append(0.3 - SCALE[0] - SCALE[1] - SCALE[2])
 
@@ -153,7 +154,7 @@ def test_a_module_that_was_pickled_by_a_release_before_is_what_it_was(kernel: st
     calibrated, scale, _, steps, draws = FORMATS[kernel][3]
     module = attention(kernel)
     module.load_state_dict(state_of_releases_before(kernel))
-    state = {name: value for name, value in vars(module).items() if name not in ("_known", "_seen", "gathered_scale")}
+    state = {name: value for name, value in vars(module).items() if name not in NEW}
     state["_buffers"] = {name: t for name, t in state["_buffers"].items() if name not in FORMATS[kernel][2]}
     state |= {"is_calibrated": bool(calibrated), "scale": None if math.isnan(scale) else scale}
     state |= {"steps": steps, "draws": draws}

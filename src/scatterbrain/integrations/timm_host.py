@@ -39,6 +39,8 @@ class TimmHost(HostModule):
                 self.num_heads, self.head_dim, self.SUPPORT, self.LOW_RANK, self.EXACT_QUERIES, kv_heads(self)
             )
         )
+        if self.attention is not None and kwargs.get("device") is not None:
+            self.attention.to(kwargs["device"])
 
     def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
         return any(name.startswith(f"{prefix}{self.OUTPUT}.") for name in state_dict)

@@ -529,6 +529,7 @@ class ScatterbrainAttention(nn.Module):
         if "_known" in state:
             return
         # A module pickled by an earlier release.
+        self.said, self.names = set(), []
         before = {name: self.__dict__.pop(name) for name in ("is_calibrated", "scale", "steps", "draws")}
         gathered = self.gathered
         self._forget()

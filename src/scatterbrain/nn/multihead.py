@@ -94,6 +94,8 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         self._attach(attention_unless_exact(num_heads, self.head_dim, support, low_rank))
+        if self.attention is not None and device is not None:
+            self.attention.to(device)
 
     def _attach(self, attention: ScatterbrainAttention | None) -> None:
         super()._attach(attention)
