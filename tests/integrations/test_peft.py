@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from testkit import assert_same_bits, cores, encoder, partial_mask, rand, with_biases
+from testkit import assert_same_bits, cores, counting_backend, encoder, partial_mask, rand, with_biases
 from torch import Tensor, nn
 
 peft = pytest.importorskip("peft")
@@ -184,12 +184,14 @@ def test_a_saved_adapter_loads_into_a_replaced_model(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_a_calibrated_model_takes_an_adapter(name: str):
+@pytest.mark.parametrize("calibrated", ["before", "after"])
+def test_a_calibrated_model_takes_an_adapter(name: str, calibrated: str):
     situation = SITUATIONS[name]
     model = swapped(situation.build(), CALIBRATED)[0]
+    model = adapted(model, situation) if calibrated == "after" else model
     with sb.calibrate(model), torch.no_grad():
         situation.run(model.eval())
-    model = adapted(model, situation)
+    model = adapted(model, situation) if calibrated == "before" else model
     step(model, situation)
     assert all(p.grad is not None and p.grad.any() for p in adapters(model).values())
 
@@ -260,6 +262,19 @@ def test_nothing_is_said_where_nothing_is_missed(what: str):
     with warnings.catch_warnings(), torch.set_grad_enabled(what != "no gradients"):
         warnings.simplefilter("error")
         module(*inputs)
+
+
+def test_a_compiled_module_says_it_while_it_is_traced_and_makes_one_graph():
+    module = sb.ScatterbrainAttention(2, 8, None, *SETTINGS).requires_grad_(False)
+    graphs, backend = counting_backend()
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    inputs = [rand(2, 2, 40, 8, seed=i).requires_grad_() for i in range(3)]
+    with pytest.warns(UserWarning, match="learned projections"):
+        compiled(*inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(*inputs).sum().backward()
+    assert len(graphs) == 1
 
 
 def test_the_layers_are_named_apart_from_other_modules():
