@@ -39,7 +39,7 @@ help:
 	@echo "make demo    train a small language model with scatterbrain's attention and compare it with exact attention"
 	@echo "make test    run the tests; choose some with ARGS, for instance make test ARGS='-k window'"
 	@echo "make fuzz    check drawn calls for MINUTES=$(MINUTES), from SEED=$(SEED) on; CALL='...' checks one again"
-	@echo "make sanitize  the same on builds with the address and undefined-behaviour and the thread sanitizer; half each"
+	@echo "make sanitize  the same on a build with the address and undefined-behaviour sanitizers, then with the thread sanitizer"
 	@echo "make build   create $(VENV) with torch, compile, install with everything that demo needs"
 	@echo "make clean   remove build products and $(VENV)"
 	@echo

@@ -51,6 +51,7 @@ SANITIZERS = {
         "-fno-sanitize-recover=all",
         "--param=asan-instrumentation-with-call-threshold=0",
         "-fno-sanitize=null,pointer-overflow,object-size,alignment,vptr",
+        "-fno-wrapv",  # which Python asks for, and which leaves no overflow to report
     ],
     "thread": ["-fsanitize=thread", "-fno-sanitize-recover=all"],
 }
@@ -93,8 +94,8 @@ def hidden_folders(folders: list[str]) -> list[str]:
 def cxx_flags() -> list[str]:
     # Python's own flags ask for debug information, which makes the library ten times larger; CFLAGS=-g keeps it.
     own = os.environ.get("CFLAGS", "").split() + os.environ.get("CXXFLAGS", "").split()
-    if SANITIZER:  # with the lines that reports name
-        return CXX_FLAGS + SANITIZER_FLAGS + ["-O1", "-g1", "-fno-omit-frame-pointer"]
+    if SANITIZER:  # with the lines that reports name; what checks hide from the compiler looks uninitialized to it
+        return CXX_FLAGS + SANITIZER_FLAGS + ["-O1", "-g1", "-fno-omit-frame-pointer", "-Wno-maybe-uninitialized"]
     return CXX_FLAGS + ([] if any(flag.startswith("-g") for flag in own) else ["-g0"])
 
 

@@ -174,7 +174,7 @@ def check_accuracy(checked: Checked, got: dict[str, Tensor]) -> None:
         plain = plain or [checked.defined(precision, order) for order in range(ORDERS)]
         tokens = [t.to(precision).double() for t in checked.tokens]
         share = SHARES.get(precision, 1e-6) * low_rank_share(*tokens, **checked.definition)
-        twice = 2 * max(_error(name, run[name], want) for run in plain) if precision != torch.float64 else 0.0
+        twice = 2 * max(_error(name, run[name], want) for run in plain)
         allowed = max(floor, twice, share)
         assert error <= allowed, (
             f"{name}: error {error:.2e}, allowed {allowed:.2e} (twice torch's {twice:.1e}, share {share:.1e})"

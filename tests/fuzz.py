@@ -105,7 +105,11 @@ def work(arguments: argparse.Namespace) -> int:
             check(call)
 
         if arguments.call:
-            noted(DrawnCall.of(arguments.call))
+            try:
+                noted(DrawnCall.of(arguments.call))
+            except (AssertionError, ValueError) as error:
+                print(error)
+                return 1
             print("The call holds what it must.")
             return 0
         limits = dict(seconds=60 * arguments.minutes, calls=arguments.calls or float("inf"))
@@ -123,12 +127,28 @@ def again(arguments: argparse.Namespace, line: str) -> str:
 
 # -------------------- sanitizers
 
+# What the library calls where it was compiled with the checks.
+CALLS_OF = {"address": (b"__asan_loadN", b"__ubsan_handle_add_overflow"), "thread": (b"__tsan_read", b"__tsan_write")}
+# Reads the end of a query whose memory torch has made shorter than the tensor says.
+PAST_THE_END = """
+import torch
+import scatterbrain as sb
+query, key, value = torch.randn(3, 1, 1, 300, 64).unbind()
+query = query.clone()
+query.untyped_storage().resize_(query.numel() * 4 - 64)
+sb.attention(query, key, value, sb.Window(16), None)
+"""
+
 
 def sanitized_environment(kind: str) -> dict[str, str]:
     """What a process needs to load the sanitized library: the sanitizer's runtime has to be there first."""
     package = ROOT / "build" / f"{kind}-sanitizer" / "site"
     if not (package / "scatterbrain").is_dir():
         sys.exit(f"fuzz: expected the library built with --sanitize {kind} in {package}; `make sanitize` builds it")
+    for library in (package / "scatterbrain").glob("_C*.so"):
+        missing = [name.decode() for name in CALLS_OF[kind] if name not in library.read_bytes()]
+        if missing:
+            sys.exit(f"fuzz: {library} never calls {' or '.join(missing)}: remove {package.parent} and build it again")
     compiler = os.environ.get("CXX", "c++").split()
     names = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}[kind]
 
@@ -151,6 +171,13 @@ def sanitized_environment(kind: str) -> dict[str, str]:
         # torch is not instrumented: what it does under locks and barriers of its own cannot be judged.
         "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1",
     }
+
+
+def check_that_errors_are_seen(command: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run([*command, "-c", PAST_THE_END], env=environment, capture_output=True, text=True, check=False)
+    if "AddressSanitizer: heap-buffer-overflow" not in done.stderr:
+        said = f"({done.returncode}):\n{done.stderr[-2000:]}"
+        sys.exit(f"fuzz: the sanitizer did not see a read past the end of a tensor {said}")
 
 
 def launcher(environment: dict[str, str]) -> list[str]:
@@ -191,6 +218,8 @@ def run_set(name: str, arguments: argparse.Namespace) -> int:
         command = [sys.executable, str(Path(__file__).resolve()), *arguments.given, "--work", str(progress)]
         command += ["--minutes", str(arguments.minutes)]
         prefix = launcher(environment) if arguments.sanitize else []
+        if arguments.sanitize == "address":
+            check_that_errors_are_seen([*prefix, sys.executable], environment)
         with report.open("w") as stream:
             code = subprocess.run([*prefix, *command], env=environment, stderr=stream, check=False).returncode
         text = report.read_text(encoding="utf-8", errors="replace")

@@ -101,6 +101,8 @@ def test_the_command_draws_calls_on_an_instruction_set() -> None:
 def test_the_command_checks_a_given_call(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert fuzz.main(["--work", str(tmp_path / "progress"), "--call", '{"queries": 5, "keys": 7}']) == 0
     assert capsys.readouterr().out == "The call holds what it must.\n"
+    assert fuzz.main(["--work", str(tmp_path / "progress"), "--call", "{'queries': 5}"]) == 1
+    assert capsys.readouterr().out.startswith("expected a call as a JSON object")
 
 
 def test_a_process_that_ends_by_a_signal_leaves_the_call_that_it_was_at(
