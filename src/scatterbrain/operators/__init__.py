@@ -17,7 +17,7 @@ asks for about each. untraced.py calls them below autograd, with nodes of its ow
 leaves out.
 """
 
-from scatterbrain.operators import fakes, flops, gradients, library, untraced, vmap  # noqa: F401  (registrations)
+from scatterbrain.operators import fakes, flops, gradients, library, packed, untraced, vmap  # noqa: F401  (registrations)
 from scatterbrain.operators.arguments import AttentionArguments, QuadraticArguments, RouteArguments
 
 __all__ = ["AttentionArguments", "QuadraticArguments", "RouteArguments"]

@@ -25,7 +25,7 @@ def _project_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("scatterbrain::project", _project_backward, setup_context=_project_setup)
 
 
-def _no_second_derivative(ctx: object, *grads: object) -> None:
+def no_second_derivative(ctx: object, *grads: object) -> None:
     raise RuntimeError(
         "scatterbrain: second derivatives are not implemented; call backward without create_graph, or use "
         "sb.reference.attention, which is plain torch"
@@ -34,7 +34,7 @@ def _no_second_derivative(ctx: object, *grads: object) -> None:
 
 # Without these, torch would take the backward operators for constants and return wrong second derivatives.
 for _name in ("attention_backward", "project_backward"):
-    torch.library.register_autograd(f"scatterbrain::{_name}", _no_second_derivative)
+    torch.library.register_autograd(f"scatterbrain::{_name}", no_second_derivative)
 
 
 def _attention_setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scatterbrain.functional import cast_for_autocast
 from scatterbrain.integrations.transformers import layers
 from scatterbrain.integrations.transformers.masks import Visible, compacted, dense_mask, is_compact, read_mask
 from scatterbrain.integrations.transformers.registry import PER_LAYER, SETTINGS
 from scatterbrain.low_rank import Heads
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.warn import warn
+from scatterbrain.operators.packed import exact_if_packed
 
 # Arguments that change the scores beyond q.k and a mask. This package has no exact attention for them either.
 REFUSED = {
@@ -76,6 +78,9 @@ def attention_forward(
         out = out if core is None else core.with_zero_gradients(out)
     else:
         out = _approximate(module, core, query, key, value, visible, scaling)
+        if visible.sequence is not None:
+            scale = query.shape[3] ** -0.5 if scaling is None else scaling
+            out = exact_if_packed(out, *cast_for_autocast(query, key, value), visible.sequence, scale)
     return out.transpose(1, 2).contiguous(), None
 
 

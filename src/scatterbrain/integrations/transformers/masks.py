@@ -6,7 +6,12 @@ of attention. All forms are plain 4-D tensors, which transformers passes on unto
     None                      every key; causal if the layer is
     bool  (B, 1, 1, M)        True: every query sees key j
     int32 (B, 1, 1, M)        query i sees key j if i >= mask[j]; causal, with the offset of a cache and padding
+    int32 (B, 1, N, 1)        under a trace: query i sees key j if i >= j and mask[i] == mask[j], packed sequences
     bool  (B, 1, N, M)        anything else (sliding windows, packed sequences, ...), as transformers' sdpa has it
+
+Packed sequences are rows whose position ids start again. A trace has no values, so transformers takes every row without a
+mask and a cache for one that may be packed. The mask is then a number per token, and the operator ``exact_if_packed`` looks
+when the graph runs.
 """
 
 from __future__ import annotations
@@ -16,7 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    remap_positions_for_packed_sequence,
+    sdpa_mask,
+    sliding_window_overlay,
+)
 from transformers.utils.import_utils import is_tracing
 
 from scatterbrain.nn.masks import is_unreadable, kept_keys_and_offset, once_per_mask
@@ -45,6 +58,10 @@ def compact_mask(
     window_covers = local_size is not None and kv_offset == 0 and kv_length <= local_size
     is_causal = mask_function is causal_mask_function or (window_covers and allow_is_causal_skip)
     is_bidirectional = mask_function is bidirectional_mask_function or (window_covers and allow_is_bidirectional_skip)
+    if is_tracing() and q_length != 1:
+        sequence = _causal_sequences(mask_function, window_covers)
+        if sequence is not None:
+            return sequence.to(torch.int32)[:, None, :, None]
     if q_length == 1 or not (is_causal or is_bidirectional):
         return sdpa_mask(
             batch_size=batch_size,
@@ -85,6 +102,37 @@ def _keep(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tens
     return attention_mask[:, kv_offset : kv_offset + kv_length]
 
 
+_AND = and_masks().__code__
+_SAME_SEQUENCE = packed_sequence_mask_function(torch.empty(0)).__code__
+_IN_SEQUENCE = remap_positions_for_packed_sequence(causal_mask_function, torch.empty(0)).__code__
+_IN_WINDOW = sliding_window_overlay(1).__code__
+
+
+def _causal_sequences(mask_function: Callable, window_covers: bool) -> Tensor | None:
+    """The number of each token's sequence, (B, N), of transformers' mask function for causal attention inside packed
+    sequences; None of any other mask function."""
+    same_sequence = _parts(mask_function)[1:]
+    if len(same_sequence) != 1 or same_sequence[0].__code__ is not _SAME_SEQUENCE:
+        return None
+    inside = _parts(mask_function)[0]
+    if inside.__code__ is not _IN_SEQUENCE:
+        return None
+    inside = _captured(inside, "mask_function")
+    if window_covers and len(_parts(inside)) == 2 and _parts(inside)[0].__code__ is _IN_WINDOW:
+        inside = _parts(inside)[1]
+    return _captured(same_sequence[0], "packed_sequence_mask") if inside is causal_mask_function else None
+
+
+def _parts(mask_function: Callable) -> tuple[Callable, ...]:
+    """The functions of which a mask function is the conjunction."""
+    return _captured(mask_function, "mask_functions") if mask_function.__code__ is _AND else ()
+
+
+def _captured(function: Callable, name: str) -> Any:
+    """A variable that an inner function has from the function around it."""
+    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
+
+
 def compacted(mask: Tensor | None) -> Tensor | None:
     """The compact form of a bool (B, 1, N, M) mask that is padding, or causality and padding; any other mask unchanged,
     and so under torch.compile every mask. Other implementations make such masks, for models in which only single layers
@@ -108,13 +156,15 @@ def _compact_form(mask: Tensor) -> Tensor | None:
 
 class Visible(NamedTuple):
     """The keys that the queries of one call may see: ``dense`` alone, a mask of F.scaled_dot_product_attention, or
-    arguments of :func:`scatterbrain.attention`."""
+    arguments of :func:`scatterbrain.attention`. ``sequence``, int32 (B, N): of causal calls, tokens see each other only
+    if they have the same number."""
 
     is_causal: bool = False
     key_padding_mask: Tensor | None = None
     query_padding_mask: Tensor | None = None
     query_offset: int | Tensor = 0
     dense: Tensor | None = None
+    sequence: Tensor | None = None
 
 
 def is_compact(mask: Tensor | None, queries: int) -> bool:
@@ -135,6 +185,8 @@ def read_mask(mask: Tensor | None, is_causal: bool, batch: int, queries: int, ke
     """
     if mask is None:
         return Visible(is_causal)
+    if mask.dtype == torch.int32 and mask.shape[1:] == (1, queries, 1) and queries > 1:
+        return Visible(True, sequence=mask[:, 0, :, 0].expand(batch, queries))
     if mask.shape[-1] != keys:
         raise ValueError(
             f"attention_mask: expected a mask of {keys} keys, got shape {tuple(mask.shape)}; pass the model a mask "
@@ -160,6 +212,9 @@ def dense_mask(visible: Visible, queries: int, keys: int) -> tuple[Tensor | None
     """(bool or float mask that F.scaled_dot_product_attention takes, is_causal)."""
     if visible.dense is not None:
         return visible.dense, False
+    if visible.sequence is not None:
+        same = visible.sequence[:, None, :, None] == visible.sequence[:, None, None, :]
+        return same & torch.ones(queries, keys, dtype=torch.bool, device=same.device).tril(), False
     if visible.key_padding_mask is None and not isinstance(visible.query_offset, Tensor):
         return None, visible.is_causal
     keep = ~visible.key_padding_mask[:, None, None, :]
