@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scatterbrain.low_rank import LowRank, check_low_rank
-from scatterbrain.operators.tracing import is_readable
+from scatterbrain.operators.tracing import NO_FORWARD_MODE, is_readable
 from scatterbrain.supports import Support, check_support
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -91,10 +91,7 @@ def check_no_forward_mode(*tensors: Tensor) -> None:
     if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(
-            "scatterbrain has no forward-mode derivatives (torch.func.jvp, forward_ad.make_dual); use reverse mode, or "
-            "sb.reference.attention, which is plain torch"
-        )
+        raise RuntimeError(NO_FORWARD_MODE)
 
 
 def check_bool(name: str, value: object) -> None:

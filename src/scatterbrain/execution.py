@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import contextlib
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scatterbrain import prepared
 from scatterbrain.call import Call
-from scatterbrain.operators import untraced
+from scatterbrain.operators import transformed, untraced
 from scatterbrain.operators.arguments import AttentionArguments, QuadraticArguments
-from scatterbrain.operators.tracing import is_known, is_untraced
+from scatterbrain.operators.tracing import is_known, is_transformed, is_untraced
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.supports import BlockLists, Support
 
@@ -43,7 +42,7 @@ def run(call: Call, return_lse: bool, kept_as: tuple | None) -> tuple[Tensor, Te
         if out is not None:
             return out, None
     if not is_untraced():
-        return torch.ops.scatterbrain.attention(*_attention_arguments(call))
+        return transformed.attention(_attention_arguments(call))
     projection = None if call.low_rank is None else call.low_rank.projection(call)
     if projection is not None:
         return untraced.quadratic_attention(_quadratic_arguments(call, projection))
@@ -81,7 +80,7 @@ def _by_torch(call: Call, kept_as: tuple | None) -> Tensor | None:
     which makes NaN of -inf where the scale is not positive, and under vmap it is a loop."""
     if call.is_causal and not call.scale > 0:
         return None
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+    if is_transformed():
         return None
     if kept_as is not None:
         prepared.keep(kept_as, call.coefficients.tensors(), None, call.scale)

@@ -234,3 +234,23 @@ def test_a_decoder_exported_with_its_static_cache_approximates() -> None:
     with torch.no_grad():
         got = [run(input_ids=ids[:, part], cache_position=positions[part]) for part in (slice(50), slice(50, None))]
     assert torch.equal(torch.cat(got, 1), hf.in_pieces(model, ids, (50, hf.TOKENS), kind="static"))
+
+
+# -------------------- torch.func
+
+
+def test_per_sample_gradients_are_those_of_a_loop_over_the_batch() -> None:
+    model, ids, mask = calibrated("llama", LEARNED), hf.tokens(), hf.keep("right")
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+        call = {"input_ids": ids[None], "attention_mask": mask[None], "use_cache": False}
+        logits = torch.func.functional_call(model, parameters, (), call).logits
+        return (logits.square() * mask[None, :, None]).mean()
+
+    mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, ids, mask)
+    for row in range(2):
+        model.zero_grad()
+        loss(dict(model.named_parameters()), ids[row], mask[row]).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(mapped[name][row], p.grad, rtol=1e-4, atol=1e-6)

@@ -16,6 +16,7 @@ from scatterbrain.low_rank.base import Coefficients, Heads, LowRankKernel, State
 from scatterbrain.numerics import squared_norm
 from scatterbrain.operators.fakes import accumulation_dtype
 from scatterbrain.operators.tracing import is_untraced
+from scatterbrain.operators.transformed import project
 
 SEED_STRIDE = 1_000_003  # between the generators of a kernel's seeds: a module's redraws use those in between
 SEED_MAX = INT64_MAX // SEED_STRIDE - 1
@@ -125,7 +126,7 @@ class Favor(LowRankKernel):
         # A node of its own without a mask too: gradients of the features are then always added up before they join that
         # of the scores, to the same bits.
         tokens = tokens.view_as(tokens) if mask is None else tokens.masked_fill(mask[:, None, :, None], 0)
-        projected = torch.ops.scatterbrain.project(tokens, projection * size, None)
+        projected = project(tokens, projection * size, None)
         return torch.cat(favor_log_features(projected, tokens, size, self.hyperbolic), -1)
 
     # -------------------- the state of a module

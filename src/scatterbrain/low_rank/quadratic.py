@@ -29,6 +29,7 @@ from scatterbrain.low_rank.quadratic_projection import (
 )
 from scatterbrain.operators.arguments import QUADRATIC
 from scatterbrain.operators.fakes import accumulation_dtype
+from scatterbrain.operators.transformed import project
 from scatterbrain.operators.untraced import Projection
 
 EMA_MOMENTUM = 0.8  # share of the past in a moving average
@@ -154,7 +155,6 @@ class Quadratic(LowRankKernel):
 
     def coordinates(self, call: Call) -> tuple[Tensor, Tensor]:
         p = self.projection(call)
-        project = torch.ops.scatterbrain.project
         return project(call.query, p.query_weight, p.query_bias), project(call.key, p.key_weight, p.key_bias)
 
     def projection(self, call: Call) -> Projection:

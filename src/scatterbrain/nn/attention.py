@@ -19,6 +19,7 @@ from scatterbrain.nn.observed import Observed
 from scatterbrain.nn.record import NOTHING, Record, read_record, size_of_record, written_record
 from scatterbrain.nn.warn import warn_once
 from scatterbrain.operators.unused import with_zero_gradients
+from scatterbrain.operators.tracing import is_transformed
 from scatterbrain.padding import padding_info
 from scatterbrain.supports import Full, Support
 
@@ -281,8 +282,9 @@ class ScatterbrainAttention(nn.Module):
         return self.low_rank is not None and self.low_rank.commits_average(self)
 
     def _is_average_due(self) -> bool:
-        """Whether the moments of this step will be committed: the first step's, then every tenth's."""
-        return self.commits_average() and self.training and torch.is_grad_enabled()
+        """Whether the moments of this step will be committed: the first step's, then every tenth's. Functions that
+        torch.func transforms must not write to a module."""
+        return self.commits_average() and self.training and torch.is_grad_enabled() and not is_transformed()
 
     @torch.no_grad()
     def _gather(

@@ -1,8 +1,8 @@
 """What attention masks say: whether one is the causal mask, and which tokens are padding.
 
 Each library has its own convention; these functions name the one they take. Layers of a model share one mask tensor, so
-an answer is kept until the mask is written to. Under torch.compile, and for meta tensors, the content of a mask cannot
-be looked at.
+an answer is kept until the mask is written to. Under torch.compile, where vmap maps over it, and for meta tensors the
+content of a mask cannot be looked at.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from scatterbrain.operators.tracing import is_batched
+
 MASK_STRIPE = 128  # rows of a mask compared at a time
 _ANSWERS = WeakTensorKeyDictionary()  # mask -> (version, {(question, *arguments): answer})
 
 
 def is_unreadable(mask: Tensor) -> bool:
     """Whether the content of ``mask`` cannot be looked at."""
-    return torch.compiler.is_compiling() or mask.is_meta
+    return torch.compiler.is_compiling() or mask.is_meta or is_batched(mask)
 
 
 def once_per_mask(mask: Tensor, question: Callable[..., Any], *arguments: Hashable) -> Any:
@@ -148,6 +150,11 @@ def _hidden(mask: Tensor, lowest: float | None) -> Tensor | None:
 
 def _hidden_unread(mask: Tensor, lowest: float | None, name: str) -> Tensor:
     """:func:`_hidden` of a mask that cannot be looked at: its values are checked when the graph runs."""
+    if mask.dtype != torch.bool and is_batched(mask):
+        raise ValueError(
+            f"{name}: expected bool where torch.func.vmap maps over it, since the values of a float mask cannot be "
+            f"looked at there, got {mask.dtype}; pass a bool mask"
+        )
     hidden = _below(mask, lowest)
     if mask.dtype != torch.bool:
         torch._assert_async(

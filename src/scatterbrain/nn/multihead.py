@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule, attention_unless_exact
-from scatterbrain.nn.masks import as_bool_padding, is_causal_mask
+from scatterbrain.nn.masks import as_bool_padding, is_causal_mask, is_unreadable
 from scatterbrain.supports import Support
 
 
@@ -209,8 +209,11 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
                 "sb.set_attention_dropout(model, 0.0)"
             )
         if attn_mask is not None and not causal:
-            if torch.compiler.is_compiling():
-                return "attn_mask cannot be looked at under torch.compile; pass is_causal=True if it is the causal mask"
+            if is_unreadable(attn_mask):
+                return (
+                    "attn_mask cannot be looked at under torch.compile or vmap; pass is_causal=True if it is the causal "
+                    "mask"
+                )
             return "attn_mask is not the causal mask (query i sees keys <= i), the only one that is approximated"
         if key_padding_mask is not None and padding is None:
             return "key_padding_mask holds values other than 0 and -inf; pass a bool mask, True = ignore"

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+NO_FORWARD_MODE = (
+    "scatterbrain has no forward-mode derivatives (torch.func.jvp, forward_ad.make_dual); use reverse mode, or "
+    "sb.reference.attention, which is plain torch"
+)
+
+
 def is_untraced() -> bool:
     """Whether nothing traces, transforms or watches the operators: no compile, export, functorch or dispatch mode."""
     return not (
@@ -15,11 +21,28 @@ def is_untraced() -> bool:
     )
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func runs the call; under torch.compile it is the trace that counts."""
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a vmap around the call maps over ``tensor``, whose content then cannot be looked at."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def is_readable(*tensors: Tensor | None) -> bool:
     """Whether contents can be read without waiting for a device, and without a value that a trace or vmap does not
     have. Tensors that are None do not count."""
     return not torch.compiler.is_compiling() and all(
-        t is None or (t.device.type == "cpu" and not torch._C._functorch.is_batchedtensor(t)) for t in tensors
+        t is None or (t.device.type == "cpu" and not is_batched(t)) for t in tensors
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,43 +29,46 @@ def _unfold(result: Tensor, size: int) -> Tensor:
     return result.reshape(size, result.shape[0] // size, *result.shape[1:])
 
 
-def _register_batched(name: str, shared: tuple[str, ...] = ()) -> None:
-    """vmap for an operator whose tensors all lead with the batch; ``shared``: arguments whose batch may be 1."""
-    operator = getattr(torch.ops.scatterbrain, name).default
-    names = [argument.name for argument in operator._schema.arguments]
+Rule = Callable[..., tuple]  # (function to call on folded arguments, info, in_dims, *arguments) -> (results, out_dims)
+BATCHED: dict[str, Rule] = {}  # by operator
 
-    def mapped(info: object, in_dims: tuple, *args: object) -> tuple:
-        size, (first, *_), (first_dim, *_) = info.batch_size, args, in_dims
+
+def _batched(name: str, shared: tuple[str, ...] = ()) -> Rule:
+    """The rule of an operator whose tensors all lead with the batch; ``shared``: arguments whose batch may be 1."""
+    names = [argument.name for argument in getattr(torch.ops.scatterbrain, name).default._schema.arguments]
+
+    def rule(function: Callable, info: object, in_dims: tuple, *args: object) -> tuple:
+        size, by_name = info.batch_size, dict(zip(names, zip(args, in_dims)))
         folded = []
-        for argument_name, argument, dim in zip(names, args, in_dims):
+        for argument_name, (argument, dim) in by_name.items():
             is_shared = argument_name in shared
             if is_shared and dim is not None and argument.movedim(dim, 0).shape[1] == 1:
                 # One shared row per mapped element: every row of that element's batch gets its own copy.
-                batch = _batch(first, first_dim)
+                batch = _batch(*by_name["query"])
                 argument, dim = argument.movedim(dim, 0).expand(size, batch, *argument.movedim(dim, 0).shape[2:]), 0
             folded.append(_fold(argument, dim, size, is_shared))
-        results = operator(*folded)
+        results = function(*folded)
         return tuple(_unfold(r, size) for r in results), (0,) * len(results)
 
-    torch.library.register_vmap(f"scatterbrain::{name}", mapped)
+    return rule
 
 
-_register_batched("attention", shared=("span",))
-_register_batched("attention_backward", shared=("span",))
-_register_batched("route")
+BATCHED["attention"] = _batched("attention", shared=("span",))
+BATCHED["attention_backward"] = _batched("attention_backward", shared=("span",))
+BATCHED["route"] = _batched("route")
 
 
-@torch.library.register_vmap("scatterbrain::project")
-def _(info: object, in_dims: tuple, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+def _project(
+    function: Callable, info: object, in_dims: tuple, tokens: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, int]:
     size, (tokens_dim, weight_dim, bias_dim) = info.batch_size, in_dims
     batch = _batch(tokens, tokens_dim)
     weight, bias = _spread(weight, weight_dim, size, batch), _spread(bias, bias_dim, size, batch)
-    return _unfold(torch.ops.scatterbrain.project(_fold(tokens, tokens_dim, size), weight, bias), size), 0
+    return _unfold(function(_fold(tokens, tokens_dim, size), weight, bias), size), 0
 
 
-@torch.library.register_vmap("scatterbrain::project_backward")
-def _(
-    info: object, in_dims: tuple, grad: Tensor, tokens: Tensor, weight: Tensor
+def _project_backward(
+    function: Callable, info: object, in_dims: tuple, grad: Tensor, tokens: Tensor, weight: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     size, (grad_dim, tokens_dim, weight_dim) = info.batch_size, in_dims
     batch, shared_rows = _batch(tokens, tokens_dim), _batch(weight, weight_dim) == 1
@@ -70,11 +76,17 @@ def _(
     weight = _spread(weight, weight_dim, size, batch)
     if weight.shape[0] == 1:
         weight = weight.expand(tokens.shape[0], *weight.shape[1:])
-    results = torch.ops.scatterbrain.project_backward(grad, tokens, weight)
+    results = function(grad, tokens, weight)
     d_tokens, d_weight, d_bias = (_unfold(r, size) for r in results)
     if shared_rows:
         d_weight, d_bias = d_weight.sum(1, keepdim=True), d_bias.sum(1, keepdim=True)
     return (d_tokens, d_weight, d_bias), (0, 0, 0)
+
+
+BATCHED["project"], BATCHED["project_backward"] = _project, _project_backward
+for _name, _rule in BATCHED.items():
+    _operator = getattr(torch.ops.scatterbrain, _name).default
+    torch.library.register_vmap(f"scatterbrain::{_name}", functools.partial(_rule, _operator))
 
 
 def _batch(tensor: Tensor, dim: int | None) -> int:

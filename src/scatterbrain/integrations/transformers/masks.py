@@ -33,6 +33,7 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 
 from scatterbrain.nn.masks import is_unreadable, kept_keys_and_offset, once_per_mask
+from scatterbrain.operators.tracing import is_batched
 
 NEVER = 2**31 - 1  # no query sees the key
 
@@ -78,7 +79,7 @@ def compact_mask(
             **arguments,
         )
     keep = _keep(attention_mask, kv_length, kv_offset)
-    if keep is not None and not is_tracing(keep) and bool(keep.all()):
+    if keep is not None and not is_tracing(keep) and not is_batched(keep) and bool(keep.all()):
         keep = None
     if not is_causal:
         return None if keep is None else keep[:, None, None, :]
