@@ -1,5 +1,5 @@
-"""transformers' models under torch.compile and torch.export: what is approximated without a trace is approximated in the
-graph, and rows of packed sequences stay right."""
+"""transformers' models under torch.compile, torch.export and torch.func: what is approximated without a trace is
+approximated in the graph, and rows of packed sequences stay right."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def calibrated(name: str = "llama", implementation: str = ROUTED, **arguments: o
 
 
 def compiled(model: nn.Module, dynamic: bool | None = None) -> tuple[list[torch.fx.Graph], nn.Module]:
-    """The graphs of operators that compiling makes, forward passes and backward passes, and the model that fills them."""
+    """The graphs of operators that compiling makes, of forward and backward passes, and the model that fills them."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 

@@ -18,8 +18,8 @@ from scatterbrain.nn.distributed import fill
 from scatterbrain.nn.observed import Observed
 from scatterbrain.nn.record import NOTHING, Record, read_record, size_of_record, written_record
 from scatterbrain.nn.warn import warn_once
-from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.operators.tracing import is_transformed
+from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
 from scatterbrain.supports import Full, Support
 

@@ -211,8 +211,8 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
         if attn_mask is not None and not causal:
             if is_unreadable(attn_mask):
                 return (
-                    "attn_mask cannot be looked at under torch.compile or vmap; pass is_causal=True if it is the causal "
-                    "mask"
+                    "attn_mask cannot be looked at under torch.compile or vmap; pass is_causal=True if it is the "
+                    "causal mask"
                 )
             return "attn_mask is not the causal mask (query i sees keys <= i), the only one that is approximated"
         if key_padding_mask is not None and padding is None:

@@ -14,8 +14,8 @@ and coordinates, and everything that chooses what is read happens before them.
 
 library.py loads them, arguments.py names their arguments; fakes.py, gradients.py, vmap.py and flops.py are what torch
 asks for about each. untraced.py calls them below autograd, with nodes of its own; transformed.py calls them under
-torch.func; packed.py chooses between exact and approximated rows in a traced graph; unused.py is for what a call leaves
-out.
+torch.func; packed.py chooses between exact and approximated rows in a traced graph; unused.py is for what a call
+leaves out.
 """
 
 from scatterbrain.operators import fakes, flops, gradients, library, packed, untraced, vmap  # noqa: F401  (registrations)

@@ -1,5 +1,6 @@
-"""Packed rows in a traced graph. transformers tells packed sequences from a single one by the values of position ids, which
-a trace does not have, so the choice between approximated and exact attention is an operator's, made when the graph runs."""
+"""Packed rows in a traced graph. transformers tells packed sequences from a single one by the values of position ids,
+which a trace does not have, so the choice between approximated and exact attention is an operator's, made when the
+graph runs."""
 
 from __future__ import annotations
 

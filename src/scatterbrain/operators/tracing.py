@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 NO_FORWARD_MODE = (
     "scatterbrain has no forward-mode derivatives (torch.func.jvp, forward_ad.make_dual); use reverse mode, or "
     "sb.reference.attention, which is plain torch"

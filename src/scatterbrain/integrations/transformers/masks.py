@@ -9,9 +9,9 @@ of attention. All forms are plain 4-D tensors, which transformers passes on unto
     int32 (B, 1, N, 1)        under a trace: query i sees key j if i >= j and mask[i] == mask[j], packed sequences
     bool  (B, 1, N, M)        anything else (sliding windows, packed sequences, ...), as transformers' sdpa has it
 
-Packed sequences are rows whose position ids start again. A trace has no values, so transformers takes every row without a
-mask and a cache for one that may be packed. The mask is then a number per token, and the operator ``exact_if_packed`` looks
-when the graph runs.
+Packed sequences are rows whose position ids start again. A trace has no values, so transformers takes every row without
+a mask and a cache for one that may be packed. The mask is then a number per token, and the operator ``exact_if_packed``
+looks when the graph runs.
 """
 
 from __future__ import annotations
