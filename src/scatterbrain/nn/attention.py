@@ -159,7 +159,7 @@ class ScatterbrainAttention(nn.Module):
         num_kv_heads, M, ...)."""
         self._check_heads(query, key)
         self._warn_frozen(query, key, value)
-        if self.bypassed is not None and self.needs_calibration:
+        if self.needs_calibration and self.bypassed is not None:  # in this order: a graph must not depend on earlier calls
             raise self.uncalibrated(type(self).__name__, is_causal)
         support, low_rank = self.support, self.low_rank
         if self.is_collecting or self._is_average_due():
