@@ -467,11 +467,7 @@ CALLS = {
     ),
     "no features": (lambda: sb.Favor(0), ValueError, "Favor: features must be at least 1"),
     "odd hyperbolic": (lambda: sb.Favor(7, hyperbolic=True), ValueError, "Favor: hyperbolic.*even number.*7"),
-    "centred": (
-        lambda: sb.Favor(centred=True),
-        ValueError,
-        "Favor: centred=True is not in this release; use Quadratic",
-    ),
+    "centred": (lambda: sb.Favor(centred=True), TypeError, "unexpected keyword argument 'centred'"),
     "redraw 0": (lambda: sb.Favor(redraw=0), ValueError, "Favor: redraw must be at least 1"),
     # statistics
     "statistics of a NaN scale": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from functools import partial
 
 import pytest
@@ -162,3 +163,12 @@ def test_favor_does_not_underflow_far_from_the_origin() -> None:
     q, k, v = draw(80)
     out = sb.attention(10 * q, 10 * k, v, sb.Empty(), sb.Favor(32), is_causal=True)
     assert torch.isfinite(out).all() and torch.allclose(out[:, :, 0], v[:, :, 0], atol=1e-5)
+
+
+def test_favor_of_an_earlier_pickle_with_a_field_more_is_the_same_kernel() -> None:
+    earlier = sb.Favor(8, seed=3)
+    object.__setattr__(earlier, "centred", False)
+    loaded = pickle.loads(pickle.dumps(earlier))
+    assert loaded == sb.Favor(8, seed=3) and "centred" not in repr(loaded)
+    tokens = qkv()
+    assert torch.equal(*(sb.attention(*tokens, sb.Window(8), favor) for favor in (loaded, sb.Favor(8, seed=3))))

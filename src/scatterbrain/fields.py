@@ -25,6 +25,16 @@ def check_int(owner: str, name: str, value: object, low: int, high: int = INT32_
         raise ValueError(f"{owner}: {name} must be at most {high}, got {value}")
 
 
+def check_str(owner: str, name: str, value: object) -> None:
+    """A string; which ones, the owner says.
+
+    Raises:
+        TypeError: naming the owner and the field.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{owner}: {name} must be a string, got {value!r} of type {type(value).__name__}")
+
+
 def check_number(owner: str, name: str, value: object) -> None:
     """A finite int or float.
 

@@ -322,6 +322,14 @@ def test_help_teaches_with_examples_suites_and_methods(capsys: pytest.CaptureFix
         assert word in text
 
 
+def test_help_lists_the_methods_by_their_whole_names(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    methods = capsys.readouterr().out.split("\nmethods:\n")[1].split("\n\n")[0].splitlines()
+    assert methods[0].split() == ["sdpa", "F.scaled_dot_product_attention"]
+    assert all(line.startswith("  ") for line in methods)
+
+
 @pytest.mark.parametrize("package", ["jsonargparse", "matplotlib"])
 def test_a_missing_package_is_named_before_anything_is_measured(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from scatterbrain.cli import main
 from scatterbrain.cli.train import parse_run_config
 from scatterbrain.training.attention import is_exact
 from scatterbrain.training.checkpoint import read_progress
+from scatterbrain.training.config import SECTIONS, RunConfig
 
 STDLIB = ROOT / "configs" / "lm" / "stdlib.yaml"
 
@@ -44,13 +47,16 @@ def start(*arguments: object, **options) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment(), **pipes, **options)
 
 
+def wait_for(path: Path, size: int = 0) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.stat().st_size > size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_says_where_its_checkpoint_is_and_how_to_continue(config, tmp_path, number, code):
     process = start(config)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size > 500) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(tmp_path / "run" / "metrics.jsonl", 500)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
@@ -131,6 +137,103 @@ def test_attention_that_cannot_train_is_refused_before_anything_is_created(tmp_p
     assert named in streams.err and streams.out == "" and list(tmp_path.iterdir()) == []
 
 
+def keys_without_null() -> list[str]:
+    """Every section, and every key that must have a value."""
+    keys = [f"{name}." for name in SECTIONS]
+    for prefix, section in (("", RunConfig), *((f"{name}.", section) for name, section in SECTIONS.items())):
+        hints = typing.get_type_hints(section)
+        keys += [f"{prefix}{key}" for key, hint in hints.items() if type(None) not in typing.get_args(hint)]
+    return [key for key in keys if key not in SECTIONS]
+
+
+@pytest.mark.parametrize("key", keys_without_null())
+def test_null_where_a_value_is_needed_is_refused_by_its_key(config, tmp_path, capsys, key):
+    settings = yaml.safe_load(config.read_text())
+    settings["train"]["steps"] = 1
+    section, _, name = key.partition(".")
+    if name:
+        settings.setdefault(section, {})[name] = None
+    else:
+        settings[section] = None
+    config.write_text(yaml.safe_dump(settings))
+    assert_one_line_and_code_2(config, tmp_path, capsys, f"scatterbrain train: {key.rstrip('.')}: expected ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"support": {"kind": None}}, "attention.support: expected one of full"),
+        ({"support": {"kind": "window", "keys": None}}, "attention.support: Window: keys must be an int, got None"),
+        ({"support": {"kind": "window", "block_q": None}}, "Window: block_q must be an int, got None"),
+        ({"low_rank": {"kind": "quadratic", "rank": None}}, "attention.low_rank: Quadratic: rank must be an int, got"),
+        ({"low_rank": {"kind": "quadratic", "statistics": None}}, "Quadratic: statistics must be a string, got None"),
+        ({"low_rank": {"kind": "favor", "orthogonal": None}}, "Favor: orthogonal must be a bool, got None"),
+    ],
+    ids=str,
+)
+def test_null_inside_attention_is_refused_by_its_key(config, tmp_path, capsys, settings, words):
+    everything = yaml.safe_load(config.read_text()) | {"attention": settings}
+    everything["train"]["steps"] = 1
+    config.write_text(yaml.safe_dump(everything))
+    assert_one_line_and_code_2(config, tmp_path, capsys, words)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[1, 2]", "words", "train: [", "train: {steps: [1]}", "model: 3"])
+def test_a_file_of_something_else_is_refused_in_one_line(config, tmp_path, capsys, text):
+    config.write_text(text)
+    assert_one_line_and_code_2(config, tmp_path, capsys, "scatterbrain train: ")
+
+
+def assert_one_line_and_code_2(config, folder, capsys, words):
+    """And nothing was created."""
+    before = sorted(folder.iterdir())
+    assert run_to_its_exit_code("train", str(config)) == 2
+    streams = capsys.readouterr()
+    assert streams.err.count("\n") == 1 and words in streams.err, streams.err
+    assert streams.out == "" and sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.rope_base", 0.0),
+        ("model.embedding_std", -1.0),
+        ("model.mlp_width", 0),
+        ("train.learning_rate", math.inf),
+        ("train.final_learning_rate", -0.1),
+        ("train.warmup", -1),
+        ("train.weight_decay", -1.0),
+        ("train.betas", [0.9, 1.0]),
+        ("train.seed", -1),
+        ("train.seed", 2**64),
+    ],
+)
+def test_a_value_that_would_change_or_break_the_training_is_refused_by_its_key(config, capsys, key, value):
+    settings = yaml.safe_load(config.read_text())
+    section, name = key.split(".")
+    settings[section][name] = value
+    config.write_text(yaml.safe_dump(settings))
+    assert main(["train", str(config), "--train.steps", "1"]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"scatterbrain train: {key}: expected ") and errors.count("\n") == 1
+
+
+def test_a_folder_takes_one_run_at_a_time_and_a_killed_run_leaves_it_free(config, tmp_path, capsys):
+    first = start(config, "--train.checkpoint_every", "1")
+    try:
+        wait_for(tmp_path / "run" / "checkpoint.safetensors")
+        for resume in ("false", "true", "auto"):
+            assert main(["train", str(config), "--resume", resume, "--train.steps", "1"]) == 2
+            errors = capsys.readouterr().err
+            assert f"output: another run is writing to {tmp_path / 'run'}; wait" in errors and errors.count("\n") == 1
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate(timeout=60)
+    done = read_progress(tmp_path / "run" / "checkpoint.safetensors").step
+    assert main(["train", str(config), "--resume", "true", "--train.steps", str(done + 1)]) == 0
+
+
 @pytest.mark.parametrize("support", ["full", "empty", "window", "routed", "{kind: window, keys: 32}"])
 @pytest.mark.parametrize("low_rank", ["null", "none", "quadratic", "favor", "{kind: quadratic, statistics: ema}"])
 def test_what_the_help_offers_trains_or_is_refused_by_name(config, tmp_path, capsys, support, low_rank):
@@ -138,6 +241,15 @@ def test_what_the_help_offers_trains_or_is_refused_by_name(config, tmp_path, cap
     code = main(["train", str(config), *options])
     assert (tmp_path / "run" / "sample.txt").exists() == (code == 0)
     assert code == 0 or "attention" in capsys.readouterr().err
+
+
+def test_a_field_that_a_kernel_does_not_have_is_named_with_those_it_has(config, capsys):
+    low_rank = ["--attention.support", "window", "--attention.low_rank", "{kind: favor, centred: false}"]
+    assert main(["train", str(config), "--train.steps", "1", *low_rank]) == 1
+    expected = (
+        "attention.low_rank.centred: favor has no such field; it has features, orthogonal, hyperbolic, redraw, seed"
+    )
+    assert expected in capsys.readouterr().err
 
 
 def run_to_its_exit_code(*arguments: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import runpy
 import warnings
 from functools import partial
@@ -112,6 +113,34 @@ def test_the_report_is_a_table():
     bias_kv = "bias_kv torch.nn.MultiheadAttention unchanged add_bias_kv=True adds a key that no support holds"
     assert " ".join(lines[6].split()) == bias_kv
     assert lines[-1] == f"5 of 14 attention modules replaced with {SETTINGS['support']}, {SETTINGS['low_rank']}"
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "words"),
+    [
+        (
+            lambda path, module: True,
+            TypeError,
+            r"where must be a function of a module's path.*\(path, module\): missing",
+        ),
+        (lambda: True, TypeError, "where must be a function of a module's path.*too many positional arguments"),
+        ("layers.1", TypeError, "where must be a function of a module's path.*got str"),
+        (lambda path: {"layers.0.self_attn": True}[path], KeyError, "layers.1.self_attn"),
+    ],
+    ids=["two arguments", "no argument", "a string", "an error of its own"],
+)
+def test_a_where_that_fails_leaves_the_model_as_it_was(where, error, words):
+    model = testkit.encoder()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(error, match=words):
+        sb.replace_attention(model, **SETTINGS, where=where)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_where_may_be_any_function_of_one_path():
+    for where in (re.compile(r"layers\.1\.").match, {"layers.1.self_attn"}.__contains__):
+        report = sb.replace_attention(testkit.encoder(), **SETTINGS, where=where)
+        assert [entry.path for entry in report.replaced] == ["layers.1.self_attn"]
 
 
 def test_where_chooses_by_path():

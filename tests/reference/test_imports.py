@@ -59,7 +59,7 @@ module("scatterbrain").__path__ = [{folder!r}]
 supports = module("scatterbrain.supports", Full="", Empty="", Window="keys", Routed="keys block_q block_k window",
                   LSH="keys rounds hash seed", Blocks="index count block_q block_k query_order")
 supports.Window = dataclasses.make_dataclass("Window", ["keys", ("block_q", int, 16)])
-low_rank = module("scatterbrain.low_rank", Favor="features orthogonal hyperbolic centred redraw seed",
+low_rank = module("scatterbrain.low_rank", Favor="features orthogonal hyperbolic redraw seed",
                   Statistics="query_projection query_mean key_projection key_mean scale",
                   Projections="query_projection query_bias query_log_scale key_projection key_bias",
                   RandomFeatures="projection")
@@ -77,8 +77,8 @@ checked = 0
 for support in (supports.Full(), supports.Empty(), supports.Window(16), supports.Routed(24, 16, 1, 0),
                 supports.Routed(24, 1, 8, 8), supports.LSH(16, 2, "e2lsh", 0), lists):
     for kernel, statistics in ((low_rank.Quadratic(3), stored), (low_rank.Quadratic(3, "input"), None),
-                               (low_rank.Favor(16, True, False, False, None, 0), None),
-                               (low_rank.Favor(16, True, False, False, None, 0), drawn), (None, None)):
+                               (low_rank.Favor(16, True, False, None, 0), None),
+                               (low_rank.Favor(16, True, False, None, 0), drawn), (None, None)):
         out = reference.attention(query, key, value, support, kernel, mask, statistics=statistics)
         assert out.shape == value.shape and out.isfinite().all()
         assert kernel is None or out[~mask[:, None].expand(2, 2, 60)].ne(0).all()

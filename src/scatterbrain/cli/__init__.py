@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from scatterbrain.cli.command import CommandError
+from scatterbrain.version import __version__
 
 COMMANDS = {
     "info": "versions, instruction set in use, compiled architectures and devices",
@@ -27,13 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; None for those of the process.
 
     Returns:
-        The exit code: 0 for success, 2 for a wrong command line, others as the command says.
+        The exit code: 0 for success, 2 for a wrong command line or a run folder that cannot be used, others as the
+        command says.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
     name, *rest = arguments
+    if name == "--version":
+        print(f"scatterbrain {__version__}")
+        return 0
     if name not in COMMANDS:
         print(
             f"scatterbrain: expected a command ({', '.join(COMMANDS)}), got {name!r}; see scatterbrain --help",
@@ -49,6 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = ["usage: scatterbrain COMMAND [options]", "", "commands:"]
+    lines = ["usage: scatterbrain COMMAND [options]", "       scatterbrain --version", "", "commands:"]
     lines += [f"  {name:<10}{summary}" for name, summary in COMMANDS.items()]
     return "\n".join([*lines, "", "scatterbrain COMMAND --help explains a command."])

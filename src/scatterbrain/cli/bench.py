@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scatterbrain.cli.command import help_formatter, readable_errors
+from scatterbrain.cli.command import HelpParser, asks_for_help, parse, readable_errors
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
     from scatterbrain.bench.config import BenchConfig
 
 USAGE = "scatterbrain bench [--suite NAME] [--lengths N ...] [--methods NAME ...] [options]"
@@ -50,9 +54,10 @@ def bench(arguments: Sequence[str]) -> int:
         CommandError: with exit code 1, for bad input or a file that cannot be written.
     """
     with readable_errors():
+        config = parse_bench_config(arguments)
         from scatterbrain.bench.runner import run
 
-        return run(parse_bench_config(arguments))
+        return run(config)
 
 
 def parse_bench_config(arguments: Sequence[str]) -> BenchConfig:
@@ -63,21 +68,31 @@ def parse_bench_config(arguments: Sequence[str]) -> BenchConfig:
         SystemExit: with code 2, after a message that names the option, for an unknown one or a value of the wrong
             type; with code 0 after --help.
     """
+    from scatterbrain.bench import methods
+    from scatterbrain.bench.config import SUITES, BenchConfig
+
+    suites = "\n".join(f"  {name:<10}{suite.summary}" for name, suite in SUITES.items())
+    _, names = inspect.cleandoc(methods.__doc__).split("\n\n", 1)
+    description = DESCRIPTION.format(suites=suites, methods=textwrap.indent(names, "  "))
+    if asks_for_help(arguments):
+        parser = HelpParser("scatterbrain bench", USAGE, description)
+        _add_options(parser, Path)
+        parser.exit_with_help()
     from jsonargparse import ArgumentParser
     from jsonargparse.typing import Path_fr
 
-    from scatterbrain.bench import methods
-    from scatterbrain.bench.allocator import ALLOCATORS
-    from scatterbrain.bench.config import DEFAULT_SUITE, DIRECTIONS, DTYPES, SUITES, BenchConfig
+    parser = ArgumentParser(prog="scatterbrain bench", usage=USAGE, exit_on_error=False)
+    _add_options(parser, Path_fr)
+    chosen = vars(parse(parser, arguments))
+    for name in ("inputs", "json", "png"):
+        chosen[name] = None if chosen[name] is None else Path(str(chosen[name]))
+    return BenchConfig(**chosen)
 
-    suites = "\n".join(f"  {name:<10}{suite.summary}" for name, suite in SUITES.items())
-    names = methods.__doc__.split("\n\n", 1)[1].replace("\n    ", "\n  ")[2:]
-    parser = ArgumentParser(
-        prog="scatterbrain bench",
-        usage=USAGE,
-        description=DESCRIPTION.format(suites=suites, methods=names.rstrip()),
-        formatter_class=help_formatter(),
-    )
+
+def _add_options(parser: HelpParser | ArgumentParser, readable_file: type) -> None:
+    from scatterbrain.bench.allocator import ALLOCATORS
+    from scatterbrain.bench.config import DEFAULT_SUITE, DIRECTIONS, DTYPES, SUITES
+
     add = parser.add_argument
     add("--suite", default=DEFAULT_SUITE, choices=list(SUITES), help="Lengths and methods.")
     add("--lengths", type=int, nargs="+", metavar="N", help="Tokens, in place of the suite's.")
@@ -93,7 +108,7 @@ def parse_bench_config(arguments: Sequence[str]) -> BenchConfig:
     add("--repeats", type=int, default=5, help="Interleaved repeats, of which the median counts.")
     add("--threads", type=int, default=1, help="Threads of torch.")
     add("--seed", type=int, default=0, help="Of the random inputs.")
-    add("--inputs", type=Path_fr | None, metavar="FILE", help="Queries, keys and values: a safetensors file.")
+    add("--inputs", type=readable_file | None, metavar="FILE", help="Queries, keys and values: a safetensors file.")
     add("--entry", type=str | None, help="Entry of the file: tensors ENTRY.q, ENTRY.k, ENTRY.v. Default the first.")
     add("--memory", type=bool, default=True, help="Measure peak memory, in a process of its own.")
     add("--allocator", default="keep", choices=list(ALLOCATORS), help="Whether freed memory is kept.")
@@ -107,7 +122,3 @@ def parse_bench_config(arguments: Sequence[str]) -> BenchConfig:
         default=False,
         help="Keep the results that --json FILE already has.",
     )
-    chosen = vars(parser.parse_args(list(arguments)))
-    for name in ("inputs", "json", "png"):
-        chosen[name] = None if chosen[name] is None else Path(str(chosen[name]))
-    return BenchConfig(**chosen)

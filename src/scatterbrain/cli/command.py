@@ -1,10 +1,15 @@
-"""Parts that the commands share: errors that end them with a message, and the layout of their help."""
+"""Parts that the commands share: errors that end them with a message, and their options and help."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+if TYPE_CHECKING:
+    import jsonargparse
 
 
 class CommandError(Exception):
@@ -18,7 +23,7 @@ class CommandError(Exception):
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Turns a package that is not installed, bad input and files that cannot be read or written into a
-    :class:`CommandError`."""
+    :class:`CommandError` of one line. Its exit code is 1, or what the error itself has as ``exit_code``."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -26,11 +31,78 @@ def readable_errors() -> Iterator[None]:
             raise
         raise CommandError(f"needs the package {error.name}: pip install 'scatterbrain[train]'") from error
     except (ValueError, OSError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(one_line(error), getattr(error, "exit_code", 1)) from error
 
 
-def help_formatter() -> type[argparse.HelpFormatter]:
-    """A formatter that shows types and defaults, and keeps the line breaks of the description."""
-    from jsonargparse import DefaultHelpFormatter
+def one_line(error: object) -> str:
+    return " ".join(str(error).split())
 
-    return type("Formatter", (DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+
+# -------------------- options
+
+
+def parse(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> jsonargparse.Namespace:
+    """The options of a command line, by a parser made with ``exit_on_error=False``.
+
+    Raises:
+        SystemExit: with code 2, after a message of one line, for an unknown option or a value of the wrong type.
+    """
+    try:
+        return parser.parse_args(list(arguments))
+    except argparse.ArgumentError as error:
+        print(f"{parser.prog}: {one_line(error)}; see {parser.prog} --help", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    return any(argument in ("-h", "--help") for argument in arguments)
+
+
+class HelpParser(argparse.ArgumentParser):
+    """Takes the options of a command as jsonargparse's parser does and prints them, with types and defaults. That
+    package need not be there for it. The line breaks of the description stay."""
+
+    def __init__(self, prog: str, usage: str, description: str) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, usage, description.replace("%", "%%"), formatter_class=formatter)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        return super().add_argument(*names, **_for_help(options))
+
+    def add_section(self, title: str) -> Any:
+        """A group of options, with the same ``add_argument``."""
+        group = self.add_argument_group(title)
+        add = group.add_argument
+        group.add_argument = lambda *names, **options: add(*names, **_for_help(options))
+        return group
+
+    def exit_with_help(self) -> None:
+        """Prints the help and leaves with code 0."""
+        self.print_help()
+        raise SystemExit(0)
+
+
+def _for_help(options: dict[str, Any]) -> dict[str, Any]:
+    if options.get("action") == "help":
+        return options
+    shown = {name: value for name, value in options.items() if name in ("metavar", "nargs", "choices")}
+    facts = [f"type: {_type_name(options['type'])}"] if "type" in options else []
+    facts.append(f"default: {_plain(options.get('default'))}")
+    return shown | {"help": f"{options.get('help', '')} ({', '.join(facts)})".replace("%", "%%")}
+
+
+def _plain(default: object) -> str:
+    """A default as YAML writes it."""
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return f"[{', '.join(map(_plain, default))}]" if isinstance(default, (list, tuple)) else str(default)
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is None and get_args(hint) == ():
+        return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
+    if get_origin(hint) in (tuple, list, dict):
+        return str(hint)
+    return " or ".join(map(_type_name, get_args(hint)))

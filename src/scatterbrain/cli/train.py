@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 from collections.abc import Sequence
+from typing import Any, get_type_hints
 
-from scatterbrain.cli.command import CommandError, help_formatter, readable_errors
-from scatterbrain.training.config import RunConfig
+from scatterbrain.cli.command import CommandError, HelpParser, asks_for_help, parse, readable_errors
+from scatterbrain.training.config import SECTIONS, RunConfig, WrongType
 
 USAGE = "scatterbrain train CONFIG [--key value ...]"
 DESCRIPTION = """\
@@ -30,10 +33,13 @@ def train(arguments: Sequence[str]) -> int:
         The exit code 0 when trained to the end.
 
     Raises:
-        CommandError: with exit code 1 for bad input or a file that cannot be written, and 128 plus the signal's number
-            for a run that was interrupted.
+        CommandError: with exit code 1 for a value out of range or a file that cannot be written, 2 for a value of the
+            wrong type and for a folder or a checkpoint that cannot be used, and 128 plus the signal's number for a run
+            that was interrupted.
     """
     with readable_errors():
+        if asks_for_help(arguments):
+            _help().exit_with_help()
         from scatterbrain.training.trainer import RunStopped, Trainer
 
         trainer = Trainer(parse_run_config(arguments))
@@ -50,17 +56,53 @@ def parse_run_config(arguments: Sequence[str]) -> RunConfig:
     Raises:
         ValueError: for a value out of range.
         SystemExit: with code 2, after a message that names the key, for an unknown key or a value of the wrong type;
-            with code 0 after --help and --print_config.
+            with code 0 after --print_config.
     """
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-    parser = ArgumentParser(
-        prog="scatterbrain train", usage=USAGE, description=DESCRIPTION, formatter_class=help_formatter()
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="The YAML file, as CONFIG.")
+    parser = ArgumentParser(prog="scatterbrain train", usage=USAGE, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(RunConfig)
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--config")
-    namespace = parser.instantiate(parser.parse_args(arguments))
+    namespace = parse(parser, arguments)
+    for name in SECTIONS:
+        if not isinstance(namespace[name], Namespace):
+            raise WrongType(f"{name}: expected a mapping of keys, got {namespace[name]!r}")
+    namespace = parser.instantiate(namespace)
     return RunConfig(**{field.name: namespace[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def _help() -> HelpParser:
+    parser = HelpParser("scatterbrain train", USAGE, DESCRIPTION)
+    parser.add_argument("--config", metavar="CONFIG", help="The YAML file, as CONFIG.")
+    parser.add_argument(
+        "--print_config", metavar="FLAGS", nargs="?", help="Print the configuration that results, and exit."
+    )
+    _add_keys(parser.add_section("a training run"), RunConfig, "")
+    for name, section in SECTIONS.items():
+        title, _ = inspect.getdoc(section).split("\n", 1)
+        _add_keys(parser.add_section(title.rstrip(".").lower()), section, f"{name}.")
+    return parser
+
+
+def _add_keys(group: Any, section: type, prefix: str) -> None:
+    """The keys of a section, with what its docstring says of them."""
+    hints, texts = get_type_hints(section), _texts(section)
+    for field in dataclasses.fields(section):
+        if prefix or field.name not in SECTIONS:
+            group.add_argument(
+                f"--{prefix}{field.name}",
+                metavar=field.name.upper(),
+                type=hints[field.name],
+                default=field.default,
+                help=texts[field.name],
+            )
+
+
+def _texts(section: type) -> dict[str, str]:
+    """The paragraphs of a docstring's "Args:", by name."""
+    _, arguments = inspect.getdoc(section).split("Args:\n", 1)
+    found = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", arguments, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -69,25 +70,29 @@ def replace_attention(
         ``restore()``. If nothing could be replaced there is a warning too.
 
     Raises:
-        TypeError: model, support or low_rank of a wrong type.
+        TypeError: model, support or low_rank of a wrong type, or a ``where`` that cannot be called with one path. What
+            ``where`` itself raises passes through. The model is then as it was.
         ValueError: "learned" for a model that is in DistributedDataParallel or FSDP already.
         ValueError: token_order="hilbert" for a model without a vision transformer that can be ordered.
     """
     _check_arguments(model, support, low_rank, token_order)
+    _check_where(where)
     prepare_replacers(model)
+    modules = list(_attention_modules(model))
+    left_out = {path for path, _ in modules if where is not None and not where(path)}
     report = Report("exact attention" if support.is_full else f"{support}, {low_rank}")
     cross_attention = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
     if token_order == "hilbert":
         report._add(*apply_order(model))
     done: dict[nn.Module, Entry] = {}
-    for path, module in list(_attention_modules(model)):
+    for path, module in modules:
         if module in done:  # one module under two names
             first = done[module]
             report.entries.append(Entry(path, first.was, first.now, f"the same module as {first.path}"))
             continue
         entry = done[module] = Entry(path, _class_name(module), None)
         report.entries.append(entry)
-        if where is not None and not where(path):
+        if path in left_out:
             entry.note = "left out by where="
             continue
         undo = _replace(module, entry, support, low_rank, module in cross_attention)
@@ -118,6 +123,23 @@ def _check_arguments(model: nn.Module, support: Support, low_rank: LowRank, toke
             f"replace_attention: expected a model that is not yet in {wrapper}, which would neither shard nor "
             "synchronise the projections that statistics='learned' adds; replace attention first, then wrap the model"
         )
+
+
+def _check_where(where: Callable[[str], bool] | None) -> None:
+    """Raises TypeError for anything but a function of one path."""
+    if where is None:
+        return
+    expected = "replace_attention: where must be a function of a module's path, such as lambda path: 'encoder' in path"
+    if not callable(where):
+        raise TypeError(f"{expected}; got {type(where).__name__}")
+    try:
+        signature = inspect.signature(where)
+    except ValueError:  # functions of C need not have one
+        return
+    try:
+        signature.bind("path")
+    except TypeError as error:
+        raise TypeError(f"{expected}; got one with arguments {signature}: {error}") from error
 
 
 def _replace(

@@ -51,7 +51,6 @@ class Favor(LowRankKernel):
         orthogonal: rows orthogonal within blocks of head_dim, with the norms of Gaussian rows (lower variance, still
             unbiased).
         hyperbolic: pairs ``exp(w.x), exp(-w.x)``; needs an even number of features.
-        centred: not in this release; must be False.
         redraw: optimizer steps between redraws of a module's projection by :func:`scatterbrain.update_statistics`;
             None: never.
         seed: seed of the projection that :func:`scatterbrain.attention` draws when it is given none, and of a module's.
@@ -62,7 +61,6 @@ class Favor(LowRankKernel):
     features: int = 64
     orthogonal: bool = True
     hyperbolic: bool = False
-    centred: bool = False
     redraw: int | None = None
     seed: int = 0
 
@@ -71,15 +69,13 @@ class Favor(LowRankKernel):
         check_int("Favor", "seed", self.seed, 0, SEED_MAX)
         if self.redraw is not None:
             check_int("Favor", "redraw", self.redraw, 1)
-        for name in ("orthogonal", "hyperbolic", "centred"):
+        for name in ("orthogonal", "hyperbolic"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Favor: {name} must be a bool, got {getattr(self, name)!r}")
         if self.hyperbolic and self.features % 2:
             raise ValueError(
                 f"Favor: hyperbolic features come in pairs, expected an even number of features, got {self.features}"
             )
-        if self.centred:
-            raise ValueError("Favor: centred=True is not in this release; use Quadratic, whose coordinates are centred")
 
     @property
     def rows(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scatterbrain.call import Call
-from scatterbrain.fields import check_int
+from scatterbrain.fields import check_int, check_str
 from scatterbrain.low_rank.base import Coefficients, Heads, LowRankKernel, State, StateOwner
 from scatterbrain.low_rank.moments import MOMENTS, Moments, moment_shapes, moments
 from scatterbrain.low_rank.quadratic_coefficients import (
@@ -65,6 +65,7 @@ class Quadratic(LowRankKernel):
 
     def __post_init__(self) -> None:
         check_int("Quadratic", "rank", self.rank, 1)
+        check_str("Quadratic", "statistics", self.statistics)
         if self.statistics not in ("stored", "input", "ema", "learned"):
             raise ValueError(
                 f"Quadratic: expected statistics 'stored', 'input', 'ema' or 'learned', got {self.statistics!r}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scatterbrain.call import Call
-from scatterbrain.fields import INT64_MAX, check_int
+from scatterbrain.fields import INT64_MAX, check_int, check_str
 from scatterbrain.numerics import squared_norm
 from scatterbrain.operators import library  # noqa: F401  (loads the operators)
 from scatterbrain.operators.tracing import is_known
@@ -48,6 +48,7 @@ class LSH(Support):
         check_int("LSH", "keys", self.keys, 1)
         check_int("LSH", "rounds", self.rounds, 1)
         check_int("LSH", "seed", self.seed, 0, INT64_MAX)
+        check_str("LSH", "hash", self.hash)
         if self.hash != "e2lsh":
             raise ValueError(f"LSH: expected hash='e2lsh', got {self.hash!r}")
         if self.keys % self.rounds:

@@ -14,7 +14,7 @@ import scatterbrain as sb
 from scatterbrain.checks import check_pair
 from scatterbrain.low_rank import LOW_RANK_KERNELS, LowRankKernel
 from scatterbrain.supports import SUPPORTS, Support
-from scatterbrain.training.config import AttentionConfig
+from scatterbrain.training.config import AttentionConfig, WrongType
 
 
 def build_support_and_low_rank(config: AttentionConfig) -> tuple[Any, Any]:
@@ -88,7 +88,8 @@ def _class_of(key: str, kind: object, classes: dict[str, type], base: type) -> t
             raise ValueError(f"{key}: expected a class derived from {base.__name__}, got {kind!r}")
         return cls
     if not isinstance(kind, str) or kind not in classes:
-        raise ValueError(f"{key}: expected one of {', '.join(classes)} (as the kind), got {kind!r}")
+        error = ValueError if isinstance(kind, str) else WrongType
+        raise error(f"{key}: expected one of {', '.join(classes)} (as the kind), got {kind!r}")
     return classes[kind]
 
 
@@ -112,5 +113,7 @@ def _naming(key: str) -> Iterator[None]:
     """Puts the key of the configuration before what the library says about its value."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        raise WrongType(f"{key}: {error}") from error
+    except ValueError as error:
         raise ValueError(f"{key}: {error}") from error

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
-from scatterbrain.training.files import write_atomically
+from scatterbrain.training.config import SECTIONS
+from scatterbrain.training.files import UnusableRun, write_atomically
 from scatterbrain.training.train_step import TrainState
 
 FORMAT = "scatterbrain-train-1"
@@ -54,41 +58,130 @@ def read_progress(path: Path) -> Progress:
     """The progress that :func:`save_checkpoint` stored.
 
     Raises:
-        ValueError: if the file is not a checkpoint of it.
+        UnusableRun: if the file is not a checkpoint of it.
     """
-    return Progress(**json.loads(_metadata(path)["progress"]))
+    metadata = _metadata(path)
+    if unknown := sorted(metadata.keys() - {"format", "progress"}):
+        raise UnusableRun(f"{path}: expected the metadata format and progress, got {unknown[0]!r} too; {_CURE}")
+    text = metadata.get("progress", "")
+    try:
+        stored = json.loads(text)
+    except json.JSONDecodeError:
+        stored = None
+    fields = [field.name for field in dataclasses.fields(Progress)]
+    if not isinstance(stored, dict) or sorted(stored) != sorted(fields):
+        got = ", ".join(stored) if isinstance(stored, dict) else repr(text[:40])
+        raise UnusableRun(f"{path}: expected the progress {', '.join(fields)}, got {got}; {_CURE}")
+    progress = Progress(**stored)
+    _require(path, type(progress.step) is int and progress.step >= 0, "step", "an int from 0", progress.step)
+    seconds = progress.seconds
+    is_time = type(seconds) in (int, float) and 0 <= seconds < math.inf
+    _require(path, is_time, "seconds", "a number from 0", seconds)
+    is_nested = isinstance(progress.config, dict) and all(
+        isinstance(progress.config.get(name), dict) for name in SECTIONS
+    )
+    _require(path, is_nested, "config", f"the sections {', '.join(SECTIONS)}", progress.config)
+    return progress
 
 
 def load_checkpoint(path: Path, train_state: TrainState) -> None:
-    """Restores the weights, the optimizer and the random number generators.
+    """Restores the weights, the optimizer and the random number generators, all of them: a run that goes on without
+    some of its state is another run.
 
     Raises:
-        ValueError: if the file is not a checkpoint of :func:`save_checkpoint`.
-        RuntimeError: if the weights do not fit the model.
+        UnusableRun: if the file is not a checkpoint of :func:`save_checkpoint` for this model, whole and unchanged.
     """
+    step = read_progress(path).step
     tensors = safetensors.torch.load_file(path)
-    model = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-    train_state.model.load_state_dict(model)
-    optimizer = train_state.optimizer.state_dict()
-    optimizer["state"] = {}
+    groups = {"model": {}, "optimizer": {}, "rng": {}}
     for name, value in tensors.items():
-        if name.startswith("optimizer/"):
-            _, index, field = name.split("/")
-            optimizer["state"].setdefault(int(index), {})[field] = value
+        kind, _, rest = name.partition("/")
+        if kind not in groups or not rest:
+            raise UnusableRun(f"{path}: expected tensors model/, optimizer/ and rng/, got {name!r}; {_CURE}")
+        groups[kind][rest] = value
+    _load_model(path, groups["model"], train_state.model)
+    _load_optimizer(path, groups["optimizer"], train_state, step)
+    _load_generators(path, groups["rng"], train_state.device)
+
+
+_CURE = "the file was changed, or comes from another version; start anew in another folder with --output"
+
+
+def _require(path: Path, condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise UnusableRun(f"{path}: {name} must be {expected}, got {reprlib.repr(got)}; {_CURE}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
+def _require_like(path: Path, name: str, tensor: Tensor, like: Tensor) -> None:
+    """A finite tensor of the shape and dtype of another."""
+    same = tensor.shape == like.shape and tensor.dtype == like.dtype
+    if not same:
+        raise UnusableRun(f"{path}: {name} must be {_describe(like)}, got {_describe(tensor)}; {_CURE}")
+    if bool(torch.isfinite(like).all()) and not bool(torch.isfinite(tensor).all()):
+        raise UnusableRun(f"{path}: {name} holds NaN or infinity; {_CURE}")
+
+
+def _load_model(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> None:
+    own = model.state_dict()
+    for name in own.keys() & tensors.keys():
+        _require_like(path, f"model/{name}", tensors[name], own[name])
+    try:
+        model.load_state_dict(tensors)  # which knows the names of earlier versions too
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UnusableRun(f"{path}: {error}; {_CURE}") from error
+
+
+def _load_optimizer(path: Path, tensors: dict[str, Tensor], train_state: TrainState, step: int) -> None:
+    """AdamW's state of every parameter: its number of steps, and two averages of the parameter's shape."""
+    optimizer = train_state.optimizer.state_dict()
+    parameters = [parameter for group in train_state.optimizer.param_groups for parameter in group["params"]]
+    likes = {
+        f"{index}/{field}": like
+        for index, parameter in enumerate(parameters if step > 0 else [])
+        for field, like in (("step", torch.tensor(0.0)), ("exp_avg", parameter), ("exp_avg_sq", parameter))
+    }
+    for name in sorted(likes.keys() ^ tensors.keys()):
+        expected = "is missing" if name in likes else "belongs to no parameter"
+        raise UnusableRun(f"{path}: optimizer/{name} {expected}; {_CURE}")
+    optimizer["state"] = {}
+    for name, like in likes.items():
+        _require_like(path, f"optimizer/{name}", tensors[name], like.detach())
+        index, field = name.split("/")
+        if field == "step":
+            _require(
+                path, tensors[name].item() == step, f"optimizer/{name}", f"the run's step {step}", tensors[name].item()
+            )
+        optimizer["state"].setdefault(int(index), {})[field] = tensors[name]
     train_state.optimizer.load_state_dict(optimizer)
-    torch.set_rng_state(tensors["rng/cpu"])
-    if train_state.device.type == "cuda" and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"], train_state.device)
+
+
+def _load_generators(path: Path, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """A run on the CPU may go on elsewhere, so the state of another device's generator may be there or not."""
+    unknown = sorted(tensors.keys() - {"cpu", "cuda"})
+    if unknown or "cpu" not in tensors:
+        what = f"rng/{unknown[0]} is unknown" if unknown else "rng/cpu is missing"
+        raise UnusableRun(f"{path}: {what}; {_CURE}")
+    _require_like(path, "rng/cpu", tensors["cpu"], torch.get_rng_state())
+    try:
+        torch.set_rng_state(tensors["cpu"])
+        if device.type == "cuda" and "cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["cuda"], device)
+    except (RuntimeError, TypeError) as error:
+        raise UnusableRun(f"{path}: rng: {error}; {_CURE}") from error
 
 
 def _metadata(path: Path) -> dict[str, str]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path}: expected a checkpoint of scatterbrain train, got a file that cannot be read: {error}"
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UnusableRun(
+            f"{path}: expected a checkpoint of scatterbrain train, got a file that cannot be read: {error}; {_CURE}"
         ) from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected a checkpoint in format {FORMAT}, got {metadata.get('format')!r}")
+        raise UnusableRun(f"{path}: expected a checkpoint in format {FORMAT}, got {metadata.get('format')!r}; {_CURE}")
     return metadata

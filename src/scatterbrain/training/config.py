@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import math
+import types
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+class WrongType(ValueError):
+    """A setting of another type than its key has."""
+
+    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +32,7 @@ class DataConfig:
     validation_fraction: float = 0.05
 
     def __post_init__(self) -> None:
+        _check_types(self, "data.")
         _require(
             0 < self.validation_fraction < 1, "data.validation_fraction", "between 0 and 1", self.validation_fraction
         )
@@ -59,6 +68,7 @@ class ModelConfig:
     embedding_std: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_types(self, "model.")
         for name in ("layers", "width", "heads"):
             _require(getattr(self, name) > 0, f"model.{name}", "positive", getattr(self, name))
         _require(
@@ -71,6 +81,9 @@ class ModelConfig:
             f"a divisor of heads = {self.heads}",
             kv_heads,
         )
+        _require(self.mlp_width is None or self.mlp_width > 0, "model.mlp_width", "positive or null", self.mlp_width)
+        _require(0 < self.rope_base < math.inf, "model.rope_base", "positive and finite", self.rope_base)
+        _require(0 <= self.embedding_std < math.inf, "model.embedding_std", "0 or more", self.embedding_std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +108,7 @@ class AttentionConfig:
     low_rank: str | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self, "attention.")
         _require(self.keys > 0, "attention.keys", "positive", self.keys)
 
 
@@ -145,12 +159,18 @@ class TrainConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
+        _check_types(self, "train.")
         positive = ("steps", "context", "batch", "accumulate", "learning_rate", "clip", "validate_every")
         for name in (*positive, "validation_batches", "checkpoint_every"):
             _require(getattr(self, name) > 0, f"train.{name}", "positive", getattr(self, name))
         for name in ("minutes", "threads"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"train.{name}", "positive or null", value)
+        _require(self.learning_rate < math.inf, "train.learning_rate", "a finite number", self.learning_rate)
+        for name in ("final_learning_rate", "warmup", "weight_decay"):
+            _require(0 <= getattr(self, name) < math.inf, f"train.{name}", "0 or more", getattr(self, name))
+        _require(all(0 <= beta < 1 for beta in self.betas), "train.betas", "numbers from 0 to below 1", self.betas)
+        _require(0 <= self.seed < 2**63, "train.seed", "0 or more, in 63 bits", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +188,7 @@ class SampleConfig:
     temperature: float = 0.7
 
     def __post_init__(self) -> None:
+        _check_types(self, "sample.")
         _require(self.prompt != "", "sample.prompt", "at least one character", self.prompt)
         _require(self.length >= 0, "sample.length", "0 or more", self.length)
         _require(self.temperature >= 0, "sample.temperature", "0 or more", self.temperature)
@@ -185,6 +206,7 @@ class CompareConfig:
     steps: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(self, "compare.")
         _require(self.steps >= 0, "compare.steps", "0 or more", self.steps)
 
 
@@ -215,7 +237,54 @@ class RunConfig:
     resume: bool | Literal["auto"] = False
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        _check_types(self, "")
+        _require(self.output != "", "output", "a folder", self.output)
+
+
+SECTIONS = {
+    name: hint for name, hint in get_type_hints(RunConfig).items() if dataclasses.is_dataclass(hint)
+}  # of RunConfig, by name
+
 
 def _require(condition: bool, key: str, expected: str, got: object) -> None:
     if not condition:
         raise ValueError(f"{key}: expected {expected}, got {got!r}")
+
+
+def _check_types(section: Any, prefix: str) -> None:
+    """Raises WrongType for a field whose value is not of its type: what reads YAML lets null pass everywhere."""
+    for name, hint in get_type_hints(type(section)).items():
+        if not _is(getattr(section, name), hint):
+            raise WrongType(f"{prefix}{name}: expected {_expected(hint)}, got {getattr(section, name)!r}")
+
+
+def _is(value: object, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_is(value, one) for one in arguments)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in arguments)
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(kinds) == len(value) and all(map(_is, value, kinds))
+    if hint in (int, float):
+        numbers = (int, float) if hint is float else int
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _expected(hint: Any) -> str:
+    names = {int: "an int", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    if hint in names:
+        return names[hint]
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_expected, arguments))
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin is tuple:
+        return "a list of strings" if arguments[-1] is Ellipsis else f"a list of {len(arguments)} numbers"
+    return "a mapping"

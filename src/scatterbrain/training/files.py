@@ -1,10 +1,24 @@
-"""The output folder of a run, and atomic writing: a file is either the old one or the new one, whole."""
+"""The output folder of a run, which one process at a time writes to, and atomic writing: a file is either the old one
+or the new one, whole."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import weakref
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None
+
+
+class UnusableRun(ValueError):
+    """An output folder, or a file in it, that a run cannot use."""
+
+    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +50,31 @@ class RunFolder:
     @property
     def comparison(self) -> Path:
         return self.path / "comparison.txt"
+
+
+class FolderLock:
+    """Keeps other processes' runs out of a folder until :meth:`release`, or until the process ends, however it does. No
+    file is left behind. File systems without locks are used without.
+
+    Raises:
+        UnusableRun: another run holds the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.release = lambda: None
+        if fcntl is None:
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+        self.release = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.release()
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UnusableRun(
+                    f"output: another run is writing to {path}; wait for its end, stop it, or choose another folder "
+                    "with --output"
+                ) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -11,7 +12,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from scatterbrain.training.files import write_atomically
+from scatterbrain.training.files import UnusableRun, write_atomically
+from scatterbrain.training.train_step import StepResult
 
 Record = dict[str, Any]
 
@@ -42,15 +44,45 @@ class MetricsLog:
         return [record for record in self.records if record["kind"] == kind]
 
 
+NUMBERS = {
+    "train": ("loss", "bits_per_byte", "learning_rate", *(field.name for field in dataclasses.fields(StepResult))),
+    "validation": ("loss", "bits_per_byte"),
+}  # of a record, by its kind, besides the step
+
+
 def read_records(path: Path, last_step: int) -> list[Record]:
-    """The records up to ``last_step``, without a last line that was cut short."""
+    """The records up to ``last_step``, without a last line that was cut short.
+
+    Raises:
+        UnusableRun: for a line that is no record of a run.
+    """
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnusableRun(f"{path}: expected a text file, got one that cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
-            break
+            if number == len(lines):
+                break  # the process was killed while it wrote
+            record = None
+        if not _is_record(record):
+            raise UnusableRun(
+                f"{path}, line {number}: expected a record with kind (train or validation), step and its numbers, got "
+                f"{line[:60]!r}; remove the line, or start anew in another folder with --output"
+            )
+        records.append(record)
     return [record for record in records if record["step"] <= last_step]
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict) or record.get("kind") not in NUMBERS:
+        return False
+    numbers = [record.get(name) for name in NUMBERS[record["kind"]]]
+    is_step = type(record.get("step")) is int and record["step"] >= 1
+    return is_step and all(type(number) in (int, float) for number in numbers)
 
 
 def draw_loss_curve(path: Path, log: MetricsLog, title: str) -> None:

@@ -19,7 +19,7 @@ from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_pro
 from scatterbrain.training.compare import compare_with_exact
 from scatterbrain.training.config import RunConfig
 from scatterbrain.training.data import Batches, read_corpus
-from scatterbrain.training.files import RunFolder, write_atomically
+from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, write_atomically
 from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.metrics import MetricsLog, bits_per_byte, draw_loss_curve, read_records
 from scatterbrain.training.sample import generate
@@ -46,6 +46,8 @@ class Trainer:
     Raises:
         ValueError: for settings that do not fit together, missing data, or an output folder whose checkpoint the
             configuration neither continues nor replaces.
+        UnusableRun: a ValueError, for an output folder that another run is writing to, or whose files are not those of
+            this run.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -69,6 +71,12 @@ class Trainer:
             RunStopped: after SIGINT or SIGTERM, once the current step is finished and saved, or if a file cannot be
                 written; the last checkpoint is whole in both cases.
         """
+        try:
+            self._run()
+        finally:
+            self._lock.release()
+
+    def _run(self) -> None:
         self._introduce()
         with StopRequest() as stop:
             try:
@@ -95,11 +103,12 @@ class Trainer:
 
     def _open(self) -> None:
         """Starts the output folder, or continues the run in it."""
-        found, resume = self.folder.checkpoint.exists(), self.config.resume
-        if resume is True and not found:
-            raise ValueError(
-                f"resume: expected a checkpoint at {self.folder.checkpoint}, found none; leave resume out to start"
-            )
+        checkpoint, resume = self.folder.checkpoint, self.config.resume
+        if resume is True and not checkpoint.exists():
+            raise ValueError(f"resume: expected a checkpoint at {checkpoint}, found none; leave resume out to start")
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.folder.path)
+        found = checkpoint.exists()
         if not resume and found and not self.config.overwrite:
             raise ValueError(
                 f"output: {self.folder.path} already has a checkpoint; continue it with --resume true, replace it with "
@@ -108,13 +117,17 @@ class Trainer:
         self._description = _as_plain_data(self.config)
         records = []
         if resume and found:
-            progress = read_progress(self.folder.checkpoint)
+            progress = read_progress(checkpoint)
             _check_same_run(progress.config, self._description)
-            load_checkpoint(self.folder.checkpoint, self.train_state)
+            load_checkpoint(checkpoint, self.train_state)
             self.steps_done, self._seconds_before = progress.step, progress.seconds
             self._checkpointed_step = progress.step
             records = read_records(self.folder.metrics, progress.step)
-        self.folder.path.mkdir(parents=True, exist_ok=True)
+            known = sum(record["kind"] == "train" for record in records)
+            if known < progress.step:
+                print(
+                    f"{self.folder.metrics} has records of {known} of {progress.step} steps; the others are not drawn"
+                )
         if found and self._checkpointed_step is None:
             self.folder.checkpoint.unlink()
         write_atomically(self.folder.config, yaml.safe_dump(self._description, sort_keys=False).encode())
@@ -202,6 +215,10 @@ class Trainer:
         if is_exact(self.config.attention):
             print("compare.steps: nothing to compare, the run itself used exact attention")
             return
+        steps = self.config.compare.steps
+        if [record["step"] for record in self.log.of_kind("train")[:steps]] != list(range(1, steps + 1)):
+            print(f"compare.steps: nothing to compare, {self.folder.metrics} lacks records of the first {steps} steps")
+            return
         table = compare_with_exact(self.config, self.log, self.training_batches, self.validation_batches(), stop)
         if table is not None:
             write_atomically(self.folder.comparison, (table + "\n").encode())
@@ -226,15 +243,35 @@ def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises ValueError for a setting that affects what is learned and has changed."""
-    for section in ("data", "model", "attention", "train"):
-        for name, value in current[section].items():
-            free = section == "train" and name in FREE_TRAIN_KEYS
-            if not free and stored[section].get(name) != value:
-                raise ValueError(
-                    f"{section}.{name}: the checkpoint was made with {stored[section].get(name)!r}, got {value!r}; "
-                    "continue with the same setting, or start anew in another folder with --output"
-                )
+    """Raises UnusableRun for a setting that affects what is learned and has changed, and for unknown ones."""
+    before, now = (_flat(settings) for settings in (stored, current))
+    for key in before.keys() | now.keys():
+        section, _, name = key.partition(".")
+        is_free = section in ("sample", "compare", "output") or (section == "train" and name in FREE_TRAIN_KEYS)
+        if key not in now:
+            what = f"the checkpoint was made with {before[key]!r}, and this version has no such setting"
+        elif is_free or before.get(key, _NOTHING) == now[key]:
+            continue
+        elif key not in before:
+            what = f"the checkpoint does not say what it was made with, got {now[key]!r}"
+        else:
+            what = f"the checkpoint was made with {before[key]!r}, got {now[key]!r}"
+        raise UnusableRun(
+            f"{key}: {what}; continue with the same setting, or start anew in another folder with --output"
+        )
+
+
+_NOTHING = object()
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by section.key."""
+    flat = {}
+    for section, value in settings.items():
+        flat |= (
+            {f"{section}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {section: value}
+        )
+    return flat
 
 
 def _progress_bar(fraction: float) -> tqdm:

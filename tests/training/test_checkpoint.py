@@ -1,0 +1,203 @@
+"""What a run refuses to continue from: files that someone, or another version, has changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor
+
+from scatterbrain.cli import main
+
+Files = tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]  # tensors, metadata, progress
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a run of two steps, in whose folder "base" lie its files."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text("".join(f"line {number:04d}\n" for number in range(200)))
+    settings = {
+        "data": {"path": str(folder / "text.txt"), "validation_fraction": 0.2},
+        "model": {"layers": 1, "width": 16, "heads": 1},
+        "attention": {"keys": 32, "low_rank": {"kind": "quadratic", "rank": 3}},
+        "train": {"steps": 2, "context": 48, "batch": 1, "threads": 1, "validation_batches": 1},
+        "sample": {"length": 0},
+        "output": str(folder / "base"),
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert main(["train", str(path)]) == 0
+    return path
+
+
+@pytest.fixture
+def copied(stopped: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(stopped.parent / "base", tmp_path / "run")
+
+
+def go_on(config: Path, folder: Path) -> int:
+    return main(["train", str(config), "--output", str(folder), "--resume", "true", "--train.steps", "3"])
+
+
+def assert_refused(config: Path, folder: Path, capsys: pytest.CaptureFixture, words: str) -> None:
+    """Exit code 2 and one line, and all files as they were."""
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    assert go_on(config, folder) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and errors.startswith("scatterbrain train: "), errors
+    assert words in errors, errors
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def progress(**changes: object) -> Callable[[Files], None]:
+    return lambda files: files[2].update(changes)
+
+
+def tensor(name: str, value: object) -> Callable[[Files], None]:
+    """Replaces a tensor by what ``value`` makes of it; by None without it."""
+
+    def edit(files: Files) -> None:
+        old = files[0].pop(name, None)
+        if value is not None:
+            files[0][name] = value if isinstance(value, Tensor) else value(old)
+
+    return edit
+
+
+def without(prefix: str) -> Callable[[Files], None]:
+    return lambda files: [files[0].pop(name) for name in list(files[0]) if name.startswith(prefix)]
+
+
+NORM = "model/norm.weight"
+TAMPERED: dict[str, tuple[Callable[[Files], object], str]] = {
+    "unknown progress": (progress(colour=1), "expected the progress step, seconds, config, got"),
+    "progress without a step": (lambda files: files[2].pop("step"), "expected the progress step"),
+    "a step in words": (progress(step="two"), "step must be an int from 0, got 'two'"),
+    "half a step": (progress(step=1.5), "step must be an int from 0, got 1.5"),
+    "a step before the first": (progress(step=-1), "step must be an int from 0, got -1"),
+    "a true step": (progress(step=True), "step must be an int from 0, got True"),
+    "another step": (progress(step=1), "step must be the run's step 1, got 2.0"),
+    "time in words": (progress(seconds="long"), "seconds must be a number from 0, got 'long'"),
+    "no time at all": (progress(seconds=float("nan")), "seconds must be a number from 0, got nan"),
+    "a list of settings": (progress(config=[1]), "config must be the sections data, model"),
+    "no settings": (progress(config=None), "config must be the sections data, model"),
+    "settings without a model": (lambda files: files[2]["config"].pop("model"), "config must be the sections"),
+    "settings without a width": (
+        lambda files: files[2]["config"]["model"].pop("width"),
+        "model.width: the checkpoint does not say what it was made with, got 16",
+    ),
+    "an unknown setting": (
+        lambda files: files[2]["config"]["model"].update(depth=3),
+        "model.depth: the checkpoint was made with 3, and this version has no such setting",
+    ),
+    "an unknown section": (lambda files: files[2]["config"].update(extra={"a": 1}), "extra.a: the checkpoint was made"),
+    "another setting": (
+        lambda files: files[2]["config"]["train"].update(clip=2.0),
+        "train.clip: the checkpoint was made with 2.0, got 1.0",
+    ),
+    "progress that is no JSON": (lambda files: files[1].update(progress="{"), "expected the progress"),
+    "progress that is a list": (lambda files: files[1].update(progress="[1]"), "expected the progress"),
+    "no progress": (lambda files: files[1].update(progress=None), "expected the progress"),
+    "another format": (lambda files: files[1].update(format="x"), "expected a checkpoint in format"),
+    "unknown metadata": (lambda files: files[1].update(colour="red"), "metadata format and progress, got 'colour' too"),
+    "an unknown tensor": (
+        tensor("colour", torch.zeros(1)),
+        "expected tensors model/, optimizer/ and rng/, got 'colour'",
+    ),
+    "an unknown weight": (tensor("model/colour", torch.zeros(1)), "colour"),
+    "a missing weight": (tensor(NORM, None), "norm.weight"),
+    "a weight of another shape": (
+        tensor(NORM, torch.zeros(3)),
+        f"{NORM} must be float32 of shape (16,), got float32 of",
+    ),
+    "a weight of integers": (tensor(NORM, Tensor.int), f"{NORM} must be float32 of shape (16,), got int32"),
+    "a weight of NaN": (tensor(NORM, lambda t: t * float("nan")), f"{NORM} holds NaN"),
+    "no optimizer state": (without("optimizer/"), "optimizer/0/exp_avg is missing"),
+    "no state of a parameter": (without("optimizer/1/"), "optimizer/1/exp_avg is missing"),
+    "no average": (tensor("optimizer/0/exp_avg_sq", None), "optimizer/0/exp_avg_sq is missing"),
+    "an average that broadcasts": (
+        tensor("optimizer/0/exp_avg", torch.zeros(1, 1)),
+        "optimizer/0/exp_avg must be float32",
+    ),
+    "an average of integers": (tensor("optimizer/0/exp_avg", Tensor.int), "optimizer/0/exp_avg must be float32"),
+    "an average of infinity": (
+        tensor("optimizer/0/exp_avg", lambda t: t + float("inf")),
+        "optimizer/0/exp_avg holds NaN",
+    ),
+    "an unknown average": (tensor("optimizer/0/colour", torch.zeros(1)), "optimizer/0/colour belongs to no parameter"),
+    "an unknown parameter": (tensor("optimizer/99/step", torch.zeros(1)), "optimizer/99/step belongs to no parameter"),
+    "a parameter without a number": (tensor("optimizer/a/step", torch.zeros(1)), "optimizer/a/step belongs to no"),
+    "other steps of a parameter": (tensor("optimizer/0/step", torch.tensor(9.0)), "must be the run's step 2, got 9.0"),
+    "no generator": (tensor("rng/cpu", None), "rng/cpu is missing"),
+    "a short generator": (tensor("rng/cpu", lambda t: t[:16]), "rng/cpu must be uint8 of shape (5056,), got uint8 of"),
+    "a float generator": (tensor("rng/cpu", Tensor.float), "rng/cpu must be uint8"),
+    "an empty generator": (tensor("rng/cpu", torch.zeros_like), "rng: Invalid"),
+    "an unknown generator": (tensor("rng/dice", torch.zeros(1)), "rng/dice is unknown"),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_changed_checkpoint_is_refused_in_one_line(name: str, stopped: Path, copied: Path, capsys) -> None:
+    edit, words = TAMPERED[name]
+    checkpoint = copied / "checkpoint.safetensors"
+    with safetensors.safe_open(checkpoint, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    state, stored = json.loads(metadata["progress"]), metadata["progress"]
+    edit((tensors, metadata, state))
+    if metadata["progress"] == stored:
+        metadata["progress"] = json.dumps(state)
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, checkpoint, metadata)
+    assert_refused(stopped, copied, capsys, words)
+
+
+@pytest.mark.parametrize("cut", [0, 500, -5])
+def test_a_cut_checkpoint_is_refused_in_one_line(cut: int, stopped: Path, copied: Path, capsys) -> None:
+    checkpoint = copied / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:cut])
+    assert_refused(stopped, copied, capsys, "checkpoint.safetensors: expected a checkpoint of scatterbrain train")
+
+
+LINES = {
+    "a list": "[1, 2]",
+    "a number": "3",
+    "nothing known": "{}",
+    "no step": '{"kind": "validation", "loss": 1, "bits_per_byte": 1}',
+    "a step in words": '{"kind": "validation", "step": "1", "loss": 1, "bits_per_byte": 1}',
+    "no kind": '{"step": 1, "loss": 1, "bits_per_byte": 1}',
+    "an unknown kind": '{"kind": "test", "step": 1, "loss": 1, "bits_per_byte": 1}',
+    "no loss": '{"kind": "validation", "step": 1, "bits_per_byte": 1}',
+    "a loss in words": '{"kind": "validation", "step": 1, "loss": "low", "bits_per_byte": 1}',
+    "no JSON": "nonsense",
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_line_of_the_metrics_that_is_no_record_is_refused(name: str, stopped: Path, copied: Path, capsys) -> None:
+    metrics = copied / "metrics.jsonl"
+    first, *others = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([first, LINES[name], *others]) + "\n")
+    assert_refused(stopped, copied, capsys, "metrics.jsonl, line 2: expected a record with kind (train or validation)")
+
+
+def test_a_last_line_that_was_cut_short_is_dropped(stopped: Path, copied: Path) -> None:
+    metrics = copied / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"kind": "train", "st')
+    assert go_on(stopped, copied) == 0
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 2, 3, 3]
+
+
+def test_records_that_are_gone_are_said_to_be(stopped: Path, copied: Path, capsys) -> None:
+    (copied / "metrics.jsonl").unlink()
+    assert go_on(stopped, copied) == 0
+    assert "metrics.jsonl has records of 0 of 2 steps; the others are not drawn" in capsys.readouterr().out
