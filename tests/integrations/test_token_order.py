@@ -4,6 +4,7 @@ refused."""
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -454,6 +455,11 @@ def dinov2(tmp_path: Any) -> str:
     return saved(hugging_face("dinov2")[0], tmp_path / "dinov2")
 
 
+@pytest.fixture
+def dinov3(tmp_path: Any) -> str:
+    return saved(hugging_face("dinov3")[0], tmp_path / "dinov3")
+
+
 def load(folder: str, cls: Any = hf.AutoModel, **arguments: Any) -> nn.Module:
     import scatterbrain.integrations.transformers as integration
 
@@ -513,6 +519,21 @@ def test_another_implementation_undoes_the_order(dinov2: str):
     assert ordered_paths(exact) == []
     report.restore()
     assert type(exact) is hf.Dinov2Model
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_of_an_ordered_model_keep_the_order_and_lose_it_by_themselves(dinov3: str, copied: Any):
+    exact, model, x = hf.AutoModel.from_pretrained(dinov3), load(dinov3), torch.randn(1, 3, *ODD)
+    again = copied(model)
+    with torch.no_grad():
+        ordered = model(x).last_hidden_state
+        assert torch.equal(again(x).last_hidden_state, ordered)
+        again.set_attn_implementation("sdpa")
+        assert torch.equal(again(x).last_hidden_state, exact(x).last_hidden_state)
+        assert not again.embeddings._forward_hooks and not again.rope_embeddings._forward_hooks
+        assert torch.equal(model(x).last_hidden_state, ordered)
 
 
 def test_of_two_towers_the_images_are_ordered(tmp_path: Any):
@@ -584,6 +605,15 @@ def test_compiled_models_take_images_of_several_sizes():
         for size in ((70, 28), (56, 84), (28, 70)):
             x = torch.randn(1, 3, *size)
             close(compiled(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["vit", "dinov3"])
+def test_ordered_models_can_be_traced(name: str):
+    model, x = models.build(name, depth=1), models.images(name)
+    sb.replace_attention(model, **ORDERED)
+    with torch.no_grad():
+        close(torch.jit.trace(model, x, check_trace=False)(x + 1), model(x + 1))
 
 
 def test_ordered_models_can_be_exported():

@@ -22,6 +22,9 @@ def set_attention_dropout(model: nn.Module, p: float = 0.0) -> list[str]:
         sb.replace_attention(model)
         sb.set_attention_dropout(model, 0.0)
 
+    The configuration of a transformers model keeps its own value: a model that is saved and loaded has that dropout again,
+    so call this after every load.
+
     Args:
         model: any module.
         p: the new probability, in [0, 1]. Default 0, without dropout.

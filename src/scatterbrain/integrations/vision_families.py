@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -131,6 +132,8 @@ def _mask_in_own_order(arguments: dict[str, Any]) -> str | None:
 
 
 def _on_grid(order: Order, height: int, width: int, may_drop: bool, tokens: Tensor) -> Permutation | None:
+    if torch.jit.is_tracing():  # sizes are tensors there; a trace is for images of one size
+        height, width = int(height), int(width)
     expected = order.prefix + height * width
     if tokens.shape[1] == expected:
         return order.on_grid(height, width, tokens.device)
