@@ -16,6 +16,14 @@ from scatterbrain.supports import Support, check_support
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_not_nested(*tensors: Tensor) -> None:
+    if any(isinstance(t, Tensor) and t.is_nested for t in tensors):
+        raise ValueError(
+            "expected padded tensors, got a nested tensor; pad it (torch.nested.to_padded_tensor) and pass "
+            "key_padding_mask, True = ignore"
+        )
+
+
 def check_tensors(query: Tensor, key: Tensor, *value: Tensor) -> None:
     """query (B, Hq, N, d), key (B, Hkv, M, d) and, where there is one, value (B, Hkv, M, dv): rank, dtype, device and
     sizes that fit together."""

@@ -20,6 +20,7 @@ from scatterbrain.low_rank import (
 )
 from scatterbrain.low_rank.moments import checked_moments
 from scatterbrain.low_rank.quadratic_coefficients import statistics_from_moments
+from scatterbrain.operators.tracing import refuse_jit_trace
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
 from scatterbrain.supports import Blocks, Support, Window
@@ -45,6 +46,7 @@ def fit_statistics(
     Raises:
         ValueError: rank > head_dim, no valid token, or NaN or infinity among the valid tokens.
     """
+    checks.check_not_nested(query, key)
     checks.check_tensors(query, key)
     checks.check_scale(scale)
     if query.shape[0] == 0:
@@ -115,6 +117,9 @@ def attention(
             out = execution.run_prepared(found, query, key, value, is_causal)
             if out is not None:
                 return out
+    checks.check_not_nested(query, key, value)
+    if not getattr(support, "is_full", False):
+        refuse_jit_trace()
     if _is_autocast(query):
         tokens = cast_for_autocast(query, key, value)
         with torch.autocast(query.device.type, enabled=False):
@@ -161,6 +166,8 @@ def route(
     Returns:
         :class:`Blocks` with lists for every query head.
     """
+    checks.check_not_nested(query, key)
+    refuse_jit_trace()
     if _is_autocast(query):
         tokens = cast_for_autocast(query, key)
         with torch.autocast(query.device.type, enabled=False):

@@ -61,6 +61,7 @@ def key_of(
         and query.is_cpu
         and key.is_cpu
         and value.is_cpu
+        and not (query.is_nested or key.is_nested or value.is_nested)
     ):
         return None
     return (

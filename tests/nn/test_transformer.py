@@ -307,7 +307,7 @@ def test_torch_fx_traces_a_swapped_model_with_one_node_per_module():
 def test_torchscript_refuses_what_it_cannot_hold():
     model = encoder()
     report = sb.replace_attention(model, **FEW)
-    with pytest.raises(RuntimeError, match="use torch.compile or torch.export.*restore"):
+    with pytest.raises(RuntimeError, match="use torch.export or torch.compile.*restore"):
         torch.jit.script(model)
     report.restore()
     assert torch.jit.script(model)(torch.randn(N, L, E)).shape == (N, L, E)

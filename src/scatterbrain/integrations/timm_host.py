@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from scatterbrain.checks import check_not_nested
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule, attention_unless_exact
 from scatterbrain.nn.masks import padding_of
@@ -46,7 +47,10 @@ class TimmHost(HostModule):
         return any(name.startswith(f"{prefix}{self.OUTPUT}.") for name in state_dict)
 
     def _padding(self, attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
-        """The padded tokens (batch, tokens), True = padded, where ``attn_mask`` says nothing else."""
+        """The padded tokens (batch, tokens), True = padded, where ``attn_mask`` says nothing else. Raises ValueError for
+        nested tokens."""
+        if x.is_nested:
+            check_not_nested(x)
         return None if attn_mask is None else padding_of(attn_mask, x.shape[0], x.shape[1])
 
     def _runs_exact(self, attn_mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> bool:

@@ -18,7 +18,7 @@ from scatterbrain.nn.distributed import fill
 from scatterbrain.nn.observed import Observed
 from scatterbrain.nn.record import NOTHING, Record, read_record, size_of_record, written_record
 from scatterbrain.nn.warn import warn_once
-from scatterbrain.operators.tracing import is_transformed
+from scatterbrain.operators.tracing import NOT_IN_TORCHSCRIPT, is_transformed
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
 from scatterbrain.supports import Full, Support
@@ -159,7 +159,7 @@ class ScatterbrainAttention(nn.Module):
         num_kv_heads, M, ...)."""
         self._check_heads(query, key)
         self._warn_frozen(query, key, value)
-        if self.needs_calibration and self.bypassed is not None:  # in this order: a graph must not depend on earlier calls
+        if self.needs_calibration and self.bypassed is not None:  # in this order: graphs know nothing of earlier calls
             raise self.uncalibrated(type(self).__name__, is_causal)
         support, low_rank = self.support, self.low_rank
         if self.is_collecting or self._is_average_due():
@@ -229,6 +229,8 @@ class ScatterbrainAttention(nn.Module):
         """That queries and keys are those of this module. What else may be wrong with them, the function says."""
         if not (isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == key.dim() == 4):
             return
+        if query.is_nested or key.is_nested:  # without sizes
+            checks.check_not_nested(query, key)
         expected = (self.num_heads, self.num_kv_heads, self.head_dim)
         if (query.shape[1], key.shape[1], query.shape[3]) != expected:
             raise ValueError(
@@ -557,6 +559,10 @@ class ScatterbrainAttention(nn.Module):
             if self._buffers[name].dtype != dtype:
                 self._buffers[name] = originals[name].to(self._buffers[name].device)
         return self
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script asks here, before it compiles this module or one that holds it."""
+        raise RuntimeError(NOT_IN_TORCHSCRIPT)
 
     def extra_repr(self) -> str:
         return (

@@ -6,11 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from scatterbrain.checks import check_pair
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.warn import warn
+from scatterbrain.operators.tracing import NOT_IN_TORCHSCRIPT
 from scatterbrain.presets import drop_in
 from scatterbrain.supports import Support
 
@@ -55,6 +57,16 @@ class HostModule:
         if obstacle not in self._warned:
             self._warned.add(obstacle)
             warn(f"{type(self).__name__} runs exact attention, without approximation: {obstacle}.", stacklevel=4)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles instead: the package's own module with the same parameters."""
+        if self.attention is not None:
+            raise RuntimeError(NOT_IN_TORCHSCRIPT)
+        parents = type(self).__mro__
+        original = parents[parents.index(HostModule) + 1]
+        scriptable = original.__new__(original)
+        scriptable.__dict__ = {k: v for k, v in vars(self).items() if k not in ("attention", "_warned")}
+        return scriptable
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         inner = f"{prefix}attention."

@@ -282,19 +282,6 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         return x.permute(0, 2, 1, 3) if batch_first else x.permute(1, 2, 0, 3)
 
-    # -------------------- state
-
-    def __prepare_scriptable__(self) -> nn.MultiheadAttention:
-        """What torch.jit.script compiles instead: torch's own module with the same parameters."""
-        if self.attention is not None:
-            raise RuntimeError(
-                "torch.jit.script: TorchScript cannot hold an approximating MultiheadAttention; use torch.compile or "
-                "torch.export, or script it with support=Full() (after replace_attention: report.restore())"
-            )
-        scriptable = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
-        scriptable.__dict__ = {k: v for k, v in vars(self).items() if k not in ("attention", "_warned")}
-        return scriptable
-
 
 def _must_be_called(module: nn.Module, arguments: tuple) -> None:
     """A hook that does nothing: torch's fused encoder layer would compute attention without a call of forward, and

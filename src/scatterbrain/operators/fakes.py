@@ -14,6 +14,7 @@ from scatterbrain.operators.arguments import (
     backward_arguments,
     for_routing,
 )
+from scatterbrain.operators.tracing import NOT_IN_TORCHSCRIPT
 
 _OPS = torch.ops.scatterbrain
 
@@ -70,6 +71,8 @@ def _(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Ten
 @torch.library.register_fake("scatterbrain::attention")
 def _(*arguments: object) -> tuple[Tensor, Tensor]:
     a = AttentionArguments(*arguments)
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(NOT_IN_TORCHSCRIPT)
     _check_devices("attention", **a._asdict())
     batch, heads, tokens, _d = a.query.shape
     lse = a.query.new_empty((batch, heads, tokens), dtype=accumulation_dtype(a.query.dtype))

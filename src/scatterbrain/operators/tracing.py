@@ -11,10 +11,25 @@ NO_FORWARD_MODE = (
 )
 
 
+NOT_IN_TORCHSCRIPT = (
+    "TorchScript (torch.jit.trace, torch.jit.script) and ONNX cannot hold sparse + low-rank attention; use torch.export "
+    "or torch.compile, or choose exact attention before exporting: support=Full(), attn_implementation='sdpa', or "
+    "report.restore() after replace_attention"
+)
+
+
+def refuse_jit_trace() -> None:
+    """A trace of torch.jit, also that of ONNX, would keep the lengths and the choices of the one call that it saw."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(NOT_IN_TORCHSCRIPT)
+
+
 def is_untraced() -> bool:
-    """Whether nothing traces, transforms or watches the operators: no compile, export, functorch or dispatch mode."""
+    """Whether nothing traces, transforms or watches the operators: no compile, export, torch.jit.trace, functorch or
+    dispatch mode."""
     return not (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
     )
@@ -48,6 +63,8 @@ def is_readable(*tensors: Tensor | None) -> bool:
 def is_known(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on lengths holds for every length that a traced graph serves; where lengths are numbers,
     whether it holds."""
+    if isinstance(condition, Tensor):  # lengths under torch.jit.trace
+        return bool(condition)
     if isinstance(condition, bool) and not torch.compiler.is_compiling():
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true

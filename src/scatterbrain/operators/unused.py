@@ -24,7 +24,7 @@ def with_zero_gradients(out: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     unused = [parameter for parameter in parameters if parameter.requires_grad]
     if not unused:
         return out
-    if is_untraced() and not torch.jit.is_tracing():
+    if is_untraced():
         return _Unused.apply(out, *unused)
     # In torch's own operations, which every trace and transform knows. A sum of nothing is 0, x - 0 has the bits of x
     # even for -0, and the gradient of an empty slice is zeros whatever arrives there.

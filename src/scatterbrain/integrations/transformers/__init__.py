@@ -40,6 +40,9 @@ head masks, keys chosen by the model
 uncalibrated                                 ValueError
 families that compute attention themselves   ValueError at load (Bloom, DeBERTa-v2, Falcon, GPT-Neo, Longformer, ...)
 ============================================ =======================================================================
+
+Under torch.compile and torch.export the same calls are approximated. Where neither a mask nor a cache is passed the
+graph itself looks whether position ids mark packed sequences, and then runs exactly. 4-D masks are exact in a graph.
 """
 
 try:
