@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:.*TorchScript-based ONNX export"),
     pytest.mark.filterwarnings("ignore:The feature will be removed"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated"),
 ]
 
 
