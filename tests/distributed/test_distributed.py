@@ -77,6 +77,12 @@ def test_the_tokens_of_all_ranks_are_counted_and_one_rank_speaks(ranks: Results)
     assert ranks[1]["counted"][100] == ranks[0]["counted"][160] == ranks[1]["counted"][160] == []
 
 
+@pytest.mark.parametrize("how", ["by collectives", "by ddp"])
+def test_a_rank_that_gets_the_buffers_of_another_is_calibrated(ranks: Results, how: str):
+    a, b = (rank[f"broadcast {how}"] for rank in ranks)
+    assert all(a["before"]) and not any(b["before"]) and torch.equal(a["output"], b["output"])
+
+
 @pytest.mark.parametrize("low_rank", ["ema", "favor"])
 def test_two_forward_passes_before_one_backward_pass(ranks: Results, low_rank: str):
     assert all(rank[f"two forwards {low_rank}"]["finite"] for rank in ranks)

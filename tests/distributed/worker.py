@@ -134,6 +134,23 @@ def counted(rank: int) -> dict[str, Any]:
     return said
 
 
+def broadcast(rank: int, how: str) -> dict[str, Any]:
+    """Rank 0 alone is calibrated; rank 1 gets its buffers."""
+    groups = [dist.new_group([r]) for r in range(WORLD)]
+    model = swapped("stored")
+    if rank == 0:
+        with sb.calibrate(model, group=groups[0]), torch.no_grad():
+            model(batch(0, 0)[0])
+    before = [core.is_calibrated for core in cores(model).values()]
+    run: nn.Module = model.eval()
+    if how == "by collectives":
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    else:
+        run = DistributedDataParallel(model)
+    return {"before": before, "output": run(batch(9, 0)[0]).detach()}
+
+
 def two_forwards(rank: int, low_rank: str) -> dict[str, Any]:
     """DDP broadcasts buffers in place before each forward pass; the backward pass of both must survive it."""
     model = DistributedDataParallel(swapped(low_rank))
@@ -221,6 +238,8 @@ def main(rank: int, folder: Path) -> None:
         results[f"checkpoint {name}"] = checkpoint(rank, name)
     for name in ("ema", "favor"):
         results[f"two forwards {name}"] = two_forwards(rank, name)
+    for how in ("by collectives", "by ddp"):
+        results[f"broadcast {how}"] = broadcast(rank, how)
     results["uneven"] = uneven(rank)
     results["alone"] = calibrated_alone(rank)
     results["counted"] = counted(rank)

@@ -163,14 +163,15 @@ def not_finite(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", FITTED)
 def test_statistics_without_one_of_them_are_refused(kind: str, missing: str, left: Callable) -> None:
     core, state = fresh(kind), calibrated(kind).state_dict()
-    by_copying(core, state)
-    assert core.is_calibrated
-    core.get_buffer(missing).copy_(left(state[missing]))
+    by_copying(core, state | {missing: left(state[missing])})
     assert not core.is_calibrated
     with pytest.raises(ValueError, match=r"not calibrated: .*(record|statistics).*load a whole checkpoint"):
         run(core)
     core.get_buffer(missing).copy_(state[missing])
     assert core.is_calibrated
+    if not missing.startswith("moment"):  # which no call runs with
+        core.get_buffer(missing).copy_(left(state[missing]))
+        assert not core.is_calibrated
 
 
 @pytest.mark.parametrize("missing", STATISTICS)

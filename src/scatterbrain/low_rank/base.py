@@ -88,6 +88,7 @@ class LowRankKernel:
         adds_parameters: a module with this kernel has parameters of its own.
         is_calibrated_from_data: :func:`scatterbrain.calibrate`, or a moving average, fits the kernel's statistics.
         least_head_dim: width of the narrowest heads that it takes.
+        runs_with: names of the buffers that :meth:`coefficients` reads, where those are not all of them.
         counts: what a module must count for the kernel, and save: "steps", "draws".
     """
 
@@ -101,6 +102,7 @@ class LowRankKernel:
     is_calibrated_from_data = False
     least_head_dim = 1
     counts: tuple[str, ...] = ()
+    runs_with: tuple[str, ...] = ()
 
     # -------------------- a call
 

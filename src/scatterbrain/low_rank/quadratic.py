@@ -88,6 +88,10 @@ class Quadratic(LowRankKernel):
         return self.rank
 
     @property
+    def runs_with(self) -> tuple[str, ...]:
+        return MAPS if self.is_calibrated_from_data else ()
+
+    @property
     def counts(self) -> tuple[str, ...]:
         return (
             ("steps",) if self.is_calibrated_from_data else ()

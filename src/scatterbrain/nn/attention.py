@@ -3,8 +3,8 @@ averages, projections)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from operator import attrgetter, is_
+from collections.abc import Callable, Iterable, Sequence
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from scatterbrain.supports import Full, Support
 _PRESET = presets.drop_in()[1]
 RECORD = "calibration"  # buffer with the record of the statistics (scatterbrain.nn.record)
 COUNTS = {"steps": "step_count", "draws": "draw_count"}  # buffers with the counts that a kernel names
-_version = attrgetter("_version")
 
 
 class ScatterbrainAttention(nn.Module):
@@ -130,7 +129,7 @@ class ScatterbrainAttention(nn.Module):
         self.gathered: Moments | None = None
         self.gathered_scale: float | None = None
         self._known: dict[str, Any] = {RECORD: NOTHING} | dict.fromkeys(COUNTS, 0)
-        self._seen: dict[str, tuple[list[Tensor], list[int], Tensor | None]] = {}
+        self._seen: dict[str, Callable[[dict[str, Tensor]], bool]] = {}  # what was read, and whether that still holds
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -331,6 +330,8 @@ class ScatterbrainAttention(nn.Module):
         """One optimizer step is over."""
         self.steps += 1
         if self.low_rank is not None:
+            if self.gathered is not None:
+                self._look(RECORD)
             self.low_rank.finish_step(self)
 
     @torch.no_grad()
@@ -412,7 +413,9 @@ class ScatterbrainAttention(nn.Module):
         if torch.compiler.is_compiling():
             self._look_while_tracing()
         else:
-            self._look(what)
+            seen = self._seen.get(what)
+            if seen is None or not seen(self._buffers):
+                self._look(what)
         return self._known[what]
 
     @torch.compiler.assume_constant_result
@@ -424,38 +427,29 @@ class ScatterbrainAttention(nn.Module):
         return True
 
     def _look(self, what: str) -> None:
-        """Reads buffers that have changed since they were last read: they may be filled by anything, at any time.
-        Where they cannot be read, on the meta device or under a transform, what is known stays."""
-        buffers = self._buffers
-        own = buffers.get(RECORD if what == RECORD else COUNTS[what])
-        if own is None:
+        """Reads buffers: they may be filled by anything, at any time. Where they cannot be read, on the meta device or
+        under a transform, what is known stays."""
+        buffers, own = self._buffers, RECORD if what == RECORD else COUNTS[what]
+        names = self._statistics() if what == RECORD else []
+        if own not in buffers or not _are_readable([buffers[name] for name in (own, *names)]):
             return
-        # Statistics and record come first among the buffers; by name it would take a microsecond in every call.
-        tensors = list(buffers.values())[: len(buffers) - len(self.low_rank.counts)] if what == RECORD else [own]
-        try:
-            versions = list(map(_version, tensors))
-        except RuntimeError:  # those made in inference mode have no version
-            versions = None
-        seen = self._seen.get(what)
-        # What says that nothing is there yet is compared, since collectives write behind the version counters.
-        is_same = seen is not None and versions == seen[1] and all(map(is_, tensors, seen[0]))
-        if is_same and (seen[2] is None or torch.equal(seen[2], own)):
-            return
-        if not _are_readable(tensors):
-            return
+        # What a call does not run with is looked at here alone, and not in every call.
+        watched = [own, *(name for name in names if name in (self.low_rank.runs_with or names))]
+        copy = None
         if what == RECORD:
-            names = self._statistics()
-            value = read_record(own, names, [buffers[name] for name in names])
-            if value == NOTHING and _is_without_buffers(self) and not any(bool(t.any()) for t in tensors):
+            value = read_record(buffers[own], names, [buffers[name] for name in names])
+            if value == NOTHING and _is_without_buffers(self) and not any(bool(buffers[n].any()) for n in names):
                 value = Record(None, "accelerate loads the buffers of offloaded layers only with offload_buffers=True")
-            copy = None if value.is_good else own.detach().clone()
+            # What says that nothing is there yet is compared, since collectives write behind the version counters.
+            copy = None if value.is_good else buffers[own].detach().clone()
         else:
-            value, copy = int(own), None
+            value = int(buffers[own])
         if value != self._known[what]:
             self._known[what] = value
         self._seen.pop(what, None)
-        if versions is not None and not (what == RECORD and value.problem):
-            self._seen[what] = tensors, versions, copy
+        # Tensors of inference mode count no versions, and are read every time.
+        if not any(buffers[name].is_inference() for name in watched) and not (what == RECORD and value.problem):
+            self._seen[what] = _unchanged(buffers, watched, copy)
 
     @torch.no_grad()
     def _count(self, name: str, value: int) -> None:
@@ -595,6 +589,24 @@ def join_layers(model: nn.Module) -> None:
 
 
 _OWN = (RECORD, *COUNTS.values())  # buffers that no kernel makes
+
+
+def _unchanged(
+    buffers: dict[str, Tensor], names: list[str], copy: Tensor | None
+) -> Callable[[dict[str, Tensor]], bool]:
+    """A function that says whether buffers of these names are still those in ``buffers`` and unchanged since, and, where
+    there is a ``copy`` of the first, equal to it. Every call of a module asks it, so it is as plain as can be."""
+    select = itemgetter(*(names if len(names) > 1 else names * 2))  # of two or more names it gives a tuple
+    kept = select(buffers)
+    versions = [t._version for t in kept]
+
+    def is_current(buffers: dict[str, Tensor]) -> bool:
+        tensors = select(buffers)
+        if not all(map(is_, tensors, kept)) or [t._version for t in tensors] != versions:
+            return False
+        return copy is None or torch.equal(copy, tensors[0])
+
+    return is_current
 
 
 def _are_readable(tensors: Sequence[Tensor]) -> bool:
