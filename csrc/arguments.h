@@ -45,18 +45,18 @@ using Tensors = std::vector<Tensor>;
 
 #define SB_SETTINGS(X, S)                           \
   X(int64_t, block_q) S() X(int64_t, block_k) S()   \
-  X(int64_t, span_keys) S()                         \
+  X(int64_t, span_keys) S() X(int64_t, span_sinks) S() \
   X(bool, is_causal) S()                            \
   X(double, scale) S()                              \
   X(int64_t, packed_rank, "=0")
 
 // Of lists that are routed in the same call, where keys > 0.
-#define SB_BUDGET(X, S) X(int64_t, keys) S() X(int64_t, window)
+#define SB_BUDGET(X, S) X(int64_t, keys) S() X(int64_t, window) S() X(int64_t, sinks)
 
 #define SB_ROUTE_SETTINGS(X, S)                     \
   X(int64_t, keys) S()                              \
   X(int64_t, block_q) S() X(int64_t, block_k) S()   \
-  X(int64_t, window) S()                            \
+  X(int64_t, window) S() X(int64_t, sinks) S()      \
   X(bool, is_causal) S()                            \
   X(double, scale) S()                              \
   X(int64_t, packed_rank, "=0")
@@ -68,7 +68,8 @@ using Tensors = std::vector<Tensor>;
   X(MaybeTensor, query_weight, "=None") S() X(MaybeTensor, key_weight, "=None")
 
 // What the sizes of state and scores depend on. `rank`: r, or the number of general features, 0 without a low-rank
-// kernel. `listed_keys`: the most keys that a query can list, span_keys and the capacity of its list.
+// kernel. `listed_keys`: the most keys that a query can list, span_keys, span_sinks and the capacity of its
+// list.
 #define SB_SHAPE(X, S)                                                          \
   X(ScalarType, dtype) S() X(int64_t, batch) S()                                \
   X(int64_t, q_heads) S() X(int64_t, q_tokens) S() X(int64_t, head_dim) S()     \

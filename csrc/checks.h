@@ -136,6 +136,8 @@ inline void check_lists(const AttentionArguments& a) {
              "attention: count must have the shape of index without its last dimension");
   }
   if (a.span) check_span(*a.span, batch, blocks, a.span_keys);
+  SB_CHECK(a.span_sinks >= 0 && a.span_sinks < kInt32Limit && (a.span || a.span_sinks == 0),
+           "attention: span_sinks must be at least 0, fit into 32 bits and come with a span, got ", a.span_sinks);
   SB_CHECK(!a.query_order || (a.query_order->size(1) > 0 && heads % a.query_order->size(1) == 0 &&
                               has_shape(*a.query_order, {batch, a.query_order->size(1), tokens})),
            "attention: query_order must be (batch, heads, queries)");
@@ -205,13 +207,18 @@ inline void check_route(const RouteArguments& a) {
                q.size(1) % k.size(1) == 0,
            "route: shapes of query and key do not fit together");
   SB_CHECK(a.keys < kInt32Limit, "route: keys must fit into 32 bits, got ", a.keys);
-  const bool pooled =
-      a.block_k == 1 && (a.block_q == 8 || a.block_q == 16 || a.block_q == 32) && a.window == 0 && a.keys >= a.block_q;
-  const bool per_query = a.block_k == 8 && a.block_q == 1 && a.window >= 0 && a.keys >= a.window && a.keys >= 8 &&
-                         a.keys % 8 == 0 && a.window % 8 == 0;
+  SB_CHECK(a.window >= 0 && a.window <= a.keys && a.sinks >= 0 && a.sinks <= a.keys,
+           "route: expected window and sinks between 0 and keys, got keys ", a.keys, ", window ", a.window, ", sinks ",
+           a.sinks);
+  const bool pooled = a.block_k == 1 && (a.block_q == 8 || a.block_q == 16 || a.block_q == 32) &&
+                      (a.window == 0 || a.window >= a.block_q) &&
+                      a.keys >= (a.window == 0 ? a.block_q : a.window) + a.sinks;
+  const bool per_query = a.block_k == 8 && a.block_q == 1 && a.keys >= 8 && a.keys % 8 == 0 && a.window % 8 == 0 &&
+                         a.keys >= a.window + pad_to(a.sinks, 8);
   SB_CHECK(pooled || per_query,
-           "route: expected block_q 8, 16 or 32 with block_k 1, window 0 and keys >= block_q, or block_q 1 with "
-           "block_k 8 and multiples of 8, keys >= window >= 0");
+           "route: expected block_q 8, 16 or 32 with block_k 1, window 0 or at least block_q, and keys >= "
+           "max(window, block_q) + sinks; or block_q 1 with block_k 8, keys and window in multiples of 8, and "
+           "keys >= window + sinks rounded up to 8");
   check_low_rank("route", a.low_rank);
   check_padding("route", a);
   if (a.low_rank != 0 && pooled) check_maps("route", a, ScalarType::Float);  // per-query routing reads no maps

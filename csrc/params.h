@@ -79,6 +79,7 @@ struct AttentionParams {
   int64_t list_heads, capacity;
   const int32_t* span;            // (B or 1, blocks, 2) absolute [lo, hi) of a contiguous window, or null
   int64_t span_batch, span_keys;  // stride in elements between batch rows, 0 if shared; upper bound of hi - lo
+  int64_t span_sinks;             // so many first keys of the row are listed besides the window
   const int32_t* order;           // (B, order_heads, N): query slot -> query, or null
   int64_t order_heads;
   int64_t max_keys;  // upper bound of the keys that one query tile evaluates
@@ -120,8 +121,8 @@ struct RouteParams {
   int64_t batch, q_heads, kv_heads, q_tokens, k_tokens;
   int64_t head_dim, head_pad;  // d, and d rounded up to kPad
   LowRank low_rank;
-  int64_t rank;                            // r, or m for general features
-  int64_t keys, block_q, block_k, window;  // of the support
+  int64_t rank;                                   // r, or m for general features
+  int64_t keys, block_q, block_k, window, sinks;  // of the support
   bool is_causal;
   float scale;
   StridedTensor q, k;                   // (B, Hq|Hkv, N|M, head_pad)

@@ -44,7 +44,7 @@ class DrawnCall:
         seed: of all tokens, masks and lists.
     """
 
-    support: dict = field(default_factory=lambda: {"kind": "window", "keys": 1, "block_q": 16})
+    support: dict = field(default_factory=lambda: {"kind": "window", "keys": 1, "block_q": 16, "sinks": 0})
     low_rank: dict | None = None
     batch: int = 1
     kv_heads: int = 1
@@ -232,18 +232,29 @@ def _lengths(draw: st.DrawFn, least: int = 1) -> int:
     )
 
 
+def _few(draw: st.DrawFn, most: int) -> int:
+    """Sinks: none in half of the calls."""
+    return draw(st.one_of(st.just(0), st.integers(0, most)))
+
+
 @st.composite
 def _supports(draw: st.DrawFn) -> dict[str, Any]:
     kind = draw(st.sampled_from(("window", "pooled", "per query", "blocks", "lsh", "window", "empty", "full")))
     if kind == "window":
         block_q = draw(st.sampled_from((16, 1, 2, 5, 8, 15, 17, 24, 32, 64)))
-        return dict(kind="window", keys=draw(st.integers(1, 140)), block_q=block_q)
+        keys = draw(st.integers(1, 140))
+        return dict(kind="window", keys=keys, block_q=block_q, sinks=_few(draw, keys))
     if kind == "pooled":
         block_q = draw(st.sampled_from((16, 8, 32)))
-        return dict(kind="routed", keys=block_q + draw(st.integers(0, 80)), block_q=block_q)
+        window = draw(st.sampled_from((0, 0, block_q, block_q + 1, block_q + 24)))
+        sinks, others = _few(draw, 40), draw(st.integers(0, 80))
+        always = dict(window=window, sinks=sinks)
+        return dict(kind="routed", keys=max(window, block_q) + sinks + others, block_q=block_q, **always)
     if kind == "per query":
         keys = draw(st.integers(1, 12))
-        return dict(kind="routed", keys=8 * keys, block_q=1, block_k=8, window=8 * draw(st.integers(0, keys)))
+        window = draw(st.integers(0, keys))
+        always = dict(window=8 * window, sinks=_few(draw, 8 * (keys - window)))
+        return dict(kind="routed", keys=8 * keys, block_q=1, block_k=8, **always)
     if kind == "lsh":
         rounds = draw(st.integers(1, 4))
         return dict(kind="lsh", keys=rounds * draw(st.integers(1, 20)), rounds=rounds, seed=draw(st.integers(0, 9)))

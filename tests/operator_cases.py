@@ -25,7 +25,17 @@ WITHOUT_GRADIENT = ("test_schema", "test_faketensor")
 
 # What a call is without settings of its own; a tensor is None.
 PLAIN = dict(
-    low_rank=0, keys=0, window=0, block_q=16, block_k=1, span_keys=0, is_causal=False, scale=0.2, packed_rank=0
+    low_rank=0,
+    keys=0,
+    window=0,
+    sinks=0,
+    block_q=16,
+    block_k=1,
+    span_keys=0,
+    span_sinks=0,
+    is_causal=False,
+    scale=0.2,
+    packed_rank=0,
 )
 
 
@@ -53,8 +63,9 @@ def attention_arguments(kernel: str, lists: str, dtype: torch.dtype, is_causal: 
     if lists == "order":
         order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
         fields["query_order"] = order.expand(B, H, N).to(torch.int32).contiguous()
-    if lists == "span":
+    if lists in ("span", "sinks"):
         fields |= dict(span=torch.tensor([[[0, 12], [4, 16], [20, 32]]], dtype=torch.int32), span_keys=12)
+        fields["span_sinks"] = 5 if lists == "sinks" else 0
     if is_causal:
         padding_range = torch.tensor([[0, N], [0, N - 9]], dtype=torch.int32)
         fields |= dict(query_mask=MASK, key_mask=MASK.clone())
@@ -67,7 +78,7 @@ def attention_arguments(kernel: str, lists: str, dtype: torch.dtype, is_causal: 
 SAMPLES = [
     (kernel, lists, dtype, is_causal)
     for kernel in ("quadratic", "features", "none")
-    for lists in ("span", "index", "order", "empty")
+    for lists in ("span", "sinks", "index", "order", "empty")
     for is_causal in (False, True)
     for dtype in (DTYPES if lists == "index" and kernel == "quadratic" else [torch.float32])
     if not (lists == "order" and is_causal) and not (lists == "empty" and kernel == "none")

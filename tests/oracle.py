@@ -157,13 +157,26 @@ def row_error(got: torch.Tensor, want: torch.Tensor, floor: float = 1e-3) -> flo
 # -------------------- the table
 
 CASES = 288
+
+
+def pooled(keys: int, block_q: int) -> sb.Routed:
+    """Some of them with a window, with sinks, or with both."""
+    always = {(48, 8): (24, 0), (48, 16): (24, 5), (32, 8): (0, 5), (48, 32): (0, 5)}
+    window, sinks = always.get((keys, block_q), (0, 0))
+    return sb.Routed(keys, block_q=block_q, window=window, sinks=sinks)
+
+
+def per_query(keys: int, window: int) -> sb.Routed:
+    return sb.Routed(keys, block_q=1, block_k=8, window=window, sinks=9 if keys == 40 else 0)
+
+
 SUPPORTS = [
     lambda r: sb.Full(),
     lambda r: sb.Empty(),
     lambda r: sb.Window(r.choice([1, 7, 16, 32, 100]), block_q=r.choice([1, 5, 8, 16, 32])),
-    lambda r: sb.Window(r.choice([16, 33, 64]), block_q=16),
-    lambda r: sb.Routed(r.choice([32, 48]), block_q=r.choice([8, 16, 32])),
-    lambda r: sb.Routed(r.choice([24, 32, 40]), block_q=1, block_k=8, window=r.choice([0, 8, 16])),
+    lambda r: r.choice([sb.Window(16), sb.Window(33, sinks=4), sb.Window(64, sinks=17)]),
+    lambda r: pooled(r.choice([32, 48]), r.choice([8, 16, 32])),
+    lambda r: per_query(r.choice([24, 32, 40]), r.choice([0, 8, 16])),
     lambda r: sb.LSH(r.choice([8, 32]), rounds=r.choice([1, 2, 4]), seed=r.randrange(100)),
     lambda r: "blocks",
 ]

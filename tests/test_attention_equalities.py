@@ -45,6 +45,8 @@ SUPPORTS = [
     sb.Window(16),
     sb.Window(33, block_q=5),
     sb.Window(64, block_q=1),
+    sb.Window(40, sinks=7),
+    sb.Routed(48, window=24, sinks=7),
     sb.Routed(32),
     sb.Routed(32, block_q=8),
     sb.Routed(32, block_q=1, block_k=8, window=16),

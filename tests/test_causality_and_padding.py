@@ -41,7 +41,10 @@ SUPPORTS = {
         for keys, block_q in ((13, 1), (7, 5), (20, 8), (24, 16), (40, 32), (100, 16))
     },
     **{f"pooled {block_q}": sb.Routed(block_q + 8, block_q) for block_q in (8, 16, 32)},
+    "window with sinks": sb.Window(29, 16, sinks=5),
+    "pooled with window and sinks": sb.Routed(48, 16, window=32, sinks=5),
     "per query": sb.Routed(32, block_q=1, block_k=8, window=16),
+    "per query with sinks": sb.Routed(40, block_q=1, block_k=8, window=16, sinks=5),
     "per query without window": sb.Routed(24, block_q=1, block_k=8),
     "blocks": "blocks",
 }

@@ -16,7 +16,13 @@ import scatterbrain as sb
 from scatterbrain import prepared
 
 H, N, D = 2, 150, 32
-SUPPORTS = [sb.Window(32), sb.Routed(32), sb.Routed(32, block_q=1, block_k=8, window=16)]
+SUPPORTS = [
+    sb.Window(32),
+    sb.Window(32, sinks=4),
+    sb.Routed(32),
+    sb.Routed(32, window=16, sinks=4),
+    sb.Routed(32, block_q=1, block_k=8, window=16),
+]
 
 
 @pytest.fixture

@@ -18,7 +18,16 @@ from scatterbrain.reference.routing import choices
 
 POOLED = [{"keys": 24, "block_q": 8}, {"keys": 32, "block_q": 16}, {"keys": 48, "block_q": 32}]
 PER_QUERY = [{"keys": 24 + window, "block_q": 1, "block_k": 8, "window": window} for window in (0, 8, 16)]
-FORMS = [POOLED[1], PER_QUERY[2]]
+# Keys that are listed whatever the scores: a window, sinks, both, and nothing else.
+ALWAYS = [
+    {"keys": 40, "block_q": 16, "window": 24},
+    {"keys": 48, "block_q": 32, "sinks": 4},
+    {"keys": 40, "block_q": 8, "window": 16, "sinks": 5},
+    {"keys": 41, "block_q": 16, "window": 33, "sinks": 8},
+    {"keys": 40, "block_q": 1, "block_k": 8, "window": 16, "sinks": 4},
+    {"keys": 40, "block_q": 1, "block_k": 8, "window": 0, "sinks": 11},
+]
+FORMS = [POOLED[1], PER_QUERY[2], ALWAYS[2], ALWAYS[4]]
 
 
 def ids(form: dict) -> str:
@@ -80,10 +89,10 @@ class Inputs:
         self.query_offset = None if offset is None else torch.tensor(offset, dtype=torch.int32)
         return self
 
-    def route(self, keys: int, block_q: int, block_k: int = 1, window: int = 0) -> tuple[Tensor, Tensor]:
+    def route(self, **form: int) -> tuple[Tensor, Tensor]:
         given = {name: value for name, value in vars(self).items() if name in RouteArguments._fields}
-        form = dict(keys=keys, block_q=block_q, block_k=block_k, window=window, scale=self.query.shape[-1] ** -0.5)
-        return torch.ops.scatterbrain.route(*operator_arguments(RouteArguments, **given, **form))
+        scale = self.query.shape[-1] ** -0.5
+        return torch.ops.scatterbrain.route(*operator_arguments(RouteArguments, **given, **form, scale=scale))
 
     def definition(self) -> sb.reference.Inputs:
         """For the definition, which finds padding's ranges by itself."""
@@ -149,6 +158,39 @@ def test_lists_are_those_of_the_definition(form: dict, n: int, m: int, masked: b
     assert_as_defined(inputs, **form)
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("form", ALWAYS, ids=ids)
+def test_windows_and_sinks_are_those_of_the_definition(form: dict, is_causal: bool) -> None:
+    for n, m, masked in (
+        (1, 1, False),
+        (5, 5, True),
+        (77, 77, True),
+        (700, 700, False),
+        (130, 400, True),
+        (200, 63, True),
+    ):
+        inputs = Inputs(n, m, low_rank=(n + form["keys"]) % 3, d=24, seed=n + m)
+        if masked:
+            key_mask = random_mask(2, m, n)
+            inputs.mask(key_mask, key_mask if n == m else random_mask(2, n, m + 1))
+        assert_as_defined(inputs.causal() if is_causal else inputs, **form)
+
+
+def test_a_causal_list_holds_sinks_and_window_whatever_the_scores() -> None:
+    """By hand: block 12 of 16 queries begins at 192; 24 keys that end with its last query, and the first 4."""
+    index, count = Inputs(300).causal().route(keys=40, block_q=16, window=24, sinks=4)
+    assert count[:, :, 12].eq(40).all()
+    listed = index[:, :, 12, :40]
+    assert torch.equal(listed[..., :4], torch.arange(4).expand(2, 2, 4))
+    assert torch.equal(listed[..., -24:], torch.arange(184, 208).expand(2, 2, 24))
+    assert listed[..., 4:-24].ge(4).all() and listed[..., 4:-24].lt(184).all()
+
+
+def test_no_window_and_a_window_of_the_block_are_the_same_causal_lists() -> None:
+    inputs = Inputs(700).causal()
+    assert_same(inputs.route(keys=40, block_q=16), inputs.route(keys=40, block_q=16, window=16))
+
+
 @pytest.mark.parametrize("low_rank", [0, 1, 2])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
 def test_stages_choose_as_the_definition(low_rank: int, is_causal: bool) -> None:
@@ -206,6 +248,7 @@ def test_superblocks_of_long_rows_choose_as_the_definition(is_causal: bool) -> N
     if is_causal:
         inputs.causal([20480 - 75])
     assert_as_defined(inputs, **POOLED[1])
+    assert_as_defined(inputs, **ALWAYS[2])
 
 
 @pytest.mark.parametrize("form", FORMS, ids=ids)
@@ -450,7 +493,8 @@ assert grown < 160, f"routing took {{grown:.0f}} MB"
     [
         {"keys": 8, "block_q": 16},
         {"keys": 64, "block_q": 4},
-        {"keys": 64, "block_q": 16, "window": 16},
+        {"keys": 64, "block_q": 16, "window": 15},
+        {"keys": 64, "block_q": 16, "window": 64, "sinks": 1},
         {"keys": 64, "block_q": 16, "block_k": 8},
         {"keys": 8, "block_q": 1, "block_k": 8, "window": 16},
         {"keys": 64, "block_q": 1, "block_k": 4},
@@ -460,7 +504,7 @@ assert grown < 160, f"routing took {{grown:.0f}} MB"
     ids=ids,
 )
 def test_forms_that_do_not_exist_are_refused(form: dict) -> None:
-    with pytest.raises(RuntimeError, match="route: expected block_q"):
+    with pytest.raises(RuntimeError, match="route: expected (block_q|window)"):
         Inputs(64).route(**form)
 
 

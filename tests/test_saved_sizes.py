@@ -37,6 +37,7 @@ def draw(seed: int) -> dict:
         listed=chance.choice((0, 24, 64, 100)),
         span_keys=chance.choice((0, 16, 64)),
         has_span=chance.random() < 0.5,
+        sinks=seed % 3,
         block_q=block_q,
         block_k=block_k,
         is_causal=chance.random() < 0.25,
@@ -61,7 +62,7 @@ def results(call: dict) -> tuple[Tensor, Tensor]:
         fields["index"] = torch.zeros(batch, call["heads"], blocks, capacity, dtype=torch.int32)
         fields["count"] = torch.full((batch, call["heads"], blocks), min(1, m), dtype=torch.int32)
     if call["has_span"]:
-        fields["span"] = torch.zeros(1, blocks, 2, dtype=torch.int32)
+        fields |= dict(span=torch.zeros(1, blocks, 2, dtype=torch.int32), span_sinks=call["sinks"])
     fields |= {name: call[name] for name in ("low_rank", "block_q", "block_k", "span_keys", "is_causal")}
     _, _, state, scores = OPERATORS.attention_with_state(*operator_arguments(AttentionArguments, **fields))
     return state, scores
@@ -72,7 +73,9 @@ def test_sizes_are_those_of_what_the_operator_returns() -> None:
     for seed in range(400):
         call = draw(seed)
         state, scores = results(call)
-        listed = call["listed"] // call["block_k"] * call["block_k"] + call["has_span"] * call["span_keys"]
+        listed = call["listed"] // call["block_k"] * call["block_k"] + call["has_span"] * (
+            call["span_keys"] + call["sinks"]
+        )
         names = ("batch", "heads", "queries", "head_dim", "kv_heads", "keys", "value_dim", "low_rank")
         shape = [call[name] for name in names]
         rank = call["rank"] if call["low_rank"] else 0

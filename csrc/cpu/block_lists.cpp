@@ -48,6 +48,7 @@ BlockLists::BlockLists(const AttentionArguments& a, AttentionParams& p) {
     span = as_contiguous(*a.span);
     p.span = static_cast<const int32_t*>(span->data_ptr());
     p.span_batch = span->size(0) == 1 ? 0 : p.blocks * 2, p.span_keys = a.span_keys;
+    p.span_sinks = a.span_sinks;
   }
   if (a.query_order) {
     order = as_contiguous(*a.query_order);
@@ -62,7 +63,7 @@ int64_t longest_list(const AttentionParams& p) {
   int64_t longest_index = 0;
   for (int64_t row = 0; p.index && row < p.batch * p.list_heads * p.blocks; ++row)
     longest_index = std::max<int64_t>(longest_index, p.count[row]);
-  return std::min((p.span ? p.span_keys : 0) + longest_index * p.block_k, p.k_tokens);
+  return std::min((p.span ? p.span_keys + p.span_sinks : 0) + longest_index * p.block_k, p.k_tokens);
 }
 
 // The window of a block lies inside the row; of its list only the last key block may be cut.
@@ -76,7 +77,8 @@ int64_t shortest_list(const AttentionParams& p, int64_t b) {
       int64_t keys = 0;
       if (p.span) {
         const int32_t* span = p.span + b * p.span_batch + block * 2;
-        keys = std::min(span[1], row.k_end) - std::max(span[0], row.k_first);
+        const int64_t before = std::max<int64_t>(span[0] - row.k_first, 0);
+        keys = std::min(span[1], row.k_end) - std::max(span[0], row.k_first) + std::min(p.span_sinks, before);
       }
       if (p.index) {
         const int64_t listed = p.count[(b * p.list_heads + h) * p.blocks + block];

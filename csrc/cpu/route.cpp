@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   p.k_tokens = a.key.size(2);
   p.head_dim = a.query.size(3), p.head_pad = pad_to(p.head_dim, kPad);
   p.low_rank = a.block_k == 1 ? static_cast<LowRank>(a.low_rank) : LowRank::kNone;
-  p.block_q = a.block_q, p.block_k = a.block_k, p.window = a.window, p.is_causal = a.is_causal,
+  p.block_q = a.block_q, p.block_k = a.block_k, p.window = a.window, p.sinks = a.sinks, p.is_causal = a.is_causal,
   p.scale = float(a.scale);
   p.blocks = ceil_div(p.q_tokens, p.block_q);
   // Memory follows the keys that there are, whatever the budget: no list is longer, and no more are chosen.

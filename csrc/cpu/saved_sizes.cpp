@@ -11,7 +11,7 @@ AttentionShape shape_of(const AttentionArguments& a, ScalarType dtype) {
   s.batch = a.query.size(0), s.q_heads = a.query.size(1), s.q_tokens = a.query.size(2), s.head_dim = a.query.size(3);
   s.kv_heads = a.key.size(1), s.k_tokens = a.key.size(2), s.value_dim = a.value.size(3);
   s.low_rank = a.low_rank, s.rank = rank_of(a);
-  s.listed_keys = (a.span ? a.span_keys : 0) + (a.index ? a.index->size(3) * a.block_k : 0);
+  s.listed_keys = (a.span ? a.span_keys + a.span_sinks : 0) + (a.index ? a.index->size(3) * a.block_k : 0);
   s.block_q = a.block_q, s.is_causal = a.is_causal;
   return s;
 }

@@ -145,6 +145,16 @@ def check_offset(query_offset: int | Tensor, batch: int, is_causal: bool, device
         raise ValueError(f"query_offset must fit into 32 bits, got {query_offset}")
 
 
+def check_causal_support(support: Support) -> None:
+    """A support for causal calls alone."""
+    check_support(support)
+    if support.is_bidirectional_only:
+        raise ValueError(
+            f"causal_support must be a support that causal attention can use, got {support}, which is bidirectional "
+            "only; use Routed or Window"
+        )
+
+
 def check_pair(support: Support, low_rank: LowRank, is_causal: bool) -> None:
     """Support and low-rank kernel, and what causality rules out."""
     if not isinstance(is_causal, bool):

@@ -117,9 +117,10 @@ def _quadratic_arguments(call: Call, projection: untraced.Projection) -> Quadrat
         maps = (None, None)
         if call.support.reads_coordinates:
             maps = untraced.project_both(call.query, call.key, projection)
-        lists, keys, window = call.support.lists(call, *maps), 0, 0
+        lists, keys, window, sinks = call.support.lists(call, *maps), 0, 0, 0
     else:
-        lists, keys, window = BlockLists(block_q=routing.block_q, block_k=routing.block_k), routing.keys, routing.window
+        keys, window, block_q, block_k, sinks = routing
+        lists = BlockLists(block_q=block_q, block_k=block_k)
     return QuadraticArguments(
         call.query,
         call.key,
@@ -129,6 +130,7 @@ def _quadratic_arguments(call: Call, projection: untraced.Projection) -> Quadrat
         **lists._asdict(),
         keys=keys,
         window=window,
+        sinks=sinks,
         is_causal=call.is_causal,
         scale=call.scale,
         packed_rank=untraced.packed_rank(projection),

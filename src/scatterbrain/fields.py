@@ -1,14 +1,22 @@
-"""Checks of the fields of supports, low-rank kernels and what they run with."""
+"""Fields of supports, low-rank kernels and what they run with: their checks, and how they are shown."""
 
 from __future__ import annotations
 
 import reprlib
 import sys
+from dataclasses import fields
+from typing import Any
 
 from torch import Tensor
 
 INT32_MAX = 2**31 - 1  # the kernels count keys, queries and features in 32 bits
 INT64_MAX = 2**63 - 1  # seeds of torch's generators
+
+
+def repr_of(owner: Any, if_set: tuple[str, ...]) -> str:
+    """A dataclass as its own repr has it, without the fields ``if_set`` where they are 0."""
+    shown = [f.name for f in fields(owner) if f.name not in if_set or getattr(owner, f.name)]
+    return f"{type(owner).__name__}({', '.join(f'{name}={getattr(owner, name)!r}' for name in shown)})"
 
 
 def check_int(owner: str, name: str, value: object, low: int, high: int = INT32_MAX) -> None:

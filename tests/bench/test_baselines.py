@@ -104,6 +104,7 @@ def test_clusters_refuse_lengths_that_do_not_divide() -> None:
         ("torch-window-64+favor", "takes no low-rank kernel"),
         ("per-query-60", "multiples of 8"),
         ("routed-4", "at least block_q"),
+        ("causal-0", "at least 1"),
         ("lsh-63", "divide by rounds"),
         ("torch-window-0", "at least 1"),
         ("empty+none", "nothing would be left"),
@@ -117,6 +118,7 @@ def test_names_of_no_method_are_explained(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["sdpa", "full", "window-8", "window-8+none", "window-8+input", "routed-16+favor", "per-query-24", "lsh-8", "empty"]
+    + ["causal-16"]
     + ["torch-window-8", "torch-performer-8", "torch-clusters-8"],
 )
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])

@@ -184,6 +184,26 @@ def test_the_default_is_the_drop_in_preset():
     sb.replace_attention(model)
     core = model.layers[0].self_attn.attention
     assert (core.support, core.low_rank) == sb.presets.drop_in()
+    assert (core.causal_support, core.low_rank) == sb.presets.causal()
+
+
+def test_causal_calls_have_their_own_support_and_the_report_says_it():
+    model, own = encoder().eval(), sb.Window(24)
+    for given, used in (({}, sb.presets.causal()[0]), ({"causal_support": own}, own), ({"support": own}, None)):
+        report = sb.replace_attention(model, **given)
+        core = model.layers[0].self_attn.attention
+        assert core.causal_support == used and core.support == given.get("support", sb.presets.drop_in()[0])
+        assert (f"(causal calls: {used})" in str(report)) == (used is not None)
+        report.restore()
+    with pytest.raises(ValueError, match="causal_support must be .* got LSH"):
+        sb.replace_attention(model, causal_support=sb.LSH(32))
+
+
+def test_cross_attention_has_no_causal_support():
+    model = nn.TransformerDecoderLayer(32, 2, 64, 0.0, batch_first=True)
+    sb.replace_attention(model)
+    assert model.self_attn.attention.causal_support == sb.presets.causal()[0]
+    assert model.multihead_attn.attention.causal_support is None
 
 
 # --------------------------------------------------------------------------------------------------------------- swap

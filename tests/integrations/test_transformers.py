@@ -79,6 +79,36 @@ def test_the_presets_run_by_name(name: str):
     assert hf.run(model, **hf.inputs("bert")[0]).isfinite().all() and len(cores(model)) == 2
 
 
+def test_causal_layers_have_the_support_of_the_causal_preset():
+    """Decoders run it; encoders, and cross-attention, do not."""
+    causal, drop_in = sb.presets.causal()[0], sb.presets.drop_in()[0]
+    for name in ("scatterbrain", "scatterbrain:drop_in"):
+        for core in cores(hf.FAMILIES["llama"].build(name)).values():
+            assert (core.support, core.causal_support) == (drop_in, causal)
+    for path, core in cores(hf.FAMILIES["whisper"].build("scatterbrain")).items():
+        assert core.causal_support == (None if "encoder_attn" in path else causal), path
+    assert all(c.causal_support is None for c in cores(hf.FAMILIES["llama"].build("scatterbrain:train")).values())
+
+
+def test_a_decoder_attends_with_the_causal_support_and_an_encoder_with_the_other():
+    for name, expected in (("llama", sb.presets.causal()[0]), ("bert", sb.presets.drop_in()[0])):
+        model = calibrated(name, "scatterbrain")
+        arguments, counts = hf.inputs(name)
+        ours = hf.run(model, **arguments)
+        model.set_attn_implementation(register(f"scatterbrain:only-{name}", expected, sb.presets.drop_in()[1]))
+        assert torch.equal(hf.run(model, **arguments)[counts], ours[counts])
+
+
+def test_a_name_is_registered_with_a_causal_support():
+    support = sb.Window(8)
+    name = register("scatterbrain:own-causal", sb.Window(16), sb.Quadratic(4, "learned"), causal_support=support)
+    assert SETTINGS[name] == (sb.Window(16), sb.Quadratic(4, "learned"), support)
+    assert SETTINGS[register("scatterbrain:no-causal", sb.Window(16))].causal_support is None
+    assert SETTINGS[register("scatterbrain:default-causal", low_rank=None)].causal_support == sb.presets.causal()[0]
+    with pytest.raises(ValueError, match="causal_support must be .* got LSH"):
+        register("scatterbrain:lsh-causal", causal_support=sb.LSH(32))
+
+
 def test_the_choice_of_implementation_leaves_the_random_weights_of_a_model_alone():
     torch.manual_seed(3)
     plain = transformers.BertForMaskedLM(transformers.BertConfig(**hf.TEXT))
@@ -219,7 +249,7 @@ def test_beams_and_assistants_generate():
 def test_a_target_token_sees_nothing_after_it_through_cross_attention(name: str, implementation: str):
     """Neither what later target tokens are, nor that they are there, chooses its keys."""
     model = hf.FAMILIES[name].build("sdpa")
-    report = sb.replace_attention(model, *SETTINGS[implementation], where=lambda path: path in crossing(model))
+    report = sb.replace_attention(model, *SETTINGS[implementation][:2], where=lambda path: path in crossing(model))
     assert {entry.path for entry in report.replaced} == set(crossing(model))
     if SETTINGS[implementation].low_rank == sb.Quadratic(5):
         with sb.calibrate(model):

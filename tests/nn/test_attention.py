@@ -214,3 +214,69 @@ def test_causal_attention_has_no_exact_queries_and_fewer_queries_than_named_are_
 def test_exact_queries_must_be_a_count(wrong: object) -> None:
     with pytest.raises(ValueError, match="exact_queries must be an int of at least 0"):
         sb.ScatterbrainAttention(4, 16, exact_queries=wrong)
+
+
+# -------------------- causal calls
+
+
+CAUSAL = sb.presets.causal()[0]
+
+
+def test_causal_calls_of_the_default_have_the_support_of_the_causal_preset() -> None:
+    core, inputs = calibrated(), qkv(seed=3)
+    for is_causal, support in ((False, sb.presets.drop_in()[0]), (True, CAUSAL)):
+        want = sb.attention(*inputs, support, core.low_rank, is_causal=is_causal, statistics=core.coefficients())
+        assert torch.equal(core(*inputs, is_causal=is_causal), want)
+    assert sb.presets.causal()[1] == sb.presets.drop_in()[1]  # so calibration and checkpoints are those of either
+
+
+def test_a_support_that_is_given_serves_causal_calls_too_unless_another_is_given() -> None:
+    inputs = qkv(seed=3)
+    for given, used in (
+        (dict(support=sb.Window(16)), sb.Window(16)),
+        (dict(support=sb.Window(16), causal_support=sb.Window(24)), sb.Window(24)),
+        (dict(causal_support=sb.Window(24)), sb.Window(24)),
+    ):
+        core = calibrated(**given)
+        want = sb.attention(*inputs, used, core.low_rank, is_causal=True, statistics=core.coefficients())
+        assert torch.equal(core(*inputs, is_causal=True), want)
+        assert ("causal_support=" in repr(core)) == ("causal_support" in given)
+    assert f"causal_support={CAUSAL}, low_rank" in repr(sb.ScatterbrainAttention(4, 16))
+
+
+def test_checkpoints_do_not_depend_on_the_causal_support() -> None:
+    core, other = calibrated(support=sb.Window(16)), sb.ScatterbrainAttention(4, 16)
+    other.load_state_dict(core.state_dict())
+    core.load_state_dict(other.state_dict())
+    assert torch.equal(other(*qkv(seed=3)), calibrated()(*qkv(seed=3)))
+
+
+def test_a_module_pickled_before_there_were_causal_supports_uses_its_support() -> None:
+    core = calibrated(support=sb.Window(16))
+    del core.__dict__["causal_support"]
+    assert torch.equal(pickle.loads(pickle.dumps(core))(*qkv(), is_causal=True), core(*qkv(), is_causal=True))
+    assert core.support_of(True) == sb.Window(16)
+
+
+def test_exact_bidirectional_calls_need_no_calibration_and_causal_ones_say_so() -> None:
+    core, inputs = sb.ScatterbrainAttention(4, 16, support=sb.Full(), causal_support=sb.Window(16)), qkv()
+    assert torch.equal(core(*inputs), F.scaled_dot_product_attention(*inputs)) and not core.is_exact
+    with pytest.raises(ValueError, match="calibrate"):
+        core(*inputs, is_causal=True)
+    assert sb.ScatterbrainAttention(4, 16, support=sb.Full(), causal_support=sb.Full()).is_exact
+
+
+@pytest.mark.parametrize(
+    ("support", "error", "message"),
+    [
+        (
+            sb.LSH(32),
+            ValueError,
+            "causal_support must be a support that causal attention can use, got LSH.*; use Routed",
+        ),
+        (64, TypeError, "support must be one of Full, .*, got int"),
+    ],
+)
+def test_a_causal_support_that_cannot_be_one_is_refused(support: object, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        sb.ScatterbrainAttention(4, 16, causal_support=support)

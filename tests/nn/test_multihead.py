@@ -718,3 +718,22 @@ def test_an_exact_module_loads_the_checkpoint_of_an_approximating_one(low_rank: 
     exact = sb.MultiheadAttention(32, 2, support=sb.Full())
     exact.load_state_dict(approximate.state_dict())
     assert torch.equal(exact.in_proj_weight, approximate.in_proj_weight)
+
+
+def test_a_causal_mask_brings_the_causal_support():
+    """The default's, or the one that is given; other calls keep the support."""
+    torch.manual_seed(0)
+    x, mask = torch.randn(1, 150, E), torch.ones(150, 150, dtype=torch.bool).triu(1)
+    for given in ({}, {"causal_support": sb.Window(24)}):
+        ours = sb.MultiheadAttention(E, H, batch_first=True, **given).eval()
+        core = ours.attention
+        assert core.support == sb.presets.drop_in()[0]
+        assert core.causal_support == given.get("causal_support", sb.presets.causal()[0])
+        with sb.calibrate(ours):
+            ours(x, x, x, need_weights=False)
+        for causal, support in ((False, core.support), (True, core.causal_support)):
+            same = sb.MultiheadAttention(E, H, batch_first=True, support=support).eval()
+            same.load_state_dict(ours.state_dict())
+            call = dict(need_weights=False, attn_mask=mask if causal else None)
+            with torch.no_grad():
+                assert torch.equal(ours(x, x, x, **call)[0], same(x, x, x, **call)[0])

@@ -37,6 +37,24 @@ def test_a_window_by_hand(is_causal: bool) -> None:
     assert listed[1][0] == listed[1][1] == listed[1][9] == []
 
 
+def test_sinks_and_windows_by_hand() -> None:
+    """20 tokens, blocks of 8. Bidirectional windows lie behind the sinks, causal ones end with the block."""
+    q = tokens(1, 20, 1)
+    window = sb.Window(9, block_q=8, sinks=2)
+    both, causal = (sb.reference.mask(window, q, q, None, is_causal=c)[0, 0] for c in (False, True))
+    listed = [row.nonzero().flatten().tolist() for row in both]
+    assert listed[0] == [*range(9)] and listed[8] == [0, 1, *range(9, 16)] and listed[16] == [0, 1, *range(13, 20)]
+    listed = [row.nonzero().flatten().tolist() for row in causal]
+    assert listed[0] == [0] and listed[7] == [*range(8)] and listed[8] == [0, 1] and listed[15] == [0, 1, *range(9, 16)]
+    assert listed[17] == [0, 1, 17] and listed[19] == [0, 1, *range(17, 20)]
+    routed = sb.Routed(14, block_q=8, window=10, sinks=2)  # and two of what is left
+    for is_causal in (False, True):
+        always = sb.reference.mask(sb.Window(12, block_q=8, sinks=2), q, q, None, is_causal=is_causal)
+        mask = sb.reference.mask(routed, q, q, None, is_causal=is_causal)
+        assert not (always & ~mask).any()
+        assert (mask & ~always).sum(-1)[:, :, [0, 8]].eq(torch.tensor([0 if is_causal else 2, 2])).all()
+
+
 def test_the_query_mask_defaults_to_the_key_mask_of_the_same_tokens() -> None:
     padding = torch.arange(6).expand(2, 6) > 3
     seen = sb.reference.visible(tokens(1, 6, 1), tokens(1, 6, 2), padding)

@@ -56,9 +56,9 @@ def module(name, **classes):
     return made
 
 module("scatterbrain").__path__ = [{folder!r}]
-supports = module("scatterbrain.supports", Full="", Empty="", Window="keys", Routed="keys block_q block_k window",
+supports = module("scatterbrain.supports", Full="", Empty="", Window="keys", Routed="keys block_q block_k window sinks",
                   LSH="keys rounds hash seed", Blocks="index count block_q block_k query_order")
-supports.Window = dataclasses.make_dataclass("Window", ["keys", ("block_q", int, 16)])
+supports.Window = dataclasses.make_dataclass("Window", ["keys", ("block_q", int, 16), ("sinks", int, 0)])
 low_rank = module("scatterbrain.low_rank", Favor="features orthogonal hyperbolic redraw seed",
                   Statistics="query_projection query_mean key_projection key_mean scale",
                   Projections="query_projection query_bias query_log_scale key_projection key_bias",
@@ -74,8 +74,8 @@ stored = reference.fit_statistics(query, key, 3, mask)
 drawn = low_rank.RandomFeatures(torch.randn(16, 8))
 lists = supports.Blocks(torch.zeros(2, 2, 4, 1).int(), torch.ones(2, 2, 4).int(), 16, 8, None)
 checked = 0
-for support in (supports.Full(), supports.Empty(), supports.Window(16), supports.Routed(24, 16, 1, 0),
-                supports.Routed(24, 1, 8, 8), supports.LSH(16, 2, "e2lsh", 0), lists):
+for support in (supports.Full(), supports.Empty(), supports.Window(16), supports.Routed(24, 16, 1, 0, 0),
+                supports.Routed(24, 1, 8, 8, 0), supports.LSH(16, 2, "e2lsh", 0), lists):
     for kernel, statistics in ((low_rank.Quadratic(3), stored), (low_rank.Quadratic(3, "input"), None),
                                (low_rank.Favor(16, True, False, None, 0), None),
                                (low_rank.Favor(16, True, False, None, 0), drawn), (None, None)):

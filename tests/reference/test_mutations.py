@@ -123,6 +123,12 @@ MUTATIONS = {
         lambda c: isinstance(c.support, sb.Window) and c.keys > c.support.keys and c.queries > 0,
         arguments={"span": later_first_key},
     ),
+    "one sink fewer": Mutation(
+        lambda c: (
+            isinstance(c.support, sb.Window) and c.support.sinks > 0 and c.keys > c.support.keys and c.queries > 0
+        ),
+        arguments={"span_sinks": lambda sinks: max(sinks - 1, 0)},
+    ),
     "lists in reversed order": Mutation(
         has_lists, arguments={"index": lambda index: index.flip(2), "count": lambda count: count.flip(2)}
     ),

@@ -57,11 +57,12 @@ SB_INLINE void collect_keys(const AttentionParams& p, int64_t b, int64_t h, int6
   const int64_t chunk_first = p.is_causal ? slot * kChunk : length;
   const uint8_t* mask = p.k_mask ? p.k_mask + b * p.k_tokens + range.k_first : nullptr;
 
-  int64_t lo = 0, hi = 0;
+  int64_t lo = 0, hi = 0, sinks = 0;
   if (p.span) {
     const int32_t* span = p.span + b * p.span_batch + block * 2;
     lo = span[0] - range.k_first, hi = span[1] - range.k_first;
-    lo = lo < 0 ? 0 : lo;
+    sinks = p.span_sinks > edge + 1 ? edge + 1 : p.span_sinks;
+    lo = lo < sinks ? sinks : lo;
     hi = hi > edge + 1 ? edge + 1 : hi;
   }
   const int32_t *entry = nullptr, *entry_end = nullptr;
@@ -71,17 +72,18 @@ SB_INLINE void collect_keys(const AttentionParams& p, int64_t b, int64_t h, int6
     entry_end = entry + p.count[row];
   }
 
-  // Ascending merge of the span and the listed blocks; listed keys inside the span are skipped.
+  // The sinks, then an ascending merge of the span and the listed blocks; what is in more than one of them counts once.
   KeyAppender to{list.key, mask, range.k_first, chunk_first, 0, 0};
+  to.append(0, sinks);
   bool span_done = lo >= hi;
-  if (p.block_k == 1 && !mask && span_done && !p.is_causal) {  // single keys need no merge
+  if (p.block_k == 1 && !mask && span_done && !p.is_causal && sinks == 0) {  // single keys need no merge
     for (; entry != entry_end; ++entry) list.key[to.n++] = int32_t(range.k_first + *entry);
   }
   for (; entry != entry_end; ++entry) {
-    const int64_t begin = int64_t(*entry) * p.block_k;
-    int64_t end = begin + p.block_k;
+    int64_t begin = int64_t(*entry) * p.block_k, end = begin + p.block_k;
     if (begin > edge) break;
     end = end > edge + 1 ? edge + 1 : end;
+    begin = begin < sinks ? sinks : begin;
     if (lo < hi && begin < hi && end > lo) {
       to.append(begin, lo < end ? lo : end);
       if (!span_done) to.append(lo, hi), span_done = true;

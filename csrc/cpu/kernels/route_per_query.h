@@ -35,14 +35,15 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
   const int64_t length = int64_t(range.k_end) - range.k_first, count = ceil_div(length, kBranch),
                 panel_size = p.panel_rows * kLeaf;
   const int64_t shift = (p.is_causal ? range.offset : 0) - int64_t(range.k_first),
-                routed = (p.keys - p.window) / kBranch;
+                sink_blocks = ceil_div(p.sinks, kBranch), routed = (p.keys - p.window) / kBranch - sink_blocks;
   const int64_t kept = candidate_superblocks(p.keys, p.window), depth = p.head_dim + 1,
                 all_supers = ceil_div(count, kBranch);
   int64_t low[kRoutedQueries], high[kRoutedQueries], supers[kRoutedQueries], lists[kRoutedQueries] = {};
+  int64_t first[kRoutedQueries];  // blocks before it hold the sinks
   bool live[kRoutedQueries], choose = false;
   for (int64_t s = 0; s < all_supers; ++s) w.wanted[s] = 0;
 
-  // 1. Scaled queries, windows [low, high) in blocks, superblocks that may be listed from.
+  // 1. Scaled queries, windows [low, high) in blocks, blocks of sinks, superblocks that may be listed from.
   for (int r = 0; r < kRoutedQueries; ++r) {
     const int64_t slot = group * kRoutedQueries + r, i = range.q_first + slot;
     float* query = w.query + r * depth;
@@ -74,17 +75,18 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
       high[r] = p.window < 2 ? low[r] : -floor_div(-(end < length ? end : length), kBranch);
     }
     low[r] = clamp_to(low[r], 0, count), high[r] = clamp_to(high[r], low[r], count);
+    first[r] = p.is_causal ? clamp_to(sink_blocks, 0, high[r]) : clamp_to(sink_blocks, 0, count);
     supers[r] = p.is_causal ? low[r] / kBranch : all_supers;
     choose = choose || supers[r] > kept;
   }
 
   // 2. The best superblocks of each query, and always the one that the window's start cuts.
   if (choose)
-    for (int64_t first = 0; first < all_supers; first += kLeaf)
+    for (int64_t super = 0; super < all_supers; super += kLeaf)
       gemm<float, kWidth<float>, false>(
           kRoutedQueries, kLeaf, depth, Strided<float>{w.query, depth, 1},
-          DenseRows<const float>{panels + p.level_offset[1] + first / kLeaf * panel_size, kLeaf},
-          DenseRows<float>{w.super_score + first, w.units});
+          DenseRows<const float>{panels + p.level_offset[1] + super / kLeaf * panel_size, kLeaf},
+          DenseRows<float>{w.super_score + super, w.units});
   const BlockVec never = splat<float, kBlockWidth>(-__builtin_inff());
   for (int r = 0; r < kRoutedQueries; ++r) {
     if (!live[r]) continue;
@@ -128,8 +130,8 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
           const BlockInts unit = lane_numbers<kBlockWidth>() + int32_t(s * kBranch + lane);
           const BlockInts outside =
               p.is_causal ? unit < int32_t(low[r]) : (unit < int32_t(low[r])) | (unit >= int32_t(high[r]));
-          const BlockInts eligible =
-              outside & (load_lanes<kBlockWidth>(panel + (p.panel_rows - 1) * kBranch + lane) > 0.0f);
+          const BlockInts eligible = outside & (unit >= int32_t(first[r])) &
+                                     (load_lanes<kBlockWidth>(panel + (p.panel_rows - 1) * kBranch + lane) > 0.0f);
           store_ints<kBlockWidth>(
               w.candidate + (r * w.width + lists[r]) * kBranch + lane,
               sortable<kBlockWidth>(eligible ? load_lanes<kBlockWidth>(score + i * kBranch + lane) : never));
@@ -139,7 +141,7 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
     }
   }
 
-  // 4. The list: the best blocks with the window's blocks between them.
+  // 4. The list: the sinks' blocks, then the best blocks with the window's blocks between them.
   for (int r = 0; r < kRoutedQueries; ++r) {
     if (!live[r]) continue;
     int32_t* candidate = w.candidate + r * w.width * kBranch;
@@ -153,10 +155,14 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
     const auto unit = [&](int64_t at) {
       return w.chosen[r * w.width + w.taken[at] / kBranch] * kBranch + w.taken[at] % kBranch;
     };
+    const auto append = [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block)
+        if (panels[block / kBranch * p.panel_rows * kBranch + (p.panel_rows - 1) * kBranch + block % kBranch] > 0)
+          out[n++] = int32_t(block);
+    };
+    append(0, first[r]);
     for (; i < taken && unit(i) < low[r]; ++i) out[n++] = unit(i);
-    for (int64_t block = low[r]; block < high[r]; ++block)
-      if (panels[block / kBranch * p.panel_rows * kBranch + (p.panel_rows - 1) * kBranch + block % kBranch] > 0)
-        out[n++] = int32_t(block);
+    append(low[r] > first[r] ? low[r] : first[r], high[r]);
     for (; i < taken; ++i) out[n++] = unit(i);
     p.count[list] = int32_t(n);
   }

@@ -18,8 +18,9 @@ struct PooledScratch {
   int32_t guess[3] = {kFirstGuess, kFirstGuess, kFirstGuess};  // for the searches of take_top
   float rho[kGroup], inverse[kGroup];
   bool live[kGroup];
-  int64_t begin[kGroup], own_end[kGroup];  // positions of the block's queries
-  int64_t limit[kGroup];                   // candidates lie before it
+  int64_t near_begin[kGroup], near_end[kGroup];  // positions of the window that is always listed, past the sinks
+  int64_t sinks[kGroup];                         // positions before it are always listed
+  int64_t limit[kGroup];                         // candidates lie before it
 
   SB_INLINE PooledScratch(const RouteParams& p, void* memory) {
     const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
@@ -109,23 +110,24 @@ SB_INLINE void score_runs(const RouteParams& p, const PooledScratch& w, const fl
 }
 
 // Turns row g of s into scores: |2^(s - M) - L 2^-M|, or s - M without a low-rank part, where M is the largest exponent
-// of eligible tokens. Tokens at or past `limit`, in [own_begin, own_end) or with no key behind them are not eligible
-// and get -inf. Sets w.inverse to 1 / (largest score); with kKeys the scores go to w.key instead, in sortable form.
+// of eligible tokens. Tokens before `first`, at or past `limit`, in [near_begin, near_end) or with no key behind them
+// are not eligible and get -inf. Sets w.inverse to 1 / (largest score); with kKeys the scores go to w.key instead, in
+// sortable form.
 template <int kLanes, bool kKeys>
 SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* level, const int32_t* chunk,
-                         int64_t chunks, int g, int64_t limit, int64_t own_begin, int64_t own_end) {
+                         int64_t chunks, int g, int64_t first, int64_t limit, int64_t near_begin, int64_t near_end) {
   const RouteVec never = splat<float, kRouteWidth>(-__builtin_inff());
   const int64_t kappa_row = (p.panel_rows - 2) * kLeaf, count_row = (p.panel_rows - 1) * kLeaf;
   float *s = w.s + g * w.units, *t = w.t + g * w.units;
   RouteVec top = splat<float, kRouteWidth>(-1e30f), best{};
   const auto each = [&](const auto& visit) SB_INLINE_LAMBDA {
     for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t first = int64_t(chunk[c]) * kLanes;
-      const float* panel = level + first / kLeaf * p.panel_rows * kLeaf + first % kLeaf;
+      const int64_t begin = int64_t(chunk[c]) * kLanes;
+      const float* panel = level + begin / kLeaf * p.panel_rows * kLeaf + begin % kLeaf;
       for (int64_t lane = 0; lane < kLanes; lane += kRouteWidth) {
-        const RouteInts unit = lane_numbers() + int32_t(first + lane);
-        const RouteInts eligible = (unit < int32_t(limit)) &
-                                   ((unit < int32_t(own_begin)) | (unit >= int32_t(own_end))) &
+        const RouteInts unit = lane_numbers() + int32_t(begin + lane);
+        const RouteInts eligible = (unit >= int32_t(first)) & (unit < int32_t(limit)) &
+                                   ((unit < int32_t(near_begin)) | (unit >= int32_t(near_end))) &
                                    (load_lanes(panel + count_row + lane) > 0.0f);
         visit(c * kLanes + lane, panel + kappa_row + lane, eligible);
       }
@@ -170,7 +172,7 @@ SB_INLINE int64_t shared_top(const RouteParams& p, PooledScratch& w, const float
   int rows[kGroup], used = 0;
   for (int g = 0; g < kGroup; ++g) {
     if (!w.live[g] || (p.is_causal && used == 1)) continue;
-    residuals<kLanes, false>(p, w, level, chunk, chunks, g, limit, 0, 0);
+    residuals<kLanes, false>(p, w, level, chunk, chunks, g, 0, limit, 0, 0);
     rows[used] = g, factor[used++] = splat<float, kRouteWidth>(w.inverse[g]);
   }
   for (int64_t i = 0; i < chunks * kLanes; i += kRouteWidth) {
@@ -183,13 +185,43 @@ SB_INLINE int64_t shared_top(const RouteParams& p, PooledScratch& w, const float
   return taken;
 }
 
+// The candidates of a causal block that starts at `position` lie before this: its window, which holds the block's own
+// keys, begins here.
+SB_INLINE int64_t candidates_end(const RouteParams& p, int64_t position, int64_t length) {
+  return clamp_to(position - (p.window > p.block_q ? p.window - p.block_q : 0), 0, length);
+}
+
+// Sets the sinks, the window and the limit of query block g, whose queries are [slot, end); query i stands at position
+// i + shift.
+SB_INLINE void place_window(const RouteParams& p, const RowRange& range, int64_t slot, int64_t end, int64_t shift,
+                            int64_t g, PooledScratch& w) {
+  const int64_t length = int64_t(range.k_end) - range.k_first;
+  w.sinks[g] = p.sinks < length ? p.sinks : length, w.limit[g] = length;
+  w.near_begin[g] = w.near_end[g] = 0;
+  if (p.is_causal) {
+    w.near_begin[g] = w.limit[g] = candidates_end(p, slot + shift, length);
+    w.near_end[g] = clamp_to(end + shift, 0, length);
+    if (w.sinks[g] > w.near_end[g]) w.sinks[g] = w.near_end[g];
+  } else if (p.window > 0) {  // around the block's centre, shifted to lie behind the sinks and inside the row
+    const int64_t queries = int64_t(range.q_end) - range.q_first;
+    const int64_t centre = (2 * (slot - range.q_first) + p.block_q) * length / (2 * queries);
+    const int64_t begin = centre - p.window / 2, last = length - p.window;
+    w.near_begin[g] = begin < last ? begin : last;
+    if (w.near_begin[g] < w.sinks[g]) w.near_begin[g] = w.sinks[g];
+    w.near_end[g] = w.near_begin[g] + p.window < length ? w.near_begin[g] + p.window : length;
+  } else if (p.q_tokens == p.k_tokens) {  // the queries are the keys: the block's own ones
+    w.near_begin[g] = clamp_to(slot + shift, 0, length), w.near_end[g] = clamp_to(end + shift, 0, length);
+  }
+  if (w.near_begin[g] < w.sinks[g]) w.near_begin[g] = w.sinks[g];
+  if (w.near_end[g] < w.near_begin[g]) w.near_end[g] = w.near_begin[g];
+}
+
 // The lists of the query blocks of one group.
 inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t group, const float* panels,
                          PooledScratch& w) {
   const RowRange& range = p.rows[b];
   const int64_t length = int64_t(range.k_end) - range.k_first,
                 shift = (p.is_causal ? range.offset : 0) - int64_t(range.k_first);
-  const bool has_own = p.is_causal || p.q_tokens == p.k_tokens;
 
   // 1. Pools.
   int first_live = -1, last_live = -1;
@@ -212,19 +244,16 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
       for (int64_t e = 0; e <= p.rank; ++e) x[e] = 0;
       continue;
     }
-    w.begin[g] = slot + shift;
-    w.own_end[g] = has_own ? clamp_to(end + shift, 0, length) : 0;
-    w.limit[g] = p.is_causal ? clamp_to(w.begin[g], 0, length) : length;
-    w.begin[g] = has_own ? clamp_to(w.begin[g], 0, length) : 0;
+    place_window(p, range, slot, end, shift, g, w);
     if (first_live < 0) first_live = g;
     last_live = g;
   }
   if (first_live < 0) return;
 
-  // 2. Candidate blocks: the best of those complete before the group (of all, without a causal edge), in long rows
-  // within the best superblocks.
+  // 2. Candidate blocks: the best of those complete before the window of the group's first block (of all, without a
+  // causal edge), in long rows within the best superblocks.
   const int64_t group_end =
-      p.is_causal ? clamp_to(range.q_first + group * kGroup * p.block_q + shift, 0, length) : length;
+      p.is_causal ? candidates_end(p, range.q_first + group * kGroup * p.block_q + shift, length) : length;
   const int64_t complete = p.is_causal ? group_end / kLeaf : ceil_div(length, kLeaf), kept = candidate_blocks(p.keys);
   const auto all_runs = [&](int64_t tokens) {  // of kLeaf tokens
     for (int64_t run = 0; run * kLeaf < tokens; ++run) w.chunk[run] = int32_t(run);
@@ -246,27 +275,32 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
   }
   for (int64_t block = complete; block * kLeaf < w.limit[last_live]; ++block) w.blocks[blocks++] = int32_t(block);
 
-  // 3. The block's own keys, and the best of the candidates' keys.
+  // 3. The sinks and the window, and the best of the candidates' keys.
   score_runs<kLeaf>(p, w, panels, w.blocks, blocks);
   for (int g = first_live; g <= last_live; ++g) {
     if (!w.live[g]) continue;
-    residuals<kLeaf, true>(p, w, panels, w.blocks, blocks, g, w.limit[g], w.begin[g], w.own_end[g]);
-    int32_t own[2 * kPool];
-    int64_t own_count = 0;
-    for (int64_t j = w.begin[g]; j < w.own_end[g]; ++j)
-      if (!(p.k_mask && p.k_mask[b * p.k_tokens + range.k_first + j])) own[own_count++] = int32_t(j);
-    const int64_t taken = take_top(w.key, blocks * kLeaf, p.keys - own_count, w.taken, w.guess[2]);
-    // Ascending: the block's own keys go between the candidates before and after them.
-    const int64_t list = (b * p.q_heads + h) * p.blocks + group * kGroup + g;
-    int32_t* out = p.index + list * p.capacity;
+    residuals<kLeaf, true>(p, w, panels, w.blocks, blocks, g, w.sinks[g], w.limit[g], w.near_begin[g], w.near_end[g]);
+    const uint8_t* mask = p.k_mask ? p.k_mask + b * p.k_tokens + range.k_first : nullptr;
+    int64_t always = w.sinks[g] + w.near_end[g] - w.near_begin[g];
+    for (int64_t j = 0; mask && j < w.sinks[g]; ++j) always -= mask[j] != 0;
+    for (int64_t j = w.near_begin[g]; mask && j < w.near_end[g]; ++j) always -= mask[j] != 0;
+    const int64_t taken = take_top(w.key, blocks * kLeaf, p.keys - always, w.taken, w.guess[2]);
     if (blocks > 0 && w.blocks[blocks - 1] >= blocks)  // the blocks are not 0, 1, ...
       for (int64_t i = 0; i < taken; ++i)
         w.taken[i] = w.blocks[uint32_t(w.taken[i]) / kLeaf] * kLeaf + uint32_t(w.taken[i]) % kLeaf;
-    const int64_t before = own_count > 0 ? lower_bound_key(w.taken, 0, taken, own[0]) : taken;
-    for (int64_t i = 0; i < before; ++i) out[i] = w.taken[i];
-    for (int64_t i = 0; i < own_count; ++i) out[before + i] = own[i];
-    for (int64_t i = before; i < taken; ++i) out[own_count + i] = w.taken[i];
-    p.count[list] = int32_t(taken + own_count);
+    // Ascending: the sinks, then the window between the candidates before and after it.
+    const int64_t list = (b * p.q_heads + h) * p.blocks + group * kGroup + g;
+    int32_t* out = p.index + list * p.capacity;
+    const auto append = [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j)
+        if (!(mask && mask[j])) *out++ = int32_t(j);
+    };
+    const int64_t before = lower_bound_key(w.taken, 0, taken, w.near_begin[g]);
+    append(0, w.sinks[g]);
+    for (int64_t i = 0; i < before; ++i) *out++ = w.taken[i];
+    append(w.near_begin[g], w.near_end[g]);
+    for (int64_t i = before; i < taken; ++i) *out++ = w.taken[i];
+    p.count[list] = int32_t(taken + always);
   }
 }
 

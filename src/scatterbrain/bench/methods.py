@@ -2,7 +2,8 @@
 
 sdpa                    F.scaled_dot_product_attention
 window-64, routed-64,   a support of that many keys with the quadratic kernel and stored statistics;
-  per-query-64, lsh-64    per-query is Routed(keys, block_q=1, block_k=8, window=16)
+  per-query-64, lsh-64,   per-query is Routed(keys, block_q=1, block_k=8, window=16); causal is the support of
+  causal-128              scatterbrain.presets.causal
 window-64+none          the support alone; +favor: with FAVOR+ of 64 features; +input: statistics of the input;
                           +kind: with an own kernel that was registered
 kind-64, kind           an own support that was registered, with that many keys or without a number
@@ -32,7 +33,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _NAME = re.compile(r"(?P<kind>[a-z_]+(?:-[a-z_]+)*)(?:-(?P<keys>\d+))?(?:\+(?P<kernel>[a-z_]+))?")
 _BASELINES = ("sdpa", "torch-window", "torch-performer", "torch-clusters")
-_BUILT_IN = ("full", "empty", "window", "routed", "per-query", "lsh")
+_BUILT_IN = ("full", "empty", "window", "routed", "per-query", "causal", "lsh")
 
 
 def _per_query(keys: int) -> Support:
@@ -42,7 +43,7 @@ def _per_query(keys: int) -> Support:
 def _supports() -> dict[str, Callable[[int], Support]]:
     """What makes a support of a budget of keys, by the kind in a method's name."""
     known = {kind: cls.with_keys for kind, cls in SUPPORTS.items() if cls.is_configurable}
-    return {**known, "per-query": _per_query}
+    return {**known, "per-query": _per_query, "causal": lambda keys: sb.presets.causal(keys)[0]}
 
 
 def _low_rank(kernel: str, rank: int) -> LowRank:
@@ -138,8 +139,8 @@ def parse_method(name: str) -> Method:
     if not match or match["kind"] not in (*supports, *_BASELINES) or not _knows_kernel(match["kernel"]):
         own = "".join(f", {kind}" for kind in supports if kind not in _BUILT_IN)
         raise ValueError(
-            f"unknown method {name!r}: expected sdpa, empty, full, window-KEYS, routed-KEYS, per-query-KEYS or "
-            f"lsh-KEYS{own}, each also with +none, +favor or +input, or torch-window-KEYS, torch-performer-FEATURES, "
+            f"unknown method {name!r}: expected sdpa, empty, full, window-KEYS, routed-KEYS, per-query-KEYS, "
+            f"causal-KEYS or lsh-KEYS{own}, each also with +none, +favor or +input, or torch-window-KEYS, torch-performer-FEATURES, "
             "torch-clusters-KEYS"
         )
     kind, keys, kernel = match["kind"], match["keys"], match["kernel"]

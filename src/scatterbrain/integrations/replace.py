@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from scatterbrain.checks import check_causal_support
 from scatterbrain.integrations import multihead  # noqa: F401  (registers its replacer)
-from scatterbrain.integrations.replacer import PACKAGES, prepare_replacers, replacer_of
+from scatterbrain.integrations.replacer import PACKAGES, prepare_replacers, replacer_of, takes_causal_support
 from scatterbrain.integrations.report import Entry, Report
 from scatterbrain.integrations.restrictions import NotReplaceable, parallel_wrapper, query_by_query
 from scatterbrain.integrations.vision import (
@@ -21,17 +22,18 @@ from scatterbrain.integrations.vision import (
 )
 from scatterbrain.low_rank import LowRank, check_low_rank
 from scatterbrain.nn.attention import ScatterbrainAttention, join_layers
-from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule
+from scatterbrain.nn.host_module import LOW_RANK, HostModule, with_defaults
 from scatterbrain.nn.multihead import MultiheadAttention
 from scatterbrain.supports import Support, check_support
 
 
 def replace_attention(
     model: nn.Module,
-    support: Support = SUPPORT,
+    support: Support | None = None,
     low_rank: LowRank = LOW_RANK,
     where: Callable[[str], bool] | None = None,
     token_order: str | None = "auto",
+    causal_support: Support | None = None,
 ) -> Report:
     """Replaces the attention modules of ``model`` in place and reports each of them.
 
@@ -53,7 +55,8 @@ def replace_attention(
 
     Args:
         model: any module.
-        support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`.
+        support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`, in causal calls that of
+            :func:`scatterbrain.presets.causal`.
         low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`.
         where: called with a module's path, says whether to replace it; default all.
         token_order: "hilbert" orders image patches along a Hilbert curve inside the blocks of every vision transformer
@@ -64,6 +67,8 @@ def replace_attention(
             Hilbert order where the model is one that supports it and the support gains from it (windows and lists that
             neighbours share), the model's order elsewhere, and in single calls that need it (masks between patches,
             forward hooks inside the blocks), which warn; the report says which.
+        causal_support: the support of calls that are causal (nn.MultiheadAttention with the causal mask, decoders of
+            transformers); default ``support`` where that is given. Cross-attention is never causal.
 
     Returns:
         :class:`Report`: a table of every module that looks like attention, with what it is now or why it was left, and
@@ -75,12 +80,13 @@ def replace_attention(
         ValueError: "learned" for a model that is in DistributedDataParallel or FSDP already.
         ValueError: token_order="hilbert" for a model without a vision transformer that can be ordered.
     """
-    _check_arguments(model, support, low_rank, token_order)
+    support, causal_support = with_defaults(support, causal_support)
+    _check_arguments(model, support, low_rank, token_order, causal_support)
     _check_where(where)
     prepare_replacers(model)
     modules = list(_attention_modules(model))
     left_out = {path for path, _ in modules if where is not None and not where(path)}
-    report = Report("exact attention" if support.is_full else f"{support}, {low_rank}")
+    report = Report(_settings(support, low_rank, causal_support))
     cross_attention = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
     if token_order == "hilbert":
         report._add(*apply_order(model))
@@ -95,7 +101,7 @@ def replace_attention(
         if path in left_out:
             entry.note = "left out by where="
             continue
-        undo = _replace(module, entry, support, low_rank, module in cross_attention)
+        undo = _replace(module, entry, support, low_rank, module in cross_attention, causal_support)
         if undo is not None:
             report._undo.append(undo)
     if token_order == "auto" and report.replaced:
@@ -108,16 +114,31 @@ def replace_attention(
     return report
 
 
-def _check_arguments(model: nn.Module, support: Support, low_rank: LowRank, token_order: str | None) -> None:
+def _is_exact(support: Support, causal_support: Support | None) -> bool:
+    return support.is_full and (causal_support is None or causal_support.is_full)
+
+
+def _settings(support: Support, low_rank: LowRank, causal_support: Support | None) -> str:
+    if _is_exact(support, causal_support):
+        return "exact attention"
+    causal = "" if causal_support is None else f" (causal calls: {causal_support})"
+    return f"{support}{causal}, {low_rank}"
+
+
+def _check_arguments(
+    model: nn.Module, support: Support, low_rank: LowRank, token_order: str | None, causal_support: Support | None
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_attention: model must be an nn.Module, got {type(model).__name__}")
     try:
         check_support(support)
         check_low_rank(low_rank)
+        if causal_support is not None:
+            check_causal_support(causal_support)
     except TypeError as error:
         raise TypeError(f"replace_attention: {error}") from error
     check_token_order(token_order, "replace_attention: token_order")
-    adds_parameters = low_rank is not None and low_rank.adds_parameters and not support.is_full
+    adds_parameters = low_rank is not None and low_rank.adds_parameters and not _is_exact(support, causal_support)
     if adds_parameters and (wrapper := parallel_wrapper(model)):
         raise ValueError(
             f"replace_attention: expected a model that is not yet in {wrapper}, which would neither shard nor "
@@ -143,7 +164,12 @@ def _check_where(where: Callable[[str], bool] | None) -> None:
 
 
 def _replace(
-    module: nn.Module, entry: Entry, support: Support, low_rank: LowRank, is_cross_attention: bool
+    module: nn.Module,
+    entry: Entry,
+    support: Support,
+    low_rank: LowRank,
+    is_cross_attention: bool,
+    causal_support: Support | None,
 ) -> Callable[[], None] | None:
     """Replaces one module, if that is possible, and completes its entry. Returns the function that undoes it."""
     replacer = replacer_of(module)
@@ -154,7 +180,8 @@ def _replace(
     try:
         if is_cross_attention:
             support, why = query_by_query(support, low_rank)
-        note, undo = replacer.replace(module, support, low_rank)
+        causal = () if is_cross_attention or not takes_causal_support(replacer) else (causal_support,)
+        note, undo = replacer.replace(module, support, low_rank, *causal)
     except NotReplaceable as reason:
         entry.note = str(reason)
         return None

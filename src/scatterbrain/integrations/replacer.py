@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib import import_module
 from typing import Protocol
@@ -17,7 +18,9 @@ from scatterbrain.supports import Support
 class Replacer(Protocol):
     """How one family of attention modules is replaced. :func:`register_replacer` adds one.
 
-    A replacer that must see the whole model first may have ``prepare(model)``, called before the first ``replace``.
+    A replacer whose modules have causal calls takes a fourth argument of ``replace``, ``causal_support``, the support
+    of those calls, None for the same one. One that must see the whole model first may have ``prepare(model)``, called
+    before the first ``replace``.
     """
 
     def matches(self, module: nn.Module) -> bool:
@@ -58,15 +61,16 @@ class ClassReplacer:
     def matches(self, module: nn.Module) -> bool:
         return type(module) is self.original
 
-    def replace(self, module: nn.Module, support: Support, low_rank: LowRank) -> tuple[str, Callable[[], None]]:
+    def replace(
+        self, module: nn.Module, support: Support, low_rank: LowRank, causal_support: Support | None = None
+    ) -> tuple[str, Callable[[], None]]:
         self.refuse(module)
         if "forward" in vars(module):
             raise NotReplaceable("its forward is overridden on the instance; replace attention before that is done")
         with errors_as_reasons():
             kv_heads = getattr(module, "num_kv_heads", None)
-            attention = attention_unless_exact(
-                module.num_heads, module.head_dim, support, low_rank, num_kv_heads=kv_heads
-            )
+            settings = {"num_kv_heads": kv_heads, "causal_support": causal_support}
+            attention = attention_unless_exact(module.num_heads, module.head_dim, support, low_rank, **settings)
 
         def undo() -> None:
             module._detach()
@@ -97,6 +101,11 @@ def prepare_replacers(model: nn.Module) -> None:
         prepare = getattr(replacer, "prepare", None)
         if prepare is not None:
             prepare(model)
+
+
+def takes_causal_support(replacer: Replacer) -> bool:
+    """Whether a replacer tells causal calls from others."""
+    return "causal_support" in inspect.signature(replacer.replace).parameters
 
 
 def replacer_of(module: nn.Module) -> Replacer | None:

@@ -62,13 +62,20 @@ class ScatterbrainAttention(nn.Module):
         head_dim: width d of a head.
         num_kv_heads: key/value heads; default num_heads. Must divide num_heads.
         support, low_rank: default :func:`scatterbrain.presets.drop_in`.
+        causal_support: the support of calls with ``is_causal=True``. Default ``support``; without either that of
+            :func:`scatterbrain.presets.causal`, since causal models read other keys than bidirectional ones. Supports
+            own no state, so statistics and checkpoints are the same with any.
         exact_queries: this many first queries attend to every key exactly, in bidirectional calls. For class and
             register tokens, whose attention is spread over the whole image: the cost is that of as many rows of exact
             attention.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a support that does not fit the kernel, or causal calls.
     """
 
     observed: Observed | None = None
     bypassed: str | None = None
+    causal_support: Support | None = None  # of modules that were pickled without one
 
     def __init__(
         self,
@@ -78,9 +85,11 @@ class ScatterbrainAttention(nn.Module):
         support: Support | None = None,
         low_rank: LowRank = _PRESET,
         exact_queries: int = 0,
+        causal_support: Support | None = None,
     ) -> None:
         super().__init__()
-        support = presets.drop_in()[0] if support is None else support
+        if support is None:
+            support, causal_support = presets.drop_in()[0], causal_support or presets.causal()[0]
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, value in (("num_heads", num_heads), ("head_dim", head_dim), ("num_kv_heads", num_kv_heads)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -96,13 +105,16 @@ class ScatterbrainAttention(nn.Module):
                 f"ScatterbrainAttention: exact_queries must be an int of at least 0, got {exact_queries!r}"
             )
         checks.check_pair(support, low_rank, is_causal=False)
+        if causal_support is not None:
+            checks.check_causal_support(causal_support)
         if low_rank is not None and head_dim < low_rank.least_head_dim:
             raise ValueError(
                 f"ScatterbrainAttention: {type(low_rank).__name__} rank must be at most head_dim={head_dim}, got "
                 f"{low_rank.least_head_dim}"
             )
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, num_kv_heads
-        self.support, self.low_rank = support, None if support.is_full else low_rank
+        self.support, self.causal_support = support, causal_support
+        self.low_rank = None if self.is_exact else low_rank
         self.exact_queries = exact_queries
         self.is_collecting = False
         # Of all layers of a model together (join_layers): what was warned of, and how their paths end.
@@ -160,7 +172,7 @@ class ScatterbrainAttention(nn.Module):
         self._warn_frozen(query, key, value)
         if self.needs_calibration and self.bypassed is not None:  # in this order: graphs know nothing of earlier calls
             raise self.uncalibrated(type(self).__name__, is_causal)
-        support, low_rank = self.support, self.low_rank
+        support, low_rank = self.support_of(is_causal), self.low_rank
         if self.is_collecting or self._is_average_due():
             query, key, value = functional.cast_for_autocast(query, key, value)
             checks.check_tensors(query, key, value)
@@ -237,6 +249,10 @@ class ScatterbrainAttention(nn.Module):
                 f"{expected[2]}, got {query.shape[1]}, {key.shape[1]} and {query.shape[3]}"
             )
 
+    def support_of(self, is_causal: bool) -> Support:
+        """The support of causal or of bidirectional calls."""
+        return self.causal_support if is_causal and self.causal_support is not None else self.support
+
     def coefficients(self) -> Coefficients | None:
         """What the low-rank kernel runs with now; None where it needs nothing, or has nothing yet (which then raises
         with the cure)."""
@@ -255,13 +271,13 @@ class ScatterbrainAttention(nn.Module):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the support is every key."""
-        return self.support.is_full
+        """Whether the support of every call is every key."""
+        return self.support.is_full and self.support_of(True).is_full
 
     @property
     def needs_calibration(self) -> bool:
         """Whether running the module now would raise for want of statistics."""
-        if self.support.is_full or self.low_rank is None or self.is_collecting:
+        if self.is_exact or self.low_rank is None or self.is_collecting:
             return False
         if any(buffer.is_meta for buffer in self._buffers.values()):
             return False  # offloaded: forward will have them
@@ -559,9 +575,10 @@ class ScatterbrainAttention(nn.Module):
         raise RuntimeError(NOT_IN_TORCHSCRIPT)
 
     def extra_repr(self) -> str:
+        causal = "" if self.causal_support is None else f"causal_support={self.causal_support}, "
         return (
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}, "
-            f"support={self.support}, low_rank={self.low_rank}"
+            f"support={self.support}, {causal}low_rank={self.low_rank}"
         )
 
 

@@ -13,10 +13,16 @@ from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.warn import warn
 from scatterbrain.operators.tracing import NOT_IN_TORCHSCRIPT
-from scatterbrain.presets import drop_in
+from scatterbrain.presets import causal, drop_in
 from scatterbrain.supports import Support
 
 SUPPORT, LOW_RANK = drop_in()  # of every host module that is given none
+CAUSAL_SUPPORT = causal()[0]  # of their causal calls, where neither support is given
+
+
+def with_defaults(support: Support | None, causal_support: Support | None) -> tuple[Support, Support | None]:
+    """The supports of bidirectional and of causal calls; None for the second where the first serves both."""
+    return (SUPPORT, causal_support or CAUSAL_SUPPORT) if support is None else (support, causal_support)
 
 
 class HostModule:
@@ -88,13 +94,16 @@ def attention_unless_exact(
     low_rank: LowRank,
     exact_queries: int = 0,
     num_kv_heads: int | None = None,
+    causal_support: Support | None = None,
 ) -> ScatterbrainAttention | None:
-    """The attention of a host module; None for ``support=Full()``, where the host's own exact attention runs.
+    """The attention of a host module; None for ``support=Full()`` (and no other ``causal_support``), where the host's
+    own exact attention runs.
 
     Raises:
         TypeError, ValueError: for a support or low-rank kernel that does not fit together or the heads.
     """
     check_pair(support, low_rank, is_causal=False)
-    if support.is_full:
+    if support.is_full and (causal_support is None or causal_support.is_full):
         return None
-    return ScatterbrainAttention(num_heads, head_dim, num_kv_heads, support, low_rank, exact_queries)
+    settings = (num_kv_heads, support, low_rank, exact_queries, causal_support)
+    return ScatterbrainAttention(num_heads, head_dim, *settings)

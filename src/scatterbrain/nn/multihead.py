@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule, attention_unless_exact
+from scatterbrain.nn.host_module import LOW_RANK, HostModule, attention_unless_exact, with_defaults
 from scatterbrain.nn.masks import as_bool_padding, is_causal_mask, is_unreadable
 from scatterbrain.supports import Support
 
@@ -65,9 +65,11 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
             :class:`torch.nn.MultiheadAttention`.
-        support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`.
+        support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`, in causal calls of
+            :func:`scatterbrain.presets.causal`.
         low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`, which must be calibrated
             (:func:`scatterbrain.calibrate`).
+        causal_support: the support of causal calls; default ``support`` where that is given.
 
     Raises:
         TypeError, ValueError: for a support or low-rank kernel that does not fit, or as nn.MultiheadAttention.
@@ -87,13 +89,16 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        support: Support = SUPPORT,
+        support: Support | None = None,
         low_rank: LowRank = LOW_RANK,
+        causal_support: Support | None = None,
     ) -> None:
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self._attach(attention_unless_exact(num_heads, self.head_dim, support, low_rank))
+        support, causal_support = with_defaults(support, causal_support)
+        geometry = (num_heads, self.head_dim)
+        self._attach(attention_unless_exact(*geometry, support, low_rank, causal_support=causal_support))
         if self.attention is not None and device is not None:
             self.attention.to(device)
 

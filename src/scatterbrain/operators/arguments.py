@@ -11,13 +11,14 @@ Shapes and dtypes. B batch rows, Hq query heads, Hkv key/value heads, N queries,
       key_map (B, Hkv, M, r + 1)              coordinates, then log scales; float32 (float64 for float64 inputs)
     index, count, query_order                 as scatterbrain.Blocks
     span (1 or B, blocks, 2)                  int32, a window [lo, hi) per query block, at most ``span_keys`` long
+    span_sinks                                so many first keys of the row are listed besides the span
     query_mask (B, N), key_mask (B, M)        bool, True = ignore
     query_range, key_range (B, 2)             int32, [first, last + 1) of the tokens that are not ignored
     query_offset (B,)                         int32, position of query 0 among the keys, for causal attention
     query_weight, key_weight (1 or B, heads,
       r + 1, d), biases without the last      projections ``map = weight token + bias``
     low_rank                                  0 none, 1 quadratic, 2 general features
-    keys, window                              of Routed; keys = 0: the operator does not route
+    keys, window, sinks                       of Routed; keys = 0: the operator does not route
     packed_rank                               r > 0: the maps are rows of ``project_packed``, which kernels read in place
 """
 

@@ -19,7 +19,8 @@ _OPS = torch.ops.scatterbrain
 
 def _listed_rank_and_features(a: AttentionArguments) -> tuple[int, int, int]:
     """Listed keys of a query at most, dimensions of the coordinates, features; tensors are given as their shapes."""
-    listed = (a.index[-1] * a.block_k if a.index is not None else 0) + (a.span_keys if a.span is not None else 0)
+    listed = 0 if a.span is None else a.span_keys + a.span_sinks
+    listed += a.index[-1] * a.block_k if a.index is not None else 0
     rank = a.packed_rank or (0 if a.query_map is None else a.query_map[-1] - 1)
     features = {0: 0, 1: (rank + 1) * (rank + 2) // 2, 2: rank}[a.low_rank]
     _, _, keys, _ = a.key

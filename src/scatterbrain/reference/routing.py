@@ -212,8 +212,9 @@ def pooled_lists(
     leaf, coarse = keys.means(LEAF), keys.means(LEAF * SUPER)
     kept_blocks = candidate_blocks(support.keys)
 
-    def end(t: int) -> int:  # candidates are the keys before this position
-        return min(max(queries.slots(t)[0] + queries.shift, 0), length) if queries.is_causal else length
+    def end(t: int) -> int:  # candidates are the keys before this position, where a causal window begins
+        near = max(support.window, support.block_q) - support.block_q
+        return min(max(queries.slots(t)[0] + queries.shift - near, 0), length) if queries.is_causal else length
 
     for first in range(0, queries.blocks(), GROUP):
         group = [t for t in range(first, min(first + GROUP, queries.blocks())) if queries.valid_slots(t)]
@@ -241,15 +242,23 @@ def pooled_lists(
         else:
             candidates = [j for j in range(length) if valid[j]]
 
-        # 2. The block's own keys, and the best of the candidates.
+        # 2. The sinks, the window or the block's own keys, and the best of the candidates.
         for t in group:
             begin = queries.slots(t)[0] + queries.shift
-            own = set()
-            if queries.is_causal or queries.are_the_keys:
-                own = {j for j in range(max(begin, 0), min(begin + len(queries.slots(t)), length)) if valid[j]}
-            eligible = [j for j in candidates if j < end(t) and j not in own]
+            last = min(begin + len(queries.slots(t)), length)  # after the block's own keys
+            first_keys, nearby = range(support.sinks), range(0)
+            if queries.is_causal:
+                first_keys, nearby = range(min(support.sinks, max(last, 0))), range(end(t), last)
+            elif support.window:
+                centre = (2 * t + 1) * support.block_q * length // (2 * (queries.end - queries.first))
+                low = max(min(centre - support.window // 2, length - support.window), support.sinks)
+                nearby = range(low, low + support.window)
+            elif queries.are_the_keys:
+                nearby = range(max(begin, 0), last)
+            always = {j for j in (*first_keys, *nearby) if j < length and valid[j]}
+            eligible = [j for j in candidates if j < end(t) and j not in always]
             score = pools[t].log_residual(keys)
-            yield t, sorted(own | set(best(score, eligible, support.keys - len(own)))), score
+            yield t, sorted(always | set(best(score, eligible, support.keys - len(always)))), score
 
 
 def per_query_lists(
@@ -258,15 +267,16 @@ def per_query_lists(
     block_k, window = support.block_k, support.window
     length = len(keys.valid)
     count = -(-length // block_k)
-    routed = (support.keys - window) // block_k
-    kept_supers = candidate_superblocks(routed)
+    sinks = -(-support.sinks // block_k)  # blocks
+    kept_supers = candidate_superblocks((support.keys - window) // block_k)
+    routed = (support.keys - window) // block_k - sinks
     fine, coarse = keys.means(block_k), keys.means(block_k * BRANCH)
     fine_spread, coarse_spread = keys.spread(block_k), keys.spread(block_k * BRANCH)
     for i in range(queries.first, queries.end):
         if not queries.valid[i]:
             continue
 
-        # 1. The window, whole blocks [low, high).
+        # 1. The window, whole blocks [low, high), and the blocks that hold the sinks.
         p = i + queries.shift
         if queries.is_causal:
             low = max(p - window + 1, 0) // block_k
@@ -277,12 +287,15 @@ def per_query_lists(
             low = max(p - window // 2, 0) // block_k
             high = min(-(-min(p + window // 2, length) // block_k), count) if window > 1 else low
         low, high = min(low, count), max(high, 0)
-        nearby = [c for c in range(low, high) if fine.valid[c]]
+        first_blocks = range(min(sinks, max(low, high) if queries.is_causal else count))
+        nearby = [c for c in sorted({*first_blocks, *range(low, high)}) if fine.valid[c]]
 
         # 2. The best of the other blocks, from the best superblocks.
         q, spread_weight = queries.query[i], queries.query[i].square().mean() / 2
         elsewhere = [
-            c for c in range(count) if fine.valid[c] and (c < low or (c >= max(high, low) and not queries.is_causal))
+            c
+            for c in range(len(first_blocks), count)
+            if fine.valid[c] and (c < low or (c >= max(high, low) and not queries.is_causal))
         ]
         if stages:
             supers = low // BRANCH if queries.is_causal else -(-count // BRANCH)

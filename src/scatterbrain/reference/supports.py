@@ -42,8 +42,10 @@ def _(support: Empty, inputs: Inputs) -> Tensor:
 @support_mask.register
 def _(support: Window, inputs: Inputs) -> Tensor:
     """Bidirectional: the ``keys`` keys around the block's centre, which is scaled by M / N, shifted to lie inside the
-    sequence. Causal: the ``keys`` keys that end with the block's last query."""
-    chosen, keys, block_q = inputs.pairs(False), support.keys, support.block_q
+    sequence. Causal: the ``keys`` keys that end with the block's last query. ``sinks`` of the keys are the row's first
+    ones, for every query; the others are a window of so many fewer keys, bidirectional behind the sinks."""
+    chosen, sinks, block_q = inputs.pairs(False), support.sinks, support.block_q
+    keys = support.keys - sinks
     for b, offset in enumerate(inputs.query_offset):
         (q_first, q_end), (k_first, k_end) = inputs.query_range(b), inputs.key_range(b)
         n, m = q_end - q_first, k_end - k_first
@@ -53,10 +55,11 @@ def _(support: Window, inputs: Inputs) -> Tensor:
                 low = max(end - keys, 0)
             else:
                 centre = (2 * begin + block_q) * m // (2 * n)
-                low = max(min(centre - keys // 2, m - keys), 0)
+                low = max(min(centre - keys // 2, m - keys), sinks)
                 end = low + keys
             rows = slice(q_first + begin, min(q_first + begin + block_q, q_end))
             chosen[b, :, rows, k_first + low : k_first + max(min(end, m), low)] = True
+            chosen[b, :, rows, k_first : k_first + min(sinks, m)] = True
     return chosen
 
 

@@ -23,6 +23,7 @@ class BlockLists(NamedTuple):
         span: int32 (1 or B, blocks, 2), a window [lo, hi) of absolute key positions per block; None without one.
         block_q: queries that share a list. block_k: consecutive keys of an entry.
         span_keys: upper bound of hi - lo.
+        span_sinks: so many first keys of the row are listed besides the window.
     """
 
     index: Tensor | None = None
@@ -32,6 +33,7 @@ class BlockLists(NamedTuple):
     block_q: int = 16
     block_k: int = 1
     span_keys: int = 0
+    span_sinks: int = 0
 
 
 class OperatorRouting(NamedTuple):
@@ -41,6 +43,7 @@ class OperatorRouting(NamedTuple):
     window: int
     block_q: int
     block_k: int
+    sinks: int = 0
 
 
 class Support:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scatterbrain.call import Call
-from scatterbrain.fields import check_int
+from scatterbrain.fields import check_int, repr_of
 from scatterbrain.operators import untraced
 from scatterbrain.operators.arguments import RouteArguments
 from scatterbrain.operators.tracing import is_known, is_untraced
@@ -23,17 +23,25 @@ class Routed(Support):
 
     Two forms. Pooled: ``block_q`` in {8, 16, 32}, ``block_k`` = 1; a block's own keys and the best of the rest by the
     residual score ``log |exp(s) - L|`` of the block's mean query. Causal routing pools the block's first query with the
-    15 before it. Per query: ``block_q`` = 1, ``block_k`` = 8; a window of ``window`` keys (its start rounded down to a
-    block) and the best ``(keys - window) / 8`` blocks of 8 keys by ``q . mean(k)``, in the causal form among the
-    complete blocks before the window. The per-query form is for training from scratch, the pooled one for pretrained
-    models.
+    15 before it. With ``window`` the keys of a :class:`Window` of that length, which hold the block's own ones, take
+    their place; causal routing then chooses among the keys before the window. Per query: ``block_q`` = 1, ``block_k`` =
+    8; a window of ``window`` keys (its start rounded down to a block) and the best ``(keys - window) / 8`` blocks of 8
+    keys by ``q . mean(k)``, in the causal form among the complete blocks before the window. The per-query form is for
+    training from scratch, the pooled one for pretrained models.
 
     Args:
-        keys: keys per query in all: window, own and listed keys. The per-query form rounds its window to whole blocks
-            and can list up to 7 more.
+        keys: keys per query in all: sinks, window, own and listed keys. The per-query form rounds its window to whole
+            blocks and can list up to 7 more.
         block_q: queries that share a list.
         block_k: consecutive keys that are chosen together.
-        window: keys of the window of the per-query form.
+        window: keys near the query that are always listed; the pooled form takes 0 or at least ``block_q``. The default
+            0 leaves the choice to the scores, which is best for bidirectional models; causal ones read near keys most.
+        sinks: first keys of each row's valid range that are always listed, as :class:`Window` has them; the per-query
+            form rounds them up to whole blocks of 8 keys.
+
+    Raises:
+        TypeError, ValueError: naming the field, where one is no int or out of its range, or the window and the sinks
+            take more than ``keys``.
     """
 
     kind: ClassVar[str] = "routed"
@@ -46,12 +54,14 @@ class Routed(Support):
     block_q: int = 16
     block_k: int = 1
     window: int = 0
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         check_int("Routed", "keys", self.keys, 1)
         check_int("Routed", "block_q", self.block_q, 1)
         check_int("Routed", "block_k", self.block_k, 1)
         check_int("Routed", "window", self.window, 0)
+        check_int("Routed", "sinks", self.sinks, 0)
         if (self.block_q, self.block_k) not in ((8, 1), (16, 1), (32, 1), (1, 8)):
             raise ValueError(
                 "Routed: expected block_q in (8, 16, 32) with block_k=1 (pooled), or block_q=1 with "
@@ -63,16 +73,30 @@ class Routed(Support):
                 "Routed: keys is the whole budget and holds the block's own keys, expected at least "
                 f"block_q={self.block_q}, got {self.keys}"
             )
-        if self.is_pooled and self.window:
+        if self.is_pooled and 0 < self.window < self.block_q:
             raise ValueError(
-                "Routed: window belongs to the per-query form (block_q=1, block_k=8); the pooled form has "
-                f"its own block, got {self.window}"
+                "Routed: the window of the pooled form holds the block's own keys, expected 0 (those alone) or at "
+                f"least block_q={self.block_q}, got window={self.window}"
             )
         if not self.is_pooled and (self.window % 8 or self.keys % 8 or self.window > self.keys):
             raise ValueError(
                 "Routed: expected keys and window in multiples of 8 with window <= keys, got "
                 f"keys={self.keys}, window={self.window}"
             )
+        always = (max(self.window, self.block_q) if self.is_pooled else self.window) + self._sink_keys
+        if always > self.keys:
+            raise ValueError(
+                f"Routed: keys is the whole budget, expected at least {always} for window={self.window} and "
+                f"sinks={self.sinks}, got {self.keys}"
+            )
+
+    def __repr__(self) -> str:
+        return repr_of(self, if_set=("sinks",))
+
+    @property
+    def _sink_keys(self) -> int:
+        """Keys of the budget that the sinks take: whole entries of a list."""
+        return -(-self.sinks // self.block_k) * self.block_k
 
     @property
     def is_pooled(self) -> bool:
@@ -87,12 +111,12 @@ class Routed(Support):
     def covers_every_key(self, queries: int, keys: int, is_causal: bool) -> bool:
         if self.is_pooled:
             return is_known(keys <= self.keys) or (is_causal and is_known(queries <= self.keys))
-        listed = (self.keys - self.window) // self.block_k
+        listed, sinks = (self.keys - self.window) // self.block_k, self._sink_keys // self.block_k
         if is_causal:  # the last query has the most blocks before its window
             return is_known((queries - self.window) // self.block_k <= listed)
-        # The first query's window, cut by the start of the sequence, is the smallest.
+        # The first query's window, cut by the start of the sequence, is the smallest, and holds sinks.
         nearby = -(-(self.window // 2) // self.block_k)
-        return is_known(keys <= (listed + nearby) * self.block_k)
+        return is_known(keys <= (listed - sinks + max(nearby, sinks)) * self.block_k)
 
     def lists(self, call: Call, query_map: Tensor | None, key_map: Tensor | None) -> BlockLists:
         # Always in float32, so that float64 copies of the same inputs are routed alike. The operator itself converts
@@ -115,6 +139,7 @@ class Routed(Support):
                 block_q=self.block_q,
                 block_k=self.block_k,
                 window=self.window,
+                sinks=self.sinks,
                 is_causal=call.is_causal,
                 scale=call.scale,
             )
@@ -125,7 +150,7 @@ class Routed(Support):
         # The operator would route float64 inputs in float64: `lists` routes float32 copies.
         if call.query.dtype == torch.float64 or type(self).lists is not Routed.lists:
             return None
-        return OperatorRouting(self.keys, self.window, self.block_q, self.block_k)
+        return OperatorRouting(self.keys, self.window, self.block_q, self.block_k, self.sinks)
 
     def for_cross_attention(self) -> tuple[Support, str]:
         if self.block_q > 1:

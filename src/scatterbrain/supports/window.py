@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scatterbrain.call import Call
-from scatterbrain.fields import check_int
+from scatterbrain.fields import check_int, repr_of
 from scatterbrain.operators.tracing import is_known, is_untraced
 from scatterbrain.padding import EVERYTHING, PaddingInfo
 from scatterbrain.supports.base import BlockLists, Support
@@ -23,11 +23,19 @@ class Window(Support):
 
     Bidirectional: a block whose centre is c sees ``[c - keys/2, c + keys/2)``, shifted to stay inside the sequence;
     with M keys for N queries c is scaled by M/N. Causal: query i of the block that starts at b sees keys ``max(0, b +
-    block_q - keys) .. i`` (with keys < block_q the first queries of a block see none).
+    block_q - keys) .. i`` (with keys < block_q the first queries of a block see none). With ``sinks`` the window is as
+    many keys shorter, and the first ones of the sequence are seen too, by every query that may see them; a
+    bidirectional window is shifted to stay behind them.
 
     Args:
-        keys: keys per query, at least 1.
+        keys: keys per query in all, at least 1.
         block_q: queries that share a window; 16 is one register tile of the kernels.
+        sinks: first keys of each row's valid range that every query sees, part of ``keys``. Language models attend to
+            the first tokens whatever the query is (attention sinks: Xiao et al., ICLR 2024); the default 0 suits
+            sequences without such tokens.
+
+    Raises:
+        TypeError, ValueError: a field is no int, or sinks > keys.
     """
 
     kind: ClassVar[str] = "window"
@@ -36,14 +44,24 @@ class Window(Support):
 
     keys: int
     block_q: int = 16
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         check_int("Window", "keys", self.keys, 1)
         check_int("Window", "block_q", self.block_q, 1)
+        check_int("Window", "sinks", self.sinks, 0)
+        if self.sinks > self.keys:
+            raise ValueError(
+                f"Window: sinks are part of keys, expected at most keys={self.keys}, got sinks={self.sinks}"
+            )
+
+    def __repr__(self) -> str:
+        return repr_of(self, if_set=("sinks",))
 
     def covers_every_key(self, queries: int, keys: int, is_causal: bool) -> bool:
         blocks = (queries + self.block_q - 1) // self.block_q
-        return is_known(blocks * self.block_q <= self.keys if is_causal else keys <= self.keys)
+        within = blocks * self.block_q <= self.keys if is_causal else keys <= self.keys
+        return is_known(within) or (self.sinks > 0 and is_known(keys <= self.sinks))
 
     def lists(self, call: Call, query_map: Tensor | None, key_map: Tensor | None) -> BlockLists:
         n, m, device = call.query.shape[2], call.key.shape[2], call.query.device
@@ -51,7 +69,7 @@ class Window(Support):
             span = _cached_span(self, n, m, call.is_causal, device)
         else:
             span = window_span(self, n, m, call.padding, call.is_causal, device)
-        return BlockLists(span=span, block_q=self.block_q, span_keys=self.keys)
+        return BlockLists(span=span, block_q=self.block_q, span_keys=self.keys - self.sinks, span_sinks=self.sinks)
 
     def for_cross_attention(self) -> tuple[Support, str]:
         own = lists_of_single_queries(self.keys)
@@ -59,7 +77,9 @@ class Window(Support):
 
 
 def window_span(support: Window, n: int, m: int, padding: PaddingInfo, is_causal: bool, device: torch.device) -> Tensor:
-    """int32 (1 or B, blocks, 2), absolute [lo, hi) of each query block's window, before the causal edge cuts it."""
+    """int32 (1 or B, blocks, 2), absolute [lo, hi) of each query block's window, without the sinks, before the causal
+    edge cuts it."""
+    keys = support.keys - support.sinks
     slot = torch.arange(-(-n // support.block_q), device=device)[None] * support.block_q
     q_first, q_length, k_first, k_length = 0, max(n, 1), 0, m
     if padding.query_range is not None:
@@ -76,12 +96,12 @@ def window_span(support: Window, n: int, m: int, padding: PaddingInfo, is_causal
 
     if is_causal:
         first = q_first + slot + (0 if padding.query_offset is None else padding.query_offset[:, None].long()) - k_first
-        lo = (first + support.block_q - support.keys).clamp(min=0)
+        lo = (first + support.block_q - keys).clamp(min=0)
         hi = first + support.block_q
     else:
-        lo = (2 * slot + support.block_q) * k_length // (2 * q_length) - support.keys // 2
-        lo = at_most(k_length - support.keys, lo).clamp(min=0)
-        hi = lo + support.keys
+        lo = (2 * slot + support.block_q) * k_length // (2 * q_length) - keys // 2
+        lo = at_most(k_length, at_most(k_length - keys, lo).clamp(min=support.sinks))
+        hi = lo + keys
     hi = at_most(k_length, hi)
     return torch.stack([lo + k_first, torch.maximum(hi, lo) + k_first], -1).to(torch.int32)
 

@@ -7,7 +7,8 @@
     with sb.calibrate(model), torch.no_grad():
         model(**batch)
 
-"scatterbrain" is :func:`scatterbrain.presets.drop_in`; "scatterbrain:drop_in", "scatterbrain:train" and
+"scatterbrain" is :func:`scatterbrain.presets.drop_in`, in causal layers with the support of
+:func:`scatterbrain.presets.causal`; "scatterbrain:drop_in" is the same, "scatterbrain:train" and
 "scatterbrain:paper" are the presets, "scatterbrain:full" is exact, and :func:`register` adds names. Choose a name at
 load, with ``model.set_attn_implementation(name)``, or for single layers with ``sb.replace_attention(model, where=)``.
 

@@ -92,7 +92,7 @@ def _attach(module: nn.Module, name: str, query: Tensor, key: Tensor) -> Scatter
             f"with model.set_attn_implementation({name!r}) before torch.compile"
         )
     heads = Heads(query.shape[1], query.shape[3], key.shape[1])
-    core = layers.attach(module, *SETTINGS[name], heads=heads)
+    core = layers.attach(module, heads=heads, **SETTINGS[name]._asdict())
     core.registered = name, SETTINGS[name]
     return core
 
@@ -145,7 +145,7 @@ def _is_exact(
     """Whether this call runs exact attention; warns of it unless exact attention was chosen or there is one query."""
     if core.is_collecting and visible.dense is None:
         return False
-    if core.is_exact or query.shape[2] == 1:
+    if core.support_of(visible.is_causal).is_full or query.shape[2] == 1:
         return True
     reason = None
     window = arguments.get("sliding_window")

@@ -33,7 +33,8 @@ def adopt(model: nn.Module) -> None:
     for seed, (path, module) in enumerate(attention_layers(model)):
         name = implementation(module)
         if name in SETTINGS:
-            attach(module, *SETTINGS[name], path=path, seed=seed).registered = name, SETTINGS[name]
+            core = attach(module, path=path, seed=seed, **SETTINGS[name]._asdict())
+            core.registered = name, SETTINGS[name]
         elif name != PER_LAYER:
             park(module)
     exact_class_tokens(model)

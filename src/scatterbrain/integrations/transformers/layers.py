@@ -118,7 +118,7 @@ class LayerAttention(ScatterbrainAttention):
     @torch.no_grad()
     def restart(self) -> None:
         """Puts every tensor back to what it was at first."""
-        fresh = _build(_heads(self), self.support, self.low_rank, self.seed)
+        fresh = _build(_heads(self), self.support, self.low_rank, self.seed, self.causal_support)
         for name, tensor in fresh.state_dict().items():
             fill(getattr(self, name), tensor)
 
@@ -140,6 +140,7 @@ def attach(
     path: str = "",
     heads: Heads | None = None,
     seed: int = 0,
+    causal_support: Support | None = None,
 ) -> LayerAttention:
     """Gives an attention module its ScatterbrainAttention.
 
@@ -153,25 +154,26 @@ def attach(
         path: of the module in the model; tells self-attention from cross-attention.
         heads: default :func:`heads_of`, checked against the first tensors.
         seed: of random projections; global random number generators are left as they are.
+        causal_support: the support of causal calls; None: the same. Cross-attention has none.
 
     Raises:
         ValueError: the heads are too narrow for the rank of the low-rank kernel.
     """
     if not _is_self(module, path):
-        support = cross_support(support, low_rank)[0]
-    if support.is_full:
+        support, causal_support = cross_support(support, low_rank)[0], None
+    if support.is_full and (causal_support is None or causal_support.is_full):
         low_rank = None
     known = heads or heads_of(module)
     present = [core for core in (core_of(module), module.__dict__.pop(PARKED, None)) if core is not None]
     core = next((core for core in present if core.low_rank == low_rank), None)
     if core is None or (heads is not None and _heads(core) != heads):
         least_head_dim = 1 if low_rank is None else low_rank.least_head_dim
-        core = _build(known or Heads(1, least_head_dim, 1), support, low_rank, seed)
+        core = _build(known or Heads(1, least_head_dim, 1), support, low_rank, seed, causal_support)
         core.is_self = _is_self(module, path)
         core.is_guess = heads is None
     for inner in core.modules():  # an adapter that saves the module holds a copy beside the original
         if isinstance(inner, ScatterbrainAttention):
-            inner.support = support
+            inner.support, inner.causal_support = support, causal_support
     waiting = next((other for other in present if other.low_rank is not None), None)
     if low_rank is None and waiting is not None:
         module.__dict__[PARKED] = waiting
@@ -197,7 +199,9 @@ def detach(module: nn.Module) -> None:
     module.__dict__.pop(PARKED, None)
 
 
-def _build(heads: Heads, support: Support, low_rank: LowRank, seed: int) -> LayerAttention:
+def _build(
+    heads: Heads, support: Support, low_rank: LowRank, seed: int, causal_support: Support | None = None
+) -> LayerAttention:
     """Built on the CPU in float32, whatever the defaults are while a model is built, and without advancing its random
     number generator: later weights are those of the same model with another implementation."""
     dtype = torch.get_default_dtype()
@@ -205,7 +209,7 @@ def _build(heads: Heads, support: Support, low_rank: LowRank, seed: int) -> Laye
         torch.set_default_dtype(torch.float32)
         try:
             torch.manual_seed(torch.initial_seed() + seed)
-            core = LayerAttention(*heads, support=support, low_rank=low_rank)
+            core = LayerAttention(*heads, support=support, low_rank=low_rank, causal_support=causal_support)
             core.seed = seed
             return core
         finally:
@@ -227,7 +231,7 @@ def fit_to(module: nn.Module, core: ScatterbrainAttention, query: Tensor, key: T
             f"{type(module).__name__}: its ScatterbrainAttention was made for {_heads(core)}, got {came}; it holds "
             "calibration or learned projections, which do not fit: attach it anew with set_attn_implementation"
         )
-    fresh = _build(came, core.support, core.low_rank, 0).to(query.device)
+    fresh = _build(came, core.support, core.low_rank, 0, core.causal_support).to(query.device)
     for name, buffer in fresh._buffers.items():
         core._buffers[name] = buffer
     core.num_heads, core.head_dim, core.num_kv_heads = came

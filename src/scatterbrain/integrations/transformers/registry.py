@@ -17,6 +17,7 @@ class Settings(NamedTuple):
 
     support: Support
     low_rank: LowRank
+    causal_support: Support | None = None  # of causal calls; None: the same
 
 
 SETTINGS: dict[str, Settings] = {}

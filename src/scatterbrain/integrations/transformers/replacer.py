@@ -38,7 +38,9 @@ class TransformersReplacer:
     def matches(self, module: nn.Module) -> bool:
         return routes(type(module))
 
-    def replace(self, module: nn.Module, support: Support, low_rank: LowRank) -> tuple[str, Callable[[], None]]:
+    def replace(
+        self, module: nn.Module, support: Support, low_rank: LowRank, causal_support: Support | None = None
+    ) -> tuple[str, Callable[[], None]]:
         config = getattr(module, "config", None)
         if config is None:
             raise NotReplaceable("it has no configuration to name its attention function in")
@@ -49,7 +51,7 @@ class TransformersReplacer:
             )
         parked, (seed, path) = module.__dict__.pop(PARKED, None), self._places.get(module, (0, ""))
         try:
-            attach(module, support, low_rank, path=path, seed=seed)
+            attach(module, support, low_rank, path=path, seed=seed, causal_support=causal_support)
         except ValueError as error:
             if parked is not None:
                 module.__dict__[PARKED] = parked

@@ -7,11 +7,12 @@ import re
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from scatterbrain import presets
-from scatterbrain.checks import check_pair
+from scatterbrain.checks import check_causal_support, check_pair
 from scatterbrain.integrations.transformers.attention import attention_forward
 from scatterbrain.integrations.transformers.masks import compact_mask
 from scatterbrain.integrations.transformers.registry import PER_LAYER, PUBLISHERS, Settings, add
 from scatterbrain.low_rank import LowRank
+from scatterbrain.nn.host_module import CAUSAL_SUPPORT, LOW_RANK, SUPPORT, with_defaults
 from scatterbrain.supports import Full, Support
 
 NAME = re.compile(r"scatterbrain(:[A-Za-z0-9._-]+)?")
@@ -20,7 +21,12 @@ TAKEN = ("flash", "sdpa", "flex_attention")
 _BUILT_IN = ("scatterbrain", "scatterbrain:drop_in", "scatterbrain:train", "scatterbrain:paper", "scatterbrain:full")
 
 
-def register(name: str, support: Support | None = None, low_rank: LowRank | object = ...) -> str:
+def register(
+    name: str,
+    support: Support | None = None,
+    low_rank: LowRank | object = ...,
+    causal_support: Support | None = None,
+) -> str:
     """Makes ``name`` a value of ``attn_implementation=`` and ``set_attn_implementation``.
 
     ::
@@ -33,8 +39,11 @@ def register(name: str, support: Support | None = None, low_rank: LowRank | obje
 
     Args:
         name: "scatterbrain:" and letters, digits, ".", "_" or "-".
-        support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`.
+        support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`, in causal calls that of
+            :func:`scatterbrain.presets.causal`.
         low_rank: the kernel of the rest, None for none; default that of :func:`scatterbrain.presets.drop_in`.
+        causal_support: the support of causal calls, a decoder's self-attention; default ``support`` where that is
+            given.
 
     Returns:
         The name.
@@ -52,13 +61,15 @@ def register(name: str, support: Support | None = None, low_rank: LowRank | obje
     for word in TAKEN:
         if word in name:
             raise ValueError(f"register: transformers takes a name with {word!r} for its own, got {name!r}; rename it")
-    default = presets.drop_in()
-    return _register(name, default[0] if support is None else support, default[1] if low_rank is ... else low_rank)
+    support, causal_support = with_defaults(support, causal_support)
+    return _register(name, support, LOW_RANK if low_rank is ... else low_rank, causal_support)
 
 
-def _register(name: str, support: Support, low_rank: LowRank) -> str:
+def _register(name: str, support: Support, low_rank: LowRank, causal_support: Support | None = None) -> str:
     check_pair(support, low_rank, is_causal=False)
-    add(name, Settings(support, low_rank))
+    if causal_support is not None:
+        check_causal_support(causal_support)
+    add(name, Settings(support, low_rank, causal_support))
     return name
 
 
@@ -77,7 +88,8 @@ PUBLISHERS.append(_publish)
 
 def register_built_in() -> None:
     """ "scatterbrain" and the presets, each with its default budget."""
-    for name, pair in zip(_BUILT_IN, (presets.drop_in(), presets.drop_in(), presets.train(), presets.paper())):
-        _register(name, *pair)
+    drop_in = (SUPPORT, LOW_RANK, CAUSAL_SUPPORT)
+    for name, settings in zip(_BUILT_IN, (drop_in, drop_in, presets.train(), presets.paper())):
+        _register(name, *settings)
     _register("scatterbrain:full", Full(), None)
     _publish(PER_LAYER)
