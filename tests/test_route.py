@@ -289,6 +289,7 @@ def test_half_precision_and_strided_inputs_are_routed_as_their_float_copies() ->
         (sb.Routed(2**31 - 8, 1, 8, 16), sb.Routed(128 + 16, 1, 8, 16)),
         (sb.Routed(2**31 - 8, 1, 8, 2**31 - 8), sb.Routed(240, 1, 8, 240)),
         (sb.LSH(3_000, rounds=150), sb.LSH(200, rounds=1)),
+        (sb.LSH(300_000, rounds=3_000), sb.LSH(200, rounds=1)),
     ],
     ids=str,
 )

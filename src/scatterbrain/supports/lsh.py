@@ -144,7 +144,8 @@ def lsh_lists(support: LSH, call: Call) -> BlockLists:
     if n == 0 or m == 0:
         index = torch.full((batch, heads, n, 0), -1, dtype=torch.int32, device=device)
         return BlockLists(index, torch.zeros(batch, heads, n, dtype=torch.int32, device=device), block_q=1)
-    directions = hash_directions(support.rounds, d, support.seed).to(device)
+    rounds = 1 if per_round >= m else support.rounds  # a cluster of every key is the same in every round
+    directions = hash_directions(support.rounds, d, support.seed).to(device)[:rounds]
     query_hash, key_hash = hash_tokens(query, key, directions, query_mask, key_mask)
 
     def count(mask: Tensor | None, tokens: int) -> Tensor:
@@ -168,11 +169,11 @@ def lsh_lists(support: LSH, call: Call) -> BlockLists:
         return keys.transpose(2, 3).flatten(3)
 
     # The union is made of so many rounds at a time that memory follows the keys that there are, whatever the budget.
-    if support.keys <= m:
-        member = _union(members(slice(support.rounds)), m)
+    if rounds * width <= m:
+        member = _union(members(slice(rounds)), m)
     else:
         member, at_once = torch.empty(batch, heads, n, 0, dtype=torch.int64, device=device), max(1, m // width)
-        for first in range(0, support.rounds, at_once):
+        for first in range(0, rounds, at_once):
             member = _union(torch.cat([member, members(slice(first, first + at_once))], -1), m)[..., :m]
     if query_mask is not None:
         member = member.masked_fill(query_mask[:, None, :, None], m)
