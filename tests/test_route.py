@@ -286,6 +286,9 @@ def test_half_precision_and_strided_inputs_are_routed_as_their_float_copies() ->
     "huge, all_of_them",
     [
         (sb.Routed(300_000), sb.Routed(128)),
+        (sb.Routed(2**31 - 1, window=2**31 - 17), sb.Routed(128, window=112)),
+        (sb.Routed(2**31 - 1, sinks=4), sb.Routed(128, sinks=4)),
+        (sb.Routed(2**31 - 8, 1, 8, 16, sinks=4), sb.Routed(128 + 24, 1, 8, 16, sinks=4)),
         (sb.Routed(2**31 - 8, 1, 8, 16), sb.Routed(128 + 16, 1, 8, 16)),
         (sb.Routed(2**31 - 8, 1, 8, 2**31 - 8), sb.Routed(240, 1, 8, 240)),
         (sb.LSH(3_000, rounds=150), sb.LSH(200, rounds=1)),

@@ -38,7 +38,8 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   p.blocks = ceil_div(p.q_tokens, p.block_q);
   // Memory follows the keys that there are, whatever the budget: no list is longer, and no more are chosen.
   p.capacity = std::min(list_capacity(a.keys, p.block_k), ceil_div(p.k_tokens, p.block_k));
-  p.keys = p.window + std::min(a.keys - p.window, pad_to(p.k_tokens, p.block_k));
+  p.keys = p.block_k == 1 ? std::min(a.keys, p.k_tokens)
+                          : p.window + std::min(a.keys - p.window, pad_to(p.k_tokens, p.block_k));
 
   const TensorRows q = as_rows<float>(a.query, p.head_pad), k = as_rows<float>(a.key, p.head_pad);
   p.q = q.rows, p.k = k.rows;
