@@ -54,8 +54,32 @@ inline constexpr int64_t kChunk = 64;
 // A query is recomputed in float64 where the L subtracted from the state is more than this many times its whole weight.
 // Where the result is float32 but the call computes in float64, more may be lost (docs/algorithm.md, section 5).
 inline constexpr double kFallbackBound = 1, kFallbackBoundInDouble = 1 << 30;
+// And where the terms that sum up to what it takes from the state may be this many times its whole weight.
+inline constexpr double kTermsBound = 128;
 // Heads of fewer dimensions than this are computed in float64: sums that short do not average roundings out.
 inline constexpr int64_t kNarrowHead = 16;
+
+// Coordinates and log scales in base 2 saturate here. Beyond, their products overflow, and a rounding error of a log
+// scale is a factor of more than 2^4 (docs/algorithm.md, section 5).
+template <class T>
+struct MapLimits {
+  T coordinate, log;
+};
+template <class T>
+constexpr MapLimits<T> map_limits(LowRank kind) {
+  if (sizeof(T) == sizeof(double)) return {T(0x1p100), T(0x1p52)};
+  return {kind == LowRank::kQuadratic ? T(0x1p22) : T(0x1p44), T(0x1p26)};
+}
+// The stabiliser of the backward pass is lse below this; beyond, lse is rounded too far, and the stabiliser is found
+// again from the exponents.
+inline constexpr double kLargestLse = 1 << 20;
+
+// Keys held out of a state (docs/algorithm.md, section 5): each with at least kHeldShare of what all keys below it
+// weigh together, as many as the longest list of the call has, within these bounds, and never so many that fewer than
+// kLeastInState stay.
+inline constexpr int64_t kLeastHeld = 64, kMostHeld = 256, kLeastInState = 16;
+inline constexpr double kHeldShare = 0.5;
+inline constexpr int32_t kNeverEnters = INT32_MAX;
 
 // The attention operator. T is float, or double for float64 inputs; every T array is in that type. Log scales are in
 // base 2.
@@ -90,6 +114,13 @@ struct AttentionParams {
   void* kv_state;
   bool uses_kv_state;           // false where every complement is summed key by key
   const int32_t* valid_before;  // (B, slots): keys before segment s that are not ignored
+
+  // Keys held out of the states, which no list subtracts. All are null where no key of the call is held.
+  const int32_t* held;                     // absolute keys, ascending
+  const int32_t* late;                     // keys that enter a slot behind that of their own segment, ascending
+  const int64_t *held_begin, *late_begin;  // (B, Hkv, slots + 1): the first of a slot
+  int64_t most_held;                       // bound of the keys held out of a state
+  const int32_t* enters;                   // (B, Hkv, M): first slot whose state holds the key, or kNeverEnters
 
   // Scores that the forward pass leaves to the backward pass, T (B, Hq, kept_slots, kept_keys), or null; kept_keys is 0
   // where none are kept. A tile of kept_lanes queries that share a list has [keys][lanes], a query with its own [keys].

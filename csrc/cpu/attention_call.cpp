@@ -50,6 +50,11 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
   const int64_t longest = longest_list(p);
   p.max_keys = pad_to(longest + kChunk + by_key + 2 * kPad, kPad);
   p.uses_kv_state = p.has_low_rank() && any_state(longest);
+  p.most_held = std::clamp(longest, kLeastHeld, kMostHeld);
+  if (p.uses_kv_state) {
+    held.set(p, attention_kernels<E>(), zero_row.data());
+    p.max_keys += pad_to(held.most, kPad);
+  }
   take_scores();
 }
 

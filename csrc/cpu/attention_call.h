@@ -1,6 +1,7 @@
 // What the forward and the backward launcher share: tensors as rows, checked lists, states, saved scores.
 #pragma once
 #include "block_lists.h"
+#include "held_keys.h"
 #include "map_rows.h"
 #include "padding.h"
 #include "saved_sizes.h"
@@ -41,6 +42,7 @@ struct AttentionCall {
   const Padding padding;
   const BlockLists lists;
   std::vector<int32_t> valid_before;
+  HeldKeys held;
   TensorRows q, k, v;
   Maps maps;
   MaybeTensor state;

@@ -7,6 +7,8 @@ namespace sb::cpu {
 template <class T>
 MapRows as_map(const Tensor& map, MapKind kind, int64_t rank, bool wide_logs) {
   const bool packed = kind == MapKind::kPacked, features = kind == MapKind::kFeatures;
+  const MapLimits<T> limits = map_limits<T>(features ? LowRank::kFeatures : LowRank::kQuadratic);
+  const auto within = [](T x, T limit) { return x > limit ? limit : x < -limit ? -limit : x; };  // NaN stays NaN
   if (packed && is_in_form<T>(map, packed_width(rank))) {
     StridedTensor logs = rows_of(map);
     logs.data = logs.at<T>(0, 0, 0) + rank + 1;
@@ -24,12 +26,13 @@ MapRows as_map(const Tensor& map, MapKind kind, int64_t rank, bool wide_logs) {
     for_each_row(map, width * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
       const E* source = from.at<const E>(b, h, i);
       T* target = to.at<T>(b, h, i);
-      for (int64_t e = 0; e < rank; ++e) target[e] = static_cast<T>(source[e * step]);
+      for (int64_t e = 0; e < rank; ++e) target[e] = within(static_cast<T>(source[e * step]), limits.coordinate);
       for (int64_t e = rank; e < width; ++e) target[e] = T(0);
       if (!features) target[rank] = T(1);
-      *log_to.at<T>(b, h, i) = packed      ? static_cast<T>(source[(rank + 1) * step])
-                               : wide_logs ? static_cast<T>(source[rank * step]) * T(kLog2e)
-                                           : static_cast<T>(source[rank * step] * static_cast<E>(kLog2e));
+      const T log = packed      ? static_cast<T>(source[(rank + 1) * step])
+                    : wide_logs ? static_cast<T>(source[rank * step]) * T(kLog2e)
+                                : static_cast<T>(source[rank * step] * static_cast<E>(kLog2e));
+      *log_to.at<T>(b, h, i) = within(log, limits.log);
     });
   });
   return {rows, logs, to, log_to};

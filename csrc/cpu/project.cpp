@@ -3,6 +3,8 @@
 #include "launchers.h"
 #include "tensor_rows.h"
 
+#include <limits>
+
 namespace sb::cpu {
 namespace {
 
@@ -47,8 +49,9 @@ int64_t lanes_of(int64_t outputs) {
 template <class T>
 class Weights {
  public:
-  Weights(Projection& call, const Tensor& weight, const MaybeTensor& bias, int64_t width, int64_t last, T last_factor)
-      : last_factor(last_factor) {
+  Weights(Projection& call, const Tensor& weight, const MaybeTensor& bias, int64_t width, int64_t last, T last_factor,
+          MapLimits<T> limits)
+      : last_factor(last_factor), limits(limits) {
     call.p.outputs_pad = width, call.p.lanes = lanes_of(call.p.outputs);
     const int64_t in_lanes = std::min(call.p.lanes, call.p.outputs - 1);
     call.p.dots = call.p.outputs - in_lanes;
@@ -78,13 +81,18 @@ class Weights {
     for (size_t at = size_t(column); at < offsets.size(); at += size_t(p.outputs_pad)) offsets[at] = value;
   }
   ProjectWeights<T> of(int64_t map) const {
-    return {of_lanes.data() + map * p.head_dim * p.lanes, rows.data() + map * p.dots * p.head_pad, columns.data(),
-            offsets.data() + map * p.outputs_pad, last_factor};
+    return {of_lanes.data() + map * p.head_dim * p.lanes,
+            rows.data() + map * p.dots * p.head_pad,
+            columns.data(),
+            offsets.data() + map * p.outputs_pad,
+            last_factor,
+            limits};
   }
 
  private:
   ProjectParams p;
   T last_factor;
+  MapLimits<T> limits;
   std::vector<T> of_lanes, rows, offsets;
   std::vector<int32_t> columns;
 };
@@ -95,7 +103,9 @@ Tensor forward(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bi
   Projection call(tokens, weight);
   const int64_t last = call.p.outputs - 1, padded = packed ? packed_width(last) : call.p.outputs_pad,
                 width = packed ? padded : call.p.outputs;
-  Weights<T> w(call, weight, bias, padded, packed ? last + 1 : last, T(packed ? kLog2e : 1));
+  constexpr T kUnlimited = std::numeric_limits<T>::infinity();  // who reads a map that is not packed limits it
+  const MapLimits<T> limits = packed ? map_limits<T>(LowRank::kQuadratic) : MapLimits<T>{kUnlimited, kUnlimited};
+  Weights<T> w(call, weight, bias, padded, packed ? last + 1 : last, T(packed ? kLog2e : 1), limits);
   if (packed) w.set(last, T(1));
   Tensor out = empty({call.batch, call.heads, call.n, width}, kScalar<T>);
   T* z = static_cast<T*>(out.data_ptr());

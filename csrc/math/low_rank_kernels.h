@@ -6,6 +6,8 @@
 //   features(rank)               width of F
 //   map_width(rank)              width of a row of coordinates in memory, padded
 //   gradient_rows(rank)          rows that the products of dL/dt and the other side's coordinates fill
+//   square_of_features(s)        |F(z)|^2, from s = |z|^2
+//   kHasSigns                    whether the terms of F(x).F(y) have both signs
 //   expand, chain, log_gradient  F(z), its chain rule, and the derivative by the log scale
 // V is what one thread computes with: a scalar, or a vector of tokens. GCC compiles templates for the instruction set
 // that is selected where they stand, so kernels.h, which comes before the selection, does not include this file.
@@ -34,6 +36,8 @@ struct QuadraticKernel {
   }
   static SB_HD auto slope(auto t) { return root(t); }
   static SB_HD auto value(auto t) { return root(t) * root(t); }
+  static constexpr bool kHasSigns = true;
+  static SB_HD auto square_of_features(auto s) { return value(s); }
 
   static SB_HD constexpr int64_t features(int64_t rank) { return (rank + 1) * (rank + 2) / 2; }
   static SB_HD constexpr int64_t map_width(int64_t rank) { return packed_width(rank); }
@@ -95,6 +99,8 @@ struct FeatureKernel {
     return V{} + LaneOf<V>(1);
   }
   static SB_HD auto value(auto t) { return t; }
+  static constexpr bool kHasSigns = false;
+  static SB_HD auto square_of_features(auto s) { return s; }
 
   static SB_HD constexpr int64_t features(int64_t rank) { return rank; }
   static SB_HD constexpr int64_t map_width(int64_t rank) { return pad_to(rank, kPad); }

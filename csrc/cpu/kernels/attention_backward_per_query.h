@@ -2,7 +2,7 @@
 #pragma once
 #include "attention_backward_scratch.h"
 #include "kv_state.h"
-#include "scores.h"
+#include "stabiliser.h"
 
 namespace sb::SB_ISA {
 
@@ -41,9 +41,12 @@ SB_INLINE void weigh_per_query(const AttentionParams& p, const QueryTile<E, kLan
     r.n_chunk = list.n_chunk, r.n_listed = list.n_listed, r.n = list.n, r.L_begin = first_low_rank(list);
     r.first_key = first_key(list), r.last_key = last_key(list);
     r.q[0] = tile.q[lane], r.d_out[0] = s.d_out[lane], r.x[0] = tile.x[lane];
-    s.kv_state_log[lane] = list.uses_kv_state ? tile.rho[lane] + kappa_ref : T(-1e30);
-    if (!kept_scores<T, 1>(p, tile.b, tile.h, tile.first_slot + lane, r.n_listed).data)
-      scores_of_query<E>(p, tile.q[lane], r.n_listed, listed<E>(p.k, tile.b, tile.kv, r.key), s.qT, w.P);
+    s.kv_state_log[lane] = list.uses_kv_state ? tile.rho[lane] + kappa_ref : kLowest<T>;
+    const KeptScores<T> kept = kept_scores<T, 1>(p, tile.b, tile.h, tile.first_slot + lane, r.n_listed);
+    if (!kept.data) scores_of_query<E>(p, tile.q[lane], r.n_listed, listed<E>(p.k, tile.b, tile.kv, r.key), s.qT, w.P);
+    if (is_lost<T>(s.lse[lane]))
+      s.lse[lane] =
+          stabiliser_of_query<T>(list, kappa, kept.data ? kept.data : w.P, tile.rho[lane], s.kv_state_log[lane]);
   });
   for_each_query([&](int lane, ScatterRecord<E>& r, const LaneWeights<T>& w) {
     dot_rows<E>(r.n, listed<E>(p.v, tile.b, tile.kv, r.key), s.d_out[lane], p.value_pad, w.g);

@@ -23,6 +23,7 @@ struct BackwardScratch {
   T removed[kLanes];       // sum of the listed keys' U, taken back from the state
   T slope[kLanes];         // sum of weight (dO.v - dO.o)
   T den[kLanes];           // sum of weights
+  double squares[kLanes];  // of the terms of the state's part, see squared_terms
   T inverse[kLanes];       // 1 / den, or 0
   T correction[kLanes];    // what slope adds to delta, minus d_lse
   const E *d_out[kLanes], *out[kLanes];

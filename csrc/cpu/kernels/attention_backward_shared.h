@@ -1,8 +1,8 @@
 // Backward pass of a query tile that shares a key list, a query in every lane; attention_backward_tile.h has the steps.
 #pragma once
 #include "attention_backward_scratch.h"
-#include "key_list_bitmask.h"
 #include "kv_state.h"
+#include "stabiliser.h"
 #include "tile_prefetch.h"
 
 namespace sb::SB_ISA {
@@ -17,7 +17,6 @@ SB_INLINE void weigh_bitmask(const AttentionParams& p, const QueryTile<E, kLanes
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
   typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
-  const ScoreFactor<E> score(p);
   for (int v = 0; v < NQ; ++v) {
     const V lse = load<T, N>(s.lse + v * N), delta = load<T, N>(s.delta + v * N);
     V exact{}, slope{};
@@ -25,7 +24,7 @@ SB_INLINE void weigh_bitmask(const AttentionParams& p, const QueryTile<E, kLanes
       V sum{}, moment{};
       for (int64_t i = begin; i < list.n && i < begin + kShortChain; ++i) {
         const int64_t o = i * kLanes + v * N;
-        const BitmaskKey<E, kLanes, N> key(tile, kappa, score, S, i, v);
+        const BitmaskKey<E, kLanes, N> key(tile, kappa, S, kLanes, i, v);
         const V grad = load<T, N>(s.g + o) - delta;
         const V e = exp2v<N>(key.exponent - lse), t = load<T, N>(r.dt + o);
         const V P = key.listed ? e : V{}, weight = key.listed ? e : e * kernel.value(t);
@@ -37,6 +36,26 @@ SB_INLINE void weigh_bitmask(const AttentionParams& p, const QueryTile<E, kLanes
     }
     store<T, N>(s.exact + v * N, exact), store<T, N>(s.removed + v * N, V{}), store<T, N>(s.slope + v * N, slope);
   }
+}
+
+// Puts the stabiliser in the place of every lse that is too large for one.
+template <class E, int kLanes>
+SB_INLINE void restore_stabilisers(const QueryTile<E, kLanes>& tile, const LogScales<AccType<E>>& kappa,
+                                   const AccType<E>* S, int64_t stride,
+                                   const Vector<AccType<E>, kLaneWidth<AccType<E>, kLanes>>* state,
+                                   BackwardScratch<E, kLanes>& s) {
+  typedef AccType<E> T;
+  constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
+  bool lost = false;
+  for (int lane = 0; lane < kLanes; ++lane) lost |= is_lost<T>(s.lse[lane]);
+  if (!lost) return;
+  Vector<T, N> c[NQ];
+  if (tile.list.bitmask)
+    for (int v = 0; v < NQ; ++v) c[v] = bitmask_stabiliser<E, kLanes, N>(tile, kappa, S, stride, v);
+  else
+    stabilisers<E, kLanes, N>(tile, kappa, S, stride, state, c);
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (is_lost<T>(s.lse[lane])) s.lse[lane] = c[lane / N][lane % N];
 }
 
 // Steps 1 and 2: P, U and g before they are rescaled.
@@ -56,7 +75,6 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
   r.L_begin = L_begin;
   r.first_key = first_key(list), r.last_key = last_key(list);
   const auto k = listed<E>(p.k, tile.b, tile.kv, list.key), v_rows = listed<E>(p.v, tile.b, tile.kv, list.key);
-  const ScoreFactor<E> score(p);
   if constexpr (!kPaired<E>) s.P = r.ds, s.g = r.w;  // ds and w, which replace them, have the same type
   T *const P = s.P, *const grad_of = s.g;
 
@@ -68,18 +86,23 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
   if (!kept.data) {
     queries_in_lanes<E, kLanes>(p, tile, s.qT);
     dot_lanes<E, N, kLanes>(list.n_listed, p.head_dim, k, s.qT, P, prefetcher, per_slice);
+    scale_scores<E>(p, list.n_listed * kLanes, P);
   }
   if (p.has_low_rank()) low_rank_products<E, kLanes>(p, tile, list.n - L_begin, list.key + L_begin, s.xT, r.dt);
   dot_lanes<E, N, kLanes>(list.n, p.value_pad, v_rows, s.gT, grad_of, prefetcher, per_slice);
   prefetcher.fetch(prefetcher.left());
 
   // 2. P, dP - dO.o into g, dU/dt into dt and the weight into net, with their sums in short chains.
-  V rho[NQ], edge[NQ], lse[NQ], delta[NQ], a[NQ], exact[NQ], removed[NQ], slope[NQ];
+  V rho[NQ], edge[NQ], lse[NQ], delta[NQ], a[NQ], exact[NQ], removed[NQ], slope[NQ], state[NQ];
   SB_EACH (v, NQ) {
-    rho[v] = load<T, N>(tile.rho + v * N), edge[v] = load<T, N>(tile.edge + v * N);
+    rho[v] = load<T, N>(tile.rho + v * N);
+    state[v] = list.uses_kv_state ? rho[v] + kappa_ref : splat<T, N>(kLowest<T>);
+    store<T, N>(s.kv_state_log + v * N, state[v]);
+  }
+  restore_stabilisers<E, kLanes>(tile, kappa, S, stride, state, s);
+  SB_EACH (v, NQ) {
+    edge[v] = load<T, N>(tile.edge + v * N);
     lse[v] = load<T, N>(s.lse + v * N), delta[v] = load<T, N>(s.delta + v * N);
-    const V state = list.uses_kv_state ? rho[v] + kappa_ref : splat<T, N>(T(-1e30));
-    store<T, N>(s.kv_state_log + v * N, state);
     exact[v] = removed[v] = slope[v] = V{};
   }
   kv_state_weights<T, kLanes>(tile.rho, kappa_ref, s.lse, s.kv_state_log, s.weight);
@@ -94,7 +117,7 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
       const V at = splat<T, N>(T(list.key[i] - chunk_first));
       SB_EACH (v, NQ) {
         const int64_t o = i * kLanes + v * N;
-        const V weight = at <= edge[v] ? exp2v<N>(score(load<T, N>(S + i * stride + v * N)) - lse[v]) : V{};
+        const V weight = at <= edge[v] ? exp2v<N>(load<T, N>(S + i * stride + v * N) - lse[v]) : V{};
         const V grad = load<T, N>(grad_of + o) - delta[v];
         sum[v] += weight, moment[v] += weight * grad;
         store<T, N>(P + o, weight), store<T, N>(s.net + o, weight), store<T, N>(grad_of + o, grad);
@@ -105,7 +128,7 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
       for (; i < listed_end; ++i)
         SB_EACH (v, NQ) {
           const int64_t o = i * kLanes + v * N;
-          const V weight = exp2v<N>(score(load<T, N>(S + i * stride + v * N)) - lse[v]),
+          const V weight = exp2v<N>(load<T, N>(S + i * stride + v * N) - lse[v]),
                   grad = load<T, N>(grad_of + o) - delta[v];
           V net = weight;
           if constexpr (uses_state) {

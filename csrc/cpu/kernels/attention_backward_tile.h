@@ -15,9 +15,11 @@ SB_INLINE bool balance_tile(const AttentionParams& p, const KVState<AccType<E>>&
   bool any = false;
   for (int lane = 0; lane < kLanes; ++lane) any |= !(s.kv_state_log[lane] <= T(-1e29));
   V total[NQ] = {}, slope[NQ];
+  for (int lane = 0; lane < kLanes; ++lane) s.squares[lane] = 0;
   SB_EACH (v, NQ) slope[v] = load<T, N>(s.slope + v * N);
   if (any) {
     expand_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.weight, s.F);
+    if (p.needs_double) squared_terms<T, kLanes>(p, s.xT, state.hz, s.weight, s.squares);
     gemm<T, N, false>(p.features, kLanes, p.value_pad, Strided<T>{state.H, p.value_pad, 1},
                       DenseRows<const T>{widen_steps<E, kLanes>(s.gT, p.value_pad, s.wide), kLanes},
                       DenseRows<T>{s.gF, kLanes});
@@ -33,10 +35,15 @@ SB_INLINE bool balance_tile(const AttentionParams& p, const KVState<AccType<E>>&
       SB_EACH (v, NQ) total[v] += sum[v], slope[v] += moment[v];
     }
   }
+  // A state far above all that a query takes from it (features that meet in nothing but underflow) has gradients beyond
+  // what T holds: they are limited.
+  constexpr T kMostOfState = sizeof(T) == sizeof(double) ? T(0x1p900) : T(0x1p100);
   SB_EACH (v, NQ) {
     const V complement = total[v] - load<T, N>(s.removed + v * N), exact = load<T, N>(s.exact + v * N);
     const V den = exact + (complement < T(0) ? V{} : complement);
-    const V inverse = den == T(0) ? V{} : T(1) / den;
+    const V weight = max_lanes(load<T, N>(s.weight + v * N), splat<T, N>(T(1)));
+    const V rounded = den == T(0) ? V{} : T(1) / den, most = kMostOfState / weight;
+    const V inverse = rounded > most ? most : rounded;
     store<T, N>(s.den + v * N, den);
     store<T, N>(s.inverse + v * N, inverse);
     store<T, N>(s.correction + v * N, slope[v] * inverse - load<T, N>(s.d_lse + v * N));
@@ -58,6 +65,7 @@ void balance_by_key(const AttentionParams& p, const QueryTile<T, kLanes>& tile, 
   ByKeyQuery<T>& q = r.by_key[r.by_key_count++];
   const RowRange& range = p.rows[tile.b];
   q.b = tile.b, q.kv = tile.kv, q.end = p.is_causal ? tile.chunk_first - range.k_first : range.k_end - range.k_first;
+  q.held = held_keys(p, tile.b, tile.kv, tile.slot);
   q.key = r.key + r.n_chunk, q.listed = r.n_listed - r.n_chunk, q.x = tile.x[lane], q.d_out = s.d_out[lane];
   q.log = tile.rho[lane] - s.lse[lane], q.delta = s.delta[lane];
   map_row<T>(p, q.x, q.z);
@@ -125,16 +133,16 @@ SB_INLINE void kv_state_gradients(const AttentionParams& p, const KVState<AccTyp
                            DenseRows<T>{d_state.H, p.value_pad});
 }
 
-// Fills the tile's own inputs: dO in lanes, delta = dO.o, lse in base 2. A row without weight gets 1e30, which makes
-// all its weights exactly 0.
+// Fills the tile's own inputs: dO in lanes, delta = dO.o, lse in base 2. A row without weight gets the largest number,
+// which makes all its weights exactly 0.
 template <class E, int kLanes, bool kShared>
 SB_INLINE void backward_prepare(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
                                 BackwardScratch<E, kLanes>& s) {
   typedef AccType<E> T;
   for (int lane = 0; lane < kLanes; ++lane) {
     const int64_t i = tile.query[lane];
-    s.d_out[lane] = s.out[lane] = tile.zero_row, s.lse[lane] = T(1e30), s.d_lse[lane] = T(0),
-    s.kv_state_log[lane] = T(-1e30);
+    s.d_out[lane] = s.out[lane] = tile.zero_row, s.lse[lane] = -kLowest<T>, s.d_lse[lane] = T(0),
+    s.kv_state_log[lane] = kLowest<T>;
     if (i < 0) continue;
     const int64_t at = (tile.b * p.q_heads + tile.h) * p.q_tokens + i;
     const T lse = static_cast<const T*>(p.lse)[at];
@@ -162,7 +170,7 @@ SB_INLINE int apply_fallback(const AttentionParams& p, const QueryTile<E, kLanes
   typedef AccType<E> T;
   int by_key_count = 0;
   for (int lane = 0; lane < tile.lanes; ++lane) {
-    if (tile.query[lane] < 0 || !(s.removed[lane] > T(p.fallback_bound) * s.den[lane])) continue;
+    if (tile.query[lane] < 0 || !is_beyond_bound<T>(p, s.removed[lane], s.den[lane], s.squares[lane])) continue;
     ScatterRecord<E>& r = records[kShared ? 0 : lane];
     LaneArrays<T> of{kLanes, s.P + lane, s.g + lane, r.dt + lane, s.net + lane};
     if constexpr (!kShared) {

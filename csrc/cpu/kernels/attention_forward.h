@@ -6,22 +6,6 @@
 
 namespace sb::SB_ISA {
 
-// log2 of each lane in double, by the library where the kernel itself computes in double.
-template <class T, int kLanes>
-SB_INLINE void log2_lanes(const T* x, T* y) {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    for (int lane = 0; lane < kLanes; ++lane) y[lane] = __builtin_log2(x[lane]);
-  } else {
-    constexpr int N = kLaneWidth<double, kLanes>;
-    for (int lane = 0; lane < kLanes; lane += N) {
-      Vector<double, N> v;
-      SB_EACH (i, N) v[i] = double(x[lane + i]);
-      v = log2v<N>(v);
-      SB_EACH (i, N) y[lane + i] = T(v[i]);
-    }
-  }
-}
-
 // One tile: listed keys, then the state's part, then the common normaliser.
 template <class E, int kLanes, bool kShared>
 void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, ForwardScratch<E, kLanes>& s,
@@ -38,17 +22,19 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
     forward_shared<E, kLanes>(p, tile, kappa, kappa_ref, s, prefetcher);
   } else {
     for (int lane = 0; lane < kLanes; ++lane)
-      s.c[lane] = s.kv_state_log[lane] = T(-1e30), s.weight[lane] = s.exact[lane] = s.removed[lane] = T(0);
+      s.c[lane] = s.kv_state_log[lane] = kLowest<T>, s.weight[lane] = s.exact[lane] = s.removed[lane] = T(0);
     forward_per_query<E, kLanes>(p, tile, kappa, kappa_ref, s);
     if (has_low_rank) transpose_rows<T, kLanes>(tile.x, p.rank, T(1), s.xT);
   }
 
   // 5. The complement: F(x) H and F(x).hz in each query's own scale.
   T total[kLanes];
+  double squares[kLanes] = {};
   bool any = false;
   for (int lane = 0; lane < kLanes; ++lane) total[lane] = T(0), any |= !(s.kv_state_log[lane] <= T(-1e29));
   if (any) {
     expand_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.weight, s.F);
+    if (p.needs_double) squared_terms<T, kLanes>(p, s.xT, state.hz, s.weight, squares);
     for (int v = 0; v < kLanes; v += N)
       for (int64_t begin = 0; begin < p.features; begin += kShortChain) {
         Vector<T, N> sum{};
@@ -68,7 +54,7 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
     if (skip[lane]) continue;
     const T complement = total[lane] - s.removed[lane];
     den[lane] = s.exact[lane] + (complement < T(0) ? T(0) : complement);
-    if (!(s.removed[lane] > T(p.fallback_bound) * den[lane])) continue;
+    if (!is_beyond_bound<T>(p, s.removed[lane], den[lane], squares[lane])) continue;
     if (p.needs_double) {
       p.needs_double[(tile.b * p.q_heads + tile.h) * p.q_tokens + tile.query[lane]] = 1;
       skip[lane] = true;

@@ -3,7 +3,7 @@
 #include "attention_forward_scratch.h"
 #include "kv_state.h"
 #include "low_rank_products.h"
-#include "scores.h"
+#include "stabiliser.h"
 
 namespace sb::SB_ISA {
 
@@ -35,7 +35,7 @@ SB_INLINE void forward_per_query(const AttentionParams& p, const QueryTile<E, kL
   });
 
   // 2. x.y where L is needed, and the stabiliser. The exponent is kappa_j - kappa_ref where the state holds L, whose
-  // common factor follows in step 3, and rho + kappa_j elsewhere.
+  // common factor follows in step 3, and rho + kappa_j - c elsewhere.
   T* x = s.xT;
   for_each_query([&](int lane, const KeyList& list, T* W, T* L, T* exponent) {
     const T* S = scores_of(lane, W);
@@ -44,12 +44,9 @@ SB_INLINE void forward_per_query(const AttentionParams& p, const QueryTile<E, kL
       map_row<T>(p, tile.x[lane], x);
       low_rank_products_of_query<T>(p, tile.b, tile.kv, L_count, list.key + L_begin, x, L);
       for (int64_t i = L_begin; i < list.n_listed; ++i) exponent[i - L_begin] = kappa(list.key[i]) - kappa_ref;
-      for (int64_t i = list.n_listed; i < list.n; ++i) exponent[i - L_begin] = tile.rho[lane] + kappa(list.key[i]);
     }
-    T c = list.uses_kv_state ? tile.rho[lane] + kappa_ref : T(-1e30);
-    s.kv_state_log[lane] = c;
-    for (int64_t i = 0; i < list.n_listed; ++i) c = S[i] > c ? S[i] : c;
-    for (int64_t i = list.n_listed - L_begin; i < L_count; ++i) c = exponent[i] > c ? exponent[i] : c;
+    s.kv_state_log[lane] = list.uses_kv_state ? tile.rho[lane] + kappa_ref : kLowest<T>;
+    const T c = stabiliser_of_query<T>(list, kappa, S, tile.rho[lane], s.kv_state_log[lane]);
     for (int64_t i = list.n_listed; i < list.n; ++i) exponent[i - L_begin] = (tile.rho[lane] - c) + kappa(list.key[i]);
     s.c[lane] = c;
   });

@@ -1,9 +1,9 @@
 // Forward pass of a query tile that shares a key list, a query in every lane (docs/algorithm.md, sections 1 and 7).
 #pragma once
 #include "attention_forward_scratch.h"
-#include "key_list_bitmask.h"
 #include "kv_state.h"
 #include "low_rank_products.h"
+#include "stabiliser.h"
 #include "tile_prefetch.h"
 
 namespace sb::SB_ISA {
@@ -31,18 +31,14 @@ SB_INLINE void bitmask_weights(const AttentionParams& p, const QueryTile<E, kLan
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
   typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
-  const ScoreFactor<E> score(p);
-  const V none = splat<T, N>(T(-1e30));
+  const V none = splat<T, N>(kLowest<T>);
   for (int v = 0; v < NQ; ++v) {
-    V c = none, exact{};
-    for (int64_t i = 0; i < list.n; ++i) {
-      const BitmaskKey<E, kLanes, N> key(tile, kappa, score, S, i, v);
-      c = max_lanes(c, key.exponent);
-    }
+    const V c = bitmask_stabiliser<E, kLanes, N>(tile, kappa, S, kLanes, v);
+    V exact{};
     for (int64_t begin = 0; begin < list.n; begin += kShortChain) {
       V sum{};
       for (int64_t i = begin; i < list.n && i < begin + kShortChain; ++i) {
-        const BitmaskKey<E, kLanes, N> key(tile, kappa, score, S, i, v);
+        const BitmaskKey<E, kLanes, N> key(tile, kappa, S, kLanes, i, v);
         const V e = exp2v<N>(key.exponent - c), t = load<T, N>(s.L + i * kLanes + v * N);
         const V weight = key.listed ? e : e * kernel.value(t);
         sum += weight;
@@ -65,10 +61,9 @@ SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLane
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
   typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
-  const V none = splat<T, N>(T(-1e30));
+  const V none = splat<T, N>(kLowest<T>);
   const int64_t chunk_first = tile.chunk_first;
   const auto k = listed<E>(p.k, tile.b, tile.kv, list.key);
-  const ScoreFactor<E> score(p);
 
   const KeptScores<T> kept = kept_scores<T, kLanes>(p, tile.b, tile.h, tile.first_slot, list.n_listed);
   T* const S = kept.data ? kept.data : s.S;
@@ -76,33 +71,25 @@ SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLane
   // 1. Scores of the listed keys and x.y where L is needed.
   dot_lanes<E, N, kLanes>(list.n_listed, p.head_dim, k, s.qT, S, prefetcher,
                           prefetcher.left() * kSliceRows<T, kLanes> / (list.n_listed + 1) + 1);
+  scale_scores<E>(p, list.n_listed * kLanes, S);
   prefetcher.fetch(prefetcher.left());
   const int64_t L_begin = first_low_rank(list);
   if (p.has_low_rank())
     low_rank_products<E, kLanes>(p, tile, list.n - L_begin, list.key + L_begin, s.xT, s.L + L_begin * kLanes);
 
-  // 2. The stabiliser: each query's largest exponent among what it sees.
-  V rho[NQ], edge[NQ], c[NQ], exact[NQ], removed[NQ], a[NQ];
+  // 2. The stabiliser.
+  V rho[NQ], edge[NQ], c[NQ], exact[NQ], removed[NQ], a[NQ], state[NQ];
   SB_EACH (v, NQ) {
     rho[v] = load<T, N>(tile.rho + v * N), edge[v] = load<T, N>(tile.edge + v * N);
-    const V state = list.uses_kv_state ? rho[v] + kappa_ref : none;
-    store<T, N>(s.kv_state_log + v * N, state);
-    c[v] = state, exact[v] = V{}, removed[v] = V{};
+    state[v] = list.uses_kv_state ? rho[v] + kappa_ref : none;
+    store<T, N>(s.kv_state_log + v * N, state[v]);
+    exact[v] = removed[v] = V{};
   }
   if (list.bitmask) {
     bitmask_weights<E, kLanes>(p, tile, kappa, S, s);
     return combine_weights<E, kLanes>(p, tile, s);
   }
-  for (int64_t i = 0; i < list.n_chunk; ++i) {
-    const V at = splat<T, N>(T(list.key[i] - chunk_first));
-    SB_EACH (v, NQ) c[v] = max_lanes(c[v], at <= edge[v] ? score(load<T, N>(S + i * kLanes + v * N)) : none);
-  }
-  for (int64_t i = list.n_chunk; i < list.n_listed; ++i)
-    SB_EACH (v, NQ) c[v] = max_lanes(c[v], score(load<T, N>(S + i * kLanes + v * N)));
-  for (int64_t i = list.n_listed; i < list.n; ++i) {
-    const V at = splat<T, N>(T(list.key[i] - chunk_first));
-    SB_EACH (v, NQ) c[v] = max_lanes(c[v], at <= edge[v] ? rho[v] + kappa(list.key[i]) : none);
-  }
+  stabilisers<E, kLanes, N>(tile, kappa, S, kLanes, state, c);
 
   // 3. Weights, into S for listed keys and behind them for the rest.
   SB_EACH (v, NQ) store<T, N>(s.c + v * N, c[v]);
@@ -117,7 +104,7 @@ SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLane
       const V at = splat<T, N>(T(list.key[i] - chunk_first));
       SB_EACH (v, NQ) {
         const int64_t o = i * kLanes + v * N;
-        const V weight = at <= edge[v] ? exp2v<N>(score(load<T, N>(S + o)) - c[v]) : V{};
+        const V weight = at <= edge[v] ? exp2v<N>(load<T, N>(S + o) - c[v]) : V{};
         sum[v] += weight;
         store<T, N>(s.S + o, weight);
       }
@@ -127,7 +114,7 @@ SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLane
       for (; i < listed_end; ++i)
         SB_EACH (v, NQ) {
           const int64_t o = i * kLanes + v * N;
-          V weight = exp2v<N>(score(load<T, N>(S + o)) - c[v]);
+          V weight = exp2v<N>(load<T, N>(S + o) - c[v]);
           sum[v] += weight;
           if constexpr (uses_state) {
             const V u = a[v] * s.decay[i] * kernel.value(load<T, N>(s.L + o));

@@ -12,19 +12,21 @@ struct ByKeyQuery {
   int64_t b, kv, end;     // keys before `end`, counted from the row's first, are in the state
   const int32_t* key;     // those of them that are listed, ascending
   int64_t listed;         // and their number
+  KeyRange held;          // keys before `end` that the state does not hold
   const T *x, *d_out;     // rows
   T* z;                   // x with zeros behind its coordinates
   T log, delta, inverse;  // log2 of the factor of L beside exp(kappa); delta; 1 / sum of weights
 };
 
 // Calls visit(keys, n), up to kChunk keys at a time, for the keys in [begin, end) of the row that are neither masked
-// nor among the ascending `listed`. Positions count from the row's first key, listed keys are absolute.
+// nor held nor among the ascending `listed`. Positions count from the row's first key, those keys are absolute.
 template <class Visit>
 SB_INLINE void for_each_unlisted(const AttentionParams& p, int64_t b, int64_t begin, int64_t end, const int32_t* listed,
-                                 int64_t n_listed, const Visit& visit) {
+                                 int64_t n_listed, const KeyRange& held, const Visit& visit) {
   const int64_t first = p.rows[b].k_first;
   const uint8_t* mask = p.k_mask ? p.k_mask + b * p.k_tokens + first : nullptr;
-  int64_t at = lower_bound_key(listed, 0, n_listed, first + begin);
+  int64_t at = lower_bound_key(listed, 0, n_listed, first + begin),
+          at_held = lower_bound_key(held.key, 0, held.n, first + begin);
   for (int64_t from = begin; from < end; from += kChunk) {
     const int64_t to = from + kChunk < end ? from + kChunk : end;
     int32_t key[kChunk];
@@ -32,6 +34,8 @@ SB_INLINE void for_each_unlisted(const AttentionParams& p, int64_t b, int64_t be
     for (int64_t j = from; j < to; ++j) {
       if (at < n_listed && listed[at] == int32_t(first + j))
         ++at;
+      else if (at_held < held.n && held.key[at_held] == int32_t(first + j))
+        ++at_held;
       else if (!(mask && mask[j]))
         key[n++] = int32_t(first + j);
     }
@@ -54,7 +58,7 @@ SB_INLINE void by_key_terms(const AttentionParams& p, int64_t b, int64_t kv, con
 template <class T>
 void sum_by_key(const AttentionParams& p, const ByKeyQuery<T>& q, T* total, T* slope) {
   const RuntimeKernel kernel{p.low_rank};
-  for_each_unlisted(p, q.b, 0, q.end, q.key, q.listed, [&](const int32_t* key, int64_t n) {
+  for_each_unlisted(p, q.b, 0, q.end, q.key, q.listed, q.held, [&](const int32_t* key, int64_t n) {
     T e[kChunk], t[kChunk], g[kChunk], sum = T(0), moment = T(0);
     by_key_terms<T>(p, q.b, q.kv, key, n, q.log, q.z, e, t);
     dot_rows<T>(n, listed<T>(p.v, q.b, q.kv, key), q.d_out, p.value_pad, g);
@@ -71,17 +75,18 @@ template <class T, class Visit>
 SB_INLINE void gradients_by_key(const AttentionParams& p, const ByKeyQuery<T>& q, int64_t begin, int64_t end,
                                 const Visit& visit) {
   const RuntimeKernel kernel{p.low_rank};
-  for_each_unlisted(p, q.b, begin, end < q.end ? end : q.end, q.key, q.listed, [&](const int32_t* key, int64_t n) {
-    T e[kChunk], t[kChunk], g[kChunk], weight[kChunk], dt[kChunk];
-    by_key_terms<T>(p, q.b, q.kv, key, n, q.log, q.z, e, t);
-    dot_rows<T>(n, listed<T>(p.v, q.b, q.kv, key), q.d_out, p.value_pad, g);
-    for (int64_t i = 0; i < n; ++i) {
-      const T scaled = e[i] * q.inverse;
-      weight[i] = scaled * kernel.value(t[i]);
-      dt[i] = scaled * (g[i] - q.delta) * kernel.slope(t[i]);
-    }
-    visit(key, n, weight, dt);
-  });
+  for_each_unlisted(p, q.b, begin, end < q.end ? end : q.end, q.key, q.listed, q.held,
+                    [&](const int32_t* key, int64_t n) {
+                      T e[kChunk], t[kChunk], g[kChunk], weight[kChunk], dt[kChunk];
+                      by_key_terms<T>(p, q.b, q.kv, key, n, q.log, q.z, e, t);
+                      dot_rows<T>(n, listed<T>(p.v, q.b, q.kv, key), q.d_out, p.value_pad, g);
+                      for (int64_t i = 0; i < n; ++i) {
+                        const T scaled = e[i] * q.inverse;
+                        weight[i] = scaled * kernel.value(t[i]);
+                        dt[i] = scaled * (g[i] - q.delta) * kernel.slope(t[i]);
+                      }
+                      visit(key, n, weight, dt);
+                    });
 }
 
 // The whole forward pass of one lane, whose stabiliser is the largest exponent of the keys it sees. Writes the sum of
@@ -95,16 +100,20 @@ T forward_by_key(const AttentionParams& p, const QueryTile<T, kLanes>& tile, int
   const int64_t first = p.rows[tile.b].k_first, chunk = tile.chunk_first - first,
                 edge = chunk + int64_t(tile.edge[lane]);
   const auto unlisted = [&](const auto& visit) {
-    if (!p.is_causal) return for_each_unlisted(p, tile.b, 0, edge + 1, list.key, list.n_listed, visit);
-    for_each_unlisted(p, tile.b, 0, chunk, list.key + list.n_chunk, list.n_listed - list.n_chunk, visit);
-    for_each_unlisted(p, tile.b, chunk, edge + 1, list.key, list.n_chunk, visit);
+    for_each_unlisted(p, tile.b, 0, p.is_causal ? chunk : edge + 1, list.key + list.n_chunk,
+                      list.n_listed - list.n_chunk, held_keys(p, tile.b, tile.kv, tile.slot), visit);
+    for (int64_t i = list.n_listed; i < list.n; i += kChunk) {  // the third part
+      const int64_t end = i + kChunk < list.n ? i + kChunk : list.n;
+      const int64_t n = lower_bound_key(list.key, i, end, first + edge + 1) - i;
+      if (n > 0) visit(list.key + i, n);
+    }
   };
   for (int64_t e = 0; e < p.head_pad; ++e) q[e] = tile.q[lane][e] * T(kLog2e * p.scale);
   map_row<T>(p, tile.x[lane], z);
   dot_rows<T>(list.n_listed, listed<T>(p.k, tile.b, tile.kv, list.key), q, p.head_pad, S);
-  T c = T(-1e30);
+  T c = kLowest<T>;
   for (int64_t i = 0; i < list.n_listed; ++i) {
-    if (list.key[i] - first > edge) S[i] = T(-1e30);
+    if (list.key[i] - first > edge) S[i] = kLowest<T>;
     c = S[i] > c ? S[i] : c;
   }
   unlisted([&](const int32_t* key, int64_t n) {

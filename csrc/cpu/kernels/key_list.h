@@ -1,7 +1,7 @@
 // Key lists: the keys that a query tile, or one query, evaluates, in the three parts of docs/algorithm.md, section 7.
 #pragma once
 #include "../../math/edges.h"
-#include "isa.h"
+#include "held_keys.h"
 
 namespace sb::SB_ISA {
 
@@ -45,6 +45,34 @@ SB_INLINE void append_unlisted(KeyList& list, const uint8_t* mask, int64_t first
     else if (!(mask && mask[j]))
       list.key[list.n++] = absolute;
   }
+}
+
+// Number of the ascending keys that are held.
+SB_INLINE int64_t count_held(const int32_t* key, int64_t n, const KeyRange& held) {
+  int64_t count = 0;
+  for (int64_t i = 0, at = 0; i < n && at < held.n;)
+    if (key[i] == held.key[at])
+      ++count, ++i, ++at;
+    else
+      key[i] < held.key[at] ? ++i : ++at;
+  return count;
+}
+
+// Moves the held ones of the n keys at the end of list.key[0, from_chunk + n) in front of all.
+SB_INLINE void held_to_front(KeyList& list, int64_t from_chunk, int64_t n, const KeyRange& held) {
+  int32_t front[kMostHeld];
+  int32_t* key = list.key;
+  int64_t count = 0, at = 0, to = from_chunk + n;
+  for (int64_t i = n - 1, end = held.n; i >= 0; --i) {  // from behind: what stays moves up
+    const int32_t j = key[from_chunk + i];
+    while (end > 0 && held.key[end - 1] > j) --end;
+    if (end > 0 && held.key[end - 1] == j)
+      front[count++] = j;
+    else
+      key[--to] = j;
+  }
+  for (int64_t i = from_chunk - 1; i >= 0; --i) key[--to] = key[i];
+  while (count > 0) key[at++] = front[--count];
 }
 
 // Fills the list of query slots first_slot .. last_slot, which lie in one query block.
@@ -99,8 +127,7 @@ SB_INLINE void collect_keys(const AttentionParams& p, int64_t b, int64_t h, int6
   const int64_t n = to.n, from_chunk = to.from_chunk;
   // The merge left [before the chunk | in the chunk]; the list starts with the chunk's keys.
   const int64_t before = n - from_chunk;
-  list.n_chunk = from_chunk, list.n_listed = list.n = n;
-  list.uses_kv_state = p.has_low_rank() && before < p.valid_before[b * p.slots + slot];
+  list.n_chunk = from_chunk, list.n_listed = list.n = n, list.uses_kv_state = false;
   if (from_chunk > 0 && before > 0) {
     int32_t moved[2 * kChunk + 32];
     for (int64_t i = 0; i < from_chunk; ++i) moved[i] = key[before + i];
@@ -108,13 +135,24 @@ SB_INLINE void collect_keys(const AttentionParams& p, int64_t b, int64_t h, int6
     for (int64_t i = 0; i < from_chunk; ++i) key[i] = moved[i];
   }
   if (!p.has_low_rank()) return;
+  const KeyRange held = held_keys(p, b, p.kv_head(h), slot);
+  const int64_t held_listed = count_held(key + from_chunk, before, held),
+                unlisted = p.valid_before[b * p.slots + slot] - before, in_state = unlisted - (held.n - held_listed);
   // A complement of few keys is summed key by key: cheaper than the state's features, and nothing cancels.
-  if (list.uses_kv_state && p.valid_before[b * p.slots + slot] - before <= by_key_limit(p, range)) {
-    list.uses_kv_state = false;
-    append_unlisted(list, mask, range.k_first, 0, chunk_first < length ? chunk_first : length, list.n_chunk,
-                    list.n_listed);
+  list.uses_kv_state = in_state > by_key_limit(p, range);
+  if (!list.uses_kv_state) {
+    if (unlisted > 0)
+      append_unlisted(list, mask, range.k_first, 0, chunk_first < length ? chunk_first : length, from_chunk, n);
+  } else if (held.n > 0) {
+    held_to_front(list, from_chunk, before, held);
+    list.n_chunk += held_listed;
+    for (int64_t i = 0, at = 0; i < held.n; ++i) {
+      while (at < held_listed && key[at] < held.key[i]) ++at;
+      if (at == held_listed || key[at] != held.key[i]) key[list.n++] = held.key[i];
+    }
   }
-  if (p.is_causal) append_unlisted(list, mask, range.k_first, chunk_first, edge + 1, 0, list.n_chunk);
+  if (p.is_causal)
+    append_unlisted(list, mask, range.k_first, chunk_first, edge + 1, list.n_chunk - from_chunk, list.n_chunk);
 }
 
 // First entry whose x.y is needed.

@@ -37,14 +37,13 @@ struct BitmaskKey {
   typedef AccType<E> T;
   Ints<T, N> listed;
   Vector<T, N> exponent;
-  SB_INLINE BitmaskKey(const QueryTile<E, kLanes>& tile, const LogScales<T>& kappa, const ScoreFactor<E>& score,
-                       const T* S, int64_t i, int v) {
+  SB_INLINE BitmaskKey(const QueryTile<E, kLanes>& tile, const LogScales<T>& kappa, const T* S, int64_t stride,
+                       int64_t i, int v) {
     typedef Ints<T, N> I;
     I bit;
     SB_EACH (lane, N) bit[lane] = 1 << (v * N + lane);
     listed = ((I{} + tile.list.bitmask[i]) & bit) != I{};
-    exponent =
-        listed ? score(load<T, N>(S + i * kLanes + v * N)) : load<T, N>(tile.rho + v * N) + kappa(tile.list.key[i]);
+    exponent = listed ? load<T, N>(S + i * stride + v * N) : load<T, N>(tile.rho + v * N) + kappa(tile.list.key[i]);
   }
 };
 

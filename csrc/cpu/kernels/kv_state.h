@@ -4,7 +4,7 @@
 #include "arena.h"
 #include "features.h"
 #include "gemm.h"
-#include "transpose.h"
+#include "held_keys.h"
 
 namespace sb::SB_ISA {
 
@@ -25,7 +25,8 @@ SB_INLINE KVState<T> d_kv_state_slot(const AttentionParams& p, int64_t row, int6
   return {H, H + p.features * p.value_pad, nullptr};
 }
 
-// A chunk of keys of one head in lanes. Masked keys and those past the end point at a zero row, with weight exactly 0.
+// Up to kChunk keys of one head in lanes. Ignored keys point at a zero row, with weight exactly 0; so has a key that no
+// state holds.
 template <class E>
 struct KeyChunk {
   typedef AccType<E> T;
@@ -36,41 +37,72 @@ struct KeyChunk {
   int64_t key[L];
   bool valid[L];
 
+  // The keys of a segment from `first` on that are in the state of its slot. With `also_held` those are valid too that
+  // are in no state.
   SB_INLINE void gather(const AttentionParams& p, const void* zero_row, int64_t b, int64_t h, int64_t first,
-                        T kappa_ref) {
+                        int64_t segment, bool also_held, T kappa_ref) {
     const RowRange& range = p.rows[b];
     const auto kappa = log_scales<T>(p.kappa, b, h);
     for (int i = 0; i < L; ++i) {
       const int64_t j = first + i;
       key[i] = j;
       valid[i] = j < range.k_end && !(p.k_mask && p.k_mask[b * p.k_tokens + j]);
-      v[i] = valid[i] ? p.v.at<const E>(b, h, j) : static_cast<const E*>(zero_row);
-      y[i] = valid[i] ? p.y.at<const T>(b, h, j) : static_cast<const T*>(zero_row);
-      weight[i] = valid[i] ? kappa(j) - kappa_ref : T(-1e30);
+      bool counts = valid[i];
+      if (p.held && counts) {
+        const int64_t slot = slot_of_key(p, b, h, j, segment);
+        counts = slot == segment + 1, valid[i] = counts || (also_held && slot == kNeverEnters);
+      }
+      point(p, zero_row, b, h, i, counts ? kappa(j) - kappa_ref : T(-1e30));
     }
+    finish();
+  }
+  // Of the given keys as many as fit.
+  SB_INLINE void gather(const AttentionParams& p, const void* zero_row, int64_t b, int64_t h, const KeyRange& keys,
+                        T kappa_ref) {
+    const auto kappa = log_scales<T>(p.kappa, b, h);
+    for (int i = 0; i < L; ++i) {
+      valid[i] = i < keys.n;
+      key[i] = valid[i] ? keys.key[i] : 0;
+      point(p, zero_row, b, h, i, valid[i] ? kappa(key[i]) - kappa_ref : T(-1e30));
+    }
+    finish();
+  }
+
+ private:
+  SB_INLINE void point(const AttentionParams& p, const void* zero_row, int64_t b, int64_t h, int i, T log) {
+    v[i] = valid[i] ? p.v.at<const E>(b, h, key[i]) : static_cast<const E*>(zero_row);
+    y[i] = valid[i] ? p.y.at<const T>(b, h, key[i]) : static_cast<const T*>(zero_row);
+    weight[i] = log;
+  }
+  SB_INLINE void finish() {
     constexpr int N = kWidth<T>;
     for (int i = 0; i < L; i += N) store<T, N>(weight + i, exp2v<N>(load<T, N>(weight + i)));
   }
 };
 
-// Sets kappa_ref of every slot: the maximum of kappa over the keys before it, or over all keys without a causal edge.
+// Sets kappa_ref of every slot: the maximum of kappa over the keys of its state, or of the last one's without a causal
+// edge.
 template <class T>
 void kv_state_references(const AttentionParams& p, int64_t b, int64_t h) {
   const RowRange& range = p.rows[b];
   const auto kappa = log_scales<T>(p.kappa, b, h);
   T running = T(-1e30);
   for (int64_t slot = 0; slot < p.slots; ++slot) {
+    const KeyRange late = late_keys(p, b, h, slot);
+    for (int64_t i = 0; i < late.n; ++i) running = kappa(late.key[i]) > running ? kappa(late.key[i]) : running;
     *kv_state_slot<T>(p, b * p.kv_heads + h, slot).kappa_ref = running;
     const int64_t begin = range.k_first + slot * p.segment;
     const int64_t end = begin + p.segment < range.k_end ? begin + p.segment : range.k_end;
-    for (int64_t j = begin; j < end; ++j)
-      if (!(p.k_mask && p.k_mask[b * p.k_tokens + j]) && kappa(j) > running) running = kappa(j);
+    for (int64_t j = begin; j < end; ++j) {
+      if (p.k_mask && p.k_mask[b * p.k_tokens + j]) continue;
+      if (slot_of_key(p, b, h, j, slot) == slot + 1 && kappa(j) > running) running = kappa(j);
+    }
   }
   if (!p.is_causal)
     for (int64_t slot = 0; slot < p.slots; ++slot) *kv_state_slot<T>(p, b * p.kv_heads + h, slot).kappa_ref = running;
 }
 
-// Sets slot segment + 1 to the sum over the segment's own keys.
+// Sets slot segment + 1 to the sum over the keys that enter it: the segment's own and late ones.
 template <class E>
 int64_t kv_state_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t segment, void* scratch,
                          const void* zero_row) {
@@ -85,9 +117,7 @@ int64_t kv_state_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t
   const KVState<T> s = kv_state_slot<T>(p, b * p.kv_heads + h, segment + 1);
   for (int64_t i = 0; i < p.kv_state_size(); ++i) s.H[i] = T(0);
   KeyChunk<E> keys;
-  const int64_t begin = range.k_first + segment * p.segment;
-  for (int64_t first = begin; first < begin + p.segment && first < range.k_end; first += kChunk) {
-    keys.gather(p, zero_row, b, h, first, *s.kappa_ref);
+  const auto add = [&]() {
     transpose_rows<T, int(kChunk)>(keys.y, p.rank, T(1), z);
     expand_features<T, int(kChunk)>(p.low_rank, p.rank, z, keys.weight, F);
     const T* v[kChunk];
@@ -101,6 +131,16 @@ int64_t kv_state_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t
       fold_rows<T, N>(sum);
       store<T, N>(s.hz + f, load<T, N>(s.hz + f) + sum[0]);
     }
+  };
+  const int64_t begin = range.k_first + segment * p.segment;
+  for (int64_t first = begin; first < begin + p.segment && first < range.k_end; first += kChunk) {
+    keys.gather(p, zero_row, b, h, first, segment, false, *s.kappa_ref);
+    add();
+  }
+  const KeyRange late = late_keys(p, b, h, segment + 1);
+  for (int64_t i = 0; i < late.n; i += kChunk) {
+    keys.gather(p, zero_row, b, h, {late.key + i, late.n - i}, *s.kappa_ref);
+    add();
   }
   return arena.used;
 }
@@ -128,17 +168,49 @@ SB_INLINE void decay_of_keys(const LogScales<T>& kappa, T kappa_ref, const int32
 }
 
 // exp(rho + kappa_ref - log) of each lane, 0 where kv_state_log says that no state is used. The exponent is formed in
-// double: its error would scale a query's whole complement against its exact part.
+// double: its error would scale a query's whole complement against its exact part. It is limited, which matters to
+// queries alone that the fallback takes: a state far above lse, of which nothing is left when the lists are taken back.
 template <class T, int kLanes>
 SB_INLINE void kv_state_weights(const T* rho, T kappa_ref, const T* log, const T* kv_state_log, T* weight) {
   constexpr int N = kLaneWidth<double, kLanes>;
+  constexpr double kMost = sizeof(T) == sizeof(double) ? 900 : 100;
   double exponent[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane)
-    exponent[lane] = kv_state_log[lane] <= T(-1e29) ? -1e30 : double(rho[lane]) + double(kappa_ref) - double(log[lane]);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const double log_weight = double(rho[lane]) + double(kappa_ref) - double(log[lane]);
+    exponent[lane] = kv_state_log[lane] <= T(-1e29) ? -1e30 : log_weight > kMost ? kMost : log_weight;
+  }
   for (int lane = 0; lane < kLanes; lane += N) {
     const auto power = exp2v<N>(load<double, N>(exponent + lane));
     SB_EACH (i, N) weight[lane + i] = T(power[i]);
   }
+}
+
+// An upper bound of what F(x).hz sums in absolute value, for queries in lanes whose F is scaled by `weight`; squared.
+// Zero where all terms have one sign, since nothing cancels then.
+template <class T, int kLanes>
+SB_INLINE void squared_terms(const AttentionParams& p, const T* xT, const T* hz, const T* weight, double* squares) {
+  constexpr int N = kWidth<T>, NL = kLaneWidth<T, kLanes>;
+  Vector<T, N> sum{};
+  for (int64_t f = 0; f < p.features_pad(); f += N) sum += load<T, N>(hz + f) * load<T, N>(hz + f);
+  const double of_state = double(sum_lanes<T, N>(sum));
+  T square[kLanes];
+  for (int v = 0; v < kLanes; v += NL) {
+    Vector<T, NL> s{};
+    for (int64_t a = 0; a < p.rank; ++a) s += load<T, NL>(xT + a * kLanes + v) * load<T, NL>(xT + a * kLanes + v);
+    visit_low_rank(p.low_rank, [&](auto kernel) SB_INLINE_LAMBDA {
+      store<T, NL>(square + v, kernel.kHasSigns ? kernel.square_of_features(s) : Vector<T, NL>{});
+    });
+  }
+  for (int lane = 0; lane < kLanes; ++lane)
+    squares[lane] = double(weight[lane]) * double(weight[lane]) * double(square[lane]) * of_state;
+}
+
+// Whether a query's weight `den` drowns in rounding: of the L that is taken back from the state, or, in float32, of the
+// terms of F(x).hz. Where L overflows, den is NaN.
+template <class T>
+SB_INLINE bool is_beyond_bound(const AttentionParams& p, T removed, T den, double squared_terms) {
+  if (removed > T(p.fallback_bound) * den || removed > T(1e37)) return true;
+  return p.needs_double && !(squared_terms <= kTermsBound * kTermsBound * double(den) * double(den));
 }
 
 }  // namespace sb::SB_ISA

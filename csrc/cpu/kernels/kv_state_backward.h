@@ -22,7 +22,7 @@ void backward_scan(const AttentionParams& p, int64_t b, int64_t kv) {
 }
 
 // Adds the state's part to dk and dv of a chunk of keys, and finishes dy and dkappa: writes them, or their product with
-// the projection's weights to dk.
+// the projection's weights to dk. Keys that enter a later state wait for its chunk.
 template <class E>
 int64_t backward_keys(const AttentionParams& p, int64_t b, int64_t kv, int64_t chunk, void* scratch,
                       const void* zero_row) {
@@ -41,46 +41,55 @@ int64_t backward_keys(const AttentionParams& p, int64_t b, int64_t kv, int64_t c
   const RowRange& range = p.rows[b];
   const int64_t slot = p.is_causal ? chunk + 1 : 0, q_per_kv = p.q_heads / p.kv_heads;
   const KVState<T> d_state = d_kv_state_slot<T>(p, b * p.q_heads + kv * q_per_kv, slot);
+  const T kappa_ref = *kv_state_slot<T>(p, b * p.kv_heads + kv, p.is_causal ? slot : p.slots - 1).kappa_ref;
   KeyChunk<E> keys;
-  keys.gather(p, zero_row, b, kv, range.k_first + chunk * kChunk,
-              *kv_state_slot<T>(p, b * p.kv_heads + kv, p.is_causal ? slot : p.slots - 1).kappa_ref);
-  for (int64_t i = 0; i < (p.map_pad + 1) * L; ++i) dyT[i] = T(0);
-  for (int64_t i = 0; i < p.head_pad || i < p.value_pad; ++i) spare[i] = T(0);
-  transpose_rows<T, L>(keys.y, p.rank, T(1), yT);
-  if (p.uses_kv_state) {
-    transpose_steps<E, L>(keys.v, p.value_pad, vT);
-    expand_features<T, L>(p.low_rank, p.rank, yT, keys.weight, F);
-    T* dv[L];
-    for (int i = 0; i < L; ++i) dv[i] = keys.valid[i] ? p.dv.at<T>(b, kv, keys.key[i]) : spare;
-    gemm<T, N, true>(L, p.value_pad, p.features, Strided<T>{F, 1, L}, DenseRows<const T>{d_state.H, p.value_pad},
-                     PointedRows<T>{dv});
-    gemm<T, N, false>(p.features, L, p.value_pad, Strided<T>{d_state.H, p.value_pad, 1},
-                      DenseRows<const T>{widen_steps<E, L>(vT, p.value_pad, wide), L}, DenseRows<T>{gF, L});
-    for (int64_t f = 0; f < p.features; ++f)
-      for (int i = 0; i < L; i += N) store<T, N>(gF + f * L + i, load<T, N>(gF + f * L + i) + d_state.hz[f]);
-    chain_features<T, L>(p.low_rank, p.rank, yT, keys.weight, gF, dyT);
-  }
+  const auto finish = [&]() {
+    for (int64_t i = 0; i < (p.map_pad + 1) * L; ++i) dyT[i] = T(0);
+    for (int64_t i = 0; i < p.head_pad || i < p.value_pad; ++i) spare[i] = T(0);
+    transpose_rows<T, L>(keys.y, p.rank, T(1), yT);
+    if (p.uses_kv_state) {
+      transpose_steps<E, L>(keys.v, p.value_pad, vT);
+      expand_features<T, L>(p.low_rank, p.rank, yT, keys.weight, F);
+      T* dv[L];
+      for (int i = 0; i < L; ++i) dv[i] = keys.valid[i] ? p.dv.at<T>(b, kv, keys.key[i]) : spare;
+      gemm<T, N, true>(L, p.value_pad, p.features, Strided<T>{F, 1, L}, DenseRows<const T>{d_state.H, p.value_pad},
+                       PointedRows<T>{dv});
+      gemm<T, N, false>(p.features, L, p.value_pad, Strided<T>{d_state.H, p.value_pad, 1},
+                        DenseRows<const T>{widen_steps<E, L>(vT, p.value_pad, wide), L}, DenseRows<T>{gF, L});
+      for (int64_t f = 0; f < p.features; ++f)
+        for (int i = 0; i < L; i += N) store<T, N>(gF + f * L + i, load<T, N>(gF + f * L + i) + d_state.hz[f]);
+      chain_features<T, L>(p.low_rank, p.rank, yT, keys.weight, gF, dyT);
+    }
 
-  // The part that the scatter of listed keys left in dy, then the log scale's gradient behind the coordinates'.
-  const int64_t columns = gradient_rows(p.low_rank, p.rank);
-  const T* dy[L];
-  for (int i = 0; i < L; ++i)
-    dy[i] = keys.valid[i] ? p.dy.at<const T>(b, kv, keys.key[i]) : static_cast<const T*>(zero_row);
-  transpose_rows<T, L>(dy, columns, T(1), listed);
-  for (int64_t at = 0; at < columns * L; at += N) store<T, N>(dyT + at, load<T, N>(dyT + at) + load<T, N>(listed + at));
-  log_gradient<T, L>(p.low_rank, p.rank, yT, dyT, dyT + p.rank * L);
+    // The part that the scatter of listed keys left in dy, then the log scale's gradient behind the coordinates'.
+    const int64_t columns = gradient_rows(p.low_rank, p.rank);
+    const T* dy[L];
+    for (int i = 0; i < L; ++i)
+      dy[i] = keys.valid[i] ? p.dy.at<const T>(b, kv, keys.key[i]) : static_cast<const T*>(zero_row);
+    transpose_rows<T, L>(dy, columns, T(1), listed);
+    for (int64_t at = 0; at < columns * L; at += N)
+      store<T, N>(dyT + at, load<T, N>(dyT + at) + load<T, N>(listed + at));
+    log_gradient<T, L>(p.low_rank, p.rank, yT, dyT, dyT + p.rank * L);
 
-  const T* weight = weight_of_head<T>(p, p.key_weight, b, kv, p.kv_heads);
-  if (weight) {
-    T* dk[L];
-    for (int i = 0; i < L; ++i) dk[i] = keys.valid[i] ? p.dk.at<T>(b, kv, keys.key[i]) : spare;
-    gemm<T, N, true>(L, p.head_pad, p.rank + 1, Strided<T>{dyT, 1, L}, DenseRows<const T>{weight, p.head_pad},
-                     PointedRows<T>{dk});
-  }
-  for (int i = 0; i < L && !weight; ++i) {
-    if (!keys.valid[i]) continue;
-    T* d_map = p.d_key_map.at<T>(b, kv, keys.key[i]);
-    for (int64_t a = 0; a <= p.rank; ++a) d_map[a] = dyT[a * L + i];
+    const T* weight = weight_of_head<T>(p, p.key_weight, b, kv, p.kv_heads);
+    if (weight) {
+      T* dk[L];
+      for (int i = 0; i < L; ++i) dk[i] = keys.valid[i] ? p.dk.at<T>(b, kv, keys.key[i]) : spare;
+      gemm<T, N, true>(L, p.head_pad, p.rank + 1, Strided<T>{dyT, 1, L}, DenseRows<const T>{weight, p.head_pad},
+                       PointedRows<T>{dk});
+    }
+    for (int i = 0; i < L && !weight; ++i) {
+      if (!keys.valid[i]) continue;
+      T* d_map = p.d_key_map.at<T>(b, kv, keys.key[i]);
+      for (int64_t a = 0; a <= p.rank; ++a) d_map[a] = dyT[a * L + i];
+    }
+  };
+  keys.gather(p, zero_row, b, kv, range.k_first + chunk * kChunk, chunk * kChunk / p.segment, true, kappa_ref);
+  finish();
+  const KeyRange late = p.is_causal ? late_keys(p, b, kv, slot) : KeyRange{nullptr, 0};
+  for (int64_t i = 0; i < late.n; i += kChunk) {
+    keys.gather(p, zero_row, b, kv, {late.key + i, late.n - i}, kappa_ref);
+    finish();
   }
   return arena.used;
 }

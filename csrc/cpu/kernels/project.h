@@ -24,13 +24,22 @@ void project(const ProjectParams& p, const ProjectWeights<T>& w, const T* tokens
     const DenseRows<T> c{to, p.outputs_pad};
     gemm<T, N, true>(n, whole, p.head_dim, a, b, c);
     if (whole < p.lanes) gemm_from<T, kHalf, true>(whole, n, p.lanes, p.head_dim, a, b, c);
+    const auto most = splat<T, N>(w.limits.coordinate);
+    for (int64_t at = 0; at < n * p.outputs_pad; at += N) {
+      const auto z = load<T, N>(to + at);
+      store<T, N>(to + at, z > most ? most : z < -most ? -most : z);  // NaN stays NaN
+    }
     for (int64_t o = 0; o < p.dots; ++o) {
       T dot[kProjectRows];
       dot_rows<T>(n, DenseRows<const T>{tokens + first * row_stride, row_stride}, w.rows + o * p.head_pad, p.head_pad,
                   dot);
       const int64_t column = w.columns[o];
       const T start = w.offset[column], factor = o + 1 == p.dots ? w.last_factor : T(1);
-      for (int64_t i = 0; i < n; ++i) to[i * p.outputs_pad + column] = (start + dot[i]) * factor;
+      const T limit = o + 1 == p.dots ? w.limits.log : w.limits.coordinate;
+      for (int64_t i = 0; i < n; ++i) {
+        const T z = (start + dot[i]) * factor;
+        to[i * p.outputs_pad + column] = z > limit ? limit : z < -limit ? -limit : z;
+      }
     }
   }
 }

@@ -22,7 +22,7 @@ SB_INLINE KeptScores<T> kept_scores(const AttentionParams& p, int64_t b, int64_t
   return {head + tile * lanes * p.kept_keys + first_slot % lanes, lanes == 1 ? kLanes : lanes};
 }
 
-// Queries in lanes, in steps. Products with them are exponents in base 2 after ScoreFactor: the factor is part of the
+// Queries in lanes, in steps. Products with them are exponents in base 2 after scale_scores: the factor is part of the
 // queries, except in bfloat16, which would round it.
 template <class E, int kLanes>
 SB_INLINE void queries_in_lanes(const AttentionParams& p, const QueryTile<E, kLanes>& tile, StepOf<E>* qT) {
@@ -31,18 +31,18 @@ SB_INLINE void queries_in_lanes(const AttentionParams& p, const QueryTile<E, kLa
   else
     transpose_rows<E, kLanes>(tile.q, p.head_dim, E(kLog2e * p.scale), qT);
 }
+// A pass of its own: fused with the subtraction of the stabiliser, the product would be rounded otherwise than in the
+// stabiliser itself, which large scores do not survive.
 template <class E>
-struct ScoreFactor {
-  AccType<E> log2e;
-  explicit SB_INLINE ScoreFactor(const AttentionParams& p) : log2e(AccType<E>(kLog2e * p.scale)) {}
-  template <class V>
-  SB_INLINE V operator()(V s) const {
-    if constexpr (kPaired<E>)
-      return s * log2e;
-    else
-      return s;
+SB_INLINE void scale_scores([[maybe_unused]] const AttentionParams& p, [[maybe_unused]] int64_t n,
+                            [[maybe_unused]] AccType<E>* S) {
+  if constexpr (kPaired<E>) {
+    typedef AccType<E> T;
+    constexpr int N = 8;  // the narrowest tile
+    const T log2e = T(kLog2e * p.scale);
+    for (int64_t i = 0; i < n; i += N) store<T, N>(S + i, load<T, N>(S + i) * log2e);
   }
-};
+}
 
 // out[i][lane] = rows(i).lanes for n listed rows, prefetching `per_slice` of the next tile's rows after every few.
 template <class T, int kLanes>
@@ -67,10 +67,8 @@ SB_INLINE void scores_of_query(const AttentionParams& p, const E* q, int64_t n, 
                                [[maybe_unused]] StepOf<E>* row, AccType<E>* S) {
   typedef AccType<E> T;
   if constexpr (kPaired<E>) {
-    constexpr int N = kWidth<T>;
-    const ScoreFactor<E> score(p);
     dot_rows<E>(n, keys, q, p.head_pad, S);
-    for (int64_t i = 0; i < n; i += N) store<T, N>(S + i, score(load<T, N>(S + i)));
+    scale_scores<E>(p, n, S);
   } else {
     const T log2e = T(kLog2e * p.scale);
     for (int64_t e = 0; e < p.head_pad; ++e) row[e] = q[e] * log2e;

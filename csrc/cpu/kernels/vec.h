@@ -65,6 +65,10 @@ SB_INLINE Vector<T, N> splat(T s) {
   return s - Vector<T, N>{};
 }
 
+// The lowest finite number: the maximum of nothing.
+template <class T>
+inline constexpr T kLowest = sizeof(T) == sizeof(double) ? T(-0x1.fffffffffffffp1023) : T(-0x1.fffffep127f);
+
 template <class V>
 SB_INLINE V max_lanes(V a, V b) {
   return a > b ? a : b;
@@ -138,6 +142,22 @@ SB_INLINE Vector<double, N> log2v(Vector<double, N> x) {
   SB_EACH (i, 5) p = p * s2 + 1.0 / (9 - 2 * i);
   const V y = __builtin_convertvector(n, V) + p * s * (2 * kLog2e);
   return x < __builtin_inf() ? y : x;
+}
+
+// log2 of each lane in double, by the library where the kernel itself computes in double.
+template <class T, int kLanes>
+SB_INLINE void log2_lanes(const T* x, T* y) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    for (int lane = 0; lane < kLanes; ++lane) y[lane] = __builtin_log2(x[lane]);
+  } else {
+    constexpr int N = kLaneWidth<double, kLanes>;
+    for (int lane = 0; lane < kLanes; lane += N) {
+      Vector<double, N> v;
+      SB_EACH (i, N) v[i] = double(x[lane + i]);
+      v = log2v<N>(v);
+      SB_EACH (i, N) y[lane + i] = T(v[i]);
+    }
+  }
 }
 
 // a / divisor from inverse = 1 / divisor, rounded like a division except for rare last bits: a fused multiply-add forms

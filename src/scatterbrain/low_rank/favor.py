@@ -20,6 +20,7 @@ from scatterbrain.operators.transformed import project
 
 SEED_STRIDE = 1_000_003  # between the generators of a kernel's seeds: a module's redraws use those in between
 SEED_MAX = INT64_MAX // SEED_STRIDE - 1
+_LARGEST_NORM = 1e30  # beyond, exponents would be infinite, and their differences NaN
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +193,7 @@ def favor_log_features(projected: Tensor, tokens: Tensor, size: float, hyperboli
     nothing overflows and no epsilon is needed. The log scale is a stabiliser, a constant of the backward pass."""
     if hyperbolic:
         projected = torch.cat([projected, -projected], -1)
-    half_norm = squared_norm(tokens.to(projected.dtype) * size) / 2
+    half_norm = (squared_norm(tokens.to(projected.dtype) * size) / 2).clamp(max=_LARGEST_NORM)
     exponent = projected - half_norm
     peak = exponent.detach().amax(-1, keepdim=True)
     return torch.exp(exponent - peak), peak - math.log(projected.shape[-1]) / 2

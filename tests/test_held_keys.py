@@ -1,0 +1,218 @@
+"""Keys that outweigh all others in the low-rank part, as the attention sinks of language models do: the states hold them
+out, so that no list has to take them back from a state that they dominate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from oracle import row_error
+from testkit import RESULTS, assert_same_bits, attend, padding, rand
+from torch import Tensor
+
+import scatterbrain as sb
+
+N, D, RANK, MEAN = 320, 32, 4, 1.0
+SUPPORTS = {
+    "window": sb.Window(32),
+    "window of 8": sb.Window(32, block_q=8),
+    "single queries": sb.Window(24, block_q=1),
+    "pooled": sb.Routed(32),
+    "per query": sb.Routed(40, block_q=1, block_k=8, window=16),
+    "lsh": sb.LSH(32),
+    "empty": sb.Empty(),
+}
+# Where a call's sinks are: in and across chunks of 64 keys, first and last.
+SINKS = {
+    "first": [0],
+    "middle": [150],
+    "two": [70, 200],
+    "eight": list(range(60, 68)),
+    "forty": list(range(2, 162, 4)),
+    "later ones heavier": [5, 90, 180, 310],
+}
+
+
+@dataclass
+class Call:
+    """Queries around a mean, keys of which some score ``strength`` above the others for every query, and statistics of
+    tokens without such keys."""
+
+    strength: float
+    sinks: list[int] = field(default_factory=lambda: [150])
+    tokens: int = N
+    heads: int = 2
+    kv_heads: int = 1
+    sign: int = 1
+    growth: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self.scale = self.sign * D**-0.5
+        self.query = rand(1, self.heads, self.tokens, D, seed=0) + MEAN
+        self.key, self.value = (rand(1, self.kv_heads, self.tokens, D, seed=seed) for seed in (1, 2))
+        others = rand(1, self.heads, 400, D, seed=3) + MEAN, rand(1, self.kv_heads, 400, D, seed=4)
+        self.statistics = sb.fit_statistics(*others, RANK, scale=self.scale)
+        for i, j in enumerate(self.sinks):
+            score = self.strength + self.growth * i
+            self.key[:, :, j] = score / (self.scale * D * MEAN) + 0.1 * self.key[:, :, j]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [t.to(self.dtype) for t in (self.query, self.key, self.value)]
+
+    def run(self, support: object, is_causal: bool, **arguments: object) -> list[Tensor]:
+        """out, lse and the gradients of query, key and value."""
+        settings = dict(is_causal=is_causal, scale=self.scale, **arguments)
+        return attend(self.inputs, support, sb.Quadratic(RANK), self.statistics, **settings)
+
+    def defined(self, support: object, is_causal: bool, dtype: torch.dtype, **arguments: object) -> list[Tensor]:
+        """The same by the definition."""
+        leaves = [t.to(dtype).requires_grad_() for t in self.inputs]
+        settings = dict(is_causal=is_causal, scale=self.scale, statistics=self.statistics, **arguments)
+        out, lse = sb.reference.attention(
+            *leaves, support, sb.Quadratic(RANK), return_lse=True, dtype=dtype, **settings
+        )
+        upstream = [rand(*t.shape, seed=20 + i, dtype=dtype) for i, t in enumerate((out, lse))]
+        return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, upstream)]
+
+    def fixed(self, support: object, is_causal: bool, **arguments: object) -> object:
+        """The lists of a support that chooses by content: parity is judged at fixed lists."""
+        if not isinstance(support, (sb.Routed, sb.LSH)):
+            return support
+        settings = dict(is_causal=is_causal, scale=self.scale, statistics=self.statistics, **arguments)
+        return sb.route(*self.inputs[:2], support, low_rank=sb.Quadratic(RANK), **settings)
+
+
+def assert_parity(call: Call, support: object, is_causal: bool, **arguments: object) -> None:
+    """out and lse within what float32 allows. Gradients of rows in which a single key has all weight are differences of
+    nearly equal numbers, which grow with its score."""
+    support = call.fixed(support, is_causal, **arguments)
+    got = call.run(support, is_causal, **arguments)
+    plain = call.defined(support, is_causal, torch.float32, **arguments)
+    exact = call.defined(support, is_causal, torch.float64, **arguments)
+    for i, results in enumerate(zip(got, plain, exact)):
+        mine, same, right = (t.nan_to_num(neginf=0.0) for t in results) if i == 1 else results
+        floor = 1e-5 if i < 2 or call.strength <= 10 else 1e-3
+        error, allowed = row_error(mine, right), max(floor, 3 * row_error(same, right))
+        assert error <= allowed, f"{support}, {RESULTS[i]}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def pairs() -> list[tuple[str, bool]]:
+    return [(name, causal) for name in SUPPORTS for causal in (False, True) if not (causal and name == "lsh")]
+
+
+def stages(call: Call, support: object, is_causal: bool) -> set[str]:
+    """Stages of a forward and a backward pass."""
+    with sb.profile() as profile:
+        call.run(support, is_causal)
+    return set(profile.stages)
+
+
+AGAIN = "queries again in double"
+
+
+@pytest.mark.parametrize("support, is_causal", pairs())
+@pytest.mark.parametrize("strength", [10.0, 40.0])
+def test_a_sink_costs_no_second_pass(support: str, is_causal: bool, strength: float) -> None:
+    """The time of a call is then that of its stages, which are linear, whatever is listed."""
+    assert AGAIN not in stages(Call(strength), SUPPORTS[support], is_causal)
+
+
+@pytest.mark.parametrize("sinks", SINKS)
+@pytest.mark.parametrize("support", ["window", "pooled", "per query"])
+def test_several_sinks_cost_no_second_pass(support: str, sinks: str) -> None:
+    for is_causal in (False, True):
+        call = Call(40.0, SINKS[sinks], growth=5.0 if sinks == "later ones heavier" else 0.0)
+        assert AGAIN not in stages(call, SUPPORTS[support], is_causal)
+
+
+@pytest.mark.parametrize("support, is_causal", pairs())
+@pytest.mark.parametrize("strength", [10.0, 40.0, 200.0])
+def test_a_sink_changes_no_result(support: str, is_causal: bool, strength: float) -> None:
+    assert_parity(Call(strength), SUPPORTS[support], is_causal)
+
+
+@pytest.mark.parametrize("sinks", SINKS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_several_sinks_change_no_result(sinks: str, is_causal: bool) -> None:
+    growth = 5.0 if sinks == "later ones heavier" else 0.0
+    for name in ("window", "pooled", "per query"):
+        assert_parity(Call(30.0, SINKS[sinks], growth=growth), SUPPORTS[name], is_causal)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_sinks_of_a_negative_scale_of_groups_of_heads_and_among_padding(is_causal: bool) -> None:
+    assert_parity(Call(30.0, [3, 150], sign=-1), SUPPORTS["window"], is_causal)
+    mask = padding(N, [40], [20])
+    for heads, kv_heads in ((4, 2), (2, 2)):
+        call = Call(30.0, [1, 25, 150, 310], heads=heads, kv_heads=kv_heads)  # the first and the last are padding
+        for name in ("window", "per query"):
+            assert_parity(call, SUPPORTS[name], is_causal, key_padding_mask=mask, query_padding_mask=mask)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_every_key_may_outweigh_all_before_it(is_causal: bool) -> None:
+    """Each is held out until heavier ones take its place, and enters a state then."""
+    call = Call(0.0, list(range(N)), growth=0.7)
+    for name in ("window", "single queries", "empty"):
+        assert_parity(call, SUPPORTS[name], is_causal)
+
+
+def test_narrow_heads_and_float64_are_exact_with_sinks() -> None:
+    call = Call(30.0, [5, 150], dtype=torch.float64)
+    for name in ("window", "per query"):
+        for is_causal in (False, True):
+            support = call.fixed(SUPPORTS[name], is_causal)
+            want = call.defined(support, is_causal, torch.float64)
+            for got, exact in zip(call.run(support, is_causal), want):
+                assert row_error(got, exact) < 1e-11
+
+
+@pytest.mark.parametrize("support", ["window", "single queries", "per query", "empty"])
+def test_a_later_sink_changes_no_bit_of_earlier_rows(support: str) -> None:
+    """What a state holds out depends on the keys before it alone."""
+    for cut, sinks in ((64, []), (130, [40]), (200, [40, 129])):
+        results = []
+        for later in ([], [cut], list(range(cut, cut + 40))):
+            out, lse, *_ = Call(40.0, sinks + later, growth=3.0).run(SUPPORTS[support], True)
+            results.append([out[:, :, :cut], lse[:, :, :cut]])
+        assert_same_bits(results[1], results[0])
+        assert_same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_padding_around_sinks_changes_no_bit(is_causal: bool) -> None:
+    call = Call(40.0, [5, 150])
+    before, behind = 24, 8
+    want = call.run(SUPPORTS["window"], is_causal)
+    padded = Call(40.0, [5, 150])
+    for name in ("query", "key", "value"):
+        t = getattr(padded, name)
+        fill = [torch.full((1, t.shape[1], n, D), 1e4) for n in (before, behind)]
+        setattr(padded, name, torch.cat([fill[0], t, fill[1]], 2))
+    mask = padding(N + before + behind, [behind], [before])
+    arguments = {"key_padding_mask": mask, "query_padding_mask": mask}
+    inner = slice(before, before + N)
+    out, lse = sb.attention(
+        *padded.inputs,
+        SUPPORTS["window"],
+        sb.Quadratic(RANK),
+        statistics=call.statistics,
+        scale=call.scale,
+        is_causal=is_causal,
+        return_lse=True,
+        **arguments,
+    )
+    assert_same_bits([out[:, :, inner], lse[:, :, inner]], want[:2])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("support", ["window", "per query"])
+def test_sinks_give_the_same_bits_for_any_number_of_threads(support: str, is_causal: bool) -> None:
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(Call(30.0, SINKS["forty"], tokens=600).run(SUPPORTS[support], is_causal))
+    assert_same_bits(*results)
