@@ -109,6 +109,7 @@ def methods(keys: int, rank: int) -> Iterator[tuple[str, bool | None, Method]]:
     quadratic, from_input = sb.Quadratic(rank), sb.Quadratic(rank, statistics="input")
     rows = [
         (f"window {keys}", None, sb.Window(keys), quadratic),
+        (f"window {2 * keys}, 4 sinks", None, sb.Window(2 * keys, sinks=4), quadratic),
         ("routed, block_q 16", None, sb.Routed(keys, **POOLED), quadratic),
         ("routed, block_q 8", None, sb.Routed(keys, block_q=8), quadratic),
         ("routed, block_q 16, statistics of the input", False, sb.Routed(keys, **POOLED), from_input),

@@ -153,7 +153,9 @@ def test_gradcheck_in_float64(name: str) -> None:
 VMAPS = {
     "window, learned": dict(support=sb.Window(8, 4), low_rank=sb.Quadratic(3, "learned"), is_causal=True),
     "window, padded": dict(support=sb.Window(8, 4), low_rank=sb.Quadratic(3, "learned"), key_padding_mask=MASK),
+    "window, sinks": dict(support=sb.Window(10, 4, sinks=2), low_rank=sb.Quadratic(3, "learned"), is_causal=True),
     "routed": dict(support=sb.Routed(16, 8), low_rank=sb.Quadratic(3, "learned"), is_causal=True),
+    "routed, sinks": dict(support=sb.Routed(24, 8, window=16, sinks=2), low_rank=None, is_causal=True),
     "routed per query": dict(support=sb.Routed(24, 1, 8, 8), low_rank=sb.Quadratic(3, "learned")),
     "empty, favor": dict(support=sb.Empty(), low_rank=sb.Favor(8)),
     "lsh": dict(support=sb.LSH(8), low_rank=None),

@@ -176,7 +176,15 @@ def test_the_lse_of_a_short_sequence_is_that_of_exact_attention() -> None:
 
 @pytest.mark.parametrize(
     "support, is_causal",
-    [(sb.Window(48), False), (sb.Routed(48), True), (sb.Routed(48, 1, 8, 8), True), (sb.Full(), True)],
+    [
+        (sb.Window(48), False),
+        (sb.Window(48, sinks=5), False),
+        (sb.Window(48, sinks=5), True),
+        (sb.Routed(48), True),
+        (sb.Routed(48, window=24, sinks=5), True),
+        (sb.Routed(48, 1, 8, 8), True),
+        (sb.Full(), True),
+    ],
     ids=str,
 )
 def test_one_graph_serves_lengths_on_both_sides(support: object, is_causal: bool) -> None:

@@ -126,9 +126,9 @@ SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* le
       const float* panel = level + begin / kLeaf * p.panel_rows * kLeaf + begin % kLeaf;
       for (int64_t lane = 0; lane < kLanes; lane += kRouteWidth) {
         const RouteInts unit = lane_numbers() + int32_t(begin + lane);
-        const RouteInts eligible = (unit >= int32_t(first)) & (unit < int32_t(limit)) &
-                                   ((unit < int32_t(near_begin)) | (unit >= int32_t(near_end))) &
-                                   (load_lanes(panel + count_row + lane) > 0.0f);
+        RouteInts eligible = (unit < int32_t(limit)) & ((unit < int32_t(near_begin)) | (unit >= int32_t(near_end))) &
+                             (load_lanes(panel + count_row + lane) > 0.0f);
+        if (first > 0) eligible &= unit >= int32_t(first);
         visit(c * kLanes + lane, panel + kappa_row + lane, eligible);
       }
     }
@@ -291,15 +291,19 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
     // Ascending: the sinks, then the window between the candidates before and after it.
     const int64_t list = (b * p.q_heads + h) * p.blocks + group * kGroup + g;
     int32_t* out = p.index + list * p.capacity;
-    const auto append = [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j)
-        if (!(mask && mask[j])) *out++ = int32_t(j);
+    int64_t n = 0;
+    const auto append = [&](int64_t begin, int64_t end) SB_INLINE_LAMBDA {
+      for (int64_t j = begin; !mask && j < end; ++j) out[n + j - begin] = int32_t(j);
+      if (!mask && begin < end) n += end - begin;
+      for (int64_t j = begin; mask && j < end; ++j)
+        if (!mask[j]) out[n++] = int32_t(j);
     };
     const int64_t before = lower_bound_key(w.taken, 0, taken, w.near_begin[g]);
     append(0, w.sinks[g]);
-    for (int64_t i = 0; i < before; ++i) *out++ = w.taken[i];
+    for (int64_t i = 0; i < before; ++i) out[n + i] = w.taken[i];
+    n += before;
     append(w.near_begin[g], w.near_end[g]);
-    for (int64_t i = before; i < taken; ++i) *out++ = w.taken[i];
+    for (int64_t i = before; i < taken; ++i) out[n + i - before] = w.taken[i];
     p.count[list] = int32_t(taken + always);
   }
 }
