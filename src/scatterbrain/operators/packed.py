@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from scatterbrain.operators.arguments import AttentionArguments, ForwardResults
+from scatterbrain.operators.arguments import TENSORS, AttentionArguments, ForwardResults
 from scatterbrain.operators.gradients import no_second_derivative
 
 _OPS = torch.ops.scatterbrain
@@ -76,11 +76,19 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Atten
     """Of exact causal attention: one span over every key for each block of queries."""
     tokens = query.shape[2]
     span = torch.arange(2, dtype=torch.int32, device=query.device) * tokens
-    settings = dict.fromkeys(AttentionArguments._fields) | dict(
-        span=span.expand(1, -(-tokens // _BLOCK), 2).contiguous(), span_keys=tokens, block_q=_BLOCK, block_k=1
+    no_tensors = dict.fromkeys(AttentionArguments._fields[: TENSORS[AttentionArguments]])
+    tensors = {"query": query, "key": key, "value": value, "span": span.expand(1, -(-tokens // _BLOCK), 2).contiguous()}
+    return AttentionArguments(
+        **no_tensors | tensors,
+        span_keys=tokens,
+        span_sinks=0,
+        block_q=_BLOCK,
+        block_k=1,
+        low_rank=0,
+        is_causal=True,
+        scale=scale,
+        packed_rank=0,
     )
-    settings |= dict(low_rank=0, is_causal=True, scale=scale, packed_rank=0)
-    return AttentionArguments(**settings | dict(query=query, key=key, value=value))
 
 
 # -------------------- what torch asks for

@@ -253,11 +253,13 @@ def cross_note(module: nn.Module, path: str, support: Support, low_rank: LowRank
 
 
 def _is_self(module: nn.Module, path: str) -> bool:
-    """Whether queries and keys are the same tokens: by the names of module and class, or because its forward takes no
-    other tokens."""
+    """Whether queries and keys are the same tokens: by the attribute of classes that serve as both, by the names of
+    module and class, or because its forward takes no other tokens."""
     names = ".".join(path.split(".")[-2:])
     if getattr(module, "is_cross_attention", False) or "cross" in f"{names} {type(module).__name__}".lower():
         return False
+    if hasattr(module, "is_cross_attention"):  # one class for both, which says what this module is
+        return True
     if "self" in names.lower() or "self" in type(module).__name__.lower():
         return True
     others = {name for name in _parameters(type(module)) if _CROSS.search(name)}
