@@ -83,8 +83,11 @@ def test_causal_layers_have_the_support_of_the_causal_preset():
     """Decoders run it; encoders, and cross-attention, do not."""
     causal, drop_in = sb.presets.causal()[0], sb.presets.drop_in()[0]
     for name in ("scatterbrain", "scatterbrain:drop_in"):
-        for core in cores(hf.FAMILIES["llama"].build(name)).values():
-            assert (core.support, core.causal_support) == (drop_in, causal)
+        for family in ("llama", "gpt2"):
+            for core in cores(hf.FAMILIES[family].build(name)).values():
+                assert (core.support, core.causal_support) == (drop_in, causal), family
+    for path, core in cores(hf.FAMILIES["gpt2 with cross-attention"].build("scatterbrain")).items():
+        assert core.causal_support == (None if "crossattention" in path else causal), path
     for path, core in cores(hf.FAMILIES["whisper"].build("scatterbrain")).items():
         assert core.causal_support == (None if "encoder_attn" in path else causal), path
     assert all(c.causal_support is None for c in cores(hf.FAMILIES["llama"].build("scatterbrain:train")).values())
