@@ -116,13 +116,14 @@ def work(arguments: argparse.Namespace) -> int:
         drawn, failure = find_failure(noted, arguments.seed, extremes=arguments.extremes, **limits)
     print(f"{drawn} calls, {'one failed' if failure else 'none failed'}", flush=True)
     if failure:
-        print(f"\nseed {failure.seed}: {failure.error}\n{again(arguments, failure.line)}", flush=True)
+        command = again(arguments, failure.line, os.environ["SCATTERBRAIN_ISA"])
+        print(f"\nseed {failure.seed}: {failure.error}\n{command}", flush=True)
     return 1 if failure else 0
 
 
-def again(arguments: argparse.Namespace, line: str) -> str:
+def again(arguments: argparse.Namespace, line: str, instruction_set: str) -> str:
     sanitize = f" SANITIZE={arguments.sanitize}" if arguments.sanitize else ""
-    return f"To run this call again:\n  make fuzz SETS={os.environ['SCATTERBRAIN_ISA']}{sanitize} CALL='{line}'"
+    return f"To run this call again:\n  make fuzz SETS={instruction_set}{sanitize} CALL='{line}'"
 
 
 # -------------------- sanitizers
@@ -200,8 +201,9 @@ def launcher(environment: dict[str, str]) -> list[str]:
 
 def instruction_sets() -> list[str]:
     """Those that this processor has, best first: the best and all after it."""
-    import scatterbrain  # noqa: F401  (loads the operators)
     import torch
+
+    import scatterbrain  # noqa: F401  (loads the operators)
 
     return list(SETS[SETS.index(torch.ops.scatterbrain.instruction_set()) :])
 
@@ -211,7 +213,7 @@ def run_set(name: str, arguments: argparse.Namespace) -> int:
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONFAULTHANDLER": "1"}
     if arguments.sanitize:
         environment |= sanitized_environment(arguments.sanitize)
-    environment["SCATTERBRAIN_ISA"] = os.environ["SCATTERBRAIN_ISA"] = name
+    environment["SCATTERBRAIN_ISA"] = name
     print(f"{name}{f' ({arguments.sanitize} sanitizer)' if arguments.sanitize else ''}: ", end="", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         progress, report = Path(folder) / "call.json", Path(folder) / "report"
@@ -226,7 +228,7 @@ def run_set(name: str, arguments: argparse.Namespace) -> int:
         if code not in (0, 1) or (code == 1 and text):
             print(f"the process ended with {code}\n\n{text[:REPORT]}")
             if progress.exists():
-                print(again(arguments, progress.read_text(encoding="utf-8")))
+                print(again(arguments, progress.read_text(encoding="utf-8"), name))
     return code
 
 

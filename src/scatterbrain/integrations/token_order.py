@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 
 from scatterbrain.integrations.permutation import Permutation, grid_permutation
 from scatterbrain.nn.warn import warn
-from scatterbrain.operators.tracing import refuse_jit_trace
 
 CURE = "or replace attention with token_order='natural'"
 
@@ -45,8 +44,6 @@ class Order:
 
     def enter(self, tokens: Tensor) -> Permutation | None:
         """The permutation of these tokens before the first block; None leaves them as they are."""
-        if self.pending is not None:
-            refuse_jit_trace()
         self.applied = None if self.pending is None else self.pending(tokens)
         return self.applied
 
