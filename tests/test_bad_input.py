@@ -518,6 +518,16 @@ CALLS = {
         ValueError,
         r"Statistics: query_mean must be of shape \(2, 8\), got \(2, 9\)",
     ),
+    "statistics with NaN": (
+        lambda: replace(statistics(), query_mean=torch.full((KV, D), math.nan)),
+        ValueError,
+        "Statistics: query_mean must be finite, got NaN or infinity; fit it again",
+    ),
+    "statistics that a narrower dtype does not hold": (
+        lambda: replace(statistics(), key_projection=torch.full((KV, 4, D), 1e5)).to(torch.float16),
+        ValueError,
+        "Statistics: key_projection must be finite",
+    ),
     "statistics without values": (
         lambda: attend(low_rank=STORED, statistics=statistics().to("meta")),
         ValueError,

@@ -7,7 +7,10 @@ import sys
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from scatterbrain.operators.tracing import is_readable
 
 INT32_MAX = 2**31 - 1  # the kernels count keys, queries and features in 32 bits
 INT64_MAX = 2**63 - 1  # seeds of torch's generators
@@ -73,3 +76,16 @@ def check_floats(owner: str, tensors: dict[str, object]) -> None:
                 f"{owner}: tensors must be on one device, got {next(iter(tensors))} on {device} and {name} on "
                 f"{tensor.device}; move them with .to(device)"
             )
+
+
+def check_finite(owner: str, name: str, tensor: Tensor) -> None:
+    """A tensor without NaN and infinity, where its content can be looked at.
+
+    Raises:
+        ValueError: naming the owner and the field.
+    """
+    if is_readable(tensor) and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(
+            f"{owner}: {name} must be finite, got NaN or infinity; fit it again, on inputs without them and in a dtype "
+            "that holds its values"
+        )

@@ -112,6 +112,7 @@ def test_a_bad_key_of_the_file_is_named(config, capsys):
         (["--attention.support", "none"], "attention.support"),
         (["--sample.prompt", ""], "sample.prompt"),
         (["--train.device", "gpu"], "train.device"),
+        (["--train.device", "meta"], "train.device: expected a device that holds values"),
     ],
 )
 def test_a_bad_value_is_named_in_one_line(config, capsys, arguments, named):

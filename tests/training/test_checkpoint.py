@@ -101,6 +101,7 @@ TAMPERED: dict[str, tuple[Callable[[Files], object], str]] = {
         "model.depth: the checkpoint was made with 3, and this version has no such setting",
     ),
     "an unknown section": (lambda files: files[2]["config"].update(extra={"a": 1}), "extra.a: the checkpoint was made"),
+    "an unknown empty section": (lambda files: files[2]["config"].update(extra={}), "extra: the checkpoint was made"),
     "another setting": (
         lambda files: files[2]["config"]["train"].update(clip=2.0),
         "train.clip: the checkpoint was made with 2.0, got 1.0",
@@ -133,6 +134,10 @@ TAMPERED: dict[str, tuple[Callable[[Files], object], str]] = {
     "an average of infinity": (
         tensor("optimizer/0/exp_avg", lambda t: t + float("inf")),
         "optimizer/0/exp_avg holds NaN",
+    ),
+    "an average of squares below zero": (
+        tensor("optimizer/0/exp_avg_sq", lambda t: -1 - t),
+        "optimizer/0/exp_avg_sq must be an average of squares, 0 or more, got -",
     ),
     "an unknown average": (tensor("optimizer/0/colour", torch.zeros(1)), "optimizer/0/colour belongs to no parameter"),
     "an unknown parameter": (tensor("optimizer/99/step", torch.zeros(1)), "optimizer/99/step belongs to no parameter"),
@@ -175,6 +180,7 @@ LINES = {
     "no step": '{"kind": "validation", "loss": 1, "bits_per_byte": 1}',
     "a step in words": '{"kind": "validation", "step": "1", "loss": 1, "bits_per_byte": 1}',
     "no kind": '{"step": 1, "loss": 1, "bits_per_byte": 1}',
+    "a kind that is a list": '{"kind": [], "step": 1, "loss": 1, "bits_per_byte": 1}',
     "an unknown kind": '{"kind": "test", "step": 1, "loss": 1, "bits_per_byte": 1}',
     "no loss": '{"kind": "validation", "step": 1, "bits_per_byte": 1}',
     "a loss in words": '{"kind": "validation", "step": 1, "loss": "low", "bits_per_byte": 1}',
@@ -188,6 +194,14 @@ def test_a_line_of_the_metrics_that_is_no_record_is_refused(name: str, stopped: 
     first, *others = metrics.read_text().splitlines()
     metrics.write_text("\n".join([first, LINES[name], *others]) + "\n")
     assert_refused(stopped, copied, capsys, "metrics.jsonl, line 2: expected a record with kind (train or validation)")
+
+
+def test_records_out_of_order_or_twice_are_refused(stopped: Path, copied: Path, capsys) -> None:
+    metrics = copied / "metrics.jsonl"
+    first, *others = metrics.read_text().splitlines()
+    for lines in ([first, first, *others], [*others, first]):
+        metrics.write_text("\n".join(lines) + "\n")
+        assert_refused(stopped, copied, capsys, "expected a train record of a step after")
 
 
 def test_a_last_line_that_was_cut_short_is_dropped(stopped: Path, copied: Path) -> None:

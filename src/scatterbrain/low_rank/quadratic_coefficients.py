@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scatterbrain.call import Call
-from scatterbrain.fields import check_floats, check_number
+from scatterbrain.fields import check_finite, check_floats, check_number
 from scatterbrain.low_rank.base import Coefficients, check_shapes
 from scatterbrain.low_rank.moments import Moments
 
@@ -31,8 +31,8 @@ class Statistics(Coefficients):
         scale: the scale they were fitted for; another one at use raises.
 
     Raises:
-        TypeError, ValueError: naming the field, for anything but floating-point tensors of shapes that fit together and
-            a finite scale.
+        TypeError, ValueError: naming the field, for anything but finite floating-point tensors of shapes that fit
+            together and a finite scale.
     """
 
     can_be_prepared: ClassVar[bool] = True
@@ -55,6 +55,8 @@ class Statistics(Coefficients):
         *leading, rank, head_dim = self.query_projection.shape
         of_map, of_mean = (*leading, rank, head_dim), (*leading, head_dim)
         check_shapes(self, of_map, of_mean, of_map, of_mean)
+        for name in (*maps, *means):
+            check_finite("Statistics", name, getattr(self, name))
 
     @property
     def rank(self) -> int:

@@ -155,6 +155,9 @@ def _load_optimizer(path: Path, tensors: dict[str, Tensor], train_state: TrainSt
             _require(
                 path, tensors[name].item() == step, f"optimizer/{name}", f"the run's step {step}", tensors[name].item()
             )
+        if field == "exp_avg_sq":
+            least = float(tensors[name].min())
+            _require(path, least >= 0, f"optimizer/{name}", "an average of squares, 0 or more", least)
         optimizer["state"].setdefault(int(index), {})[field] = tensors[name]
     train_state.optimizer.load_state_dict(optimizer)
 

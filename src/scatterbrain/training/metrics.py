@@ -54,9 +54,9 @@ def read_records(path: Path, last_step: int) -> list[Record]:
     """The records up to ``last_step``, without a last line that was cut short.
 
     Raises:
-        UnusableRun: for a line that is no record of a run.
+        UnusableRun: for a line that is no record of a run, or does not follow those of its kind.
     """
-    records = []
+    records, last = [], dict.fromkeys(NUMBERS, 0)
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
@@ -73,12 +73,18 @@ def read_records(path: Path, last_step: int) -> list[Record]:
                 f"{path}, line {number}: expected a record with kind (train or validation), step and its numbers, got "
                 f"{line[:60]!r}; remove the line, or start anew in another folder with --output"
             )
+        if record["step"] <= last[record["kind"]]:
+            raise UnusableRun(
+                f"{path}, line {number}: expected a {record['kind']} record of a step after {last[record['kind']]}, got "
+                f"one of step {record['step']}; remove the line, or start anew in another folder with --output"
+            )
+        last[record["kind"]] = record["step"]
         records.append(record)
     return [record for record in records if record["step"] <= last_step]
 
 
 def _is_record(record: object) -> bool:
-    if not isinstance(record, dict) or record.get("kind") not in NUMBERS:
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or record["kind"] not in NUMBERS:
         return False
     numbers = [record.get(name) for name in NUMBERS[record["kind"]]]
     is_step = type(record.get("step")) is int and record["step"] >= 1

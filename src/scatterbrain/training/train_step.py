@@ -125,6 +125,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"train.device: expected cpu, cuda or another torch device, got {name!r}") from error
+    if device.type == "meta":
+        raise ValueError("train.device: expected a device that holds values, such as cpu or cuda, got 'meta'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"train.device: expected a device of this machine, got {name!r}, and torch finds no GPU; use cpu"

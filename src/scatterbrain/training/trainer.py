@@ -269,7 +269,9 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     flat = {}
     for section, value in settings.items():
         flat |= (
-            {f"{section}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {section: value}
+            {f"{section}.{name}": one for name, one in value.items()}
+            if isinstance(value, dict) and value
+            else {section: value}
         )
     return flat
 
