@@ -126,6 +126,17 @@ def test_the_layout_changes_no_bit_of_moments(layout: str) -> None:
     assert_same_bits(list(vars(got).values()), list(vars(want).values()), tuple(vars(want)))
 
 
+def test_the_number_of_threads_changes_no_bit_of_statistics_of_few_tokens() -> None:
+    """Of fewer than head_dim tokens, most directions are alike: which of them a decomposition returns is rounding."""
+    query, key = testkit.qkv(2, batch=1, heads=1, kv_heads=1, head_dim=64)[:2]
+    got = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        got.append(sb.fit_statistics(query, key, rank=3).tensors())
+    assert_same_bits(*got, ("query projection", "query mean", "key projection", "key mean"))
+    assert bool((got[0][0][0, 0] != 0).any())
+
+
 @pytest.mark.parametrize("support", [s for s in SUPPORTS if s != "empty"])
 def test_expanded_inputs_are_read_as_if_they_were_copies(support: str) -> None:
     """Stride 0 along batch, heads or tokens."""

@@ -170,9 +170,9 @@ class Projections(Coefficients):
         return False
 
 
-def _root(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def _root(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """C^(1/2) and C^(-1/2) of the covariance C = second - mean mean^T, eigenvalues floored relative to their mean;
-    zeros where C is zero up to rounding."""
+    zeros where C is zero up to rounding. And the root of the floor (..., 1)."""
     covariance = second - mean[..., :, None] * mean[..., None, :]
     values, vectors = torch.linalg.eigh((covariance + covariance.transpose(-1, -2)) / 2)
     average = values.clamp(min=0).mean(-1, keepdim=True)
@@ -181,19 +181,21 @@ def _root(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     root = torch.where(degenerate, 0, values.clamp(min=0).sqrt())
     inverse = torch.where(degenerate, 0, 1 / torch.where(degenerate, 1, values).sqrt())
     rows = vectors.transpose(-1, -2)
-    return vectors @ (root[..., None] * rows), vectors @ (inverse[..., None] * rows)
+    lowest = (floor * average).sqrt()
+    return vectors @ (root[..., None] * rows), vectors @ (inverse[..., None] * rows), lowest
 
 
 def statistics_from_moments(m: Moments, rank: int, scale: float, floor: float = STORED_FLOOR) -> Statistics:
     """Pq, a, Pk, b in float32 from moments (the singular vectors of Cq^(1/2) Ck^(1/2): the r directions in which q - a
-    and k - b interact most)."""
+    and k - b interact most). A direction in which neither varied, so that both are at their floors, has rows of zeros:
+    it is an arbitrary one of many, which rounding would choose."""
     d = m.query_mean.shape[-1]
     if rank > d:
         raise ValueError(f"rank must be at most head_dim={d}, got {rank}")
-    q_root, q_inverse = _root(m.query_second, m.query_mean, floor)
-    k_root, k_inverse = _root(m.key_second, m.key_mean, floor)
+    q_root, q_inverse, q_lowest = _root(m.query_second, m.query_mean, floor)
+    k_root, k_inverse, k_lowest = _root(m.key_second, m.key_mean, floor)
     u, s, vt = torch.linalg.svd(q_root @ k_root)
-    root = s[..., :rank].sqrt()[..., None]
+    root = torch.where(s > (1 + 1e-6) * q_lowest * k_lowest, s, 0)[..., :rank].sqrt()[..., None]
     pq = root * (u.transpose(-1, -2)[..., :rank, :] @ q_inverse)
     pk = root * (vt[..., :rank, :] @ k_inverse)
     return Statistics(pq.float(), m.query_mean.float(), pk.float(), m.key_mean.float(), float(scale))

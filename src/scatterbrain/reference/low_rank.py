@@ -185,24 +185,26 @@ def moments(queries: Tensor, keys: Tensor) -> Moments:
 def projections(m: Moments, rank: int, floor: float = STORED_FLOOR) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(Pq, a, Pk, b). With U S V^T = Cq^(1/2) Ck^(1/2), Pq = S^(1/2) U^T Cq^(-1/2) and Pk = S^(1/2) V^T Ck^(-1/2), the
     first ``rank`` rows of each: the directions in which q - a and k - b interact most. At full rank x.y =
-    (q - a).(k - b)."""
-    (q_root, q_inverse), (k_root, k_inverse) = (
+    (q - a).(k - b) for tokens like those of the moments: directions in which neither queries nor keys varied, of which
+    none is before another, have rows of zeros."""
+    (q_root, q_inverse, q_lowest), (k_root, k_inverse, k_lowest) = (
         _roots(second, mean, floor) for second, mean in ((m.query_second, m.query_mean), (m.key_second, m.key_mean))
     )
     u, s, vt = torch.linalg.svd(q_root @ k_root)
-    size = s[:rank, None].sqrt()
+    size = torch.where(s > (1 + 1e-6) * q_lowest * k_lowest, s, 0)[:rank, None].sqrt()
     return size * (u.T[:rank] @ q_inverse), m.query_mean, size * (vt[:rank] @ k_inverse), m.key_mean
 
 
-def _roots(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """C^(1/2) and C^(-1/2) of the covariance C, eigenvalues below ``floor`` of their mean raised to it. Zeros where C
-    is zero up to rounding (one token, or equal ones): such tokens have no direction."""
+def _roots(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """C^(1/2) and C^(-1/2) of the covariance C, eigenvalues below ``floor`` of their mean raised to it, and the root of
+    that least one. Zeros where C is zero up to rounding (one token, or equal ones): such tokens have no direction."""
     values, vectors = torch.linalg.eigh(second - torch.outer(mean, mean))
     average = values.clamp(min=0).mean()
     if average <= 1e-13 * second.diagonal().mean():
-        return torch.zeros_like(second), torch.zeros_like(second)
+        return torch.zeros_like(second), torch.zeros_like(second), torch.zeros_like(average)
     root = torch.maximum(values, floor * average).sqrt()
-    return vectors @ torch.diag(root) @ vectors.T, vectors @ torch.diag(1 / root) @ vectors.T
+    least = (floor * average).sqrt()
+    return vectors @ torch.diag(root) @ vectors.T, vectors @ torch.diag(1 / root) @ vectors.T, least
 
 
 # -------------------- FAVOR+
