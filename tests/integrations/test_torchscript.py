@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -107,6 +108,21 @@ def test_exact_attention_is_traced() -> None:
     traced = torch.jit.trace(module, tuple(qkv()))
     for count in (37, 52):
         assert torch.equal(traced(*qkv(count)), module(*qkv(count)))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_an_exact_model_of_transformers_is_traced_as_with_sdpa(name: str) -> None:
+    hf = pytest.importorskip("hf_models")
+    ids, mask = hf.tokens(), hf.keep("right")
+    for keep in (None, mask):
+        results = []
+        for implementation in ("scatterbrain:full", "sdpa"):
+            model = hf.FAMILIES[name].build(implementation).eval().requires_grad_(False)
+            model.config.use_cache = False
+            forward = partial(lambda model, keep, ids: hf.output(model(ids, attention_mask=keep)), model, keep)
+            traced = torch.jit.trace(forward, ids)
+            results.append(traced(ids)[mask.bool()])
+        torch.testing.assert_close(*results)
 
 
 # -------------------- nested tensors

@@ -180,15 +180,16 @@ def _exact(
     query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float, scaling: float | None
 ) -> Tensor:
     mask, is_causal = dense_mask(visible, query.shape[2], key.shape[2])
+    # bool: sizes are tensors under torch.jit.trace
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=is_causal,
+        is_causal=bool(is_causal),
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=bool(query.shape[1] != key.shape[1]),
     )
 
 
