@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -119,8 +118,9 @@ def test_an_exact_model_of_transformers_is_traced_as_with_sdpa(name: str) -> Non
         for implementation in ("scatterbrain:full", "sdpa"):
             model = hf.FAMILIES[name].build(implementation).eval().requires_grad_(False)
             model.config.use_cache = False
-            forward = partial(lambda model, keep, ids: hf.output(model(ids, attention_mask=keep)), model, keep)
-            traced = torch.jit.trace(forward, ids)
+            traced = torch.jit.trace(
+                lambda ids, model=model, keep=keep: hf.output(model(ids, attention_mask=keep)), ids
+            )
             results.append(traced(ids)[mask.bool()])
         torch.testing.assert_close(*results)
 
