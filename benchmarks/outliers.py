@@ -4,7 +4,8 @@
     python benchmarks/outliers.py --lengths 1024 16384     other lengths
 
 One, or several, keys score so much above the others for every query; the statistics come from tokens without such keys.
-Printed is the time with them over the time without, the median of turns, for forward (F) and forward + backward (F+B).
+Printed is the processor time with them over that without, the median of turns, for forward (F) and forward + backward
+(F+B).
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ def inputs(tokens: int, strength: float, sinks: int) -> tuple[list[Tensor], sb.S
 def seconds(call: tuple[list[Tensor], sb.Statistics], support: object, is_causal: bool, backward: bool) -> float:
     tokens, fitted = call
     leaves = [t.detach().requires_grad_(backward) for t in tokens]
-    start = time.perf_counter()
+    start = time.process_time()
     out = sb.attention(*leaves, support, sb.Quadratic(RANK), statistics=fitted, is_causal=is_causal)
     if backward:
         torch.autograd.grad(out.sum(), leaves)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def ratio(tokens: int, case: tuple[float, int], support: object, is_causal: bool, backward: bool, turns: int) -> float:

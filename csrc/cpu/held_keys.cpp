@@ -25,12 +25,7 @@ struct WeighedKey {
 class HeadChoice {
  public:
   HeadChoice(const AttentionParams& p, const AttentionKernels& kernel, int64_t b, int64_t kv, const void* zero_row)
-      : p(p),
-        kernel(kernel),
-        b(b),
-        kv(kv),
-        zero_row(zero_row),
-        scratch(kernel.key_weights(p, 0, 0, 0, nullptr, nullptr, chunk)) {
+      : p(p), kernel(kernel), b(b), kv(kv), zero_row(zero_row), scratch(bytes(p, kernel)) {
     choose();
   }
 
@@ -49,7 +44,11 @@ class HeadChoice {
   }
 
  private:
-  void weigh(int64_t first) { kernel.key_weights(p, b, kv, first, scratch.data(), zero_row, chunk); }
+  static int64_t bytes(const AttentionParams& p, const AttentionKernels& kernel) {
+    ChunkWeights none;
+    return kernel.chunk_weights(p, 0, 0, 0, nullptr, nullptr, none);
+  }
+  static double log_of(const ChunkWeights& w) { return w.mass > 0 ? w.top + std::log2(w.mass) : kNothing; }
 
   // The largest number of leading `keys`, heaviest first, of which the last has a kHeldShare of what the others and
   // `rest`, all below it, weigh together.
@@ -69,29 +68,40 @@ class HeadChoice {
   // state is the only one that is read; no key that was let in before would be held out of it.
   void choose() {
     const RowRange& row = p.rows[b];
-    double in_state = kNothing;
-    int64_t seen = 0;
+    // What is in the state weighs in_state.mass 2^in_state.top.
+    ChunkWeights in_state{kNothing, 0, 0}, chunk;
     std::vector<WeighedKey> keys;  // held so far, then the candidates of a chunk
+    const auto let_in = [&](double top, double mass) {
+      if (top > in_state.top) in_state.mass *= std::exp2(in_state.top - top), in_state.top = top;
+      in_state.mass += mass * std::exp2(top - in_state.top);
+    };
     for (int64_t first = row.k_first, slot = 1; first < row.k_end; first += kChunk, ++slot) {
-      kernel.key_weights(p, b, kv, first, scratch.data(), zero_row, chunk);
-      const double least = in_state + std::log2(kHeldShare), mass = chunk.top + std::log2(chunk.mass);
-      for (double log : chunk.log) seen += log > kNothing;
-      std::vector<WeighedKey> before = keys;
-      if (chunk.top >= least) {  // NaN is not
-        for (int64_t i = 0; i < kChunk; ++i) {
-          if (chunk.log[i] <= kNothing) continue;
-          if (chunk.log[i] >= least)
-            keys.push_back({chunk.log[i], int32_t(first + i)});
-          else
-            in_state = add_logs(in_state, chunk.log[i]);
+      kernel.chunk_weights(p, b, kv, first, scratch.data(), zero_row, chunk);
+      in_state.count += chunk.count;
+      const std::vector<WeighedKey> before = keys;
+      // Whether the heaviest has its share of the state; NaN has not.
+      if (chunk.count > 0 && std::exp2(chunk.top - in_state.top) >= kHeldShare * in_state.mass) {
+        const double least = log_of(in_state) + std::log2(kHeldShare);
+        double log[kChunk];
+        const bool any = kernel.key_weights(p, b, kv, first, log_of(in_state), scratch.data(), zero_row, log);
+        if (!any && keys.empty()) {
+          let_in(chunk.top, chunk.mass);
+          continue;
         }
-      } else {
-        in_state = add_logs(in_state, mass);
+        for (int64_t i = 0; i < kChunk; ++i) {
+          if (log[i] <= kNothing) continue;
+          if (log[i] >= least)
+            keys.push_back({log[i], int32_t(first + i)});
+          else
+            let_in(log[i], 1);
+        }
+      } else if (chunk.count > 0) {
+        let_in(chunk.top, chunk.mass);
       }
       if (keys.empty()) continue;
       std::sort(keys.begin(), keys.end(), is_heavier);
-      const size_t n = count_held(keys, in_state, std::min(p.most_held, seen - kLeastInState));
-      for (size_t i = n; i < keys.size(); ++i) in_state = add_logs(in_state, keys[i].log);
+      const size_t n = count_held(keys, log_of(in_state), std::min(p.most_held, in_state.count - kLeastInState));
+      for (size_t i = n; i < keys.size(); ++i) let_in(keys[i].log, 1);
       keys.resize(n);
       if (p.is_causal && (n > 0 || !before.empty())) note(slot, keys, before);
     }
@@ -114,7 +124,6 @@ class HeadChoice {
   const AttentionKernels& kernel;
   int64_t b, kv;
   const void* zero_row;
-  ChunkWeights chunk{};
   Scratch scratch;
 };
 

@@ -39,18 +39,21 @@ struct ProjectWeights {
   MapLimits<T> limits;  // of the outputs, and of the last
 };
 
-// What the keys of a chunk weigh in a state at most, log2(2^kappa |F(y)|), -1e30 for ignored ones; the largest of them,
-// and the sum of all relative to it.
+// What the keys of a chunk weigh in a state at most, |F(y)| 2^kappa: the log2 of the largest, their sum relative to it,
+// and how many are not ignored.
 struct ChunkWeights {
-  double log[kChunk], top, mass;
+  double top, mass;
+  int64_t count;
 };
 
 // Attention on rows of one element type. Kernels that take scratch return the bytes they need, and do nothing else
 // where scratch is null.
 struct AttentionKernels {
-  // log (kChunk): see held_keys.h. Returns the bytes of scratch like the others.
-  int64_t (*key_weights)(const AttentionParams&, int64_t b, int64_t kv, int64_t first, void* scratch,
-                         const void* zero_row, ChunkWeights& weights);
+  int64_t (*chunk_weights)(const AttentionParams&, int64_t b, int64_t kv, int64_t first, void* scratch,
+                           const void* zero_row, ChunkWeights& weights);
+  // log2 of each key's weight, -1e30 for ignored ones. Returns whether any might be held, see held_keys.h.
+  bool (*key_weights)(const AttentionParams&, int64_t b, int64_t kv, int64_t first, double in_state, void* scratch,
+                      const void* zero_row, double* log);
   void (*kv_state_references)(const AttentionParams&, int64_t b, int64_t kv);
   int64_t (*kv_state_segment)(const AttentionParams&, int64_t b, int64_t kv, int64_t segment, void* scratch,
                               const void* zero_row);

@@ -6,7 +6,7 @@
 //   features(rank)               width of F
 //   map_width(rank)              width of a row of coordinates in memory, padded
 //   gradient_rows(rank)          rows that the products of dL/dt and the other side's coordinates fill
-//   square_of_features(s)        |F(z)|^2, from s = |z|^2
+//   norm_of_features(s)          |F(z)|, from s = |z|^2
 //   kHasSigns                    whether the terms of F(x).F(y) have both signs
 //   expand, chain, log_gradient  F(z), its chain rule, and the derivative by the log scale
 // V is what one thread computes with: a scalar, or a vector of tokens. GCC compiles templates for the instruction set
@@ -27,6 +27,16 @@ auto lane_of() {
 template <class V>
 using LaneOf = decltype(lane_of<V>());
 
+template <class V>
+SB_HD V square_root(V v) {
+  if constexpr (requires { v[0]; }) {
+    for (int i = 0; i < int(sizeof(V) / sizeof(v[0])); ++i) v[i] = LaneOf<V>(__builtin_sqrt(double(v[i])));
+    return v;
+  } else {
+    return V(__builtin_sqrt(double(v)));
+  }
+}
+
 // K(t) = (1 + t / 2)^2 with F(z) = [1, z_a, z_a^2 / 2, sqrt(1/2) z_a z_b (a < b)].
 struct QuadraticKernel {
   static constexpr int kDegree = 2;
@@ -37,7 +47,7 @@ struct QuadraticKernel {
   static SB_HD auto slope(auto t) { return root(t); }
   static SB_HD auto value(auto t) { return root(t) * root(t); }
   static constexpr bool kHasSigns = true;
-  static SB_HD auto square_of_features(auto s) { return value(s); }
+  static SB_HD auto norm_of_features(auto s) { return root(s); }
 
   static SB_HD constexpr int64_t features(int64_t rank) { return (rank + 1) * (rank + 2) / 2; }
   static SB_HD constexpr int64_t map_width(int64_t rank) { return packed_width(rank); }
@@ -100,7 +110,7 @@ struct FeatureKernel {
   }
   static SB_HD auto value(auto t) { return t; }
   static constexpr bool kHasSigns = false;
-  static SB_HD auto square_of_features(auto s) { return s; }
+  static SB_HD auto norm_of_features(auto s) { return square_root(s); }
 
   static SB_HD constexpr int64_t features(int64_t rank) { return rank; }
   static SB_HD constexpr int64_t map_width(int64_t rank) { return pad_to(rank, kPad); }

@@ -27,40 +27,88 @@ SB_INLINE int64_t slot_of_key(const AttentionParams& p, int64_t b, int64_t kv, i
   return p.held ? p.enters[(b * p.kv_heads + kv) * p.k_tokens + j] : segment + 1;
 }
 
-// The weights of the kChunk keys from `first` on.
+// Weights of the kChunk keys from `first` on, relative to 2^`reference`, which is the largest kappa; 0 for ignored
+// ones.
 template <class T>
-int64_t key_weights(const AttentionParams& p, int64_t b, int64_t kv, int64_t first, void* scratch, const void* zero_row,
-                    ChunkWeights& weights) {
+struct WeighedKeys {
+  static constexpr int L = int(kChunk), N = kWidth<T>;
+  T weight[L], kappa[L], norm[L], reference = T(-1e30);
+  int64_t count = 0;
+
+  SB_INLINE WeighedKeys(const AttentionParams& p, int64_t b, int64_t kv, int64_t first, T* z, const void* zero_row) {
+    const auto kappa_of = log_scales<T>(p.kappa, b, kv);
+    const T* y[L];
+    for (int i = 0; i < L; ++i) {
+      const int64_t j = first + i;
+      const bool valid = j < p.rows[b].k_end && !(p.k_mask && p.k_mask[b * p.k_tokens + j]);
+      y[i] = valid ? p.y.at<const T>(b, kv, j) : static_cast<const T*>(zero_row);
+      kappa[i] = valid ? kappa_of(j) : T(-1e30);
+      count += valid;
+    }
+    transpose_rows<T, L>(y, p.rank, T(1), z);
+    auto most = load<T, N>(kappa);
+    for (int i = N; i < L; i += N) most = max_lanes(most, load<T, N>(kappa + i));
+    SB_EACH (i, N) reference = most[i] > reference ? most[i] : reference;
+    if (count == 0) return;
+    for (int i = 0; i < L; i += N) {
+      Vector<T, N> square{};
+      for (int64_t a = 0; a < p.rank; ++a) square += load<T, N>(z + a * L + i) * load<T, N>(z + a * L + i);
+      const auto e = exp2v<N>(load<T, N>(kappa + i) - reference);
+      visit_low_rank(p.low_rank, [&](auto kernel) SB_INLINE_LAMBDA {
+        const auto size = kernel.norm_of_features(square);
+        store<T, N>(norm + i, size), store<T, N>(weight + i, e * size);
+      });
+    }
+  }
+};
+
+template <class T>
+int64_t chunk_weights(const AttentionParams& p, int64_t b, int64_t kv, int64_t first, void* scratch,
+                      const void* zero_row, ChunkWeights& weights) {
   constexpr int L = int(kChunk), N = kWidth<T>;
   Arena arena{static_cast<char*>(scratch), 0};
   T* z = arena.take<T>(p.map_pad * L);
   if (!scratch) return arena.used;
-  const auto kappa = log_scales<T>(p.kappa, b, kv);
-  const T* y[L];
-  T scale[L], log[L], top = T(-1e30);
-  for (int i = 0; i < L; ++i) {
-    const int64_t j = first + i;
-    const bool valid = j < p.rows[b].k_end && !(p.k_mask && p.k_mask[b * p.k_tokens + j]);
-    y[i] = valid ? p.y.at<const T>(b, kv, j) : static_cast<const T*>(zero_row);
-    scale[i] = valid ? kappa(j) : T(-1e30);
+  const WeighedKeys<T> keys(p, b, kv, first, z, zero_row);
+  weights = {-1e30, 0, keys.count};
+  if (keys.count == 0) return arena.used;
+  auto sum = load<T, N>(keys.weight), most = sum;
+  for (int i = N; i < L; i += N) {
+    const auto w = load<T, N>(keys.weight + i);
+    sum += w, most = max_lanes(most, w);
   }
-  transpose_rows<T, L>(y, p.rank, T(1), z);
-  for (int i = 0; i < L; i += N) {
-    Vector<T, N> square{};
-    for (int64_t a = 0; a < p.rank; ++a) square += load<T, N>(z + a * L + i) * load<T, N>(z + a * L + i);
-    visit_low_rank(p.low_rank,
-                   [&](auto kernel) SB_INLINE_LAMBDA { store<T, N>(log + i, kernel.square_of_features(square)); });
-  }
-  log2_lanes<T, L>(log, log);
-  for (int i = 0; i < L; ++i) {
-    log[i] = scale[i] + T(0.5) * log[i];
-    weights.log[i] = log[i];
-    top = log[i] > top ? log[i] : top;
-  }
-  Vector<T, N> sum{};
-  for (int i = 0; i < L; i += N) sum += exp2v<N>(load<T, N>(log + i) - top);
-  weights.top = top, weights.mass = sum_lanes<T, N>(sum);
+  T top = most[0];
+  SB_EACH (i, N) top = most[i] > top ? most[i] : top;
+  weights.top = double(keys.reference) + __builtin_log2(double(top)), weights.mass = sum_lanes<T, N>(sum) / top;
   return arena.used;
+}
+
+// `in_state` is what the keys of the state weigh together, log2. A key can be held only if it has kHeldShare of that
+// and of all keys of the chunk below it; in the first chunk some keys have to be below it (half of kLeastInState: equal
+// ones are in neither count).
+template <class T>
+bool key_weights(const AttentionParams& p, int64_t b, int64_t kv, int64_t first, double in_state, void* scratch,
+                 const void* zero_row, double* log) {
+  constexpr int L = int(kChunk), N = kWidth<T>;
+  Arena arena{static_cast<char*>(scratch), 0};
+  const WeighedKeys<T> keys(p, b, kv, first, arena.take<T>(p.map_pad * L), zero_row);
+  for (int i = 0; i < L; ++i)
+    log[i] = keys.kappa[i] > T(-1e29) ? double(keys.kappa[i]) + __builtin_log2(double(keys.norm[i])) : -1e30;
+  const double before = in_state - double(keys.reference);
+  const T rest = before > 100 ? T(1e30) : exp2s<T>(T(before));
+  const Vector<T, N> one = splat<T, N>(T(1));
+  for (int i = 0; i < L; ++i) {
+    const auto w = splat<T, N>(keys.weight[i]);
+    Vector<T, N> below{}, count{};
+    for (int j = 0; j < L; j += N) {
+      const auto other = load<T, N>(keys.weight + j);
+      below += other < w ? other : Vector<T, N>{}, count += other < w ? one : Vector<T, N>{};
+    }
+    const bool enough = in_state > -1e29 || sum_lanes<T, N>(count) >= T(kLeastInState / 2);
+    if (enough && keys.weight[i] > T(0) && keys.weight[i] >= T(kHeldShare) * (rest + sum_lanes<T, N>(below)) * T(0.999))
+      return true;
+  }
+  return false;
 }
 
 }  // namespace sb::SB_ISA

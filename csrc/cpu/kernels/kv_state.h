@@ -193,16 +193,16 @@ SB_INLINE void squared_terms(const AttentionParams& p, const T* xT, const T* hz,
   Vector<T, N> sum{};
   for (int64_t f = 0; f < p.features_pad(); f += N) sum += load<T, N>(hz + f) * load<T, N>(hz + f);
   const double of_state = double(sum_lanes<T, N>(sum));
-  T square[kLanes];
+  T norm[kLanes];
   for (int v = 0; v < kLanes; v += NL) {
     Vector<T, NL> s{};
     for (int64_t a = 0; a < p.rank; ++a) s += load<T, NL>(xT + a * kLanes + v) * load<T, NL>(xT + a * kLanes + v);
     visit_low_rank(p.low_rank, [&](auto kernel) SB_INLINE_LAMBDA {
-      store<T, NL>(square + v, kernel.kHasSigns ? kernel.square_of_features(s) : Vector<T, NL>{});
+      store<T, NL>(norm + v, kernel.kHasSigns ? kernel.norm_of_features(s) : Vector<T, NL>{});
     });
   }
   for (int lane = 0; lane < kLanes; ++lane)
-    squares[lane] = double(weight[lane]) * double(weight[lane]) * double(square[lane]) * of_state;
+    squares[lane] = double(weight[lane] * norm[lane]) * double(weight[lane] * norm[lane]) * of_state;
 }
 
 // Whether a query's weight `den` drowns in rounding: of the L that is taken back from the state, or, in float32, of the

@@ -14,10 +14,9 @@ namespace sb::SB_ISA {
 
 template <class E>
 constexpr AttentionKernels attention_table() {
-  return {&key_weights<AccType<E>>,   &kv_state_references<AccType<E>>,
-          &kv_state_segment<E>,       &kv_state_scan<AccType<E>>,
-          &forward_unit<E>,           &backward_unit<E>,
-          &backward_scan<AccType<E>>, &backward_keys<E>};
+  return {&chunk_weights<AccType<E>>, &key_weights<AccType<E>>,   &kv_state_references<AccType<E>>,
+          &kv_state_segment<E>,       &kv_state_scan<AccType<E>>, &forward_unit<E>,
+          &backward_unit<E>,          &backward_scan<AccType<E>>, &backward_keys<E>};
 }
 
 #if !defined(SB_BFLOAT16)
