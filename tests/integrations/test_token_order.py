@@ -197,6 +197,8 @@ DINOV3 = hf.DINOv3ViTConfig(image_size=24, num_register_tokens=2, **SMALL)
 HUGGING_FACE = {  # model, configuration, image size, arguments of its forward, prefix
     "vit": (hf.ViTModel, hf.ViTConfig(image_size=ODD, **SMALL), ODD, {}, 1),
     "vit, other size": (hf.ViTModel, hf.ViTConfig(image_size=24, **SMALL), ODD, ANY, 1),
+    "vit_msn": (hf.ViTMSNModel, hf.ViTMSNConfig(image_size=ODD, **SMALL), ODD, {}, 1),
+    "ijepa": (hf.IJepaModel, hf.IJepaConfig(image_size=ODD, **SMALL), ODD, {}, 0),
     "deit": (hf.DeiTModel, hf.DeiTConfig(image_size=20, **SMALL), (20, 20), {}, 2),
     "dinov2": (hf.Dinov2Model, hf.Dinov2Config(image_size=24, **SMALL), ODD, {}, 1),
     "registers": (hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig(image_size=24, **SMALL), ODD, {}, 5),

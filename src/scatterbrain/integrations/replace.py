@@ -60,9 +60,9 @@ def replace_attention(
         low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`.
         where: called with a module's path, says whether to replace it; default all.
         token_order: "hilbert" orders image patches along a Hilbert curve inside the blocks of every vision transformer
-            in ``model`` (timm's VisionTransformer and Eva families and NaFlexVit; transformers' ViT, DeiT, DINOv2,
-            DINOv3, CLIP and SigLIP). Every run of tokens is then a compact piece of the picture, which makes the
-            approximation better. Class, register and distillation tokens stay first; outputs and intermediate outputs
+            in ``model`` (timm's VisionTransformer and Eva families and NaFlexVit; transformers' ViT, ViT-MSN,
+            I-JEPA, DeiT, DINOv2, DINOv3, CLIP and SigLIP). Every run of tokens is then a compact piece of the picture,
+            which makes the approximation better. Class, register and distillation tokens stay first; outputs and intermediate outputs
             are in the model's own order. "natural" (or None) keeps the model's order everywhere. Default "auto":
             Hilbert order where the model is one that supports it and the support gains from it (windows and lists that
             neighbours share), the model's order elsewhere, and in single calls that need it (masks between patches,

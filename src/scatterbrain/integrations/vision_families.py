@@ -243,6 +243,8 @@ FAMILIES |= {
     f"transformers.models.{name}": family
     for name, family in {
         "vit.modeling_vit.ViTModel": Transformers(("layers", "layernorm"), 1),
+        "vit_msn.modeling_vit_msn.ViTMSNModel": Transformers(("layers", "layernorm"), 1),
+        "ijepa.modeling_ijepa.IJepaModel": Transformers(("layers", "layernorm"), 0),
         "deit.modeling_deit.DeiTModel": Transformers(("layers", "layernorm"), 2),
         "dinov2.modeling_dinov2.Dinov2Model": Transformers(("encoder", "layernorm"), 1),
         "dinov2.modeling_dinov2.Dinov2Backbone": Transformers(("encoder", "layernorm"), 1),
