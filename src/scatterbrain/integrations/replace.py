@@ -62,11 +62,11 @@ def replace_attention(
         token_order: "hilbert" orders image patches along a Hilbert curve inside the blocks of every vision transformer
             in ``model`` (timm's VisionTransformer and Eva families and NaFlexVit; transformers' ViT, ViT-MSN,
             I-JEPA, DeiT, DINOv2, DINOv3, CLIP and SigLIP). Every run of tokens is then a compact piece of the picture,
-            which makes the approximation better. Class, register and distillation tokens stay first; outputs and intermediate outputs
-            are in the model's own order. "natural" (or None) keeps the model's order everywhere. Default "auto":
-            Hilbert order where the model is one that supports it and the support gains from it (windows and lists that
-            neighbours share), the model's order elsewhere, and in single calls that need it (masks between patches,
-            forward hooks inside the blocks), which warn; the report says which.
+            which makes the approximation better. Class, register and distillation tokens stay first; outputs and
+            intermediate outputs are in the model's own order. "natural" (or None) keeps the model's order everywhere.
+            Default "auto": Hilbert order where the model is one that supports it and the support gains from it (windows
+            and lists that neighbours share), the model's order elsewhere, and in single calls that need it (masks
+            between patches, forward hooks inside the blocks), which warn; the report says which.
         causal_support: the support of calls that are causal (nn.MultiheadAttention with the causal mask, decoders of
             transformers); default ``support`` where that is given. Cross-attention is never causal.
 

@@ -20,9 +20,9 @@ says. "scatterbrain:full" has nothing to save. An adapter of peft has to be told
 ``LoraConfig(..., modules_to_save=["scatterbrain"])``.
 
 Vision transformers (ViT, ViT-MSN, I-JEPA, DeiT, DINOv2, DINOv3, CLIP, SigLIP) run their layers on patches in Hilbert
-order wherever the support gains from it, as with ``sb.replace_attention``; outputs are in the model's own order. ``AutoModel.from_pretrained(path,
-attn_implementation="scatterbrain", scatterbrain_token_order="natural")`` refuses that, "hilbert" insists on it, and
-"auto" is the default. It is an attribute of the configuration, saved with it; set
+order wherever the support gains from it, as with ``sb.replace_attention``; outputs are in the model's own order.
+``AutoModel.from_pretrained(path, attn_implementation="scatterbrain", scatterbrain_token_order="natural")`` refuses
+that, "hilbert" insists on it, and "auto" is the default. It is an attribute of the configuration, saved with it; set
 ``model.config.scatterbrain_token_order`` before ``set_attn_implementation`` to change it later.
 
 ============================================ =======================================================================
