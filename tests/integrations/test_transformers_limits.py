@@ -152,6 +152,7 @@ def test_dropout_on_weights_runs_exactly_in_training_and_says_how_to_stop_it():
         model(input_ids=hf.tokens())
 
 
+@pytest.mark.filterwarnings("ignore:.*runs exact attention, without approximation. it has a sliding window")
 @pytest.mark.parametrize("name", hf.named("encoder", "decoder", "vision", "seq2seq"))
 def test_attention_dropout_of_every_family_can_be_set(name: str):
     model = hf.FAMILIES[name].build(LEARNED).train()
