@@ -37,15 +37,20 @@ struct WeighedKeys {
 
   SB_INLINE WeighedKeys(const AttentionParams& p, int64_t b, int64_t kv, int64_t first, T* z, const void* zero_row) {
     const auto kappa_of = log_scales<T>(p.kappa, b, kv);
+    const bool all = !p.k_mask && first + L <= p.rows[b].k_end;
     const T* y[L];
+    bool valid[L];
     for (int i = 0; i < L; ++i) {
       const int64_t j = first + i;
-      const bool valid = j < p.rows[b].k_end && !(p.k_mask && p.k_mask[b * p.k_tokens + j]);
-      y[i] = valid ? p.y.at<const T>(b, kv, j) : static_cast<const T*>(zero_row);
-      kappa[i] = valid ? kappa_of(j) : T(-1e30);
-      count += valid;
+      valid[i] = all || (j < p.rows[b].k_end && !(p.k_mask && p.k_mask[b * p.k_tokens + j]));
+      y[i] = valid[i] ? p.y.at<const T>(b, kv, j) : static_cast<const T*>(zero_row);
+      count += valid[i];
     }
-    transpose_rows<T, L>(y, p.rank, T(1), z);
+    // In packed rows the log scale stands behind the coordinates and a column of ones.
+    const bool packed = p.kappa.data == p.y.at<T>(0, 0, 0) + p.rank + 1;
+    transpose_rows<T, L>(y, packed ? p.rank + 2 : p.rank, T(1), z);
+    for (int i = 0; i < L; ++i)
+      kappa[i] = !valid[i] ? T(-1e30) : packed ? z[(p.rank + 1) * L + i] : kappa_of(first + i);
     auto most = load<T, N>(kappa);
     for (int i = N; i < L; i += N) most = max_lanes(most, load<T, N>(kappa + i));
     SB_EACH (i, N) reference = most[i] > reference ? most[i] : reference;
