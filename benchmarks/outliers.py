@@ -4,8 +4,8 @@
     python benchmarks/outliers.py --lengths 1024 16384     other lengths
 
 One, or several, keys score so much above the others for every query; the statistics come from tokens without such keys.
-Printed is the processor time with them over that without, the median of turns, for forward (F) and forward + backward
-(F+B).
+In the last column the mean of all keys lies 5 standard deviations from that of the statistics instead. Printed is the
+processor time with them over that without, the median of turns, for forward (F) and forward + backward (F+B).
 """
 
 from __future__ import annotations
@@ -32,11 +32,20 @@ SUPPORTS = {
     "routed 64 per query": sb.Routed(64, block_q=1, block_k=8, window=16),
     "lsh 64": sb.LSH(64),
 }
-CASES = {"10": (10.0, 1), "40": (40.0, 1), "200": (200.0, 1), "40, 8 keys": (40.0, 8), "40, 40 keys": (40.0, 40)}
+# The score, the keys that have it, and how far all keys are from those of the statistics.
+CASES = {
+    "10": (10.0, 1, 0.0),
+    "40": (40.0, 1, 0.0),
+    "200": (200.0, 1, 0.0),
+    "40, 8 keys": (40.0, 8, 0.0),
+    "40, 40 keys": (40.0, 40, 0.0),
+    "moved mean": (0.0, 0, 5.0),
+}
 
 
-def inputs(tokens: int, strength: float, sinks: int) -> tuple[list[Tensor], sb.Statistics]:
-    """query, key and value with that many sinks from a third of the sequence on, and statistics of other tokens."""
+def inputs(tokens: int, strength: float, sinks: int, moved: float) -> tuple[list[Tensor], sb.Statistics]:
+    """query, key and value with that many sinks from a third of the sequence on, and statistics of other tokens, whose
+    keys have another mean by ``moved``."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> Tensor:
@@ -46,7 +55,7 @@ def inputs(tokens: int, strength: float, sinks: int) -> tuple[list[Tensor], sb.S
     fitted = sb.fit_statistics(draw(2048) + MEAN, draw(2048), RANK)
     at = tokens // 3 + 3 * torch.arange(sinks)
     key[:, :, at] = strength * HEAD_DIM**-0.5 / MEAN + 0.1 * key[:, :, at]
-    return [query, key, value], fitted
+    return [query, key + moved, value], fitted
 
 
 def seconds(call: tuple[list[Tensor], sb.Statistics], support: object, is_causal: bool, backward: bool) -> float:
@@ -59,8 +68,10 @@ def seconds(call: tuple[list[Tensor], sb.Statistics], support: object, is_causal
     return time.process_time() - start
 
 
-def ratio(tokens: int, case: tuple[float, int], support: object, is_causal: bool, backward: bool, turns: int) -> float:
-    plain, heavy = inputs(tokens, 0.0, 0), inputs(tokens, *case)
+def ratio(
+    tokens: int, case: tuple[float, int, float], support: object, is_causal: bool, backward: bool, turns: int
+) -> float:
+    plain, heavy = inputs(tokens, 0.0, 0, 0.0), inputs(tokens, *case)
     ratios = []
     for _ in range(turns + 1):
         ratios.append(seconds(heavy, support, is_causal, backward) / seconds(plain, support, is_causal, backward))

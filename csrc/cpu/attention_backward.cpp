@@ -36,8 +36,8 @@ class Backward {
         dq_rows(result_rows<T>(dq, p.head_pad, call.every_query())),
         dk_rows(result_rows<T>(dk, p.head_pad, true)),
         dv_rows(result_rows<T>(dv, p.value_pad, true)),
-        out_rows(as_rows<E>(out, p.value_pad)),
-        d_out_rows(as_rows<E>(d_out, p.value_pad)) {
+        out_rows(as_rows<E>(out, p.value_pad, p.q_mask)),
+        d_out_rows(as_rows<E>(d_out, p.value_pad, p.q_mask)) {
     p.dq = dq_rows.rows, p.dk = dk_rows.rows, p.dv = dv_rows.rows;
     p.out = out_rows.rows, p.d_out = d_out_rows.rows, p.lse = lse_values.data_ptr();
     if (d_lse) d_lse_values = values(*d_lse), p.d_lse = d_lse_values->data_ptr();

@@ -32,7 +32,7 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
       p(params_of(a, shape)),
       padding(a, p),
       lists(a, p),
-      q(as_rows<E>(a.query, p.head_pad)),
+      q(as_rows<E>(a.query, p.head_pad, p.q_mask)),
       k(as_rows<E>(a.key, p.head_pad)),
       v(as_rows<E>(a.value, p.value_pad)),
       zero_row(std::max({p.head_pad, p.value_pad, a.query_map ? pad_to(a.query_map->size(3) + 1, kPad) : kPad})),

@@ -14,7 +14,8 @@ class Forward {
   typedef AccType<E> T;
 
  public:
-  explicit Forward(const AttentionArguments& a)
+  // `is_whole`: ignored queries get zeros; otherwise their rows may hold anything.
+  explicit Forward(const AttentionArguments& a, bool is_whole = true)
       : args(a),
         call(a),
         p(call.p),
@@ -22,9 +23,10 @@ class Forward {
         out(empty_like_tokens(a.query, a.value.size(3), a.query.scalar_type())),
         lse(empty({p.batch, p.q_heads, p.q_tokens}, kScalar<T>)),
         scores(a.is_trained ? call.room_for_scores() : Tensor()),
-        out_rows(result_rows<E>(out, p.value_pad, call.every_query())) {
+        out_rows(result_rows<E>(out, p.value_pad, !is_whole || call.every_query())) {
     p.out = out_rows.rows, p.lse = lse.data_ptr();
-    if (!call.every_query()) std::fill_n(static_cast<T*>(p.lse), lse.numel(), -std::numeric_limits<T>::infinity());
+    if (is_whole && !call.every_query())
+      std::fill_n(static_cast<T*>(p.lse), lse.numel(), -std::numeric_limits<T>::infinity());
   }
 
   Results run() {
@@ -50,7 +52,7 @@ class Forward {
     });
     fallback.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
       const Stage stage("queries again in double");
-      Forward<double> again(one_head(args, b, h, flags));
+      Forward<double> again(one_head(args, b, h, flags), false);
       again.compute();
       const auto* again_lse = static_cast<const double*>(again.p.lse);
       for (int64_t i = 0; i < p.q_tokens; ++i) {

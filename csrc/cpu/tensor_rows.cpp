@@ -41,7 +41,7 @@ struct RowCopy {
 }  // namespace
 
 template <class T>
-TensorRows as_rows(const Tensor& t, int64_t width_pad) {
+TensorRows as_rows(const Tensor& t, int64_t width_pad, const uint8_t* ignored) {
   if (is_in_form<T>(t, width_pad)) return {t, rows_of(t), true};
   const Stage stage("conversion of tensors");
   Tensor packed = empty({t.size(0), t.size(1), t.size(2), width_pad}, kScalar<T>);
@@ -50,8 +50,9 @@ TensorRows as_rows(const Tensor& t, int64_t width_pad) {
     using E = std::remove_pointer_t<decltype(element)>;
     const StridedTensor from = rows_of(t);
     const RowCopy<T, E> copy(t, width_pad);
-    for_each_row(t, width_pad * int64_t(sizeof(T)),
-                 [&](int64_t b, int64_t h, int64_t i) { copy(from.at<const E>(b, h, i), to.at<T>(b, h, i)); });
+    for_each_row(t, width_pad * int64_t(sizeof(T)), [&](int64_t b, int64_t h, int64_t i) {
+      if (!(ignored && ignored[b * t.size(2) + i])) copy(from.at<const E>(b, h, i), to.at<T>(b, h, i));
+    });
   });
   return {packed, to, false};
 }
@@ -120,9 +121,9 @@ Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return converted;
 }
 
-#define SB_INSTANTIATE(T)                                           \
-  template TensorRows as_rows<T>(const Tensor&, int64_t);           \
-  template TensorRows result_rows<T>(const Tensor&, int64_t, bool); \
+#define SB_INSTANTIATE(T)                                                 \
+  template TensorRows as_rows<T>(const Tensor&, int64_t, const uint8_t*); \
+  template TensorRows result_rows<T>(const Tensor&, int64_t, bool);       \
   template void write_back<T>(const TensorRows&, const Tensor&);
 SB_INSTANTIATE(float)
 SB_INSTANTIATE(double)

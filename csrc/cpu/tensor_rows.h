@@ -16,9 +16,10 @@ struct TensorRows {
   bool in_place = false;  // the rows are the tensor's own memory
 };
 
-// (B, H, N, width) of any floating dtype and strides -> rows of T padded to `width_pad`.
+// (B, H, N, width) of any floating dtype and strides -> rows of T padded to `width_pad`. Rows of tokens that `ignored`
+// (B, N) marks may hold anything: they are not converted, so few rows of many cost little.
 template <class T>
-TensorRows as_rows(const Tensor& t, int64_t width_pad);
+TensorRows as_rows(const Tensor& t, int64_t width_pad, const uint8_t* ignored = nullptr);
 
 // Rows first .. first + n - 1 of one head alone, in place or in `scratch` (n * width_pad).
 template <class T>
