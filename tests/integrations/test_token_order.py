@@ -223,6 +223,7 @@ def test_transformers_layers_see_the_curve(name: str):
     check_curve(model, block, x, HUGGING_FACE[name][4], (x.shape[2] // 4, x.shape[3] // 4), **arguments)
 
 
+@pytest.mark.filterwarnings("ignore:MultiheadAttention runs exact attention:UserWarning")  # SigLIP's pooling head
 @pytest.mark.parametrize("name", HUGGING_FACE)
 @pytest.mark.parametrize("settings", [ORDERED, EVERY_KEY], ids=["full", "every key"])
 def test_transformers_outputs_and_hidden_states_stay(name: str, settings: dict[str, Any]):
@@ -259,6 +260,7 @@ def test_padding_masks_of_transformers_are_ordered_with_the_tokens():
             model(x, attention_mask=mask[:, None, None, :])
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # transformers' own name for it
 def test_models_around_an_ordered_model_work_and_checkpoint_gradients():
     model = hf.ViTForImageClassification(hf.ViTConfig(image_size=20, **SMALL)).train()
     x = torch.randn(2, 3, 20, 20)
