@@ -126,14 +126,17 @@ def test_the_layout_changes_no_bit_of_moments(layout: str) -> None:
     assert_same_bits(list(vars(got).values()), list(vars(want).values()), tuple(vars(want)))
 
 
-def test_the_number_of_threads_changes_no_bit_of_statistics_of_few_tokens() -> None:
-    """Of fewer than head_dim tokens, most directions are alike: which of them a decomposition returns is rounding."""
-    query, key = testkit.qkv(2, batch=1, heads=1, kv_heads=1, head_dim=64)[:2]
+@pytest.mark.parametrize("tokens, head_dim", [(2, 64), (19, 256), (300, 128)])
+def test_the_number_of_threads_changes_no_bit_of_statistics(tokens: int, head_dim: int) -> None:
+    """Of fewer tokens than dimensions, most directions are alike: which of them a decomposition returns is rounding."""
+    query, key = testkit.qkv(tokens, batch=2, heads=2, kv_heads=2, head_dim=head_dim)[:2]
     got = []
-    for count in (1, 2):
+    for count in (1, 2, 3):
         torch.set_num_threads(count)
-        got.append(sb.fit_statistics(query, key, rank=3).tensors())
-    assert_same_bits(*got, ("query projection", "query mean", "key projection", "key mean"))
+        got.append(sb.fit_statistics(query, key, rank=5).tensors())
+        assert torch.get_num_threads() == count
+    for other in got[1:]:
+        assert_same_bits(other, got[0], ("query projection", "query mean", "key projection", "key mean"))
     assert bool((got[0][0][0, 0] != 0).any())
 
 

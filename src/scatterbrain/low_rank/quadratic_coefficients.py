@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -185,6 +187,21 @@ def _root(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor, T
     return vectors @ (root[..., None] * rows), vectors @ (inverse[..., None] * rows), lowest
 
 
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    """LAPACK's decompositions differ in the last bits between numbers of threads, and small matrices gain nothing from
+    them. A trace cannot hold the change."""
+    threads = torch.get_num_threads()
+    if threads == 1 or torch.compiler.is_compiling():
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def statistics_from_moments(m: Moments, rank: int, scale: float, floor: float = STORED_FLOOR) -> Statistics:
     """Pq, a, Pk, b in float32 from moments (the singular vectors of Cq^(1/2) Ck^(1/2): the r directions in which q - a
     and k - b interact most). A direction in which neither varied, so that both are at their floors, has rows of zeros:
@@ -192,9 +209,10 @@ def statistics_from_moments(m: Moments, rank: int, scale: float, floor: float = 
     d = m.query_mean.shape[-1]
     if rank > d:
         raise ValueError(f"rank must be at most head_dim={d}, got {rank}")
-    q_root, q_inverse, q_lowest = _root(m.query_second, m.query_mean, floor)
-    k_root, k_inverse, k_lowest = _root(m.key_second, m.key_mean, floor)
-    u, s, vt = torch.linalg.svd(q_root @ k_root)
+    with _on_one_thread():
+        q_root, q_inverse, q_lowest = _root(m.query_second, m.query_mean, floor)
+        k_root, k_inverse, k_lowest = _root(m.key_second, m.key_mean, floor)
+        u, s, vt = torch.linalg.svd(q_root @ k_root)
     root = torch.where(s > (1 + 1e-6) * q_lowest * k_lowest, s, 0)[..., :rank].sqrt()[..., None]
     pq = root * (u.transpose(-1, -2)[..., :rank, :] @ q_inverse)
     pk = root * (vt[..., :rank, :] @ k_inverse)
