@@ -191,10 +191,10 @@ def _root(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor, T
 def _on_one_thread() -> Iterator[None]:
     """LAPACK's decompositions differ in the last bits between numbers of threads, and small matrices gain nothing from
     them. A trace cannot hold the change."""
-    threads = torch.get_num_threads()
-    if threads == 1 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         yield
         return
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
