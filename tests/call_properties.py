@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 import scatterbrain as sb
 from scatterbrain.execution import covers_every_key
 
-# Of torch's error, in the place of the promised 2: the largest of a handful of rows, of gradients that cancel, scatters.
-MARGIN = 4
+# Times the error of the same formula in torch: the README's promise.
+MARGIN = 2
 # Errors that are always allowed, relative to a row. float32: the README's promise. float64 accumulates in float64. Half
 # types: two roundings of a result whose parts are rounded too.
 FLOORS = {torch.float32: 1e-5, torch.float64: 1e-10}
