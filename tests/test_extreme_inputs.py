@@ -4,26 +4,19 @@ float32 can be."""
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import row_error
-from testkit import fitted, projections, rand
+from testkit import fitted, leaves, out_and_gradients, projections, rand, supports, weights
 from torch import Tensor
 
 import scatterbrain as sb
 
 N, D, H, RANK = 160, 32, 2, 4
-SUPPORTS = {
-    "window": sb.Window(32),
-    "window of 8": sb.Window(24, block_q=8),
-    "single queries": sb.Window(24, block_q=1),
-    "pooled": sb.Routed(32),
-    "per query": sb.Routed(32, block_q=1, block_k=8, window=16),
-    "lsh": sb.LSH(32),
-    "empty": sb.Empty(),
-}
+SUPPORTS = supports()
 LOW_RANKS = {
     "none": (None, None),
     "stored": (sb.Quadratic(RANK), fitted(RANK, heads=H, kv_heads=H, head_dim=D)),
@@ -41,31 +34,25 @@ def tokens(kind: str, exponent: int, dtype: torch.dtype) -> list[Tensor]:
     return [(rand(1, H, N, D, seed=seed, dtype=torch.float64) * f).to(dtype) for seed, f in enumerate(factors)]
 
 
-def gradient_of(out: Tensor) -> Tensor:
-    return rand(*out.shape, seed=9, dtype=out.dtype)
+def gradient_of_out(dtype: torch.dtype) -> Tensor:
+    return rand(1, H, N, D, seed=9, dtype=dtype)
 
 
 def exact(inputs: list[Tensor], is_causal: bool) -> list[Tensor]:
     """Half types are computed in float32, as the kernels do."""
-    leaves = [(t.float() if t.dtype == torch.bfloat16 else t).clone().requires_grad_() for t in inputs]
-    out = F.scaled_dot_product_attention(*leaves, is_causal=is_causal)
-    return [out.detach(), *torch.autograd.grad(out, leaves, gradient_of(out))]
+    inputs = [t.float() if t.dtype == torch.bfloat16 else t for t in inputs]
+    attention = partial(F.scaled_dot_product_attention, is_causal=is_causal)
+    return out_and_gradients(attention, inputs, d_out=gradient_of_out(inputs[0].dtype))
 
 
-def ours(
-    inputs: list[Tensor], support: object, low_rank: str, is_causal: bool, scale: float | None = None
-) -> list[Tensor]:
+def ours(inputs: list[Tensor], support: object, low_rank: str, is_causal: bool) -> list[Tensor]:
     kernel, statistics = LOW_RANKS[low_rank]
-    leaves = [t.clone().requires_grad_() for t in inputs]
     parameters = []
     if isinstance(statistics, sb.Projections):
-        parameters = [t.clone().requires_grad_() for t in vars(statistics).values()]
+        parameters = leaves(weights(statistics))
         statistics = sb.Projections(*parameters)
-    out = sb.attention(*leaves, support, kernel, statistics=statistics, is_causal=is_causal, scale=scale)
-    gradients = torch.autograd.grad(
-        out, leaves + parameters, gradient_of(out), allow_unused=True, materialize_grads=True
-    )
-    return [out.detach(), *gradients]
+    attention = partial(sb.attention, support=support, low_rank=kernel, statistics=statistics, is_causal=is_causal)
+    return out_and_gradients(attention, inputs, parameters, gradient_of_out(inputs[0].dtype), allow_unused=True)
 
 
 def combinations(is_causal: bool) -> list[tuple[str, str]]:
@@ -106,7 +93,7 @@ def test_huge_scores_pick_the_largest(support: str, dtype: torch.dtype) -> None:
             )
             same = (out.double() - want).norm(dim=-1) < 1e-2 * want.norm(dim=-1)
             assert same.float().mean() > 0.98  # nearly equal scores may swap by rounding
-            assert float(dv.double().sum()) == pytest.approx(float(gradient_of(out).double().sum()), abs=2.0)
+            assert float(dv.double().sum()) == pytest.approx(float(gradient_of_out(dtype).double().sum()), abs=2.0)
 
 
 # Means of queries and keys, means of the tokens that the statistics come from, and the scale.

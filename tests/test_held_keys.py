@@ -8,21 +8,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from oracle import row_error
-from testkit import RESULTS, assert_same_bits, attend, padding, rand
+from testkit import RESULTS, assert_same_bits, attend, padding, rand, supports
 from torch import Tensor
 
 import scatterbrain as sb
 
 N, D, RANK, MEAN = 320, 32, 4, 1.0
-SUPPORTS = {
-    "window": sb.Window(32),
-    "window of 8": sb.Window(32, block_q=8),
-    "single queries": sb.Window(24, block_q=1),
-    "pooled": sb.Routed(32),
-    "per query": sb.Routed(40, block_q=1, block_k=8, window=16),
-    "lsh": sb.LSH(32),
-    "empty": sb.Empty(),
-}
+SUPPORTS = supports()
 # Where a call's sinks are: in and across chunks of 64 keys, first and last.
 SINKS = {
     "first": [0],
@@ -193,18 +185,9 @@ def test_padding_around_sinks_changes_no_bit(is_causal: bool) -> None:
         fill = [torch.full((1, t.shape[1], n, D), 1e4) for n in (before, behind)]
         setattr(padded, name, torch.cat([fill[0], t, fill[1]], 2))
     mask = padding(N + before + behind, [behind], [before])
-    arguments = {"key_padding_mask": mask, "query_padding_mask": mask}
     inner = slice(before, before + N)
-    out, lse = sb.attention(
-        *padded.inputs,
-        SUPPORTS["window"],
-        sb.Quadratic(RANK),
-        statistics=call.statistics,
-        scale=call.scale,
-        is_causal=is_causal,
-        return_lse=True,
-        **arguments,
-    )
+    arguments = {"key_padding_mask": mask, "query_padding_mask": mask}
+    out, lse, *_ = padded.run(SUPPORTS["window"], is_causal, **arguments)
     assert_same_bits([out[:, :, inner], lse[:, :, inner]], want[:2])
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import scatterbrain as sb
+from scatterbrain.supports import Support
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -173,7 +174,20 @@ LAYOUTS = {
 }
 
 
-# -------------------- low-rank kernels and models
+# -------------------- supports, low-rank kernels and models
+
+
+def supports() -> dict[str, Support]:
+    """Every form that lists of keys come in: for blocks of queries and for single ones, by place and by content, none."""
+    return {
+        "window": sb.Window(32),
+        "window of 8": sb.Window(24, block_q=8),
+        "single queries": sb.Window(24, block_q=1),
+        "pooled": sb.Routed(32),
+        "per query": sb.Routed(32, block_q=1, block_k=8, window=16),
+        "lsh": sb.LSH(32),
+        "empty": sb.Empty(),
+    }
 
 
 def low_ranks(rank: int = 4, features: int = 8) -> dict[str, sb.Quadratic | sb.Favor | None]:
