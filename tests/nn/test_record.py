@@ -13,7 +13,7 @@ from testkit import low_ranks, qkv, rand
 from torch import Tensor, nn
 
 import scatterbrain as sb
-from scatterbrain.nn import attention as module_of_attention
+from scatterbrain.nn import kernel_state
 from scatterbrain.nn.record import written_record
 
 SCALE = 0.3
@@ -127,8 +127,8 @@ def test_counts_are_where_the_buffers_say() -> None:
 
 def test_a_running_module_reads_its_record_once(monkeypatch: pytest.MonkeyPatch) -> None:
     core, reads = calibrated(), []
-    read = module_of_attention.read_record
-    monkeypatch.setattr(module_of_attention, "read_record", lambda *a: reads.append(1) or read(*a))
+    read = kernel_state.read_record
+    monkeypatch.setattr(kernel_state, "read_record", lambda *a: reads.append(1) or read(*a))
     run(core), run(core)
     assert not reads  # calibration has left it read
     core.query_mean.mul_(1)

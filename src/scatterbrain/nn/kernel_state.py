@@ -1,0 +1,326 @@
+"""What a module remembers for its low-rank kernel, in parameters and plain persistent buffers: how they start, and how
+they are read, written, loaded and moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scatterbrain.low_rank import Heads, LowRank, State
+from scatterbrain.low_rank.moments import Moments
+from scatterbrain.nn.distributed import fill
+from scatterbrain.nn.record import NOTHING, Record, read_record, size_of_record, written_record
+
+RECORD = "calibration"  # buffer with the record of the statistics (scatterbrain.nn.record)
+COUNTS = {"steps": "step_count", "draws": "draw_count"}  # buffers with the counts that a kernel names
+_OWN = (RECORD, *COUNTS.values())  # buffers that no kernel makes
+
+
+def _count(name: str, meaning: str) -> property:
+    """A count of a module, and the way to set it."""
+    return property(
+        lambda module: module._value(name), lambda module, value: module._set_count(name, value), doc=meaning
+    )
+
+
+class KernelState(nn.Module):
+    """The base of :class:`scatterbrain.ScatterbrainAttention`: the state of its low-rank kernel.
+
+    Anything may fill buffers at any time: loaders, collectives, averages of weights. So all that is known comes from
+    reading them, and holds for as long as they are unchanged.
+
+    Attributes:
+        is_exact: whether the module never runs with its kernel; then it has no state, and takes none from checkpoints.
+        gathered: moments of the forward passes since the last commit; None without any.
+        gathered_scale: factor of q.k of these moments.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int
+    low_rank: LowRank
+    is_exact: bool
+
+    # -------------------- how it starts
+
+    def _register_state(self) -> None:
+        """For the end of ``__init__``, when heads and kernel are known."""
+        self._forget()
+        state = self._initial_state()
+        for name, tensor in state.parameters.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+        for name, tensor in state.buffers.items():
+            self.register_buffer(name, tensor)
+
+    def _initial_state(self) -> State:
+        if self.low_rank is None:
+            return State({}, {})
+        parameters, buffers = self.low_rank.initial_state(Heads(self.num_heads, self.head_dim, self.num_kv_heads))
+        buffers = dict(buffers)
+        if self.low_rank.is_calibrated_from_data and buffers:
+            buffers[RECORD] = _record_of(None, list(buffers.values()))
+        counts = {COUNTS[name]: torch.zeros((), dtype=torch.int64) for name in self.low_rank.counts}
+        return State(parameters, buffers | counts)
+
+    def _forget(self) -> None:
+        self.gathered: Moments | None = None
+        self.gathered_scale: float | None = None
+        self._known: dict[str, Any] = {RECORD: NOTHING} | dict.fromkeys(COUNTS, 0)
+        self._seen: dict[str, Callable[[dict[str, Tensor]], bool]] = {}  # what was read, and whether that still holds
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start again, in place: projections redrawn, calibration forgotten. Also fills a module created on the meta
+        device and moved with ``to_empty``."""
+        self._forget()
+        state = self._initial_state()
+        for name, tensor in (state.parameters | state.buffers).items():
+            fill(getattr(self, name), tensor)
+
+    def tensors(self, names: Iterable[str]) -> list[Tensor]:
+        """Parameters and buffers by name."""
+        # Past nn.Module's slow lookup, unless something has taken their place, as parametrizations and sharding do.
+        parameters, buffers = self._parameters, self._buffers
+        return [
+            parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(self, name)
+            for name in names
+        ]
+
+    # -------------------- what the buffers say
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self._value(RECORD).is_good
+
+    @is_calibrated.setter
+    def is_calibrated(self, value: bool) -> None:
+        if value and self.scale is None:
+            raise ValueError(
+                "ScatterbrainAttention: is_calibrated = True needs the scale of q.k that the statistics hold for, and "
+                "none is known; calibrate (sb.calibrate), or set gathered_scale first"
+            )
+        self._known[RECORD] = Record(self.scale, "") if value else NOTHING
+        statistics = self.tensors(self._statistics())
+        if statistics:
+            fill(self._buffers[RECORD], _record_of(self._known[RECORD].scale, statistics))
+            self._look(RECORD)
+        if self.gathered is None:
+            self.gathered_scale = None
+
+    @property
+    def calibrated_scale(self) -> float | None:
+        """Factor of q.k that the statistics hold for; None before there are any.
+
+        Raises:
+            ValueError: the buffers hold statistics that are not to be used.
+        """
+        record = self._value(RECORD)
+        if record.problem:
+            raise ValueError(
+                f"ScatterbrainAttention is not calibrated: {record.problem}; load a whole checkpoint, calibrate again "
+                "(sb.calibrate), call reset_parameters(), or set is_calibrated = True for statistics of your own"
+            )
+        return record.scale
+
+    @property
+    def calibration_problem(self) -> str:
+        """Why the statistics in the buffers cannot be used although there are some; "" otherwise."""
+        return self._value(RECORD).problem
+
+    @property
+    def scale(self) -> float | None:
+        """Factor of q.k of the moments that were gathered, or else of the statistics; None without either."""
+        return self._value(RECORD).scale if self.gathered_scale is None else self.gathered_scale
+
+    steps = _count("steps", "Optimizer steps that are over.")
+    draws = _count("draws", "Projections drawn since the first.")
+
+    def _statistics(self) -> list[str]:
+        """Names of the buffers that the record is about."""
+        return [name for name in self._buffers if name not in _OWN] if RECORD in self._buffers else []
+
+    def _value(self, what: str) -> Any:
+        if torch.compiler.is_compiling():
+            self._look_while_tracing()
+        else:
+            seen = self._seen.get(what)
+            if seen is None or not seen(self._buffers):
+                self._look(what)
+        return self._known[what]
+
+    @torch.compiler.assume_constant_result
+    def _look_while_tracing(self) -> bool:
+        """For the compiler, which cannot trace the reading: its result is part of the graph, and another value that the
+        module comes to know makes another graph."""
+        for what in self._known:
+            self._look(what)
+        return True
+
+    def _look(self, what: str) -> None:
+        """Reads buffers: they may be filled by anything, at any time. Where they cannot be read, on the meta device or
+        under a transform, what is known stays."""
+        buffers, own = self._buffers, RECORD if what == RECORD else COUNTS[what]
+        names = self._statistics() if what == RECORD else []
+        if own not in buffers or not _are_readable([buffers[name] for name in (own, *names)]):
+            return
+        # What a call does not run with is looked at here alone, and not in every call.
+        watched = [own, *(name for name in names if name in (self.low_rank.runs_with or names))]
+        copy = None
+        if what == RECORD:
+            value = read_record(buffers[own], names, [buffers[name] for name in names])
+            if value == NOTHING and _is_without_buffers(self) and not any(bool(buffers[n].any()) for n in names):
+                value = Record(None, "accelerate loads the buffers of offloaded layers only with offload_buffers=True")
+            # What says that nothing is there yet is compared, since collectives write behind the version counters.
+            copy = None if value.is_good else buffers[own].detach().clone()
+        else:
+            value = int(buffers[own])
+        if value != self._known[what]:
+            self._known[what] = value
+        self._seen.pop(what, None)
+        # Tensors of inference mode count no versions, and are read every time.
+        if not any(buffers[name].is_inference() for name in watched) and not (what == RECORD and value.problem):
+            self._seen[what] = _unchanged(buffers, watched, copy)
+
+    @torch.no_grad()
+    def _set_count(self, name: str, value: int) -> None:
+        buffer = self._buffers.get(COUNTS[name])
+        if buffer is None:
+            self._known[name] = value
+        else:
+            fill(buffer, torch.tensor(value, dtype=buffer.dtype))
+            self._look(name)
+
+    # -------------------- loaded, copied and moved
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.is_exact:  # exact attention needs nothing that an approximation saved
+            for name in [name for name in state_dict if name.startswith(prefix)]:
+                del state_dict[name]
+        self._translate(state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for what in self._known:
+            self._look(what)
+
+    def _translate(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        """Checkpoints of earlier releases have an entry ``_extra_state`` in place of the record and the counts."""
+        own = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
+        if self.low_rank is not None:
+            misfit = self.low_rank.misfit({name: tuple(tensor.shape) for name, tensor in own.items()})
+            if misfit:
+                error_msgs.append(f"ScatterbrainAttention: {misfit}")
+        extra = state_dict.pop(f"{prefix}_extra_state", None)
+        if extra is not None and not extra.is_meta:
+            statistics = [own[name] for name in self._statistics() if name in own]
+            if len(statistics) < len(self._statistics()):
+                statistics = []
+            for name, tensor in self._from_extra_state(extra, statistics).items():
+                state_dict.setdefault(prefix + name, tensor)
+
+    @property
+    def made_from_extra_state(self) -> list[str]:
+        """Entries of a state dict that checkpoints of earlier releases have in their ``_extra_state``."""
+        return [name for name in self._buffers if name in _OWN]
+
+    def load_extra_state(self, extra: Tensor) -> None:
+        """Fills record and counts from the entry ``_extra_state`` of a checkpoint of an earlier release, whose other
+        entries are in place; for loaders that go around :meth:`load_state_dict`."""
+        statistics = self.tensors(self._statistics())
+        for name, tensor in self._from_extra_state(extra, statistics).items():
+            fill(self._buffers[name], tensor)
+
+    def _from_extra_state(self, extra: Tensor, statistics: list[Tensor]) -> dict[str, Tensor]:
+        """Record and counts, by the names of their buffers, from what earlier releases kept of a module with these
+        statistics: calibrated, scale or NaN, rank, steps, draws."""
+        calibrated, scale, _, *counts = extra.tolist()
+        found = dict(zip(COUNTS.values(), (torch.tensor(int(n), dtype=torch.int64) for n in counts)))
+        found = {name: tensor for name, tensor in found.items() if name in self._buffers}
+        if statistics and _are_readable(statistics):
+            found[RECORD] = written_record(scale if calibrated else None, statistics)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_seen": {}}  # holds nothing but what can be read again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_known" in state:
+            return
+        # A module pickled by an earlier release.
+        before = {name: self.__dict__.pop(name) for name in ("is_calibrated", "scale", "steps", "draws")}
+        gathered = self.gathered
+        self._forget()
+        if self.is_exact:
+            self.low_rank = None
+            self._parameters.clear()
+            self._buffers.clear()
+        for name, tensor in self._initial_state().buffers.items():
+            if name in _OWN:
+                self.register_buffer(name, tensor)
+        self.gathered, self.gathered_scale = gathered, before["scale"]
+        self.is_calibrated = before["is_calibrated"]
+        self.steps, self.draws = before["steps"], before["draws"]
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves buffers with the module but keeps the precision in which they were fitted: half a mantissa would undo
+        the calibration."""
+        self._seen.clear()  # or it would keep the memory that the buffers leave
+        kept = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        originals = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, dtype in kept.items():
+            if self._buffers[name].dtype != dtype:
+                self._buffers[name] = originals[name].to(self._buffers[name].device)
+        return self
+
+
+def _unchanged(
+    buffers: dict[str, Tensor], names: list[str], copy: Tensor | None
+) -> Callable[[dict[str, Tensor]], bool]:
+    """A function that says whether buffers of these names are still those in ``buffers`` and unchanged since, and, if
+    there is a ``copy`` of the first, equal to it. Every call of a module asks it, so it is as plain as can be."""
+    select = itemgetter(*(names if len(names) > 1 else names * 2))  # of two or more names it gives a tuple
+    kept = select(buffers)
+    versions = [t._version for t in kept]
+
+    def is_current(buffers: dict[str, Tensor]) -> bool:
+        tensors = select(buffers)
+        if not all(map(is_, tensors, kept)) or [t._version for t in tensors] != versions:
+            return False
+        return copy is None or torch.equal(copy, tensors[0])
+
+    return is_current
+
+
+def _are_readable(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are numbers in memory, and nothing watches or transforms what is done with them."""
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()) and all(
+        type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in tensors
+    )
+
+
+def _is_without_buffers(module: nn.Module) -> bool:
+    """Whether accelerate has offloaded the module, and its buffers with it to nowhere."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "offload", False) and not getattr(hook, "offload_buffers", True)
+
+
+def _record_of(scale: float | None, statistics: list[Tensor]) -> Tensor:
+    """Their record, without content where they have none to be read."""
+    if _are_readable(statistics):
+        return written_record(scale, statistics)
+    return torch.zeros(size_of_record(len(statistics)), dtype=torch.float64, device=statistics[0].device)
