@@ -50,6 +50,20 @@ ROTARY: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     ),
 }
 
+PREFIX = {  # tokens before the patches, where they are not one
+    "no class token": 0,
+    "distilled": 2,
+    "residual post norm": 0,
+    "siglip, attention pool": 0,
+    "dinov2 with registers": 5,
+    "naflex": 4,
+    "dinov3": 5,
+    "dinov3, any size": 5,
+    "rope, registers, pooled": 4,
+    "fewer key heads": 5,
+}
+GRIDS = {"dynamic image size": (5, 2), "dynamic padding": (4, 5)}  # of patches, where they are not 3 x 5
+
 
 def build(name: str, **arguments: Any) -> nn.Module:
     """A model in evaluation mode whose attention is far from uniform."""
