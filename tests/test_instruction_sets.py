@@ -24,7 +24,7 @@ FILES = (
     "test_attention_parity.py",
     "test_causality_and_padding.py",
     "test_determinism.py",
-    "test_route.py",
+    "supports/test_route.py",
 )
 # Every 17th case of a test: coprime to the periods of supports and kernels in the parity table.
 STRIDE = 17
