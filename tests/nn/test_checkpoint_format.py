@@ -167,6 +167,7 @@ def test_a_module_that_was_pickled_by_a_release_before_is_what_it_was(kernel: st
         draws,
     )
     torch.testing.assert_close(dict(old.state_dict()), dict(module.state_dict()), rtol=0, atol=0)
+    assert vars(old).keys() == vars(module).keys()
 
 
 def test_the_loaded_tensors_are_those_that_the_module_runs_with(kernel: str) -> None:
