@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,17 @@ def test_a_calibrated_model_takes_an_adapter(name: str, calibrated: str):
     model = adapted(model, situation) if calibrated == "before" else model
     step(model, situation)
     assert all(p.grad is not None and p.grad.any() for p in adapters(model).values())
+
+
+@pytest.mark.parametrize("name", [name for name in SITUATIONS if name != "diffusers"])
+def test_an_adapter_that_is_loaded_leaves_the_calibration(name: str, tmp_path: Path):
+    situation = SITUATIONS[name]
+    model = swapped(situation.build(), CALIBRATED)[0]
+    with sb.calibrate(model), torch.no_grad():
+        situation.run(model.eval())
+    adapted(copy.deepcopy(model), situation).save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    assert_same_bits(output(again, situation), output(adapted(model, situation), situation))
 
 
 @pytest.mark.filterwarnings("ignore:the learned projections")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from scatterbrain.checks import check_not_nested
 from scatterbrain.low_rank import LowRank
-from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule, attention_unless_exact
+from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule, attention_unless_exact, has_weight
 from scatterbrain.nn.masks import padding_of
 from scatterbrain.supports import Support
 
@@ -44,7 +44,7 @@ class TimmHost(HostModule):
             self.attention.to(kwargs["device"])
 
     def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        return any(name.startswith(f"{prefix}{self.OUTPUT}.") for name in state_dict)
+        return has_weight(state_dict, f"{prefix}{self.OUTPUT}")
 
     def _padding(self, attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
         """The padded tokens (batch, tokens), True = padded, where ``attn_mask`` says nothing else. Raises ValueError for

@@ -25,6 +25,15 @@ def with_defaults(support: Support | None, causal_support: Support | None) -> tu
     return (SUPPORT, causal_support or CAUSAL_SUPPORT) if support is None else (support, causal_support)
 
 
+_WEIGHT = ("weight", "base_layer.weight", "parametrizations.weight.original")  # plain, adapted by peft, parametrized
+
+
+def has_weight(state_dict: dict[str, Any], layer: str) -> bool:
+    """Whether a state dict holds the weight of the linear layer at the path ``layer``. An adapter's file has tensors of
+    its own at that path, which say nothing of the weight."""
+    return any(f"{layer}.{name}" in state_dict for name in _WEIGHT)
+
+
 class HostModule:
     """Mixin for an attention module of another package, before its class: it owns the submodule ``attention``, or None
     where the package's own exact attention was asked for.

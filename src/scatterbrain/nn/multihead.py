@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.nn.host_module import LOW_RANK, HostModule, attention_unless_exact, with_defaults
+from scatterbrain.nn.host_module import LOW_RANK, HostModule, attention_unless_exact, has_weight, with_defaults
 from scatterbrain.nn.masks import as_bool_padding, is_causal_mask, is_unreadable
 from scatterbrain.supports import Support
 
@@ -114,7 +114,7 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
                 del self._forward_pre_hooks[number]
 
     def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        return any(name.startswith(f"{prefix}out_proj.") for name in state_dict)
+        return has_weight(state_dict, f"{prefix}out_proj")
 
     def forward(
         self,
