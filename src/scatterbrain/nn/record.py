@@ -4,8 +4,8 @@ that tell the statistics that were fitted from those that were loaded in part, f
 A loader may fill buffers one by one, skip some, or leave uninitialised memory in them, without a word to the module. So
 the record is what counts, and it is believed only as far as its sums agree with the statistics. All of it is linear in
 the statistics: an average of checkpoints has the average of their records. The sums are compared up to the rounding of
-the present dtypes, and the scale is kept in parts of a few bits each, so that a loader that casts to a half type does
-no harm.
+the coarsest type that holds the values, and the scale is kept in parts of a few bits each, so that a checkpoint that
+was cast to a half type, and perhaps back, is as good as the half type is.
 """
 
 from __future__ import annotations
@@ -65,21 +65,29 @@ def read_record(record: Tensor, names: Sequence[str], statistics: Sequence[Tenso
     """What ``record`` says of these statistics, which have these names."""
     flag, *numbers = record.tolist()
     parts, sums = numbers[:_PARTS], numbers[_PARTS:]
+    tolerance_of_record = 4 * _rounding(record)
     scale = sum(parts) if abs(flag - 1) < 0.01 else None
     wrong = []
     for i, (name, tensor) in enumerate(zip(names, statistics, strict=True)):
         found, size = _sums(tensor)
-        tolerance = max(_TOLERANCE, *(4 * torch.finfo(t.dtype).eps for t in (tensor, record))) * size
+        tolerance = max(_TOLERANCE, 4 * _rounding(tensor), tolerance_of_record) * size
         kept = sums[i * len(found) : (i + 1) * len(found)]
         if not all(abs(a - b) <= tolerance for a, b in zip(found, kept)):  # false for NaN too
             wrong.append(name)
     problem = ""
     if wrong:
-        some = "" if len(wrong) == len(names) else ", ".join(wrong) + " of "
-        problem = f"{some}the statistics are not what the record beside them (calibration) was made of"
+        some = "" if len(wrong) == len(names) else f" ({', '.join(wrong)})"
+        problem = f"the statistics{some} are not what the record beside them (calibration) was made of"
     elif scale is None and not abs(flag) < 0.01:
         problem = f"the record beside the statistics (calibration) starts with {flag:.3g}, expected 0 or 1"
     return Record(scale, problem)
+
+
+def _rounding(tensor: Tensor) -> float:
+    """Relative spacing of the coarsest type that holds every entry."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    held = (dtype for dtype in dtypes if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor))
+    return torch.finfo(next(held, tensor.dtype)).eps
 
 
 def _parts(scale: float) -> list[float]:
