@@ -198,6 +198,33 @@ def test_an_exported_decoder_serves_other_lengths_without_a_mask() -> None:
         assert torch.equal(hf.run(program, **arguments), hf.run(model, **arguments))
 
 
+class WithCache(nn.Module):
+    """The logits of a decoder that fills a cache of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return hf.output(self.model(input_ids=input_ids, use_cache=True))
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("implementation", [ROUTED, "scatterbrain:full"])
+def test_an_exported_decoder_may_fill_a_cache(implementation: str, strict: bool) -> None:
+    is_full = implementation == "scatterbrain:full"
+    model = hf.FAMILIES["llama"].build(implementation, num_hidden_layers=1) if is_full else calibrated()
+    model, lengths = WithCache(model.eval()), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    with torch.no_grad():
+        program = torch.export.export(model, (hf.tokens(),), dynamic_shapes=(lengths,), strict=strict)
+        if not is_full:
+            assert_approximated(program.graph)
+        for count, batch in ((hf.TOKENS, 2), (133, 3)):
+            ids = hf.tokens(count, batch=batch)
+            assert torch.equal(program.module()(ids), model(ids))
+
+
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 def test_an_exported_decoder_reads_the_mask_that_it_is_run_with() -> None:
     model = calibrated()
