@@ -8,7 +8,9 @@ import pytest
 import torch
 from testkit import KV, B, D, H, N, assert_all_close, fitted, leaves, padding, projections, qkv, rand
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import scatterbrain as sb
 
@@ -62,6 +64,24 @@ def test_grad_and_vmap_of_grad_are_those_of_autograd(case: str) -> None:
     # Mapped over queries alone: the rest is shared.
     of_query = vmap(grad(loss), in_dims=(1, *(None,) * (len(tensors) - 1)))(twice[0].movedim(0, 1), *tensors[1:])
     assert_all_close(of_query[:1], want[:1])
+
+
+@pytest.mark.parametrize("case", ["pooled lists, learned", "window, input", "nothing listed, favor, causal"])
+def test_compiled_vmap_of_grad_is_that_without_a_compiler(case: str) -> None:
+    function, tensors = attention(case)
+    mapped = vmap(grad(loss_of(function), tuple(range(len(tensors)))))
+    twice = [torch.stack([t, 0.5 * t]) for t in tensors]
+    torch._dynamo.reset()
+    assert_all_close(torch.compile(mapped, backend="aot_eager")(*twice), mapped(*twice))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_graphs_and_shapes_are_made_without_a_look_at_values(case: str) -> None:
+    function, tensors = attention(case)
+    graph, want = make_fx(function)(*tensors), function(*tensors)
+    torch.testing.assert_close(graph(*tensors), want)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert function(*map(mode.from_tensor, tensors)).shape == want.shape
 
 
 def test_jacrev_is_a_loop_over_the_outputs() -> None:

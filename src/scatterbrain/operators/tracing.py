@@ -55,9 +55,15 @@ def is_batched(tensor: Tensor) -> bool:
 def is_readable(*tensors: Tensor | None) -> bool:
     """Whether contents can be read without waiting for a device, and without a value that a trace or vmap does not
     have. Tensors that are None do not count."""
-    return not torch.compiler.is_compiling() and all(
-        t is None or (t.device.type == "cpu" and not is_batched(t)) for t in tensors
-    )
+    if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() and _is_symbolic()):
+        return False
+    return all(t is None or (t.device.type == "cpu" and not is_batched(t)) for t in tensors)
+
+
+def _is_symbolic() -> bool:
+    """Whether a FakeTensorMode or make_fx is at work, under which no tensor gives its values away."""
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
 
 
 def is_known(condition: bool | torch.SymBool) -> bool:

@@ -29,6 +29,7 @@ def _differentiable(name: str, setup_context: Callable, backward: Callable) -> C
             return operator(*arguments)
 
         @staticmethod
+        @torch.compiler.disable  # a compiler that gave up on the transform around it has no rule for this one
         def vmap(info: object, in_dims: tuple, *arguments: object) -> tuple:
             return rule(Operator.apply, info, in_dims, *arguments)
 
