@@ -185,10 +185,25 @@ def test_a_file_of_something_else_is_refused_in_one_line(config, tmp_path, capsy
     assert_one_line_and_code_2(config, tmp_path, capsys, "scatterbrain train: ")
 
 
-def assert_one_line_and_code_2(config, folder, capsys, words):
+@pytest.mark.parametrize("value", [None, [], "words"])
+@pytest.mark.parametrize("option", ["--model.layers=1", "--train.steps=1"])
+def test_an_option_makes_no_section_of_something_else(config, tmp_path, capsys, option, value):
+    section = option.removeprefix("--").split(".")[0]
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {section: value}))
+    assert_one_line_and_code_2(config, tmp_path, capsys, f"{section}", option)
+
+
+@pytest.mark.parametrize("path", ["taken", "taken/run"])
+def test_a_file_in_the_way_of_the_output_is_refused(config, tmp_path, capsys, path):
+    (tmp_path / "taken").touch()
+    options = "--train.steps=1", f"--output={tmp_path / path}"
+    assert_one_line_and_code_2(config, tmp_path, capsys, "output: expected a folder", *options)
+
+
+def assert_one_line_and_code_2(config, folder, capsys, words, *options):
     """And nothing was created."""
     before = sorted(folder.iterdir())
-    assert run_to_its_exit_code("train", str(config)) == 2
+    assert run_to_its_exit_code("train", str(config), *options) == 2
     streams = capsys.readouterr()
     assert streams.err.count("\n") == 1 and words in streams.err, streams.err
     assert streams.out == "" and sorted(folder.iterdir()) == before

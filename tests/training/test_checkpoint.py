@@ -107,6 +107,8 @@ TAMPERED: dict[str, tuple[Callable[[Files], object], str]] = {
         "train.clip: the checkpoint was made with 2.0, got 1.0",
     ),
     "progress that is no JSON": (lambda files: files[1].update(progress="{"), "expected the progress"),
+    "progress without an end": (lambda files: files[1].update(progress="[" * 10**5), "expected the progress"),
+    "a step of many digits": (lambda files: files[1].update(progress="1" * 5000), "expected the progress"),
     "progress that is a list": (lambda files: files[1].update(progress="[1]"), "expected the progress"),
     "no progress": (lambda files: files[1].update(progress=None), "expected the progress"),
     "another format": (lambda files: files[1].update(format="x"), "expected a checkpoint in format"),
@@ -185,6 +187,8 @@ LINES = {
     "no loss": '{"kind": "validation", "step": 1, "bits_per_byte": 1}',
     "a loss in words": '{"kind": "validation", "step": 1, "loss": "low", "bits_per_byte": 1}',
     "no JSON": "nonsense",
+    "a list without an end": "[" * 10**5,
+    "a number of many digits": "1" * 5000,
 }
 
 

@@ -66,12 +66,18 @@ def parse_run_config(arguments: Sequence[str]) -> RunConfig:
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--config")
+    if arguments[:1] == ["--config"]:  # by itself, since options put a mapping in the place of anything else
+        _check_sections(parse(parser, arguments[:2]), Namespace)
     namespace = parse(parser, arguments)
-    for name in SECTIONS:
-        if not isinstance(namespace[name], Namespace):
-            raise WrongType(f"{name}: expected a mapping of keys, got {namespace[name]!r}")
+    _check_sections(namespace, Namespace)
     namespace = parser.instantiate(namespace)
     return RunConfig(**{field.name: namespace[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def _check_sections(namespace: Any, mapping: type) -> None:
+    for name in SECTIONS:
+        if not isinstance(namespace[name], mapping):
+            raise WrongType(f"{name}: expected a mapping of keys, got {namespace[name]!r}")
 
 
 def _help() -> HelpParser:

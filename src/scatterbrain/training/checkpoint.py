@@ -66,7 +66,7 @@ def read_progress(path: Path) -> Progress:
     text = metadata.get("progress", "")
     try:
         stored = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         stored = None
     fields = [field.name for field in dataclasses.fields(Progress)]
     if not isinstance(stored, dict) or sorted(stored) != sorted(fields):

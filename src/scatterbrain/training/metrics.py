@@ -64,7 +64,7 @@ def read_records(path: Path, last_step: int) -> list[Record]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break  # the process was killed while it wrote
             record = None

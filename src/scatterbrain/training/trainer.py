@@ -106,7 +106,13 @@ class Trainer:
         checkpoint, resume = self.folder.checkpoint, self.config.resume
         if resume is True and not checkpoint.exists():
             raise ValueError(f"resume: expected a checkpoint at {checkpoint}, found none; leave resume out to start")
-        self.folder.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UnusableRun(
+                f"output: expected a folder, or a path where one can be made, got {self.folder.path}, where a file is in "
+                "the way; choose another with --output"
+            ) from error
         self._lock = FolderLock(self.folder.path)
         found = checkpoint.exists()
         if not resume and found and not self.config.overwrite:
