@@ -186,6 +186,18 @@ CALLS = {
         ValueError,
         "rank must be at most head_dim=8, got 9",
     ),
+    **{
+        f"statistics of an input with {value} in {name}": (
+            lambda name=name, value=value: attend(
+                *qkv(**{name: rand(B, H if name == "query" else KV, N, D).index_fill(2, torch.tensor(3), value)}),
+                low_rank=sb.Quadratic(4, "input"),
+            ),
+            ValueError,
+            r"Quadratic\(statistics='input'\): query or key holds NaN or infinity.*stored",
+        )
+        for name in ("query", "key")
+        for value in (math.nan, math.inf)
+    },
     "another random projection": (
         lambda: attend(low_rank=sb.Favor(8), statistics=sb.RandomFeatures(rand(9, D))),
         ValueError,

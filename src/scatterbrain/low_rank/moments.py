@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scatterbrain.operators.tracing import is_readable
 from scatterbrain.padding import PaddingInfo
 
 MOMENTS = ("tokens", "query_mean", "query_second", "key_mean", "key_second")
@@ -92,6 +93,16 @@ def moments(
     return Moments(count, a, q_second, b, k_second)
 
 
+def check_finite_moments(m: Moments, owner: str, cure: str) -> None:
+    """Raises ValueError for moments of tokens that hold NaN or infinity, where values can be looked at."""
+    tensors = m.query_second, m.key_second, m.key_mean
+    if is_readable(*tensors) and not all(bool(torch.isfinite(t).all()) for t in tensors):
+        raise ValueError(
+            f"{owner}: query or key holds NaN or infinity among the valid tokens (or is too large to square); {cure}, "
+            "mask bad tokens"
+        )
+
+
 def checked_moments(query: Tensor, key: Tensor, scale: float, padding: PaddingInfo) -> Moments:
     """Moments of calibration tokens, refused where they are not finite or there are none."""
     if query.is_meta:
@@ -100,13 +111,7 @@ def checked_moments(query: Tensor, key: Tensor, scale: float, padding: PaddingIn
             "first, and calibrate on real inputs"
         )
     m = moments(query, key, scale, padding.key_mask, padding.query_mask)
-    if not bool(
-        torch.isfinite(m.query_second).all() & torch.isfinite(m.key_second).all() & torch.isfinite(m.key_mean).all()
-    ):
-        raise ValueError(
-            "calibration: query or key holds NaN or infinity among the valid tokens (or is too large to "
-            "square); calibrate on clean inputs, mask bad tokens"
-        )
+    check_finite_moments(m, "calibration", "calibrate on clean inputs")
     keys = key.shape[0] * key.shape[2] if padding.key_mask is None else int((~padding.key_mask).sum())
     if keys == 0 or not bool((m.tokens > 0).all()):
         raise ValueError(

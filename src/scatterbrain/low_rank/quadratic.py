@@ -13,7 +13,7 @@ from torch import Tensor
 from scatterbrain.call import Call
 from scatterbrain.fields import check_int, check_str
 from scatterbrain.low_rank.base import Coefficients, Heads, LowRankKernel, State, StateOwner
-from scatterbrain.low_rank.moments import MOMENTS, Moments, moment_shapes, moments
+from scatterbrain.low_rank.moments import MOMENTS, Moments, check_finite_moments, moment_shapes, moments
 from scatterbrain.low_rank.quadratic_coefficients import (
     EMA_FLOOR,
     STORED_FLOOR,
@@ -169,6 +169,7 @@ class Quadratic(LowRankKernel):
             return learned_projection(coefficients, scale, dtype, device)
         if coefficients is None:
             m = moments(call.query, call.key, scale, call.padding.key_mask, call.padding.query_mask, per_row=True)
+            check_finite_moments(m, "Quadratic(statistics='input')", "use stored statistics, which let NaN through")
             coefficients = statistics_from_moments(m, self.rank, scale)
         return stored_projection(coefficients, scale, dtype, device)
 
