@@ -147,7 +147,7 @@ def check_offset(query_offset: int | Tensor, batch: int, is_causal: bool, device
 
 def check_causal_support(support: Support) -> None:
     """A support for causal calls alone."""
-    check_support(support)
+    check_support(support, "causal_support")
     if support.is_bidirectional_only:
         raise ValueError(
             f"causal_support must be a support that causal attention can use, got {support}, which is bidirectional "

@@ -197,6 +197,8 @@ def test_causal_calls_have_their_own_support_and_the_report_says_it():
         report.restore()
     with pytest.raises(ValueError, match="causal_support must be .* got LSH"):
         sb.replace_attention(model, causal_support=sb.LSH(32))
+    with pytest.raises(TypeError, match="replace_attention: causal_support must be one of Full.*got str"):
+        sb.replace_attention(model, causal_support="window")
 
 
 def test_cross_attention_has_no_causal_support():

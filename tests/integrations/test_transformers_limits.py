@@ -128,6 +128,12 @@ def test_masks_that_no_support_has_run_exactly_and_say_so(case: str):
     torch.testing.assert_close(mine, exact, rtol=2e-5, atol=2e-5)
 
 
+def test_a_window_that_hides_nothing_is_no_reason():
+    model = hf.FAMILIES["mistral with a window"].build(LEARNED)
+    with pytest.warns(UserWarning, match="runs exact attention, without approximation: its mask differs from query to"):
+        model(input_ids=hf.tokens(20), position_ids=torch.arange(20)[None].expand(2, -1) % 10, use_cache=False)
+
+
 @pytest.mark.filterwarnings("ignore:.*runs exact attention")
 @pytest.mark.parametrize("case", ["sliding window", "bool mask", "packed"])
 def test_calibration_of_layers_that_run_exactly_says_why(case: str):

@@ -115,7 +115,7 @@ SUPPORTS = Registry(Support)
 register = SUPPORTS.register
 
 
-def check_support(support: object) -> None:
-    """Raises TypeError for anything but a support."""
+def check_support(support: object, name: str = "support") -> None:
+    """Raises TypeError for anything but a support. ``name``: of the argument."""
     if not isinstance(support, Support):
-        raise TypeError(f"support must be one of {SUPPORTS.names()}, got {type(support).__name__}")
+        raise TypeError(f"{name} must be one of {SUPPORTS.names()}, got {type(support).__name__}")

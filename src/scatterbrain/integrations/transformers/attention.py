@@ -149,7 +149,7 @@ def _is_exact(
         return True
     reason = None
     window = arguments.get("sliding_window")
-    if visible.dense is not None and window is not None:
+    if visible.dense is not None and window is not None and visible.dense.shape[-1] > window:
         reason = f"it has a sliding window, {window} tokens wide, which is its own choice of keys"
     elif visible.dense is not None and visible.dense.is_floating_point():
         reason = (

@@ -40,9 +40,9 @@ def settle(model: PreTrainedModel, info: LoadStateDictInfo) -> None:
     if left:
         path, core = left[0]
         what = "is not whole" if not is_whole else f"is of another low-rank kernel than {core.low_rank}"
-        how = "start uncalibrated (sb.calibrate)" if core.needs_calibration else "are at their start"
-        count = f"{len(left)} attention layers" if len(left) > 1 else "1 attention layer"
-        warn(f"{count} ({path}{', ...' * (len(left) > 1)}) {how}: what the checkpoint holds for them {what}.", 5)
+        how = "new and uncalibrated (sb.calibrate)" if core.needs_calibration else "new"
+        layers = f"{len(left)} attention layers ({path}, ...) are" if len(left) > 1 else f"attention layer {path} is"
+        warn(f"{layers} {how}: what the checkpoint holds there {what}.", 5)
 
 
 def take_extra_states(
