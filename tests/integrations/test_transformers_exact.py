@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 import hf_models as hf
 
 import scatterbrain as sb
@@ -36,6 +36,19 @@ def test_every_family_with_padding(name: str, side: str, implementation: str):
     arguments, counts = hf.inputs(name, side)
     mine, exact = both(name, implementation)
     check(name, hf.run(mine, **arguments), hf.run(exact, **arguments), counts)
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("implementation", NAMES)
+def test_a_model_that_makes_a_mask_of_its_own_from_that_of_transformers_stays_causal(implementation: str, side: str):
+    settings = {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": hf.WORDS}
+    outputs = []
+    for name in (implementation, "sdpa"):
+        torch.manual_seed(0)
+        config = transformers.DogeConfig(hidden_size=hf.WIDTH, initializer_range=0.2, **settings)
+        model = transformers.DogeForCausalLM._from_config(config, attn_implementation=name).eval()
+        outputs.append(hf.run(model, input_ids=hf.tokens(), attention_mask=hf.keep(side)))
+    check("doge", *outputs, hf.keep(side).bool())
 
 
 def causal_4d(side: str) -> Tensor:

@@ -55,10 +55,10 @@ def compact_mask(
     """A mask function of transformers' AttentionMaskInterface, with the arguments of ``sdpa_mask``. attention_mask is
     bool (B, keys seen so far), True = keep."""
     # A window at least as long as the sequence hides nothing. transformers allows a skip only where no other mask
-    # function was added.
+    # function was added, and where the model itself does not look at the mask.
     window_covers = local_size is not None and kv_offset == 0 and kv_length <= local_size
-    is_causal = mask_function is causal_mask_function or (window_covers and allow_is_causal_skip)
-    is_bidirectional = mask_function is bidirectional_mask_function or (window_covers and allow_is_bidirectional_skip)
+    is_causal = allow_is_causal_skip and (mask_function is causal_mask_function or window_covers)
+    is_bidirectional = allow_is_bidirectional_skip and (mask_function is bidirectional_mask_function or window_covers)
     if is_tracing() and q_length != 1:
         sequence = _causal_sequences(mask_function, window_covers)
         if sequence is not None:
