@@ -48,6 +48,11 @@ def of_first(each: Batch, tokens: int) -> Batch:
         ([batch(2, 50)], {}, "100 valid tokens"),
         ([batch(1, 100), batch(1, 100, seed=7)], {}, "200 valid tokens"),
         ([batch(2, 500)], {"key_padding_mask": torch.arange(500).ge(40).expand(2, -1)}, "80 valid tokens"),
+        (
+            [batch(2, 500)] * 5,
+            {"key_padding_mask": torch.arange(500).ge(40).expand(2, -1)},
+            "400 valid tokens, of which 80 differ",
+        ),
         ([batch(1, 50)] * 10, {}, "500 valid tokens, of which 50 differ"),
         ([of_first(batch(1, 1), 400)], {}, "400 valid tokens, of which 1 differ"),
         ([batch(1, 60)] * 2, {}, "120 valid tokens, of which 60 differ"),
