@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ import hf_models as hf
 
 import scatterbrain as sb
 from scatterbrain.integrations.transformers import register
+from scatterbrain.integrations.transformers.masks import READ_MASKS
 
 # One runs torch's attention, the other the library's kernels with lists that hold every key.
 NAMES = ("scatterbrain:full", register("scatterbrain:every-key", sb.Window(4096), None))
@@ -38,17 +42,36 @@ def test_every_family_with_padding(name: str, side: str, implementation: str):
     check(name, hf.run(mine, **arguments), hf.run(exact, **arguments), counts)
 
 
+def doge(implementation: str) -> nn.Module:
+    """A model that makes a mask of its own from that of transformers."""
+    torch.manual_seed(0)
+    settings = {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": hf.WORDS}
+    config = transformers.DogeConfig(hidden_size=hf.WIDTH, initializer_range=0.2, **settings)
+    return transformers.DogeForCausalLM._from_config(config, attn_implementation=implementation).eval()
+
+
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("implementation", NAMES)
-def test_a_model_that_makes_a_mask_of_its_own_from_that_of_transformers_stays_causal(implementation: str, side: str):
-    settings = {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": hf.WORDS}
-    outputs = []
-    for name in (implementation, "sdpa"):
-        torch.manual_seed(0)
-        config = transformers.DogeConfig(hidden_size=hf.WIDTH, initializer_range=0.2, **settings)
-        model = transformers.DogeForCausalLM._from_config(config, attn_implementation=name).eval()
-        outputs.append(hf.run(model, input_ids=hf.tokens(), attention_mask=hf.keep(side)))
-    check("doge", *outputs, hf.keep(side).bool())
+def test_a_model_that_makes_a_mask_of_its_own_stays_causal(implementation: str, side: str):
+    arguments = {"input_ids": hf.tokens(), "attention_mask": hf.keep(side)}
+    check("doge", hf.run(doge(implementation), **arguments), hf.run(doge("sdpa"), **arguments), hf.keep(side).bool())
+
+
+def test_a_compiled_model_that_makes_a_mask_of_its_own_stays_causal():
+    torch._dynamo.reset()
+    model = torch.compile(doge(NAMES[1]), backend="aot_eager")
+    arguments = {"input_ids": hf.tokens(), "use_cache": False}
+    check("doge", hf.run(model, **arguments), hf.run(doge("sdpa"), **arguments), hf.keep("none").bool())
+
+
+def test_the_families_that_make_masks_of_their_own_are_known():
+    folder = Path(transformers.__file__).parent / "models"
+    found = {
+        path.parent.name
+        for path in folder.glob("*/modeling_*.py")
+        if re.search(r"allow_is_causal_skip=(?!True)", path.read_text(encoding="utf-8"))
+    }
+    assert found == set(READ_MASKS)
 
 
 def causal_4d(side: str) -> Tensor:

@@ -36,6 +36,9 @@ from scatterbrain.nn.masks import is_unreadable, kept_keys_and_offset, once_per_
 from scatterbrain.operators.tracing import is_batched
 
 NEVER = 2**31 - 1  # no query sees the key
+# Families whose code takes a mask of queries times keys apart, by the folders of transformers. They forbid to skip it, as
+# transformers itself does wherever rows may be packed, which is every row in a trace.
+READ_MASKS = ("diffusion_gemma", "doge", "dots3_note", "falcon", "mistral_large4", "unlimited_ocr")
 
 
 def compact_mask(
@@ -59,7 +62,7 @@ def compact_mask(
     window_covers = local_size is not None and kv_offset == 0 and kv_length <= local_size
     is_causal = allow_is_causal_skip and (mask_function is causal_mask_function or window_covers)
     is_bidirectional = allow_is_bidirectional_skip and (mask_function is bidirectional_mask_function or window_covers)
-    if is_tracing() and q_length != 1:
+    if is_tracing() and q_length != 1 and not _reads_masks(arguments.get("config")):
         sequence = _causal_sequences(mask_function, window_covers)
         if sequence is not None:
             return sequence.to(torch.int32)[:, None, :, None]
@@ -91,6 +94,11 @@ def compact_mask(
     if keep is not None:
         first_query = torch.where(keep, first_query, NEVER)
     return first_query[:, None, None, :]
+
+
+def _reads_masks(config: object) -> bool:
+    folders = type(config).__module__.split(".")
+    return len(folders) > 2 and folders[2] in READ_MASKS
 
 
 def _keep(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
