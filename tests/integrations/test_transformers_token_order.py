@@ -161,7 +161,10 @@ def test_another_implementation_undoes_the_order(dinov2: str):
     with torch.no_grad():
         assert torch.equal(model(x).last_hidden_state, exact(x).last_hidden_state)
     model.set_attn_implementation("scatterbrain:order_test")
-    assert ordered_paths(model) == [""]
+    assert ordered_paths(model) == [""] and not model._token_order.is_strict
+    model.config.scatterbrain_token_order = "hilbert"
+    model.set_attn_implementation("scatterbrain:order_test")
+    assert ordered_paths(model) == [""] and model._token_order.is_strict
     model.config.scatterbrain_token_order = "natural"
     model.set_attn_implementation("scatterbrain:order_test")
     assert ordered_paths(model) == []

@@ -72,6 +72,17 @@ def test_calibration_on_enough_tokens_is_silent():
     assert calibrate(*((queries, *batch(1, 64, seed=10 * i)[1:]) for i in range(8))) == []
 
 
+def test_a_module_that_was_not_run_keeps_what_it_gathered_in_training():
+    model = nn.ModuleList(sb.ScatterbrainAttention(4, 16, 2, sb.Window(16), sb.Quadratic(4, "ema")) for _ in range(2))
+    for module in model:
+        module(*batch(2, 200))
+    with sb.calibrate(model), torch.no_grad():
+        model[0](*batch(2, 200, seed=5))
+    assert model[1].gathered is not None and not model[1].is_collecting
+    sb.update_statistics(model)
+    assert model[1].is_calibrated and model[1].calibrated_scale == 0.25
+
+
 def test_of_several_modules_the_one_with_the_fewest_tokens_is_named():
     model = nn.ModuleDict({"long": core(), "short": core(), "shorter": core()})
 

@@ -44,8 +44,8 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
     return shutil.copytree(stopped.parent / "base", tmp_path / "run")
 
 
-def go_on(config: Path, folder: Path) -> int:
-    return main(["train", str(config), "--output", str(folder), "--resume", "true", "--train.steps", "3"])
+def go_on(config: Path, folder: Path, *options: str) -> int:
+    return main(["train", str(config), "--output", str(folder), "--resume", "true", "--train.steps", "3", *options])
 
 
 def assert_refused(config: Path, folder: Path, capsys: pytest.CaptureFixture, words: str) -> None:
@@ -217,5 +217,7 @@ def test_a_last_line_that_was_cut_short_is_dropped(stopped: Path, copied: Path) 
 
 def test_records_that_are_gone_are_said_to_be(stopped: Path, copied: Path, capsys) -> None:
     (copied / "metrics.jsonl").unlink()
-    assert go_on(stopped, copied) == 0
-    assert "metrics.jsonl has records of 0 of 2 steps; the others are not drawn" in capsys.readouterr().out
+    assert go_on(stopped, copied, "--compare.steps", "2") == 0
+    out = capsys.readouterr().out
+    assert "metrics.jsonl has records of 0 of 2 steps; the others are not drawn" in out
+    assert "metrics.jsonl lacks records of the first 2 steps" in out

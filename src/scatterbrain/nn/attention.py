@@ -296,10 +296,9 @@ class ScatterbrainAttention(KernelState):
 
     @torch.no_grad()
     def finish_calibration(self) -> None:
-        """Turns the moments gathered by :func:`calibrate`, if there are any, into statistics."""
+        """Turns the moments gathered by :func:`calibrate` into statistics."""
         gathered, self.gathered, self.is_collecting = self.gathered, None, False
-        if gathered is not None:
-            self.low_rank.store(self, gathered)
+        self.low_rank.store(self, gathered)
 
     @torch.no_grad()
     def finish_step(self) -> None:

@@ -66,14 +66,14 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
     finally:
         for m in cores:
             m.observed = None
-    ran = [m for m in cores if m.gathered is not None]
     seen = {m: (m.gathered_tokens, n) for m, n in zip(cores, distinct, strict=True) if m.gathered is not None}
     few = {m: counts for m, counts in seen.items() if is_short(*counts)}
-    for m, scale, _ in before:
-        if m.gathered is None:
-            m.gathered_scale = scale
-        m.finish_calibration()
-    if not ran:
+    for m, scale, gathered in before:
+        if m in seen:
+            m.finish_calibration()
+        else:
+            m.is_collecting, m.gathered_scale, m.gathered = False, scale, gathered
+    if not seen:
         reasons = list(dict.fromkeys(m.bypassed for m in cores if m.bypassed))
         raise ValueError(
             "calibrate: no ScatterbrainAttention was run inside the block"
