@@ -69,7 +69,7 @@ def test_the_families_that_make_masks_of_their_own_are_known():
     found = {
         path.parent.name
         for path in folder.glob("*/modeling_*.py")
-        if re.search(r"allow_is_causal_skip=(?!True)", path.read_text(encoding="utf-8"))
+        if re.search(r"allow_is_causal_skip\"?(=|: )(?!True)", path.read_text(encoding="utf-8"))
     }
     assert found <= set(READ_MASKS), "add them to masks.READ_MASKS"
 

@@ -38,7 +38,21 @@ from scatterbrain.operators.tracing import is_batched
 NEVER = 2**31 - 1  # no query sees the key
 # Families whose code takes a mask of queries times keys apart, by the folders of transformers. They forbid to skip it, as
 # transformers itself does wherever rows may be packed, which is every row in a trace.
-READ_MASKS = ("diffusion_gemma", "doge", "dots3_note", "falcon", "mistral_large4", "unlimited_ocr")
+READ_MASKS = (
+    "axk2",
+    "deepseek_v32",
+    "diffusion_gemma",
+    "doge",
+    "dots3_note",
+    "falcon",
+    "glm_moe_dsa",
+    "hy_v4",
+    "hy_v4_vl",
+    "mistral_large4",
+    "qwen4_exp",
+    "t5gemma2",
+    "unlimited_ocr",
+)
 
 
 def compact_mask(
