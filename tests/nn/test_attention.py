@@ -10,7 +10,7 @@ import pytest
 import testkit
 import torch
 import torch.nn.functional as F
-from testkit import leaves, padding
+from testkit import counting_backend, leaves, padding
 
 import scatterbrain as sb
 from scatterbrain.low_rank.quadratic import EMA_EVERY
@@ -103,6 +103,28 @@ def test_moving_averages_commit_after_the_step_and_not_within_it() -> None:
         core(q + 1, k, v, is_causal=True)
         sb.update_statistics(core)
     assert torch.allclose(core.query_mean, 0.8 * mean + 0.2 * (q + 1).mean((0, 2)) * 0.25, atol=1e-5)
+
+
+@pytest.mark.parametrize("low_rank", [sb.Quadratic(4, "ema"), sb.Favor(8, redraw=3)], ids=lambda kernel: kernel.kind)
+def test_compiled_training_is_compiled_no_more_often_the_more_steps_it_has(low_rank: sb.low_rank.LowRank) -> None:
+    core = sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=low_rank).train()
+    other = copy.deepcopy(core)
+    graphs, backend = counting_backend()
+    compiled = torch.compile(core, fullgraph=True, backend=backend)
+    counts = []
+    for step in range(2 * EMA_EVERY + 2):
+        for accumulated in range(2):
+            inputs = qkv(seed=2 * step + accumulated)
+            assert torch.equal(compiled(*inputs, is_causal=True), other(*inputs, is_causal=True))
+        sb.update_statistics(core)
+        sb.update_statistics(other)
+        counts.append(len(graphs))
+    assert core.is_calibrated == (low_rank.kind == "quadratic") and core.steps == 2 * EMA_EVERY + 2
+    states = zip(core.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in states)
+    # The first step's, its second forward's, those of steps between commits, and of steps that commit.
+    most = {"quadratic": 5, "favor": 1}[low_rank.kind]
+    assert counts[EMA_EVERY] == counts[-1] <= most
 
 
 def test_evaluation_gathers_nothing() -> None:

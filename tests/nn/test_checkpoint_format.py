@@ -51,7 +51,8 @@ FORMATS = {
         (0, math.nan, 0, 7, 3),
     ),
 }
-NEW = ("_known", "_seen", "gathered_scale", "said", "names")  # attributes that pickles of releases before do not have
+# Attributes that pickles of releases before do not have.
+NEW = ("_known", "_average_is_due", "_seen", "gathered_scale", "said", "names")
 SCALE = [0.30078125, -205 / 2**18, 205 / 2**28]  # of 0.3: eight bits each, and the rest
 SCALE.append(0.3 - SCALE[0] - SCALE[1] - SCALE[2])
 

@@ -90,6 +90,8 @@ class LowRankKernel:
         least_head_dim: width of the narrowest heads that it takes.
         runs_with: names of the buffers that :meth:`coefficients` reads, where those are not all of them.
         counts: what a module must count for the kernel, and save: "steps", "draws".
+        average_every: optimizer steps from one commit of a moving average of moments to the next, counted as "steps";
+            the first step's moments are committed too. 0 without one.
     """
 
     kind: ClassVar[str]
@@ -103,6 +105,7 @@ class LowRankKernel:
     least_head_dim = 1
     counts: tuple[str, ...] = ()
     runs_with: tuple[str, ...] = ()
+    average_every = 0
 
     # -------------------- a call
 
@@ -165,10 +168,6 @@ class LowRankKernel:
 
     def needs_calibration(self, owner: StateOwner) -> bool:
         """Whether running the module now would raise for want of statistics."""
-        return False
-
-    def commits_average(self, owner: StateOwner) -> bool:
-        """Whether the end of the present optimizer step commits a moving average."""
         return False
 
     def store(self, owner: StateOwner, moments: Moments, is_average: bool = False) -> None:

@@ -97,6 +97,10 @@ class Quadratic(LowRankKernel):
             ("steps",) if self.is_calibrated_from_data else ()
         )  # alike, so that moving averages can be kept as stored
 
+    @property
+    def average_every(self) -> int:
+        return EMA_EVERY if self.statistics == "ema" else 0
+
     # -------------------- a call
 
     def check(self, is_causal: bool) -> None:
@@ -230,9 +234,6 @@ class Quadratic(LowRankKernel):
         _copy(owner.tensors(MAPS), statistics.tensors())
         _copy(owner.tensors(GATHERED), (getattr(moments, name) for name in MOMENTS))
         owner.is_calibrated = True
-
-    def commits_average(self, owner: StateOwner) -> bool:
-        return self.statistics == "ema" and (not owner.is_calibrated or (owner.steps + 1) % EMA_EVERY == 0)
 
     def finish_step(self, owner: StateOwner) -> None:
         if self.statistics != "ema" or owner.gathered is None:

@@ -139,7 +139,7 @@ class ScatterbrainAttention(KernelState):
         if self.needs_calibration and self.bypassed is not None:  # in this order: graphs know nothing of earlier calls
             raise self.uncalibrated(type(self).__name__, is_causal)
         support, low_rank = self.support_of(is_causal), self.low_rank
-        if self.is_collecting or self._is_average_due():
+        if self.is_collecting or self._gathers_average():
             query, key, value = functional.cast_for_autocast(query, key, value)
             checks.check_tensors(query, key, value)
             self._gather(query, key, key_padding_mask, query_padding_mask, functional.default_scale(query, scale))
@@ -254,13 +254,9 @@ class ScatterbrainAttention(KernelState):
 
     # -------------------- statistics
 
-    def commits_average(self) -> bool:
-        """Whether the end of this step commits a moving average, if anything was gathered for it."""
-        return self.low_rank is not None and self.low_rank.commits_average(self)
-
-    def _is_average_due(self) -> bool:
-        """Whether the moments of this step will be committed: the first step's, then every tenth's. Functions that
-        torch.func transforms must not write to a module."""
+    def _gathers_average(self) -> bool:
+        """Whether a forward pass gathers moments of its own accord. Functions that torch.func transforms must not write
+        to a module."""
         return self.commits_average() and self.training and torch.is_grad_enabled() and not is_transformed()
 
     @torch.no_grad()

@@ -70,6 +70,7 @@ class KernelState(nn.Module):
         self.gathered: Moments | None = None
         self.gathered_scale: float | None = None
         self._known: dict[str, Any] = {RECORD: NOTHING} | dict.fromkeys(COUNTS, 0)
+        self._decide()
         self._seen: dict[str, Callable[[dict[str, Tensor]], bool]] = {}  # what was read, and whether that still holds
 
     @torch.no_grad()
@@ -103,7 +104,7 @@ class KernelState(nn.Module):
                 "ScatterbrainAttention: is_calibrated = True needs the scale of q.k that the statistics hold for, and "
                 "none is known; calibrate (sb.calibrate), or set gathered_scale first"
             )
-        self._known[RECORD] = Record(self.scale, "") if value else NOTHING
+        self._know(RECORD, Record(self.scale, "") if value else NOTHING)
         statistics = self.tensors(self._statistics())
         if statistics:
             fill(self._buffers[RECORD], _record_of(self._known[RECORD].scale, statistics))
@@ -143,14 +144,36 @@ class KernelState(nn.Module):
         """Names of the buffers that the record is about."""
         return [name for name in self._buffers if name not in _OWN] if RECORD in self._buffers else []
 
+    def commits_average(self) -> bool:
+        """Whether the end of this step commits a moving average, if anything was gathered for it."""
+        if self.low_rank is None or not self.low_rank.average_every:
+            return False
+        self._read(RECORD)
+        self._read("steps")
+        return self._average_is_due
+
     def _value(self, what: str) -> Any:
+        self._read(what)
+        return self._known[what]
+
+    def _read(self, what: str) -> None:
         if torch.compiler.is_compiling():
             self._look_while_tracing()
-        else:
-            seen = self._seen.get(what)
-            if seen is None or not seen(self._buffers):
-                self._look(what)
-        return self._known[what]
+            return
+        seen = self._seen.get(what)
+        if seen is None or not seen(self._buffers):
+            self._look(what)
+
+    def _know(self, what: str, value: Any) -> None:
+        self._known[what] = value
+        self._decide()
+
+    def _decide(self) -> None:
+        """What forward asks of the count of steps is decided where that is read or written: a graph that used the
+        count itself would be compiled again in every step."""
+        every = 0 if self.low_rank is None else self.low_rank.average_every
+        is_first = not self._known[RECORD].is_good
+        self._average_is_due = every > 0 and (is_first or (self._known["steps"] + 1) % every == 0)
 
     @torch.compiler.assume_constant_result
     def _look_while_tracing(self) -> bool:
@@ -179,7 +202,7 @@ class KernelState(nn.Module):
         else:
             value = int(buffers[own])
         if value != self._known[what]:
-            self._known[what] = value
+            self._know(what, value)
         self._seen.pop(what, None)
         # Tensors of inference mode count no versions, and are read every time.
         if not any(buffers[name].is_inference() for name in watched) and not (what == RECORD and value.problem):
@@ -189,7 +212,7 @@ class KernelState(nn.Module):
     def _set_count(self, name: str, value: int) -> None:
         buffer = self._buffers.get(COUNTS[name])
         if buffer is None:
-            self._known[name] = value
+            self._know(name, value)
         else:
             fill(buffer, torch.tensor(value, dtype=buffer.dtype))
             self._look(name)
@@ -259,6 +282,7 @@ class KernelState(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_known" in state:
+            self._decide()
             return
         # A module pickled by an earlier release.
         before = {name: self.__dict__.pop(name) for name in ("is_calibrated", "scale", "steps", "draws")}
