@@ -197,7 +197,7 @@ def test_a_calibrated_model_takes_an_adapter(name: str, calibrated: str):
     assert all(p.grad is not None and p.grad.any() for p in adapters(model).values())
 
 
-@pytest.mark.parametrize("name", [name for name in SITUATIONS if name != "diffusers"])
+@pytest.mark.parametrize("name", SITUATIONS)
 def test_an_adapter_that_is_loaded_leaves_the_calibration(name: str, tmp_path: Path):
     situation = SITUATIONS[name]
     model = swapped(situation.build(), CALIBRATED)[0]

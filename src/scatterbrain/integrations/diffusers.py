@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from scatterbrain.integrations.replacer import register_replacer
 from scatterbrain.integrations.restrictions import NotReplaceable, errors_as_reasons
 from scatterbrain.low_rank import LowRank
-from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule, attention_unless_exact
+from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule, attention_unless_exact, has_weight
 from scatterbrain.nn.masks import padding_of
 from scatterbrain.supports import Support
 
@@ -45,10 +45,10 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
         self._attach(attention_unless_exact(num_heads, head_dim, support, low_rank))
         self._layer: list[Attention] = []  # in a list, so that it is no submodule
 
-    def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        # AttnProcessor2_0 has no entries, and a submodule does not see those of its layer. Without a prefix the
-        # processor is loaded by itself, where missing entries are an error.
-        return prefix != ""
+    def _is_of_original(self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> bool:
+        # AttnProcessor2_0 has no entries, and a submodule does not see those of its layer, which is loaded before it.
+        # Without a prefix the processor is loaded by itself, where missing entries are an error.
+        return prefix != "" and not has_weight(missing_keys, f"{prefix.removesuffix('processor.')}to_q")
 
     def __call__(
         self,

@@ -43,7 +43,7 @@ class TimmHost(HostModule):
         if self.attention is not None and kwargs.get("device") is not None:
             self.attention.to(kwargs["device"])
 
-    def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
+    def _is_of_original(self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> bool:
         return has_weight(state_dict, f"{prefix}{self.OUTPUT}")
 
     def _padding(self, attn_mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -3,6 +3,7 @@ attention."""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ def with_defaults(support: Support | None, causal_support: Support | None) -> tu
 _WEIGHT = ("weight", "base_layer.weight", "parametrizations.weight.original")  # plain, adapted by peft, parametrized
 
 
-def has_weight(state_dict: dict[str, Any], layer: str) -> bool:
-    """Whether a state dict holds the weight of the linear layer at the path ``layer``. An adapter's file has tensors of
-    its own at that path, which say nothing of the weight."""
-    return any(f"{layer}.{name}" in state_dict for name in _WEIGHT)
+def has_weight(names: Container[str], layer: str) -> bool:
+    """Whether the weight of the linear layer at the path ``layer`` is among ``names`` of a state dict. An adapter's file
+    has tensors of its own at that path, which say nothing of the weight."""
+    return any(f"{layer}.{name}" in names for name in _WEIGHT)
 
 
 class HostModule:
@@ -46,10 +47,12 @@ class HostModule:
 
     attention: ScatterbrainAttention | None
 
-    def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
+    def _is_of_original(self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> bool:
         """Whether ``state_dict``, which has no entries of ``attention``, is a checkpoint of the original module.
-        ``prefix`` is this module's."""
-        raise NotImplementedError(f"{type(self).__name__} must define _is_of_original(state_dict, prefix)")
+        ``prefix`` is this module's; ``missing_keys`` are those of modules that were loaded before it."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define _is_of_original(state_dict, prefix, missing_keys)"
+        )
 
     def _attach(self, attention: ScatterbrainAttention | None) -> None:
         """Takes ``attention`` in, on the device of the module's parameters and in its mode. Of parameters that have no
@@ -83,17 +86,25 @@ class HostModule:
         scriptable.__dict__ = {k: v for k, v in vars(self).items() if k not in ("attention", "_warned")}
         return scriptable
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
         inner = f"{prefix}attention."
         entries = [name for name in state_dict if name.startswith(inner)]
         if self.attention is None:  # exact attention needs nothing that an approximation saved
             for name in entries:
                 del state_dict[name]
-        elif not entries and self._is_of_original(state_dict, prefix):
+        elif not entries and self._is_of_original(state_dict, prefix, missing_keys):
             if self.attention.is_calibrated:
                 self.attention.reset_parameters()
             state_dict.update(self.attention.state_dict(prefix=inner))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
 
 
 def attention_unless_exact(

@@ -113,7 +113,7 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
             if hook is _must_be_called:
                 del self._forward_pre_hooks[number]
 
-    def _is_of_original(self, state_dict: dict[str, Any], prefix: str) -> bool:
+    def _is_of_original(self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> bool:
         return has_weight(state_dict, f"{prefix}out_proj")
 
     def forward(
