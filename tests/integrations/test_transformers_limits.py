@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 import hf_models as hf
 import transformers
+from testkit import cores
 
 import scatterbrain as sb
 from scatterbrain.integrations.transformers import SETTINGS, register, set_attention_dropout
@@ -144,6 +145,33 @@ def test_calibration_of_layers_that_run_exactly_says_why(case: str):
     )
     with expected, sb.calibrate(model):
         hf.run(model, input_ids=hf.tokens(), **arguments)
+
+
+def test_each_cure_for_a_sliding_window_that_is_named_calibrates():
+    cure = r"tokens wide, .*; pass sequences of at most 24 tokens, load the model with sliding_window=None .*where="
+    windowed = hf.FAMILIES["mistral with a window"]
+    model = windowed.build("scatterbrain")
+    error, warning = pytest.raises(ValueError, match=cure), pytest.warns(UserWarning, match=cure)
+    with error, warning, sb.calibrate(model):
+        model(input_ids=hf.tokens(100))
+    assert calibrated(windowed.build("scatterbrain"), 24)
+    assert calibrated(windowed.build("scatterbrain", sliding_window=None), 100)
+    mixed = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 24, "use_sliding_window": True}
+    full = mixed | {"layer_types": ["full_attention"] * 2, "sliding_window": None}
+    assert calibrated(hf.FAMILIES["qwen3"].build("scatterbrain", **full), 100)
+    model = hf.FAMILIES["qwen3"].build("sdpa", **mixed)
+    settings = sb.Window(16), sb.Quadratic(4)
+    assert len(sb.replace_attention(model, *settings, where=lambda path: ".0." in path).replaced) == 1
+    assert calibrated(model, 100)
+
+
+def calibrated(model: torch.nn.Module, tokens: int) -> bool:
+    """Whether every layer is after a calibration that does not warn."""
+    with warnings.catch_warnings(), sb.calibrate(model), torch.no_grad():
+        warnings.simplefilter("error", UserWarning)
+        for seed in range(12):
+            model(input_ids=hf.tokens(tokens, seed=seed))
+    return all(core.is_calibrated for core in cores(model).values())
 
 
 def test_dropout_on_weights_runs_exactly_in_training_and_says_how_to_stop_it():

@@ -219,7 +219,10 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
                     "attn_mask cannot be looked at under torch.compile or vmap; pass is_causal=True if it is the "
                     "causal mask"
                 )
-            return "attn_mask is not the causal mask (query i sees keys <= i), the only one that is approximated"
+            return (
+                "attn_mask is not the causal mask (query i sees keys <= i), the only one that is approximated; pass that "
+                "mask or none, and padding as key_padding_mask"
+            )
         if key_padding_mask is not None and padding is None:
             return "key_padding_mask holds values other than 0 and -inf; pass a bool mask, True = ignore"
         return None
