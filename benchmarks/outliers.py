@@ -4,8 +4,10 @@
     python benchmarks/outliers.py --lengths 1024 16384     other lengths
 
 One, or several, keys score so much above the others for every query; the statistics come from tokens without such keys.
-In the last column the mean of all keys lies 5 standard deviations from that of the statistics instead. Printed is the
-processor time with them over that without, the median of turns, for forward (F) and forward + backward (F+B).
+In the last columns the keys have other means than those of the statistics instead: all of them by 5 standard deviations
+in every coordinate; every second one by 5, or by 30, the one way and the others the other way; the first half of the
+sequence by 30 the one way and the second half, which weighs more, the other way. Printed is the processor time with
+them over that without, the median of turns, for forward (F) and forward + backward (F+B).
 """
 
 from __future__ import annotations
@@ -32,20 +34,25 @@ SUPPORTS = {
     "routed 64 per query": sb.Routed(64, block_q=1, block_k=8, window=16),
     "lsh 64": sb.LSH(64),
 }
-# The score, the keys that have it, and how far all keys are from those of the statistics.
+# The score, the keys that have it, how far all keys are from those of the statistics, and half of them from the others.
 CASES = {
-    "10": (10.0, 1, 0.0),
-    "40": (40.0, 1, 0.0),
-    "200": (200.0, 1, 0.0),
-    "40, 8 keys": (40.0, 8, 0.0),
-    "40, 40 keys": (40.0, 40, 0.0),
-    "moved mean": (0.0, 0, 5.0),
+    "10": (10.0, 1, 0.0, 0.0),
+    "40": (40.0, 1, 0.0, 0.0),
+    "200": (200.0, 1, 0.0, 0.0),
+    "40, 8 keys": (40.0, 8, 0.0, 0.0),
+    "40, 40 keys": (40.0, 40, 0.0, 0.0),
+    "moved mean": (0.0, 0, 5.0, 0.0),
+    "two means 5": (0.0, 0, 0.0, 5.0),
+    "two means 30": (0.0, 0, 0.0, 30.0),
+    "halves 30": (0.0, 0, 0.0, 30.0, True),
 }
 
 
-def inputs(tokens: int, strength: float, sinks: int, moved: float) -> tuple[list[Tensor], sb.Statistics]:
+def inputs(
+    tokens: int, strength: float, sinks: int, moved: float, apart: float = 0.0, by_halves: bool = False
+) -> tuple[list[Tensor], sb.Statistics]:
     """query, key and value with that many sinks from a third of the sequence on, and statistics of other tokens, whose
-    keys have another mean by ``moved``."""
+    keys have another mean by ``moved``, plus or minus ``apart`` in a random direction."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> Tensor:
@@ -55,7 +62,9 @@ def inputs(tokens: int, strength: float, sinks: int, moved: float) -> tuple[list
     fitted = sb.fit_statistics(draw(2048) + MEAN, draw(2048), RANK)
     at = tokens // 3 + 3 * torch.arange(sinks)
     key[:, :, at] = strength * HEAD_DIM**-0.5 / MEAN + 0.1 * key[:, :, at]
-    return [query, key + moved, value], fitted
+    at = torch.arange(tokens)
+    sides = torch.where(at >= tokens // 2 if by_halves else at % 2 == 0, apart, -apart)[:, None]
+    return [query, key + moved + sides * draw(1), value], fitted
 
 
 def seconds(call: tuple[list[Tensor], sb.Statistics], support: object, is_causal: bool, backward: bool) -> float:
@@ -68,9 +77,7 @@ def seconds(call: tuple[list[Tensor], sb.Statistics], support: object, is_causal
     return time.process_time() - start
 
 
-def ratio(
-    tokens: int, case: tuple[float, int, float], support: object, is_causal: bool, backward: bool, turns: int
-) -> float:
+def ratio(tokens: int, case: tuple[float, ...], support: object, is_causal: bool, backward: bool, turns: int) -> float:
     plain, heavy = inputs(tokens, 0.0, 0, 0.0), inputs(tokens, *case)
     ratios = []
     for _ in range(turns + 1):

@@ -51,11 +51,15 @@ struct RowRange {
 
 // Keys of a chunk of causal states: inside the chunk of its edge a query reads nothing from a state.
 inline constexpr int64_t kChunk = 64;
-// A query is recomputed in float64 where the L subtracted from the state is more than this many times its whole weight.
+// A query is computed again where the L subtracted from the state is more than this many times its whole weight.
 // Where the result is float32 but the call computes in float64, more may be lost (docs/algorithm.md, section 5).
 inline constexpr double kFallbackBound = 1, kFallbackBoundInDouble = 1 << 30;
 // And where the terms that sum up to what it takes from the state may be this many times its whole weight.
-inline constexpr double kTermsBound = 128;
+inline constexpr double kTermsBound = 512;
+// Queries of a head that are computed again sum their complements key by key if they see no more keys together than
+// kByKeyPairs and kByKeyKeys times their own; else they are computed in float64, with states. With a causal edge, where
+// no later query may have a say, this goes for every query and those before it.
+inline constexpr int64_t kByKeyPairs = 1 << 16, kByKeyKeys = 32;
 // Heads of fewer dimensions than this are computed in float64: sums that short do not average roundings out.
 inline constexpr int64_t kNarrowHead = 16;
 
@@ -73,6 +77,11 @@ constexpr MapLimits<T> map_limits(LowRank kind) {
 // The stabiliser of the backward pass is lse below this; beyond, lse is rounded too far, and the stabiliser is found
 // again from the exponents.
 inline constexpr double kLargestLse = 1 << 20;
+
+// A head's states expand about the weighted mean of up to kCentreSamples keys' coordinates where its squared length is
+// at least this, else about 0 (docs/algorithm.md, section 5).
+inline constexpr double kCentreBound = 4;
+inline constexpr int64_t kCentreSamples = kChunk;
 
 // Keys held out of a state (docs/algorithm.md, section 5): each with at least kHeldShare of what all keys below it
 // weigh together, as many as the longest list of the call has, within these bounds, and never so many that fewer than
@@ -114,6 +123,7 @@ struct AttentionParams {
   void* kv_state;
   bool uses_kv_state;           // false where every complement is summed key by key
   const int32_t* valid_before;  // (B, slots): keys before segment s that are not ignored
+  const void* centre;  // T (B, Hkv, map_pad) or null: states hold F(y - centre); column r is 0 where a head has none
 
   // Keys held out of the states, which no list subtracts. All are null where no key of the call is held.
   const int32_t* held;                     // absolute keys, ascending
@@ -128,7 +138,8 @@ struct AttentionParams {
   int64_t kept_keys, kept_lanes, kept_slots;
 
   double fallback_bound;  // largest L taken back from the state over the whole weight, see kFallbackBound
-  uint8_t* needs_double;  // (B, Hq, N), set for queries beyond the bound, which get no result here; null in float64
+  uint8_t* needs_again;   // (B, Hq, N), set for queries beyond the bound, which get no result here; null in float64
+  bool sums_by_key;       // for those queries alone: every complement is summed key by key
 
   int64_t units;  // tasks that the queries of one head are cut into; with a causal edge a unit is a state slot
 

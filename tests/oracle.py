@@ -140,18 +140,32 @@ def low_rank_share(
     return float(weight.sum(-1).max())
 
 
-def row_error(got: torch.Tensor, want: torch.Tensor, floor: float = 1e-3) -> float:
-    """The largest error of a row (last dimension), relative to max(its norm, ``floor`` of the mean row norm). Where the
+def row_errors(got: torch.Tensor, want: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
+    """The error of every row (last dimension), relative to max(its norm, ``floor`` of the mean row norm). Where the
     gradient is zero but for rounding (a softmax over one key) there is nothing to be relative to, and the error counts
     as it is."""
-    if want.numel() == 0:
-        return 0.0
     got, want = got.double(), want.double()
     if want.dim() == 1:
         got, want = got[:, None], want[:, None]
     norm = want.norm(dim=-1)
     base = torch.maximum(norm, floor * norm.mean()) if float(norm.mean()) > 1e-10 else torch.ones_like(norm)
-    return float(((got - want).norm(dim=-1) / base).max())
+    return (got - want).norm(dim=-1) / base
+
+
+def row_error(got: torch.Tensor, want: torch.Tensor, floor: float = 1e-3) -> float:
+    """The largest of ``row_errors``."""
+    return float(row_errors(got, want, floor).max()) if want.numel() > 0 else 0.0
+
+
+def assert_as_exact(
+    got: torch.Tensor, want: torch.Tensor, same_dtype: torch.Tensor, floor: float = 1e-5, message: str = ""
+) -> None:
+    """``got`` errs by at most ``floor`` or twice as much as ``same_dtype``, the same formula in torch in the same dtype:
+    in the mean square over rows. The largest of all rows, which is chance, may be three times as large."""
+    ours, torchs = (row_errors(t, want) for t in (got, same_dtype))
+    for name, measure, times in (("mean", lambda e: float(e.square().mean().sqrt()), 2), ("largest", torch.max, 3)):
+        error, allowed = float(measure(ours)), max(floor, times * float(measure(torchs)))
+        assert error <= allowed, f"{message} {name} error {error:.2e}, allowed {allowed:.2e}"
 
 
 # -------------------- the table

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from oracle import row_error
+from oracle import assert_as_exact, row_error
 from testkit import RESULTS, assert_same_bits, attend, padding, rand, supports
 from torch import Tensor
 
@@ -87,8 +87,7 @@ def assert_parity(call: Call, support: object, is_causal: bool, **arguments: obj
     for i, results in enumerate(zip(got, plain, exact)):
         mine, same, right = (t.nan_to_num(neginf=0.0) for t in results) if i == 1 else results
         floor = 1e-5 if i < 2 or call.strength <= 10 else 1e-3
-        error, allowed = row_error(mine, right), max(floor, 3 * row_error(same, right))
-        assert error <= allowed, f"{support}, {RESULTS[i]}: error {error:.2e}, allowed {allowed:.2e}"
+        assert_as_exact(mine, right, same, floor, f"{support}, {RESULTS[i]}:")
 
 
 def pairs() -> list[tuple[str, bool]]:

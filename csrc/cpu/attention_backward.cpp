@@ -2,7 +2,7 @@
 // rounds of units whose records are kept and then scattered by key range (docs/algorithm.md, section 6, order of sums).
 #include "../profile.h"
 #include "../tensor_traits.h"
-#include "double_fallback.h"
+#include "second_pass.h"
 #include "launchers.h"
 
 #include <numeric>
@@ -24,7 +24,7 @@ class Backward {
         d_lse(d_lse),
         call(a),
         p(call.p),
-        fallback(p),
+        second_pass(p),
         dq(gradient_of(a.query)),
         dk(gradient_of(a.key)),
         dv(gradient_of(a.value)),
@@ -75,9 +75,11 @@ class Backward {
           for (int64_t head = range.first; head < range.first + range.count; ++head)
             units_in_parallel(sizes, head / p.kv_heads, head % p.kv_heads);
       }
-      if (p.has_low_rank()) keys(range);
+      if (!p.has_low_rank()) return;
+      again_by_key(sizes, range);
+      keys(range);
     });
-    fallback.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
+    second_pass.in_double([&](int64_t b, int64_t h, const uint8_t* flags) {
       const Stage stage("queries again in double");
       Backward<double> again(one_head(args, b, h, flags), head_of(out, b, h), head_of(lse, b, h), head_of(d_out, b, h),
                              d_lse ? MaybeTensor(head_of(*d_lse, b, h)) : std::nullopt);
@@ -143,6 +145,24 @@ class Backward {
                          task.zero_row = call.zero_row.data();
                          for (task.h = kv * group; task.h < (kv + 1) * group; ++task.h)
                            for (task.unit = 0; task.unit < p.units; ++task.unit) kernel.backward_unit(p, task);
+                       });
+  }
+
+  // Whole heads: what they add to a key has an order that does not depend on the threads.
+  void again_by_key(const BackwardTask& sizes, const HeadRange& range) {
+    if (!second_pass.any()) return;
+    const Stage stage("queries again by key");
+    const int64_t group = p.q_heads / p.kv_heads;
+    call.for_each_unit(range, 1, sizes.scratch_bytes + sizes.record_bytes,
+                       [&](int64_t b, int64_t kv, int64_t, void* scratch) {
+                         for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+                           second_pass.by_key(b, h, [&](const AttentionParams& again) {
+                             BackwardTask task;
+                             task.stage = BackwardTask::kCompute, task.b = b, task.h = h;
+                             task.scratch = scratch, task.records = static_cast<char*>(scratch) + sizes.scratch_bytes,
+                             task.zero_row = call.zero_row.data();
+                             for (; task.unit < p.units; ++task.unit) kernel.backward_unit(again, task);
+                           });
                        });
   }
 
@@ -228,7 +248,7 @@ class Backward {
   const MaybeTensor d_lse;
   AttentionCall<E> call;
   AttentionParams& p;
-  const DoubleFallback<T> fallback;
+  SecondPass<T> second_pass;
   const AttentionKernels& kernel = attention_kernels<E>();
   const Tensor dq, dk, dv, d_query_map, d_key_map, lse_values;
   MaybeTensor d_lse_values;

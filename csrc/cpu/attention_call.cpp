@@ -52,6 +52,7 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
   p.uses_kv_state = p.has_low_rank() && any_state(longest);
   p.most_held = std::clamp(longest, kLeastHeld, kMostHeld);
   if (p.uses_kv_state) {
+    centres.set(p);
     held.set(p, attention_kernels<E>(), zero_row.data());
     p.max_keys += pad_to(held.most, kPad);
   }

@@ -2,6 +2,7 @@
 #pragma once
 #include "block_lists.h"
 #include "held_keys.h"
+#include "key_centres.h"
 #include "map_rows.h"
 #include "padding.h"
 #include "saved_sizes.h"
@@ -42,6 +43,7 @@ struct AttentionCall {
   const Padding padding;
   const BlockLists lists;
   std::vector<int32_t> valid_before;
+  KeyCentres<T> centres;
   HeldKeys held;
   TensorRows q, k, v;
   Maps maps;

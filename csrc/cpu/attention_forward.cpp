@@ -1,7 +1,7 @@
-// Launcher of the forward pass: states, then units of queries in parallel, then the double fallback.
+// Launcher of the forward pass: states, then units of queries in parallel, then those that are computed again.
 #include "../profile.h"
 #include "../tensor_traits.h"
-#include "double_fallback.h"
+#include "second_pass.h"
 #include "launchers.h"
 
 #include <limits>
@@ -19,7 +19,7 @@ class Forward {
       : args(a),
         call(a),
         p(call.p),
-        fallback(p),
+        second_pass(p),
         out(empty_like_tokens(a.query, a.value.size(3), a.query.scalar_type())),
         lse(empty({p.batch, p.q_heads, p.q_tokens}, kScalar<T>)),
         scores(a.is_trained ? call.room_for_scores() : Tensor()),
@@ -50,7 +50,18 @@ class Forward {
         kernel.forward_unit(p, b, kv * group + at / p.units, at % p.units, scratch, call.zero_row.data());
       });
     });
-    fallback.for_each_head([&](int64_t b, int64_t h, const uint8_t* flags) {
+    if (!second_pass.any()) return;
+    call.for_each_head_range([&](const HeadRange& range) {
+      const Stage stage("queries again by key");
+      call.for_each_unit(range, group, bytes, [&](int64_t b, int64_t kv, int64_t of_group, void* scratch) {
+        const int64_t h = kv * group + of_group;
+        second_pass.by_key(b, h, [&](const AttentionParams& again) {
+          for (int64_t unit = 0; unit < p.units; ++unit)
+            kernel.forward_unit(again, b, h, unit, scratch, call.zero_row.data());
+        });
+      });
+    });
+    second_pass.in_double([&](int64_t b, int64_t h, const uint8_t* flags) {
       const Stage stage("queries again in double");
       Forward<double> again(one_head(args, b, h, flags), false);
       again.compute();
@@ -68,7 +79,7 @@ class Forward {
   const AttentionArguments args;
   AttentionCall<E> call;
   AttentionParams& p;
-  DoubleFallback<T> fallback;
+  SecondPass<T> second_pass;
   const Tensor out, lse, scores;
   const TensorRows out_rows;
 };

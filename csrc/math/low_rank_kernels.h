@@ -9,6 +9,7 @@
 //   norm_of_features(s)          |F(z)|, from s = |z|^2
 //   kHasSigns                    whether the terms of F(x).F(y) have both signs
 //   expand, chain, log_gradient  F(z), its chain rule, and the derivative by the log scale
+//   centre, uncentre             F(x) to the features that F(z) meets about a centre c of y = c + z, and back
 // V is what one thread computes with: a scalar, or a vector of tokens. GCC compiles templates for the instruction set
 // that is selected where they stand, so kernels.h, which comes before the selection, does not include this file.
 #pragma once
@@ -96,6 +97,25 @@ struct QuadraticKernel {
     return last + sum * LaneOf<V>(0.5);
   }
 
+  // K(x.(c + z)) = (alpha + x.z / 2)^2 with alpha = root(x.c): F(x) with its constant times alpha^2 and its linear
+  // features times alpha, in place.
+  template <class V, class Load, class Store>
+  static SB_HD void centre(int64_t rank, V alpha, const Load& F, const Store& store) {
+    store(0, F(0) * (alpha * alpha));
+    for (int64_t a = 0; a < rank; ++a) store(a + 1, F(a + 1) * alpha);
+  }
+  // Turns the gradient g by those features into that by F(x), in place, and returns that by alpha.
+  template <class V, class X, class Load, class Store>
+  static SB_HD V uncentre(int64_t rank, V alpha, const X& x, const Load& g, const Store& store) {
+    V d_alpha = (alpha + alpha) * g(0);
+    store(0, g(0) * (alpha * alpha));
+    for (int64_t a = 0; a < rank; ++a) {
+      d_alpha += x(a) * g(a + 1);
+      store(a + 1, g(a + 1) * alpha);
+    }
+    return d_alpha;
+  }
+
  private:
   static constexpr double kRootHalf = 0.70710678118654752440;
 };
@@ -125,6 +145,12 @@ struct FeatureKernel {
     for (int64_t f = 0; f < rank; ++f) store(f, dz(f) + weight * g(f));
   }
   static SB_HD auto log_gradient(auto sum, auto) { return sum; }
+  // Nothing cancels in a sum of non-negative terms, so that no state needs a centre.
+  static SB_HD void centre(int64_t, auto, const auto&, const auto&) {}
+  template <class V>
+  static SB_HD V uncentre(int64_t, V, const auto&, const auto&, const auto&) {
+    return V{};
+  }
 };
 
 // Calls visit with the kernel's type. LowRank::kNone counts as general features, of which there are none.

@@ -19,6 +19,8 @@ struct BackwardScratch {
   T delta[kLanes];         // dO.o
   T kv_state_log[kLanes];  // log2 scale of the state, or -1e30
   T weight[kLanes];        // exp of that scale - lse
+  const T* centre;         // of the head's states, or null
+  T alpha[kLanes];         // root(x.centre)
   T exact[kLanes];         // sum of P and of U summed key by key
   T removed[kLanes];       // sum of the listed keys' U, taken back from the state
   T slope[kLanes];         // sum of weight (dO.v - dO.o)
@@ -61,7 +63,7 @@ SB_INLINE ScatterRecord<E>* take_records(const AttentionParams& p, Arena& arena)
     r.dt = arena.take<T>(p.max_keys * kOfRecord);
     r.q = arena.take<const E*>(kOfRecord), r.d_out = arena.take<const E*>(kOfRecord);
     r.x = arena.take<const T*>(kOfRecord);
-    r.by_key = arena.take<ByKeyQuery<T>>(kOfRecord);
+    r.by_key = arena.take<ByKeyQuery<E>>(kOfRecord);
     T* z = arena.take<T>(kOfRecord * p.map_pad);
     for (int64_t i = 0; i < kOfRecord && records; ++i) r.by_key[i].z = z + i * p.map_pad;
   }

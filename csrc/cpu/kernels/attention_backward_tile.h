@@ -8,18 +8,22 @@ namespace sb::SB_ISA {
 // Step 3: the state's part of the sums, then the factor that makes the weights sum to one and the correction that makes
 // delta their mean. Returns whether any lane uses the state.
 template <class E, int kLanes>
-SB_INLINE bool balance_tile(const AttentionParams& p, const KVState<AccType<E>>& state, BackwardScratch<E, kLanes>& s) {
+SB_INLINE bool balance_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
+                            const KVState<AccType<E>>& state, BackwardScratch<E, kLanes>& s) {
   typedef AccType<E> T;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
   typedef Vector<T, N> V;
   bool any = false;
   for (int lane = 0; lane < kLanes; ++lane) any |= !(s.kv_state_log[lane] <= T(-1e29));
+  any &= !p.sums_by_key;
   V total[NQ] = {}, slope[NQ];
   for (int lane = 0; lane < kLanes; ++lane) s.squares[lane] = 0;
   SB_EACH (v, NQ) slope[v] = load<T, N>(s.slope + v * N);
   if (any) {
     expand_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.weight, s.F);
-    if (p.needs_double) squared_terms<T, kLanes>(p, s.xT, state.hz, s.weight, s.squares);
+    s.centre = centre_of_head<T>(p, tile.b, tile.kv);
+    if (s.centre) centre_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.centre, s.alpha, s.F);
+    if (p.needs_again) squared_terms<T, kLanes>(p, s.xT, s.centre ? s.alpha : nullptr, state.hz, s.weight, s.squares);
     gemm<T, N, false>(p.features, kLanes, p.value_pad, Strided<T>{state.H, p.value_pad, 1},
                       DenseRows<const T>{widen_steps<E, kLanes>(s.gT, p.value_pad, s.wide), kLanes},
                       DenseRows<T>{s.gF, kLanes});
@@ -59,10 +63,10 @@ struct LaneArrays {
 };
 
 // Balances a lane whose complement is summed key by key, without the record's U.
-template <class T, int kLanes>
-void balance_by_key(const AttentionParams& p, const QueryTile<T, kLanes>& tile, int lane, const LaneArrays<T>& of,
-                    BackwardScratch<T, kLanes>& s, ScatterRecord<T>& r) {
-  ByKeyQuery<T>& q = r.by_key[r.by_key_count++];
+template <class E, int kLanes, class T = AccType<E>>
+void balance_by_key(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int lane, const LaneArrays<T>& of,
+                    BackwardScratch<E, kLanes>& s, ScatterRecord<E>& r) {
+  ByKeyQuery<E>& q = r.by_key[r.by_key_count++];
   const RowRange& range = p.rows[tile.b];
   q.b = tile.b, q.kv = tile.kv, q.end = p.is_causal ? tile.chunk_first - range.k_first : range.k_end - range.k_first;
   q.held = held_keys(p, tile.b, tile.kv, tile.slot);
@@ -73,13 +77,13 @@ void balance_by_key(const AttentionParams& p, const QueryTile<T, kLanes>& tile, 
   for (int64_t i = r.L_begin; i < r.n_listed; ++i) of.dt[(i - r.L_begin) * of.stride] = T(0);
   T den = s.exact[lane], slope = T(0);
   for (int64_t i = 0; i < r.n; ++i) slope += of.net[i * of.stride] * of.g[i * of.stride];
-  sum_by_key<T>(p, q, &den, &slope);
+  sum_by_key<E>(p, q, &den, &slope);
   s.inverse[lane] = q.inverse = den == T(0) ? T(0) : T(1) / den;
   s.correction[lane] = slope * q.inverse - s.d_lse[lane];
   q.delta += s.correction[lane];
 }
 
-// Removes a lane that is recomputed in double (p.needs_double) from the record.
+// Removes a lane that is recomputed in double (p.needs_again) from the record.
 template <class E, int kLanes, class T>
 void drop_lane(int lane, const LaneArrays<T>& of, BackwardScratch<E, kLanes>& s, const ScatterRecord<E>& r) {
   for (int64_t i = 0; i < r.n; ++i) of.net[i * of.stride] = of.g[i * of.stride] = T(0);
@@ -89,10 +93,11 @@ void drop_lane(int lane, const LaneArrays<T>& of, BackwardScratch<E, kLanes>& s,
 }
 
 // dx of a lane whose complement is summed key by key.
-template <class T, int kLanes>
-void query_gradient_by_key(const AttentionParams& p, int lane, BackwardScratch<T, kLanes>& s, const ByKeyQuery<T>& q) {
+template <class E, int kLanes>
+void query_gradient_by_key(const AttentionParams& p, int lane, BackwardScratch<E, kLanes>& s, const ByKeyQuery<E>& q) {
+  typedef AccType<E> T;
   for (int64_t a = 0; a < p.map_pad; ++a) s.row[a] = T(0);
-  gradients_by_key<T>(p, q, 0, q.end, [&](const int32_t* key, int64_t n, const T*, const T* dt) {
+  gradients_by_key<E>(p, q, 0, q.end, [&](const int32_t* key, int64_t n, const T*, const T* dt) {
     add_rows<T>(n, dt, listed<T>(p.y, q.b, q.kv, key), p.map_pad, s.row);
   });
   for (int64_t a = 0; a < gradient_rows(p.low_rank, p.rank); ++a) s.dX[a * kLanes + lane] += s.row[a];
@@ -125,7 +130,10 @@ SB_INLINE void kv_state_gradients(const AttentionParams& p, const KVState<AccTyp
     fold_rows<T, N>(sum);
     store<T, N>(d_state.hz + begin, load<T, N>(d_state.hz + begin) - sum[0]);
   }
-  chain_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.weight, s.gF, s.dX);
+  if (s.centre)
+    chain_centred_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.centre, s.alpha, s.weight, s.gF, s.dX);
+  else
+    chain_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.weight, s.gF, s.dX);
   const T* d_out[kLanes];
   for (int lane = 0; lane < kLanes; ++lane)
     d_out[lane] = widen_row_of<E>(s.d_out[lane], p.value_pad, s.wide_rows + lane * p.value_pad);
@@ -162,8 +170,8 @@ SB_INLINE void backward_prepare(const AttentionParams& p, const QueryTile<E, kLa
   }
 }
 
-// Lanes beyond the fallback bound leave the state: in float32 they are recomputed in double, in double their complement
-// is summed key by key. Writes the lanes of the latter kind to by_key and returns their number.
+// Lanes beyond the fallback bound leave the state: they are computed again, or here and now, key by key. Writes the
+// lanes of the latter kind to by_key and returns their number.
 template <class E, int kLanes, bool kShared>
 SB_INLINE int apply_fallback(const AttentionParams& p, const QueryTile<E, kLanes>& tile, BackwardScratch<E, kLanes>& s,
                              ScatterRecord<E>* records, int* by_key) {
@@ -179,15 +187,13 @@ SB_INLINE int apply_fallback(const AttentionParams& p, const QueryTile<E, kLanes
     }
     s.weight[lane] = T(0);
     for (int64_t f = 0; f < p.features; ++f) s.F[f * kLanes + lane] = T(0);
-    if (p.needs_double) {
-      p.needs_double[(tile.b * p.q_heads + tile.h) * p.q_tokens + tile.query[lane]] = 1;
+    if (p.needs_again) {
+      p.needs_again[(tile.b * p.q_heads + tile.h) * p.q_tokens + tile.query[lane]] = 1;
       drop_lane<E, kLanes>(lane, of, s, r);
       continue;
     }
-    if constexpr (sizeof(T) == sizeof(double)) {
-      by_key[by_key_count++] = lane;
-      balance_by_key<T, kLanes>(p, tile, lane, of, s, r);
-    }
+    by_key[by_key_count++] = lane;
+    balance_by_key<E, kLanes>(p, tile, lane, of, s, r);
   }
   return by_key_count;
 }
@@ -244,7 +250,7 @@ void backward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, B
     }
     weigh_per_query<E, kLanes>(p, tile, kappa, kappa_ref, s, records);
   }
-  const bool any = balance_tile<E, kLanes>(p, state, s);
+  const bool any = balance_tile<E, kLanes>(p, tile, state, s);
   int by_key[kLanes];
   const int by_key_count = apply_fallback<E, kLanes, kShared>(p, tile, s, records, by_key);
   if constexpr (kShared)
@@ -252,9 +258,8 @@ void backward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, B
   else
     for (int lane = 0; lane < kLanes; ++lane)
       if (tile.query[lane] >= 0) gradients_per_query<E, kLanes>(p, tile, lane, s, records[lane]);
-  if constexpr (sizeof(T) == sizeof(double))
-    for (int i = 0; i < by_key_count; ++i)
-      query_gradient_by_key<T, kLanes>(p, by_key[i], s, kShared ? records[0].by_key[i] : records[by_key[i]].by_key[0]);
+  for (int i = 0; i < by_key_count; ++i)
+    query_gradient_by_key<E, kLanes>(p, by_key[i], s, kShared ? records[0].by_key[i] : records[by_key[i]].by_key[0]);
   if (has_low_rank) {
     const int64_t unit = p.is_causal ? tile.slot : tile.first_slot / kQueriesPerUnit;
     if (any) kv_state_gradients<E, kLanes>(p, state, d_kv_state_slot<T>(p, tile.b * p.q_heads + tile.h, unit), s);

@@ -32,9 +32,13 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
   double squares[kLanes] = {};
   bool any = false;
   for (int lane = 0; lane < kLanes; ++lane) total[lane] = T(0), any |= !(s.kv_state_log[lane] <= T(-1e29));
+  any &= !p.sums_by_key;
   if (any) {
     expand_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.weight, s.F);
-    if (p.needs_double) squared_terms<T, kLanes>(p, s.xT, state.hz, s.weight, squares);
+    const T* centre = centre_of_head<T>(p, tile.b, tile.kv);
+    T alpha[kLanes];
+    if (centre) centre_features<T, kLanes>(p.low_rank, p.rank, s.xT, centre, alpha, s.F);
+    if (p.needs_again) squared_terms<T, kLanes>(p, s.xT, centre ? alpha : nullptr, state.hz, s.weight, squares);
     for (int v = 0; v < kLanes; v += N)
       for (int64_t begin = 0; begin < p.features; begin += kShortChain) {
         Vector<T, N> sum{};
@@ -55,15 +59,13 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
     const T complement = total[lane] - s.removed[lane];
     den[lane] = s.exact[lane] + (complement < T(0) ? T(0) : complement);
     if (!is_beyond_bound<T>(p, s.removed[lane], den[lane], squares[lane])) continue;
-    if (p.needs_double) {
-      p.needs_double[(tile.b * p.q_heads + tile.h) * p.q_tokens + tile.query[lane]] = 1;
+    if (p.needs_again) {
+      p.needs_again[(tile.b * p.q_heads + tile.h) * p.q_tokens + tile.query[lane]] = 1;
       skip[lane] = true;
       continue;
     }
-    if constexpr (sizeof(T) == sizeof(double))
-      s.c[lane] =
-          forward_by_key<T, kLanes>(p, tile, lane, kShared ? tile.list : s.lists[lane], s.by_key, s.by_key + p.head_pad,
-                                    s.by_key + p.head_pad + p.map_pad, &den[lane], s.O + lane * p.value_pad);
+    s.c[lane] = forward_by_key<E, kLanes>(p, tile, lane, kShared ? tile.list : s.lists[lane], s.qT, s.by_key,
+                                          s.by_key + p.map_pad, &den[lane], s.O + lane * p.value_pad);
   }
   log2_lanes<T, kLanes>(den, log_den);
   T* lse = static_cast<T*>(p.lse) + (tile.b * p.q_heads + tile.h) * p.q_tokens;

@@ -11,7 +11,7 @@ struct ForwardScratch {
   typedef AccType<E> T;
   StepOf<E>*qT, *W;        // [d][lanes] and weights [keys][lanes], both in steps
   T *xT, *S, *L, *F, *O;   // [map][lanes], [keys][lanes] twice, [features][lanes], [lanes][dv]
-  T *decay, *by_key;       // [keys] (for each query with its own list), and rows of one query: [d], [map], [keys]
+  T *decay, *by_key;       // [keys] (for each query with its own list), and rows of one query: [map], [keys]
   T c[kLanes];             // stabiliser
   T exact[kLanes];         // sum of the listed keys' weights and of L summed key by key
   T removed[kLanes];       // sum of the listed keys' L, taken back from the state
@@ -31,7 +31,7 @@ SB_INLINE void allocate_forward(const AttentionParams& p, Arena& arena, ForwardS
   s.O = arena.take<T>(p.value_pad * kLanes);
   for (int64_t i = 0; i < kLanes && !kShared; ++i) s.lists[i].key = arena.take<int32_t>(p.max_keys);
   s.decay = arena.take<T>(p.max_keys * (kShared ? 1 : kLanes));
-  s.by_key = arena.take<T>(p.head_pad + p.map_pad + p.max_keys);
+  s.by_key = arena.take<T>(p.map_pad + p.max_keys);
 }
 
 }  // namespace sb::SB_ISA

@@ -1,19 +1,22 @@
-// The complement of one query summed key by key, where subtracting from the state loses precision even in float64
-// (kFallbackBoundInDouble).
+// The complement of one query summed key by key, where subtracting from the state loses precision: of single queries of
+// a head (kByKeyKeys), and where even float64 loses it (kFallbackBoundInDouble).
 #pragma once
 #include "features.h"
 #include "low_rank_products.h"
+#include "scores.h"
 
 namespace sb::SB_ISA {
 
 // One such query in the backward pass.
-template <class T>
+template <class E>
 struct ByKeyQuery {
-  int64_t b, kv, end;     // keys before `end`, counted from the row's first, are in the state
-  const int32_t* key;     // those of them that are listed, ascending
-  int64_t listed;         // and their number
-  KeyRange held;          // keys before `end` that the state does not hold
-  const T *x, *d_out;     // rows
+  typedef AccType<E> T;
+  int64_t b, kv, end;  // keys before `end`, counted from the row's first, are in the state
+  const int32_t* key;  // those of them that are listed, ascending
+  int64_t listed;      // and their number
+  KeyRange held;       // keys before `end` that the state does not hold
+  const T* x;          // rows
+  const E* d_out;
   T* z;                   // x with zeros behind its coordinates
   T log, delta, inverse;  // log2 of the factor of L beside exp(kappa); delta; 1 / sum of weights
 };
@@ -31,13 +34,18 @@ SB_INLINE void for_each_unlisted(const AttentionParams& p, int64_t b, int64_t be
     const int64_t to = from + kChunk < end ? from + kChunk : end;
     int32_t key[kChunk];
     int64_t n = 0;
-    for (int64_t j = from; j < to; ++j) {
-      if (at < n_listed && listed[at] == int32_t(first + j))
-        ++at;
-      else if (at_held < held.n && held.key[at_held] == int32_t(first + j))
-        ++at_held;
-      else if (!(mask && mask[j]))
-        key[n++] = int32_t(first + j);
+    for (int64_t j = from; j < to; ++j) {  // runs between keys that are left out
+      const int64_t of_list = at < n_listed ? listed[at] - first : end,
+                    of_held = at_held < held.n ? held.key[at_held] - first : end;
+      const int64_t next = of_list < of_held ? of_list : of_held, stop = next < to ? next : to;
+      if (mask) {
+        for (; j < stop; ++j)
+          if (!mask[j]) key[n++] = int32_t(first + j);
+      } else {
+        for (int64_t i = j; i < stop; ++i) key[n + i - j] = int32_t(first + i);
+        n += stop - j, j = stop;
+      }
+      if (j < to) at += j == of_list, at_held += j == of_held;
     }
     if (n > 0) visit(key, n);
   }
@@ -55,13 +63,13 @@ SB_INLINE void by_key_terms(const AttentionParams& p, int64_t b, int64_t kv, con
 }
 
 // Adds the weight of the unlisted keys to `total`, and its product with dO.v - delta to `slope`.
-template <class T>
-void sum_by_key(const AttentionParams& p, const ByKeyQuery<T>& q, T* total, T* slope) {
+template <class E, class T>
+void sum_by_key(const AttentionParams& p, const ByKeyQuery<E>& q, T* total, T* slope) {
   const RuntimeKernel kernel{p.low_rank};
   for_each_unlisted(p, q.b, 0, q.end, q.key, q.listed, q.held, [&](const int32_t* key, int64_t n) {
     T e[kChunk], t[kChunk], g[kChunk], sum = T(0), moment = T(0);
     by_key_terms<T>(p, q.b, q.kv, key, n, q.log, q.z, e, t);
-    dot_rows<T>(n, listed<T>(p.v, q.b, q.kv, key), q.d_out, p.value_pad, g);
+    dot_rows<E>(n, listed<E>(p.v, q.b, q.kv, key), q.d_out, p.value_pad, g);
     for (int64_t i = 0; i < n; ++i) {
       const T weight = e[i] * kernel.value(t[i]);
       sum += weight, moment += weight * (g[i] - q.delta);
@@ -71,15 +79,16 @@ void sum_by_key(const AttentionParams& p, const ByKeyQuery<T>& q, T* total, T* s
 }
 
 // Calls visit(key, n, weight, dt) with the weights of the unlisted keys among [begin, end) and the gradients by x.y.
-template <class T, class Visit>
-SB_INLINE void gradients_by_key(const AttentionParams& p, const ByKeyQuery<T>& q, int64_t begin, int64_t end,
+template <class E, class Visit>
+SB_INLINE void gradients_by_key(const AttentionParams& p, const ByKeyQuery<E>& q, int64_t begin, int64_t end,
                                 const Visit& visit) {
+  typedef AccType<E> T;
   const RuntimeKernel kernel{p.low_rank};
   for_each_unlisted(p, q.b, begin, end < q.end ? end : q.end, q.key, q.listed, q.held,
                     [&](const int32_t* key, int64_t n) {
                       T e[kChunk], t[kChunk], g[kChunk], weight[kChunk], dt[kChunk];
                       by_key_terms<T>(p, q.b, q.kv, key, n, q.log, q.z, e, t);
-                      dot_rows<T>(n, listed<T>(p.v, q.b, q.kv, key), q.d_out, p.value_pad, g);
+                      dot_rows<E>(n, listed<E>(p.v, q.b, q.kv, key), q.d_out, p.value_pad, g);
                       for (int64_t i = 0; i < n; ++i) {
                         const T scaled = e[i] * q.inverse;
                         weight[i] = scaled * kernel.value(t[i]);
@@ -90,10 +99,11 @@ SB_INLINE void gradients_by_key(const AttentionParams& p, const ByKeyQuery<T>& q
 }
 
 // The whole forward pass of one lane, whose stabiliser is the largest exponent of the keys it sees. Writes the sum of
-// weights to `total` and that of weight v to `out`; returns the stabiliser.
-template <class T, int kLanes>
-T forward_by_key(const AttentionParams& p, const QueryTile<T, kLanes>& tile, int lane, const KeyList& list, T* q, T* z,
-                 T* S, T* total, T* out) {
+// weights to `total` and that of weight v to `out`; returns the stabiliser. `q`, z and S are scratch for a query, its
+// coordinates and its list.
+template <class E, int kLanes, class T = AccType<E>>
+T forward_by_key(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int lane, const KeyList& list,
+                 StepOf<E>* q, T* z, T* S, T* total, T* out) {
   constexpr int N = kWidth<T>;
   const RuntimeKernel kernel{p.low_rank};
   const auto kappa = log_scales<T>(p.kappa, tile.b, tile.kv);
@@ -108,27 +118,30 @@ T forward_by_key(const AttentionParams& p, const QueryTile<T, kLanes>& tile, int
       if (n > 0) visit(list.key + i, n);
     }
   };
-  for (int64_t e = 0; e < p.head_pad; ++e) q[e] = tile.q[lane][e] * T(kLog2e * p.scale);
+  scores_of_query<E>(p, tile.q[lane], list.n_listed, listed<E>(p.k, tile.b, tile.kv, list.key), q, S);
   map_row<T>(p, tile.x[lane], z);
-  dot_rows<T>(list.n_listed, listed<T>(p.k, tile.b, tile.kv, list.key), q, p.head_pad, S);
   T c = kLowest<T>;
   for (int64_t i = 0; i < list.n_listed; ++i) {
     if (list.key[i] - first > edge) S[i] = kLowest<T>;
     c = S[i] > c ? S[i] : c;
   }
-  unlisted([&](const int32_t* key, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) c = tile.rho[lane] + kappa(key[i]) > c ? tile.rho[lane] + kappa(key[i]) : c;
-  });
   for (int64_t i = 0; i < list.n_listed; i += N) store<T, N>(S + i, exp2v<N>(load<T, N>(S + i) - c));
   *total = sum_short<T>(S, list.n_listed);
-  combine_rows<T>(list.n_listed, S, listed<T>(p.v, tile.b, tile.kv, list.key), p.value_pad, out);
+  combine_rows<E>(list.n_listed, S, listed<E>(p.v, tile.b, tile.kv, list.key), p.value_pad, out);
   unlisted([&](const int32_t* key, int64_t n) {
-    T e[kChunk], t[kChunk];
+    T e[kChunk], t[kChunk], top = c;
+    for (int64_t i = 0; i < n; ++i) top = tile.rho[lane] + kappa(key[i]) > top ? tile.rho[lane] + kappa(key[i]) : top;
+    if (top > c) {
+      const T factor = exp2s<T>(c - top);
+      *total *= factor, c = top;
+      for (int64_t column = 0; column < p.value_pad; column += N)
+        store<T, N>(out + column, load<T, N>(out + column) * factor);
+    }
     by_key_terms<T>(p, tile.b, tile.kv, key, n, tile.rho[lane] - c, z, e, t);
     T sum = T(0);
     for (int64_t i = 0; i < n; ++i) sum += e[i] *= kernel.value(t[i]);
     *total += sum;
-    add_rows<T>(n, e, listed<T>(p.v, tile.b, tile.kv, key), p.value_pad, out);
+    add_rows<T>(n, e, listed<E>(p.v, tile.b, tile.kv, key), p.value_pad, out);
   });
   return c;
 }

@@ -17,17 +17,17 @@ struct ScatterRecord {
   const E** d_out;
   const T** x;
   int64_t by_key_count;  // lanes whose complement is summed key by key
-  ByKeyQuery<T>* by_key;
+  ByKeyQuery<E>* by_key;
 };
 
 // target(i) += weight[i] row for n rows.
-template <class T>
-SB_INLINE void scatter_row(int64_t n, int64_t columns, const T* weight, const T* row, const ListedRows<T>& target) {
+template <class E, class T = AccType<E>>
+SB_INLINE void scatter_row(int64_t n, int64_t columns, const T* weight, const E* row, const ListedRows<T>& target) {
   constexpr int N = kWidth<T>;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t column = 0; column < columns; column += N) {
       T* to = target(i) + column;
-      store<T, N>(to, load<T, N>(to) + weight[i] * load<T, N>(row + column));
+      store<T, N>(to, load<T, N>(to) + weight[i] * load_wide<N>(row + column));
     }
 }
 
@@ -66,19 +66,17 @@ SB_INLINE void count_keys_of_record(const ScatterRecord<E>& r, int64_t* keys_of_
 
 // Adds, for keys in [key_begin, key_end), the share of queries whose complement was summed key by key.
 template <class E>
-SB_INLINE void scatter_by_key(const AttentionParams& p, int64_t b, int64_t kv, const ScatterRecord<E>& r,
-                              int64_t key_begin, int64_t key_end) {
+void scatter_by_key(const AttentionParams& p, int64_t b, int64_t kv, const ScatterRecord<E>& r, int64_t key_begin,
+                    int64_t key_end) {
   typedef AccType<E> T;
-  if constexpr (sizeof(T) == sizeof(double)) {
-    const int64_t first = p.rows[b].k_first;
-    for (int64_t i = 0; i < r.by_key_count; ++i) {
-      const ByKeyQuery<T>& q = r.by_key[i];
-      gradients_by_key<T>(p, q, key_begin > first ? key_begin - first : 0, key_end - first,
-                          [&](const int32_t* key, int64_t n, const T* weight, const T* dt) {
-                            scatter_row<T>(n, p.value_pad, weight, q.d_out, listed_target<T>(p.dv, b, kv, key));
-                            scatter_row<T>(n, p.map_pad, dt, q.x, listed_target<T>(p.dy, b, kv, key));
-                          });
-    }
+  const int64_t first = p.rows[b].k_first;
+  for (int64_t i = 0; i < r.by_key_count; ++i) {
+    const ByKeyQuery<E>& q = r.by_key[i];
+    gradients_by_key<E>(p, q, key_begin > first ? key_begin - first : 0, key_end - first,
+                        [&](const int32_t* key, int64_t n, const T* weight, const T* dt) {
+                          scatter_row<E>(n, p.value_pad, weight, q.d_out, listed_target<T>(p.dv, b, kv, key));
+                          scatter_row<T>(n, p.map_pad, dt, q.x, listed_target<T>(p.dy, b, kv, key));
+                        });
   }
 }
 

@@ -18,6 +18,14 @@ SB_INLINE LogScales<T> log_scales(const StridedTensor& rows, int64_t b, int64_t 
   return {rows.at<const T>(b, h, 0), rows.row};
 }
 
+// The centre of a head's states, null where it is 0.
+template <class T>
+SB_INLINE const T* centre_of_head(const AttentionParams& p, int64_t b, int64_t kv) {
+  if (!p.centre) return nullptr;
+  const T* centre = static_cast<const T*>(p.centre) + (b * p.kv_heads + kv) * p.map_pad;
+  return centre[p.rank] == T(0) ? nullptr : centre;
+}
+
 // Weights (rank + 1, head_pad) of the projection that made the map of head h of `heads`; null where it is not given.
 template <class T>
 SB_INLINE const T* weight_of_head(const AttentionParams& p, const MapWeight& w, int64_t b, int64_t h, int64_t heads) {
@@ -57,6 +65,51 @@ SB_INLINE void chain_features(LowRank kind, int64_t rank, const T* z, const T* w
       kernel.chain(rank, load<T, N>(weight + lane), LaneRows<T, N, kLanes>{z + lane}, LaneRows<T, N, kLanes>{g + lane},
                    LaneRows<T, N, kLanes>{dz + lane}, LaneStores<T, N, kLanes>{dz + lane});
   });
+}
+
+// Coordinates y [rank][lane] as those about the centre.
+template <class T, int kLanes>
+SB_INLINE void subtract_centre(int64_t rank, const T* centre, T* y) {
+  constexpr int N = kLaneWidth<T, kLanes>;
+  for (int64_t a = 0; a < rank; ++a)
+    for (int lane = 0; lane < kLanes; lane += N)
+      store<T, N>(y + a * kLanes + lane, load<T, N>(y + a * kLanes + lane) - centre[a]);
+}
+
+// alpha[lane] = root(x.centre), and F(x), which is scaled by any weight, as the features that F(y - centre) meets.
+template <class T, int kLanes>
+SB_INLINE void centre_features(LowRank kind, int64_t rank, const T* x, const T* centre, T* alpha, T* F) {
+  constexpr int N = kLaneWidth<T, kLanes>;
+  for (int lane = 0; lane < kLanes; lane += N) {
+    Vector<T, N> t{};
+    for (int64_t a = 0; a < rank; ++a) t += load<T, N>(x + a * kLanes + lane) * centre[a];
+    visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA {
+      const auto root = kernel.root(t);
+      store<T, N>(alpha + lane, root);
+      kernel.centre(rank, root, LaneRows<T, N, kLanes>{F + lane}, LaneStores<T, N, kLanes>{F + lane});
+    });
+  }
+}
+
+// chain_features of what centre_features made; overwrites g.
+template <class T, int kLanes>
+SB_INLINE void chain_centred_features(LowRank kind, int64_t rank, const T* x, const T* centre, const T* alpha,
+                                      const T* weight, T* g, T* dx) {
+  constexpr int N = kLaneWidth<T, kLanes>;
+  typedef Vector<T, N> V;
+  for (int lane = 0; lane < kLanes; lane += N) {
+    const V root = load<T, N>(alpha + lane);
+    visit_low_rank(kind, [&](auto kernel) SB_INLINE_LAMBDA {
+      const V d_root = kernel.uncentre(rank, root, LaneRows<T, N, kLanes>{x + lane}, LaneRows<T, N, kLanes>{g + lane},
+                                       LaneStores<T, N, kLanes>{g + lane});
+      // Of t = x.centre. What it adds to x.dx is no part of the derivative by rho.
+      const V dt = load<T, N>(weight + lane) * d_root * T(0.5);
+      for (int64_t a = 0; a < rank; ++a)
+        store<T, N>(dx + a * kLanes + lane, load<T, N>(dx + a * kLanes + lane) + dt * centre[a]);
+      store<T, N>(dx + rank * kLanes + lane, load<T, N>(dx + rank * kLanes + lane) - dt * (root - T(1)));
+    });
+  }
+  chain_features<T, kLanes>(kind, rank, x, weight, g, dx);
 }
 
 // The derivative by rho or kappa from z and dz: sum of dL L over the other side.

@@ -68,8 +68,11 @@ SB_INLINE void combine_rows(int64_t n, const AccType<E>* weight, const R& rows, 
 template <class T, class R>
 SB_INLINE void add_rows(int64_t n, const T* weight, const R& rows, int64_t columns, T* out) {
   constexpr int N = kWidth<T>;
-  for (int64_t column = 0; column < columns; column += N)
-    micro<T, N, 1, 1, true>(0, column, n, Strided<T>{weight, 0, 1}, rows, DenseRows<T>{out, 0});
+  const Strided<T> a{weight, 0, 1};
+  const DenseRows<T> c{out, 0};
+  int64_t column = 0;
+  for (; column + 4 * N <= columns; column += 4 * N) micro<T, N, 1, 4, true>(0, column, n, a, rows, c);
+  for (; column < columns; column += N) micro<T, N, 1, 1, true>(0, column, n, a, rows, c);
 }
 
 // Listed keys as rows of k, v, y or their gradients.

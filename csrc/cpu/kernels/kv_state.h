@@ -1,5 +1,5 @@
 // States of the low-rank part: H = sum_j exp(kappa_j - kappa_ref) F(y_j) (x) v_j and
-// hz = sum_j exp(kappa_j - kappa_ref) F(y_j), over the keys before a segment.
+// hz = sum_j exp(kappa_j - kappa_ref) F(y_j), over the keys before a segment, with y about the head's centre.
 #pragma once
 #include "arena.h"
 #include "features.h"
@@ -116,9 +116,11 @@ int64_t kv_state_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t
   const RowRange& range = p.rows[b];
   const KVState<T> s = kv_state_slot<T>(p, b * p.kv_heads + h, segment + 1);
   for (int64_t i = 0; i < p.kv_state_size(); ++i) s.H[i] = T(0);
+  const T* centre = centre_of_head<T>(p, b, h);
   KeyChunk<E> keys;
   const auto add = [&]() {
     transpose_rows<T, int(kChunk)>(keys.y, p.rank, T(1), z);
+    if (centre) subtract_centre<T, int(kChunk)>(p.rank, centre, z);
     expand_features<T, int(kChunk)>(p.low_rank, p.rank, z, keys.weight, F);
     const T* v[kChunk];
     for (int i = 0; i < int(kChunk); ++i) v[i] = widen_row_of<E>(keys.v[i], p.value_pad, wide + i * p.value_pad);
@@ -169,7 +171,7 @@ SB_INLINE void decay_of_keys(const LogScales<T>& kappa, T kappa_ref, const int32
 
 // exp(rho + kappa_ref - log) of each lane, 0 where kv_state_log says that no state is used. The exponent is formed in
 // double: its error would scale a query's whole complement against its exact part. It is limited, which matters to
-// queries alone that the fallback takes: a state far above lse, of which nothing is left when the lists are taken back.
+// queries alone that are computed again: a state far above lse, of which nothing is left when the lists are taken back.
 template <class T, int kLanes>
 SB_INLINE void kv_state_weights(const T* rho, T kappa_ref, const T* log, const T* kv_state_log, T* weight) {
   constexpr int N = kLaneWidth<double, kLanes>;
@@ -186,9 +188,10 @@ SB_INLINE void kv_state_weights(const T* rho, T kappa_ref, const T* log, const T
 }
 
 // An upper bound of what F(x).hz sums in absolute value, for queries in lanes whose F is scaled by `weight`; squared.
-// Zero where all terms have one sign, since nothing cancels then.
+// `alpha` is root(x.centre), null without a centre. Zero where all terms have one sign, since nothing cancels then.
 template <class T, int kLanes>
-SB_INLINE void squared_terms(const AttentionParams& p, const T* xT, const T* hz, const T* weight, double* squares) {
+SB_INLINE void squared_terms(const AttentionParams& p, const T* xT, const T* alpha, const T* hz, const T* weight,
+                             double* squares) {
   constexpr int N = kWidth<T>, NL = kLaneWidth<T, kLanes>;
   Vector<T, N> sum{};
   for (int64_t f = 0; f < p.features_pad(); f += N) sum += load<T, N>(hz + f) * load<T, N>(hz + f);
@@ -200,17 +203,18 @@ SB_INLINE void squared_terms(const AttentionParams& p, const T* xT, const T* hz,
     visit_low_rank(p.low_rank, [&](auto kernel) SB_INLINE_LAMBDA {
       store<T, NL>(norm + v, kernel.kHasSigns ? kernel.norm_of_features(s) : Vector<T, NL>{});
     });
+    if (alpha) store<T, NL>(norm + v, load<T, NL>(norm + v) + (load<T, NL>(alpha + v) * load<T, NL>(alpha + v) - T(1)));
   }
   for (int lane = 0; lane < kLanes; ++lane)
     squares[lane] = double(weight[lane] * norm[lane]) * double(weight[lane] * norm[lane]) * of_state;
 }
 
 // Whether a query's weight `den` drowns in rounding: of the L that is taken back from the state, or, in float32, of the
-// terms of F(x).hz. Where L overflows, den is NaN.
+// terms of F(x).hz. Where L overflows, den is NaN. A call that sums by key is of such queries alone.
 template <class T>
 SB_INLINE bool is_beyond_bound(const AttentionParams& p, T removed, T den, double squared_terms) {
-  if (removed > T(p.fallback_bound) * den || removed > T(1e37)) return true;
-  return p.needs_double && !(squared_terms <= kTermsBound * kTermsBound * double(den) * double(den));
+  if (p.sums_by_key || removed > T(p.fallback_bound) * den || removed > T(1e37)) return true;
+  return p.needs_again && !(squared_terms <= kTermsBound * kTermsBound * double(den) * double(den));
 }
 
 }  // namespace sb::SB_ISA

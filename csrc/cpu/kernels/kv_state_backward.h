@@ -42,11 +42,13 @@ int64_t backward_keys(const AttentionParams& p, int64_t b, int64_t kv, int64_t c
   const int64_t slot = p.is_causal ? chunk + 1 : 0, q_per_kv = p.q_heads / p.kv_heads;
   const KVState<T> d_state = d_kv_state_slot<T>(p, b * p.q_heads + kv * q_per_kv, slot);
   const T kappa_ref = *kv_state_slot<T>(p, b * p.kv_heads + kv, p.is_causal ? slot : p.slots - 1).kappa_ref;
+  const T* centre = p.uses_kv_state ? centre_of_head<T>(p, b, kv) : nullptr;
   KeyChunk<E> keys;
   const auto finish = [&]() {
     for (int64_t i = 0; i < (p.map_pad + 1) * L; ++i) dyT[i] = T(0);
     for (int64_t i = 0; i < p.head_pad || i < p.value_pad; ++i) spare[i] = T(0);
     transpose_rows<T, L>(keys.y, p.rank, T(1), yT);
+    if (centre) subtract_centre<T, L>(p.rank, centre, yT);
     if (p.uses_kv_state) {
       transpose_steps<E, L>(keys.v, p.value_pad, vT);
       expand_features<T, L>(p.low_rank, p.rank, yT, keys.weight, F);
@@ -67,9 +69,14 @@ int64_t backward_keys(const AttentionParams& p, int64_t b, int64_t kv, int64_t c
     for (int i = 0; i < L; ++i)
       dy[i] = keys.valid[i] ? p.dy.at<const T>(b, kv, keys.key[i]) : static_cast<const T*>(zero_row);
     transpose_rows<T, L>(dy, columns, T(1), listed);
+    if (centre) {  // about it, the state's part has coordinates of its own
+      log_gradient<T, L>(p.low_rank, p.rank, yT, dyT, dyT + p.rank * L);
+      transpose_rows<T, L>(keys.y, p.rank, T(1), yT);
+      log_gradient<T, L>(p.low_rank, p.rank, yT, listed, listed + p.rank * L);
+    }
     for (int64_t at = 0; at < columns * L; at += N)
       store<T, N>(dyT + at, load<T, N>(dyT + at) + load<T, N>(listed + at));
-    log_gradient<T, L>(p.low_rank, p.rank, yT, dyT, dyT + p.rank * L);
+    if (!centre) log_gradient<T, L>(p.low_rank, p.rank, yT, dyT, dyT + p.rank * L);
 
     const T* weight = weight_of_head<T>(p, p.key_weight, b, kv, p.kv_heads);
     if (weight) {

@@ -1,4 +1,4 @@
-#include "double_fallback.h"
+#include "second_pass.h"
 
 namespace sb::cpu {
 
