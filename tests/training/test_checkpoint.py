@@ -78,6 +78,11 @@ def without(prefix: str) -> Callable[[Files], None]:
     return lambda files: [files[0].pop(name) for name in list(files[0]) if name.startswith(prefix)]
 
 
+def setting(key: str, value: object) -> Callable[[Files], None]:
+    section, name = key.split(".")
+    return lambda files: files[2]["config"][section].update({name: value})
+
+
 NORM = "model/norm.weight"
 TAMPERED: dict[str, tuple[Callable[[Files], object], str]] = {
     "unknown progress": (progress(colour=1), "expected the progress step, seconds, config, got"),
@@ -106,6 +111,23 @@ TAMPERED: dict[str, tuple[Callable[[Files], object], str]] = {
         lambda files: files[2]["config"]["train"].update(clip=2.0),
         "train.clip: the checkpoint was made with 2.0, got 1.0",
     ),
+    **{
+        f"{key}: {json.dumps(value)}": (setting(key, value), f"{key}: {words}")
+        for key, value, words in (
+            ("train.seed", 0.0, "expected an int, and the checkpoint was made with 0.0; continue with"),
+            ("train.seed", False, "expected an int, and the checkpoint was made with False; continue with"),
+            ("train.bf16", 0, "expected true or false, and the checkpoint was made with 0; continue with"),
+            ("train.clip", True, "expected a number, and the checkpoint was made with True; continue with"),
+            ("train.betas", [0.9, "0.95"], "expected a list of 2 numbers, and the checkpoint was made with [0.9, '0.9"),
+            ("model.kv_heads", 1.0, "expected an int or null, and the checkpoint was made with 1.0; continue with"),
+            ("data.exclude", "site", "expected a list of strings, and the checkpoint was made with 'site'"),
+            (
+                "attention.low_rank",
+                {"kind": "quadratic", "rank": 3.0},
+                "the checkpoint was made with {'kind': 'quadratic', 'rank': 3.0}, got {'kind': 'quadratic', 'rank': 3}",
+            ),
+        )
+    },
     "progress that is no JSON": (lambda files: files[1].update(progress="{"), "expected the progress"),
     "progress without an end": (lambda files: files[1].update(progress="[" * 10**5), "expected the progress"),
     "a step of many digits": (lambda files: files[1].update(progress="1" * 5000), "expected the progress"),
@@ -166,6 +188,16 @@ def test_a_changed_checkpoint_is_refused_in_one_line(name: str, stopped: Path, c
     metadata = {key: value for key, value in metadata.items() if value is not None}
     safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, checkpoint, metadata)
     assert_refused(stopped, copied, capsys, words)
+
+
+def test_a_number_may_be_written_as_one_with_a_point_or_without(stopped: Path, copied: Path) -> None:
+    checkpoint = copied / "checkpoint.safetensors"
+    with safetensors.safe_open(checkpoint, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    progress = json.loads(metadata["progress"])
+    progress["config"]["train"]["clip"] = 1
+    safetensors.torch.save_file(tensors, checkpoint, metadata | {"progress": json.dumps(progress)})
+    assert go_on(stopped, copied) == 0
 
 
 @pytest.mark.parametrize("cut", [0, 500, -5])

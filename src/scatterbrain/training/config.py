@@ -259,6 +259,13 @@ def _check_types(section: Any, prefix: str) -> None:
             raise WrongType(f"{prefix}{name}: expected {_expected(hint)}, got {getattr(section, name)!r}")
 
 
+def misfit(key: str, value: object) -> str:
+    """What the setting ``key``, a section and a name, must be, if ``value`` is of another type; else ""."""
+    section, _, name = key.partition(".")
+    hint = get_type_hints(SECTIONS[section])[name]
+    return "" if _is(value, hint) else _expected(hint)
+
+
 def _is(value: object, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):

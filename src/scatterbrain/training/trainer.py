@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import sys
 import time
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from scatterbrain.training.attention import build_attention, describe_attention, is_exact
 from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint
 from scatterbrain.training.compare import compare_with_exact
-from scatterbrain.training.config import RunConfig
+from scatterbrain.training.config import RunConfig, misfit
 from scatterbrain.training.data import Batches, read_corpus
 from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, write_atomically
 from scatterbrain.training.interrupt import StopRequest
@@ -256,10 +257,14 @@ def _check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> None:
         is_free = section in ("sample", "compare", "output") or (section == "train" and name in FREE_TRAIN_KEYS)
         if key not in now:
             what = f"the checkpoint was made with {before[key]!r}, and this version has no such setting"
-        elif is_free or before.get(key, _NOTHING) == now[key]:
+        elif is_free:
             continue
         elif key not in before:
             what = f"the checkpoint does not say what it was made with, got {now[key]!r}"
+        elif expected := misfit(key, before[key]):
+            what = f"expected {expected}, and the checkpoint was made with {before[key]!r}"
+        elif _is_same(before[key], now[key]):
+            continue
         else:
             what = f"the checkpoint was made with {before[key]!r}, got {now[key]!r}"
         raise UnusableRun(
@@ -267,7 +272,12 @@ def _check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-_NOTHING = object()
+def _is_same(before: object, now: object) -> bool:
+    """Whether two settings of the right type are one: 1 and 1.0 are one number, but not inside a mapping, whose types
+    nothing has looked at."""
+    if isinstance(now, dict):
+        return json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True)
+    return before == now
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
