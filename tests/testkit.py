@@ -347,10 +347,13 @@ def environment(**changes: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | changes
 
 
-def run_python(*arguments: object, cwd: Path | None = None, **changes: str) -> subprocess.CompletedProcess[str]:
-    """``python *arguments`` to its end, with ``changes`` of the environment."""
+def run_python(
+    *arguments: object, cwd: Path | None = None, seconds: float | None = None, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """``python *arguments`` to its end, with ``changes`` of the environment; raises TimeoutExpired after ``seconds``."""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment(**changes), capture_output=True, text=True, check=False)
+    options = {"cwd": cwd, "env": environment(**changes), "timeout": seconds}
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 def run_two_ranks(arguments: Callable[[int], Sequence[object]], folder: Path, seconds: float) -> None:

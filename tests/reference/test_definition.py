@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from testkit import rand
+from testkit import rand, run_python
 from torch import Tensor
 
 import scatterbrain as sb
@@ -53,6 +53,43 @@ def test_sinks_and_windows_by_hand() -> None:
         mask = sb.reference.mask(routed, q, q, None, is_causal=is_causal)
         assert not (always & ~mask).any()
         assert (mask & ~always).sum(-1)[:, :, [0, 8]].eq(torch.tensor([0 if is_causal else 2, 2])).all()
+
+
+LARGEST = """
+import torch
+
+import scatterbrain as sb
+
+most, blocks, padding = 2**31 - 1, 2**31 - 8, torch.zeros(2, 40, dtype=torch.bool)
+padding[1, :3] = padding[1, 20] = True
+query, key, value = torch.randn(3, 2, 1, 40, 8, generator=torch.Generator().manual_seed(0))
+supports = [
+    sb.Window(most),
+    sb.Window(most, block_q=most, sinks=most - 1),
+    sb.Routed(most),
+    sb.Routed(most, window=most),
+    sb.Routed(most, sinks=most - 16),
+    sb.Routed(most, window=2**30, sinks=2**30 - 1),
+    sb.Routed(blocks, block_q=1, block_k=8),
+    sb.Routed(blocks, block_q=1, block_k=8, window=blocks),
+    sb.Routed(blocks, block_q=1, block_k=8, sinks=blocks),
+    sb.LSH(most, rounds=1),
+]
+for support in supports:
+    for is_causal in (False, True)[: 1 if isinstance(support, sb.LSH) else 2]:
+        arguments = None, padding, is_causal
+        mask = sb.reference.mask(support, query, key, *arguments)
+        assert torch.equal(mask, sb.reference.visible(query, key, *arguments[1:]).expand_as(mask)), (support, is_causal)
+        out = sb.attention(query, key, value, support, *arguments)
+        exact = sb.reference.attention(query, key, value, support, *arguments)
+        torch.testing.assert_close(out, exact.to(out.dtype), msg=lambda text: f"{support}, {is_causal}: {text}")
+        print(end=".")
+"""
+
+
+def test_the_largest_supports_are_all_keys_and_as_quick_as_those() -> None:
+    result = run_python("-c", LARGEST, seconds=120)
+    assert result.returncode == 0 and len(result.stdout) == 19, result.stderr
 
 
 def test_the_query_mask_defaults_to_the_key_mask_of_the_same_tokens() -> None:

@@ -246,16 +246,16 @@ def pooled_lists(
         for t in group:
             begin = queries.slots(t)[0] + queries.shift
             last = min(begin + len(queries.slots(t)), length)  # after the block's own keys
-            first_keys, nearby = range(support.sinks), range(0)
+            first_keys, nearby = range(min(support.sinks, length)), range(0)
             if queries.is_causal:
                 first_keys, nearby = range(min(support.sinks, max(last, 0))), range(end(t), last)
             elif support.window:
                 centre = (2 * t + 1) * support.block_q * length // (2 * (queries.end - queries.first))
                 low = max(min(centre - support.window // 2, length - support.window), support.sinks)
-                nearby = range(low, low + support.window)
+                nearby = range(low, min(low + support.window, length))
             elif queries.are_the_keys:
                 nearby = range(max(begin, 0), last)
-            always = {j for j in (*first_keys, *nearby) if j < length and valid[j]}
+            always = {j for j in (*first_keys, *nearby) if valid[j]}
             eligible = [j for j in candidates if j < end(t) and j not in always]
             score = pools[t].log_residual(keys)
             yield t, sorted(always | set(best(score, eligible, support.keys - len(always)))), score
