@@ -30,8 +30,8 @@ _WEIGHT = ("weight", "base_layer.weight", "parametrizations.weight.original")  #
 
 
 def has_weight(names: Container[str], layer: str) -> bool:
-    """Whether the weight of the linear layer at the path ``layer`` is among ``names`` of a state dict. An adapter's file
-    has tensors of its own at that path, which say nothing of the weight."""
+    """Whether the weight of the linear layer at the path ``layer`` is among ``names`` of a state dict. An adapter's
+    file has tensors of its own at that path, which say nothing of the weight."""
     return any(f"{layer}.{name}" in names for name in _WEIGHT)
 
 

@@ -220,8 +220,8 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
                     "causal mask"
                 )
             return (
-                "attn_mask is not the causal mask (query i sees keys <= i), the only one that is approximated; pass that "
-                "mask or none, and padding as key_padding_mask"
+                "attn_mask is not the causal mask (query i sees keys <= i), the only one that is approximated; pass "
+                "that mask or none, and padding as key_padding_mask"
             )
         if key_padding_mask is not None and padding is None:
             return "key_padding_mask holds values other than 0 and -inf; pass a bool mask, True = ignore"

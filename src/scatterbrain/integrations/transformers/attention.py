@@ -151,10 +151,10 @@ def _is_exact(
     window = arguments.get("sliding_window")
     if visible.dense is not None and window is not None and visible.dense.shape[-1] > window:
         reason = (
-            f"it has a sliding window, {window} tokens wide, which is its own choice of keys; pass sequences of at most "
-            f"{window} tokens, load the model with sliding_window=None (and layer_types of 'full_attention' alone, if it "
-            "has them) to approximate attention to all tokens, or leave such layers to attn_implementation='sdpa' or to "
-            "sb.replace_attention(model, where=...)"
+            f"it has a sliding window, {window} tokens wide, which is its own choice of keys; pass sequences of at "
+            f"most {window} tokens, load the model with sliding_window=None (and layer_types of 'full_attention' "
+            "alone, if it has them) to approximate attention to all tokens, or keep such layers exact with "
+            "attn_implementation='sdpa' or sb.replace_attention(model, where=...)"
         )
     elif visible.dense is not None and visible.dense.is_floating_point():
         reason = (
