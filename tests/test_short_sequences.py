@@ -25,6 +25,7 @@ from testkit import (
     weights,
 )
 from torch import Tensor
+from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import scatterbrain as sb
@@ -215,11 +216,12 @@ def test_a_graph_for_one_short_length_gives_zero_gradients_to_projections() -> N
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-6)
 
 
-def test_export_of_any_length_has_no_condition_on_it() -> None:
-    module = sb.ScatterbrainAttention(H, D, KV, sb.Window(24), LEARNED).eval()
-    tokens = torch.export.Dim("tokens", min=17, max=4096)
+@pytest.mark.parametrize("support", [sb.Window(24), sb.Routed(24)], ids=lambda support: support.kind)
+@pytest.mark.parametrize("tokens", [Dim("tokens", min=17, max=4096), Dim.AUTO, Dim.DYNAMIC], ids=repr)
+def test_export_has_no_condition_on_lengths_of_more_than_a_block(tokens: object, support: sb.supports.Support) -> None:
+    module = sb.ScatterbrainAttention(H, D, KV, support, LEARNED).eval()
     program = torch.export.export(module, tuple(qkv(40)), dynamic_shapes=({2: tokens},) * 3)
-    for n in (17, 24, 25, 60):
+    for n in (17, 24, 25, 60, 4096):
         torch.testing.assert_close(program.module()(*qkv(n)), module(*qkv(n)), rtol=1e-4, atol=1e-5)
 
 
