@@ -26,8 +26,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
-from toolchain import CudaPlan, compile_jobs, plan_cuda  # noqa: E402
-from torch_environment import require_torch  # noqa: E402
+from toolchain import CudaPlan, compile_jobs, plan_cuda
+from torch_environment import require_torch
 
 BUILD_INFO_SOURCE = "csrc/build_info.cpp"
 SOURCES = {path for folder in ("csrc", "csrc/cpu") for path in glob(f"{folder}/*.cpp", root_dir=ROOT)}
@@ -85,8 +85,8 @@ def system_includes(folders: list[str]) -> list[str]:
 
 
 def hidden_folders(folders: list[str]) -> list[str]:
-    """Macros of included headers name their file in error messages. Cuts the names to what is below the source folder or
-    the include folder: whoever uses a wheel does not have the folders of the machine that built it."""
+    """Macros of included headers name their file in error messages. Cuts the names to what is below the source folder
+    or the include folder: whoever uses a wheel does not have the folders of the machine that built it."""
     outermost = [folder for folder in folders if not any(folder.startswith(f"{other}/") for other in folders)]
     return [f"-fmacro-prefix-map={folder}/=" for folder in (ROOT, *outermost)]  # the last one that fits is taken
 

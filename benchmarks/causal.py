@@ -7,8 +7,9 @@
                                                  (examples/pretrained_models.py says which package holds it)
 
 Error is ||o - o*|| / ||o*|| against exact attention, the mean over heads and layers, each layer on the queries, keys
-and values of the exact model. Loss is that of the model with every causal layer swapped. Statistics are calibrated on other
-text. Times are of attention alone on the same tensors, medians over calls taken in turn, relative to the first row.
+and values of the exact model. Loss is that of the model with every causal layer swapped. Statistics are calibrated on
+other text. Times are of attention alone on the same tensors, medians over calls taken in turn, relative to the first
+row.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@
     python benchmarks/dinov2.py --pixels 896 --keys 128 --block-q 32 --rounds 5
 
 No fine-tuning; statistics are calibrated on other photographs than those measured. Similarity is the cosine between the
-final, normalised tokens of exact attention (F.scaled_dot_product_attention) and ours. Time is CPU time of one thread, so
-that other processes count little, medians of interleaved runs. By Amdahl's law, with f the share of the exact forward that
-is spent in F.scaled_dot_product_attention, attention that is s times faster makes the forward 1 / (1 - f + f / s) times
-faster: 1 / (1 - f) if it cost nothing, and something less with the s of ours, which is measured in the same forwards. The
-speed-up of the forward is given as a share of both.
+final, normalised tokens of exact attention (F.scaled_dot_product_attention) and ours. Time is CPU time of one thread,
+so that other processes count little, medians of interleaved runs. By Amdahl's law, with f the share of the exact
+forward that is spent in F.scaled_dot_product_attention, attention that is s times faster makes the forward
+1 / (1 - f + f / s) times faster: 1 / (1 - f) if it cost nothing, and something less with the s of ours, which is
+measured in the same forwards. The speed-up of the forward is given as a share of both.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Stopwatch:
         self.owner, self.name, self.seconds = owner, name, 0.0
         self.function = getattr(owner, name)
 
-    def __enter__(self) -> Stopwatch:  # noqa: PYI034
+    def __enter__(self) -> Stopwatch:
         def timed(*args: object, **kwargs: object) -> object:
             start = time.thread_time()
             out = self.function(*args, **kwargs)

@@ -1,12 +1,12 @@
-"""Accuracy after the swap: an nn.TransformerEncoder classifier is trained with exact attention, its attention is replaced
-and calibrated, and both are trained on for a few hundred steps from the same checkpoint, on the same batches.
+"""Accuracy after the swap: an nn.TransformerEncoder classifier is trained with exact attention, its attention is
+replaced and calibrated, and both are trained on for a few hundred steps from the same checkpoint, on the same batches.
 
     python benchmarks/finetune.py images cifar10.npz         256 tokens: a convolutional stem, then 16 x 16 patches
     python benchmarks/finetune.py text movie_reviews.zip     1024 tokens: the bytes of a review
 
-The npz file holds x_train, x_test (uint8, images x 32 x 32 x 3), y_train and y_test. The zip file holds texts whose folder
-is their label, pos/ or neg/; every fifth of either is for testing. What is finished is kept in the --out folder, and a
-second call goes on from there.
+The npz file holds x_train, x_test (uint8, images x 32 x 32 x 3), y_train and y_test. The zip file holds texts whose
+folder is their label, pos/ or neg/; every fifth of either is for testing. What is finished is kept in the --out folder,
+and a second call goes on from there.
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ def load_texts(path: Path) -> Data:
 
 
 class TextStem(nn.Module):
-    """int64 (B, 1024) bytes to (B, 1024, width), with the padding mask. A byte is embedded with the runs of 3 to 6 bytes
-    that end at it, each by a row of a shared table chosen by hash: 1,600 texts are too few to learn spelling from."""
+    """int64 (B, 1024) bytes to (B, 1024, width), with the padding mask. A byte is embedded with the runs of 3 to 6
+    bytes that end at it, each by a row of a shared table chosen by hash: 1,600 texts are too few to learn spelling
+    from."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

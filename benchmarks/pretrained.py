@@ -1,17 +1,17 @@
-"""Real pretrained models with every attention layer replaced and nothing trained: how far are their outputs, how long do
-they take?
+"""Real pretrained models with every attention layer replaced and nothing trained: how far are their outputs, how long
+do they take?
 
     python benchmarks/pretrained.py                     all models, the default budgets
     python benchmarks/pretrained.py whisper --keys 64 128 256 --block-q 8
 
-Each model is calibrated on other inputs than those it is measured on. Times are medians of forwards with exact attention
-(transformers' sdpa) and with sparse + low-rank attention, taken in turn on one thread. The weights come in Python
-packages (examples/pretrained_models.py); where one is not installed its model is left out, with the reason.
+Each model is calibrated on other inputs than those it is measured on. Times are medians of forwards with exact
+attention (transformers' sdpa) and with sparse + low-rank attention, taken in turn on one thread. The weights come in
+Python packages (examples/pretrained_models.py); where one is not installed its model is left out, with the reason.
 
 minilm   sentence encoder on 512 tokens of English prose (the standard library's pydoc topics): cosine of token outputs
          and of sentence embeddings
-whisper  tiny.en, encoder of 1500 frames, spoken by espeak-ng if it is installed, else chirps: cosine of encoder outputs,
-         and the words that change in the transcript
+whisper  tiny.en, encoder of 1500 frames, spoken by espeak-ng if it is installed, else chirps: cosine of encoder
+         outputs, and the words that change in the transcript
 """
 
 from __future__ import annotations

@@ -39,9 +39,8 @@ def main() -> None:
     ours = embed(model, batch)
 
     cosines = (exact * ours).sum(-1)
-    print(
-        f"{batch['input_ids'].shape[1]} tokens, cosine to exact attention {cosines.mean():.3f}, lowest {cosines.min():.3f}"
-    )
+    tokens = batch["input_ids"].shape[1]
+    print(f"{tokens} tokens, cosine to exact attention {cosines.mean():.3f}, lowest {cosines.min():.3f}")
     neighbour = (ours @ ours.T - 2 * torch.eye(len(ours))).argmax(1)
     expected = (exact @ exact.T - 2 * torch.eye(len(exact))).argmax(1)
     print(f"same nearest text for {int((neighbour == expected).sum())} of {len(ours)}")

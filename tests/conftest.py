@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-# OpenMP reads this when torch is loaded. Threads that spin between small kernels slow the tests down several times where
-# other programs want the processor.
+# OpenMP reads this when torch is loaded. Threads that spin between small kernels slow the tests down several times
+# where other programs want the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest

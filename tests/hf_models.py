@@ -1,4 +1,5 @@
-"""Tiny models with random weights of every family that the transformers integration is tested on, and how they are run."""
+"""Tiny models with random weights of every family that the transformers integration is tested on, and how they
+are run."""
 
 from __future__ import annotations
 

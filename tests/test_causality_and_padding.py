@@ -211,7 +211,7 @@ def test_more_padding_changes_no_bit(support: str, low_rank: str, is_causal: boo
     bare = torch.zeros(1, N, dtype=torch.bool) if support == "full" else None
     want = run(tokens, lists or chosen, low_rank, upstream, is_causal=is_causal, key_padding_mask=bare)
     for left, right in ((0, 0), (0, 101), (1, 0), (40, 1), (64, 64)):
-        pad = lambda x: F.pad(x, (0, 0, left, right), value=1.0)  # noqa: E731
+        pad = lambda x: F.pad(x, (0, 0, left, right), value=1.0)
         inside = slice(left, left + N)
         mask = torch.ones(1, left + N + right, dtype=torch.bool)
         mask[:, inside] = False

@@ -1,4 +1,5 @@
-"""A support and a low-rank kernel of one's own, written here alone, run through everything that the built-in ones do."""
+"""A support and a low-rank kernel of one's own, written here alone, run through everything that the built-in
+ones do."""
 
 from __future__ import annotations
 
@@ -179,7 +180,10 @@ def test_a_configuration_imports_them_from_a_module(tmp_path, monkeypatch) -> No
     from scatterbrain.training.attention import build_support_and_low_rank
     from scatterbrain.training.config import AttentionConfig
 
-    code = "from dataclasses import dataclass\nimport scatterbrain as sb\n\n\n@dataclass(frozen=True)\nclass Wide(sb.Window):\n    kind = 'wide'\n"
+    code = (
+        "from dataclasses import dataclass\nimport scatterbrain as sb\n\n\n"
+        "@dataclass(frozen=True)\nclass Wide(sb.Window):\n    kind = 'wide'\n"
+    )
     (tmp_path / "own_supports.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     support, _ = build_support_and_low_rank(AttentionConfig(support={"kind": "own_supports:Wide", "keys": 24}))

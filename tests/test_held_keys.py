@@ -1,5 +1,5 @@
-"""Keys that outweigh all others in the low-rank part, as the attention sinks of language models do: the states hold them
-out, so that no list has to take them back from a state that they dominate."""
+"""Keys that outweigh all others in the low-rank part, as the attention sinks of language models do: the states hold
+them out, so that no list has to take them back from a state that they dominate."""
 
 from __future__ import annotations
 

@@ -178,7 +178,8 @@ LAYOUTS = {
 
 
 def supports() -> dict[str, Support]:
-    """Every form that lists of keys come in: for blocks of queries and for single ones, by place and by content, none."""
+    """Every form that lists of keys come in: for blocks of queries and for single ones, by place and by
+    content, none."""
     return {
         "window": sb.Window(32),
         "window of 8": sb.Window(24, block_q=8),
@@ -350,7 +351,7 @@ def environment(**changes: str) -> dict[str, str]:
 def run_python(
     *arguments: object, cwd: Path | None = None, seconds: float | None = None, **changes: str
 ) -> subprocess.CompletedProcess[str]:
-    """``python *arguments`` to its end, with ``changes`` of the environment; raises TimeoutExpired after ``seconds``."""
+    """``python *arguments`` to its end, with ``changes`` of the environment; TimeoutExpired after ``seconds``."""
     command = [sys.executable, *map(str, arguments)]
     options = {"cwd": cwd, "env": environment(**changes), "timeout": seconds}
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)

@@ -117,8 +117,8 @@ def check_scale(scale: float | None) -> None:
 
 
 def check_offset(query_offset: int | Tensor, batch: int, is_causal: bool, device: torch.device) -> None:
-    """An int, or an integer tensor of shape (batch,), which may be on another device than the tokens, ``device``, as long
-    as it has values."""
+    """An int, or an integer tensor of shape (batch,), which may be on another device than the tokens, ``device``, as
+    long as it has values."""
     if type(query_offset) is int and query_offset == 0:
         return
     if isinstance(query_offset, Tensor):

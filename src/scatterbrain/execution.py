@@ -76,8 +76,8 @@ def exact(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: flo
 
 
 def _by_torch(call: Call, kept_as: tuple | None) -> Tensor | None:
-    """The output of torch's kernel; None where it would not do what was asked: it multiplies masked scores by the scale,
-    which makes NaN of -inf where the scale is not positive, and under vmap it is a loop."""
+    """The output of torch's kernel; None where it would not do what was asked: it multiplies masked scores by the
+    scale, which makes NaN of -inf where the scale is not positive, and under vmap it is a loop."""
     if call.is_causal and not call.scale > 0:
         return None
     if is_transformed():

@@ -47,8 +47,8 @@ def key_of(
     scale: float | None,
     statistics: object,
 ) -> tuple | None:
-    """Everything that the checks look at; None where a call is not of the kind that is kept. Types are compared exactly:
-    a value that only equals a number, or an object of a derived class, goes through the checks."""
+    """Everything that the checks look at; None where a call is not of the kind that is kept. Types are compared
+    exactly: a value that only equals a number, or an object of a derived class, goes through the checks."""
     if not is_untraced():
         return None
     if not (

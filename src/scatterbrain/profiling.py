@@ -83,7 +83,8 @@ def profile() -> Iterator[Profile]:
 
 
 def profile_process() -> None:
-    """Records from now on and prints the table to standard error when the process ends, if SCATTERBRAIN_PROFILE asks."""
+    """Records from now on and prints the table to standard error when the process ends, if SCATTERBRAIN_PROFILE
+    asks."""
     if os.environ.get(VARIABLE, "0") in ("", "0"):
         return
     recording = profile()

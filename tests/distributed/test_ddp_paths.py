@@ -1,5 +1,5 @@
-"""DistributedDataParallel without find_unused_parameters goes on whatever a call uses, and with every form of checkpointing.
-The scenarios are in paths_worker.py."""
+"""DistributedDataParallel without find_unused_parameters goes on whatever a call uses, and with every form of
+checkpointing. The scenarios are in paths_worker.py."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
     python worker.py RANK FOLDER
 
-Writes FOLDER/RANK.pt: the results of this rank by scenario. Rank 0 first trains everything alone, on the batches of both.
+Writes FOLDER/RANK.pt: the results of this rank by scenario. Rank 0 first trains everything alone, on the batches of
+both.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Situation(NamedTuple):
     build: Callable[[], nn.Module]
     targets: list[str]
     run: Callable[[nn.Module], Tensor]
-    to_save: list[str] | None = ["attention"]  # noqa: RUF012
+    to_save: list[str] | None = ["attention"]
 
 
 def torch_encoder() -> nn.Module:

@@ -1,5 +1,6 @@
-"""What users do with a model after they chose its attention: packaging, quantising, generating, tuning prefixes, loading data in
-other processes. Adapters are in test_peft.py, DistributedDataParallel in tests/distributed/test_ddp_paths.py."""
+"""What users do with a model after they chose its attention: packaging, quantising, generating, tuning prefixes,
+loading data in other processes. Adapters are in test_peft.py, DistributedDataParallel in
+tests/distributed/test_ddp_paths.py."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ def kernel(
 
 
 def assert_mean(draws: torch.Tensor, want: torch.Tensor) -> None:
-    """The mean over draws (first dimension) is ``want`` within 4.5 standard errors in every entry, and the standard error
-    is small enough to show a bias of 3 %."""
+    """The mean over draws (first dimension) is ``want`` within 4.5 standard errors in every entry, and the standard
+    error is small enough to show a bias of 3 %."""
     standard_error = draws.std(0) / math.sqrt(len(draws))
     assert float((standard_error / want).max()) < 0.03
     assert float(((draws.mean(0) - want) / standard_error).abs().max()) < 4.5

@@ -95,7 +95,7 @@ def test_of_several_modules_the_one_with_the_fewest_tokens_is_named():
         run()
 
 
-# ------------------------------------------------------------------------------------------------------ nothing was seen
+# -------------------- nothing was seen
 
 
 def encoder(**arguments: Any) -> nn.TransformerEncoder:

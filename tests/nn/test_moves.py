@@ -77,7 +77,9 @@ WAYS: dict[str, Callable[[nn.Module, str, Path], nn.Module]] = {
     "safetensors": restored_from_safetensors,
     "safetensors model": restored_by_safetensors_model,
     "torch.save": lambda m, low_rank, path: restored_by_torch(m, low_rank, path, assign=False),
-    "torch.save, mapped and assigned": lambda m, low_rank, path: restored_by_torch(m, low_rank, path, mmap=True, assign=True),
+    "torch.save, mapped and assigned": lambda m, low_rank, path: restored_by_torch(
+        m, low_rank, path, mmap=True, assign=True
+    ),
     "meta, assigned": filled_after_meta,
     "deepcopy": lambda m, low_rank, path: copy.deepcopy(m),
     "pickle": lambda m, low_rank, path: pickle.loads(pickle.dumps(m)),

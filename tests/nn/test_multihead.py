@@ -1,5 +1,5 @@
-"""sb.MultiheadAttention against nn.MultiheadAttention and sb.attention: which calls are approximated, which run exactly,
-which raise."""
+"""sb.MultiheadAttention against nn.MultiheadAttention and sb.attention: which calls are approximated, which run
+exactly, which raise."""
 
 from __future__ import annotations
 

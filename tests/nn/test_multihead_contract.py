@@ -324,25 +324,31 @@ WRONG: dict[str, tuple[tuple[tuple[int, ...], ...], dict, type[Exception], str]]
     "embed_dim": (((L, N, E + 1), (S, N, E), (S, N, E)), {}, AssertionError, f"embedding dimension of {E}, but got"),
     "key and value": (((L, N, E), (S, N, E), (S + 1, N, E)), {}, AssertionError, "does not match value shape"),
     "2-D attn_mask": (
-        ((L, N, E), (S, N, E), (S, N, E)), {"attn_mask": torch.zeros(L, S + 1)}, RuntimeError, "shape of the 2D attn_mask"
+        ((L, N, E), (S, N, E), (S, N, E)),
+        {"attn_mask": torch.zeros(L, S + 1)}, RuntimeError, "shape of the 2D attn_mask"
     ),
     "3-D attn_mask": (
-        ((L, N, E), (S, N, E), (S, N, E)), {"attn_mask": torch.zeros(N, L, S)}, RuntimeError, "shape of the 3D attn_mask"
+        ((L, N, E), (S, N, E), (S, N, E)),
+        {"attn_mask": torch.zeros(N, L, S)}, RuntimeError, "shape of the 3D attn_mask"
     ),
     "1-D attn_mask": (
         ((L, N, E), (S, N, E), (S, N, E)), {"attn_mask": torch.zeros(S)}, AssertionError, "found 1-D tensor instead"
     ),
     "int attn_mask": (
-        ((L, N, E), (S, N, E), (S, N, E)), {"attn_mask": torch.ones(L, S).int()}, AssertionError, "only bool and floating"
+        ((L, N, E), (S, N, E), (S, N, E)),
+        {"attn_mask": torch.ones(L, S).int()}, AssertionError, "only bool and floating"
     ),
     "int key_padding_mask": (
-        ((L, N, E), (S, N, E), (S, N, E)), {"key_padding_mask": torch.ones(N, S).int()}, AssertionError, "only bool and fl"
+        ((L, N, E), (S, N, E), (S, N, E)),
+        {"key_padding_mask": torch.ones(N, S).int()}, AssertionError, "only bool and fl"
     ),
     "1-D key_padding_mask": (
-        ((L, N, E), (S, N, E), (S, N, E)), {"key_padding_mask": torch.zeros(S)}, AssertionError, "`key_padding_mask` to be"
+        ((L, N, E), (S, N, E), (S, N, E)),
+        {"key_padding_mask": torch.zeros(S)}, AssertionError, "`key_padding_mask` to be"
     ),
     "key_padding_mask's batch": (
-        ((L, N, E), (S, N, E), (S, N, E)), {"key_padding_mask": torch.zeros(N + 1, S)}, AssertionError, "to be 3, but got 4"
+        ((L, N, E), (S, N, E), (S, N, E)),
+        {"key_padding_mask": torch.zeros(N + 1, S)}, AssertionError, "to be 3, but got 4"
     ),
     "heads of an unbatched mask": (
         ((L, E), (S, E), (S, E)), {"attn_mask": torch.zeros(H + 1, L, S)}, AssertionError, "Expected `attn_mask` shape"

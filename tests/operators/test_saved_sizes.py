@@ -1,5 +1,5 @@
-"""What a device says about itself: the sizes of what it saves for the backward pass, widths and capacities, and the table
-of its launchers."""
+"""What a device says about itself: the sizes of what it saves for the backward pass, widths and capacities, and the
+table of its launchers."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_a_changed_checkpoint_is_refused_in_one_line(name: str, stopped: Path, c
     edit, words = TAMPERED[name]
     checkpoint = copied / "checkpoint.safetensors"
     with safetensors.safe_open(checkpoint, framework="pt") as file:
-        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
     state, stored = json.loads(metadata["progress"]), metadata["progress"]
     edit((tensors, metadata, state))
     if metadata["progress"] == stored:
@@ -193,7 +193,7 @@ def test_a_changed_checkpoint_is_refused_in_one_line(name: str, stopped: Path, c
 def test_a_number_may_be_written_as_one_with_a_point_or_without(stopped: Path, copied: Path) -> None:
     checkpoint = copied / "checkpoint.safetensors"
     with safetensors.safe_open(checkpoint, framework="pt") as file:
-        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
     progress = json.loads(metadata["progress"])
     progress["config"]["train"]["clip"] = 1
     safetensors.torch.save_file(tensors, checkpoint, metadata | {"progress": json.dumps(progress)})

@@ -140,8 +140,8 @@ def parse_method(name: str) -> Method:
         own = "".join(f", {kind}" for kind in supports if kind not in _BUILT_IN)
         raise ValueError(
             f"unknown method {name!r}: expected sdpa, empty, full, window-KEYS, routed-KEYS, per-query-KEYS, "
-            f"causal-KEYS or lsh-KEYS{own}, each also with +none, +favor or +input, or torch-window-KEYS, torch-performer-FEATURES, "
-            "torch-clusters-KEYS"
+            f"causal-KEYS or lsh-KEYS{own}, each also with +none, +favor or +input, or torch-window-KEYS, "
+            "torch-performer-FEATURES, torch-clusters-KEYS"
         )
     kind, keys, kernel = match["kind"], match["keys"], match["kernel"]
     if (keys is None) == _takes_keys(kind):

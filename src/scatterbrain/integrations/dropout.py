@@ -1,4 +1,5 @@
-"""Dropout of attention weights, which sparse + low-rank attention does not have: layers with it run exactly in training."""
+"""Dropout of attention weights, which sparse + low-rank attention does not have: layers with it run exactly in
+training."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ def set_attention_dropout(model: nn.Module, p: float = 0.0) -> list[str]:
         sb.replace_attention(model)
         sb.set_attention_dropout(model, 0.0)
 
-    The configuration of a transformers model keeps its own value: a model that is saved and loaded has that dropout again,
-    so call this after every load.
+    The configuration of a transformers model keeps its own value: a model that is saved and loaded has that dropout
+    again, so call this after every load.
 
     Args:
         model: any module.

@@ -61,8 +61,8 @@ class LayerType(type):
 def attention_layer(
     support: Support = SUPPORT, low_rank: LowRank = LOW_RANK, exact_queries: int = 0
 ) -> type[Attention]:
-    """A class for ``timm.create_model(name, attn_layer=...)``, of the VisionTransformer family and NaFlexVit. Tokens stay in
-    the model's own order; :func:`scatterbrain.replace_attention` puts them in Hilbert order too.
+    """A class for ``timm.create_model(name, attn_layer=...)``, of the VisionTransformer family and NaFlexVit. Tokens
+    stay in the model's own order; :func:`scatterbrain.replace_attention` puts them in Hilbert order too.
 
     Args:
         support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`.

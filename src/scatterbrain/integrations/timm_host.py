@@ -47,8 +47,8 @@ class TimmHost(HostModule):
         return has_weight(state_dict, f"{prefix}{self.OUTPUT}")
 
     def _padding(self, attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
-        """The padded tokens (batch, tokens), True = padded, where ``attn_mask`` says nothing else. Raises ValueError for
-        nested tokens."""
+        """The padded tokens (batch, tokens), True = padded, where ``attn_mask`` says nothing else. Raises ValueError
+        for nested tokens."""
         if x.is_nested:
             check_not_nested(x)
         return None if attn_mask is None else padding_of(attn_mask, x.shape[0], x.shape[1])

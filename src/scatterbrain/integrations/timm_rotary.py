@@ -1,4 +1,5 @@
-"""timm's attention with rotary positions, and sparse + low-rank attention inside: EVA-02, DINOv3, rope ViTs, Gemma 4."""
+"""timm's attention with rotary positions, and sparse + low-rank attention inside: EVA-02, DINOv3, rope ViTs and
+Gemma 4."""
 
 from __future__ import annotations
 

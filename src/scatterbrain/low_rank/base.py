@@ -1,4 +1,5 @@
-"""What every low-rank kernel is: the class to derive from, what it runs with, and the state that a module keeps for it."""
+"""What every low-rank kernel is: the class to derive from, what it runs with, and the state that a module
+keeps for it."""
 
 from __future__ import annotations
 
@@ -249,6 +250,6 @@ def _check_values(statistics: Coefficients) -> None:
     for name, tensor in vars(statistics).items():
         if isinstance(tensor, Tensor) and tensor.is_meta:
             raise ValueError(
-                f"statistics={type(statistics).__name__}: {name} is on the meta device and holds no values; load or fit "
-                "them first"
+                f"statistics={type(statistics).__name__}: {name} is on the meta device and holds no values; load or "
+                "fit them first"
             )

@@ -51,8 +51,8 @@ class Statistics(Coefficients):
         check_number("Statistics", "scale", self.scale)
         if self.query_projection.dim() not in (3, 4):
             raise ValueError(
-                "Statistics: query_projection must be (Hkv, rank, head_dim), or (B, Hkv, rank, head_dim) for statistics "
-                f"of each batch row, got shape {tuple(self.query_projection.shape)}"
+                "Statistics: query_projection must be (Hkv, rank, head_dim), or (B, Hkv, rank, head_dim) for "
+                f"statistics of each batch row, got shape {tuple(self.query_projection.shape)}"
             )
         *leading, rank, head_dim = self.query_projection.shape
         of_map, of_mean = (*leading, rank, head_dim), (*leading, head_dim)

@@ -104,9 +104,9 @@ def _stored(statistics: Statistics, scale: float, dtype: torch.dtype, device: to
 def constant_projection(
     statistics: Statistics, scale: float, dtype: torch.dtype, device: torch.device
 ) -> ConstantProjection | None:
-    """:func:`stored_projection`, computed again only where the statistics' content, scale or dtype has changed: it takes
-    some twenty small operations, and comparing is cheap. None where reading the content would wait for a device or a
-    trace."""
+    """:func:`stored_projection`, computed again only where the statistics' content, scale or dtype has changed: it
+    takes some twenty small operations, and comparing is cheap. None where reading the content would wait for a device
+    or a trace."""
     sources = statistics.tensors()
     is_cheap_to_compare = (
         device.type == "cpu"

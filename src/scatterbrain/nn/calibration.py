@@ -93,8 +93,8 @@ def _warn_of_few_tokens(model: nn.Module, few: dict[ScatterbrainAttention, tuple
     where = f"{paths[module] or 'the module'}, the fewest of {len(few)} modules" if len(few) > 1 else paths[module]
     saw = f"{tokens} valid tokens" + (f", of which {different} differ" if different < tokens else "")
     warn(
-        f"calibrate: statistics were fitted on {saw}{where and f' ({where})'}, expected at least {fewest_tokens()}; with "
-        "fewer the error of the approximation grows: run more, longer or other sequences inside the block",
+        f"calibrate: statistics were fitted on {saw}{where and f' ({where})'}, expected at least {fewest_tokens()}; "
+        "with fewer the error of the approximation grows: run more, longer or other sequences inside the block",
         stacklevel=5,
     )
 
@@ -105,8 +105,8 @@ def update_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) 
     asks for it. A model without such layers is left alone.
 
     Where torch.distributed is initialised and the model has moving averages this is a collective operation: what all
-    ranks gathered is merged, as that of several forward passes of one step is, so that every rank commits the same. Every
-    rank must call it after every step.
+    ranks gathered is merged, as that of several forward passes of one step is, so that every rank commits the same.
+    Every rank must call it after every step.
 
     Args:
         model: any module.

@@ -54,8 +54,8 @@ def _is_parallel(group: dist.ProcessGroup | None) -> bool:
 
 
 def fill(target: Tensor, value: Tensor) -> None:
-    """Copies ``value`` into ``target``. If ``target`` is sharded (FSDP2) every rank takes its part of rank 0's value, and
-    all must call it."""
+    """Copies ``value`` into ``target``. If ``target`` is sharded (FSDP2) every rank takes its part of rank 0's value,
+    and all must call it."""
     if hasattr(target, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from scatterbrain.padding import PaddingInfo
 
 FEWEST_TOKENS = 256
-"""Fewer make statistics worse: on 64, 128 and 256 tokens the error of Routed(64) + Quadratic(9) is 1.06, 1.02 and 1.00 times
-that on 1024 in a byte-level language model, 1.38, 1.30 and 1.13 times that on 1370 in DINOv2 (benchmarks/quality.py with
---calibration-tokens)."""
+"""Fewer make statistics worse: on 64, 128 and 256 tokens the error of Routed(64) + Quadratic(9) is 1.06, 1.02 and 1.00
+times that on 1024 in a byte-level language model, 1.38, 1.30 and 1.13 times that on 1370 in DINOv2
+(benchmarks/quality.py with --calibration-tokens)."""
 
 
 def fewest_tokens() -> int:

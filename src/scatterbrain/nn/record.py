@@ -100,8 +100,8 @@ def _parts(scale: float) -> list[float]:
 
 
 def _sums(tensor: Tensor) -> tuple[list[float], float]:
-    """Weighted sums of the entries, and their root mean square, both relative to the root of their number. The sums have
-    the same bits for any number of threads and any place in memory."""
+    """Weighted sums of the entries, and their root mean square, both relative to the root of their number. The sums
+    have the same bits for any number of threads and any place in memory."""
     entries = tensor.detach().to(device="cpu", dtype=torch.float64).flatten()
     root = max(entries.numel(), 1) ** 0.5
     if entries.numel() % _ROW:

@@ -1,16 +1,16 @@
 """The registered operators. Nothing here computes attention or knows supports and statistics: the operators take lists
 and coordinates, and everything that chooses what is read happens before them.
 
-``attention``, ``attention_backward``  the operator and its gradients; ``attention_with_state`` also returns the states of
-                                       the low-rank kernel and the scores of listed keys, which the backward pass then
-                                       need not compute again (empty where keeping them is not worth their memory)
+``attention``, ``attention_backward``  the operator and its gradients; ``attention_with_state`` also returns the states
+                                       of the low-rank kernel and the scores of listed keys, which the backward pass
+                                       then need not compute again (empty where keeping them is not worth their memory)
 ``route``                              lists from the content
 ``project``, ``project_packed``        coordinates from tokens, as a map or as rows that kernels read in place
 ``quadratic_attention``                projects, routes if ``keys`` > 0, and attends in one call
-``prepare``                            keeps all arguments of ``quadratic_attention`` but the tokens and returns a number
-                                       for ``prepared_attention``, until ``discard_prepared``. Where ``sources`` no longer
-                                       hold the bytes of ``copies``, from which the projections were made, its results are
-                                       empty
+``prepare``                            keeps all arguments of ``quadratic_attention`` but the tokens and returns a
+                                       number for ``prepared_attention``, until ``discard_prepared``. Where ``sources``
+                                       no longer hold the bytes of ``copies``, from which the projections were made, its
+                                       results are empty
 
 library.py loads them, arguments.py names their arguments; fakes.py, gradients.py, vmap.py and flops.py are what torch
 asks for about each. untraced.py calls them below autograd, with nodes of its own; transformed.py calls them under
@@ -18,7 +18,8 @@ torch.func; packed.py chooses between exact and approximated rows in a traced gr
 leaves out.
 """
 
-from scatterbrain.operators import fakes, flops, gradients, library, packed, untraced, vmap  # noqa: F401  (registrations)
+# Loads the operators and registers what torch needs to know of them.
+from scatterbrain.operators import fakes, flops, gradients, library, packed, untraced, vmap  # noqa: F401
 from scatterbrain.operators.arguments import AttentionArguments, QuadraticArguments, RouteArguments
 
 __all__ = ["AttentionArguments", "QuadraticArguments", "RouteArguments"]

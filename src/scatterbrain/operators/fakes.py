@@ -36,8 +36,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _like_tokens(tokens: Tensor, width: int) -> Tensor:
-    """Empty rows of ``width`` for ``tokens`` (B, H, N, d), in memory as they are: with the heads of a token next to each
-    other, or head after head."""
+    """Empty rows of ``width`` for ``tokens`` (B, H, N, d), in memory as they are: with the heads of a token next to
+    each other, or head after head."""
     batch, heads, n, _ = tokens.shape
     if tokens.stride(1) >= tokens.stride(2):
         return tokens.new_empty((batch, heads, n, width))

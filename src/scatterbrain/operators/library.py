@@ -16,8 +16,8 @@ def _load() -> None:
     if not libraries:
         raise ImportError(
             f"scatterbrain: the compiled operators are missing, expected _C*.so in {PACKAGE}; build them "
-            f"there with `pip install -e .` in the source folder, or, after `pip install .`, take {PACKAGE.parent} off the "
-            "import path, where it hides the installed package"
+            f"there with `pip install -e .` in the source folder, or, after `pip install .`, take {PACKAGE.parent} off "
+            "the import path, where it hides the installed package"
         )
     torch.ops.load_library(str(libraries[0]))
     wanted = os.environ.get(ISA_VARIABLE)

@@ -12,9 +12,9 @@ NO_FORWARD_MODE = (
 
 
 NOT_IN_TORCHSCRIPT = (
-    "TorchScript (torch.jit.trace, torch.jit.script) and ONNX cannot hold sparse + low-rank attention; use torch.export "
-    "or torch.compile, or choose exact attention before exporting: support=Full(), attn_implementation='sdpa', or "
-    "report.restore() after replace_attention"
+    "TorchScript (torch.jit.trace, torch.jit.script) and ONNX cannot hold sparse + low-rank attention; use "
+    "torch.export or torch.compile, or choose exact attention before exporting: support=Full(), "
+    "attn_implementation='sdpa', or report.restore() after replace_attention"
 )
 
 

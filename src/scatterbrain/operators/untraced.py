@@ -47,8 +47,8 @@ _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
 class Projection(NamedTuple):
-    """Affine maps of the tokens: ``query_map = query_weight query + query_bias``, keys likewise. Weights (1 or B, heads,
-    r + 1, d), biases without the last dimension."""
+    """Affine maps of the tokens: ``query_map = query_weight query + query_bias``, keys likewise. Weights (1 or B,
+    heads, r + 1, d), biases without the last dimension."""
 
     query_weight: Tensor
     query_bias: Tensor
@@ -109,8 +109,8 @@ def packed_rank(projection: Projection) -> int:
 
 class _Node(torch.autograd.Function):
     """The backward pass that both nodes share: no gradient, no work; below autograd unless a graph of the backward pass
-    or a map over it is asked for. Inputs are the operator's differentiable tensors, then all its arguments as one tuple,
-    since torch takes time over every input."""
+    or a map over it is asked for. Inputs are the operator's differentiable tensors, then all its arguments as one
+    tuple, since torch takes time over every input."""
 
     @classmethod
     def backward(cls, ctx: object, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:

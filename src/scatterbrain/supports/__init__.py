@@ -4,8 +4,8 @@ All of them are one form: queries come in blocks of ``block_q`` that share a lis
 gathered blocks of ``block_k`` consecutive keys. Everything is counted from a row's first token that is not padding.
 Frozen dataclasses, validated on construction, usable from YAML.
 
-An own support is a frozen dataclass derived from :class:`Support` that defines ``kind`` and ``lists``. It works in every
-function and module; :func:`register` lets configuration files and the benchmark find it by its kind.
+An own support is a frozen dataclass derived from :class:`Support` that defines ``kind`` and ``lists``. It works in
+every function and module; :func:`register` lets configuration files and the benchmark find it by its kind.
 """
 
 from scatterbrain.supports.base import (

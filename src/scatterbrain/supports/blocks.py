@@ -117,7 +117,8 @@ class Blocks(Support):
     def check(self, low_rank: LowRankKernel | None, is_causal: bool) -> None:
         if is_causal and self.query_order is not None:
             raise ValueError(
-                "Blocks with a query_order are bidirectional only; use is_causal=False or lists in the order of the queries"
+                "Blocks with a query_order are bidirectional only; use is_causal=False or lists in the order of the "
+                "queries"
             )
 
     def lists(self, call: Call, query_map: Tensor | None, key_map: Tensor | None) -> BlockLists:
@@ -131,8 +132,8 @@ class Blocks(Support):
         padding, is_causal = call.padding, call.is_causal
         if self.index.device != call.query.device:
             raise ValueError(
-                f"Blocks: lists must be on the device of query, {call.query.device}, got {self.index.device}; move index, "
-                "count and query_order there"
+                f"Blocks: lists must be on the device of query, {call.query.device}, got {self.index.device}; move "
+                "index, count and query_order there"
             )
         if self.index.shape[0] != batch or self.index.shape[1] not in (q_heads, kv_heads):
             raise ValueError(

@@ -75,8 +75,8 @@ def read_records(path: Path, last_step: int) -> list[Record]:
             )
         if record["step"] <= last[record["kind"]]:
             raise UnusableRun(
-                f"{path}, line {number}: expected a {record['kind']} record of a step after {last[record['kind']]}, got "
-                f"one of step {record['step']}; remove the line, or start anew in another folder with --output"
+                f"{path}, line {number}: expected a {record['kind']} record of a step after {last[record['kind']]}, "
+                f"got one of step {record['step']}; remove the line, or start anew in another folder with --output"
             )
         last[record["kind"]] = record["step"]
         records.append(record)

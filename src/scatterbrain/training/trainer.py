@@ -111,8 +111,8 @@ class Trainer:
             self.folder.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise UnusableRun(
-                f"output: expected a folder, or a path where one can be made, got {self.folder.path}, where a file is in "
-                "the way; choose another with --output"
+                f"output: expected a folder, or a path where one can be made, got {self.folder.path}, where a file is "
+                "in the way; choose another with --output"
             ) from error
         self._lock = FolderLock(self.folder.path)
         found = checkpoint.exists()

@@ -14,8 +14,8 @@ load, with ``model.set_attn_implementation(name)``, or for single layers with ``
 
 Every attention layer owns a :class:`scatterbrain.ScatterbrainAttention` as its submodule ``scatterbrain``, so
 calibration and learned projections move, copy, save, load and pickle with the model. Choosing another implementation
-takes it out of the state dict; choosing this one again brings it back. A saved model loads under every implementation: a
-layer takes what was saved for it if that is whole and of its low-rank kernel, and else starts anew, which one warning
+takes it out of the state dict; choosing this one again brings it back. A saved model loads under every implementation:
+a layer takes what was saved for it if that is whole and of its low-rank kernel, and else starts anew, which one warning
 says. "scatterbrain:full" has nothing to save. An adapter of peft has to be told of learned projections:
 ``LoraConfig(..., modules_to_save=["scatterbrain"])``.
 

@@ -67,7 +67,7 @@ def attention_forward(
     if core is None and name != PER_LAYER:
         core = _attach(module, name, query, key)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = True if causal and query.shape[2] > 1 else False  # noqa: SIM210  (of symbols bool() may stay a symbol)
+    causal = True if causal and query.shape[2] > 1 else False  # of symbols bool() may stay a symbol
     if attention_mask is None and causal and key.shape[2] > query.shape[2]:
         # The prompt in a static cache: the slots behind it are still empty.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]

@@ -100,8 +100,8 @@ def _out_features(module: nn.Module, names: tuple[str, ...]) -> int | None:
 
 
 class LayerAttention(ScatterbrainAttention):
-    """The ScatterbrainAttention of an attention module of transformers. A class of this package, so that a pickled model
-    imports it, and with it the implementation that the model's configuration names.
+    """The ScatterbrainAttention of an attention module of transformers. A class of this package, so that a pickled
+    model imports it, and with it the implementation that the model's configuration names.
 
     Attributes:
         is_self: whether queries and keys are the same tokens.

@@ -36,8 +36,8 @@ from scatterbrain.nn.masks import is_unreadable, kept_keys_and_offset, once_per_
 from scatterbrain.operators.tracing import is_batched
 
 NEVER = 2**31 - 1  # no query sees the key
-# Families whose code takes a mask of queries times keys apart, by the folders of transformers. They forbid to skip it, as
-# transformers itself does wherever rows may be packed, which is every row in a trace.
+# Families whose code takes a mask of queries times keys apart, by the folders of transformers. They forbid to skip it,
+# as transformers itself does wherever rows may be packed, which is every row in a trace.
 READ_MASKS = (
     "axk2",
     "deepseek_v32",
