@@ -127,6 +127,24 @@ def test_compiled_training_is_compiled_no_more_often_the_more_steps_it_has(low_r
     assert counts[EMA_EVERY] == counts[-1] <= most
 
 
+def test_a_compiled_step_that_updates_statistics_is_compiled_no_more_often_the_more_steps_it_has() -> None:
+    core = sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=sb.Quadratic(4, "ema")).train()
+    other = copy.deepcopy(core)
+
+    def step(module: sb.ScatterbrainAttention, *tokens: torch.Tensor) -> torch.Tensor:
+        out = module(*tokens, is_causal=True)
+        sb.update_statistics(module)
+        return out
+
+    graphs, backend = counting_backend()
+    compiled = torch.compile(step, backend=backend)
+    counts = []
+    for seed in range(2 * EMA_EVERY + 2):
+        assert torch.equal(compiled(core, *qkv(seed=seed)), step(other, *qkv(seed=seed)))
+        counts.append(len(graphs))
+    assert core.steps == len(counts) and counts[EMA_EVERY] == counts[-1] <= 5
+
+
 def test_evaluation_gathers_nothing() -> None:
     core = sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=sb.Quadratic(4, "ema")).eval()
     core(*qkv())

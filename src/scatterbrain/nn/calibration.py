@@ -99,6 +99,8 @@ def _warn_of_few_tokens(model: nn.Module, few: dict[ScatterbrainAttention, tuple
     )
 
 
+# In a compiled training step too: it counts steps and reads buffers, and a graph of that serves a single step.
+@torch.compiler.disable(reason="update_statistics reads and writes what a module remembers; call it outside the graph")
 def update_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Tells every :class:`ScatterbrainAttention` that an optimizer step is over: moving averages are committed (the
     first at once, then every 10 steps, momentum 0.8, detached) and random projections redrawn where ``Favor(redraw=n)``
