@@ -78,10 +78,11 @@ constexpr MapLimits<T> map_limits(LowRank kind) {
 // again from the exponents.
 inline constexpr double kLargestLse = 1 << 20;
 
-// A head's states expand about the weighted mean of up to kCentreSamples keys' coordinates where its squared length is
-// at least this, else about 0 (docs/algorithm.md, section 5).
+// States expand about the weighted mean of some keys' coordinates where its squared length is at least this, else about
+// 0: of kCentreSamples keys, or with a causal edge of the first chunk and every so many keys after it, from where the
+// centre follows the mean if that is as far away (docs/algorithm.md, section 5).
 inline constexpr double kCentreBound = 4;
-inline constexpr int64_t kCentreSamples = kChunk;
+inline constexpr int64_t kCentreSamples = kChunk, kCentreStep = 8;
 
 // Keys held out of a state (docs/algorithm.md, section 5): each with at least kHeldShare of what all keys below it
 // weigh together, as many as the longest list of the call has, within these bounds, and never so many that fewer than
@@ -123,7 +124,10 @@ struct AttentionParams {
   void* kv_state;
   bool uses_kv_state;           // false where every complement is summed key by key
   const int32_t* valid_before;  // (B, slots): keys before segment s that are not ignored
-  const void* centre;  // T (B, Hkv, map_pad) or null: states hold F(y - centre); column r is 0 where a head has none
+  // T (B, Hkv, centre_slots, map_pad), or null where no head has one: states hold F(y - centre). Column r is 1 where it
+  // differs from 0. centre_slots is 1 where the slots of a head share it, else slots.
+  const void* centre;
+  int64_t centre_slots;
 
   // Keys held out of the states, which no list subtracts. All are null where no key of the call is held.
   const int32_t* held;                     // absolute keys, ascending

@@ -1,5 +1,5 @@
-// The point that a head's states expand about (docs/algorithm.md, section 5): the weighted mean of a few keys'
-// coordinates, where it lies so far from 0 that the features' terms would cancel.
+// The points that states expand about (docs/algorithm.md, section 5): weighted means of a few keys' coordinates, where
+// they lie so far from 0 that the features' terms would cancel.
 #pragma once
 #include "../params.h"
 

@@ -10,6 +10,7 @@
 //   kHasSigns                    whether the terms of F(x).F(y) have both signs
 //   expand, chain, log_gradient  F(z), its chain rule, and the derivative by the log scale
 //   centre, uncentre             F(x) to the features that F(z) meets about a centre c of y = c + z, and back
+//   move_centre                  F(z - delta) from F(z)
 // V is what one thread computes with: a scalar, or a vector of tokens. GCC compiles templates for the instruction set
 // that is selected where they stand, so kernels.h, which comes before the selection, does not include this file.
 #pragma once
@@ -91,6 +92,25 @@ struct QuadraticKernel {
     store(rank, dz(rank) + weight * (g(0) + half * T(0.5)));
   }
 
+  // F_to(z - delta) is the sum of factor F_from(z) over the calls of visit(to, from, factor); delta(a) is coordinate a.
+  template <class Delta, class Visit>
+  static SB_HD void move_centre(int64_t rank, const Delta& delta, const Visit& visit) {
+    typedef decltype(delta(0)) T;
+    constexpr T kRoot = T(kRootHalf);
+    visit(0, 0, T(1));
+    int64_t pair = rank + 1;
+    for (int64_t a = 0; a < rank; ++a) {
+      const T da = delta(a);
+      visit(a + 1, a + 1, T(1)), visit(a + 1, 0, -da);
+      visit(pair, pair, T(1)), visit(pair, a + 1, -da), visit(pair, 0, da * da * T(0.5));
+      ++pair;
+      for (int64_t b = a + 1; b < rank; ++b, ++pair) {
+        visit(pair, pair, T(1)), visit(pair, 0, kRoot * da * delta(b));
+        visit(pair, b + 1, -kRoot * da), visit(pair, a + 1, -kRoot * delta(b));
+      }
+    }
+  }
+
   // Sum of dL L over the other side: `sum` is z.dz, `last` the row of dz behind the coordinates.
   template <class V>
   static SB_HD V log_gradient(V sum, V last) {
@@ -147,6 +167,7 @@ struct FeatureKernel {
   static SB_HD auto log_gradient(auto sum, auto) { return sum; }
   // Nothing cancels in a sum of non-negative terms, so that no state needs a centre.
   static SB_HD void centre(int64_t, auto, const auto&, const auto&) {}
+  static SB_HD void move_centre(int64_t, const auto&, const auto&) {}
   template <class V>
   static SB_HD V uncentre(int64_t, V, const auto&, const auto&, const auto&) {
     return V{};

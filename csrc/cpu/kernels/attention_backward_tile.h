@@ -21,7 +21,7 @@ SB_INLINE bool balance_tile(const AttentionParams& p, const QueryTile<E, kLanes>
   SB_EACH (v, NQ) slope[v] = load<T, N>(s.slope + v * N);
   if (any) {
     expand_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.weight, s.F);
-    s.centre = centre_of_head<T>(p, tile.b, tile.kv);
+    s.centre = centre_of_slot<T>(p, tile.b, tile.kv, tile.slot);
     if (s.centre) centre_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.centre, s.alpha, s.F);
     if (p.needs_again) squared_terms<T, kLanes>(p, s.xT, s.centre ? s.alpha : nullptr, state.hz, s.weight, s.squares);
     gemm<T, N, false>(p.features, kLanes, p.value_pad, Strided<T>{state.H, p.value_pad, 1},

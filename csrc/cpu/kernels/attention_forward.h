@@ -35,7 +35,7 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
   any &= !p.sums_by_key;
   if (any) {
     expand_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.weight, s.F);
-    const T* centre = centre_of_head<T>(p, tile.b, tile.kv);
+    const T* centre = centre_of_slot<T>(p, tile.b, tile.kv, tile.slot);
     T alpha[kLanes];
     if (centre) centre_features<T, kLanes>(p.low_rank, p.rank, s.xT, centre, alpha, s.F);
     if (p.needs_again) squared_terms<T, kLanes>(p, s.xT, centre ? alpha : nullptr, state.hz, s.weight, squares);

@@ -18,11 +18,12 @@ SB_INLINE LogScales<T> log_scales(const StridedTensor& rows, int64_t b, int64_t 
   return {rows.at<const T>(b, h, 0), rows.row};
 }
 
-// The centre of a head's states, null where it is 0.
+// The centre of a state, null where it is 0.
 template <class T>
-SB_INLINE const T* centre_of_head(const AttentionParams& p, int64_t b, int64_t kv) {
+SB_INLINE const T* centre_of_slot(const AttentionParams& p, int64_t b, int64_t kv, int64_t slot) {
   if (!p.centre) return nullptr;
-  const T* centre = static_cast<const T*>(p.centre) + (b * p.kv_heads + kv) * p.map_pad;
+  const int64_t row = (b * p.kv_heads + kv) * p.centre_slots + (p.centre_slots > 1 ? slot : 0);
+  const T* centre = static_cast<const T*>(p.centre) + row * p.map_pad;
   return centre[p.rank] == T(0) ? nullptr : centre;
 }
 

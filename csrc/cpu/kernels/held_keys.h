@@ -49,7 +49,8 @@ struct WeighedKeys {
     // In packed rows the log scale stands behind the coordinates and a column of ones.
     const bool packed = p.kappa.data == p.y.at<T>(0, 0, 0) + p.rank + 1;
     transpose_rows<T, L>(y, packed ? p.rank + 2 : p.rank, T(1), z);
-    if (const T* centre = centre_of_head<T>(p, b, kv)) subtract_centre<T, L>(p.rank, centre, z);
+    if (const T* centre = centre_of_slot<T>(p, b, kv, (first - p.rows[b].k_first) / p.segment + 1))
+      subtract_centre<T, L>(p.rank, centre, z);
     for (int i = 0; i < L; ++i)
       kappa[i] = !valid[i] ? T(-1e30) : packed ? z[(p.rank + 1) * L + i] : kappa_of(first + i);
     auto most = load<T, N>(kappa);

@@ -116,7 +116,7 @@ int64_t kv_state_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t
   const RowRange& range = p.rows[b];
   const KVState<T> s = kv_state_slot<T>(p, b * p.kv_heads + h, segment + 1);
   for (int64_t i = 0; i < p.kv_state_size(); ++i) s.H[i] = T(0);
-  const T* centre = centre_of_head<T>(p, b, h);
+  const T* centre = centre_of_slot<T>(p, b, h, segment + 1);
   KeyChunk<E> keys;
   const auto add = [&]() {
     transpose_rows<T, int(kChunk)>(keys.y, p.rank, T(1), z);
@@ -147,6 +147,33 @@ int64_t kv_state_segment(const AttentionParams& p, int64_t b, int64_t h, int64_t
   return arena.used;
 }
 
+// Whether the centre of `slot` differs from that of the slot before.
+template <class T>
+SB_INLINE bool centre_moves(const AttentionParams& p, int64_t b, int64_t kv, int64_t slot) {
+  if (!p.centre || p.centre_slots == 1) return false;
+  const T* here = static_cast<const T*>(p.centre) + ((b * p.kv_heads + kv) * p.slots + slot) * p.map_pad;
+  const T* before = here - p.map_pad;
+  bool moves = false;
+  for (int64_t a = 0; a < p.rank; ++a) moves |= here[a] != before[a];
+  return moves;
+}
+// The rows of a state about the centre of `slot` as sums of factor times rows about that of the slot before.
+template <class T, class Visit>
+SB_INLINE void for_each_moved(const AttentionParams& p, int64_t b, int64_t kv, int64_t slot, const Visit& visit) {
+  const T* here = static_cast<const T*>(p.centre) + ((b * p.kv_heads + kv) * p.slots + slot) * p.map_pad;
+  const auto delta = [&](int64_t a) SB_INLINE_LAMBDA { return here[a] - here[a - p.map_pad]; };
+  visit_low_rank(p.low_rank, [&](auto kernel) SB_INLINE_LAMBDA { kernel.move_centre(p.rank, delta, visit); });
+}
+// Row `to` of a state or its gradient += factor times row `from` of another.
+template <class T>
+SB_INLINE void add_state_row(const AttentionParams& p, const KVState<T>& target, int64_t to, const KVState<T>& source,
+                             int64_t from, T factor) {
+  T* H = target.H + to * p.value_pad;
+  const T* other = source.H + from * p.value_pad;
+  for (int64_t e = 0; e < p.value_pad; ++e) H[e] += other[e] * factor;
+  target.hz[to] += source.hz[from] * factor;
+}
+
 // Turns the segments' own sums into prefix sums, each relative to its own kappa_ref.
 template <class T>
 void kv_state_scan(const AttentionParams& p, int64_t b, int64_t h) {
@@ -156,7 +183,13 @@ void kv_state_scan(const AttentionParams& p, int64_t b, int64_t h) {
   for (int64_t slot = 1; slot < p.slots; ++slot) {
     const KVState<T> before = kv_state_slot<T>(p, row, slot - 1), here = kv_state_slot<T>(p, row, slot);
     const T decay = exp2s<T>(*before.kappa_ref - *here.kappa_ref);
-    for (int64_t i = 0; i < size; ++i) here.H[i] += before.H[i] * decay;
+    if (!centre_moves<T>(p, b, h, slot)) {
+      for (int64_t i = 0; i < size; ++i) here.H[i] += before.H[i] * decay;
+      continue;
+    }
+    for_each_moved<T>(p, b, h, slot, [&](int64_t to, int64_t from, T factor) {
+      add_state_row(p, here, to, before, from, factor * decay);
+    });
   }
 }
 

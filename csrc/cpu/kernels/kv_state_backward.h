@@ -17,8 +17,17 @@ void backward_scan(const AttentionParams& p, int64_t b, int64_t kv) {
     for (int64_t u = 0; u < p.units; ++u) add(first + h, u, u, T(1));
   for (int64_t u = 1; u < p.units && !p.is_causal; ++u) add(first, u, 0, T(1));
   const auto kappa_ref = [&](int64_t slot) { return *kv_state_slot<T>(p, b * p.kv_heads + kv, slot).kappa_ref; };
-  for (int64_t u = p.units - 2; u > 0 && p.is_causal; --u)
-    add(first, u + 1, u, exp2s<T>(kappa_ref(u) - kappa_ref(u + 1)));
+  for (int64_t u = p.units - 2; u > 0 && p.is_causal; --u) {
+    const T decay = exp2s<T>(kappa_ref(u) - kappa_ref(u + 1));
+    if (!centre_moves<T>(p, b, kv, u + 1)) {
+      add(first, u + 1, u, decay);
+      continue;
+    }
+    const KVState<T> later = d_kv_state_slot<T>(p, first, u + 1), here = d_kv_state_slot<T>(p, first, u);
+    for_each_moved<T>(p, b, kv, u + 1, [&](int64_t to, int64_t from, T factor) {
+      add_state_row(p, here, from, later, to, factor * decay);
+    });
+  }
 }
 
 // Adds the state's part to dk and dv of a chunk of keys, and finishes dy and dkappa: writes them, or their product with
@@ -42,7 +51,7 @@ int64_t backward_keys(const AttentionParams& p, int64_t b, int64_t kv, int64_t c
   const int64_t slot = p.is_causal ? chunk + 1 : 0, q_per_kv = p.q_heads / p.kv_heads;
   const KVState<T> d_state = d_kv_state_slot<T>(p, b * p.q_heads + kv * q_per_kv, slot);
   const T kappa_ref = *kv_state_slot<T>(p, b * p.kv_heads + kv, p.is_causal ? slot : p.slots - 1).kappa_ref;
-  const T* centre = p.uses_kv_state ? centre_of_head<T>(p, b, kv) : nullptr;
+  const T* centre = p.uses_kv_state ? centre_of_slot<T>(p, b, kv, slot) : nullptr;
   KeyChunk<E> keys;
   const auto finish = [&]() {
     for (int64_t i = 0; i < (p.map_pad + 1) * L; ++i) dyT[i] = T(0);
