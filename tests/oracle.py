@@ -76,7 +76,7 @@ class Case:
                 defined = sb.reference.fit_statistics(*others, self.low_rank.rank, scale=self.scale)
             elif self.low_rank.statistics == "learned":  # near the start of training
                 r, d = self.low_rank.rank, self.head_dim
-                draw = lambda *shape: torch.randn(*shape, generator=generator) * d**-0.5
+                draw = lambda *shape: torch.randn(*shape, generator=generator) * d**-0.5  # noqa: E731
                 statistics = defined = sb.Projections(
                     draw(self.q_heads, r, d),
                     draw(self.q_heads, d),
@@ -161,9 +161,9 @@ def assert_as_exact(
     got: torch.Tensor, want: torch.Tensor, same_dtype: torch.Tensor, floor: float = 1e-5, message: str = ""
 ) -> None:
     """``got`` errs by at most ``floor`` or twice as much as ``same_dtype``, the same formula in torch in the same
-    dtype: in the mean square over rows. The largest of all rows, which is chance, may be three times as large."""
+    dtype: in the mean square over rows. The largest of all rows, which is chance, may be four times as large."""
     ours, torchs = (row_errors(t, want) for t in (got, same_dtype))
-    for name, measure, times in (("mean", lambda e: float(e.square().mean().sqrt()), 2), ("largest", torch.max, 3)):
+    for name, measure, times in (("mean", lambda e: float(e.square().mean().sqrt()), 2), ("largest", torch.max, 4)):
         error, allowed = float(measure(ours)), max(floor, times * float(measure(torchs)))
         assert error <= allowed, f"{message} {name} error {error:.2e}, allowed {allowed:.2e}"
 

@@ -15,7 +15,8 @@ import scatterbrain as sb
 
 N, D, RANK = 320, 32, 4
 SUPPORTS = supports()
-# How far the mean of key j of n has moved.
+# How far the mean of key j of n has moved. Where keys move at different places they move the one way in even
+# coordinates and the other way in odd ones: their weights in a state stay alike.
 MEANS = {
     "5": lambda j, n: torch.full_like(j, 5.0),
     "30": lambda j, n: torch.full_like(j, 30.0),
@@ -31,7 +32,8 @@ def inputs(mean: str, tokens: int = N) -> tuple[list[Tensor], sb.Statistics]:
     query, key, value = (rand(1, 2, tokens, D, seed=seed) for seed in range(3))
     fitted = sb.fit_statistics(rand(1, 2, 400, D, seed=3) + 0.5, rand(1, 2, 400, D, seed=4), RANK)
     moved = MEANS[mean](torch.arange(tokens, dtype=torch.float32), tokens)
-    return [query + 0.5, key + moved[:, None], value], fitted
+    way = torch.where(torch.arange(D) % 2 == 0, 1.0, 1.0 if moved.unique().numel() == 1 else -1.0)
+    return [query + 0.5, key + moved[:, None] * way, value], fitted
 
 
 def defined(mean: str, dtype: torch.dtype, support: object, is_causal: bool) -> list[Tensor]:
