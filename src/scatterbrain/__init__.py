@@ -4,7 +4,7 @@ from scatterbrain import presets, reference
 from scatterbrain.functional import attention, fit_statistics, route
 from scatterbrain.integrations.dropout import set_attention_dropout
 from scatterbrain.integrations.replace import replace_attention
-from scatterbrain.low_rank import Favor, Projections, Quadratic, RandomFeatures, Statistics
+from scatterbrain.low_rank import Centroid, Clusters, Favor, Projections, Quadratic, RandomFeatures, Statistics
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.calibration import calibrate, update_statistics
 from scatterbrain.nn.multihead import MultiheadAttention
@@ -26,9 +26,11 @@ __all__ = [
     "Blocks",
     "Quadratic",
     "Favor",
+    "Centroid",
     "Statistics",
     "Projections",
     "RandomFeatures",
+    "Clusters",
     "ScatterbrainAttention",
     "calibrate",
     "update_statistics",

@@ -14,6 +14,11 @@ from testkit import rand
 
 import scatterbrain as sb
 
+
+def clusters() -> sb.Clusters:
+    return sb.reference.cluster(*qkv()[:2], 4)
+
+
 # id: (call, error, words that the message holds, in this order)
 CALLS = {
     # kernels, on construction
@@ -27,11 +32,71 @@ CALLS = {
     "odd hyperbolic": (lambda: sb.Favor(7, hyperbolic=True), ValueError, "Favor: hyperbolic.*even number.*7"),
     "centred": (lambda: sb.Favor(centred=True), TypeError, "unexpected keyword argument 'centred'"),
     "redraw 0": (lambda: sb.Favor(redraw=0), ValueError, "Favor: redraw must be at least 1"),
+    "no clusters": (lambda: sb.Centroid(0), ValueError, "Centroid: clusters must be at least 1, got 0"),
+    "more clusters than samples": (lambda: sb.Centroid(257), ValueError, "Centroid: clusters must be at most 256"),
+    "half a cluster": (lambda: sb.Centroid(2.5), TypeError, "Centroid: clusters must be an int, got 2.5"),
     # sizes that the kernels cannot count to
     "features past 32 bits": (lambda: sb.Favor(2**31), ValueError, "Favor: features must be at most 2147483647"),
     "Favor seed past its draws": (lambda: sb.Favor(seed=2**50), ValueError, "Favor: seed must be at most"),
     "redraw past 32 bits": (lambda: sb.Favor(redraw=2**31), ValueError, "Favor: redraw must be at most"),
     "rank past 32 bits": (lambda: sb.Quadratic(2**31), ValueError, "Quadratic: rank must be at most 2147483647"),
+    # clusters
+    "clusters named by 64 bits": (
+        lambda: replace(clusters(), index=clusters().index.long()),
+        TypeError,
+        r"Clusters: index must be an int32 tensor \(B, Hkv, M\), got torch.int64 \(2, 2, 40\); make it by sb.cluster",
+    ),
+    "a cluster that is not there": (
+        lambda: replace(clusters(), index=torch.full_like(clusters().index, 4)),
+        ValueError,
+        "Clusters: index must name clusters 0 to 3, or -1 for padded keys, got 4 to 4",
+    ),
+    "clusters of two numbers of keys": (
+        lambda: replace(clusters(), log_mass=rand(B, KV, N - 1)),
+        ValueError,
+        r"Clusters: log_mass must be of shape \(2, 2, 40\), got \(2, 2, 39\)",
+    ),
+    "clusters of one head without its dimension": (
+        lambda: replace(clusters(), representatives=rand(B, 4, D)),
+        ValueError,
+        r"Clusters: representatives must be \(B, Hkv, clusters, head_dim\), got shape \(2, 4, 8\)",
+    ),
+    "clusters with NaN": (
+        lambda: replace(clusters(), query_mean=torch.full((B, KV, D), math.nan)),
+        ValueError,
+        "Clusters: query_mean must be finite, got NaN or infinity",
+    ),
+    "clusters of no scale": (lambda: replace(clusters(), scale=None), TypeError, "Clusters: scale must be a number"),
+    "clusters for another kernel": (
+        lambda: attend(low_rank=STORED, statistics=clusters()),
+        TypeError,
+        "Quadratic takes statistics=Statistics.*got Clusters",
+    ),
+    "statistics for Centroid": (
+        lambda: attend(low_rank=sb.Centroid(4), statistics=statistics()),
+        TypeError,
+        r"Centroid takes statistics=Clusters \(sb.cluster\) or None, got Statistics",
+    ),
+    "another number of clusters": (
+        lambda: attend(low_rank=sb.Centroid(5), statistics=clusters()),
+        ValueError,
+        "Clusters has 4 clusters, low_rank asks for 5; make them with clusters=5",
+    ),
+    "clusters for another scale": (
+        lambda: attend(low_rank=sb.Centroid(4), statistics=clusters(), scale=0.1),
+        ValueError,
+        "made for scale=0.35.*attention runs with scale=0.1; make them with the same scale",
+    ),
+    "clusters of other keys": (
+        lambda: attend(low_rank=sb.Centroid(4), statistics=sb.reference.cluster(*testkit.qkv(9)[:2], 4)),
+        ValueError,
+        r"Clusters must be those of key, expected index \(2, 2, 40\) and head_dim 8, got \(2, 1, 9\) and 8; make",
+    ),
+    "causal clusters": (
+        lambda: attend(low_rank=sb.Centroid(4), is_causal=True),
+        ValueError,
+        "Centroid clusters the keys of the whole sequence.*would see the future; use low_rank=Quadratic, or is_causal",
+    ),
     # statistics
     "statistics of a NaN scale": (
         lambda: replace(statistics(), scale=math.nan),

@@ -17,7 +17,10 @@ FOLDER = Path(sb.reference.__file__).parent
 PAGES = sorted(FOLDER.rglob("*.py"))
 DATA_CLASSES = {
     "scatterbrain.supports": {"Full", "Empty", "Window", "Routed", "LSH", "Blocks"},
-    "scatterbrain.low_rank": {"Quadratic", "Favor", "Statistics", "Projections", "RandomFeatures"},
+    "scatterbrain.low_rank": {
+        *("Quadratic", "Favor", "Centroid"),
+        *("Statistics", "Projections", "RandomFeatures", "Clusters"),
+    },
 }
 
 
@@ -62,7 +65,8 @@ supports.Window = dataclasses.make_dataclass("Window", ["keys", ("block_q", int,
 low_rank = module("scatterbrain.low_rank", Favor="features orthogonal hyperbolic redraw seed",
                   Statistics="query_projection query_mean key_projection key_mean scale",
                   Projections="query_projection query_bias query_log_scale key_projection key_bias",
-                  RandomFeatures="projection")
+                  RandomFeatures="projection", Centroid="clusters",
+                  Clusters="index representatives log_mass query_mean scale")
 low_rank.Quadratic = dataclasses.make_dataclass("Quadratic", [("rank", int, 9), ("statistics", str, "stored")])
 
 from scatterbrain import reference
@@ -71,6 +75,7 @@ torch.manual_seed(0)
 query, key, value = torch.randn(3, 2, 2, 60, 8)
 mask = torch.rand(2, 60) < 0.2
 stored = reference.fit_statistics(query, key, 3, mask)
+clusters = reference.cluster(query, key, 8, mask)
 drawn = low_rank.RandomFeatures(torch.randn(16, 8))
 lists = supports.Blocks(torch.zeros(2, 2, 4, 1).int(), torch.ones(2, 2, 4).int(), 16, 8, None)
 checked = 0
@@ -78,7 +83,8 @@ for support in (supports.Full(), supports.Empty(), supports.Window(16), supports
                 supports.Routed(24, 1, 8, 8, 0), supports.LSH(16, 2, "e2lsh", 0), lists):
     for kernel, statistics in ((low_rank.Quadratic(3), stored), (low_rank.Quadratic(3, "input"), None),
                                (low_rank.Favor(16, True, False, None, 0), None),
-                               (low_rank.Favor(16, True, False, None, 0), drawn), (None, None)):
+                               (low_rank.Favor(16, True, False, None, 0), drawn), (low_rank.Centroid(8), None),
+                               (low_rank.Centroid(8), clusters), (None, None)):
         out = reference.attention(query, key, value, support, kernel, mask, statistics=statistics)
         assert out.shape == value.shape and out.isfinite().all()
         assert kernel is None or out[~mask[:, None].expand(2, 2, 60)].ne(0).all()
@@ -94,7 +100,7 @@ def test_it_runs_where_nothing_else_of_the_package_exists() -> None:
     program = ALONE.format(folder=str(FOLDER.parent))
     result = run_python("-c", program)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "35\n"
+    assert result.stdout == "49\n"
 
 
 class NoOperators(TorchDispatchMode):
@@ -105,7 +111,9 @@ class NoOperators(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("low_rank", [None, sb.Quadratic(3), sb.Quadratic(3, "input"), sb.Favor(8)], ids=str)
+@pytest.mark.parametrize(
+    "low_rank", [None, sb.Quadratic(3), sb.Quadratic(3, "input"), sb.Favor(8), sb.Centroid(8)], ids=str
+)
 @pytest.mark.parametrize(
     "support",
     [sb.Full(), sb.Empty(), sb.Window(16), sb.Routed(24), sb.Routed(24, 1, 8, 8), sb.LSH(16)],

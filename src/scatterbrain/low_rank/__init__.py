@@ -20,13 +20,14 @@ from scatterbrain.low_rank.base import (
     check_low_rank,
     register,
 )
+from scatterbrain.low_rank.centroid import Centroid, Clusters
 from scatterbrain.low_rank.favor import Favor, RandomFeatures
 from scatterbrain.low_rank.quadratic import Quadratic
 from scatterbrain.low_rank.quadratic_coefficients import Projections, Statistics
 
 LowRank = LowRankKernel | None
 
-for _kernel in (Quadratic, Favor):
+for _kernel in (Quadratic, Favor, Centroid):
     register(_kernel)
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "check_kind_of_coefficients",
     "check_low_rank",
     "register",
+    "Centroid",
+    "Clusters",
     "Favor",
     "Projections",
     "Quadratic",

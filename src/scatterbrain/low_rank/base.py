@@ -231,7 +231,8 @@ def check_kind_of_coefficients(statistics: object) -> None:
     """Raises TypeError for anything but coefficients or None."""
     if statistics is not None and not isinstance(statistics, Coefficients):
         raise TypeError(
-            f"statistics must be Statistics, Projections, RandomFeatures or None, got {type(statistics).__name__}"
+            "statistics must be Statistics, Projections, RandomFeatures, Clusters or None, got "
+            f"{type(statistics).__name__}"
         )
 
 

@@ -9,6 +9,7 @@ statistics), reads their fields and calls no operator. One page per concept:
     routing.py    the lists of Routed
     lsh.py        the clusters of LSH
     low_rank.py   the kernel of the other pairs, and the statistics it is fitted to
+    centroid.py   clusters of keys, and the kernel that they make
     attention.py  weights, normaliser, output
 
 A support or a low-rank kernel of your own is defined without touching the package::
@@ -32,6 +33,7 @@ A kernel that Routed shall choose by also registers its ``coordinates``, from wh
 """
 
 from scatterbrain.reference.attention import attention, mask, visible
+from scatterbrain.reference.centroid import cluster
 from scatterbrain.reference.inputs import Inputs
 from scatterbrain.reference.low_rank import Coordinates, coordinates, fit_statistics, log_kernel
 from scatterbrain.reference.routing import routed_lists
@@ -48,5 +50,6 @@ __all__ = [
     "coordinates",
     "Coordinates",
     "fit_statistics",
+    "cluster",
     "routed_lists",
 ]

@@ -1,0 +1,144 @@
+"""The centroid kernel: clusters of the sequence's own keys, each replaced by one representative key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from scatterbrain.call import Call
+from scatterbrain.fields import check_finite, check_floats, check_int, check_number
+from scatterbrain.low_rank.base import Coefficients, LowRankKernel, check_shapes
+from scatterbrain.operators.tracing import is_readable
+
+MOST_CLUSTERS = 256  # centres are taken from as many sampled keys
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters(Coefficients):
+    """What the centroid kernel runs with, per batch row and key/value head: L_ij = exp(scale q_i.b_c(j) + kappa_j) with
+    kappa_j = a.(k_j - b_c(j)).
+
+    Which cluster a key is in, its share of the representative and ``query_mean`` are constants of the backward pass;
+    the representatives and log masses are functions of the keys, and gradients reach the keys through them.
+
+    Args:
+        index: c, int32 (B, Hkv, M): the cluster of each key; -1 for padded keys.
+        representatives: b (B, Hkv, C, head_dim): the mean key of each cluster, weighted by exp(a.k). Zeros where a
+            cluster has no key.
+        log_mass: kappa (B, Hkv, M); 0 for padded keys.
+        query_mean: a (B, Hkv, head_dim), the mean of ``scale * query`` over the query heads that share the keys.
+        scale: the scale they hold for; another one at use raises.
+
+    Raises:
+        TypeError, ValueError: naming the field, for anything but int32 and floating-point tensors of shapes that fit
+            together and a finite scale.
+    """
+
+    index: Tensor
+    representatives: Tensor
+    log_mass: Tensor
+    query_mean: Tensor
+    scale: float
+
+    def __post_init__(self) -> None:
+        floats = ("representatives", "log_mass", "query_mean")
+        check_floats("Clusters", {name: getattr(self, name) for name in floats})
+        check_number("Clusters", "scale", self.scale)
+        if not isinstance(self.index, Tensor) or self.index.dtype != torch.int32 or self.index.dim() != 3:
+            got = f"{self.index.dtype} {tuple(self.index.shape)}" if isinstance(self.index, Tensor) else self.index
+            raise TypeError(f"Clusters: index must be an int32 tensor (B, Hkv, M), got {got}; make it by sb.cluster")
+        if self.representatives.dim() != 4:
+            raise ValueError(
+                "Clusters: representatives must be (B, Hkv, clusters, head_dim), got shape "
+                f"{tuple(self.representatives.shape)}"
+            )
+        (batch, heads, keys), (*_, count, head_dim) = self.index.shape, self.representatives.shape
+        check_shapes(
+            self, (batch, heads, keys), (batch, heads, count, head_dim), (batch, heads, keys), (batch, heads, head_dim)
+        )
+        for name in floats:
+            check_finite("Clusters", name, getattr(self, name))
+        if is_readable(self.index) and bool(((self.index < -1) | (self.index >= count)).any()):
+            raise ValueError(
+                f"Clusters: index must name clusters 0 to {count - 1}, or -1 for padded keys, got "
+                f"{int(self.index.min())} to {int(self.index.max())}"
+            )
+
+    @property
+    def clusters(self) -> int:
+        return self.representatives.shape[2]
+
+    def to(self, *args: object, **kwargs: object) -> Clusters:
+        """The same on another device or in another dtype, which the index does not take."""
+        floats = {
+            name: getattr(self, name).to(*args, **kwargs) for name in ("representatives", "log_mass", "query_mean")
+        }
+        return replace(self, index=self.index.to(floats["log_mass"].device), **floats)
+
+    def check_geometry(self, call: Call) -> None:
+        """Raises ValueError unless these are clusters of the call's keys and for its scale."""
+        (batch, _, _, d), (_, kv_heads, keys, _), scale = call.query.shape, call.key.shape, call.scale
+        if abs(self.scale - scale) > 1e-6 * max(abs(scale), 1e-6):
+            raise ValueError(
+                f"the clusters were made for scale={self.scale:.6g}, attention runs with scale={scale:.6g}; make them "
+                "with the same scale"
+            )
+        if tuple(self.index.shape) != (batch, kv_heads, keys) or self.representatives.shape[3] != d:
+            raise ValueError(
+                f"statistics=Clusters must be those of key, expected index {(batch, kv_heads, keys)} and head_dim {d}, "
+                f"got {tuple(self.index.shape)} and {self.representatives.shape[3]}; make them by sb.cluster"
+            )
+
+
+@dataclass(frozen=True)
+class Centroid(LowRankKernel):
+    """``exp(scale q.b_c + kappa)``: keys are clustered, each cluster is replaced by one key b_c, and each key keeps its
+    own weight for the mean query, ``kappa_j = a.(k_j - b_c)``. Nothing to calibrate; bidirectional only.
+
+    The rest of a row is then exact attention to a few representative keys, as in clustered attention (Vyas et al.,
+    NeurIPS 2020), which clusters the queries; here the keys are clustered, and a key that is represented counts by its
+    own exponential mass in place of one, so that L_ij = exp(s_ij) for the mean query and wherever the keys of a cluster
+    agree.
+
+    Args:
+        clusters: number of clusters, from 1 to 256, the keys that are sampled for their centres. More cost time and
+            leave less error; 64 costs about what Quadratic(rank=9) does.
+    """
+
+    kind: ClassVar[str] = "centroid"
+    reads_input = True
+
+    clusters: int = 64
+
+    def __post_init__(self) -> None:
+        check_int("Centroid", "clusters", self.clusters, 1, MOST_CLUSTERS)
+
+    def check(self, is_causal: bool) -> None:
+        if is_causal:
+            raise ValueError(
+                "low_rank=Centroid clusters the keys of the whole sequence, so causal attention would see the future; "
+                "use low_rank=Quadratic, or is_causal=False"
+            )
+
+    def check_from_scratch(self) -> None:
+        raise ValueError(
+            "low_rank=Centroid is for bidirectional attention and cannot train a causal model; use Quadratic with "
+            "statistics 'learned' or 'ema'"
+        )
+
+    def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:
+        if coefficients is None:
+            return
+        if not isinstance(coefficients, Clusters):
+            raise TypeError(
+                f"low_rank=Centroid takes statistics=Clusters (sb.cluster) or None, got {type(coefficients).__name__}"
+            )
+        if coefficients.clusters != self.clusters:
+            raise ValueError(
+                f"statistics=Clusters has {coefficients.clusters} clusters, low_rank asks for {self.clusters}; make "
+                f"them with clusters={self.clusters}"
+            )
+        coefficients.check_geometry(call)
