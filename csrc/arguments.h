@@ -87,6 +87,9 @@ using Tensors = std::vector<Tensor>;
   X(Tensor, query) S() X(Tensor, key) S() SB_MAPS(X, S) S() SB_PADDING(X, S) S() X(int64_t, low_rank) S() \
   SB_ROUTE_SETTINGS(X, S)
 
+#define SB_CLUSTER(X, S) \
+  X(Tensor, query) S() X(Tensor, key) S() SB_PADDING(X, S) S() X(int64_t, clusters) S() X(double, scale)
+
 // The arguments of the quadratic operators but the tokens.
 #define SB_QUADRATIC(X, S) \
   SB_PROJECTIONS(X, S) S() SB_LISTS(X, S) S() SB_PADDING(X, S) S() SB_BUDGET(X, S) S() SB_SETTINGS(X, S)
@@ -121,6 +124,10 @@ struct AttentionArguments {
 
 struct RouteArguments {
   SB_ROUTE(SB_FIELD, SB_SEMICOLON);
+};
+
+struct ClusterArguments {
+  SB_CLUSTER(SB_FIELD, SB_SEMICOLON);
 };
 
 // `attention` lacks the tokens, their maps and the lists that are routed.

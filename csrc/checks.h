@@ -3,6 +3,7 @@
 // CPU only, because on another device the host would have to wait for them.
 #pragma once
 #include "error.h"
+#include "math/clustering.h"
 #include "params.h"
 #include "tensor_traits.h"
 
@@ -195,6 +196,22 @@ inline void check_shape(const AttentionShape& s) {
                s.value_dim >= 0 && s.rank >= 0 && s.listed_keys >= 0 && s.block_q >= 1,
            "saved_sizes: expected sizes of at least 0 and block_q of at least 1");
   check_low_rank("saved_sizes", s.low_rank);
+}
+
+// -------------------- clustering
+
+inline void check_cluster(const ClusterArguments& a) {
+  const Tensor &q = a.query, &k = a.key;
+  SB_CHECK(q.dim() == 4 && k.dim() == 4, "cluster: query and key must be (batch, heads, tokens, head_dim)");
+  SB_CHECK(is_floating(q) && q.scalar_type() == k.scalar_type(),
+           "cluster: query and key must share one floating-point dtype");
+  SB_CHECK(k.size(0) == q.size(0) && k.size(3) == q.size(3) && q.size(3) > 0 && k.size(1) > 0 && q.size(1) > 0 &&
+               q.size(1) % k.size(1) == 0,
+           "cluster: shapes of query and key do not fit together");
+  SB_CHECK(a.clusters >= 1 && a.clusters <= kSamples, "cluster: clusters must be from 1 to ", kSamples, ", got ",
+           a.clusters);
+  SB_CHECK(!a.query_offset, "cluster: query_offset is for causal calls, and clusters are not causal; expected None");
+  check_padding("cluster", a);
 }
 
 // -------------------- routing

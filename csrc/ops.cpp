@@ -10,7 +10,7 @@
 namespace sb {
 namespace {
 
-// -------------------- attention, routing, projections
+// -------------------- attention, routing, clustering, projections
 
 Results attention_with_state(SB_ATTENTION(SB_PARAMETER, SB_COMMA)) {
   AttentionArguments a{SB_ATTENTION(SB_VALUE, SB_COMMA)};
@@ -37,6 +37,12 @@ std::tuple<Tensor, Tensor> route(SB_ROUTE(SB_PARAMETER, SB_COMMA)) {
   const RouteArguments a{SB_ROUTE(SB_VALUE, SB_COMMA)};
   check_route(a);
   return launchers(a.query).route(a);
+}
+
+Clusters cluster(SB_CLUSTER(SB_PARAMETER, SB_COMMA)) {
+  const ClusterArguments a{SB_CLUSTER(SB_VALUE, SB_COMMA)};
+  check_cluster(a);
+  return launchers(a.query).cluster(a);
 }
 
 Tensor project(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias) {
@@ -186,7 +192,8 @@ int64_t launchers_address(Device device) { return reinterpret_cast<int64_t>(&lau
 #define SB_IMPLEMENT(name) library.impl(#name, TORCH_BOX(&name))
 
 void implement_operators(torch::stable::detail::StableLibrary& library) {
-  SB_IMPLEMENT(route), SB_IMPLEMENT(project), SB_IMPLEMENT(project_packed), SB_IMPLEMENT(project_backward);
+  SB_IMPLEMENT(route), SB_IMPLEMENT(cluster), SB_IMPLEMENT(project), SB_IMPLEMENT(project_packed),
+      SB_IMPLEMENT(project_backward);
   SB_IMPLEMENT(attention), SB_IMPLEMENT(attention_with_state), SB_IMPLEMENT(attention_backward);
   SB_IMPLEMENT(quadratic_attention), SB_IMPLEMENT(quadratic_attention_with_state);
   SB_IMPLEMENT(prepare), SB_IMPLEMENT(prepared_attention), SB_IMPLEMENT(prepared_attention_with_state);
@@ -208,6 +215,8 @@ STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, library) {
 
 STABLE_TORCH_LIBRARY(scatterbrain, library) {
   library.def("route(" SB_ROUTE(SB_SCHEMA, SB_SCHEMA_COMMA) ") -> (Tensor index, Tensor count)");
+  library.def("cluster(" SB_CLUSTER(
+      SB_SCHEMA, SB_SCHEMA_COMMA) ") -> (Tensor index, Tensor representatives, Tensor log_mass, Tensor query_mean)");
   library.def("project(Tensor tokens, Tensor weight, Tensor? bias) -> Tensor");
   library.def("project_packed(Tensor tokens, Tensor weight, Tensor bias) -> Tensor");
   library.def("project_backward(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor, Tensor, Tensor)");

@@ -162,6 +162,23 @@ struct AttentionParams {
   SB_HD int64_t kv_head(int64_t h) const { return h / (q_heads / kv_heads); }
 };
 
+// Clustering (docs/algorithm.md, section 2). T is float, or double for float64 inputs.
+struct ClusterParams {
+  int64_t batch, q_heads, kv_heads, q_tokens, k_tokens;
+  int64_t head_dim, head_pad;  // d, and d rounded up to kPad
+  int64_t clusters;
+  double scale;
+  StridedTensor q, k;                // T (B, Hq|Hkv, N|M, head_pad)
+  const RowRange* rows;              // (B)
+  const uint8_t *q_mask, *k_mask;    // (B, N|M) or null; nonzero = ignore
+  const int64_t* valid_queries;      // (B): queries of one head that are not ignored
+  const int32_t *samples, *sampled;  // (B, kSamples): keys that directions and centres are taken from; (B): how many
+  int32_t* index;                    // (B, Hkv, M), -1 for ignored keys
+  void* representatives;             // T (B, Hkv, clusters, head_dim)
+  void* log_mass;                    // T (B, Hkv, M), natural logarithms
+  void* query_mean;                  // T (B, Hkv, head_dim)
+};
+
 // Routing (docs/algorithm.md, section 3). Everything is float32; positions count from the row's first valid key.
 struct RouteParams {
   int64_t batch, q_heads, kv_heads, q_tokens, k_tokens;

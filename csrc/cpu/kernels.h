@@ -80,6 +80,18 @@ struct RouteKernels {
   int64_t (*group)(const RouteParams&, int64_t b, int64_t h, int64_t group, const float* panels, void* scratch);
 };
 
+// Clustering, in the order of its stages; `head` is what they hand on for one head, head_bytes of it. Scratch works as
+// above.
+struct ClusterKernels {
+  int64_t (*head_bytes)(const ClusterParams&);
+  int64_t (*queries)(const ClusterParams&, int64_t b, int64_t kv, int64_t segment, void* head, void* scratch);
+  int64_t (*centres)(const ClusterParams&, int64_t b, int64_t kv, void* head, void* scratch, const void* zero_row);
+  int64_t (*keys)(const ClusterParams&, int64_t b, int64_t kv, int64_t segment, void* head, void* scratch,
+                  const void* zero_row);
+  void (*representatives)(const ClusterParams&, int64_t b, int64_t kv, void* head);
+  void (*logs)(const ClusterParams&, int64_t b, int64_t kv, int64_t segment, void* head);
+};
+
 // Rows of bfloat16 and float16, as their bits, to float32 and back; null where the instruction set has no conversion.
 struct HalfConversion {
   void (*widen)(const void* from, int64_t n, float* to) = nullptr;
@@ -92,6 +104,7 @@ struct InstructionSet {
   ProjectKernels<float> project_f32;
   ProjectKernels<double> project_f64;
   RouteKernels route;
+  ClusterKernels cluster_f32, cluster_f64;
   HalfConversion bfloat16, float16;
   const AttentionKernels* bf16 = nullptr;  // where bfloat16 has dot instructions
 };
@@ -112,6 +125,10 @@ const ProjectKernels<T>& project_kernels() {
     return instruction_set().project_f64;
   else
     return instruction_set().project_f32;
+}
+template <class T>
+const ClusterKernels& cluster_kernels() {
+  return sizeof(T) == sizeof(double) ? instruction_set().cluster_f64 : instruction_set().cluster_f32;
 }
 
 }  // namespace sb

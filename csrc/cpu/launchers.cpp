@@ -10,6 +10,7 @@ Launchers table{
     .attention = &attention,
     .attention_backward = &attention_backward,
     .route = &route,
+    .cluster = &cluster,
     .project = &project,
     .project_packed = &project_packed,
     .project_backward = &project_backward,

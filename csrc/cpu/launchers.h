@@ -8,6 +8,7 @@ Results attention(const AttentionArguments&);
 Gradients attention_backward(const AttentionArguments&, const Tensor& out, const Tensor& lse, const Tensor& d_out,
                              const MaybeTensor& d_lse);
 std::tuple<Tensor, Tensor> route(const RouteArguments&);
+Clusters cluster(const ClusterArguments&);
 Tensor project(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);
 Tensor project_packed(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight);

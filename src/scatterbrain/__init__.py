@@ -1,7 +1,7 @@
 """Sparse + low-rank attention: an exact sparse part and a positive low-rank part under one normaliser."""
 
 from scatterbrain import presets, reference
-from scatterbrain.functional import attention, fit_statistics, route
+from scatterbrain.functional import attention, cluster, fit_statistics, route
 from scatterbrain.integrations.dropout import set_attention_dropout
 from scatterbrain.integrations.replace import replace_attention
 from scatterbrain.low_rank import Centroid, Clusters, Favor, Projections, Quadratic, RandomFeatures, Statistics
@@ -16,6 +16,7 @@ __all__ = [
     "attention",
     "fit_statistics",
     "route",
+    "cluster",
     "reference",
     "presets",
     "Full",

@@ -10,6 +10,8 @@ from torch import Tensor
 from scatterbrain import checks, execution, prepared
 from scatterbrain.call import Call
 from scatterbrain.low_rank import (
+    Centroid,
+    Clusters,
     Coefficients,
     LowRank,
     Quadratic,
@@ -18,12 +20,13 @@ from scatterbrain.low_rank import (
     check_kind_of_coefficients,
     check_low_rank,
 )
+from scatterbrain.low_rank.centroid import find_clusters
 from scatterbrain.low_rank.moments import checked_moments
 from scatterbrain.low_rank.quadratic_coefficients import statistics_from_moments
 from scatterbrain.operators.tracing import refuse_jit_trace
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
-from scatterbrain.supports import Blocks, Support, Window
+from scatterbrain.supports import Blocks, Empty, Support, Window
 
 DEFAULT_LOW_RANK = Quadratic(rank=9)
 
@@ -193,6 +196,49 @@ def route(
     with torch.no_grad():
         maps = (None, None) if low_rank is None else low_rank.coordinates(call)
         return Blocks.from_lists(support.lists(call, *maps))
+
+
+def cluster(
+    query: Tensor,
+    key: Tensor,
+    clusters: int = 64,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    query_padding_mask: Tensor | None = None,
+) -> Clusters:
+    """The clusters that :func:`attention` with ``low_rank=Centroid(clusters)`` would make of the keys, for use as its
+    ``statistics=``. Linear in the tokens; no gradient flows through the choice, and gradients reach the keys from where
+    the clusters are used.
+
+    Keys are compared in at most 16 dimensions, near the principal ones of up to 256 keys that are spread evenly over
+    the sequence. Centres are taken from the same keys and moved once to the mean of those nearest to them (one step of
+    Lloyd's algorithm); every key then joins the nearest centre. Equal inputs give equal clusters.
+
+    Args:
+        query: (B, Hq, N, d); key: (B, Hkv, M, d). float32, bfloat16, float16 or float64; any strides. The queries count
+            by their mean alone.
+        clusters: from 1 to 256.
+        key_padding_mask, query_padding_mask, scale: as :func:`attention`.
+
+    Returns:
+        :class:`Clusters`, in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: naming the argument; NaN or infinity among the valid tokens.
+    """
+    checks.check_not_nested(query, key)
+    refuse_jit_trace()
+    if _is_autocast(query):
+        tokens = cast_for_autocast(query, key)
+        with torch.autocast(query.device.type, enabled=False):
+            return cluster(*tokens, clusters, key_padding_mask, scale, query_padding_mask)
+    checks.check_tensors(query, key)
+    checks.check_scale(scale)
+    low_rank = Centroid(clusters)
+    padding = padding_info(query, key, key_padding_mask, query_padding_mask, 0)
+    call = Call(query, key, None, Empty(), low_rank, None, default_scale(query, scale), padding, is_causal=False)
+    found = find_clusters(call, clusters)
+    return Clusters(*vars(found).values())
 
 
 # -------------------- scale and autocast

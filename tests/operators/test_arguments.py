@@ -8,6 +8,7 @@ import torch
 from scatterbrain.operators.arguments import (
     TENSORS,
     AttentionArguments,
+    ClusterArguments,
     ForwardResults,
     KeptResults,
     QuadraticArguments,
@@ -17,7 +18,12 @@ from scatterbrain.padding import PaddingInfo
 from scatterbrain.supports import BlockLists
 
 TOKENS = ("query", "key", "value")
-MADE_FROM = {"attention": AttentionArguments, "quadratic_attention": QuadraticArguments, "route": RouteArguments}
+MADE_FROM = {
+    "attention": AttentionArguments,
+    "quadratic_attention": QuadraticArguments,
+    "route": RouteArguments,
+    "cluster": ClusterArguments,
+}
 OPERATORS = {  # the others that take the same arguments
     "attention_with_state": (AttentionArguments,),
     "attention_backward": (ForwardResults, AttentionArguments, KeptResults),
@@ -64,6 +70,7 @@ def test_lists_and_padding_are_named_as_the_arguments_that_they_become() -> None
     projection, routing = ("query_weight", "query_bias", "key_weight", "key_bias"), ("keys", "window", "sinks")
     assert {*lists, *padding, *own, *projection, *routing} == set(QuadraticArguments._fields)
     assert set(padding) < set(RouteArguments._fields)
+    assert {*padding, "query", "key", "clusters", "scale"} == set(ClusterArguments._fields)
 
 
 def test_every_schema_with_the_arguments_of_attention_is_compared() -> None:

@@ -2,6 +2,7 @@
 #pragma once
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "cluster.h"
 #include "convert.h"
 #include "kv_state.h"
 #include "kv_state_backward.h"
@@ -38,6 +39,11 @@ template <class T>
 constexpr ProjectKernels<T> project_table() {
   return {&project<T>, &project_backward<T>};
 }
+template <class T>
+constexpr ClusterKernels cluster_table() {
+  return {&cluster_head_bytes<T>, &cluster_queries<T>,         &cluster_centres<T>,
+          &cluster_keys<T>,       &cluster_representatives<T>, &cluster_logs<T>};
+}
 constexpr InstructionSet instruction_set_named(const char* name) {
   return {name,
           attention_table<float>(),
@@ -45,6 +51,8 @@ constexpr InstructionSet instruction_set_named(const char* name) {
           project_table<float>(),
           project_table<double>(),
           {&route_keys, &route_group},
+          cluster_table<float>(),
+          cluster_table<double>(),
           convert_bfloat16(),
           convert_float16()};
 }

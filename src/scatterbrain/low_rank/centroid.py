@@ -11,7 +11,10 @@ from torch import Tensor
 from scatterbrain.call import Call
 from scatterbrain.fields import check_finite, check_floats, check_int, check_number
 from scatterbrain.low_rank.base import Coefficients, LowRankKernel, check_shapes
+from scatterbrain.operators.arguments import ClusterArguments
+from scatterbrain.operators.fakes import accumulation_dtype
 from scatterbrain.operators.tracing import is_readable
+from scatterbrain.operators.transformed import project
 
 MOST_CLUSTERS = 256  # centres are taken from as many sampled keys
 
@@ -142,3 +145,44 @@ class Centroid(LowRankKernel):
                 f"them with clusters={self.clusters}"
             )
         coefficients.check_geometry(call)
+
+    def coordinates(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Features exp(scale q.b_c), and of a key one-hot its cluster with log scale kappa."""
+        dtype, (query_mask, key_mask) = accumulation_dtype(call.query.dtype), call.padding[:2]
+        given = find_clusters(call, self.clusters) if call.coefficients is None else call.coefficients
+        given = given.to(device=call.query.device, dtype=dtype)
+        query, key = _without_padding(call.query, query_mask), _without_padding(call.key, key_mask)
+        member = (given.index[..., None] == torch.arange(self.clusters, device=query.device)).to(dtype)
+        representatives, kappa = given.representatives.detach(), given.log_mass.detach()
+        if key.requires_grad:
+            representatives, kappa = _with_gradients(given, member, key)
+        exponent = project(query, representatives * call.scale, None)
+        empty = (member.amax(2) == 0).repeat_interleave(query.shape[1] // key.shape[1], 1)[:, :, None]
+        exponent = exponent.masked_fill(empty, float("-inf"))
+        peak = exponent.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        return torch.cat([torch.exp(exponent - peak), peak], -1), torch.cat([member, kappa[..., None]], -1)
+
+
+def find_clusters(call: Call, clusters: int) -> Clusters:
+    """The clusters of a call's keys: constants."""
+    arguments = ClusterArguments(
+        call.query.detach(), call.key.detach(), **call.padding._asdict(), clusters=clusters, scale=call.scale
+    )
+    return Clusters.unchecked(*torch.ops.scatterbrain.cluster(*arguments), call.scale)
+
+
+def _without_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    return tokens.view_as(tokens) if mask is None else tokens.masked_fill(mask[:, None, :, None], 0)
+
+
+def _with_gradients(given: Clusters, member: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """(representatives, log masses) with the given values, as functions of the keys: b_c = sum_j share_j k_j and
+    kappa_j = a.(k_j - b_c(j)), with constant shares, exp(kappa) over the sum of the cluster's."""
+    kappa, key = given.log_mass.detach(), key.to(member.dtype)
+    top = torch.where(member > 0, kappa[..., None], float("-inf")).amax(2, keepdim=True)
+    weight = torch.where(member > 0, torch.exp(kappa[..., None] - top), 0)
+    share = weight / weight.double().sum(2, keepdim=True).clamp_min(1).to(weight.dtype)
+    moved = share.transpose(-1, -2) @ (key - key.detach())
+    a = given.query_mean.detach()[..., None, :]
+    mass = project(key, a, None) - member @ (moved * a).sum(-1, keepdim=True)
+    return given.representatives.detach() + moved, kappa + (mass - mass.detach()).squeeze(-1)

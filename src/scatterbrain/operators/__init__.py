@@ -5,6 +5,7 @@ and coordinates, and everything that chooses what is read happens before them.
                                        of the low-rank kernel and the scores of listed keys, which the backward pass
                                        then need not compute again (empty where keeping them is not worth their memory)
 ``route``                              lists from the content
+``cluster``                            clusters of the keys, for the centroid kernel
 ``project``, ``project_packed``        coordinates from tokens, as a map or as rows that kernels read in place
 ``quadratic_attention``                projects, routes if ``keys`` > 0, and attends in one call
 ``prepare``                            keeps all arguments of ``quadratic_attention`` but the tokens and returns a
@@ -20,6 +21,6 @@ leaves out.
 
 # Loads the operators and registers what torch needs to know of them.
 from scatterbrain.operators import fakes, flops, gradients, library, packed, untraced, vmap  # noqa: F401
-from scatterbrain.operators.arguments import AttentionArguments, QuadraticArguments, RouteArguments
+from scatterbrain.operators.arguments import AttentionArguments, ClusterArguments, QuadraticArguments, RouteArguments
 
-__all__ = ["AttentionArguments", "QuadraticArguments", "RouteArguments"]
+__all__ = ["AttentionArguments", "ClusterArguments", "QuadraticArguments", "RouteArguments"]

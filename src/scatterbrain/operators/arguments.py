@@ -18,6 +18,7 @@ Shapes and dtypes. B batch rows, Hq query heads, Hkv key/value heads, N queries,
     query_weight, key_weight (1 or B, heads,
       r + 1, d), biases without the last      projections ``map = weight token + bias``
     low_rank                                  0 none, 1 quadratic, 2 general features
+    clusters                                  of Centroid
     keys, window, sinks                       of Routed; keys = 0: the operator does not route
     packed_rank                               r > 0: the maps are rows of ``project_packed``, which kernels read in
                                               place
@@ -51,6 +52,7 @@ def _arguments(name: str, operator: str) -> type[NamedTuple]:
 AttentionArguments = _arguments("AttentionArguments", "attention")  # and attention_with_state
 QuadraticArguments = _arguments("QuadraticArguments", "quadratic_attention")  # and .._with_state, prepare
 RouteArguments = _arguments("RouteArguments", "route")
+ClusterArguments = _arguments("ClusterArguments", "cluster")
 
 
 class ForwardResults(NamedTuple):

@@ -8,6 +8,7 @@ from torch import Tensor
 from scatterbrain.operators import library  # noqa: F401  (loads the operators)
 from scatterbrain.operators.arguments import (
     AttentionArguments,
+    ClusterArguments,
     QuadraticArguments,
     RouteArguments,
     after_projection,
@@ -142,4 +143,18 @@ def _(*arguments: object) -> tuple[Tensor, Tensor]:
     shape = (a.query.shape[0], a.query.shape[1], (a.query.shape[2] + a.block_q - 1) // a.block_q)
     return a.query.new_empty((*shape, list_capacity(a, a.key.shape[2])), dtype=torch.int32), a.query.new_empty(
         shape, dtype=torch.int32
+    )
+
+
+@torch.library.register_fake("scatterbrain::cluster")
+def _(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = ClusterArguments(*arguments)
+    _check_devices("cluster", **a._asdict())
+    batch, heads, keys, d = a.key.shape
+    dtype = accumulation_dtype(a.key.dtype)
+    return (
+        a.key.new_empty((batch, heads, keys), dtype=torch.int32),
+        a.key.new_empty((batch, heads, a.clusters, d), dtype=dtype),
+        a.key.new_empty((batch, heads, keys), dtype=dtype),
+        a.key.new_empty((batch, heads, d), dtype=dtype),
     )

@@ -56,6 +56,7 @@ def _batched(name: str, shared: tuple[str, ...] = ()) -> Rule:
 BATCHED["attention"] = _batched("attention", shared=("span",))
 BATCHED["attention_backward"] = _batched("attention_backward", shared=("span",))
 BATCHED["route"] = _batched("route")
+BATCHED["cluster"] = _batched("cluster")
 
 
 def _project(

@@ -18,7 +18,7 @@ from scatterbrain.reference.low_rank import Coordinates, coordinates, log_kernel
 
 SAMPLES = 256  # keys that directions and centres are taken from
 DIRECTIONS = 16  # dimensions in which keys are near or far
-VANISHING = 1e-6  # a column with no more than this share of its length off the others adds no direction
+VANISHING = 1e-5  # a column with no more than this share of its length off the others adds no direction
 
 
 def cluster(

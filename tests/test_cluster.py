@@ -1,0 +1,290 @@
+"""Clusters of keys: the operator against the definition, padding, determinism, layouts, and attention that runs with
+them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from operator_cases import DTYPES, MASK, WITHOUT_GRADIENT
+from testkit import LAYOUTS, B, H, N, assert_same_bits, leaves, padding, qkv, rand
+from torch import Tensor
+
+import scatterbrain as sb
+from scatterbrain.operators.arguments import ClusterArguments
+
+
+def fields(found: sb.Clusters) -> list[Tensor]:
+    return [found.index, found.representatives, found.log_mass, found.query_mean]
+
+
+def distances(key: Tensor, of: sb.Clusters) -> Tensor:
+    """The sum of the squared distances of keys to the mean of their cluster."""
+    one_hot = (
+        torch.nn.functional.one_hot(of.index.clamp_min(0).long(), of.clusters).to(key) * (of.index >= 0)[..., None]
+    )
+    mean = one_hot.mT @ key / one_hot.sum(2).clamp_min(1)[..., None]
+    return (one_hot @ mean - key).square().sum(-1).where(of.index >= 0, 0).sum(-1)
+
+
+# -------------------- the definition
+
+SIZES = {  # queries, keys, head_dim, heads, key/value heads, clusters
+    "few": (37, 40, 8, 4, 2, 5),
+    "one key": (3, 1, 8, 1, 1, 4),
+    "two keys": (1, 2, 16, 2, 2, 2),
+    "fewer keys than clusters": (9, 20, 24, 2, 1, 64),
+    "as many samples as keys": (64, 256, 64, 2, 2, 64),
+    "one key more": (64, 257, 64, 2, 2, 64),
+    "segments": (1100, 1030, 32, 2, 1, 33),
+    "narrow": (50, 90, 3, 2, 2, 16),
+    "one dimension": (50, 90, 1, 1, 1, 7),
+    "odd width": (40, 300, 65, 1, 1, 48),
+    "wide": (40, 300, 256, 1, 1, 48),
+    "one cluster": (40, 300, 16, 1, 1, 1),
+    "most clusters": (40, 700, 16, 1, 1, 256),
+    "no queries": (0, 40, 8, 1, 1, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SIZES)
+def test_clusters_are_those_of_the_definition(name: str, dtype: torch.dtype) -> None:
+    """Of normal tokens, no two centres of which are equally near within rounding."""
+    queries, keys, d, heads, kv_heads, clusters = SIZES[name]
+    query, key, _ = qkv(queries, keys, heads=heads, kv_heads=kv_heads, head_dim=d, dtype=dtype)
+    found, want = (cluster(query, key, clusters, scale=0.3) for cluster in (sb.cluster, sb.reference.cluster))
+    assert found.index.dtype == torch.int32 and found.scale == want.scale == 0.3
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    assert all(t.dtype == precision for t in fields(found)[1:])
+    assert torch.equal(found.index, want.index)
+    tolerance = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-5, atol=2e-6)
+    for mine, theirs in zip(fields(found)[1:], fields(want)[1:], strict=True):
+        assert torch.allclose(mine.double(), theirs, **tolerance)
+
+
+@pytest.mark.parametrize("pattern", ["left", "right", "both", "holes", "everything", "all but one"])
+@pytest.mark.parametrize("keys", [44, 1100])
+def test_padded_rows_are_clustered_as_the_definition(pattern: str, keys: int) -> None:
+    query, key, _ = qkv(40, keys, heads=4, kv_heads=2)
+    mask = torch.zeros(B, keys, dtype=torch.bool)
+    mask[1, : keys // 5] = pattern in ("left", "both")
+    mask[1, -(keys // 4) :] = pattern in ("right", "both")
+    if pattern == "holes":
+        mask = torch.rand(B, keys, generator=torch.Generator().manual_seed(1)) < 0.4
+    if pattern.startswith("all") or pattern == "everything":
+        mask[1] = True
+        mask[1, keys // 2] = pattern == "everything"
+    of_query = torch.rand(B, 40, generator=torch.Generator().manual_seed(2)) < 0.4
+    found, want = (f(query, key, 6, mask, None, of_query) for f in (sb.cluster, sb.reference.cluster))
+    assert torch.equal(found.index, want.index) and found.index[:, 0][mask].eq(-1).all()
+    for mine, theirs in zip(fields(found)[1:], fields(want)[1:], strict=True):
+        assert torch.allclose(mine.double(), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_keys_are_in_one_cluster_and_ties_go_to_the_lowest() -> None:
+    key = rand(1, 1, 4, 8)[:, :, torch.arange(600) % 4]
+    found = sb.cluster(rand(1, 1, 9, 8, seed=1), key, 16)
+    of_kind = found.index[0, 0].view(-1, 4)
+    assert of_kind.eq(of_kind[0]).all() and len(of_kind[0].unique()) == 4
+    same = sb.cluster(rand(1, 1, 9, 8), torch.ones(1, 1, 600, 8), 16)
+    assert same.index.eq(same.index[0, 0, 0]).all()
+
+
+def test_extreme_keys_stay_in_range() -> None:
+    """Overflowing, infinite and undefined scores name some cluster; sb.cluster refuses what has no mean."""
+    query, key, _ = qkv(40, 90)
+    for factor in (1e-30, 1e15, 1e25):
+        found = sb.cluster(query, factor * key, 8)
+        assert found.index.ge(0).all() and found.index.lt(8).all() and found.representatives.isfinite().all()
+    for value in (math.nan, math.inf):
+        spoilt = key.clone()
+        spoilt[0, 0, 3] = value
+        index, *_ = torch.ops.scatterbrain.cluster(query, spoilt, None, None, None, None, None, 8, 0.3)
+        assert index.ge(0).all() and index.lt(8).all()
+        with pytest.raises(ValueError, match="Clusters: .* must be finite, got NaN or infinity"):
+            sb.cluster(query, spoilt, 8)
+
+
+def test_a_common_vector_leaves_clusters_as_they_are() -> None:
+    query, key, _ = qkv(60, 300, heads=2, kv_heads=2)
+    found, moved = sb.cluster(query, key, 16), sb.cluster(query, key + 10 * rand(8, seed=3), 16)
+    assert (found.index == moved.index).float().mean() > 0.99
+    assert torch.allclose(distances(key, found), distances(key, moved), rtol=1e-2)
+
+
+# -------------------- bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+    query, key, _ = qkv(1500, 2100, heads=4, kv_heads=2, head_dim=24, dtype=dtype)
+    mask = torch.rand(B, 2100, generator=torch.Generator().manual_seed(1)) < 0.2
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(fields(sb.cluster(query, key, 40, mask)))
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize("left, right", [(0, 7), (5, 0), (33, 600)])
+@pytest.mark.parametrize("fill", [math.nan, math.inf, 1e4])
+def test_padding_changes_no_bit(left: int, right: int, fill: float) -> None:
+    """Neither what padded tokens hold nor how many there are, with holes in the row too."""
+    query, key, _ = qkv(700, heads=2, kv_heads=1)
+    holes = torch.rand(B, 700, generator=torch.Generator().manual_seed(4)) < 0.3
+    holes[:, [0, -1]] = False
+    want = sb.cluster(query, key, 12, holes)
+    mask = torch.nn.functional.pad(holes, (left, right), value=True)
+    padded = [torch.nn.functional.pad(t, (0, 0, left, right)) for t in (query, key)]
+    padded = [t.masked_fill(mask[:, None, :, None], fill) for t in padded]
+    found = sb.cluster(*padded, 12, mask)
+    inside = slice(left, left + 700)
+    moved = replace(found, index=found.index[..., inside], log_mass=found.log_mass[..., inside])
+    assert_same_bits(fields(moved), fields(want))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_changes_no_bit(layout: str) -> None:
+    tokens = qkv(300, heads=4, kv_heads=2, head_dim=24)[:2]
+    want = sb.cluster(*tokens, 12)
+    assert_same_bits(fields(sb.cluster(*(LAYOUTS[layout](t) for t in tokens), 12)), fields(want))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_clustered_as_their_float_copies(dtype: torch.dtype) -> None:
+    tokens = qkv(300, heads=4, kv_heads=2, head_dim=24, dtype=dtype)[:2]
+    assert_same_bits(fields(sb.cluster(*tokens, 12)), fields(sb.cluster(*(t.float() for t in tokens), 12)))
+
+
+def test_rows_and_heads_do_not_depend_on_each_other() -> None:
+    query, key, _ = qkv(300, heads=4, kv_heads=2)
+    whole = sb.cluster(query, key, 12)
+    for b in range(B):
+        for h in range(2):
+            alone = sb.cluster(query[b : b + 1, 2 * h : 2 * h + 2], key[b : b + 1, h : h + 1], 12)
+            assert_same_bits([t[0, 0] for t in fields(alone)], [t[b, h] for t in fields(whole)])
+
+
+# -------------------- as an operator
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype: torch.dtype) -> None:
+    query, key, _ = qkv(dtype=dtype)
+    ranges = torch.tensor([[0, N], [0, N - 9]], dtype=torch.int32)
+    arguments = ClusterArguments(query, key, MASK, MASK.clone(), ranges, ranges.clone(), None, clusters=5, scale=0.3)
+    torch.library.opcheck(torch.ops.scatterbrain.cluster.default, arguments, test_utils=WITHOUT_GRADIENT)
+
+
+def test_vmap_is_a_loop() -> None:
+    query, key = rand(3, B, H, N, 8), rand(3, B, 1, N, 8, seed=1)
+    operator = torch.ops.scatterbrain.cluster
+    mapped = torch.func.vmap(lambda q, k: operator(q, k, None, None, None, None, None, 5, 0.3))(query, key)
+    for i in range(3):
+        assert_same_bits([t[i] for t in mapped], operator(query[i], key[i], None, None, None, None, None, 5, 0.3))
+
+
+def test_the_operator_refuses_what_does_not_fit() -> None:
+    query, key, _ = qkv()
+    operator = torch.ops.scatterbrain.cluster
+    plain = [None] * 5
+    with pytest.raises(RuntimeError, match="clusters must be from 1 to 256, got 0"):
+        operator(query, key, *plain, 0, 0.3)
+    with pytest.raises(RuntimeError, match="share one floating-point dtype"):
+        operator(query, key.double(), *plain, 4, 0.3)
+    with pytest.raises(RuntimeError, match="shapes of query and key"):
+        operator(query, key[..., :7], *plain, 4, 0.3)
+    with pytest.raises(RuntimeError, match="query_offset is for causal calls"):
+        operator(query, key, *plain[:4], torch.zeros(B, dtype=torch.int32), 4, 0.3)
+
+
+def test_the_function_refuses_what_does_not_fit() -> None:
+    query, key, _ = qkv()
+    with pytest.raises(ValueError, match="Centroid: clusters must be at most 256"):
+        sb.cluster(query, key, 300)
+    with pytest.raises(TypeError, match="scale must be a number"):
+        sb.cluster(query, key, scale="a")
+    with pytest.raises(ValueError, match="key must have the head_dim of query"):
+        sb.cluster(query, key[..., :7])
+    with pytest.raises(TypeError, match="key_padding_mask must be a bool tensor"):
+        sb.cluster(query, key, 4, torch.zeros(B, N))
+
+
+# -------------------- attention
+
+SUPPORTS = [sb.Empty(), sb.Window(16), sb.Window(24, sinks=4), sb.LSH(16)]
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_attention_and_its_gradients_are_those_of_the_definition(support: object, dtype: torch.dtype) -> None:
+    query, key, value = qkv(70, 90, heads=4, kv_heads=2, value_dim=12, dtype=dtype)
+    mask = torch.rand(B, 90, generator=torch.Generator().manual_seed(4)) < 0.2
+    found = sb.cluster(query, key, 9, mask)
+    d_out = rand(B, 4, 70, 12, seed=7, dtype=torch.float64)
+    results = []
+    for attend in (sb.attention, sb.reference.attention):
+        tokens = leaves((query, key, value))
+        out = attend(*tokens, support, sb.Centroid(9), mask, statistics=found)
+        results.append([out, *torch.autograd.grad((out * d_out).sum(), tokens)])
+    for mine, theirs in zip(*results, strict=True):
+        error = float((mine.double() - theirs).detach().norm() / theirs.detach().norm())
+        assert error < (1e-10 if dtype == torch.float64 else 3e-6)
+
+
+@pytest.mark.parametrize("block_q", [8, 16, 32])
+def test_routed_attention_runs_with_its_own_clusters(block_q: int) -> None:
+    query, key, value = qkv(200, heads=2, kv_heads=2)
+    found = sb.cluster(query, key, 16)
+    low_rank, support = sb.Centroid(16), sb.Routed(48, block_q=block_q)
+    out = sb.attention(query, key, value, support, low_rank)
+    assert torch.equal(out, sb.attention(query, key, value, support, low_rank, statistics=found))
+    lists = sb.route(query, key, support, low_rank)
+    assert torch.equal(out, sb.attention(query, key, value, lists, low_rank, statistics=found))
+    want = sb.reference.attention(query, key, value, lists, low_rank, statistics=found)
+    assert torch.allclose(out.double(), want, atol=1e-5)
+
+
+def test_modules_and_drop_ins_need_no_calibration() -> None:
+    tokens = qkv(60, heads=2, kv_heads=2)
+    core = sb.ScatterbrainAttention(2, 8, support=sb.Window(8), low_rank=sb.Centroid(6))
+    assert not list(core.buffers()) and not list(core.parameters())
+    want = sb.reference.attention(*tokens, sb.Window(8), sb.Centroid(6))
+    assert torch.allclose(core(*tokens).double(), want, atol=1e-5)
+    model = torch.nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True).eval()
+    sb.replace_attention(model, sb.Window(8), sb.Centroid(6))
+    x = rand(B, 40, 16)
+    out = model(x, src_key_padding_mask=padding(40, (0, 9)))
+    assert out.isfinite().all()
+    with pytest.raises(ValueError, match="Centroid clusters the keys of the whole sequence.*use low_rank=Quadratic"):
+        core(*tokens, is_causal=True)
+
+
+def test_autocast_and_half_types_cluster_in_float32() -> None:
+    tokens = qkv(60, heads=2, kv_heads=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, found = sb.attention(*tokens, sb.Window(8), sb.Centroid(6)), sb.cluster(*tokens[:2], 6)
+    halves = [t.bfloat16() for t in tokens]
+    assert torch.equal(out, sb.attention(*halves, sb.Window(8), sb.Centroid(6))) and out.dtype == torch.bfloat16
+    assert_same_bits(fields(found), fields(sb.cluster(*halves[:2], 6)))
+
+
+def test_a_graph_holds_clusters_and_attention_for_any_length() -> None:
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return sb.attention(query, key, value, sb.Window(8), sb.Centroid(6))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (40, 57):
+        tokens, other = leaves(qkv(n)), leaves(qkv(n))
+        mine, theirs = compiled(*tokens), step(*other)
+        assert torch.allclose(mine, theirs, atol=1e-6)
+        for a, b in zip(torch.autograd.grad(mine.sum(), tokens), torch.autograd.grad(theirs.sum(), other), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
