@@ -25,7 +25,12 @@ FLOORS = {torch.float32: 1e-5, torch.float64: 1e-10}
 SHARES = {torch.float64: 1e-14}
 ORDERS = 4  # of the head's dimensions, in which torch's own error is measured
 NAMES = ("q", "k", "v")
-WITHOUT_DIMENSION = ("query_log_scale", "scale")  # fields of coefficients that have no dimension of the head
+WITHOUT_DIMENSION = (
+    "query_log_scale",
+    "index",
+    "log_mass",
+    "scale",
+)  # fields of coefficients that have no dimension of the head
 
 
 class Checked:

@@ -136,7 +136,7 @@ class DrawnCall:
             key_padding_mask=key_mask,
             is_causal=self.is_causal,
             scale=self.scale,
-            statistics=self._statistics(low_rank),
+            statistics=self._statistics(low_rank, key_mask, query_mask),
             query_padding_mask=query_mask,
             query_offset=offset,
         )
@@ -166,8 +166,12 @@ class DrawnCall:
             mask[:, self.seed % tokens] = False
         return mask
 
-    def _statistics(self, low_rank: object) -> object:
-        """Fitted to other tokens of ordinary size, or drawn near the start of training."""
+    def _statistics(self, low_rank: object, key_mask: Tensor | None, query_mask: Tensor | None) -> object:
+        """Fitted to other tokens of ordinary size, or drawn near the start of training; clusters of the call's own keys,
+        fixed since which of two centres is nearer may be rounding."""
+        if isinstance(low_rank, sb.Centroid):
+            query, key, _ = (t.to(self.precision) for t in self.tokens())
+            return sb.reference.cluster(query, key, low_rank.clusters, key_mask, self.scale, query_mask)
         kind, stream = getattr(low_rank, "statistics", None), 10 * self.seed + 5
         if kind in ("stored", "ema"):
             others = [
@@ -268,14 +272,16 @@ def _supports(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def _low_ranks(draw: st.DrawFn, head_dim: int, is_causal: bool) -> dict[str, Any] | None:
-    kind = draw(st.sampled_from((None, "stored", "learned", "favor", "ema", "input")))
+    kind = draw(st.sampled_from((None, "stored", "learned", "favor", "ema", "input", "centroid")))
     if kind is None:
         return None
     if kind == "favor":
         hyperbolic, features = draw(st.booleans()), draw(st.integers(1, 65))
         features *= 2 if hyperbolic else 1
         return dict(kind="favor", features=features, hyperbolic=hyperbolic, orthogonal=draw(st.booleans()))
-    if kind == "input" and is_causal:
+    if kind == "centroid" and not is_causal:
+        return dict(kind="centroid", clusters=draw(st.integers(1, 70)))
+    if kind in ("input", "centroid") and is_causal:
         kind = "stored"
     return dict(kind="quadratic", rank=draw(st.integers(1, min(head_dim, 20))), statistics=kind)
 

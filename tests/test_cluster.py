@@ -46,6 +46,7 @@ SIZES = {  # queries, keys, head_dim, heads, key/value heads, clusters
     "one cluster": (40, 300, 16, 1, 1, 1),
     "most clusters": (40, 700, 16, 1, 1, 256),
     "no queries": (0, 40, 8, 1, 1, 4),
+    "no keys": (40, 0, 8, 2, 1, 4),
 }
 
 

@@ -86,10 +86,9 @@ Clusters run(const ClusterArguments& a) {
             kernel.centres(p, b, kv, head, scratch, zero_row.data());
           });
     timed.emplace("clustering, keys");
-    stage(k_segments, kernel.keys(p, 0, 0, 0, nullptr, nullptr, nullptr),
-          [&](int64_t b, int64_t kv, int64_t segment, void* head, void* scratch) {
-            kernel.keys(p, b, kv, segment, head, scratch, zero_row.data());
-          });
+    stage(k_segments, 0, [&](int64_t b, int64_t kv, int64_t segment, void* head, void*) {
+      kernel.keys(p, b, kv, segment, head, zero_row.data());
+    });
     stage(k_segments > 0, 0,
           [&](int64_t b, int64_t kv, int64_t, void* head, void*) { kernel.representatives(p, b, kv, head); });
     stage(k_segments, 0,

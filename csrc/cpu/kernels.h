@@ -86,8 +86,7 @@ struct ClusterKernels {
   int64_t (*head_bytes)(const ClusterParams&);
   int64_t (*queries)(const ClusterParams&, int64_t b, int64_t kv, int64_t segment, void* head, void* scratch);
   int64_t (*centres)(const ClusterParams&, int64_t b, int64_t kv, void* head, void* scratch, const void* zero_row);
-  int64_t (*keys)(const ClusterParams&, int64_t b, int64_t kv, int64_t segment, void* head, void* scratch,
-                  const void* zero_row);
+  void (*keys)(const ClusterParams&, int64_t b, int64_t kv, int64_t segment, void* head, const void* zero_row);
   void (*representatives)(const ClusterParams&, int64_t b, int64_t kv, void* head);
   void (*logs)(const ClusterParams&, int64_t b, int64_t kv, int64_t segment, void* head);
 };

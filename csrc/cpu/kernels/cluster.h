@@ -9,16 +9,17 @@
 
 namespace sb::SB_ISA {
 
-constexpr int kClusterLanes = 32;        // keys whose nearest centre is found together
-constexpr int kCentreRows = 16;          // centres that they are compared with together
-constexpr int kZRows = kDirections + 1;  // rows of z: coordinates of keys, and ones
+constexpr int kClusterLanes = 32;               // keys whose nearest centre is found together
+constexpr int kCentreRows = 16;                 // centres that they are compared with together
+constexpr int kCentreLength = kDirections + 1;  // elements of a centre: coordinates, and minus half of its square
 
 // What the stages of one head hand on.
 template <class T>
 struct ClusterHead {
   T *query_sums, *query_mean;  // (query segments, head_pad); a (head_pad)
   T *directions, *offset;      // W (head_dim, kDirections), a direction per column; -W times the samples' mean
-  T* centres;  // (centre_rows / kCentreRows, kZRows, kCentreRows): columns of a centre and minus half of its square
+  T* centres;  // (centre_rows / kCentreRows, kCentreLength, kCentreRows): columns of a centre and minus half of its
+               // square
   T *sums, *top, *mass;  // of segments of keys: (segments, clusters, head_pad), (segments, clusters) twice
   T* dots;               // a.b (clusters)
   int64_t segments, centre_rows, bytes;
@@ -28,7 +29,7 @@ struct ClusterHead {
     Arena arena{static_cast<char*>(memory), 0};
     query_sums = arena.take<T>(ceil_div(p.q_tokens, kSegment) * p.head_pad), query_mean = arena.take<T>(p.head_pad);
     directions = arena.take<T>(p.head_pad * kDirections), offset = arena.take<T>(kDirections);
-    centres = arena.take<T>(centre_rows * kZRows);
+    centres = arena.take<T>(centre_rows * kCentreLength);
     sums = arena.take<T>(segments * p.clusters * p.head_pad);
     top = arena.take<T>(segments * p.clusters), mass = arena.take<T>(segments * p.clusters);
     dots = arena.take<T>(p.clusters);
@@ -115,30 +116,32 @@ inline void orthonormalise(int64_t width, double* w) {
   }
 }
 
-// z (kZRows, kClusterLanes) of keys [coordinate][lane]: W (k - mean), and ones.
+// z (kClusterLanes, kDirections) of as many keys: W (k - mean).
 template <class T>
-SB_INLINE void centred_coordinates(const ClusterParams& p, const ClusterHead<T>& head, const T* keys, T* z) {
+void centred_coordinates(const ClusterParams& p, const ClusterHead<T>& head, const T* const* keys, T* z) {
   constexpr int N = kWidth<T>;
-  for (int row = 0; row < kZRows; ++row) {
-    const auto start = splat<T, N>(row < kDirections ? head.offset[row] : T(1));
-    for (int lane = 0; lane < kClusterLanes; lane += N) store<T, N>(z + row * kClusterLanes + lane, start);
-  }
-  gemm<T, N, true>(kDirections, kClusterLanes, p.head_dim, SixteenRows<T>{head.directions},
-                   DenseRows<const T>{keys, kClusterLanes}, DenseRows<T>{z, kClusterLanes});
+  for (int i = 0; i < kClusterLanes * kDirections; i += N)
+    store<T, N>(z + i, load<T, N>(head.offset + i % kDirections));
+  gemm<T, N, true>(kClusterLanes, kDirections, p.head_dim, AcrossSteps<T, PointedRows<const T>>{{keys}},
+                   DenseRows<const T>{head.directions, kDirections}, DenseRows<T>{z, kDirections});
 }
 
 // nearest[lane]: the centre of the largest z.centre - |centre|^2 / 2, the lowest of equals.
 template <class T>
-SB_INLINE void nearest_centres(const ClusterHead<T>& head, const T* z, int32_t* nearest) {
+void nearest_centres(const ClusterHead<T>& head, const T* z, int32_t* nearest) {
   constexpr int N = kWidth<T>, NV = kClusterLanes / N;
   typedef decltype(Vector<T, N>{} < Vector<T, N>{}) I;
-  T score[kCentreRows * kClusterLanes];
-  T best[kClusterLanes];
-  alignas(64) T at[kClusterLanes];  // the bits of integers
-  SB_EACH (v, NV) store<T, N>(best + v * N, splat<T, N>(-__builtin_inff())), store<T, N>(at + v * N, Vector<T, N>{});
+  alignas(64) T lanes[kCentreLength * kClusterLanes], score[kCentreRows * kClusterLanes];
+  alignas(64) T best[kClusterLanes], at[kClusterLanes];  // `at` holds the bits of integers
+  const T* rows[kClusterLanes];
+  for (int i = 0; i < kClusterLanes; ++i) rows[i] = z + i * kDirections;
+  transpose_rows<T, kClusterLanes>(rows, kDirections, T(1), lanes);
+  for (int i = 0; i < kClusterLanes; i += N) store<T, N>(lanes + kDirections * kClusterLanes + i, splat<T, N>(T(1)));
+  SB_EACH (v, NV) store<T, N>(best + v * N, splat<T, N>(-T(__builtin_inf()))), store<T, N>(at + v * N, Vector<T, N>{});
   for (int64_t first = 0; first < head.centre_rows; first += kCentreRows) {
-    gemm<T, N, false>(kCentreRows, kClusterLanes, kZRows, SixteenRows<T>{head.centres + first * kZRows},
-                      DenseRows<const T>{z, kClusterLanes}, DenseRows<T>{score, kClusterLanes});
+    const T* centres = head.centres + first * kCentreLength;
+    gemm<T, N, false>(kCentreRows, kClusterLanes, kCentreLength, SixteenRows<T>{centres},
+                      DenseRows<const T>{lanes, kClusterLanes}, DenseRows<T>{score, kClusterLanes});
     for (int lane = 0; lane < kClusterLanes; lane += N) {
       auto top = load<T, N>(best + lane);
       I of_top = (I)load<T, N>(at + lane), centre = I{} + int32_t(first);
@@ -160,7 +163,7 @@ SB_INLINE void nearest_centres(const ClusterHead<T>& head, const T* z, int32_t* 
 // Element `row` of centre c.
 template <class T>
 SB_INLINE T& centre_at(const ClusterHead<T>& head, int64_t c, int64_t row) {
-  return head.centres[(c / kCentreRows * kZRows + row) * kCentreRows + c % kCentreRows];
+  return head.centres[(c / kCentreRows * kCentreLength + row) * kCentreRows + c % kCentreRows];
 }
 
 // The centre's last element: minus half of its square.
@@ -173,18 +176,16 @@ SB_INLINE void finish_centre(const ClusterHead<T>& head, int64_t c) {
 
 template <class T>
 struct CentresScratch {
-  double* w;          // (kDirections, head_pad): W
-  T *centred, *keys;  // (kSamples, head_pad): samples minus their mean; the same, kClusterLanes transposed at a time
-  T *z, *moved;       // (kSamples / kClusterLanes, kZRows, kClusterLanes), (kSamples, kDirections)
-  T* next;            // (kDirections, head_pad)
-  T *mean, *part;     // (head_pad) each
+  double* w;        // (kDirections, head_pad): W
+  T *centred, *z;   // (kSamples, head_pad), (kSamples, kDirections): samples minus their mean, and W times these
+  T *moved, *next;  // (kSamples, kDirections), (kDirections, head_pad)
+  T *mean, *part;   // (head_pad) each
   int64_t bytes;
   SB_INLINE CentresScratch(const ClusterParams& p, void* memory) {
     Arena arena{static_cast<char*>(memory), 0};
     w = arena.take<double>(kDirections * p.head_pad);
-    centred = arena.take<T>(kSamples * p.head_pad), keys = arena.take<T>(kSamples * p.head_pad);
-    z = arena.take<T>(kSamples * kZRows), moved = arena.take<T>(kSamples * kDirections);
-    next = arena.take<T>(kDirections * p.head_pad);
+    centred = arena.take<T>(kSamples * p.head_pad), z = arena.take<T>(kSamples * kDirections);
+    moved = arena.take<T>(kSamples * kDirections), next = arena.take<T>(kDirections * p.head_pad);
     mean = arena.take<T>(p.head_pad), part = arena.take<T>(p.head_pad);
     bytes = arena.used;
   }
@@ -208,11 +209,12 @@ SB_INLINE void find_directions(const ClusterParams& p, int64_t n, CentresScratch
   for (int step = 0; step < 2; ++step) {
     for (int64_t i = 0; i < kDirections * width; i += N) store<T, N>(s.next + i, Vector<T, N>{});
     for (int64_t first = 0; first < n; first += kClusterLanes) {
-      T y[kDirections * kClusterLanes];
-      gemm<T, N, false>(kDirections, kClusterLanes, d, SixteenRows<T>{head.directions},
-                        DenseRows<const T>{s.keys + first * width, kClusterLanes}, DenseRows<T>{y, kClusterLanes});
-      gemm<T, N, true>(kDirections, width, kClusterLanes, Strided<T>{y, kClusterLanes, 1},
-                       DenseRows<const T>{s.centred + first * width, width}, DenseRows<T>{s.next, width});
+      alignas(64) T y[kClusterLanes * kDirections];
+      const T* rows = s.centred + first * width;
+      gemm<T, N, false>(kClusterLanes, kDirections, d, Strided<T>{rows, width, 1},
+                        DenseRows<const T>{head.directions, kDirections}, DenseRows<T>{y, kDirections});
+      gemm<T, N, true>(kDirections, width, kClusterLanes, SixteenRows<T>{y}, DenseRows<const T>{rows, width},
+                       DenseRows<T>{s.next, width});
     }
     for (int64_t i = 0; i < kDirections * width; ++i) s.w[i] = double(s.next[i]);
     take_directions();
@@ -266,33 +268,30 @@ int64_t cluster_centres(const ClusterParams& p, int64_t b, int64_t kv, void* mem
       for (int64_t e = 0; e < p.head_pad; e += N)
         store<T, N>(centred + i * p.head_pad + e,
                     i < count ? load<T, N>(rows[i] + e) - load<T, N>(w.mean + e) : Vector<T, N>{});
-    for (int64_t i = 0; i < kClusterLanes; ++i) rows[i] = centred + i * p.head_pad;
-    transpose_rows<T, kClusterLanes>(rows, p.head_dim, T(1), w.keys + first * p.head_pad);
   }
   find_directions(p, n, w, head);
 
   // 3. Centres, and one step of Lloyd's algorithm on the samples.
   for (int64_t first = 0; first < n; first += kClusterLanes) {
     rows_from(first, rows);
-    transpose_rows<T, kClusterLanes>(rows, p.head_dim, T(1), w.keys);
-    centred_coordinates(p, head, w.keys, w.z + first * kZRows);
+    centred_coordinates(p, head, rows, w.z + first * kDirections);
   }
-  const auto z_of = [&](int64_t i, int64_t row) {
-    return w.z[i / kClusterLanes * kClusterLanes * kZRows + row * kClusterLanes + i % kClusterLanes];
-  };
   for (int64_t c = 0; c < head.centre_rows; ++c) {
     const int64_t from = c < p.clusters ? spread_position(c, p.clusters, n) : 0;
-    for (int64_t r = 0; r < kDirections; ++r) centre_at(head, c, r) = c < p.clusters ? z_of(from, r) : T(0);
+    for (int64_t r = 0; r < kDirections; ++r)
+      centre_at(head, c, r) = c < p.clusters ? w.z[from * kDirections + r] : T(0);
     finish_centre(head, c);
     if (c >= p.clusters) centre_at(head, c, kDirections) = kLowest<T>;  // never the nearest
   }
   int32_t nearest[kSamples], members[kSamples]{};
   for (int64_t first = 0; first < n; first += kClusterLanes)
-    nearest_centres(head, w.z + first * kZRows, nearest + first);
+    nearest_centres(head, w.z + first * kDirections, nearest + first);
   for (int64_t i = 0; i < p.clusters * kDirections; ++i) w.moved[i] = T(0);
   for (int64_t i = 0; i < n; ++i) {
     ++members[nearest[i]];
-    for (int64_t r = 0; r < kDirections; ++r) w.moved[nearest[i] * kDirections + r] += z_of(i, r);
+    T* sum = w.moved + nearest[i] * kDirections;
+    for (int r = 0; r < kDirections; r += N)
+      store<T, N>(sum + r, load<T, N>(sum + r) + load<T, N>(w.z + i * kDirections + r));
   }
   for (int64_t c = 0; c < p.clusters; ++c) {
     if (members[c] == 0) continue;
@@ -304,33 +303,17 @@ int64_t cluster_centres(const ClusterParams& p, int64_t b, int64_t kv, void* mem
 
 // -------------------- keys
 
-// lanes of a.k of keys [coordinate][lane], in four chains.
-template <class T>
-SB_INLINE void dots_of_lanes(const T* a, int64_t d, const T* keys, T* out) {
-  constexpr int N = kWidth<T>;
-  for (int lane = 0; lane < kClusterLanes; lane += N) {
-    Vector<T, N> part[4]{};
-    int64_t e = 0;
-    for (; e + 4 <= d; e += 4)
-      SB_EACH (i, 4) part[i] += a[e + i] * load<T, N>(keys + (e + i) * kClusterLanes + lane);
-    for (; e < d; ++e) part[0] += a[e] * load<T, N>(keys + e * kClusterLanes + lane);
-    store<T, N>(out + lane, (part[0] + part[1]) + (part[2] + part[3]));
-  }
-}
-
 // The cluster and a.k of the keys of a segment, and of every cluster the largest a.k there and the weighted sum of its
-// keys, relative to it. Scratch: kClusterLanes keys, transposed.
+// keys, relative to it.
 template <class T>
-int64_t cluster_keys(const ClusterParams& p, int64_t b, int64_t kv, int64_t segment, void* memory, void* scratch,
-                     const void* zero_row) {
-  if (!scratch) return p.head_pad * kClusterLanes * int64_t(sizeof(T));
+void cluster_keys(const ClusterParams& p, int64_t b, int64_t kv, int64_t segment, void* memory, const void* zero_row) {
   constexpr int N = kWidth<T>;
   const ClusterSegment range(segment, p.rows[b].k_first, p.rows[b].k_end);
   const ClusterHead<T> head(p, memory);
   const uint8_t* ignored = p.k_mask ? p.k_mask + b * p.k_tokens : nullptr;
   const int64_t of_head = (b * p.kv_heads + kv) * p.k_tokens;
   int32_t* index = p.index + of_head;
-  T *log = static_cast<T*>(p.log_mass) + of_head, *keys = static_cast<T*>(scratch);
+  T* log = static_cast<T*>(p.log_mass) + of_head;
   T *sums = head.sums + segment * p.clusters * p.head_pad, *top = head.top + segment * p.clusters,
     *mass = head.mass + segment * p.clusters;
   for (int64_t i = 0; i < p.clusters * p.head_pad; i += N) store<T, N>(sums + i, Vector<T, N>{});
@@ -341,13 +324,12 @@ int64_t cluster_keys(const ClusterParams& p, int64_t b, int64_t kv, int64_t segm
   for (int64_t first = range.first; first < range.end; first += kClusterLanes) {
     const T* rows[kClusterLanes];
     int32_t nearest[kClusterLanes];
-    T z[kZRows * kClusterLanes], dots[kClusterLanes];
+    alignas(64) T z[kClusterLanes * kDirections], dots[kClusterLanes];
     for (int64_t i = 0; i < kClusterLanes; ++i)
       rows[i] = is_valid(first + i) ? p.k.at<const T>(b, kv, first + i) : static_cast<const T*>(zero_row);
-    transpose_rows<T, kClusterLanes>(rows, p.head_dim, T(1), keys);
-    centred_coordinates(p, head, keys, z);
+    centred_coordinates(p, head, rows, z);
     nearest_centres(head, z, nearest);
-    dots_of_lanes(head.query_mean, p.head_dim, keys, dots);
+    dot_rows<T>(kClusterLanes, PointedRows<const T>{rows}, head.query_mean, p.head_pad, dots);
     for (int64_t i = 0; i < kClusterLanes && first + i < range.end; ++i) {
       const int64_t j = first + i;
       if (!is_valid(j)) continue;
@@ -372,7 +354,6 @@ int64_t cluster_keys(const ClusterParams& p, int64_t b, int64_t kv, int64_t segm
       for (int64_t e = 0; e < p.head_pad; e += N) store<T, N>(sum + e, load<T, N>(sum + e) + w * load<T, N>(row + e));
     }
   }
-  return 0;
 }
 
 // The representatives, from the sums of the segments.

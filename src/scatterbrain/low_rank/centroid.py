@@ -157,7 +157,7 @@ class Centroid(LowRankKernel):
         if key.requires_grad:
             representatives, kappa = _with_gradients(given, member, key)
         exponent = project(query, representatives * call.scale, None)
-        empty = (member.amax(2) == 0).repeat_interleave(query.shape[1] // key.shape[1], 1)[:, :, None]
+        empty = (~(member > 0).any(2)).repeat_interleave(query.shape[1] // key.shape[1], 1)[:, :, None]
         exponent = exponent.masked_fill(empty, float("-inf"))
         peak = exponent.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         return torch.cat([torch.exp(exponent - peak), peak], -1), torch.cat([member, kappa[..., None]], -1)
@@ -179,9 +179,8 @@ def _with_gradients(given: Clusters, member: Tensor, key: Tensor) -> tuple[Tenso
     """(representatives, log masses) with the given values, as functions of the keys: b_c = sum_j share_j k_j and
     kappa_j = a.(k_j - b_c(j)), with constant shares, exp(kappa) over the sum of the cluster's."""
     kappa, key = given.log_mass.detach(), key.to(member.dtype)
-    top = torch.where(member > 0, kappa[..., None], float("-inf")).amax(2, keepdim=True)
-    weight = torch.where(member > 0, torch.exp(kappa[..., None] - top), 0)
-    share = weight / weight.double().sum(2, keepdim=True).clamp_min(1).to(weight.dtype)
+    share = torch.softmax(torch.where(member > 0, kappa[..., None], float("-inf")), 2)
+    share = torch.where(member > 0, share, 0)  # not that of a cluster without keys
     moved = share.transpose(-1, -2) @ (key - key.detach())
     a = given.query_mean.detach()[..., None, :]
     mass = project(key, a, None) - member @ (moved * a).sum(-1, keepdim=True)
