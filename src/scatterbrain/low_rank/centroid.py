@@ -183,5 +183,6 @@ def _with_gradients(given: Clusters, member: Tensor, key: Tensor) -> tuple[Tenso
     share = torch.where(member > 0, share, 0)  # not that of a cluster without keys
     moved = share.transpose(-1, -2) @ (key - key.detach())
     a = given.query_mean.detach()[..., None, :]
-    mass = project(key, a, None) - member @ (moved * a).sum(-1, keepdim=True)
+    # By projections, whose gradients are sums in one order, whatever the number of threads.
+    mass = project(key, a, None) - project(member, (moved * a).sum(-1)[..., None, :], None)
     return given.representatives.detach() + moved, kappa + (mass - mass.detach()).squeeze(-1)
