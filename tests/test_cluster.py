@@ -173,14 +173,15 @@ def test_rows_and_heads_do_not_depend_on_each_other() -> None:
             assert_same_bits([t[0, 0] for t in fields(alone)], [t[b, h] for t in fields(whole)])
 
 
-def test_threads_change_no_bit_of_attention_and_its_gradients() -> None:
+@pytest.mark.parametrize("tokens, heads, head_dim", [(33, 1, 1), (150, 2, 3), (533, 4, 8)])
+def test_threads_change_no_bit_of_attention_and_its_gradients(tokens: int, heads: int, head_dim: int) -> None:
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 4):
             torch.set_num_threads(threads)
-            tokens = leaves(qkv(533, heads=4, kv_heads=2))
-            out = sb.attention(*tokens, sb.Window(16), sb.Centroid(16))
-            results.append([out, *torch.autograd.grad((out * rand(*out.shape, seed=5)).sum(), tokens)])
+            inputs = leaves(qkv(tokens, batch=1, heads=heads, kv_heads=heads, head_dim=head_dim))
+            out = sb.attention(*inputs, sb.Window(1), sb.Centroid(16))
+            results.append([out, *torch.autograd.grad((out * rand(*out.shape, seed=5)).sum(), inputs)])
     finally:
         torch.set_num_threads(before)
     assert_same_bits(*results)

@@ -179,10 +179,11 @@ def _with_gradients(given: Clusters, member: Tensor, key: Tensor) -> tuple[Tenso
     """(representatives, log masses) with the given values, as functions of the keys: b_c = sum_j share_j k_j and
     kappa_j = a.(k_j - b_c(j)), with constant shares, exp(kappa) over the sum of the cluster's."""
     kappa, key = given.log_mass.detach(), key.to(member.dtype)
-    share = torch.softmax(torch.where(member > 0, kappa[..., None], float("-inf")), 2)
-    share = torch.where(member > 0, share, 0)  # not that of a cluster without keys
-    moved = share.transpose(-1, -2) @ (key - key.detach())
+    # Along rows in memory and by projections: their sums have one order, whatever the number of threads.
+    of_cluster = member.transpose(-1, -2).contiguous() > 0
+    share = torch.softmax(torch.where(of_cluster, kappa[..., None, :], float("-inf")), -1)
+    share = torch.where(of_cluster, share, 0)  # not that of a cluster without keys
+    moved = share @ (key - key.detach())
     a = given.query_mean.detach()[..., None, :]
-    # By projections, whose gradients are sums in one order, whatever the number of threads.
     mass = project(key, a, None) - project(member, (moved * a).sum(-1)[..., None, :], None)
     return given.representatives.detach() + moved, kappa + (mass - mass.detach()).squeeze(-1)
