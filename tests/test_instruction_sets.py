@@ -25,7 +25,7 @@ FILES = (
     "test_causality_and_padding.py",
     "test_determinism.py",
     "supports/test_route.py",
-    "test_cluster.py",
+    "low_rank/test_centroid.py",
 )
 # Every 17th case of a test: coprime to the periods of supports and kernels in the parity table.
 STRIDE = 17
