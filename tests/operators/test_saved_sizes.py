@@ -113,8 +113,8 @@ def test_a_device_without_kernels_is_named() -> None:
 
 def test_launchers_are_called_through_the_table_of_the_device() -> None:
     """A test of another device's kernels puts its own launchers into the table."""
-    project, project_packed = 3, 4  # of struct Launchers (csrc/launchers.h)
-    table = (ctypes.c_void_p * 5).from_address(OPERATORS.launchers_address("cpu"))
+    project, project_packed = 4, 5  # of struct Launchers (csrc/launchers.h)
+    table = (ctypes.c_void_p * 6).from_address(OPERATORS.launchers_address("cpu"))
     tokens, weight = torch.randn(1, 2, 5, 32), torch.randn(1, 2, 10, 32)
     before = table[project_packed]
     table[project_packed] = table[project]
