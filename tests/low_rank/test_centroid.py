@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from operator_cases import DTYPES, MASK, WITHOUT_GRADIENT
-from testkit import LAYOUTS, B, H, N, assert_same_bits, leaves, padding, qkv, rand
+from testkit import LAYOUTS, B, H, N, assert_same_bits, leaves, padding, qkv, rand, run_python
 from torch import Tensor
 
 import scatterbrain as sb
@@ -185,6 +185,22 @@ def test_threads_change_no_bit_of_attention_and_its_gradients(tokens: int, heads
     finally:
         torch.set_num_threads(before)
     assert_same_bits(*results)
+
+
+def test_memory_is_linear() -> None:
+    """65,536 tokens in a process that may grow by 16 MB; distances to all centres would take 64 MB."""
+    program = """
+import resource, torch, scatterbrain as sb
+tokens = torch.randn(1, 1, 65536, 32)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sb.cluster(tokens[:, :, :1024], tokens[:, :, :1024], 256)
+before = peak()
+sb.cluster(tokens, tokens, 256)
+grown = (peak() - before) / 1024
+assert grown < 16, f"clustering took {grown:.0f} MB"
+"""
+    run = run_python("-c", program)
+    assert run.returncode == 0, run.stderr
 
 
 # -------------------- as an operator

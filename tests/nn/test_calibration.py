@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from testkit import rand
+from testkit import qkv, rand
 from torch import Tensor, nn
 
 import scatterbrain as sb
@@ -81,6 +81,18 @@ def test_a_module_that_was_not_run_keeps_what_it_gathered_in_training():
     assert model[1].gathered is not None and not model[1].is_collecting
     sb.update_statistics(model)
     assert model[1].is_calibrated and model[1].calibrated_scale == 0.25
+
+
+@pytest.mark.parametrize("low_rank", [sb.Centroid(4), sb.Quadratic(3, "input")], ids=str)
+def test_a_kernel_that_reads_each_call_has_nothing_to_calibrate(low_rank: object):
+    model, tokens = sb.ScatterbrainAttention(2, 8, support=sb.Window(8), low_rank=low_rank), qkv(40, kv_heads=2)
+    want = model(*tokens)
+    with pytest.warns(
+        UserWarning, match="nothing to calibrate, since .* takes what it needs from the tokens"
+    ) as caught:
+        with sb.calibrate(model) as same:
+            assert same is model and torch.equal(model(*tokens), want)
+    assert caught[0].filename == __file__ and torch.equal(model(*tokens), want)
 
 
 def test_of_several_modules_the_one_with_the_fewest_tokens_is_named():

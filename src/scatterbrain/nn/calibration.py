@@ -43,10 +43,20 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
         ValueError: no layer that can be calibrated, or none of them was run; NaN or infinity in a batch.
 
     Warns:
-        UserWarning: fewer than 256 valid tokens over all batches and ranks, or fewer different ones, with their number.
+        UserWarning: nothing to calibrate, in a model whose kernels read the tokens of each call; there the block does
+            nothing. Fewer than 256 valid tokens over all batches and ranks, or fewer different ones, with their number.
     """
     cores = [m for m in _cores(model) if m.low_rank is not None and m.low_rank.is_calibrated_from_data]
     if not cores:
+        fit_themselves = [m.low_rank for m in _cores(model) if m.low_rank is not None and m.low_rank.reads_input]
+        if fit_themselves:
+            warn(
+                f"calibrate: there is nothing to calibrate, since {fit_themselves[0]} takes what it needs from the tokens "
+                "of each call; the block may be left out",
+                stacklevel=4,
+            )
+            yield model
+            return
         raise ValueError(
             "calibrate: expected at least one ScatterbrainAttention with Quadratic(statistics='stored' "
             "or 'ema') in the model, found none"
