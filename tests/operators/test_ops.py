@@ -158,6 +158,7 @@ VMAPS = {
     "routed, sinks": dict(support=sb.Routed(24, 8, window=16, sinks=2), low_rank=None, is_causal=True),
     "routed per query": dict(support=sb.Routed(24, 1, 8, 8), low_rank=sb.Quadratic(3, "learned")),
     "empty, favor": dict(support=sb.Empty(), low_rank=sb.Favor(8)),
+    "window, centroid": dict(support=sb.Window(8), low_rank=sb.Centroid(5), key_padding_mask=MASK),
     "lsh": dict(support=sb.LSH(8), low_rank=None),
     "full": dict(support=sb.Full(), low_rank=None, key_padding_mask=MASK),
     "blocks": dict(support=some_lists(8), low_rank=None),
@@ -366,7 +367,8 @@ def test_export_with_a_dynamic_number_of_tokens(support: object) -> None:
 
 @pytest.mark.parametrize(
     "support, low_rank",
-    [(sb.Routed(24), sb.Quadratic(3, "learned")), (sb.LSH(8), sb.Favor(8)), (sb.Window(8), sb.Quadratic(3, "input"))],
+    [(sb.Routed(24), sb.Quadratic(3, "learned")), (sb.LSH(8), sb.Favor(8)), (sb.Window(8), sb.Quadratic(3, "input"))]
+    + [(sb.Window(8), sb.Centroid(5))],
     ids=str,
 )
 def test_activation_checkpointing_gives_the_same_bits(support: object, low_rank: object) -> None:
