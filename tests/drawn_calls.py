@@ -167,8 +167,8 @@ class DrawnCall:
         return mask
 
     def _statistics(self, low_rank: object, key_mask: Tensor | None, query_mask: Tensor | None) -> object:
-        """Fitted to other tokens of ordinary size, or drawn near the start of training; clusters of the call's own keys,
-        fixed since which of two centres is nearer may be rounding."""
+        """Fitted to other tokens of ordinary size, or drawn near the start of training; clusters of the call's own
+        keys, fixed since which of two centres is nearer may be rounding."""
         if isinstance(low_rank, sb.Centroid):
             query, key, _ = (t.to(self.precision) for t in self.tokens())
             return sb.reference.cluster(query, key, low_rank.clusters, key_mask, self.scale, query_mask)

@@ -51,8 +51,8 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
         fit_themselves = [m.low_rank for m in _cores(model) if m.low_rank is not None and m.low_rank.reads_input]
         if fit_themselves:
             warn(
-                f"calibrate: there is nothing to calibrate, since {fit_themselves[0]} takes what it needs from the tokens "
-                "of each call; the block may be left out",
+                f"calibrate: there is nothing to calibrate, since {fit_themselves[0]} takes what it needs from the "
+                "tokens of each call; the block may be left out",
                 stacklevel=4,
             )
             yield model
