@@ -29,6 +29,11 @@ using Tensors = std::vector<Tensor>;
 
 #define SB_MAPS(X, S) X(MaybeTensor, query_map) S() X(MaybeTensor, key_map)
 
+// Of the centroid kernel, in place of maps.
+#define SB_CLUSTERS(X, S)                                              \
+  X(MaybeTensor, cluster_index) S() X(MaybeTensor, representatives) S() \
+  X(MaybeTensor, log_mass) S() X(MaybeTensor, query_mean)
+
 #define SB_LISTS(X, S)                                \
   X(MaybeTensor, index) S() X(MaybeTensor, count) S() \
   X(MaybeTensor, span) S()                            \
@@ -67,8 +72,8 @@ using Tensors = std::vector<Tensor>;
   X(MaybeTensor, state, "=None") S() X(MaybeTensor, scores, "=None") S()          \
   X(MaybeTensor, query_weight, "=None") S() X(MaybeTensor, key_weight, "=None")
 
-// What the sizes of state and scores depend on. `rank`: r, or the number of general features, 0 without a low-rank
-// kernel. `listed_keys`: the most keys that a query can list, span_keys, span_sinks and the capacity of its
+// What the sizes of state and scores depend on. `rank`: r, or the number of general features or of clusters, 0 without
+// a low-rank kernel. `listed_keys`: the most keys that a query can list, span_keys, span_sinks and the capacity of its
 // list.
 #define SB_SHAPE(X, S)                                                          \
   X(ScalarType, dtype) S() X(int64_t, batch) S()                                \
@@ -81,7 +86,8 @@ using Tensors = std::vector<Tensor>;
 // -------------------- operators
 
 #define SB_ATTENTION(X, S) \
-  SB_TOKENS(X, S) S() SB_MAPS(X, S) S() SB_LISTS(X, S) S() SB_PADDING(X, S) S() X(int64_t, low_rank) S() SB_SETTINGS(X, S)
+  SB_TOKENS(X, S) S() SB_MAPS(X, S) S() SB_CLUSTERS(X, S) S() SB_LISTS(X, S) S() SB_PADDING(X, S) S() \
+  X(int64_t, low_rank) S() SB_SETTINGS(X, S)
 
 #define SB_ROUTE(X, S) \
   X(Tensor, query) S() X(Tensor, key) S() SB_MAPS(X, S) S() SB_PADDING(X, S) S() X(int64_t, low_rank) S() \

@@ -81,7 +81,8 @@ void check_padding(const char* op, const Arguments& a) {
 }
 
 inline void check_low_rank(const char* op, int64_t low_rank) {
-  SB_CHECK(low_rank >= 0 && low_rank <= 2, op, ": low_rank must be 0 (none), 1 (quadratic) or 2 (features)");
+  SB_CHECK(low_rank >= 0 && low_rank <= 3, op,
+           ": low_rank must be 0 (none), 1 (quadratic), 2 (features) or 3 (centroid)");
 }
 
 // Coordinates and log scales of queries and keys: maps (B, H, N, rank + 1), or packed rows with packed_rank.
@@ -144,6 +145,26 @@ inline void check_lists(const AttentionArguments& a) {
            "attention: query_order must be (batch, heads, queries)");
 }
 
+// Clusters of the keys. What the index holds, the device checks where it reads it.
+inline void check_clusters(const AttentionArguments& a) {
+  const Tensor &q = a.query, &k = a.key;
+  SB_CHECK(a.cluster_index && a.representatives && a.log_mass && a.query_mean,
+           "attention: low_rank 3 (centroid) needs cluster_index, representatives, log_mass and query_mean");
+  SB_CHECK(!a.is_causal, "attention: low_rank 3 (centroid) needs is_causal=False, since clusters are of all keys");
+  const int64_t batch = k.size(0), heads = k.size(1), keys = k.size(2), d = q.size(3);
+  SB_CHECK(a.cluster_index->scalar_type() == ScalarType::Int && has_shape(*a.cluster_index, {batch, heads, keys}),
+           "attention: cluster_index must be int32 of shape (", batch, ", ", heads, ", ", keys, ")");
+  const Tensor& b = *a.representatives;
+  SB_CHECK(b.dim() == 4 && has_shape(b, {batch, heads, b.size(2), d}) && b.size(2) >= 1 && b.size(2) <= kSamples,
+           "attention: representatives must be (", batch, ", ", heads, ", 1 to ", kSamples, " clusters, ", d, ")");
+  SB_CHECK(has_shape(*a.log_mass, {batch, heads, keys}) && has_shape(*a.query_mean, {batch, heads, d}),
+           "attention: log_mass must be (", batch, ", ", heads, ", ", keys, ") and query_mean (", batch, ", ", heads,
+           ", ", d, ")");
+  const ScalarType dtype = accumulation_type(q);
+  SB_CHECK(b.scalar_type() == dtype && a.log_mass->scalar_type() == dtype && a.query_mean->scalar_type() == dtype,
+           "attention: representatives, log_mass and query_mean must be float32 (float64 for float64 inputs)");
+}
+
 inline void check_attention(const AttentionArguments& a) {
   const Tensor &q = a.query, &k = a.key, &v = a.value;
   SB_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
@@ -162,8 +183,16 @@ inline void check_attention(const AttentionArguments& a) {
   SB_CHECK(!a.query_order || !a.is_causal, "attention: query_order needs is_causal=False");
   check_padding("attention", a);
   check_lists(a);
-  if (a.low_rank != 0) return check_maps("attention", a, accumulation_type(q));
-  SB_CHECK(!a.query_map && !a.key_map, "attention: query_map and key_map need a low-rank kernel, got low_rank 0");
+  const bool has_clusters = a.low_rank == int64_t(LowRank::kCentroid);
+  if (has_clusters) check_clusters(a);
+  SB_CHECK(
+      has_clusters || (!a.cluster_index && !a.representatives && !a.log_mass && !a.query_mean),
+      "attention: cluster_index, representatives, log_mass and query_mean need low_rank 3 (centroid), got low_rank ",
+      a.low_rank);
+  if (a.low_rank != 0 && !has_clusters) return check_maps("attention", a, accumulation_type(q));
+  SB_CHECK(!a.query_map && !a.key_map && a.packed_rank == 0,
+           "attention: query_map, key_map and packed_rank need low_rank 1 (quadratic) or 2 (features), got low_rank ",
+           a.low_rank);
 }
 
 // Results of the forward pass and their gradients.
@@ -180,8 +209,8 @@ inline void check_attention_backward(const AttentionArguments& a, const Tensor& 
                (!d_lse || (d_lse->scalar_type() == dtype && has_shape(*d_lse, {batch, heads, tokens}))),
            "attention_backward: lse and d_lse must be float32 (float64 for float64 inputs) of shape (", batch, ", ",
            heads, ", ", tokens, ")");
-  SB_CHECK(a.low_rank != 0 || (!a.query_weight && !a.key_weight),
-           "attention_backward: query_weight and key_weight need a low-rank kernel, got low_rank 0");
+  SB_CHECK(a.query_map || (!a.query_weight && !a.key_weight),
+           "attention_backward: query_weight and key_weight need query_map and key_map");
   const auto check_weight = [&](const MaybeTensor& weight, const Tensor& of, const MaybeTensor& map) {
     if (!weight) return;
     check_projection(of, *weight);
@@ -237,6 +266,8 @@ inline void check_route(const RouteArguments& a) {
            "max(window, block_q) + sinks; or block_q 1 with block_k 8, keys and window in multiples of 8, and "
            "keys >= window + sinks rounded up to 8");
   check_low_rank("route", a.low_rank);
+  SB_CHECK(a.low_rank != int64_t(LowRank::kCentroid),
+           "route: low_rank must be 0 (none), 1 (quadratic) or 2 (features), whose maps it reads; got 3 (centroid)");
   check_padding("route", a);
   if (a.low_rank != 0 && pooled) check_maps("route", a, ScalarType::Float);  // per-query routing reads no maps
 }

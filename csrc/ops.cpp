@@ -70,7 +70,7 @@ bool equal_bytes(const Tensors& a, const Tensors& b) {
 QuadraticArguments quadratic_arguments(SB_QUADRATIC(SB_PARAMETER, SB_COMMA)) {
   constexpr int64_t low_rank = int64_t(LowRank::kQuadratic);
   const Tensor query, key, value;
-  const MaybeTensor query_map, key_map;
+  const MaybeTensor query_map, key_map, cluster_index, representatives, log_mass, query_mean;
   return {SB_PROJECTIONS(SB_VALUE, SB_COMMA), SB_BUDGET(SB_VALUE, SB_COMMA), {SB_ATTENTION(SB_VALUE, SB_COMMA)}};
 }
 

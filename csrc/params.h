@@ -7,7 +7,8 @@ namespace sb {
 // Exponents are kept in base 2 inside the kernels, where exp2 is cheaper than exp.
 inline constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
-enum class LowRank : int64_t { kNone = 0, kQuadratic = 1, kFeatures = 2 };  // math/low_rank_kernels.h has their algebra
+// math/low_rank_kernels.h has their algebra.
+enum class LowRank : int64_t { kNone = 0, kQuadratic = 1, kFeatures = 2, kCentroid = 3 };
 
 // The bits of a bfloat16. Kernels read and write rows of them; nothing computes in it.
 struct Bfloat16 {
@@ -97,12 +98,19 @@ struct AttentionParams {
   int64_t batch, q_heads, kv_heads, q_tokens, k_tokens;
   int64_t head_dim, head_pad, value_pad;  // d, and d and dv rounded up to kPad
   LowRank low_rank;
-  int64_t rank, map_pad, features;  // r (or m for general features), its padded row width, m
+  int64_t rank, map_pad, features;  // r (or m for general features, or clusters), its padded row width, m
   bool is_causal;
   double scale;
-  StridedTensor q, k, v;           // T (B, Hq|Hkv, N|M, head_pad|value_pad)
-  StridedTensor x, y;              // T (B, Hq|Hkv, N|M, map_pad); for the quadratic kernel column r holds 1
-  StridedTensor rho, kappa;        // T (B, Hq|Hkv, N|M, 1), log scales
+  StridedTensor q, k, v;     // T (B, Hq|Hkv, N|M, head_pad|value_pad)
+  StridedTensor x, y;        // T (B, Hq|Hkv, N|M, map_pad); for the quadratic kernel column r holds 1
+  StridedTensor rho, kappa;  // T (B, Hq|Hkv, N|M, 1), log scales
+
+  // The centroid kernel has these in place of x, y and rho; its kappa counts from the largest of the key's cluster.
+  const int32_t* cluster;         // (B, Hkv, M): the cluster of each key
+  StridedTensor representatives;  // T (B, Hkv, clusters, head_pad)
+  StridedTensor largest;     // T (B, Hkv, 1, map_pad): the largest log mass of a cluster, or -1e30 for an empty one
+  StridedTensor query_mean;  // T (B, Hkv, 1, head_pad)
+
   StridedTensor out;               // T (B, Hq, N, value_pad)
   void* lse;                       // T (B, Hq, N), natural logarithm
   const RowRange* rows;            // (B)
@@ -148,15 +156,22 @@ struct AttentionParams {
   int64_t units;  // tasks that the queries of one head are cut into; with a causal edge a unit is a state slot
 
   // Backward only.
-  StridedTensor d_out;                   // T (B, Hq, N, value_pad)
-  const void* d_lse;                     // T (B, Hq, N) or null
-  StridedTensor dq, dk, dv;              // T, padded rows; all gradients start at zero
-  StridedTensor dy;                      // T (B, Hkv, M, map_pad); for the quadratic kernel column r sums dL/dt
+  StridedTensor d_out;       // T (B, Hq, N, value_pad)
+  const void* d_lse;         // T (B, Hq, N) or null
+  StridedTensor dq, dk, dv;  // T, padded rows; all gradients start at zero
+  StridedTensor dy;          // T (B, Hkv, M, map_pad); for the quadratic kernel column r sums dL/dt, and the
+                             // centroid kernel has one column, dkappa
   StridedTensor d_query_map, d_key_map;  // T (B, Hq|Hkv, N|M, rank + 1): x and rho, y and kappa
   MapWeight query_weight, key_weight;    // where given, the maps' gradients are not written but go on to dq and dk
   void* d_kv_state;                      // T (B, Hq, units, slot_size)
+  void* d_representatives;               // T (B, Hq, units, clusters, head_pad), of the centroid kernel
 
   SB_HD bool has_low_rank() const { return low_rank != LowRank::kNone; }
+  SB_HD bool has_clusters() const { return low_rank == LowRank::kCentroid; }
+  SB_HD bool has_maps() const { return has_low_rank() && !has_clusters(); }
+  // Rows of a tile's x: coordinates, or the clusters' weights and then their exponents (cluster_weights.h).
+  SB_HD int64_t x_rows() const { return has_clusters() ? 2 * map_pad : map_pad; }
+  SB_HD int64_t dy_width() const { return has_clusters() ? 1 : map_pad; }
   SB_HD int64_t features_pad() const { return pad_to(features, kPad); }
   SB_HD int64_t kv_state_size() const { return features * value_pad + features_pad(); }  // H and hz
   SB_HD int64_t kv_head(int64_t h) const { return h / (q_heads / kv_heads); }

@@ -43,10 +43,14 @@ class Backward {
     if (d_lse) d_lse_values = values(*d_lse), p.d_lse = d_lse_values->data_ptr();
     p.d_query_map = rows_of(d_query_map), p.d_key_map = rows_of(d_key_map);
     if (!p.has_low_rank()) return;
-    const int64_t of_head = p.k_tokens * p.map_pad, states = p.batch * p.q_heads * p.units * p.slot_size;
+    const int64_t of_head = p.k_tokens * p.dy_width(), states = p.batch * p.q_heads * p.units * p.slot_size;
     dy = std::make_unique<Scratch>(p.batch * p.kv_heads * of_head * int64_t(sizeof(T)));
     d_state = std::make_unique<Scratch>(states * int64_t(sizeof(T)));
-    p.dy = {dy->data(), p.kv_heads * of_head, of_head, p.map_pad}, p.d_kv_state = d_state->data();
+    p.dy = {dy->data(), p.kv_heads * of_head, of_head, p.dy_width()}, p.d_kv_state = d_state->data();
+    if (!p.has_clusters()) return;
+    d_representatives =
+        std::make_unique<Scratch>(p.batch * p.q_heads * p.units * p.rank * p.head_pad * int64_t(sizeof(T)));
+    p.d_representatives = d_representatives->data();
   }
 
   Gradients run() {
@@ -88,6 +92,7 @@ class Backward {
       const AttentionParams& from = again.p;
       add(from.dq, p.dq, b, h, p.q_tokens, p.head_pad);
       add(from.dk, p.dk, b, kv, p.k_tokens, p.head_pad), add(from.dv, p.dv, b, kv, p.k_tokens, p.value_pad);
+      if (!p.has_maps()) return;
       if (!args.query_weight) add(from.d_query_map, p.d_query_map, b, h, p.q_tokens, p.rank + 1);
       if (!args.key_weight) add(from.d_key_map, p.d_key_map, b, kv, p.k_tokens, p.rank + 1);
     });
@@ -108,8 +113,8 @@ class Backward {
   }
   // Without rows where there is no map, and where its gradient goes on through the projection.
   Tensor gradient_of_map(bool fully_written, int64_t heads, int64_t rows) const {
-    const bool mapped = p.has_low_rank();
-    const std::initializer_list<int64_t> sizes = {p.batch, heads, mapped ? rows : 0, p.rank + 1};
+    const bool mapped = p.has_maps();
+    const std::initializer_list<int64_t> sizes = {p.batch, heads, mapped ? rows : 0, mapped ? p.rank + 1 : 1};
     return fully_written ? empty(sizes, kScalar<T>) : zeros(sizes, kScalar<T>);
   }
   TensorRows map_weight(const MaybeTensor& weight, MapWeight& to) const {
@@ -125,7 +130,7 @@ class Backward {
     const Stage stage("zeros");
     call.for_each_unit(range, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) {
       zero_rows(p.dk, b, kv, p.head_pad), zero_rows(p.dv, b, kv, p.value_pad);
-      if (p.has_low_rank()) zero_rows(p.dy, b, kv, p.map_pad);
+      if (p.has_low_rank()) zero_rows(p.dy, b, kv, p.dy_width());
     });
   }
   void zero_rows(const StridedTensor& rows, int64_t b, int64_t kv, int64_t width) const {
@@ -232,15 +237,22 @@ class Backward {
     parallel_units(1, 1, n, sizes.scratch_bytes, [&](int64_t, int64_t, int64_t i, void* scratch) { body(i, scratch); });
   }
 
-  // Adds the states' part of the key-side gradients, and completes the gradients of the key maps.
+  // Adds the states' part of the key-side gradients, and completes those of the key maps or of the representatives.
   void keys(const HeadRange& range) {
     const Stage stage("backward of keys");
-    if (p.uses_kv_state)
+    if (p.uses_kv_state || p.has_clusters())
       call.for_each_unit(range, 1, 0, [&](int64_t b, int64_t kv, int64_t, void*) { kernel.backward_scan(p, b, kv); });
-    call.for_each_unit(range, ceil_div(p.k_tokens, kChunk), kernel.backward_keys(p, 0, 0, 0, nullptr, nullptr),
+    const int64_t chunks = ceil_div(p.k_tokens, kChunk);
+    call.for_each_unit(range, chunks, kernel.backward_keys(p, 0, 0, 0, nullptr, nullptr),
                        [&](int64_t b, int64_t kv, int64_t chunk, void* scratch) {
                          kernel.backward_keys(p, b, kv, chunk, scratch, call.zero_row.data());
                        });
+    if (!p.has_clusters()) return;
+    call.for_each_unit(range, 1, 0,
+                       [&](int64_t b, int64_t kv, int64_t, void*) { kernel.share_representatives(p, b, kv); });
+    call.for_each_unit(range, chunks, 0, [&](int64_t b, int64_t kv, int64_t chunk, void*) {
+      kernel.cluster_key_gradients(p, b, kv, chunk);
+    });
   }
 
   const AttentionArguments args;
@@ -253,7 +265,7 @@ class Backward {
   const Tensor dq, dk, dv, d_query_map, d_key_map, lse_values;
   MaybeTensor d_lse_values;
   const TensorRows query_weight, key_weight, dq_rows, dk_rows, dv_rows, out_rows, d_out_rows;
-  std::unique_ptr<Scratch> dy, d_state;
+  std::unique_ptr<Scratch> dy, d_state, d_representatives;
 };
 
 }  // namespace

@@ -41,7 +41,7 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
   p.q = q.rows, p.k = k.rows, p.v = v.rows;
   if (p.has_low_rank()) {
     p.map_pad = map_width(p.low_rank, p.rank);
-    maps.set<T>(a, p, p.head_dim < kNarrowHead);
+    p.has_clusters() ? clusters.set<T>(a, p) : maps.set<T>(a, p, p.head_dim < kNarrowHead);
     count_valid();
     p.valid_before = valid_before.data();
   }
@@ -53,7 +53,8 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
   p.most_held = std::clamp(longest, kLeastHeld, kMostHeld);
   if (p.uses_kv_state) {
     centres.set(p);
-    held.set(p, attention_kernels<E>(), zero_row.data());
+    // A representative is near a key that outweighs all others of its cluster, so lists may take that back.
+    if (p.has_maps()) held.set(p, attention_kernels<E>(), zero_row.data());
     p.max_keys += pad_to(held.most, kPad);
   }
   take_scores();

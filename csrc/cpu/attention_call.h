@@ -1,6 +1,7 @@
 // What the forward and the backward launcher share: tensors as rows, checked lists, states, saved scores.
 #pragma once
 #include "block_lists.h"
+#include "cluster_rows.h"
 #include "held_keys.h"
 #include "key_centres.h"
 #include "map_rows.h"
@@ -47,6 +48,7 @@ struct AttentionCall {
   HeldKeys held;
   TensorRows q, k, v;
   Maps maps;
+  ClusterRows clusters;
   MaybeTensor state;
   ZeroRow<T> zero_row;
 

@@ -64,6 +64,9 @@ struct AttentionKernels {
   void (*backward_scan)(const AttentionParams&, int64_t b, int64_t kv);
   int64_t (*backward_keys)(const AttentionParams&, int64_t b, int64_t kv, int64_t chunk, void* scratch,
                            const void* zero_row);
+  // After backward_keys of all chunks, of the centroid kernel alone.
+  void (*share_representatives)(const AttentionParams&, int64_t b, int64_t kv);
+  void (*cluster_key_gradients)(const AttentionParams&, int64_t b, int64_t kv, int64_t chunk);
 };
 template <class T>
 struct ProjectKernels {

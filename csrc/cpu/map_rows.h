@@ -16,9 +16,11 @@ enum class MapKind { kMap, kPacked, kFeatures };
 template <class T>
 MapRows as_map(const Tensor& map, MapKind kind, int64_t rank, bool wide_logs);
 
-// r, or the number of general features; 0 without a low-rank kernel.
+// r, or the number of general features or of clusters; 0 without a low-rank kernel.
 template <class Arguments>
 int64_t rank_of(const Arguments& a) {
+  if constexpr (requires { a.representatives; })
+    if (a.representatives) return a.representatives->size(2);
   return !a.query_map ? 0 : a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1;
 }
 

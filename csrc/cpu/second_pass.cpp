@@ -21,6 +21,8 @@ AttentionArguments one_head(const AttentionArguments& a, int64_t b, int64_t h, c
   one.query = head_of(a.query, b, h), one.key = head_of(a.key, b, kv), one.value = head_of(a.value, b, kv);
   take_head(one.query_map, h, q_heads), take_head(one.query_weight, h, q_heads);
   take_head(one.key_map, kv, kv_heads), take_head(one.key_weight, kv, kv_heads);
+  take_head(one.cluster_index, kv, kv_heads), take_head(one.representatives, kv, kv_heads);
+  take_head(one.log_mass, kv, kv_heads), take_head(one.query_mean, kv, kv_heads);
   take_head(one.index, h, q_heads), take_head(one.count, h, q_heads), take_head(one.query_order, h, q_heads);
   take_row(one.span), take_row(one.key_mask);
   take_row(one.query_range), take_row(one.key_range), take_row(one.query_offset);

@@ -140,7 +140,8 @@ struct QuadraticKernel {
   static constexpr double kRootHalf = 0.70710678118654752440;
 };
 
-// K(t) = t of general non-negative features: F(z) = z.
+// K(t) = t of general non-negative features: F(z) = z. So it is for the centroid kernel, whose features are the weights
+// of the clusters, and of a key one-hot its cluster (csrc/cpu/kernels/cluster_weights.h).
 struct FeatureKernel {
   static constexpr int kDegree = 1;
   static SB_HD auto root(auto t) { return t; }

@@ -19,7 +19,7 @@ from torch import Tensor
 from scatterbrain import prepared
 from scatterbrain.call import Call
 from scatterbrain.operators import transformed, untraced
-from scatterbrain.operators.arguments import AttentionArguments, QuadraticArguments
+from scatterbrain.operators.arguments import AttentionArguments, KernelInputs, QuadraticArguments
 from scatterbrain.operators.tracing import is_known, is_transformed, is_untraced
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.supports import BlockLists, Support
@@ -138,12 +138,18 @@ def _quadratic_arguments(call: Call, projection: untraced.Projection) -> Quadrat
 
 
 def _attention_arguments(call: Call) -> AttentionArguments:
-    maps = (None, None) if call.low_rank is None else call.low_rank.coordinates(call)
+    inputs, maps = KernelInputs(), (None, None)
+    if call.low_rank is not None:
+        call = call.low_rank.with_coefficients(call)
+        inputs = call.low_rank.inputs(call)
+        maps = inputs.query_map, inputs.key_map
+        if call.support.reads_coordinates and inputs.query_map is None:
+            maps = call.low_rank.coordinates(call)
     return AttentionArguments(
         call.query,
         call.key,
         call.value,
-        *maps,
+        *inputs,
         **call.support.lists(call, *maps)._asdict(),
         **call.padding._asdict(),
         low_rank=0 if call.low_rank is None else call.low_rank.code,

@@ -270,6 +270,87 @@ def test_attention_and_its_gradients_are_those_of_the_definition(support: object
         assert error < (1e-10 if dtype == torch.float64 else 3e-6)
 
 
+LISTS = {  # a list for every tile form, kept scores or not, by key or by state
+    "no list": sb.Empty(),
+    "window": sb.Window(40),
+    "tiles of 8": sb.Routed(48, block_q=8),
+    "tiles of 16": sb.Routed(64),
+    "tiles of 32": sb.Routed(64, block_q=32),
+    "long lists": sb.Routed(128, block_q=32),
+    "own lists": sb.Routed(32, block_q=1, block_k=8),
+    "own long lists": sb.Routed(96, block_q=1, block_k=8),
+    "lists of blocks": sb.LSH(64),
+}
+
+
+@pytest.mark.parametrize("keys", [33, 110, 430])
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_every_form_of_a_list_has_the_values_and_gradients_of_the_definition(
+    name: str, keys: int, dtype: torch.dtype
+) -> None:
+    """Rows of up to 64 unlisted keys are summed key by key, short ones with lists of single queries as bitmasks."""
+    support, low_rank = LISTS[name], sb.Centroid(20)
+    query, key, value = qkv(keys, heads=4, kv_heads=2, head_dim=24, value_dim=40, dtype=dtype)
+    mask = padding(keys, (3, 9))
+    found = sb.cluster(query, key, 20, mask)
+    if support.depends_on_content:
+        support = sb.route(query, key, support, low_rank, mask, statistics=found)
+    d_out, results = rand(B, 4, keys, 40, seed=7, dtype=torch.float64), []
+    for attend in (sb.attention, sb.reference.attention):
+        tokens = leaves((query, key, value))
+        out = attend(*tokens, support, low_rank, mask, statistics=found)
+        results.append([out, *torch.autograd.grad((out * d_out).sum(), tokens)])
+    for mine, theirs in zip(*results, strict=True):
+        error = float((mine.double() - theirs.double()).detach().norm() / theirs.double().detach().norm())
+        assert error < {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 1e-2}[dtype]
+
+
+@pytest.mark.parametrize("support", [sb.Window(16), sb.Routed(32), sb.Routed(32, block_q=1, block_k=8)], ids=str)
+@pytest.mark.parametrize("keys", [100, 500])
+@pytest.mark.parametrize("factor", [3.0, 30.0, 300.0])
+def test_clusters_far_heavier_than_what_is_left_of_them_lose_nothing(
+    factor: float, keys: int, support: sb.Support
+) -> None:
+    """Large scores: representatives overshoot their keys by many orders of magnitude, and lists take that back."""
+    query, key, value = qkv(keys, batch=1, heads=2, kv_heads=1, head_dim=24)
+    query = query * factor
+    found = sb.cluster(query, key, 8)
+    if support.depends_on_content:
+        support = sb.route(query, key, support, sb.Centroid(8), statistics=found)
+    d_out, results = rand(1, 2, keys, 24, seed=7), []
+    for attend in (sb.attention, sb.reference.attention):
+        tokens = leaves((query, key, value))
+        out = attend(*tokens, support, sb.Centroid(8), statistics=found)
+        results.append([out, *torch.autograd.grad((out * d_out).sum(), tokens)])
+    for mine, theirs in zip(*results, strict=True):
+        error = float((mine.double() - theirs.double()).detach().norm() / theirs.double().detach().norm())
+        assert error < 1e-6 * (factor + 3)
+
+
+@pytest.mark.parametrize("support", [sb.Window(16), sb.Routed(32), sb.Routed(32, block_q=1, block_k=8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_and_threads_change_no_bit_of_attention_and_its_gradients(
+    support: sb.Support, dtype: torch.dtype
+) -> None:
+    """Of wide heads, whatever padded tokens hold and however many there are."""
+    tokens = qkv(500, batch=1, heads=4, kv_heads=2, head_dim=24, dtype=dtype)
+    d_out, results, before = rand(1, 4, 500, 24, seed=7, dtype=dtype), [], torch.get_num_threads()
+    try:
+        for threads, left, right, fill in ((1, 0, 0, 0.0), (3, 0, 0, 0.0), (2, 37, 90, math.nan), (1, 0, 600, 1e9)):
+            torch.set_num_threads(threads)
+            mask = torch.nn.functional.pad(torch.zeros(1, 500, dtype=torch.bool), (left, right), value=True)
+            padded = [torch.nn.functional.pad(t, (0, 0, left, right), value=fill) for t in tokens]
+            inputs, inside = leaves(padded), slice(left, left + 500)
+            out = sb.attention(*inputs, support, sb.Centroid(16), mask, query_padding_mask=mask)
+            out.backward(torch.nn.functional.pad(d_out, (0, 0, left, right)))
+            results.append([t[:, :, inside] for t in (out.detach(), *(t.grad for t in inputs))])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
 @pytest.mark.parametrize("block_q", [8, 16, 32])
 def test_routed_attention_runs_with_its_own_clusters(block_q: int) -> None:
     query, key, value = qkv(200, heads=2, kv_heads=2)

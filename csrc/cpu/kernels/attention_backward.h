@@ -75,6 +75,10 @@ void backward_unit_of(const AttentionParams& p, BackwardTask& task) {
         for (int record = 0; record < kRecords; ++record) count_keys_of_record<E>(r[record], task.keys_of_chunk);
     }
   } else {
+    if (p.has_clusters() && !p.sums_by_key) {
+      AccType<E>* d = d_representatives_slot<AccType<E>>(p, task.b * p.q_heads + task.h, task.unit);
+      for (int64_t i = 0; i < p.rank * p.head_pad; ++i) d[i] = 0;
+    }
     if (p.has_low_rank() && p.uses_kv_state && !p.sums_by_key) {
       const KVState<AccType<E>> d = d_kv_state_slot<AccType<E>>(p, task.b * p.q_heads + task.h, task.unit);
       for (int64_t i = 0; i < p.slot_size; ++i) d.H[i] = 0;

@@ -44,9 +44,14 @@ SB_INLINE void weigh_per_query(const AttentionParams& p, const QueryTile<E, kLan
     s.kv_state_log[lane] = list.uses_kv_state ? tile.rho[lane] + kappa_ref : kLowest<T>;
     const KeptScores<T> kept = kept_scores<T, 1>(p, tile.b, tile.h, tile.first_slot + lane, r.n_listed);
     if (!kept.data) scores_of_query<E>(p, tile.q[lane], r.n_listed, listed<E>(p.k, tile.b, tile.kv, r.key), s.qT, w.P);
-    if (is_lost<T>(s.lse[lane]))
-      s.lse[lane] =
-          stabiliser_of_query<T>(list, kappa, kept.data ? kept.data : w.P, tile.rho[lane], s.kv_state_log[lane]);
+    const int64_t rest = r.n - r.n_listed;
+    if (is_lost<T>(s.lse[lane])) {
+      if (p.has_clusters() && rest > 0)
+        look_up_clusters_of_query<kLanes>(p, clusters_of_keys(p, tile.b, tile.kv), false, rest, r.key + r.n_listed,
+                                          s.xT, lane, r.dt);
+      s.lse[lane] = stabiliser_of_query<T>(list, kappa, kept.data ? kept.data : w.P, tile.rho[lane],
+                                           s.kv_state_log[lane], p.has_clusters() ? r.dt - r.n_listed : nullptr);
+    }
   });
   for_each_query([&](int lane, ScatterRecord<E>& r, const LaneWeights<T>& w) {
     dot_rows<E>(r.n, listed<E>(p.v, tile.b, tile.kv, r.key), s.d_out[lane], p.value_pad, w.g);
@@ -58,11 +63,19 @@ SB_INLINE void weigh_per_query(const AttentionParams& p, const QueryTile<E, kLan
     const int64_t L_begin = r.L_begin, L_count = p.has_low_rank() ? r.n - L_begin : 0;
     T *exponent = s.exponent, *net = s.net + lane * p.max_keys;
     if (L_count) {
-      map_row<T>(p, tile.x[lane], s.row);
-      low_rank_products_of_query<T>(p, tile.b, tile.kv, L_count, r.key + L_begin, s.row, r.dt);
+      if (p.has_clusters()) {
+        look_up_clusters_of_query<kLanes>(p, clusters_of_keys(p, tile.b, tile.kv), L_begin < r.n_listed, L_count,
+                                          r.key + L_begin, s.xT, lane, r.dt);
+      } else {
+        map_row<T>(p, tile.x[lane], s.row);
+        low_rank_products_of_query<T>(p, tile.b, tile.kv, L_count, r.key + L_begin, s.row, r.dt);
+      }
       for (int64_t i = L_begin; i < r.n_listed; ++i) exponent[i - L_begin] = kappa(r.key[i]) - kappa_ref;
-      for (int64_t i = r.n_listed; i < r.n; ++i)
-        exponent[i - L_begin] = (tile.rho[lane] - s.lse[lane]) + kappa(r.key[i]);
+      for (int64_t i = r.n_listed; i < r.n; ++i) {
+        T& t = r.dt[i - L_begin];
+        exponent[i - L_begin] = ((p.has_clusters() ? t : tile.rho[lane]) - s.lse[lane]) + kappa(r.key[i]);
+        if (p.has_clusters()) t = T(1);
+      }
     }
     const T a = s.weight[lane];
     const KeptScores<T> kept = kept_scores<T, 1>(p, tile.b, tile.h, tile.first_slot + lane, r.n_listed);
@@ -110,6 +123,9 @@ SB_INLINE void gradients_per_query(const AttentionParams& p, const QueryTile<E, 
     for (int64_t i = 0; i < r.n; i += N) store_narrow<E, N>(r.w + i, load<T, N>(w.g + i));
   }
   if (L_count == 0) return;
+  if (p.has_clusters())
+    return add_exponent_gradients_of_query<kLanes>(clusters_of_keys(p, tile.b, tile.kv), r.L_begin < r.n_listed,
+                                                   L_count, r.key + r.L_begin, s.xT, lane, r.dt, s.dX);
   combine_rows<T>(L_count, r.dt, listed<T>(p.y, tile.b, tile.kv, r.key + r.L_begin), p.map_pad, s.row);
   for (int64_t a = 0; a < gradient_rows(p.low_rank, p.rank); ++a) s.dX[a * kLanes + lane] = s.row[a];
 }

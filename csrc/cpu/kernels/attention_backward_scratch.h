@@ -9,7 +9,7 @@ struct BackwardScratch {
   typedef AccType<E> T;
   StepOf<E>*qT, *gT;    // [d][lanes], dO as [dv][lanes], in steps
   StepOf<E>* W;         // weights [keys][lanes] in steps
-  T *wide, *wide_rows;  // dO in the accumulation type, as [dv][lanes] and as [lanes][dv]
+  T *wide, *wide_rows;  // dO, or q, in the accumulation type, as [dv][lanes] and as [lanes][dv]
   T *P, *g, *xT;        // P and dO.v - dO.o [keys][lanes], [map][lanes]
   T *exponent, *row;    // [keys], one row of coordinates
   T* net;               // weights before they are rescaled [keys][lanes]
@@ -36,10 +36,11 @@ SB_INLINE void allocate_backward(const AttentionParams& p, Arena& arena, Backwar
   typedef AccType<E> T;
   typedef StepOf<E> S;
   s.qT = arena.take<S>(p.head_pad * kLanes);
-  s.xT = arena.take<T>(p.map_pad * kLanes);
+  s.xT = arena.take<T>(p.x_rows() * kLanes);
   s.gT = arena.take<S>(p.value_pad * kLanes);
   if constexpr (kPaired<E>) {
-    s.wide = arena.take<T>(p.value_pad * kLanes), s.wide_rows = arena.take<T>(p.value_pad * kLanes);
+    const int64_t width = p.value_pad > p.head_pad ? p.value_pad : p.head_pad;
+    s.wide = arena.take<T>(width * kLanes), s.wide_rows = arena.take<T>(width * kLanes);
     s.P = arena.take<T>(p.max_keys * kLanes), s.g = arena.take<T>(p.max_keys * kLanes);
     s.W = arena.take<S>(p.max_keys * kLanes);
   }

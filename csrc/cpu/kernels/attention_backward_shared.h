@@ -17,6 +17,7 @@ SB_INLINE void weigh_bitmask(const AttentionParams& p, const QueryTile<E, kLanes
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
   typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
+  const T* exponents = p.has_clusters() ? r.dt : nullptr;
   for (int v = 0; v < NQ; ++v) {
     const V lse = load<T, N>(s.lse + v * N), delta = load<T, N>(s.delta + v * N);
     V exact{}, slope{};
@@ -24,11 +25,11 @@ SB_INLINE void weigh_bitmask(const AttentionParams& p, const QueryTile<E, kLanes
       V sum{}, moment{};
       for (int64_t i = begin; i < list.n && i < begin + kShortChain; ++i) {
         const int64_t o = i * kLanes + v * N;
-        const BitmaskKey<E, kLanes, N> key(tile, kappa, S, kLanes, i, v);
+        const BitmaskKey<E, kLanes, N> key(tile, kappa, S, kLanes, exponents, i, v);
         const V grad = load<T, N>(s.g + o) - delta;
         const V e = exp2v<N>(key.exponent - lse), t = load<T, N>(r.dt + o);
-        const V P = key.listed ? e : V{}, weight = key.listed ? e : e * kernel.value(t);
-        store<T, N>(r.dt + o, key.listed ? V{} : e * kernel.slope(t));
+        const V P = key.listed ? e : V{}, weight = exponents || key.listed ? e : e * kernel.value(t);
+        store<T, N>(r.dt + o, key.listed ? V{} : e * (exponents ? splat<T, N>(T(1)) : kernel.slope(t)));
         sum += weight, moment += weight * grad;
         store<T, N>(s.P + o, P), store<T, N>(s.net + o, weight), store<T, N>(s.g + o, grad);
       }
@@ -43,7 +44,7 @@ template <class E, int kLanes>
 SB_INLINE void restore_stabilisers(const QueryTile<E, kLanes>& tile, const LogScales<AccType<E>>& kappa,
                                    const AccType<E>* S, int64_t stride,
                                    const Vector<AccType<E>, kLaneWidth<AccType<E>, kLanes>>* state,
-                                   BackwardScratch<E, kLanes>& s) {
+                                   const AccType<E>* exponents, BackwardScratch<E, kLanes>& s) {
   typedef AccType<E> T;
   constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
   bool lost = false;
@@ -51,9 +52,9 @@ SB_INLINE void restore_stabilisers(const QueryTile<E, kLanes>& tile, const LogSc
   if (!lost) return;
   Vector<T, N> c[NQ];
   if (tile.list.bitmask)
-    for (int v = 0; v < NQ; ++v) c[v] = bitmask_stabiliser<E, kLanes, N>(tile, kappa, S, stride, v);
+    for (int v = 0; v < NQ; ++v) c[v] = bitmask_stabiliser<E, kLanes, N>(tile, kappa, S, stride, exponents, v);
   else
-    stabilisers<E, kLanes, N>(tile, kappa, S, stride, state, c);
+    stabilisers<E, kLanes, N>(tile, kappa, S, stride, state, exponents, c);
   for (int lane = 0; lane < kLanes; ++lane)
     if (is_lost<T>(s.lse[lane])) s.lse[lane] = c[lane / N][lane % N];
 }
@@ -84,7 +85,7 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
   const int64_t stride = kept.stride, dots = (kept.data ? 0 : list.n_listed) + list.n;
   const int64_t per_slice = prefetcher.left() * kSliceRows<T, kLanes> / (dots + 1) + 1;
   if (!kept.data) {
-    queries_in_lanes<E, kLanes>(p, tile, s.qT);
+    if (!p.has_clusters()) queries_in_lanes<E, kLanes>(p, tile, s.qT);
     dot_lanes<E, N, kLanes>(list.n_listed, p.head_dim, k, s.qT, P, prefetcher, per_slice);
     scale_scores<E>(p, list.n_listed * kLanes, P);
   }
@@ -99,7 +100,8 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
     state[v] = list.uses_kv_state ? rho[v] + kappa_ref : splat<T, N>(kLowest<T>);
     store<T, N>(s.kv_state_log + v * N, state[v]);
   }
-  restore_stabilisers<E, kLanes>(tile, kappa, S, stride, state, s);
+  restore_stabilisers<E, kLanes>(tile, kappa, S, stride, state, p.has_clusters() ? r.dt - L_begin * kLanes : nullptr,
+                                 s);
   SB_EACH (v, NQ) {
     edge[v] = load<T, N>(tile.edge + v * N);
     lse[v] = load<T, N>(s.lse + v * N), delta[v] = load<T, N>(s.delta + v * N);
@@ -142,19 +144,28 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
         }
     };
     list.uses_kv_state ? weigh_listed(Yes{}) : weigh_listed(No{});
-    for (; i < end; ++i) {
-      const V at = splat<T, N>(T(list.key[i] - chunk_first));
-      const T kj = kappa(list.key[i]);
-      SB_EACH (v, NQ) {
-        const int64_t o = i * kLanes + v * N;
-        T* dt = r.dt + (i - L_begin) * kLanes + v * N;
-        const V t = load<T, N>(dt), grad = load<T, N>(grad_of + o) - delta[v];
-        const V e = at <= edge[v] ? exp2v<N>((rho[v] - lse[v]) + kj) : V{}, weight = e * kernel.value(t);
-        sum[v] += weight, moment[v] += weight * grad;
-        store<T, N>(dt, e * kernel.slope(t));
-        store<T, N>(s.net + o, weight), store<T, N>(grad_of + o, grad);
+    const auto weigh_rest = [&](auto has_clusters) SB_INLINE_LAMBDA {
+      for (; i < end; ++i) {
+        const V at = splat<T, N>(T(list.key[i] - chunk_first));
+        const T kj = kappa(list.key[i]);
+        SB_EACH (v, NQ) {
+          const int64_t o = i * kLanes + v * N;
+          T* dt = r.dt + (i - L_begin) * kLanes + v * N;
+          const V t = load<T, N>(dt), grad = load<T, N>(grad_of + o) - delta[v];
+          V slope, weight;
+          if constexpr (has_clusters) {
+            slope = weight = at <= edge[v] ? exp2v<N>((t - lse[v]) + kj) : V{};
+          } else {
+            const V e = at <= edge[v] ? exp2v<N>((rho[v] - lse[v]) + kj) : V{};
+            weight = e * kernel.value(t), slope = e * kernel.slope(t);
+          }
+          sum[v] += weight, moment[v] += weight * grad;
+          store<T, N>(dt, slope);
+          store<T, N>(s.net + o, weight), store<T, N>(grad_of + o, grad);
+        }
       }
-    }
+    };
+    p.has_clusters() ? weigh_rest(Yes{}) : weigh_rest(No{});
     SB_EACH (v, NQ) exact[v] += sum[v], removed[v] += taken[v], slope[v] += moment[v];
   }
   SB_EACH (v, NQ) {
@@ -204,7 +215,11 @@ SB_INLINE void gradients_shared(const AttentionParams& p, const QueryTile<E, kLa
     W = r.ds;
   combine_listed<E, false>(kLanes, p.head_pad, r.n_listed, W, listed<E>(p.k, tile.b, tile.kv, r.key), tile.zero_row,
                            PointedRows<T>{dq});
-  if (p.has_low_rank()) add_x_gradients<E, kLanes>(p, tile, r.n - r.L_begin, r.key + r.L_begin, r.dt, s.dX);
+  if (p.has_clusters())
+    add_exponent_gradients<kLanes>(clusters_of_keys(p, tile.b, tile.kv), tile.list.uses_kv_state, r.n - r.L_begin,
+                                   r.key + r.L_begin, s.xT, r.dt, s.dX);
+  else if (p.has_low_rank())
+    add_x_gradients<E, kLanes>(p, tile, r.n - r.L_begin, r.key + r.L_begin, r.dt, s.dX);
 }
 
 }  // namespace sb::SB_ISA

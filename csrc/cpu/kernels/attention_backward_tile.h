@@ -71,8 +71,8 @@ void balance_by_key(const AttentionParams& p, const QueryTile<E, kLanes>& tile, 
   q.b = tile.b, q.kv = tile.kv, q.end = p.is_causal ? tile.chunk_first - range.k_first : range.k_end - range.k_first;
   q.held = held_keys(p, tile.b, tile.kv, tile.slot);
   q.key = r.key + r.n_chunk, q.listed = r.n_listed - r.n_chunk, q.x = tile.x[lane], q.d_out = s.d_out[lane];
-  q.log = tile.rho[lane] - s.lse[lane], q.delta = s.delta[lane];
-  map_row<T>(p, q.x, q.z);
+  q.log = (p.has_clusters() ? T(0) : tile.rho[lane]) - s.lse[lane], q.delta = s.delta[lane];
+  query_row<E, kLanes>(p, tile, lane, s.xT, q.z);
   for (int64_t i = 0; i < r.n_listed; ++i) of.net[i * of.stride] = of.P[i * of.stride];
   for (int64_t i = r.L_begin; i < r.n_listed; ++i) of.dt[(i - r.L_begin) * of.stride] = T(0);
   T den = s.exact[lane], slope = T(0);
@@ -96,6 +96,13 @@ void drop_lane(int lane, const LaneArrays<T>& of, BackwardScratch<E, kLanes>& s,
 template <class E, int kLanes>
 void query_gradient_by_key(const AttentionParams& p, int lane, BackwardScratch<E, kLanes>& s, const ByKeyQuery<E>& q) {
   typedef AccType<E> T;
+  if (p.has_clusters()) {
+    const int32_t* cluster = clusters_of_keys(p, q.b, q.kv);
+    gradients_by_key<E>(p, q, 0, q.end, [&](const int32_t* key, int64_t n, const T*, const T* dt) {
+      for (int64_t i = 0; i < n; ++i) s.dX[cluster[key[i]] * kLanes + lane] += dt[i];
+    });
+    return;
+  }
   for (int64_t a = 0; a < p.map_pad; ++a) s.row[a] = T(0);
   gradients_by_key<E>(p, q, 0, q.end, [&](const int32_t* key, int64_t n, const T*, const T* dt) {
     add_rows<T>(n, dt, listed<T>(p.y, q.b, q.kv, key), p.map_pad, s.row);
@@ -130,7 +137,10 @@ SB_INLINE void kv_state_gradients(const AttentionParams& p, const KVState<AccTyp
     fold_rows<T, N>(sum);
     store<T, N>(d_state.hz + begin, load<T, N>(d_state.hz + begin) - sum[0]);
   }
-  if (s.centre)
+  if (p.has_clusters())  // by their exponents
+    for (int64_t at = 0; at < p.rank * kLanes; at += N)
+      store<T, N>(s.dX + at, load<T, N>(s.dX + at) + load<T, N>(s.F + at) * load<T, N>(s.gF + at));
+  else if (s.centre)
     chain_centred_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.centre, s.alpha, s.weight, s.gF, s.dX);
   else
     chain_features<T, kLanes>(p.low_rank, p.rank, s.xT, s.weight, s.gF, s.dX);
@@ -198,6 +208,17 @@ SB_INLINE int apply_fallback(const AttentionParams& p, const QueryTile<E, kLanes
   return by_key_count;
 }
 
+// Adds to dq, and to the gradient of the representatives, what the clusters' weights come to.
+template <class E, int kLanes, bool kShared>
+SB_INLINE void query_cluster_gradients(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int64_t unit,
+                                       BackwardScratch<E, kLanes>& s) {
+  AccType<E>* dq[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane)
+    dq[lane] = kShared && tile.query[lane] >= 0 ? p.dq.at<AccType<E>>(tile.b, tile.h, tile.query[lane])
+                                                : s.dQ + lane * p.head_pad;
+  exponent_gradients_to_rows<E, kLanes>(p, tile, unit, s.dX, s.wide_rows, dq);
+}
+
 // Gradients of x and rho: written, or multiplied with the projection's weights and added to dq.
 template <class E, int kLanes, bool kShared>
 SB_INLINE void query_map_gradients(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
@@ -226,7 +247,7 @@ SB_INLINE void query_map_gradients(const AttentionParams& p, const QueryTile<E, 
 
 // All steps of one tile; fills its records.
 template <class E, int kLanes, bool kShared>
-void backward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, BackwardScratch<E, kLanes>& s,
+void backward_tile(const AttentionParams& p, QueryTile<E, kLanes>& tile, BackwardScratch<E, kLanes>& s,
                    ScatterRecord<E>* records, TilePrefetcher<E, kLanes, true>& prefetcher) {
   typedef AccType<E> T;
   const bool has_low_rank = p.has_low_rank();
@@ -235,7 +256,12 @@ void backward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, B
   const KVState<T> state = has_low_rank ? kv_state_slot<T>(p, row, tile.slot) : KVState<T>{};
   const T kappa_ref = has_low_rank ? *state.kappa_ref : T(0);
   backward_prepare<E, kLanes, kShared>(p, tile, s);
-  if (has_low_rank) transpose_rows<T, kLanes>(tile.x, p.rank, T(1), s.xT);
+  if (p.has_clusters()) {
+    queries_in_lanes<E, kLanes>(p, tile, s.qT);
+    weigh_clusters<E, kLanes>(p, tile, s.qT, s.wide, s.xT);
+  } else if (has_low_rank) {
+    transpose_rows<T, kLanes>(tile.x, p.rank, T(1), s.xT);
+  }
   for (int64_t a = 0; a < p.map_pad * kLanes; ++a) s.dX[a] = T(0);
   if constexpr (kShared) {
     weigh_shared<E, kLanes>(p, tile, kappa, kappa_ref, s, records[0], prefetcher);
@@ -263,7 +289,10 @@ void backward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, B
   if (has_low_rank) {
     const int64_t unit = p.is_causal ? tile.slot : tile.first_slot / kQueriesPerUnit;
     if (any) kv_state_gradients<E, kLanes>(p, state, d_kv_state_slot<T>(p, tile.b * p.q_heads + tile.h, unit), s);
-    query_map_gradients<E, kLanes, kShared>(p, tile, s);
+    if (p.has_clusters())
+      query_cluster_gradients<E, kLanes, kShared>(p, tile, unit, s);
+    else
+      query_map_gradients<E, kLanes, kShared>(p, tile, s);
   }
   for (int lane = 0; lane < tile.lanes && !kShared; ++lane) {
     if (tile.query[lane] < 0) continue;

@@ -8,7 +8,7 @@ namespace sb::SB_ISA {
 
 // One tile: listed keys, then the state's part, then the common normaliser.
 template <class E, int kLanes, bool kShared>
-void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, ForwardScratch<E, kLanes>& s,
+void forward_tile(const AttentionParams& p, QueryTile<E, kLanes>& tile, ForwardScratch<E, kLanes>& s,
                   TilePrefetcher<E, kLanes, false>& prefetcher) {
   typedef AccType<E> T;
   constexpr int N = kLaneWidth<T, kLanes>;
@@ -16,15 +16,16 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
   const auto kappa = log_scales<T>(p.kappa, tile.b, tile.kv);
   const KVState<T> state = has_low_rank ? kv_state_slot<T>(p, tile.b * p.kv_heads + tile.kv, tile.slot) : KVState<T>{};
   const T kappa_ref = has_low_rank ? *state.kappa_ref : T(0);
+  if (kShared || p.has_clusters()) queries_in_lanes<E, kLanes>(p, tile, s.qT);
+  if (p.has_clusters()) weigh_clusters<E, kLanes>(p, tile, s.qT, s.wide, s.xT);
   if constexpr (kShared) {
-    queries_in_lanes<E, kLanes>(p, tile, s.qT);
-    if (has_low_rank) transpose_rows<T, kLanes>(tile.x, p.rank, T(1), s.xT);
+    if (p.has_maps()) transpose_rows<T, kLanes>(tile.x, p.rank, T(1), s.xT);
     forward_shared<E, kLanes>(p, tile, kappa, kappa_ref, s, prefetcher);
   } else {
     for (int lane = 0; lane < kLanes; ++lane)
       s.c[lane] = s.kv_state_log[lane] = kLowest<T>, s.weight[lane] = s.exact[lane] = s.removed[lane] = T(0);
     forward_per_query<E, kLanes>(p, tile, kappa, kappa_ref, s);
-    if (has_low_rank) transpose_rows<T, kLanes>(tile.x, p.rank, T(1), s.xT);
+    if (p.has_maps()) transpose_rows<T, kLanes>(tile.x, p.rank, T(1), s.xT);
   }
 
   // 5. The complement: F(x) H and F(x).hz in each query's own scale.
@@ -64,7 +65,7 @@ void forward_tile(const AttentionParams& p, const QueryTile<E, kLanes>& tile, Fo
       skip[lane] = true;
       continue;
     }
-    s.c[lane] = forward_by_key<E, kLanes>(p, tile, lane, kShared ? tile.list : s.lists[lane], s.qT, s.by_key,
+    s.c[lane] = forward_by_key<E, kLanes>(p, tile, lane, kShared ? tile.list : s.lists[lane], s.xT, s.qT, s.by_key,
                                           s.by_key + p.map_pad, &den[lane], s.O + lane * p.value_pad);
   }
   log2_lanes<T, kLanes>(den, log_den);

@@ -41,13 +41,23 @@ SB_INLINE void forward_per_query(const AttentionParams& p, const QueryTile<E, kL
     const T* S = scores_of(lane, W);
     const int64_t L_begin = first_low_rank(list), L_count = p.has_low_rank() ? list.n - L_begin : 0;
     if (L_count) {
-      map_row<T>(p, tile.x[lane], x);
-      low_rank_products_of_query<T>(p, tile.b, tile.kv, L_count, list.key + L_begin, x, L);
+      if (p.has_clusters()) {
+        look_up_clusters_of_query<kLanes>(p, clusters_of_keys(p, tile.b, tile.kv), list.uses_kv_state, L_count,
+                                          list.key + L_begin, x, lane, L);
+      } else {
+        map_row<T>(p, tile.x[lane], x);
+        low_rank_products_of_query<T>(p, tile.b, tile.kv, L_count, list.key + L_begin, x, L);
+      }
       for (int64_t i = L_begin; i < list.n_listed; ++i) exponent[i - L_begin] = kappa(list.key[i]) - kappa_ref;
     }
     s.kv_state_log[lane] = list.uses_kv_state ? tile.rho[lane] + kappa_ref : kLowest<T>;
-    const T c = stabiliser_of_query<T>(list, kappa, S, tile.rho[lane], s.kv_state_log[lane]);
-    for (int64_t i = list.n_listed; i < list.n; ++i) exponent[i - L_begin] = (tile.rho[lane] - c) + kappa(list.key[i]);
+    const T c = stabiliser_of_query<T>(list, kappa, S, tile.rho[lane], s.kv_state_log[lane],
+                                       p.has_clusters() ? L - L_begin : nullptr);
+    for (int64_t i = list.n_listed; i < list.n; ++i) {
+      T& t = L[i - L_begin];
+      exponent[i - L_begin] = ((p.has_clusters() ? t : tile.rho[lane]) - c) + kappa(list.key[i]);
+      if (p.has_clusters()) t = T(1);
+    }
     s.c[lane] = c;
   });
 

@@ -11,6 +11,7 @@ struct ForwardScratch {
   typedef AccType<E> T;
   StepOf<E>*qT, *W;        // [d][lanes] and weights [keys][lanes], both in steps
   T *xT, *S, *L, *F, *O;   // [map][lanes], [keys][lanes] twice, [features][lanes], [lanes][dv]
+  T* wide;                 // [d][lanes] in the accumulation type, for bfloat16
   T *decay, *by_key;       // [keys] (for each query with its own list), and rows of one query: [map], [keys]
   T c[kLanes];             // stabiliser
   T exact[kLanes];         // sum of the listed keys' weights and of L summed key by key
@@ -25,7 +26,8 @@ SB_INLINE void allocate_forward(const AttentionParams& p, Arena& arena, ForwardS
   typedef AccType<E> T;
   s.qT = arena.take<StepOf<E>>(p.head_pad * kLanes);
   s.W = arena.take<StepOf<E>>(kPaired<E> ? p.max_keys * kLanes : 0);
-  s.xT = arena.take<T>(p.map_pad * kLanes);
+  s.xT = arena.take<T>(p.x_rows() * kLanes);
+  s.wide = arena.take<T>(kPaired<E> && p.has_clusters() ? p.head_pad * kLanes : 0);
   s.S = arena.take<T>(p.max_keys * kLanes), s.L = arena.take<T>(p.max_keys * kLanes);
   s.F = arena.take<T>(p.features_pad() * kLanes);
   s.O = arena.take<T>(p.value_pad * kLanes);

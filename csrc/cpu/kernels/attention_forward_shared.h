@@ -32,15 +32,16 @@ SB_INLINE void bitmask_weights(const AttentionParams& p, const QueryTile<E, kLan
   typedef Vector<T, N> V;
   const RuntimeKernel kernel{p.low_rank};
   const V none = splat<T, N>(kLowest<T>);
+  const T* exponents = p.has_clusters() ? s.L : nullptr;
   for (int v = 0; v < NQ; ++v) {
-    const V c = bitmask_stabiliser<E, kLanes, N>(tile, kappa, S, kLanes, v);
+    const V c = bitmask_stabiliser<E, kLanes, N>(tile, kappa, S, kLanes, exponents, v);
     V exact{};
     for (int64_t begin = 0; begin < list.n; begin += kShortChain) {
       V sum{};
       for (int64_t i = begin; i < list.n && i < begin + kShortChain; ++i) {
-        const BitmaskKey<E, kLanes, N> key(tile, kappa, S, kLanes, i, v);
+        const BitmaskKey<E, kLanes, N> key(tile, kappa, S, kLanes, exponents, i, v);
         const V e = exp2v<N>(key.exponent - c), t = load<T, N>(s.L + i * kLanes + v * N);
-        const V weight = key.listed ? e : e * kernel.value(t);
+        const V weight = exponents || key.listed ? e : e * kernel.value(t);
         sum += weight;
         store<T, N>(s.S + i * kLanes + v * N, weight);
       }
@@ -89,7 +90,7 @@ SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLane
     bitmask_weights<E, kLanes>(p, tile, kappa, S, s);
     return combine_weights<E, kLanes>(p, tile, s);
   }
-  stabilisers<E, kLanes, N>(tile, kappa, S, kLanes, state, c);
+  stabilisers<E, kLanes, N>(tile, kappa, S, kLanes, state, p.has_clusters() ? s.L : nullptr, c);
 
   // 3. Weights, into S for listed keys and behind them for the rest.
   SB_EACH (v, NQ) store<T, N>(s.c + v * N, c[v]);
@@ -124,16 +125,24 @@ SB_INLINE void forward_shared(const AttentionParams& p, const QueryTile<E, kLane
         }
     };
     list.uses_kv_state ? weigh_listed(Yes{}) : weigh_listed(No{});
-    for (; i < end; ++i) {
-      const V at = splat<T, N>(T(list.key[i] - chunk_first));
-      const T kj = kappa(list.key[i]);
-      SB_EACH (v, NQ) {
-        const V u = exp2v<N>((rho[v] - c[v]) + kj) * kernel.value(load<T, N>(s.L + i * kLanes + v * N));
-        const V weight = at <= edge[v] ? u : V{};
-        sum[v] += weight;
-        store<T, N>(s.S + i * kLanes + v * N, weight);
+    const auto weigh_rest = [&](auto has_clusters) SB_INLINE_LAMBDA {
+      for (; i < end; ++i) {
+        const V at = splat<T, N>(T(list.key[i] - chunk_first));
+        const T kj = kappa(list.key[i]);
+        SB_EACH (v, NQ) {
+          const V t = load<T, N>(s.L + i * kLanes + v * N);
+          V u;
+          if constexpr (has_clusters)
+            u = exp2v<N>((t - c[v]) + kj);
+          else
+            u = exp2v<N>((rho[v] - c[v]) + kj) * kernel.value(t);
+          const V weight = at <= edge[v] ? u : V{};
+          sum[v] += weight;
+          store<T, N>(s.S + i * kLanes + v * N, weight);
+        }
       }
-    }
+    };
+    p.has_clusters() ? weigh_rest(Yes{}) : weigh_rest(No{});
     SB_EACH (v, NQ) exact[v] += sum[v], removed[v] += taken[v];
   }
   SB_EACH (v, NQ) {

@@ -17,8 +17,8 @@ struct ByKeyQuery {
   KeyRange held;       // keys before `end` that the state does not hold
   const T* x;          // rows
   const E* d_out;
-  T* z;                   // x with zeros behind its coordinates
-  T log, delta, inverse;  // log2 of the factor of L beside exp(kappa); delta; 1 / sum of weights
+  T* z;                   // as query_row fills it
+  T log, delta, inverse;  // log2 of the factor of L beside exp(kappa) (and z's); delta; 1 / sum of weights
 };
 
 // Calls visit(keys, n), up to kChunk keys at a time, for the keys in [begin, end) of the row that are neither masked
@@ -51,15 +51,28 @@ SB_INLINE void for_each_unlisted(const AttentionParams& p, int64_t b, int64_t be
   }
 }
 
-// e = exp(log + kappa) and t = x.y of n keys, from the row z of map_row.
+// What the products of one query read: its coordinates with zeros behind them, or the exponents of its clusters.
+template <class E, int kLanes>
+SB_INLINE void query_row(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int lane, const AccType<E>* xT,
+                         AccType<E>* z) {
+  typedef AccType<E> T;
+  if (!p.has_clusters()) return map_row<T>(p, tile.x[lane], z);
+  const T* exponent = exponents_of_clusters<T>(p, xT, kLanes);
+  for (int64_t c = 0; c < p.map_pad; ++c) z[c] = c < p.rank ? exponent[c * kLanes + lane] : T(0);
+}
+
+// e = exp(log + kappa) and t = x.y of n keys, from the row z of query_row; with clusters L is all in e.
 template <class T>
 SB_INLINE void by_key_terms(const AttentionParams& p, int64_t b, int64_t kv, const int32_t* key, int64_t n, T log,
                             const T* z, T* e, T* t) {
   constexpr int N = kWidth<T>;
   const auto kappa = log_scales<T>(p.kappa, b, kv);
-  for (int64_t i = 0; i < kChunk; ++i) e[i] = i < n ? log + kappa(key[i]) : T(-1e30);
+  const int32_t* cluster = p.has_clusters() ? clusters_of_keys(p, b, kv) : nullptr;
+  for (int64_t i = 0; i < kChunk; ++i)
+    e[i] = i >= n ? T(-1e30) : (cluster ? log + z[cluster[key[i]]] : log) + kappa(key[i]);
   for (int64_t i = 0; i < n; i += N) store<T, N>(e + i, exp2v<N>(load<T, N>(e + i)));
-  low_rank_products_of_query<T>(p, b, kv, n, key, z, t);
+  if (!cluster) return low_rank_products_of_query<T>(p, b, kv, n, key, z, t);
+  for (int64_t i = 0; i < n; ++i) t[i] = T(1);
 }
 
 // Adds the weight of the unlisted keys to `total`, and its product with dO.v - delta to `slope`.
@@ -100,9 +113,9 @@ SB_INLINE void gradients_by_key(const AttentionParams& p, const ByKeyQuery<E>& q
 
 // The whole forward pass of one lane, whose stabiliser is the largest exponent of the keys it sees. Writes the sum of
 // weights to `total` and that of weight v to `out`; returns the stabiliser. `q`, z and S are scratch for a query, its
-// coordinates and its list.
+// query_row and its list.
 template <class E, int kLanes, class T = AccType<E>>
-T forward_by_key(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int lane, const KeyList& list,
+T forward_by_key(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int lane, const KeyList& list, const T* xT,
                  StepOf<E>* q, T* z, T* S, T* total, T* out) {
   constexpr int N = kWidth<T>;
   const RuntimeKernel kernel{p.low_rank};
@@ -119,7 +132,8 @@ T forward_by_key(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int
     }
   };
   scores_of_query<E>(p, tile.q[lane], list.n_listed, listed<E>(p.k, tile.b, tile.kv, list.key), q, S);
-  map_row<T>(p, tile.x[lane], z);
+  query_row<E, kLanes>(p, tile, lane, xT, z);
+  const int32_t* cluster = p.has_clusters() ? clusters_of_keys(p, tile.b, tile.kv) : nullptr;
   T c = kLowest<T>;
   for (int64_t i = 0; i < list.n_listed; ++i) {
     if (list.key[i] - first > edge) S[i] = kLowest<T>;
@@ -130,14 +144,17 @@ T forward_by_key(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int
   combine_rows<E>(list.n_listed, S, listed<E>(p.v, tile.b, tile.kv, list.key), p.value_pad, out);
   unlisted([&](const int32_t* key, int64_t n) {
     T e[kChunk], t[kChunk], top = c;
-    for (int64_t i = 0; i < n; ++i) top = tile.rho[lane] + kappa(key[i]) > top ? tile.rho[lane] + kappa(key[i]) : top;
+    for (int64_t i = 0; i < n; ++i) {
+      const T log = (cluster ? z[cluster[key[i]]] : tile.rho[lane]) + kappa(key[i]);
+      top = log > top ? log : top;
+    }
     if (top > c) {
       const T factor = exp2s<T>(c - top);
       *total *= factor, c = top;
       for (int64_t column = 0; column < p.value_pad; column += N)
         store<T, N>(out + column, load<T, N>(out + column) * factor);
     }
-    by_key_terms<T>(p, tile.b, tile.kv, key, n, tile.rho[lane] - c, z, e, t);
+    by_key_terms<T>(p, tile.b, tile.kv, key, n, (cluster ? T(0) : tile.rho[lane]) - c, z, e, t);
     T sum = T(0);
     for (int64_t i = 0; i < n; ++i) sum += e[i] *= kernel.value(t[i]);
     *total += sum;

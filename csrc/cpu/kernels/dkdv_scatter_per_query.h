@@ -99,7 +99,9 @@ SB_INLINE void scatter_keys(const AttentionParams& p, int64_t b, int64_t kv, con
       copy_weights<E, kKeys>(r.ds + at, s.ds + keys * kKeys);
       s.q[keys++] = s.lane_q[piece.lane];
     }
-    if (at >= r.L_begin && p.has_low_rank()) {
+    if (at >= r.L_begin && p.has_clusters())
+      for (int64_t k = 0; k < kKeys; ++k) *p.dy.at<T>(b, kv, key + k) += r.dt[at - r.L_begin + k];
+    if (at >= r.L_begin && p.has_maps()) {
       copy_weights<T, kKeys>(r.dt + at - r.L_begin, s.dt + maps * kKeys);
       s.x[maps++] = r.x[0];
     }

@@ -12,7 +12,7 @@ struct ScatterRecord {
   int64_t first_key, last_key;                   // of the list
   int32_t* key;
   E *w, *ds;    // weights [n][lanes]; ds [n_listed][lanes], times scale
-  T* dt;        // dL/dt [n - L_begin][lanes]
+  T* dt;        // dL/dt [n - L_begin][lanes]; of the centroid kernel dkappa, its sums over lanes
   const E** q;  // rows of the lanes
   const E** d_out;
   const T** x;
@@ -64,6 +64,13 @@ SB_INLINE void count_keys_of_record(const ScatterRecord<E>& r, int64_t* keys_of_
   for (int64_t i = 0; i < r.n; i += 8) ++keys_of_chunk[r.key[i] / kChunk];
 }
 
+// Adds to dkappa of n keys.
+template <class T>
+SB_INLINE void add_to_keys(const AttentionParams& p, int64_t b, int64_t kv, int64_t n, const int32_t* key,
+                           const T* d_kappa) {
+  for (int64_t i = 0; i < n; ++i) *p.dy.at<T>(b, kv, key[i]) += d_kappa[i];
+}
+
 // Adds, for keys in [key_begin, key_end), the share of queries whose complement was summed key by key.
 template <class E>
 void scatter_by_key(const AttentionParams& p, int64_t b, int64_t kv, const ScatterRecord<E>& r, int64_t key_begin,
@@ -75,7 +82,10 @@ void scatter_by_key(const AttentionParams& p, int64_t b, int64_t kv, const Scatt
     gradients_by_key<E>(p, q, key_begin > first ? key_begin - first : 0, key_end - first,
                         [&](const int32_t* key, int64_t n, const T* weight, const T* dt) {
                           scatter_row<E>(n, p.value_pad, weight, q.d_out, listed_target<T>(p.dv, b, kv, key));
-                          scatter_row<T>(n, p.map_pad, dt, q.x, listed_target<T>(p.dy, b, kv, key));
+                          if (p.has_clusters())
+                            add_to_keys<T>(p, b, kv, n, key, dt);
+                          else
+                            scatter_row<T>(n, p.map_pad, dt, q.x, listed_target<T>(p.dy, b, kv, key));
                         });
   }
 }
@@ -99,7 +109,9 @@ void dkdv_scatter_shared(const AttentionParams& p, int64_t b, int64_t kv, const 
         scatter_rows<E>(n, p.value_pad, r.lanes, r.w + begin * r.lanes, r.d_out, listed_target<T>(p.dv, b, kv, key));
       if (target == kKeys && i < 2)
         scatter_rows<E>(n, p.head_pad, r.lanes, r.ds + begin * r.lanes, r.q, listed_target<T>(p.dk, b, kv, key));
-      if (target == kMaps && begin >= r.L_begin && p.has_low_rank())
+      if (target == kMaps && begin >= r.L_begin && p.has_clusters())
+        add_to_keys<T>(p, b, kv, n, key, r.dt + begin - r.L_begin);
+      if (target == kMaps && begin >= r.L_begin && p.has_maps())
         scatter_rows<T>(n, p.map_pad, r.lanes, r.dt + (begin - r.L_begin) * r.lanes, r.x,
                         listed_target<T>(p.dy, b, kv, key));
     }

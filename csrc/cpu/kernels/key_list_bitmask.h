@@ -31,19 +31,21 @@ SB_INLINE void collect_bitmask(const AttentionParams& p, QueryTile<E, kLanes>& t
   list.n_chunk = 0, list.n_listed = list.n = n, list.uses_kv_state = false, list.bitmask = bitmask;
 }
 
-// One key of such a list: the lanes that list it, and each lane's exponent in base 2, s or rho + kappa.
+// One key of such a list: the lanes that list it, and each lane's exponent in base 2, s or rho + kappa, where
+// `exponents` [key][lane] stand in place of rho if they are given.
 template <class E, int kLanes, int N>
 struct BitmaskKey {
   typedef AccType<E> T;
   Ints<T, N> listed;
   Vector<T, N> exponent;
   SB_INLINE BitmaskKey(const QueryTile<E, kLanes>& tile, const LogScales<T>& kappa, const T* S, int64_t stride,
-                       int64_t i, int v) {
+                       const T* exponents, int64_t i, int v) {
     typedef Ints<T, N> I;
     I bit;
     SB_EACH (lane, N) bit[lane] = 1 << (v * N + lane);
     listed = ((I{} + tile.list.bitmask[i]) & bit) != I{};
-    exponent = listed ? load<T, N>(S + i * stride + v * N) : load<T, N>(tile.rho + v * N) + kappa(tile.list.key[i]);
+    const auto log = load<T, N>(exponents ? exponents + i * kLanes + v * N : tile.rho + v * N);
+    exponent = listed ? load<T, N>(S + i * stride + v * N) : log + kappa(tile.list.key[i]);
   }
 };
 

@@ -84,6 +84,10 @@ struct KeyChunk {
 // edge.
 template <class T>
 void kv_state_references(const AttentionParams& p, int64_t b, int64_t h) {
+  if (p.has_clusters()) {  // each counts from its own
+    for (int64_t slot = 0; slot < p.slots; ++slot) *kv_state_slot<T>(p, b * p.kv_heads + h, slot).kappa_ref = T(0);
+    return;
+  }
   const RowRange& range = p.rows[b];
   const auto kappa = log_scales<T>(p.kappa, b, h);
   T running = T(-1e30);

@@ -1,6 +1,6 @@
 // Gradients that reach keys and values through the states.
 #pragma once
-#include "kv_state.h"
+#include "cluster_state.h"
 
 namespace sb::SB_ISA {
 
@@ -8,6 +8,8 @@ namespace sb::SB_ISA {
 // chunk c is in slot c + 1 (every later unit), or in slot 0 without a causal edge.
 template <class T>
 void backward_scan(const AttentionParams& p, int64_t b, int64_t kv) {
+  if (p.has_clusters()) scan_representatives<T>(p, b, kv);
+  if (!p.uses_kv_state) return;
   const int64_t q_per_kv = p.q_heads / p.kv_heads, size = p.kv_state_size(), first = b * p.q_heads + kv * q_per_kv;
   const auto add = [&](int64_t from_row, int64_t from_unit, int64_t to_unit, T decay) {
     const KVState<T> from = d_kv_state_slot<T>(p, from_row, from_unit), to = d_kv_state_slot<T>(p, first, to_unit);
@@ -37,6 +39,10 @@ int64_t backward_keys(const AttentionParams& p, int64_t b, int64_t kv, int64_t c
                       const void* zero_row) {
   typedef AccType<E> T;
   constexpr int N = kWidth<T>, L = int(kChunk);
+  if (p.has_clusters()) {
+    if (zero_row) cluster_state_gradients<E>(p, b, kv, chunk);
+    return 0;
+  }
   Arena arena{static_cast<char*>(scratch), 0};
   T* yT = arena.take<T>(p.map_pad * L);
   T* dyT = arena.take<T>((p.map_pad + 1) * L);

@@ -1,16 +1,17 @@
 // Products t = x.y of the low-rank kernel with listed keys, for a tile of queries and for a single one.
 #pragma once
 #include "../../math/low_rank_kernels.h"
-#include "gathered_rows.h"
-#include "query_tile.h"
+#include "cluster_weights.h"
 
 namespace sb::SB_ISA {
 
-// t[i][lane] = x.y of the n keys, with x in lanes.
+// t[i][lane] = x.y of the n keys, with x in lanes; of the centroid kernel as look_up_clusters.
 template <class E, int kLanes>
 SB_INLINE void low_rank_products(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int64_t n,
                                  const int32_t* key, const AccType<E>* xT, AccType<E>* t) {
   typedef AccType<E> T;
+  if (p.has_clusters())
+    return look_up_clusters<kLanes>(p, clusters_of_keys(p, tile.b, tile.kv), tile.list.uses_kv_state, n, key, xT, t);
   const auto y = listed<T>(p.y, tile.b, tile.kv, key);
   gemm<T, kLaneWidth<T, kLanes>, false>(n, kLanes, p.rank, AcrossSteps<T, decltype(y)>{y},
                                         DenseRows<const T>{xT, kLanes}, DenseRows<T>{t, kLanes});

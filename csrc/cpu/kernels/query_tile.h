@@ -33,15 +33,15 @@ SB_INLINE bool fill_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t
   tile.slot = kv_state_of_edge(p, edge_of_slot(p, range, first_slot));
   const int64_t chunk = p.is_causal ? tile.slot * kChunk : 0;
   tile.chunk_first = range.k_first + chunk;
-  const bool has_low_rank = p.has_low_rank();
+  const bool has_maps = p.has_maps();  // else rho waits for weigh_clusters, or is not used
   if (lanes == kLanes && !p.order && !p.q_mask && !p.is_causal) {
     const int64_t first = range.q_first + first_slot;
     const T edge = T(edge_of_slot(p, range, first_slot));
     for (int lane = 0; lane < kLanes; ++lane) {
       tile.query[lane] = first + lane, tile.edge[lane] = edge;
       tile.q[lane] = p.q.at<const E>(b, h, first + lane);
-      tile.x[lane] = has_low_rank ? p.x.at<const T>(b, h, first + lane) : static_cast<const T*>(zero_row);
-      tile.rho[lane] = has_low_rank ? *p.rho.at<const T>(b, h, first + lane) : T(0);
+      tile.x[lane] = has_maps ? p.x.at<const T>(b, h, first + lane) : static_cast<const T*>(zero_row);
+      tile.rho[lane] = has_maps ? *p.rho.at<const T>(b, h, first + lane) : T(0);
     }
     return true;
   }
@@ -56,8 +56,8 @@ SB_INLINE bool fill_tile(const AttentionParams& p, int64_t b, int64_t h, int64_t
     tile.query[lane] = i, any |= i >= 0;
     tile.edge[lane] = i < 0 ? T(-1) : T(edge_of_slot(p, range, first_slot + lane) - chunk);
     tile.q[lane] = i < 0 ? tile.zero_row : p.q.at<const E>(b, h, i);
-    tile.x[lane] = has_low_rank && i >= 0 ? p.x.at<const T>(b, h, i) : static_cast<const T*>(zero_row);
-    tile.rho[lane] = has_low_rank && i >= 0 ? *p.rho.at<const T>(b, h, i) : T(0);
+    tile.x[lane] = has_maps && i >= 0 ? p.x.at<const T>(b, h, i) : static_cast<const T*>(zero_row);
+    tile.rho[lane] = has_maps && i >= 0 ? *p.rho.at<const T>(b, h, i) : T(0);
   }
   return any;
 }

@@ -3,6 +3,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "cluster.h"
+#include "cluster_state.h"
 #include "convert.h"
 #include "kv_state.h"
 #include "kv_state_backward.h"
@@ -14,10 +15,25 @@
 namespace sb::SB_ISA {
 
 template <class E>
+int64_t state_segment(const AttentionParams& p, int64_t b, int64_t kv, int64_t segment, void* scratch,
+                      const void* zero_row) {
+  return p.has_clusters() ? cluster_state_segment<E>(p, b, kv, segment, scratch)
+                          : kv_state_segment<E>(p, b, kv, segment, scratch, zero_row);
+}
+
+template <class E>
 constexpr AttentionKernels attention_table() {
-  return {&chunk_weights<AccType<E>>, &key_weights<AccType<E>>,   &kv_state_references<AccType<E>>,
-          &kv_state_segment<E>,       &kv_state_scan<AccType<E>>, &forward_unit<E>,
-          &backward_unit<E>,          &backward_scan<AccType<E>>, &backward_keys<E>};
+  return {&chunk_weights<AccType<E>>,
+          &key_weights<AccType<E>>,
+          &kv_state_references<AccType<E>>,
+          &state_segment<E>,
+          &kv_state_scan<AccType<E>>,
+          &forward_unit<E>,
+          &backward_unit<E>,
+          &backward_scan<AccType<E>>,
+          &backward_keys<E>,
+          &share_representatives<AccType<E>>,
+          &cluster_key_gradients<AccType<E>>};
 }
 
 #if !defined(SB_BFLOAT16)

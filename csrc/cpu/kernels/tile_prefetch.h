@@ -16,7 +16,7 @@ struct TilePrefetcher {
   ListedRows<const T> y, dk, dv;
   int64_t at = 0, end = 0, head_pad, value_pad;  // keys of the list, then queries
   int64_t from, last;                            // keys of the current tile
-  bool has_low_rank;
+  bool has_maps;
 
   explicit SB_INLINE TilePrefetcher(const AttentionParams& params) : p(params) {}
   SB_INLINE void look_ahead(const QueryTile<E, kLanes>& now, const QueryTile<E, kLanes>* then) {
@@ -32,7 +32,7 @@ struct TilePrefetcher {
     k = listed<E>(p.k, tile.b, tile.kv, list.key), v = listed<E>(p.v, tile.b, tile.kv, list.key);
     y = listed<T>(p.y, tile.b, tile.kv, list.key), dk = listed<T>(p.dk, tile.b, tile.kv, list.key),
     dv = listed<T>(p.dv, tile.b, tile.kv, list.key);
-    has_low_rank = p.has_low_rank(), head_pad = p.head_pad, value_pad = p.value_pad;
+    has_maps = p.has_maps(), head_pad = p.head_pad, value_pad = p.value_pad;
   }
   SB_INLINE int64_t left() const { return end - at; }
   SB_INLINE void fetch(int64_t count) {
@@ -41,7 +41,7 @@ struct TilePrefetcher {
       const int64_t key = k.list[at];
       if (key >= from && key <= last) continue;
       const bool is_listed = at < next->list.n_listed;
-      if (has_low_rank) __builtin_prefetch(y(at), 0, 2);
+      if (has_maps) __builtin_prefetch(y(at), 0, 2);
       if (is_listed) fetch_row<0, 2>(k(at), head_pad);
       fetch_row<0, 2>(v(at), value_pad);
       if constexpr (kBackward) {

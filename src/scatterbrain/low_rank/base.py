@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
+from scatterbrain.operators.arguments import KernelInputs
 from scatterbrain.registry import Registry
 
 if TYPE_CHECKING:
@@ -81,8 +82,9 @@ class LowRankKernel:
 
     Attributes:
         kind: name in configuration files, lower case.
-        code: how the operators evaluate K. 2: ``x.y`` of non-negative features. 1: ``(1 + x.y / 2)^2``, the quadratic
-            kernel's.
+        code: how the attention operator evaluates K. 2: ``x.y`` of non-negative features. 1: ``(1 + x.y / 2)^2``, the
+            quadratic kernel's. 3: the centroid kernel's, from clusters.
+        map_code: the same for :meth:`coordinates`, by which supports choose keys.
         can_be_prepared: the kernel has :meth:`constant_projection`.
         training_defaults: values of fields with which a model can be trained from scratch.
         reads_input: the kernel looks at the whole sequence, so causal attention would see the future.
@@ -97,6 +99,7 @@ class LowRankKernel:
 
     kind: ClassVar[str]
     code: ClassVar[int] = 2
+    map_code: ClassVar[int | None] = None  # that of the operator
     can_be_prepared: ClassVar[bool] = False
     training_defaults: ClassVar[dict[str, Any]] = {}
     # Properties where they depend on a field.
@@ -142,6 +145,15 @@ class LowRankKernel:
         kappa in the last column; float32 (float64 for float64 inputs), differentiable. Padded tokens may hold
         anything."""
         raise NotImplementedError(f"{type(self).__name__} must define coordinates(call)")
+
+    def with_coefficients(self, call: Call) -> Call:
+        """The call with what the kernel makes of its tokens in place of coefficients that were not given."""
+        return call
+
+    def inputs(self, call: Call) -> KernelInputs:
+        """What the attention operator evaluates the kernel with: the coordinates, unless a kernel has a ``code`` of its
+        own."""
+        return KernelInputs(*self.coordinates(call))
 
     def projection(self, call: Call) -> Projection | None:
         """The affine maps that the coordinates are, where they are: one operator then projects, routes and attends

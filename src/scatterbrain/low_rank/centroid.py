@@ -11,7 +11,7 @@ from torch import Tensor
 from scatterbrain.call import Call
 from scatterbrain.fields import check_finite, check_floats, check_int, check_number
 from scatterbrain.low_rank.base import Coefficients, LowRankKernel, check_shapes
-from scatterbrain.operators.arguments import ClusterArguments
+from scatterbrain.operators.arguments import ClusterArguments, KernelInputs
 from scatterbrain.operators.fakes import accumulation_dtype
 from scatterbrain.operators.tracing import is_readable
 from scatterbrain.operators.transformed import project
@@ -112,6 +112,8 @@ class Centroid(LowRankKernel):
     """
 
     kind: ClassVar[str] = "centroid"
+    code: ClassVar[int] = 3
+    map_code: ClassVar[int] = 2
     reads_input = True
 
     clusters: int = 64
@@ -146,21 +148,40 @@ class Centroid(LowRankKernel):
             )
         coefficients.check_geometry(call)
 
+    def with_coefficients(self, call: Call) -> Call:
+        if call.coefficients is not None:
+            return call
+        return call._replace(coefficients=find_clusters(call, self.clusters))
+
+    def inputs(self, call: Call) -> KernelInputs:
+        given = self._constants(call)
+        return KernelInputs(
+            cluster_index=given.index,
+            representatives=given.representatives,
+            log_mass=given.log_mass,
+            query_mean=given.query_mean,
+        )
+
     def coordinates(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Features exp(scale q.b_c), and of a key one-hot its cluster with log scale kappa."""
-        dtype, (query_mask, key_mask) = accumulation_dtype(call.query.dtype), call.padding[:2]
-        given = find_clusters(call, self.clusters) if call.coefficients is None else call.coefficients
-        given = given.to(device=call.query.device, dtype=dtype)
-        query, key = _without_padding(call.query, query_mask), _without_padding(call.key, key_mask)
+        """For the choice of keys: features exp(scale q.b_c), and of a key one-hot its cluster with log scale kappa;
+        constants."""
+        dtype, query_mask = accumulation_dtype(call.query.dtype), call.padding.query_mask
+        given = self._constants(call)
+        query = _without_padding(call.query.detach(), query_mask)
         member = (given.index[..., None] == torch.arange(self.clusters, device=query.device)).to(dtype)
-        representatives, kappa = given.representatives.detach(), given.log_mass.detach()
-        if key.requires_grad:
-            representatives, kappa = _with_gradients(given, member, key)
-        exponent = project(query, representatives * call.scale, None)
-        empty = (~(member > 0).any(2)).repeat_interleave(query.shape[1] // key.shape[1], 1)[:, :, None]
+        exponent = project(query, given.representatives * call.scale, None)
+        empty = (~(member > 0).any(2)).repeat_interleave(query.shape[1] // call.key.shape[1], 1)[:, :, None]
         exponent = exponent.masked_fill(empty, float("-inf"))
-        peak = exponent.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-        return torch.cat([torch.exp(exponent - peak), peak], -1), torch.cat([member, kappa[..., None]], -1)
+        peak = exponent.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        return torch.cat([torch.exp(exponent - peak), peak], -1), torch.cat([member, given.log_mass[..., None]], -1)
+
+    def _constants(self, call: Call) -> Clusters:
+        """The clusters in the precision of the call. Gradients go through the operator, to the keys alone."""
+        given = self.with_coefficients(call).coefficients
+        dtype = accumulation_dtype(call.query.dtype)
+        tensors = (given.index, given.representatives, given.log_mass, given.query_mean)
+        index, *floats = (t.detach().to(call.query.device) for t in tensors)
+        return Clusters.unchecked(index, *(t.to(dtype) for t in floats), given.scale)
 
 
 def find_clusters(call: Call, clusters: int) -> Clusters:
@@ -172,18 +193,4 @@ def find_clusters(call: Call, clusters: int) -> Clusters:
 
 
 def _without_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    return tokens.view_as(tokens) if mask is None else tokens.masked_fill(mask[:, None, :, None], 0)
-
-
-def _with_gradients(given: Clusters, member: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """(representatives, log masses) with the given values, as functions of the keys: b_c = sum_j share_j k_j and
-    kappa_j = a.(k_j - b_c(j)), with constant shares, exp(kappa) over the sum of the cluster's."""
-    kappa, key = given.log_mass.detach(), key.to(member.dtype)
-    # Along rows in memory and by projections: their sums have one order, whatever the number of threads.
-    of_cluster = member.transpose(-1, -2).contiguous() > 0
-    share = torch.softmax(torch.where(of_cluster, kappa[..., None, :], float("-inf")), -1)
-    share = torch.where(of_cluster, share, 0)  # not that of a cluster without keys
-    moved = share @ (key - key.detach())
-    a = given.query_mean.detach()[..., None, :]
-    mass = project(key, a, None) - project(member, (moved * a).sum(-1)[..., None, :], None)
-    return given.representatives.detach() + moved, kappa + (mass - mass.detach()).squeeze(-1)
+    return tokens if mask is None else tokens.masked_fill(mask[:, None, :, None], 0)

@@ -9,6 +9,11 @@ Shapes and dtypes. B batch rows, Hq query heads, Hkv key/value heads, N queries,
       value (B, Hkv, M, dv)                   float32, bfloat16, float16 or float64, any strides
     query_map (B, Hq, N, r + 1),
       key_map (B, Hkv, M, r + 1)              coordinates, then log scales; float32 (float64 for float64 inputs)
+    cluster_index (B, Hkv, M),
+      representatives (B, Hkv, C, d),
+      log_mass (B, Hkv, M),
+      query_mean (B, Hkv, d)                  as scatterbrain.Clusters, in place of maps. Representatives and log masses
+                                              are functions of the keys: the gradient of key holds what reaches them
     index, count, query_order                 as scatterbrain.Blocks
     span (1 or B, blocks, 2)                  int32, a window [lo, hi) per query block, at most ``span_keys`` long
     span_sinks                                so many first keys of the row are listed besides the span
@@ -17,7 +22,7 @@ Shapes and dtypes. B batch rows, Hq query heads, Hkv key/value heads, N queries,
     query_offset (B,)                         int32, position of query 0 among the keys, for causal attention
     query_weight, key_weight (1 or B, heads,
       r + 1, d), biases without the last      projections ``map = weight token + bias``
-    low_rank                                  0 none, 1 quadratic, 2 general features
+    low_rank                                  0 none, 1 quadratic, 2 general features, 3 centroid
     clusters                                  of Centroid
     keys, window, sinks                       of Routed; keys = 0: the operator does not route
     packed_rank                               r > 0: the maps are rows of ``project_packed``, which kernels read in
@@ -53,6 +58,17 @@ AttentionArguments = _arguments("AttentionArguments", "attention")  # and attent
 QuadraticArguments = _arguments("QuadraticArguments", "quadratic_attention")  # and .._with_state, prepare
 RouteArguments = _arguments("RouteArguments", "route")
 ClusterArguments = _arguments("ClusterArguments", "cluster")
+
+
+class KernelInputs(NamedTuple):
+    """What the operator evaluates a low-rank kernel with: maps, or clusters."""
+
+    query_map: Tensor | None = None
+    key_map: Tensor | None = None
+    cluster_index: Tensor | None = None
+    representatives: Tensor | None = None
+    log_mass: Tensor | None = None
+    query_mean: Tensor | None = None
 
 
 class ForwardResults(NamedTuple):
@@ -109,7 +125,7 @@ def after_projection(
     fields = _for_attention(arguments)
     if arguments.keys > 0:
         fields["index"], fields["count"] = index, count
-    return AttentionArguments(**fields, query_map=query_map, key_map=key_map, low_rank=QUADRATIC)
+    return AttentionArguments(**fields, **KernelInputs(query_map, key_map)._asdict(), low_rank=QUADRATIC)
 
 
 def for_routing(arguments: QuadraticArguments, query_map: Tensor, key_map: Tensor) -> RouteArguments:

@@ -90,6 +90,8 @@ def _(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _saved(a: AttentionArguments, lse: Tensor) -> tuple[Tensor, Tensor]:
     """State and scores, whose sizes and dtype the device tells."""
     rank = 0 if a.query_map is None else a.packed_rank or a.query_map.shape[3] - 1
+    if a.representatives is not None:
+        rank = a.representatives.shape[2]
     listed = 0 if a.span is None else a.span_keys + a.span_sinks
     listed += 0 if a.index is None else a.index.shape[3] * a.block_k
     shape = *a.query.shape, *a.key.shape[1:3], a.value.shape[3], a.low_rank, rank, listed, a.block_q

@@ -22,7 +22,8 @@ def _listed_rank_and_features(a: AttentionArguments) -> tuple[int, int, int]:
     listed = 0 if a.span is None else a.span_keys + a.span_sinks
     listed += a.index[-1] * a.block_k if a.index is not None else 0
     rank = a.packed_rank or (0 if a.query_map is None else a.query_map[-1] - 1)
-    features = {0: 0, 1: (rank + 1) * (rank + 2) // 2, 2: rank}[a.low_rank]
+    clusters = 0 if a.representatives is None else a.representatives[2]
+    features = {0: 0, 1: (rank + 1) * (rank + 2) // 2, 2: rank, 3: clusters}[a.low_rank]
     _, _, keys, _ = a.key
     return min(listed, keys), rank, features
 

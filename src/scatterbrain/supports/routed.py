@@ -134,7 +134,7 @@ class Routed(Support):
                 query_map=as_float(query_map),
                 key_map=as_float(key_map),
                 **call.padding._asdict(),
-                low_rank=0 if call.low_rank is None else call.low_rank.code,
+                low_rank=0 if call.low_rank is None else call.low_rank.map_code or call.low_rank.code,
                 keys=self.keys,
                 block_q=self.block_q,
                 block_k=self.block_k,

@@ -1,0 +1,15 @@
+// Clusters of the keys as kernels read them: log masses in base 2, counted from the largest of their cluster.
+#pragma once
+#include "tensor_rows.h"
+
+namespace sb::cpu {
+
+// Holds what the parameters of a kernel point at.
+struct ClusterRows {
+  template <class T>
+  void set(const AttentionArguments& a, AttentionParams& p);
+  MaybeTensor index, logs, largest, mean;
+  TensorRows representatives;
+};
+
+}  // namespace sb::cpu
