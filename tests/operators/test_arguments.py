@@ -10,6 +10,7 @@ from scatterbrain.operators.arguments import (
     AttentionArguments,
     ClusterArguments,
     ForwardResults,
+    KernelInputs,
     KeptResults,
     QuadraticArguments,
     RouteArguments,
@@ -66,7 +67,7 @@ def test_lists_and_padding_are_named_as_the_arguments_that_they_become() -> None
     """So that a new argument of either reaches the operators without being listed again."""
     lists, padding = BlockLists._fields, PaddingInfo._fields
     own = {*TOKENS, "is_causal", "scale", "packed_rank"}
-    assert {*lists, *padding, *own, "query_map", "key_map", "low_rank"} == set(AttentionArguments._fields)
+    assert {*lists, *padding, *own, *KernelInputs._fields, "low_rank"} == set(AttentionArguments._fields)
     projection, routing = ("query_weight", "query_bias", "key_weight", "key_bias"), ("keys", "window", "sinks")
     assert {*lists, *padding, *own, *projection, *routing} == set(QuadraticArguments._fields)
     assert set(padding) < set(RouteArguments._fields)
