@@ -32,7 +32,7 @@ using Tensors = std::vector<Tensor>;
 // Of the centroid kernel, in place of maps.
 #define SB_CLUSTERS(X, S)                                              \
   X(MaybeTensor, cluster_index) S() X(MaybeTensor, representatives) S() \
-  X(MaybeTensor, log_mass) S() X(MaybeTensor, query_mean)
+  X(MaybeTensor, log_mass)
 
 #define SB_LISTS(X, S)                                \
   X(MaybeTensor, index) S() X(MaybeTensor, count) S() \
@@ -86,11 +86,13 @@ using Tensors = std::vector<Tensor>;
 // -------------------- operators
 
 #define SB_ATTENTION(X, S) \
-  SB_TOKENS(X, S) S() SB_MAPS(X, S) S() SB_CLUSTERS(X, S) S() SB_LISTS(X, S) S() SB_PADDING(X, S) S() \
+  SB_TOKENS(X, S) S() SB_MAPS(X, S) S() SB_CLUSTERS(X, S) S() X(MaybeTensor, query_mean) S() \
+  SB_LISTS(X, S) S() SB_PADDING(X, S) S() \
   X(int64_t, low_rank) S() SB_SETTINGS(X, S)
 
 #define SB_ROUTE(X, S) \
-  X(Tensor, query) S() X(Tensor, key) S() SB_MAPS(X, S) S() SB_PADDING(X, S) S() X(int64_t, low_rank) S() \
+  X(Tensor, query) S() X(Tensor, key) S() SB_MAPS(X, S) S() SB_CLUSTERS(X, S) S() SB_PADDING(X, S) S() \
+  X(int64_t, low_rank) S() \
   SB_ROUTE_SETTINGS(X, S)
 
 #define SB_CLUSTER(X, S) \

@@ -105,6 +105,25 @@ void check_maps(const char* op, const Arguments& a, ScalarType dtype) {
            ": query_map and key_map must be float32 (float64 for float64 inputs)");
 }
 
+// Clusters of the keys. What the index holds, the device checks where it reads it.
+template <class Arguments>
+void check_clusters(const char* op, const Arguments& a, ScalarType dtype) {
+  const Tensor &q = a.query, &k = a.key;
+  SB_CHECK(a.cluster_index && a.representatives && a.log_mass, op,
+           ": low_rank 3 (centroid) needs cluster_index, representatives and log_mass");
+  SB_CHECK(!a.is_causal, op, ": low_rank 3 (centroid) needs is_causal=False, since clusters are of all keys");
+  const int64_t batch = k.size(0), heads = k.size(1), keys = k.size(2), d = q.size(3);
+  SB_CHECK(a.cluster_index->scalar_type() == ScalarType::Int && has_shape(*a.cluster_index, {batch, heads, keys}), op,
+           ": cluster_index must be int32 of shape (", batch, ", ", heads, ", ", keys, ")");
+  const Tensor& b = *a.representatives;
+  SB_CHECK(b.dim() == 4 && has_shape(b, {batch, heads, b.size(2), d}) && b.size(2) >= 1 && b.size(2) <= kSamples, op,
+           ": representatives must be (", batch, ", ", heads, ", 1 to ", kSamples, " clusters, ", d, ")");
+  SB_CHECK(has_shape(*a.log_mass, {batch, heads, keys}), op, ": log_mass must be (", batch, ", ", heads, ", ", keys,
+           ")");
+  SB_CHECK(b.scalar_type() == dtype && a.log_mass->scalar_type() == dtype, op,
+           ": representatives and log_mass must be float32 (float64 for float64 inputs)");
+}
+
 // -------------------- attention
 
 // Lengths are 64-bit, so that no pair of ends wraps around into a short span.
@@ -145,26 +164,6 @@ inline void check_lists(const AttentionArguments& a) {
            "attention: query_order must be (batch, heads, queries)");
 }
 
-// Clusters of the keys. What the index holds, the device checks where it reads it.
-inline void check_clusters(const AttentionArguments& a) {
-  const Tensor &q = a.query, &k = a.key;
-  SB_CHECK(a.cluster_index && a.representatives && a.log_mass && a.query_mean,
-           "attention: low_rank 3 (centroid) needs cluster_index, representatives, log_mass and query_mean");
-  SB_CHECK(!a.is_causal, "attention: low_rank 3 (centroid) needs is_causal=False, since clusters are of all keys");
-  const int64_t batch = k.size(0), heads = k.size(1), keys = k.size(2), d = q.size(3);
-  SB_CHECK(a.cluster_index->scalar_type() == ScalarType::Int && has_shape(*a.cluster_index, {batch, heads, keys}),
-           "attention: cluster_index must be int32 of shape (", batch, ", ", heads, ", ", keys, ")");
-  const Tensor& b = *a.representatives;
-  SB_CHECK(b.dim() == 4 && has_shape(b, {batch, heads, b.size(2), d}) && b.size(2) >= 1 && b.size(2) <= kSamples,
-           "attention: representatives must be (", batch, ", ", heads, ", 1 to ", kSamples, " clusters, ", d, ")");
-  SB_CHECK(has_shape(*a.log_mass, {batch, heads, keys}) && has_shape(*a.query_mean, {batch, heads, d}),
-           "attention: log_mass must be (", batch, ", ", heads, ", ", keys, ") and query_mean (", batch, ", ", heads,
-           ", ", d, ")");
-  const ScalarType dtype = accumulation_type(q);
-  SB_CHECK(b.scalar_type() == dtype && a.log_mass->scalar_type() == dtype && a.query_mean->scalar_type() == dtype,
-           "attention: representatives, log_mass and query_mean must be float32 (float64 for float64 inputs)");
-}
-
 inline void check_attention(const AttentionArguments& a) {
   const Tensor &q = a.query, &k = a.key, &v = a.value;
   SB_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
@@ -184,7 +183,13 @@ inline void check_attention(const AttentionArguments& a) {
   check_padding("attention", a);
   check_lists(a);
   const bool has_clusters = a.low_rank == int64_t(LowRank::kCentroid);
-  if (has_clusters) check_clusters(a);
+  if (has_clusters) {
+    check_clusters("attention", a, accumulation_type(q));
+    SB_CHECK(a.query_mean && has_shape(*a.query_mean, {k.size(0), k.size(1), k.size(3)}) &&
+                 a.query_mean->scalar_type() == accumulation_type(q),
+             "attention: low_rank 3 (centroid) needs query_mean (", k.size(0), ", ", k.size(1), ", ", k.size(3),
+             "), float32 (float64 for float64 inputs)");
+  }
   SB_CHECK(
       has_clusters || (!a.cluster_index && !a.representatives && !a.log_mass && !a.query_mean),
       "attention: cluster_index, representatives, log_mass and query_mean need low_rank 3 (centroid), got low_rank ",
@@ -266,10 +271,12 @@ inline void check_route(const RouteArguments& a) {
            "max(window, block_q) + sinks; or block_q 1 with block_k 8, keys and window in multiples of 8, and "
            "keys >= window + sinks rounded up to 8");
   check_low_rank("route", a.low_rank);
-  SB_CHECK(a.low_rank != int64_t(LowRank::kCentroid),
-           "route: low_rank must be 0 (none), 1 (quadratic) or 2 (features), whose maps it reads; got 3 (centroid)");
   check_padding("route", a);
-  if (a.low_rank != 0 && pooled) check_maps("route", a, ScalarType::Float);  // per-query routing reads no maps
+  if (a.low_rank == 0 || !pooled) return;  // per-query routing reads neither maps nor clusters
+  if (a.low_rank == int64_t(LowRank::kCentroid))
+    check_clusters("route", a, ScalarType::Float);
+  else
+    check_maps("route", a, ScalarType::Float);
 }
 
 }  // namespace sb

@@ -144,10 +144,11 @@ struct AttentionParams {
   int64_t most_held;                       // bound of the keys held out of a state
   const int32_t* enters;                   // (B, Hkv, M): first slot whose state holds the key, or kNeverEnters
 
-  // Scores that the forward pass leaves to the backward pass, T (B, Hq, kept_slots, kept_keys), or null; kept_keys is 0
-  // where none are kept. A tile of kept_lanes queries that share a list has [keys][lanes], a query with its own [keys].
+  // Scores that the forward pass leaves to the backward pass, T (B, Hq, kept_slots, kept_rows()), or null; kept_keys is
+  // 0 where none are kept. A tile of kept_lanes queries that share a list has [keys][lanes], a query with its own
+  // [keys]. Behind them are the exponents of the clusters, kept_clusters of them or none.
   void* scores;
-  int64_t kept_keys, kept_lanes, kept_slots;
+  int64_t kept_keys, kept_clusters, kept_lanes, kept_slots;
 
   double fallback_bound;  // largest L taken back from the state over the whole weight, see kFallbackBound
   uint8_t* needs_again;   // (B, Hq, N), set for queries beyond the bound, which get no result here; null in float64
@@ -172,6 +173,7 @@ struct AttentionParams {
   // Rows of a tile's x: coordinates, or the clusters' weights and then their exponents (cluster_weights.h).
   SB_HD int64_t x_rows() const { return has_clusters() ? 2 * map_pad : map_pad; }
   SB_HD int64_t dy_width() const { return has_clusters() ? 1 : map_pad; }
+  SB_HD int64_t kept_rows() const { return kept_keys + kept_clusters; }
   SB_HD int64_t features_pad() const { return pad_to(features, kPad); }
   SB_HD int64_t kv_state_size() const { return features * value_pad + features_pad(); }  // H and hz
   SB_HD int64_t kv_head(int64_t h) const { return h / (q_heads / kv_heads); }
@@ -199,20 +201,23 @@ struct RouteParams {
   int64_t batch, q_heads, kv_heads, q_tokens, k_tokens;
   int64_t head_dim, head_pad;  // d, and d rounded up to kPad
   LowRank low_rank;
-  int64_t rank;                                   // r, or m for general features
+  int64_t rank;                                   // r, or m for general features, or clusters
   int64_t keys, block_q, block_k, window, sinks;  // of the support
   bool is_causal;
   float scale;
-  StridedTensor q, k;                   // (B, Hq|Hkv, N|M, head_pad)
-  StridedTensor x, y;                   // (B, Hq|Hkv, N|M, rank)
-  StridedTensor rho, kappa;             // (B, Hq|Hkv, N|M, 1), log scales in base 2
-  const RowRange* rows;                 // (B)
-  const uint8_t *q_mask, *k_mask;       // (B, N|M) or null; nonzero = ignore
-  int64_t blocks, capacity;             // blocks = ceil(N / block_q)
-  int32_t *index, *count;               // (B, Hq, blocks, capacity), (B, Hq, blocks)
-  int64_t panel_rows, level_offset[3];  // rows of a panel; where each level of a head's panels begins
+  StridedTensor q, k;        // (B, Hq|Hkv, N|M, head_pad)
+  StridedTensor x, y;        // (B, Hq|Hkv, N|M, rank)
+  StridedTensor rho, kappa;  // (B, Hq|Hkv, N|M, 1), log scales in base 2
+  const int32_t* cluster;    // these three as in AttentionParams
+  StridedTensor representatives, largest;
+  const RowRange* rows;                           // (B)
+  const uint8_t *q_mask, *k_mask;                 // (B, N|M) or null; nonzero = ignore
+  int64_t blocks, capacity;                       // blocks = ceil(N / block_q)
+  int32_t *index, *count;                         // (B, Hq, blocks, capacity), (B, Hq, blocks)
+  int64_t key_rows, panel_rows, level_offset[3];  // rows of a panel of keys, and of means; where each level begins
 
   SB_HD bool has_low_rank() const { return low_rank != LowRank::kNone; }
+  SB_HD bool has_clusters() const { return low_rank == LowRank::kCentroid; }
 };
 
 }  // namespace sb

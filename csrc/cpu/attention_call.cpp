@@ -22,7 +22,8 @@ AttentionParams AttentionCall<E>::params_of(const AttentionArguments& a, const A
   p.segment = states.segment, p.slots = states.slots, p.features = states.features, p.slot_size = states.slot_size;
   p.units = p.is_causal ? p.slots : std::max<int64_t>(1, ceil_div(p.q_tokens, kQueriesPerUnit));
   const ScoreLayout scores = score_layout(shape);
-  p.kept_lanes = scores.lanes, p.kept_slots = scores.slots, p.kept_keys = scores.keys;
+  p.kept_lanes = scores.lanes, p.kept_slots = scores.slots, p.kept_keys = scores.keys,
+  p.kept_clusters = scores.clusters;
   return p;
 }
 
@@ -41,7 +42,10 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
   p.q = q.rows, p.k = k.rows, p.v = v.rows;
   if (p.has_low_rank()) {
     p.map_pad = map_width(p.low_rank, p.rank);
-    p.has_clusters() ? clusters.set<T>(a, p) : maps.set<T>(a, p, p.head_dim < kNarrowHead);
+    if (p.has_clusters())
+      clusters.set<T>(a, p), clusters.set_query_mean<T>(a, p);
+    else
+      maps.set<T>(a, p, p.head_dim < kNarrowHead);
     count_valid();
     p.valid_before = valid_before.data();
   }
@@ -91,8 +95,8 @@ bool AttentionCall<E>::any_state(int64_t longest) const {
 
 template <class E>
 Tensor AttentionCall<E>::room_for_scores() {
-  if (p.kept_keys == 0) return empty({0}, kScalar<T>);
-  Tensor scores = empty({p.batch, p.q_heads, p.kept_slots, p.kept_keys}, kScalar<T>);
+  if (p.kept_rows() == 0) return empty({0}, kScalar<T>);
+  Tensor scores = empty({p.batch, p.q_heads, p.kept_slots, p.kept_rows()}, kScalar<T>);
   p.scores = scores.data_ptr();
   return scores;
 }
@@ -100,7 +104,7 @@ Tensor AttentionCall<E>::room_for_scores() {
 template <class E>
 void AttentionCall<E>::take_scores() {
   if (!given_scores || given_scores->numel() == 0 || given_scores->scalar_type() != kScalar<T>) return;
-  SB_CHECK(has_shape(*given_scores, {p.batch, p.q_heads, p.kept_slots, p.kept_keys}) && p.kept_keys > 0 &&
+  SB_CHECK(has_shape(*given_scores, {p.batch, p.q_heads, p.kept_slots, p.kept_rows()}) && p.kept_rows() > 0 &&
                given_scores->is_contiguous(),
            "attention_backward: scores must be what attention_with_state returned for the same arguments");
   p.scores = given_scores->data_ptr();

@@ -6,8 +6,10 @@ namespace sb::cpu {
 
 // Holds what the parameters of a kernel point at.
 struct ClusterRows {
+  template <class T, class Arguments, class Params>
+  void set(const Arguments& a, Params& p);
   template <class T>
-  void set(const AttentionArguments& a, AttentionParams& p);
+  void set_query_mean(const AttentionArguments& a, AttentionParams& p);
   MaybeTensor index, logs, largest, mean;
   TensorRows representatives;
 };

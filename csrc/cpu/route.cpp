@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../profile.h"
+#include "cluster_rows.h"
 #include "launchers.h"
 #include "map_rows.h"
 #include "padding.h"
@@ -12,11 +13,11 @@ namespace {
 
 // Sets where each level of a head's panels begins, in floats. Returns the size of all of them.
 int64_t place_panels(RouteParams& p) {
-  const int64_t panel = p.panel_rows * kRouteLanes;
+  const int64_t panel = p.panel_rows * kRouteLanes, of_keys = p.key_rows * kRouteLanes;
   const int64_t segments = ceil_div(p.k_tokens, kRouteSegment), leaves = ceil_div(p.k_tokens, kRouteLanes);
   const auto panels_of = [&](int64_t lanes) { return ceil_div(lanes, kRouteLanes) * panel; };
   if (p.block_k == 1) {
-    p.level_offset[1] = leaves * panel;
+    p.level_offset[1] = leaves * of_keys;
     p.level_offset[2] = p.level_offset[1] + panels_of(segments * kRouteSegment / kRouteLanes);
     return p.level_offset[2] + panels_of(segments);
   }
@@ -43,13 +44,15 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
 
   const TensorRows q = as_rows<float>(a.query, p.head_pad), k = as_rows<float>(a.key, p.head_pad);
   p.q = q.rows, p.k = k.rows;
+  const Padding padding(a, p);
   Maps maps;
+  ClusterRows clusters;
   if (p.has_low_rank()) {
     p.rank = rank_of(a);
-    maps.set<float>(a, p, false);
+    p.has_clusters() ? clusters.set<float>(a, p) : maps.set<float>(a, p, false);
   }
-  const Padding padding(a, p);
   p.panel_rows = p.head_dim + 2 + (!p.has_low_rank() ? 0 : p.rank + 1);
+  p.key_rows = p.has_clusters() ? p.head_dim + 5 : p.panel_rows;
 
   Tensor index = empty({p.batch, p.q_heads, p.blocks, p.capacity}, ScalarType::Int);
   Tensor count = zeros({p.batch, p.q_heads, p.blocks}, ScalarType::Int);

@@ -29,8 +29,10 @@ ScoreLayout score_layout(const AttentionShape& s) {
   layout.slots = pad_to(ceil_div(s.q_tokens, s.block_q) * s.block_q, kPad);
   const bool all_keys = s.block_q == 1 && s.low_rank != int64_t(LowRank::kNone) && s.k_tokens <= kBitmaskKeys;
   const int64_t keys = pad_to(all_keys ? s.k_tokens : std::min(s.listed_keys, s.k_tokens), kPad);
-  const bool full_tiles = s.block_q % layout.lanes == 0;
-  layout.keys = !s.is_causal && !in_double(s) && full_tiles && (all_keys || keys <= kKeptKeys) ? keys : 0;
+  const bool full_tiles = s.block_q % layout.lanes == 0, can_save = !s.is_causal && !in_double(s) && full_tiles;
+  layout.keys = can_save && (all_keys || keys <= kKeptKeys) ? keys : 0;
+  const bool has_clusters = s.low_rank == int64_t(LowRank::kCentroid);
+  layout.clusters = can_save && has_clusters && layout.lanes > 1 ? pad_to(s.rank, kPad) : 0;
   return layout;
 }
 
@@ -39,7 +41,8 @@ SavedSizes saved_sizes(const AttentionShape& s) {
   const StateLayout state = state_layout(s);
   const ScoreLayout scores = score_layout(s);
   if (saves_state(s)) sizes.state = {s.batch, s.kv_heads, state.slots, state.slot_size};
-  if (scores.keys > 0) sizes.scores = {s.batch, s.q_heads, scores.slots, scores.keys};
+  const int64_t rows = scores.keys + scores.clusters;
+  if (rows > 0) sizes.scores = {s.batch, s.q_heads, scores.slots, rows};
   return sizes;
 }
 

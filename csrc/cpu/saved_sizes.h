@@ -21,9 +21,10 @@ StateLayout state_layout(const AttentionShape& s);
 // Causal states are not saved: one for every 64 keys, they would double what a call saves.
 inline bool saves_state(const AttentionShape& s) { return s.low_rank != int64_t(LowRank::kNone) && !s.is_causal; }
 
-// The scores of one query head: `keys` for every query slot, 0 where none are saved, in tiles of `lanes` slots.
+// The scores of one query head: `keys` for every query slot, 0 where none are saved, in tiles of `lanes` slots; and
+// behind them exponents of `clusters`, 0 where none are.
 struct ScoreLayout {
-  int64_t lanes, slots, keys;
+  int64_t lanes, slots, keys, clusters;
 };
 ScoreLayout score_layout(const AttentionShape& s);
 

@@ -137,14 +137,21 @@ def _quadratic_arguments(call: Call, projection: untraced.Projection) -> Quadrat
     )
 
 
+def kernel_inputs(call: Call) -> tuple[Call, KernelInputs, tuple[Tensor | None, Tensor | None]]:
+    """The call with all coefficients, what the attention operator evaluates its low-rank kernel with, and the maps that
+    its support reads."""
+    if call.low_rank is None:
+        return call, KernelInputs(), (None, None)
+    call = call.low_rank.with_coefficients(call)
+    inputs = call.low_rank.inputs(call)
+    maps = inputs.query_map, inputs.key_map
+    if inputs.query_map is None and call.support.reads_coordinates and not call.support.evaluates_kernel:
+        maps = call.low_rank.coordinates(call)
+    return call, inputs, maps
+
+
 def _attention_arguments(call: Call) -> AttentionArguments:
-    inputs, maps = KernelInputs(), (None, None)
-    if call.low_rank is not None:
-        call = call.low_rank.with_coefficients(call)
-        inputs = call.low_rank.inputs(call)
-        maps = inputs.query_map, inputs.key_map
-        if call.support.reads_coordinates and inputs.query_map is None:
-            maps = call.low_rank.coordinates(call)
+    call, inputs, maps = kernel_inputs(call)
     return AttentionArguments(
         call.query,
         call.key,

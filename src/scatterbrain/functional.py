@@ -194,7 +194,7 @@ def route(
     call = Call(query, key, None, support, low_rank, statistics, default_scale(query, scale), padding, is_causal)
     check_coefficients(low_rank, statistics, call)
     with torch.no_grad():
-        maps = (None, None) if low_rank is None else low_rank.coordinates(call)
+        call, _, maps = execution.kernel_inputs(call)
         return Blocks.from_lists(support.lists(call, *maps))
 
 

@@ -352,6 +352,39 @@ def test_padding_and_threads_change_no_bit_of_attention_and_its_gradients(
 
 
 @pytest.mark.parametrize("block_q", [8, 16, 32])
+@pytest.mark.parametrize("keys", [70, 700, 1300])
+def test_routed_lists_are_those_of_the_definition(keys: int, block_q: int) -> None:
+    """Of all keys, and of candidate blocks; float32 may order two nearly equal scores otherwise."""
+    query, key, _ = qkv(keys, heads=2, kv_heads=1, head_dim=24)
+    mask = torch.rand(B, keys, generator=torch.Generator().manual_seed(4)) < 0.1
+    found, support, low_rank = sb.cluster(query, key, 20, mask), sb.Routed(48, block_q=block_q), sb.Centroid(20)
+    lists = sb.route(query, key, support, low_rank, mask, statistics=found)
+    inputs = sb.reference.Inputs.of(query, key, low_rank, mask, statistics=found)
+    index, count = sb.reference.routed_lists(support, inputs)
+    assert torch.equal(lists.count, count)
+    width = min(lists.index.shape[-1], index.shape[-1])
+    other = (lists.index[..., :width] != index[..., :width]).any(-1)
+    assert other.sum() <= max(1, other.numel() // 100)
+
+
+def test_routing_scores_keys_by_what_their_representatives_miss() -> None:
+    """Of two kinds of keys with equal scores those are listed that are far from the key that stands for them."""
+    found = sb.Clusters(
+        torch.arange(64, dtype=torch.int32).remainder(2)[None, None],
+        torch.zeros(1, 1, 2, 16),
+        torch.zeros(1, 1, 64),
+        torch.zeros(1, 1, 16),
+        1.0,
+    )
+    query = torch.zeros(1, 1, 32, 16)
+    query[..., 0] = torch.tensor([1.0, -1.0]).repeat(16)
+    key = torch.zeros(1, 1, 64, 16)
+    key[:, :, 1::2, 1] = 0.5  # no query sees it, but queries like these could
+    lists = sb.route(query, key, sb.Routed(32, block_q=32), sb.Centroid(2), statistics=found, scale=1.0)
+    assert lists.index[0, 0, 0].tolist() == list(range(1, 64, 2))
+
+
+@pytest.mark.parametrize("block_q", [8, 16, 32])
 def test_routed_attention_runs_with_its_own_clusters(block_q: int) -> None:
     query, key, value = qkv(200, heads=2, kv_heads=2)
     found = sb.cluster(query, key, 16)

@@ -85,7 +85,7 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
   const int64_t stride = kept.stride, dots = (kept.data ? 0 : list.n_listed) + list.n;
   const int64_t per_slice = prefetcher.left() * kSliceRows<T, kLanes> / (dots + 1) + 1;
   if (!kept.data) {
-    if (!p.has_clusters()) queries_in_lanes<E, kLanes>(p, tile, s.qT);
+    queries_in_lanes<E, kLanes>(p, tile, s.qT);
     dot_lanes<E, N, kLanes>(list.n_listed, p.head_dim, k, s.qT, P, prefetcher, per_slice);
     scale_scores<E>(p, list.n_listed * kLanes, P);
   }

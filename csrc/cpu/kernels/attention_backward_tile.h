@@ -257,8 +257,7 @@ void backward_tile(const AttentionParams& p, QueryTile<E, kLanes>& tile, Backwar
   const T kappa_ref = has_low_rank ? *state.kappa_ref : T(0);
   backward_prepare<E, kLanes, kShared>(p, tile, s);
   if (p.has_clusters()) {
-    queries_in_lanes<E, kLanes>(p, tile, s.qT);
-    weigh_clusters<E, kLanes>(p, tile, s.qT, s.wide, s.xT);
+    weigh_clusters<E, kLanes, true>(p, tile, s.qT, s.wide, s.xT);
   } else if (has_low_rank) {
     transpose_rows<T, kLanes>(tile.x, p.rank, T(1), s.xT);
   }

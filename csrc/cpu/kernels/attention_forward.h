@@ -16,8 +16,10 @@ void forward_tile(const AttentionParams& p, QueryTile<E, kLanes>& tile, ForwardS
   const auto kappa = log_scales<T>(p.kappa, tile.b, tile.kv);
   const KVState<T> state = has_low_rank ? kv_state_slot<T>(p, tile.b * p.kv_heads + tile.kv, tile.slot) : KVState<T>{};
   const T kappa_ref = has_low_rank ? *state.kappa_ref : T(0);
-  if (kShared || p.has_clusters()) queries_in_lanes<E, kLanes>(p, tile, s.qT);
-  if (p.has_clusters()) weigh_clusters<E, kLanes>(p, tile, s.qT, s.wide, s.xT);
+  if (p.has_clusters())
+    weigh_clusters<E, kLanes, false>(p, tile, s.qT, s.wide, s.xT);
+  else if (kShared)
+    queries_in_lanes<E, kLanes>(p, tile, s.qT);
   if constexpr (kShared) {
     if (p.has_maps()) transpose_rows<T, kLanes>(tile.x, p.rank, T(1), s.xT);
     forward_shared<E, kLanes>(p, tile, kappa, kappa_ref, s, prefetcher);

@@ -49,6 +49,7 @@ SB_INLINE void merge_lanes(const RouteParams& p, const float* from, int64_t from
 struct KeyRows {
   const float *k[kLeaf], *y[kLeaf];
   float count[kLeaf], kappa[kLeaf];
+  int32_t cluster[kLeaf];
 };
 
 // merge_lanes from n keys as rows, where sums go over whole vectors. `square` holds their |k|^2, whose mean is kept for
@@ -103,7 +104,13 @@ SB_INLINE void merge_rows(const RouteParams& p, const KeyRows& keys, int64_t fir
     store<float, kBlockWidth>(u + i,
                               exp2v<kBlockWidth>(present(i, (load_lanes<kBlockWidth>(kappa + i) - largest) / power)));
   const float sum = sum_of(u);
-  means(keys.y + first, u, p.rank, sum, to + y_row * to_lanes);
+  if (p.has_clusters()) {
+    for (int64_t c = 0; c < p.rank; ++c) to[(y_row + c) * to_lanes] = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (count[i] > 0) to[(y_row + keys.cluster[first + i]) * to_lanes] += u[i] / sum;
+  } else {
+    means(keys.y + first, u, p.rank, sum, to + y_row * to_lanes);
+  }
   to[(count_row - 1) * to_lanes] = largest + power * __builtin_log2f(sum / total);
 }
 
@@ -135,18 +142,20 @@ SB_INLINE void finish_means(const RouteParams& p, float* panel, int64_t stride, 
 SB_INLINE void key_panel(const RouteParams& p, int64_t b, int64_t kv, int64_t first, const float* zero_row,
                          KeyRows& keys, float* panel) {
   const RowRange& range = p.rows[b];
-  const bool has_low_rank = p.has_low_rank();
+  const bool has_low_rank = p.has_low_rank(), has_clusters = p.has_clusters();
+  const int32_t* cluster = has_clusters ? p.cluster + (b * p.kv_heads + kv) * p.k_tokens : nullptr;
   const auto kappa = log_scales<float>(p.kappa, b, kv);
   for (int i = 0; i < kLeaf; ++i) {
     const int64_t j = range.k_first + first + i;
     const bool valid = j < range.k_end && !(p.k_mask && p.k_mask[b * p.k_tokens + j]);
     keys.k[i] = valid ? p.k.at<const float>(b, kv, j) : zero_row;
-    keys.y[i] = valid && has_low_rank ? p.y.at<const float>(b, kv, j) : zero_row;
+    keys.cluster[i] = valid && has_clusters ? cluster[j] : 0;
+    keys.y[i] = valid && has_low_rank && !has_clusters ? p.y.at<const float>(b, kv, j) : zero_row;
     keys.kappa[i] = valid && has_low_rank ? kappa(j) : 0.0f;
     keys.count[i] = valid ? 1.0f : 0.0f;
   }
   for (int i = 0; i < kLeaf; i += kRouteWidth)
-    store<float, kRouteWidth>(panel + (p.panel_rows - 1) * kLeaf + i, load_lanes(keys.count + i));
+    store<float, kRouteWidth>(panel + (p.key_rows - 1) * kLeaf + i, load_lanes(keys.count + i));
   transpose_rows<float, kLeaf>(keys.k, p.head_dim, 1.0f, panel);
   float* square_row = panel + p.head_dim * kLeaf;
   for (int i = 0; i < kLeaf; i += kRouteWidth) {
@@ -159,9 +168,22 @@ SB_INLINE void key_panel(const RouteParams& p, int64_t b, int64_t kv, int64_t fi
   }
   if (!p.has_low_rank()) return;
   float* y = square_row + kLeaf;
-  transpose_rows<float, kLeaf>(keys.y, p.rank, 1.0f, y);
-  for (int i = 0; i < kLeaf; i += kRouteWidth)
-    store<float, kRouteWidth>(y + p.rank * kLeaf + i, load_lanes(keys.kappa + i));
+  if (has_clusters) {
+    for (int i = 0; i < kLeaf; i += kRouteWidth) store_ints(y + i, load_ints(keys.cluster + i));
+    for (int i = 0; i < kLeaf; ++i) {
+      const float* representative = p.representatives.at<const float>(b, kv, keys.cluster[i]);
+      RouteVec square{};
+      for (int64_t e = 0; e < p.head_pad; e += kRouteWidth) {
+        const RouteVec apart = load_lanes(keys.k[i] + e) - load_lanes(representative + e);
+        square += apart * apart;
+      }
+      y[kLeaf + i] = sum_lanes<float, kRouteWidth>(square);
+    }
+  } else {
+    transpose_rows<float, kLeaf>(keys.y, p.rank, 1.0f, y);
+  }
+  float* kappa_row = panel + (p.key_rows - 2) * kLeaf;
+  for (int i = 0; i < kLeaf; i += kRouteWidth) store<float, kRouteWidth>(kappa_row + i, load_lanes(keys.kappa + i));
 }
 
 // Fills the panels of keys [segment * kRouteSegment, + kRouteSegment) of one key/value head, at every level. Scratch:
@@ -177,7 +199,7 @@ inline void route_keys(const RouteParams& p, int64_t b, int64_t kv, int64_t segm
     const bool has_blocks = ceil_div(length, kLeaf) > candidate_blocks(p.keys), has_supers = length >= kLongRow;
     for (int64_t first = begin; first < end; first += kLeaf) {
       const int64_t block = first / kLeaf;
-      float* panel = panels + block * panel_size;
+      float* panel = panels + block * p.key_rows * kLeaf;
       float* mean = panels + p.level_offset[1] + block / kLeaf * panel_size + block % kLeaf;
       key_panel(p, b, kv, first, zero_row, keys, panel);
       if (!has_blocks) continue;

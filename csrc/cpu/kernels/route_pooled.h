@@ -12,6 +12,7 @@ constexpr int32_t kFirstGuess = 0x3d000000;  // 2^-5 in sortable form
 
 struct PooledScratch {
   float *pool, *x, *s, *t;  // (4, d + 1), (4, r), (4, units), (4, units)
+  float *row, *exponent;    // a mean query, its exponents of clusters
   int32_t *key, *chunk;     // sortable scores; runs of lanes to score
   int32_t *taken, *blocks;  // positions taken; kept candidate blocks
   int64_t units, bytes;
@@ -32,6 +33,7 @@ struct PooledScratch {
     units = pad_to(units, kLeaf);
     Arena arena{static_cast<char*>(memory), 0};
     pool = arena.take<float>(kGroup * (p.head_dim + 1)), x = arena.take<float>(kGroup * (p.rank + 1));
+    row = arena.take<float>(p.head_pad), exponent = arena.take<float>(pad_to(p.rank, kPad));
     s = arena.take<float>(kGroup * units), t = arena.take<float>(kGroup * units);
     key = arena.take<int32_t>(units), chunk = arena.take<int32_t>(units);
     taken = arena.take<int32_t>(units + kRouteWidth), blocks = arena.take<int32_t>(units + kRouteWidth);
@@ -39,10 +41,30 @@ struct PooledScratch {
   }
 };
 
+// x and rho at a mean query: the weights of clusters relative to the largest, and its exponent.
+SB_INLINE void pool_clusters(const RouteParams& p, int64_t b, int64_t h, const float* mean, PooledScratch& w, float* x,
+                             float* rho) {
+  const int64_t kv = h / (p.q_heads / p.kv_heads);
+  const float* largest = p.largest.at<const float>(b, kv, 0);
+  for (int64_t e = 0; e < p.head_pad; ++e) w.row[e] = e < p.head_dim ? mean[e] : 0.0f;
+  dot_rows<float>(p.rank, DenseRows<const float>{p.representatives.at<const float>(b, kv, 0), p.representatives.row},
+                  w.row, p.head_pad, w.exponent);
+  float peak = -1e30f;
+  for (int64_t c = 0; c < p.rank; ++c) {
+    w.exponent[c] = largest[c] <= -1e29f ? -1e30f : w.exponent[c] + largest[c];
+    peak = w.exponent[c] > peak ? w.exponent[c] : peak;
+  }
+  for (int64_t c = p.rank; c < pad_to(p.rank, kPad); ++c) w.exponent[c] = -1e30f;
+  for (int64_t c = 0; c < pad_to(p.rank, kPad); c += kRouteWidth)
+    store<float, kRouteWidth>(w.exponent + c, exp2v<kRouteWidth>(load_lanes(w.exponent + c) - peak));
+  for (int64_t c = 0; c < p.rank; ++c) x[c] = w.exponent[c];
+  *rho = peak;
+}
+
 // Mean and variance of the valid queries in slots [first, end) of head (b, h), scaled into base 2, and their mean x and
-// rho. False where there are none.
-SB_INLINE bool pool_queries(const RouteParams& p, int64_t b, int64_t h, int64_t first, int64_t end, float* mean,
-                            float* x, float* rho) {
+// rho, or with clusters x and rho at their mean. False where there are none.
+SB_INLINE bool pool_queries(const RouteParams& p, int64_t b, int64_t h, int64_t first, int64_t end, PooledScratch& w,
+                            float* mean, float* x, float* rho) {
   const float* rows[2 * kPool];
   int64_t slots[2 * kPool], n = 0;
   for (int64_t i = first; i < end; ++i) {
@@ -75,6 +97,10 @@ SB_INLINE bool pool_queries(const RouteParams& p, int64_t b, int64_t h, int64_t 
   // variance / 4 in natural units, the product in base 2.
   mean[p.head_dim] = sum_lanes<float, kBlockWidth>(variance[0]) * (p.scale * scale * share * 0.25f / float(p.head_dim));
   if (!p.has_low_rank()) return true;
+  if (p.has_clusters()) {
+    pool_clusters(p, b, h, mean, w, x, rho);
+    return true;
+  }
   for (int64_t e = 0; e < p.rank; e += kPad) {  // rows are padded
     BlockVec sum[NV]{};
     for (int64_t i = 0; i < n; ++i)
@@ -89,19 +115,30 @@ SB_INLINE bool pool_queries(const RouteParams& p, int64_t b, int64_t h, int64_t 
   return true;
 }
 
-// s and x.y of the kGroup pools with runs of kLanes tokens.
-template <int kLanes>
+// s and x.y of the kGroup pools with runs of kLanes tokens, which are keys or means.
+template <int kLanes, bool kKeys>
 SB_INLINE void score_runs(const RouteParams& p, const PooledScratch& w, const float* level, const int32_t* chunk,
                           int64_t chunks) {
   constexpr int N = kWidth<float>, NV = kLanes / N >= 2 ? 2 : 1;
+  const int64_t rows = kKeys ? p.key_rows : p.panel_rows;
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t unit = int64_t(chunk[c]) * kLanes;
-    const float* panel = level + unit / kLeaf * p.panel_rows * kLeaf + unit % kLeaf;
+    const float* panel = level + unit / kLeaf * rows * kLeaf + unit % kLeaf;
+    if (kKeys && p.has_clusters()) {
+      const float* cluster = panel + (p.head_dim + 1) * kLeaf;
+      for (int g = 0; g < kGroup; ++g)
+        for (int64_t lane = 0; lane < kLanes; lane += N) {
+          const RouteInts number = load_ints(cluster + lane);
+          RouteVec t;
+          SB_EACH (i, N) t[i] = w.x[g * (p.rank + 1) + number[i]];
+          store<float, N>(w.t + g * w.units + c * kLanes + lane, t);
+        }
+    }
     for (int64_t column = 0; column < kLanes; column += NV * N) {
       micro<float, N, kGroup, NV, false>(0, column, p.head_dim + 1, Strided<float>{w.pool, p.head_dim + 1, 1},
                                          DenseRows<const float>{panel, kLeaf},
                                          DenseRows<float>{w.s + c * kLanes, w.units});
-      if (p.has_low_rank())
+      if (p.has_low_rank() && !(kKeys && p.has_clusters()))
         micro<float, N, kGroup, NV, false>(0, column, p.rank, Strided<float>{w.x, p.rank + 1, 1},
                                            DenseRows<const float>{panel + (p.head_dim + 1) * kLeaf, kLeaf},
                                            DenseRows<float>{w.t + c * kLanes, w.units});
@@ -110,20 +147,22 @@ SB_INLINE void score_runs(const RouteParams& p, const PooledScratch& w, const fl
 }
 
 // Turns row g of s into scores: |2^(s - M) - L 2^-M|, or s - M without a low-rank part, where M is the largest exponent
-// of eligible tokens. Tokens before `first`, at or past `limit`, in [near_begin, near_end) or with no key behind them
+// of eligible tokens; for keys with clusters the expected squared residual over the pool's queries.
+// Tokens before `first`, at or past `limit`, in [near_begin, near_end) or with no key behind them
 // are not eligible and get -inf. Sets w.inverse to 1 / (largest score); with kKeys the scores go to w.key instead, in
 // sortable form.
 template <int kLanes, bool kKeys>
 SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* level, const int32_t* chunk,
                          int64_t chunks, int g, int64_t first, int64_t limit, int64_t near_begin, int64_t near_end) {
   const RouteVec never = splat<float, kRouteWidth>(-__builtin_inff());
-  const int64_t kappa_row = (p.panel_rows - 2) * kLeaf, count_row = (p.panel_rows - 1) * kLeaf;
+  const int64_t rows = kKeys ? p.key_rows : p.panel_rows, kappa_row = (rows - 2) * kLeaf,
+                count_row = (rows - 1) * kLeaf;
   float *s = w.s + g * w.units, *t = w.t + g * w.units;
   RouteVec top = splat<float, kRouteWidth>(-1e30f), best{};
   const auto each = [&](const auto& visit) SB_INLINE_LAMBDA {
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t begin = int64_t(chunk[c]) * kLanes;
-      const float* panel = level + begin / kLeaf * p.panel_rows * kLeaf + begin % kLeaf;
+      const float* panel = level + begin / kLeaf * rows * kLeaf + begin % kLeaf;
       for (int64_t lane = 0; lane < kLanes; lane += kRouteWidth) {
         const RouteInts unit = lane_numbers() + int32_t(begin + lane);
         RouteInts eligible = (unit < int32_t(limit)) & ((unit < int32_t(near_begin)) | (unit >= int32_t(near_end))) &
@@ -143,6 +182,16 @@ SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* le
   float largest = top[0];
   SB_UNROLL
   for (int i = 1; i < kRouteWidth; ++i) largest = top[i] > largest ? top[i] : largest;
+  if (kKeys && p.has_clusters()) {
+    const float variance = w.pool[g * (p.head_dim + 1) + p.head_dim] * float(4 / kLog2e);
+    each([&](int64_t at, const float* kappa, RouteInts eligible) SB_INLINE_LAMBDA {
+      const RouteVec e = exp2v<kRouteWidth>(load_lanes(s + at) - largest),
+                     L = exp2v<kRouteWidth>(load_lanes(kappa) + (w.rho[g] - largest)) * load_lanes(t + at);
+      const RouteVec rest = e - L;
+      store_ints(w.key + at, sortable(eligible ? rest * rest + e * e * (variance * load_lanes(kappa - kLeaf)) : never));
+    });
+    return;
+  }
   each([&](int64_t at, const float* kappa, RouteInts eligible) SB_INLINE_LAMBDA {
     RouteVec score = load_lanes(s + at) - largest;
     if (has_low_rank) {
@@ -167,7 +216,7 @@ SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* le
 template <int kLanes>
 SB_INLINE int64_t shared_top(const RouteParams& p, PooledScratch& w, const float* level, const int32_t* chunk,
                              int64_t chunks, int64_t limit, int64_t n, int32_t* out) {
-  score_runs<kLanes>(p, w, level, chunk, chunks);
+  score_runs<kLanes, false>(p, w, level, chunk, chunks);
   RouteVec factor[kGroup];
   int rows[kGroup], used = 0;
   for (int g = 0; g < kGroup; ++g) {
@@ -238,7 +287,7 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
     }
     float *mean = w.pool + g * (p.head_dim + 1), *x = w.x + g * (p.rank + 1);
     w.rho[g] = 0;
-    w.live[g] = pool_queries(p, b, h, pool_first, pool_end, mean, x, &w.rho[g]);
+    w.live[g] = pool_queries(p, b, h, pool_first, pool_end, w, mean, x, &w.rho[g]);
     if (!w.live[g]) {
       for (int64_t e = 0; e <= p.head_dim; ++e) mean[e] = 0;
       for (int64_t e = 0; e <= p.rank; ++e) x[e] = 0;
@@ -276,7 +325,7 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
   for (int64_t block = complete; block * kLeaf < w.limit[last_live]; ++block) w.blocks[blocks++] = int32_t(block);
 
   // 3. The sinks and the window, and the best of the candidates' keys.
-  score_runs<kLeaf>(p, w, panels, w.blocks, blocks);
+  score_runs<kLeaf, true>(p, w, panels, w.blocks, blocks);
   for (int g = first_live; g <= last_live; ++g) {
     if (!w.live[g]) continue;
     residuals<kLeaf, true>(p, w, panels, w.blocks, blocks, g, w.sinks[g], w.limit[g], w.near_begin[g], w.near_end[g]);

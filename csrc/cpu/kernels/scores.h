@@ -18,8 +18,16 @@ template <class T, int kLanes>
 SB_INLINE KeptScores<T> kept_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t first_slot, int64_t n) {
   if (!p.scores || n > p.kept_keys) return {nullptr, kLanes};
   const int64_t lanes = p.kept_lanes, tile = first_slot / lanes;  // tiles are full
-  T* head = static_cast<T*>(p.scores) + (b * p.q_heads + h) * p.kept_slots * p.kept_keys;
-  return {head + tile * lanes * p.kept_keys + first_slot % lanes, lanes == 1 ? kLanes : lanes};
+  T* head = static_cast<T*>(p.scores) + (b * p.q_heads + h) * p.kept_slots * p.kept_rows();
+  return {head + tile * lanes * p.kept_rows() + first_slot % lanes, lanes == 1 ? kLanes : lanes};
+}
+// The exponents of the clusters of a tile that shares a list, likewise.
+template <class T>
+SB_INLINE KeptScores<T> kept_exponents(const AttentionParams& p, int64_t b, int64_t h, int64_t first_slot) {
+  if (!p.scores || p.kept_clusters == 0) return {nullptr, 0};
+  const int64_t lanes = p.kept_lanes, tile = first_slot / lanes;
+  T* head = static_cast<T*>(p.scores) + (b * p.q_heads + h) * p.kept_slots * p.kept_rows();
+  return {head + (tile * p.kept_rows() + p.kept_keys) * lanes + first_slot % lanes, lanes};
 }
 
 // Queries in lanes, in steps. Products with them are exponents in base 2 after scale_scores: the factor is part of the

@@ -84,7 +84,6 @@ class LowRankKernel:
         kind: name in configuration files, lower case.
         code: how the attention operator evaluates K. 2: ``x.y`` of non-negative features. 1: ``(1 + x.y / 2)^2``, the
             quadratic kernel's. 3: the centroid kernel's, from clusters.
-        map_code: the same for :meth:`coordinates`, by which supports choose keys.
         can_be_prepared: the kernel has :meth:`constant_projection`.
         training_defaults: values of fields with which a model can be trained from scratch.
         reads_input: the kernel looks at the whole sequence, so causal attention would see the future.
@@ -99,7 +98,6 @@ class LowRankKernel:
 
     kind: ClassVar[str]
     code: ClassVar[int] = 2
-    map_code: ClassVar[int | None] = None  # that of the operator
     can_be_prepared: ClassVar[bool] = False
     training_defaults: ClassVar[dict[str, Any]] = {}
     # Properties where they depend on a field.

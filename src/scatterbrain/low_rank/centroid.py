@@ -11,9 +11,10 @@ from torch import Tensor
 from scatterbrain.call import Call
 from scatterbrain.fields import check_finite, check_floats, check_int, check_number
 from scatterbrain.low_rank.base import Coefficients, LowRankKernel, check_shapes
+from scatterbrain.operators import untraced
 from scatterbrain.operators.arguments import ClusterArguments, KernelInputs
 from scatterbrain.operators.fakes import accumulation_dtype
-from scatterbrain.operators.tracing import is_readable
+from scatterbrain.operators.tracing import is_readable, is_untraced
 from scatterbrain.operators.transformed import project
 
 MOST_CLUSTERS = 256  # centres are taken from as many sampled keys
@@ -113,7 +114,6 @@ class Centroid(LowRankKernel):
 
     kind: ClassVar[str] = "centroid"
     code: ClassVar[int] = 3
-    map_code: ClassVar[int] = 2
     reads_input = True
 
     clusters: int = 64
@@ -154,7 +154,7 @@ class Centroid(LowRankKernel):
         return call._replace(coefficients=find_clusters(call, self.clusters))
 
     def inputs(self, call: Call) -> KernelInputs:
-        given = self._constants(call)
+        given = self._constants(self.with_coefficients(call))
         return KernelInputs(
             cluster_index=given.index,
             representatives=given.representatives,
@@ -166,7 +166,7 @@ class Centroid(LowRankKernel):
         """For the choice of keys: features exp(scale q.b_c), and of a key one-hot its cluster with log scale kappa;
         constants."""
         dtype, query_mask = accumulation_dtype(call.query.dtype), call.padding.query_mask
-        given = self._constants(call)
+        given = self._constants(self.with_coefficients(call))
         query = _without_padding(call.query.detach(), query_mask)
         member = (given.index[..., None] == torch.arange(self.clusters, device=query.device)).to(dtype)
         exponent = project(query, given.representatives * call.scale, None)
@@ -177,19 +177,21 @@ class Centroid(LowRankKernel):
 
     def _constants(self, call: Call) -> Clusters:
         """The clusters in the precision of the call. Gradients go through the operator, to the keys alone."""
-        given = self.with_coefficients(call).coefficients
-        dtype = accumulation_dtype(call.query.dtype)
-        tensors = (given.index, given.representatives, given.log_mass, given.query_mean)
-        index, *floats = (t.detach().to(call.query.device) for t in tensors)
-        return Clusters.unchecked(index, *(t.to(dtype) for t in floats), given.scale)
+        given, dtype, device = call.coefficients, accumulation_dtype(call.query.dtype), call.query.device
+        floats = given.representatives, given.log_mass, given.query_mean
+        if all(t.dtype == dtype and t.device == device and not t.requires_grad for t in floats):
+            return given
+        floats = (t.detach().to(device=device, dtype=dtype) for t in floats)
+        return Clusters.unchecked(given.index.to(device), *floats, given.scale)
 
 
 def find_clusters(call: Call, clusters: int) -> Clusters:
     """The clusters of a call's keys: constants."""
-    arguments = ClusterArguments(
-        call.query.detach(), call.key.detach(), **call.padding._asdict(), clusters=clusters, scale=call.scale
-    )
-    return Clusters.unchecked(*torch.ops.scatterbrain.cluster(*arguments), call.scale)
+    untraced_call = is_untraced()
+    query, key = (call.query, call.key) if untraced_call else (call.query.detach(), call.key.detach())
+    arguments = ClusterArguments(query, key, **call.padding._asdict(), clusters=clusters, scale=call.scale)
+    found = untraced.cluster(arguments) if untraced_call else torch.ops.scatterbrain.cluster(*arguments)
+    return Clusters.unchecked(*found, call.scale)
 
 
 def _without_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -111,6 +111,7 @@ def taken_from(source: type[NamedTuple], target: type[NamedTuple]) -> Callable[[
 
 _for_attention = taken_from(QuadraticArguments, AttentionArguments)
 _for_routing = taken_from(QuadraticArguments, RouteArguments)
+inputs_of_routing = taken_from(KernelInputs, RouteArguments)
 
 
 def after_projection(
@@ -130,7 +131,8 @@ def after_projection(
 
 def for_routing(arguments: QuadraticArguments, query_map: Tensor, key_map: Tensor) -> RouteArguments:
     """The arguments of ``route`` inside ``quadratic_attention``."""
-    return RouteArguments(**_for_routing(arguments), query_map=query_map, key_map=key_map, low_rank=QUADRATIC)
+    inputs = inputs_of_routing(KernelInputs(query_map, key_map))
+    return RouteArguments(**_for_routing(arguments), **inputs, low_rank=QUADRATIC)
 
 
 def backward_arguments(arguments: tuple) -> tuple[ForwardResults, AttentionArguments, KeptResults]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from scatterbrain.operators import library  # noqa: F401  (loads the operators)
 from scatterbrain.operators.arguments import (
     AttentionArguments,
+    ClusterArguments,
     ForwardResults,
     QuadraticArguments,
     RouteArguments,
@@ -41,6 +42,7 @@ _PREPARED_ATTENTION_BACKWARD = torch.ops.scatterbrain.prepared_attention_backwar
 _PROJECT = torch.ops.scatterbrain.project.default
 _PROJECT_BACKWARD = torch.ops.scatterbrain.project_backward.default
 _ROUTE = torch.ops.scatterbrain.route.default
+_CLUSTER = torch.ops.scatterbrain.cluster.default
 
 _NARROW_HEAD = torch.ops.scatterbrain.narrow_head()  # heads of fewer dimensions are computed in float64
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -76,6 +78,12 @@ def route(arguments: RouteArguments) -> tuple[Tensor, Tensor]:
     """The routing operator, which has no gradients."""
     with _BelowAutograd():
         return _ROUTE(*arguments)
+
+
+def cluster(arguments: ClusterArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The clustering operator, which has no gradients."""
+    with _BelowAutograd():
+        return _CLUSTER(*arguments)
 
 
 def attention(a: AttentionArguments) -> tuple[Tensor, Tensor]:

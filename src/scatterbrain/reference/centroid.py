@@ -169,8 +169,19 @@ def _(low_rank: Centroid, inputs: Inputs) -> Coordinates:
     """Features exp(q.b_c), and one-hot c(j) with log scale kappa_j: x.y exp(kappa) = L. The largest exponent is a
     query's log scale, a constant of the backward pass."""
     index, occupied, b, kappa = represented(low_rank, inputs)
-    b, occupied = (t.repeat_interleave(inputs.group, 1) for t in (b, occupied))
-    exponent = ((inputs.query * inputs.scale) @ b.transpose(-1, -2)).where(occupied[:, :, None], -math.inf)
-    peak = exponent.detach().amax(-1).nan_to_num(neginf=0.0)
     one_hot = torch.nn.functional.one_hot(index, low_rank.clusters).to(b)
-    return Coordinates(torch.exp(exponent - peak[..., None]), peak, one_hot, kappa, is_quadratic=False)
+
+    def features(query: Tensor, b: Tensor, occupied: Tensor) -> tuple[Tensor, Tensor]:
+        exponent = (query @ b.transpose(-1, -2)).where(occupied[..., None, :], -math.inf)
+        peak = exponent.detach().amax(-1).nan_to_num(neginf=0.0)
+        return torch.exp(exponent - peak[..., None]), peak
+
+    def at_mean(row: int, head: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        of = row, head // inputs.group
+        x, rho = features(query[None].to(b), b[of], occupied[of])
+        return x[0].cpu(), rho[0].cpu()
+
+    of_queries = (t.repeat_interleave(inputs.group, 1) for t in (b, occupied))
+    x, rho = features(inputs.query * inputs.scale, *of_queries)
+    apart = (inputs.key - of_cluster(b, index)).square().sum(-1)
+    return Coordinates(x, rho, one_hot, kappa, False, at_mean, apart)

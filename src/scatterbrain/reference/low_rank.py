@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,16 @@ EMA_FLOOR = 1e-3  # the same for moving averages, which see few tokens at first
 
 class Coordinates(NamedTuple):
     """What a kernel is evaluated on: x (B, Hq, N, r), rho (B, Hq, N), y (B, Hkv, M, r), kappa (B, Hkv, M), and whether
-    K is (1 + x.y / 2)^2 (``is_quadratic``) or x.y."""
+    K is (1 + x.y / 2)^2 (``is_quadratic``) or x.y. Of kernels that replace keys by others, ``at_mean``: (x, rho) of a
+    scaled query for heads (b, h), and ``apart`` (B, Hkv, M): the squared distance of each key to the other."""
 
     x: Tensor
     rho: Tensor
     y: Tensor
     kappa: Tensor
     is_quadratic: bool
+    at_mean: Callable[[int, int, Tensor], tuple[Tensor, Tensor]] | None = None
+    apart: Tensor | None = None
 
     def log_kernel(self) -> tuple[Tensor, Tensor]:
         """(rho_i + kappa_j, K_ij), both (B, Hq, N, M)."""

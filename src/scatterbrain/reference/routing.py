@@ -4,13 +4,15 @@ A key's position counts from its row's first valid key. The pooled form scores w
 |exp(s_j) - L_j| with s_j = q.k_j + v/4 |k_j|^2, where q is the mean of the block's scaled queries and v their variance,
 averaged over coordinates: half of the second-order correction of log mean exp(q_i.k_j) for a variance that is equal in
 all directions. Measured, it selects as well as one variance per coordinate and, in the causal form, better, for one
-multiply-add per pair instead of head_dim. L_j is the kernel at the block's mean coordinates. The per-query form scores
-blocks of keys by q.mean(k) and the spread of their keys.
+multiply-add per pair instead of head_dim. L_j is the kernel at the block's mean coordinates, or for kernels that
+replace keys by others at its mean query, and single keys are then scored by the expected squared residual. The
+per-query form scores blocks of keys by q.mean(k) and the spread of their keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,6 +89,7 @@ class Keys(NamedTuple):
     y: Tensor | None  # (Mv, r)
     kappa: Tensor | None
     is_quadratic: bool = False
+    apart: Tensor | None = None  # squared distances to the keys that stand for them; of single keys
 
     @classmethod
     def of(cls, inputs: Inputs, maps: Coordinates | None, b: int, h: int) -> Keys:
@@ -95,7 +98,8 @@ class Keys(NamedTuple):
         if maps is None:
             return cls(key, valid, None, None)
         y = maps.y[b, head, span].cpu().where(valid[:, None], 0)
-        return cls(key, valid, y, maps.kappa[b, head, span].cpu().where(valid, 0), maps.is_quadratic)
+        apart = None if maps.apart is None else maps.apart[b, head, span].cpu().where(valid, 0)
+        return cls(key, valid, y, maps.kappa[b, head, span].cpu().where(valid, 0), maps.is_quadratic, apart)
 
     def means(self, size: int) -> Keys:
         """Every run of ``size`` keys as one key: the mean key, and the mean of the low-rank features, (1, y / 2)
@@ -135,6 +139,7 @@ class Queries:
     shift: int
     are_the_keys: bool  # as many queries as keys: the same tokens
     is_causal: bool
+    at_mean: Callable[[Tensor], tuple[Tensor, Tensor]] | None  # x and rho of a pool, where not their means
 
     @classmethod
     def of(cls, inputs: Inputs, maps: Coordinates | None, block_q: int, b: int, h: int) -> Queries:
@@ -150,6 +155,7 @@ class Queries:
             inputs.query_offset[b] - inputs.key_range(b)[0],
             inputs.query.shape[2] == inputs.key.shape[2],
             inputs.is_causal,
+            None if maps is None or maps.at_mean is None else functools.partial(maps.at_mean, b, h),
         )
 
     def blocks(self) -> int:
@@ -169,6 +175,8 @@ class Queries:
             members = [i for i in range(max(members[0] - 15, 0), members[0] + 1) if self.valid[i]]
         rows = self.query[members]
         x, rho = (None, None) if self.x is None else (self.x[members].mean(0), self.rho[members].mean())
+        if self.at_mean is not None:
+            x, rho = self.at_mean(rows.mean(0))
         return Pool(rows.mean(0), rows.var(0, correction=0).mean(), x, rho)
 
 
@@ -181,7 +189,9 @@ class Pool(NamedTuple):
     rho: Tensor | None
 
     def log_residual(self, keys: Keys) -> Tensor:
-        """log |exp(s_j) - L_j| of every key; s_j without a low-rank kernel."""
+        """log |exp(s_j) - L_j| of every key; s_j without a low-rank kernel. Where other keys stand for keys, half the
+        log of the expected squared residual over the pool's queries, by which e_j = exp(s_j) and L_j vary apart by
+        about e_j sqrt(variance) |k_j - b|."""
         s = keys.key @ self.mean + self.variance / 4 * keys.key.square().sum(-1)
         if keys.y is None:
             return s
@@ -189,6 +199,9 @@ class Pool(NamedTuple):
         log_l = self.rho + keys.kappa
         log_l = log_l + (2 * torch.log((1 + inner / 2).abs()) if keys.is_quadratic else torch.log(inner))
         larger, smaller = torch.maximum(s, log_l), torch.minimum(s, log_l)
+        if keys.apart is not None:
+            e, low_rank = torch.exp(s - larger), torch.exp(log_l - larger)
+            return larger + torch.log((e - low_rank).square() + e.square() * self.variance * keys.apart) / 2
         return larger + torch.log(-torch.expm1(smaller - larger))
 
 

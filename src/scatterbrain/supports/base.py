@@ -56,6 +56,8 @@ class Support:
         is_bidirectional_only: causal attention is refused by :meth:`check`.
         depends_on_content: lists depend on queries and keys, so :func:`scatterbrain.route` can return them.
         reads_coordinates: lists depend on the low-rank kernel's coordinates too.
+        evaluates_kernel: :meth:`lists` takes what it needs of a kernel without coordinates from
+            ``LowRankKernel.inputs``.
         gains_from_order: neighbouring tokens share a list or are each other's support, so attention over an image is
             better where neighbours in the sequence are neighbours in the image (``token_order="auto"``).
         is_configurable: numbers and names make it, so a configuration file can.
@@ -68,6 +70,7 @@ class Support:
     is_bidirectional_only: ClassVar[bool] = False
     depends_on_content: ClassVar[bool] = False
     reads_coordinates: ClassVar[bool] = False
+    evaluates_kernel: ClassVar[bool] = False
     gains_from_order: ClassVar[bool] = False
     is_configurable: ClassVar[bool] = True
     can_be_prepared: ClassVar[bool] = False

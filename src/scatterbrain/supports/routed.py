@@ -12,7 +12,7 @@ from torch import Tensor
 from scatterbrain.call import Call
 from scatterbrain.fields import check_int, repr_of
 from scatterbrain.operators import untraced
-from scatterbrain.operators.arguments import RouteArguments
+from scatterbrain.operators.arguments import KernelInputs, RouteArguments, inputs_of_routing
 from scatterbrain.operators.tracing import is_known, is_untraced
 from scatterbrain.supports.base import BlockLists, OperatorRouting, Support
 
@@ -47,6 +47,7 @@ class Routed(Support):
     kind: ClassVar[str] = "routed"
     depends_on_content: ClassVar[bool] = True
     reads_coordinates: ClassVar[bool] = True
+    evaluates_kernel: ClassVar[bool] = True
     can_be_prepared: ClassVar[bool] = True
     gains_from_order: ClassVar[bool] = True
 
@@ -126,15 +127,17 @@ class Routed(Support):
             as_float = lambda t: t.float() if t is not None and t.dtype == torch.float64 else t
         else:
             operator = lambda arguments: torch.ops.scatterbrain.route(*arguments)
-            as_float = lambda t: None if t is None else t.detach().float()
+            as_float = lambda t: t if t is None or not t.is_floating_point() else t.detach().float()
+        inputs = KernelInputs(query_map, key_map)
+        if query_map is None and call.low_rank is not None and self.is_pooled:
+            inputs = call.low_rank.inputs(call)
         index, count = operator(
             RouteArguments(
                 query=as_float(call.query),
                 key=as_float(call.key),
-                query_map=as_float(query_map),
-                key_map=as_float(key_map),
+                **{name: as_float(t) for name, t in inputs_of_routing(inputs).items()},
                 **call.padding._asdict(),
-                low_rank=0 if call.low_rank is None else call.low_rank.map_code or call.low_rank.code,
+                low_rank=0 if call.low_rank is None else call.low_rank.code,
                 keys=self.keys,
                 block_q=self.block_q,
                 block_k=self.block_k,
