@@ -70,6 +70,10 @@ class KernelInputs(NamedTuple):
     log_mass: Tensor | None = None
     query_mean: Tensor | None = None
 
+    def for_routing(self) -> dict[str, Tensor | None]:
+        """Those that ``route`` takes too, by name."""
+        return {name: value for name, value in zip(self._fields, self) if name in RouteArguments._fields}
+
 
 class ForwardResults(NamedTuple):
     """The leading arguments of ``attention_backward``, before those of ``attention``: results of the forward pass and
@@ -111,7 +115,6 @@ def taken_from(source: type[NamedTuple], target: type[NamedTuple]) -> Callable[[
 
 _for_attention = taken_from(QuadraticArguments, AttentionArguments)
 _for_routing = taken_from(QuadraticArguments, RouteArguments)
-inputs_of_routing = taken_from(KernelInputs, RouteArguments)
 
 
 def after_projection(
@@ -131,7 +134,7 @@ def after_projection(
 
 def for_routing(arguments: QuadraticArguments, query_map: Tensor, key_map: Tensor) -> RouteArguments:
     """The arguments of ``route`` inside ``quadratic_attention``."""
-    inputs = inputs_of_routing(KernelInputs(query_map, key_map))
+    inputs = KernelInputs(query_map, key_map).for_routing()
     return RouteArguments(**_for_routing(arguments), **inputs, low_rank=QUADRATIC)
 
 

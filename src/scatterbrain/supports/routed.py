@@ -12,7 +12,7 @@ from torch import Tensor
 from scatterbrain.call import Call
 from scatterbrain.fields import check_int, repr_of
 from scatterbrain.operators import untraced
-from scatterbrain.operators.arguments import KernelInputs, RouteArguments, inputs_of_routing
+from scatterbrain.operators.arguments import KernelInputs, RouteArguments
 from scatterbrain.operators.tracing import is_known, is_untraced
 from scatterbrain.supports.base import BlockLists, OperatorRouting, Support
 
@@ -135,7 +135,7 @@ class Routed(Support):
             RouteArguments(
                 query=as_float(call.query),
                 key=as_float(call.key),
-                **{name: as_float(t) for name, t in inputs_of_routing(inputs).items()},
+                **{name: as_float(t) for name, t in inputs.for_routing().items()},
                 **call.padding._asdict(),
                 low_rank=0 if call.low_rank is None else call.low_rank.code,
                 keys=self.keys,
