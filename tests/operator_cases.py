@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from testkit import KV, B, H, N, blocks, leaves, padding, qkv, rand
+from testkit import KV, B, D, H, N, blocks, leaves, padding, qkv, rand
 from torch import Tensor
 
 import scatterbrain as sb
@@ -53,8 +53,12 @@ def detached(arguments: NamedTuple) -> Any:
 def attention_arguments(kernel: str, lists: str, dtype: torch.dtype, is_causal: bool) -> AttentionArguments:
     """Arguments of the attention operator. The causal samples have masks with their ranges, and an offset."""
     fields: dict[str, object] = dict(zip(("query", "key", "value"), leaves(qkv(dtype=dtype))))
-    if kernel != "none":
-        maps = torch.float64 if dtype == torch.float64 else torch.float32
+    maps = torch.float64 if dtype == torch.float64 else torch.float32
+    if kernel == "centroid":
+        fields["cluster_index"] = (torch.arange(N, dtype=torch.int32) % 5).expand(B, KV, N).contiguous()
+        for seed, (name, shape) in enumerate(dict(representatives=(5, D), log_mass=(N,), query_mean=(D,)).items()):
+            fields[name] = rand(B, KV, *shape, seed=seed + 4, dtype=maps)
+    elif kernel != "none":
         for name, seed, heads in (("query_map", 4, H), ("key_map", 5, KV)):
             fields[name] = rand(B, heads, N, 4, seed=seed, dtype=maps).abs().requires_grad_()
     if lists in ("index", "order"):
@@ -71,15 +75,15 @@ def attention_arguments(kernel: str, lists: str, dtype: torch.dtype, is_causal: 
         fields |= dict(query_mask=MASK, key_mask=MASK.clone())
         fields |= dict(query_range=padding_range, key_range=padding_range.clone())
         fields["query_offset"] = torch.tensor([0, 3], dtype=torch.int32)
-    code = {"none": 0, "quadratic": QUADRATIC, "features": 2}[kernel]
+    code = {"none": 0, "quadratic": QUADRATIC, "features": 2, "centroid": 3}[kernel]
     return operator_arguments(AttentionArguments, **fields, low_rank=code, is_causal=is_causal, scale=0.3)
 
 
 SAMPLES = [
     (kernel, lists, dtype, is_causal)
-    for kernel in ("quadratic", "features", "none")
+    for kernel in ("quadratic", "features", "centroid", "none")
     for lists in ("span", "sinks", "index", "order", "empty")
     for is_causal in (False, True)
-    for dtype in (DTYPES if lists == "index" and kernel == "quadratic" else [torch.float32])
-    if not (lists == "order" and is_causal) and not (lists == "empty" and kernel == "none")
+    for dtype in (DTYPES if lists == "index" and kernel in ("quadratic", "centroid") else [torch.float32])
+    if not (is_causal and (lists == "order" or kernel == "centroid")) and not (lists == "empty" and kernel == "none")
 ]

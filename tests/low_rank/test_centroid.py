@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operator_cases import DTYPES, MASK, WITHOUT_GRADIENT
-from testkit import LAYOUTS, B, H, N, assert_same_bits, leaves, padding, qkv, rand, run_python
+from operator_cases import DTYPES, MASK, WITHOUT_GRADIENT, attention_arguments, operator_arguments
+from testkit import KV, LAYOUTS, B, D, H, N, assert_same_bits, leaves, padding, qkv, rand, run_python
 from torch import Tensor
 
 import scatterbrain as sb
-from scatterbrain.operators.arguments import ClusterArguments
+from scatterbrain.operators.arguments import ClusterArguments, RouteArguments
 
 
 def fields(found: sb.Clusters) -> list[Tensor]:
@@ -234,6 +234,34 @@ def test_the_operator_refuses_what_does_not_fit() -> None:
         operator(query, key[..., :7], *plain, 4, 0.3)
     with pytest.raises(RuntimeError, match="query_offset is for causal calls"):
         operator(query, key, *plain[:4], torch.zeros(B, dtype=torch.int32), 4, 0.3)
+
+
+def test_attention_and_routing_refuse_clusters_that_do_not_fit() -> None:
+    given = attention_arguments("centroid", "empty", torch.float32, False)
+    routing = operator_arguments(RouteArguments, given, keys=16)
+    keys, few = torch.ones(B, KV, N, dtype=torch.bool), torch.zeros(B, KV, N, dtype=torch.int32)
+    wrong = few.masked_fill(keys, 5)
+    changes = {
+        "needs cluster_index, representatives and log_mass": dict(log_mass=None),
+        "needs is_causal=False": dict(is_causal=True),
+        r"cluster_index must be int32 of shape \(2, 1, 37\)": dict(cluster_index=few[..., 1:]),
+        r"representatives must be \(2, 1, 1 to 256 clusters, 8\)": dict(representatives=rand(B, KV, 257, D)),
+        r"log_mass must be \(2, 1, 37\)": dict(log_mass=rand(B, KV, 3)),
+        "representatives and log_mass must be float32": dict(log_mass=rand(B, KV, N).double()),
+        "cluster_index must name clusters 0 to 4 for every key": dict(cluster_index=wrong),
+    }
+    for message, change in changes.items():
+        for operator, arguments in (("attention", given), ("route", routing)):
+            with pytest.raises(RuntimeError, match=message):
+                getattr(torch.ops.scatterbrain, operator)(*arguments._replace(**change))
+    with pytest.raises(RuntimeError, match=r"needs query_mean \(2, 1, 8\)"):
+        torch.ops.scatterbrain.attention(*given._replace(query_mean=None))
+    with pytest.raises(RuntimeError, match=r"need low_rank 3 \(centroid\), got low_rank 0"):
+        torch.ops.scatterbrain.attention(*given._replace(low_rank=0))
+    hidden = torch.zeros(B, N, dtype=torch.bool).index_fill(1, torch.tensor([3]), True)
+    torch.ops.scatterbrain.attention(
+        *given._replace(cluster_index=few.index_fill(2, torch.tensor([3]), -1), key_mask=hidden)
+    )  # of padding it may name none
 
 
 def test_the_function_refuses_what_does_not_fit() -> None:
