@@ -24,11 +24,13 @@ import torch
 
 import scatterbrain as sb
 
+QUADRATIC = sb.Quadratic(9)
 SUPPORTS = {
-    "window 64": (sb.Window(64), False),
-    "routed 64, block_q 16": (sb.Routed(64), False),
-    "window 64, causal": (sb.Window(64), True),
-    "routed 64 per query, causal": (sb.Routed(64, block_q=1, block_k=8, window=16), True),
+    "window 64": (sb.Window(64), QUADRATIC, False),
+    "routed 64, block_q 16": (sb.Routed(64), QUADRATIC, False),
+    "routed 64, block_q 32, centroid": (sb.Routed(64, block_q=32), sb.Centroid(64), False),
+    "window 64, causal": (sb.Window(64), QUADRATIC, True),
+    "routed 64 per query, causal": (sb.Routed(64, block_q=1, block_k=8, window=16), QUADRATIC, True),
 }
 
 
@@ -40,15 +42,17 @@ def resident(mark: str) -> int:
 def measure(name: str, n: int, heads: int, head_dim: int, threads: int) -> None:
     """Prints the peak of one forward + backward above what was resident before it."""
     torch.set_num_threads(threads)
-    support, is_causal = SUPPORTS[name]
+    support, low_rank, is_causal = SUPPORTS[name]
 
     def run(tokens: int) -> None:
         leaves = [torch.randn(1, heads, tokens, head_dim).requires_grad_() for _ in range(3)]
-        fitted = sb.fit_statistics(leaves[0][:, :, :1024], leaves[1][:, :, :1024])
+        fitted = None
+        if low_rank is QUADRATIC:
+            fitted = sb.fit_statistics(leaves[0][:, :, :1024], leaves[1][:, :, :1024])
         grad = torch.randn(1, heads, tokens, head_dim)
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = resident("VmRSS")
-        out = sb.attention(*leaves, support, sb.Quadratic(9), is_causal=is_causal, statistics=fitted)
+        out = sb.attention(*leaves, support, low_rank, is_causal=is_causal, statistics=fitted)
         out.backward(grad)
         print(resident("VmHWM") - before)
 
@@ -69,7 +73,7 @@ def main() -> None:
         return
     shape = [f"--{name}={getattr(options, name)}" for name in ("heads", "head_dim", "threads")]
     results = 4 * options.head_dim * 4  # the output and three gradients, float32
-    print(f"{'support':<30}{'tokens':>8}{'peak MiB':>10}{'of it results':>15}{'other bytes per token and head':>33}")
+    print(f"{'support':<34}{'tokens':>8}{'peak MiB':>10}{'of it results':>15}{'other bytes per token and head':>33}")
     for name in SUPPORTS:
         for n in options.tokens:
             command = [sys.executable, __file__, "--row", name, f"--tokens={n}", *shape]
@@ -77,7 +81,7 @@ def main() -> None:
             shared = results * n * options.heads
             per_token = peak / (n * options.heads)
             print(
-                f"{name:<30}{n:>8}{peak / 2**20:>10.0f}{shared / 2**20:>15.0f}{per_token - results:>33.0f}",
+                f"{name:<34}{n:>8}{peak / 2**20:>10.0f}{shared / 2**20:>15.0f}{per_token - results:>33.0f}",
                 flush=True,
             )
 
