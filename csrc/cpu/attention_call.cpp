@@ -20,7 +20,7 @@ AttentionParams AttentionCall<E>::params_of(const AttentionArguments& a, const A
   p.low_rank = static_cast<LowRank>(a.low_rank), p.rank = shape.rank, p.is_causal = a.is_causal, p.scale = a.scale;
   const StateLayout states = state_layout(shape);
   p.segment = states.segment, p.slots = states.slots, p.features = states.features, p.slot_size = states.slot_size;
-  p.units = p.is_causal ? p.slots : std::max<int64_t>(1, ceil_div(p.q_tokens, kQueriesPerUnit));
+  p.units = p.is_causal ? p.slots : std::max<int64_t>(1, ceil_div(p.q_tokens, queries_per_unit(p)));
   const ScoreLayout scores = score_layout(shape);
   p.kept_lanes = scores.lanes, p.kept_slots = scores.slots, p.kept_keys = scores.keys,
   p.kept_clusters = scores.clusters;

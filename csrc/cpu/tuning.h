@@ -45,6 +45,12 @@ inline constexpr int kRoutedQueries = 16;                 // queries scored toge
 // Query blocks whose lists one task makes.
 SB_HD int64_t blocks_per_group(int64_t block_k) { return block_k == 1 ? kGroup : kRoutedQueries; }
 
+// Queries of one task without a causal edge. With clusters a task also has a gradient of the representatives, so fewer
+// tasks keep memory low.
+SB_HD int64_t queries_per_unit(const AttentionParams& p) {
+  return p.has_clusters() ? 2 * kQueriesPerUnit : kQueriesPerUnit;
+}
+
 // Whether a row's lists are bitmasks over all its keys. Never with a causal edge, nor without a low-rank kernel: there
 // some queries do not see some keys at all, and zero times what those hold need not be zero.
 SB_HD bool uses_bitmask(const AttentionParams& p, const RowRange& row) {

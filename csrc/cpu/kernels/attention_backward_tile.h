@@ -286,7 +286,7 @@ void backward_tile(const AttentionParams& p, QueryTile<E, kLanes>& tile, Backwar
   for (int i = 0; i < by_key_count; ++i)
     query_gradient_by_key<E, kLanes>(p, by_key[i], s, kShared ? records[0].by_key[i] : records[by_key[i]].by_key[0]);
   if (has_low_rank) {
-    const int64_t unit = p.is_causal ? tile.slot : tile.first_slot / kQueriesPerUnit;
+    const int64_t unit = p.is_causal ? tile.slot : tile.first_slot / queries_per_unit(p);
     if (any) kv_state_gradients<E, kLanes>(p, state, d_kv_state_slot<T>(p, tile.b * p.q_heads + tile.h, unit), s);
     if (p.has_clusters())
       query_cluster_gradients<E, kLanes, kShared>(p, tile, unit, s);

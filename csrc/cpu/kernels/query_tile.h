@@ -73,7 +73,7 @@ SB_INLINE void for_each_tile(const AttentionParams& p, int64_t b, int64_t h, int
                              QueryTile<E, kLanes> (&tile)[2], Visit& visit) {
   const RowRange& range = p.rows[b];
   const int64_t slots = slots_of_row(p, range);
-  const int64_t width = p.is_causal ? kChunk : kQueriesPerUnit;
+  const int64_t width = p.is_causal ? kChunk : queries_per_unit(p);
   const int64_t shift = p.is_causal ? int64_t(range.q_first) + range.offset - range.k_first : 0;
   // With a causal edge a unit is a state slot: the last one takes every query past the keys.
   const int64_t last = p.is_causal ? kv_state_of_edge(p, int64_t(range.k_end) - range.k_first - 1) : p.units - 1;
