@@ -356,6 +356,27 @@ def test_clusters_far_heavier_than_what_is_left_of_them_lose_nothing(
         assert error < 1e-6 * (factor + 3)
 
 
+@pytest.mark.parametrize("tokens, pass_", [(200, "queries again by key"), (600, "queries again in double")])
+def test_queries_whose_lists_take_nearly_all_back_are_computed_again(tokens: int, pass_: str) -> None:
+    """Representatives that outweigh all else, of clusters that are listed whole."""
+    index = torch.arange(tokens) // 20
+    representatives = rand(1, 1, int(index[-1]) + 1, 24, seed=5)
+    query = 5 * representatives[:, :, index] + 0.1 * rand(1, 1, tokens, 24)
+    key, value = 0.1 * rand(1, 1, tokens, 24, seed=1), rand(1, 1, tokens, 24, seed=2)
+    log_mass, mean = torch.zeros(1, 1, tokens), torch.zeros(1, 1, 24)
+    found = sb.Clusters(index.int()[None, None], representatives, log_mass, mean, 24**-0.5)
+    d_out, results = rand(1, 1, tokens, 24, seed=7), []
+    for attend in (sb.attention, sb.reference.attention):
+        leaf, low_rank = leaves((query, key, value)), sb.Centroid(found.clusters)
+        with sb.profile() as profile:
+            out = attend(*leaf, sb.Window(64), low_rank, statistics=found)
+            results.append([out, *torch.autograd.grad((out * d_out).sum(), leaf)])
+        assert (pass_ in profile.stages) == (attend is sb.attention)
+    for mine, theirs in zip(*results, strict=True):
+        error = float((mine.double() - theirs.double()).detach().norm() / theirs.double().detach().norm())
+        assert error < 3e-6
+
+
 @pytest.mark.parametrize("support", [sb.Window(16), sb.Routed(32), sb.Routed(32, block_q=1, block_k=8)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_padding_and_threads_change_no_bit_of_attention_and_its_gradients(

@@ -20,27 +20,9 @@ SB_INLINE const T* exponents_of_clusters(const AttentionParams& p, const T* xT, 
   return xT + p.map_pad * lanes;
 }
 
-// Fills the exponents in base 2. qT: queries_in_lanes; `wide`: [d][lane] for rows of bfloat16.
-template <class E, int kLanes>
-SB_INLINE void fill_exponents(const AttentionParams& p, const QueryTile<E, kLanes>& tile, const StepOf<E>* qT,
-                              AccType<E>* wide, AccType<E>* exponent) {
-  typedef AccType<E> T;
-  constexpr int N = kLaneWidth<T, kLanes>, NQ = kLanes / N;
-  const auto b = representatives_of<T>(p, tile.b, tile.kv);
-  gemm<T, N, false>(p.rank, kLanes, p.head_dim, AcrossSteps<T, DenseRows<const T>>{b},
-                    DenseRows<const T>{widen_steps<E, kLanes>(qT, p.head_dim, wide), kLanes},
-                    DenseRows<T>{exponent, kLanes});
-  scale_scores<E>(p, p.rank * kLanes, exponent);
-  const T* largest = p.largest.at<const T>(tile.b, tile.kv, 0);
-  for (int64_t c = 0; c < p.rank; ++c)
-    SB_EACH (v, NQ) {
-      T* to = exponent + c * kLanes + v * N;
-      store<T, N>(to, largest[c] <= T(-1e29) ? splat<T, N>(T(-1e30)) : load<T, N>(to) + largest[c]);
-    }
-}
-
-// Fills xT with the weights of the clusters relative to the largest, whose exponent becomes rho, and with the
-// exponents, which the forward pass leaves to the backward pass where there is room.
+// Fills xT with the weights of the clusters relative to the largest, whose exponent in base 2 becomes rho, and with the
+// exponents, which the forward pass leaves to the backward pass where there is room. `wide`: [d][lane] for rows of
+// bfloat16.
 template <class E, int kLanes, bool kBackward>
 SB_INLINE void weigh_clusters(const AttentionParams& p, QueryTile<E, kLanes>& tile, StepOf<E>* qT, AccType<E>* wide,
                               AccType<E>* xT) {
@@ -49,19 +31,34 @@ SB_INLINE void weigh_clusters(const AttentionParams& p, QueryTile<E, kLanes>& ti
   typedef Vector<T, N> V;
   T* exponent = xT + p.map_pad * kLanes;
   const KeptScores<T> kept = kept_exponents<T>(p, tile.b, tile.h, tile.first_slot);
-  if (!kBackward || !kept.data) {
-    queries_in_lanes<E, kLanes>(p, tile, qT);
-    fill_exponents<E, kLanes>(p, tile, qT, wide, exponent);
-  }
+  const T* largest = p.largest.at<const T>(tile.b, tile.kv, 0);
   V peak[NQ];
   SB_EACH (v, NQ) peak[v] = splat<T, N>(T(-1e30));
-  for (int64_t c = 0; c < p.rank; ++c)
-    SB_EACH (v, NQ) {
-      T *here = exponent + c * kLanes + v * N, *there = kept.data ? kept.data + c * kept.stride + v * N : here;
-      const V e = load<T, N>(kBackward ? there : here);
-      peak[v] = max_lanes(peak[v], e);
-      store<T, N>(kBackward ? here : there, e);
-    }
+  if (kBackward && kept.data) {
+    for (int64_t c = 0; c < p.rank; ++c)
+      SB_EACH (v, NQ) {
+        const V e = load<T, N>(kept.data + c * kept.stride + v * N);
+        peak[v] = max_lanes(peak[v], e);
+        store<T, N>(exponent + c * kLanes + v * N, e);
+      }
+  } else {
+    queries_in_lanes<E, kLanes>(p, tile, qT);
+    gemm<T, N, false>(
+        p.rank, kLanes, p.head_dim, AcrossSteps<T, DenseRows<const T>>{representatives_of<T>(p, tile.b, tile.kv)},
+        DenseRows<const T>{widen_steps<E, kLanes>(qT, p.head_dim, wide), kLanes}, DenseRows<T>{exponent, kLanes});
+    scale_scores<E>(p, p.rank * kLanes, exponent);
+    const auto add_largest = [&](auto keeps) SB_INLINE_LAMBDA {
+      for (int64_t c = 0; c < p.rank; ++c)
+        SB_EACH (v, NQ) {
+          T* to = exponent + c * kLanes + v * N;
+          const V e = largest[c] <= T(-1e29) ? splat<T, N>(T(-1e30)) : load<T, N>(to) + largest[c];
+          peak[v] = max_lanes(peak[v], e);
+          store<T, N>(to, e);
+          if constexpr (keeps) store<T, N>(kept.data + c * kept.stride + v * N, e);
+        }
+    };
+    kept.data ? add_largest(Yes{}) : add_largest(No{});
+  }
   SB_EACH (v, NQ) store<T, N>(tile.rho + v * N, peak[v]);
   for (int64_t at = 0; at < p.rank * kLanes; at += kLanes)
     SB_EACH (v, NQ) store<T, N>(xT + at + v * N, exp2v<N>(load<T, N>(exponent + at + v * N) - peak[v]));
