@@ -17,8 +17,8 @@ struct SavedSizes {
 
 // out, lse, state and scores. The last two are of saved_sizes where the call is trained.
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-// Of query, key, value, query_map and key_map. Those of the maps have no rows without a low-rank kernel, and where the
-// projections that made the maps are given.
+// Of query, key, value, query_map and key_map. Those of the maps have no rows without maps, and where the projections
+// that made the maps are given. That of key holds what reaches the keys through their clusters.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // index, representatives, log_mass and query_mean.

@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from testkit import KV, LAYOUTS, B, D, H, N, assert_same_bits, leaves, padding, 
 from torch import Tensor
 
 import scatterbrain as sb
+from scatterbrain.call import Call
 from scatterbrain.operators.arguments import ClusterArguments, RouteArguments
+from scatterbrain.supports import BlockLists
 
 
 def fields(found: sb.Clusters) -> list[Tensor]:
@@ -444,6 +446,28 @@ def test_routed_attention_runs_with_its_own_clusters(block_q: int) -> None:
     assert torch.equal(out, sb.attention(query, key, value, lists, low_rank, statistics=found))
     want = sb.reference.attention(query, key, value, lists, low_rank, statistics=found)
     assert torch.allclose(out.double(), want, atol=1e-5)
+
+
+def test_supports_that_read_coordinates_get_the_features_of_clusters() -> None:
+    """Whose product is L, as in the definition of the kernel."""
+    seen = []
+
+    @dataclass(frozen=True)
+    class Watching(sb.Window):
+        reads_coordinates = True
+
+        def lists(self, call: Call, query_map: Tensor | None, key_map: Tensor | None) -> BlockLists:
+            seen.append((query_map, key_map))
+            return super().lists(call, None, None)
+
+    query, key, value = qkv(60, 70, heads=2, kv_heads=2)
+    found = sb.cluster(query, key, 6)
+    out = sb.attention(query, key, value, Watching(8), sb.Centroid(6), statistics=found)
+    assert torch.equal(out, sb.attention(query, key, value, sb.Window(8), sb.Centroid(6), statistics=found))
+    ((x, y),) = seen
+    log = torch.log(x[..., :-1] @ y[..., :-1].mT) + x[..., -1:] + y[..., None, :, -1]
+    inputs = sb.reference.Inputs.of(query, key, sb.Centroid(6), statistics=found)
+    assert torch.allclose(log, sb.reference.log_kernel(sb.Centroid(6), inputs)[0], atol=1e-5)
 
 
 def test_modules_and_drop_ins_need_no_calibration() -> None:
