@@ -10,8 +10,8 @@ from scatterbrain.operators.arguments import (
     AttentionArguments,
     ClusterArguments,
     ForwardResults,
-    KernelInputs,
     KeptResults,
+    KernelInputs,
     QuadraticArguments,
     RouteArguments,
 )
