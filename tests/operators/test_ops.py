@@ -240,6 +240,7 @@ def test_second_derivatives_raise(name: str) -> None:
             gradient.square().sum().backward(retain_graph=True)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # in what torch.func.jvp imports
 @pytest.mark.parametrize("name", SECOND)
 def test_forward_mode_derivatives_raise(name: str) -> None:
     arguments = dict(SECOND[name], statistics=projections() if name == "quadratic" else None)
