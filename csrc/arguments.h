@@ -56,12 +56,13 @@ using Tensors = std::vector<Tensor>;
   X(int64_t, packed_rank, "=0")
 
 // Of lists that are routed in the same call, where keys > 0.
-#define SB_BUDGET(X, S) X(int64_t, keys) S() X(int64_t, window) S() X(int64_t, sinks)
+#define SB_BUDGET(X, S) X(int64_t, keys) S() X(int64_t, window) S() X(int64_t, sinks) S() X(int64_t, pools)
 
 #define SB_ROUTE_SETTINGS(X, S)                     \
   X(int64_t, keys) S()                              \
   X(int64_t, block_q) S() X(int64_t, block_k) S()   \
   X(int64_t, window) S() X(int64_t, sinks) S()      \
+  X(int64_t, pools) S()                             \
   X(bool, is_causal) S()                            \
   X(double, scale) S()                              \
   X(int64_t, packed_rank, "=0")

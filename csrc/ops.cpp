@@ -74,7 +74,7 @@ QuadraticArguments quadratic_arguments(SB_QUADRATIC(SB_PARAMETER, SB_COMMA)) {
   return {SB_PROJECTIONS(SB_VALUE, SB_COMMA), SB_BUDGET(SB_VALUE, SB_COMMA), {SB_ATTENTION(SB_VALUE, SB_COMMA)}};
 }
 
-RouteArguments route_arguments(const AttentionArguments& a, int64_t keys, int64_t window, int64_t sinks) {
+RouteArguments route_arguments(const AttentionArguments& a, SB_BUDGET(SB_PARAMETER, SB_COMMA)) {
 #define SB_LOCAL(type, name, ...) [[maybe_unused]] const type& name = a.name
 #define SB_NAME(type, name, ...) name
   SB_ATTENTION(SB_LOCAL, SB_SEMICOLON);
@@ -94,7 +94,7 @@ AttentionArguments project_and_route(const QuadraticArguments& given, const Tens
   a.query_map = map_of(query, given.query_weight, given.query_bias);
   a.key_map = map_of(key, given.key_weight, given.key_bias);
   if (given.keys > 0) {
-    const RouteArguments r = route_arguments(a, given.keys, given.window, given.sinks);
+    const RouteArguments r = route_arguments(a, given.keys, given.window, given.sinks, given.pools);
     check_route(r);
     std::tie(a.index, a.count) = launchers(query).route(r);
   }

@@ -201,8 +201,8 @@ struct RouteParams {
   int64_t batch, q_heads, kv_heads, q_tokens, k_tokens;
   int64_t head_dim, head_pad;  // d, and d rounded up to kPad
   LowRank low_rank;
-  int64_t rank;                                   // r, or m for general features, or clusters
-  int64_t keys, block_q, block_k, window, sinks;  // of the support
+  int64_t rank;                                          // r, or m for general features, or clusters
+  int64_t keys, block_q, block_k, window, sinks, pools;  // of the support
   bool is_causal;
   float scale;
   StridedTensor q, k;        // (B, Hq|Hkv, N|M, head_pad)

@@ -252,7 +252,7 @@ def _supports(draw: st.DrawFn) -> dict[str, Any]:
         block_q = draw(st.sampled_from((16, 8, 32)))
         window = draw(st.sampled_from((0, 0, block_q, block_q + 1, block_q + 24)))
         sinks, others = _few(draw, 40), draw(st.integers(0, 80))
-        always = dict(window=window, sinks=sinks)
+        always = dict(window=window, sinks=sinks, pools=draw(st.sampled_from((1, 2))))
         return dict(kind="routed", keys=max(window, block_q) + sinks + others, block_q=block_q, **always)
     if kind == "per query":
         keys = draw(st.integers(1, 12))

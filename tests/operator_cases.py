@@ -29,6 +29,7 @@ PLAIN = dict(
     keys=0,
     window=0,
     sinks=0,
+    pools=1,
     block_q=16,
     block_k=1,
     span_keys=0,

@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   p.k_tokens = a.key.size(2);
   p.head_dim = a.query.size(3), p.head_pad = pad_to(p.head_dim, kPad);
   p.low_rank = a.block_k == 1 ? static_cast<LowRank>(a.low_rank) : LowRank::kNone;
-  p.block_q = a.block_q, p.block_k = a.block_k, p.window = a.window, p.sinks = a.sinks, p.is_causal = a.is_causal,
-  p.scale = float(a.scale);
+  p.block_q = a.block_q, p.block_k = a.block_k, p.window = a.window, p.sinks = a.sinks, p.pools = a.pools,
+  p.is_causal = a.is_causal, p.scale = float(a.scale);
   p.blocks = ceil_div(p.q_tokens, p.block_q);
   // Memory follows the keys that there are, whatever the budget: no list is longer, and no more are chosen.
   p.capacity = std::min(list_capacity(a.keys, p.block_k), ceil_div(p.k_tokens, p.block_k));
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   const Scratch memory(heads_per_range(heads, p.k_tokens) * panel_floats * int64_t(sizeof(float)));
   float* const panels = static_cast<float*>(memory.data());
   const int64_t segments = ceil_div(p.k_tokens, kRouteSegment),
-                groups = ceil_div(p.blocks, blocks_per_group(p.block_k));
+                groups = ceil_div(p.blocks, blocks_per_group(p.block_k, p.pools));
   const int64_t panel_bytes = p.panel_rows * kRouteLanes * int64_t(sizeof(float)),
                 group_bytes = kernel.group(p, 0, 0, 0, nullptr, nullptr);
   for_each_head_range(heads, p.k_tokens, [&](const HeadRange& range) {

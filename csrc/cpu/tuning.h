@@ -43,7 +43,9 @@ inline constexpr int64_t kRouteSegment = kLeaf * kSuper;  // keys that one task 
 inline constexpr int kRoutedQueries = 16;                 // queries scored together (per query)
 
 // Query blocks whose lists one task makes.
-SB_HD int64_t blocks_per_group(int64_t block_k) { return block_k == 1 ? kGroup : kRoutedQueries; }
+SB_HD int64_t blocks_per_group(int64_t block_k, int64_t pools) {
+  return block_k == 1 ? kGroup / pools : kRoutedQueries;
+}
 
 // Queries of one task without a causal edge. With clusters a task also has a gradient of the representatives, so fewer
 // tasks keep memory low.

@@ -9,7 +9,7 @@ namespace sb {
 // Pooled form: a list of single keys for a block of queries.
 inline constexpr int kLeaf = 32;            // keys of a candidate block
 inline constexpr int kSuper = 16;           // candidate blocks of a superblock
-inline constexpr int kGroup = 4;            // query blocks that share candidate blocks
+inline constexpr int kGroup = 4;            // pools, of one query block or more, that share candidate blocks
 inline constexpr int kPool = 16;            // queries that the causal form pools
 inline constexpr int64_t kLongRow = 16384;  // valid keys from which superblocks are searched first
 // Per-query form: a list of blocks for every query.

@@ -117,9 +117,9 @@ def _quadratic_arguments(call: Call, projection: untraced.Projection) -> Quadrat
         maps = (None, None)
         if call.support.reads_coordinates:
             maps = untraced.project_both(call.query, call.key, projection)
-        lists, keys, window, sinks = call.support.lists(call, *maps), 0, 0, 0
+        lists, keys, window, sinks, pools = call.support.lists(call, *maps), 0, 0, 0, 1
     else:
-        keys, window, block_q, block_k, sinks = routing
+        keys, window, block_q, block_k, sinks, pools = routing
         lists = BlockLists(block_q=block_q, block_k=block_k)
     return QuadraticArguments(
         call.query,
@@ -131,6 +131,7 @@ def _quadratic_arguments(call: Call, projection: untraced.Projection) -> Quadrat
         keys=keys,
         window=window,
         sinks=sinks,
+        pools=pools,
         is_causal=call.is_causal,
         scale=call.scale,
         packed_rank=untraced.packed_rank(projection),

@@ -17,8 +17,8 @@ INT64_MAX = 2**63 - 1  # seeds of torch's generators
 
 
 def repr_of(owner: Any, if_set: tuple[str, ...]) -> str:
-    """A dataclass as its own repr has it, without the fields ``if_set`` where they are 0."""
-    shown = [f.name for f in fields(owner) if f.name not in if_set or getattr(owner, f.name)]
+    """A dataclass as its own repr has it, without the fields ``if_set`` where they have their defaults."""
+    shown = [f.name for f in fields(owner) if f.name not in if_set or getattr(owner, f.name) != f.default]
     return f"{type(owner).__name__}({', '.join(f'{name}={getattr(owner, name)!r}' for name in shown)})"
 
 

@@ -402,13 +402,14 @@ def test_padding_and_threads_change_no_bit_of_attention_and_its_gradients(
         assert_same_bits(results[0], other)
 
 
-@pytest.mark.parametrize("block_q", [8, 16, 32])
+@pytest.mark.parametrize("block_q, pools", [(8, 1), (16, 1), (32, 1), (16, 2), (32, 2)])
 @pytest.mark.parametrize("keys", [70, 700, 1300])
-def test_routed_lists_are_those_of_the_definition(keys: int, block_q: int) -> None:
+def test_routed_lists_are_those_of_the_definition(keys: int, block_q: int, pools: int) -> None:
     """Of all keys, and of candidate blocks; float32 may order two nearly equal scores otherwise."""
     query, key, _ = qkv(keys, heads=2, kv_heads=1, head_dim=24)
     mask = torch.rand(B, keys, generator=torch.Generator().manual_seed(4)) < 0.1
-    found, support, low_rank = sb.cluster(query, key, 20, mask), sb.Routed(48, block_q=block_q), sb.Centroid(20)
+    found, low_rank = sb.cluster(query, key, 20, mask), sb.Centroid(20)
+    support = sb.Routed(48, block_q=block_q, pools=pools)
     lists = sb.route(query, key, support, low_rank, mask, statistics=found)
     inputs = sb.reference.Inputs.of(query, key, low_rank, mask, statistics=found)
     index, count = sb.reference.routed_lists(support, inputs)

@@ -17,6 +17,7 @@ from scatterbrain.reference import Coordinates
 from scatterbrain.reference.routing import choices
 
 POOLED = [{"keys": 24, "block_q": 8}, {"keys": 32, "block_q": 16}, {"keys": 48, "block_q": 32}]
+TWO_POOLS = [{"keys": 32, "block_q": 16, "pools": 2}, {"keys": 48, "block_q": 32, "pools": 2}]
 PER_QUERY = [{"keys": 24 + window, "block_q": 1, "block_k": 8, "window": window} for window in (0, 8, 16)]
 # Keys that are listed whatever the scores: a window, sinks, both, and nothing else.
 ALWAYS = [
@@ -24,10 +25,11 @@ ALWAYS = [
     {"keys": 48, "block_q": 32, "sinks": 4},
     {"keys": 40, "block_q": 8, "window": 16, "sinks": 5},
     {"keys": 41, "block_q": 16, "window": 33, "sinks": 8},
+    {"keys": 80, "block_q": 32, "window": 40, "sinks": 3, "pools": 2},
     {"keys": 40, "block_q": 1, "block_k": 8, "window": 16, "sinks": 4},
     {"keys": 40, "block_q": 1, "block_k": 8, "window": 0, "sinks": 11},
 ]
-FORMS = [POOLED[1], PER_QUERY[2], ALWAYS[2], ALWAYS[4]]
+FORMS = [POOLED[1], TWO_POOLS[1], PER_QUERY[2], ALWAYS[2], ALWAYS[5]]
 
 
 def ids(form: dict) -> str:
@@ -146,7 +148,7 @@ def assert_as_defined(inputs: Inputs, **form: int) -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
 @pytest.mark.parametrize("n, m", [(0, 0), (1, 1), (9, 9), (77, 77), (700, 700), (130, 900), (640, 63), (5, 0)])
-@pytest.mark.parametrize("form", POOLED + PER_QUERY, ids=ids)
+@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY, ids=ids)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_lists_are_those_of_the_definition(form: dict, n: int, m: int, masked: bool, is_causal: bool) -> None:
     inputs = Inputs(n, m, low_rank=(n + m + form["keys"] // 8) % 3, d=24, seed=n + m)
@@ -310,7 +312,7 @@ def test_memory_follows_the_keys_that_there_are_whatever_the_budget(
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
-@pytest.mark.parametrize("form", POOLED + PER_QUERY, ids=ids)
+@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY, ids=ids)
 def test_lists_are_ascending_within_the_budget_and_hold_valid_keys(form: dict, is_causal: bool) -> None:
     n, block_k = 333, form.get("block_k", 1)
     inputs = Inputs(n).mask(random_mask(2, n, 3))
@@ -438,7 +440,7 @@ def test_causality_holds_for_shifted_queries_and_long_rows(form: dict) -> None:
         assert torch.equal(new_count[:, :, :unchanged], count[:, :, :unchanged])
 
 
-@pytest.mark.parametrize("form", POOLED + PER_QUERY, ids=ids)
+@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY, ids=ids)
 def test_no_listed_key_is_after_the_block(form: dict) -> None:
     index, _ = Inputs(300).causal().route(**form)
     block_q, block_k = form["block_q"], form.get("block_k", 1)

@@ -1,4 +1,5 @@
-// Pooled routing: a block of queries shares a list of single keys.
+// Pooled routing: a block of queries shares a list of single keys. One or more pools, each the mean of some of its
+// queries, stand for a block.
 #pragma once
 #include "arena.h"
 #include "features.h"
@@ -211,8 +212,72 @@ SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* le
   w.inverse[g] = most > 0 ? 1.0f / most : 1.0f;
 }
 
-// Writes the n best tokens of the runs for the whole group. A token's score is the largest over the query blocks, each
-// relative to the block's own largest; the causal form uses the first block only.
+// Turns row g of s into the keys' squared residuals, and sets w.inverse to 1 / (the pool's whole weight)^2, by which
+// those of several pools are comparable. Keys at or past `limit`, or masked, count for nothing.
+SB_INLINE void squared_residuals(const RouteParams& p, PooledScratch& w, const float* level, const int32_t* chunk,
+                                 int64_t chunks, int g, int64_t limit) {
+  const int64_t kappa_row = (p.key_rows - 2) * kLeaf, count_row = (p.key_rows - 1) * kLeaf;
+  float *s = w.s + g * w.units, *t = w.t + g * w.units;
+  const auto each = [&](const auto& visit) SB_INLINE_LAMBDA {
+    for (int64_t c = 0; c < chunks; ++c) {
+      const float* panel = level + int64_t(chunk[c]) * p.key_rows * kLeaf;
+      for (int64_t lane = 0; lane < kLeaf; lane += kRouteWidth) {
+        const RouteInts unit = lane_numbers() + int32_t(int64_t(chunk[c]) * kLeaf + lane);
+        const RouteInts seen = (unit < int32_t(limit)) & (load_lanes(panel + count_row + lane) > 0.0f);
+        visit(c * kLeaf + lane, panel + kappa_row + lane, seen);
+      }
+    }
+  };
+  const bool has_low_rank = p.has_low_rank();
+  RouteVec top = splat<float, kRouteWidth>(-1e30f), weight{};
+  each([&](int64_t at, const float* kappa, RouteInts seen) SB_INLINE_LAMBDA {
+    RouteVec exponent = load_lanes(s + at);
+    if (has_low_rank) exponent = max_lanes(exponent, load_lanes(kappa) + w.rho[g]);
+    top = max_lanes(top, seen ? exponent : top);
+  });
+  float largest = top[0];
+  SB_UNROLL
+  for (int i = 1; i < kRouteWidth; ++i) largest = top[i] > largest ? top[i] : largest;
+  const RuntimeKernel kernel{p.low_rank};
+  const float variance = w.pool[g * (p.head_dim + 1) + p.head_dim] * float(4 / kLog2e);
+  each([&](int64_t at, const float* kappa, RouteInts seen) SB_INLINE_LAMBDA {
+    const RouteVec e = seen ? exp2v<kRouteWidth>(load_lanes(s + at) - largest) : RouteVec{};
+    weight += e;
+    RouteVec rest = e, spread{};
+    if (has_low_rank) {
+      const RouteVec x = load_lanes(t + at);
+      rest -= exp2v<kRouteWidth>(load_lanes(kappa) + (w.rho[g] - largest)) * (p.has_clusters() ? x : kernel.value(x));
+      if (p.has_clusters()) spread = e * e * (variance * load_lanes(kappa - kLeaf));
+    }
+    store<float, kRouteWidth>(s + at, seen ? rest * rest + spread : RouteVec{});
+  });
+  const float total = sum_lanes<float, kRouteWidth>(weight);
+  w.inverse[g] = total > 0 ? 1.0f / (total * total) : 0.0f;
+}
+
+// Writes to w.key, in sortable form, what squared_residuals left of the live pools [g, g + p.pools), relative and
+// summed. Tokens are eligible as in residuals.
+SB_INLINE void sum_residuals(const RouteParams& p, PooledScratch& w, const float* level, const int32_t* chunk,
+                             int64_t chunks, int g, int64_t first, int64_t limit, int64_t near_begin,
+                             int64_t near_end) {
+  const RouteVec never = splat<float, kRouteWidth>(-__builtin_inff());
+  for (int64_t c = 0; c < chunks; ++c) {
+    const float* count = level + (int64_t(chunk[c]) + 1) * p.key_rows * kLeaf - kLeaf;
+    for (int64_t lane = 0; lane < kLeaf; lane += kRouteWidth) {
+      const RouteInts unit = lane_numbers() + int32_t(int64_t(chunk[c]) * kLeaf + lane);
+      const RouteInts eligible = (unit >= int32_t(first)) & (unit < int32_t(limit)) &
+                                 ((unit < int32_t(near_begin)) | (unit >= int32_t(near_end))) &
+                                 (load_lanes(count + lane) > 0.0f);
+      RouteVec sum{};
+      for (int64_t i = g; i < g + p.pools; ++i)
+        if (w.live[i]) sum += load_lanes(w.s + i * w.units + c * kLeaf + lane) * w.inverse[i];
+      store_ints(w.key + c * kLeaf + lane, sortable(eligible ? sum : never));
+    }
+  }
+}
+
+// Writes the n best tokens of the runs for the whole group. A token's score is the largest over the pools, each
+// relative to the pool's own largest; the causal form uses those of the first block only.
 template <int kLanes>
 SB_INLINE int64_t shared_top(const RouteParams& p, PooledScratch& w, const float* level, const int32_t* chunk,
                              int64_t chunks, int64_t limit, int64_t n, int32_t* out) {
@@ -220,7 +285,7 @@ SB_INLINE int64_t shared_top(const RouteParams& p, PooledScratch& w, const float
   RouteVec factor[kGroup];
   int rows[kGroup], used = 0;
   for (int g = 0; g < kGroup; ++g) {
-    if (!w.live[g] || (p.is_causal && used == 1)) continue;
+    if (!w.live[g] || (p.is_causal && used > 0 && g / p.pools != rows[0] / p.pools)) continue;
     residuals<kLanes, false>(p, w, level, chunk, chunks, g, 0, limit, 0, 0);
     rows[used] = g, factor[used++] = splat<float, kRouteWidth>(w.inverse[g]);
   }
@@ -272,37 +337,45 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
   const int64_t length = int64_t(range.k_end) - range.k_first,
                 shift = (p.is_causal ? range.offset : 0) - int64_t(range.k_first);
 
-  // 1. Pools.
+  // 1. Pools: p.pools of them for each query block.
+  const int pools = int(p.pools), blocks_here = kGroup / pools;
+  bool live[kGroup];  // query blocks with a valid query
   int first_live = -1, last_live = -1;
-  for (int g = 0; g < kGroup; ++g) {
-    const int64_t slot = range.q_first + (group * kGroup + g) * p.block_q;
+  for (int t = 0; t < blocks_here; ++t) {
+    const int64_t slot = range.q_first + (group * blocks_here + t) * p.block_q;
     const int64_t end = slot + p.block_q < range.q_end ? slot + p.block_q : range.q_end;
-    int64_t pool_first = slot, pool_end = end > slot ? end : slot;
+    int64_t pool_first = slot, pool_end = end > slot ? end : slot, size = p.block_q / pools;
     if (p.is_causal) {
       while (pool_first < pool_end && p.q_mask && p.q_mask[b * p.q_tokens + pool_first]) ++pool_first;
       if (pool_first < pool_end) {
         pool_end = pool_first + 1;
-        pool_first = pool_end - kPool > range.q_first ? pool_end - kPool : range.q_first;
+        pool_first = pool_end - kPool, size = kPool / pools;
       }
     }
-    float *mean = w.pool + g * (p.head_dim + 1), *x = w.x + g * (p.rank + 1);
-    w.rho[g] = 0;
-    w.live[g] = pool_queries(p, b, h, pool_first, pool_end, w, mean, x, &w.rho[g]);
-    if (!w.live[g]) {
-      for (int64_t e = 0; e <= p.head_dim; ++e) mean[e] = 0;
-      for (int64_t e = 0; e <= p.rank; ++e) x[e] = 0;
-      continue;
+    live[t] = false;
+    for (int g = t * pools; g < (t + 1) * pools; ++g, pool_first += size) {
+      float *mean = w.pool + g * (p.head_dim + 1), *x = w.x + g * (p.rank + 1);
+      const int64_t from = pool_first > range.q_first ? pool_first : range.q_first,
+                    to = pool_first + size < pool_end ? pool_first + size : pool_end;
+      w.rho[g] = 0;
+      w.live[g] = pool_queries(p, b, h, from, to, w, mean, x, &w.rho[g]);
+      if (!w.live[g]) {
+        for (int64_t e = 0; e <= p.head_dim; ++e) mean[e] = 0;
+        for (int64_t e = 0; e <= p.rank; ++e) x[e] = 0;
+      }
+      live[t] |= w.live[g];
     }
-    place_window(p, range, slot, end, shift, g, w);
-    if (first_live < 0) first_live = g;
-    last_live = g;
+    if (!live[t]) continue;
+    place_window(p, range, slot, end, shift, t, w);
+    if (first_live < 0) first_live = t;
+    last_live = t;
   }
   if (first_live < 0) return;
 
   // 2. Candidate blocks: the best of those complete before the window of the group's first block (of all, without a
   // causal edge), in long rows within the best superblocks.
   const int64_t group_end =
-      p.is_causal ? candidates_end(p, range.q_first + group * kGroup * p.block_q + shift, length) : length;
+      p.is_causal ? candidates_end(p, range.q_first + group * blocks_here * p.block_q + shift, length) : length;
   const int64_t complete = p.is_causal ? group_end / kLeaf : ceil_div(length, kLeaf), kept = candidate_blocks(p.keys);
   const auto all_runs = [&](int64_t tokens) {  // of kLeaf tokens
     for (int64_t run = 0; run * kLeaf < tokens; ++run) w.chunk[run] = int32_t(run);
@@ -326,19 +399,26 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
 
   // 3. The sinks and the window, and the best of the candidates' keys.
   score_runs<kLeaf, true>(p, w, panels, w.blocks, blocks);
-  for (int g = first_live; g <= last_live; ++g) {
-    if (!w.live[g]) continue;
-    residuals<kLeaf, true>(p, w, panels, w.blocks, blocks, g, w.sinks[g], w.limit[g], w.near_begin[g], w.near_end[g]);
+  for (int t = first_live; t <= last_live; ++t) {
+    if (!live[t]) continue;
+    if (pools == 1) {
+      residuals<kLeaf, true>(p, w, panels, w.blocks, blocks, t, w.sinks[t], w.limit[t], w.near_begin[t], w.near_end[t]);
+    } else {
+      const int g = t * pools;
+      for (int i = g; i < g + pools; ++i)
+        if (w.live[i]) squared_residuals(p, w, panels, w.blocks, blocks, i, w.limit[t]);
+      sum_residuals(p, w, panels, w.blocks, blocks, g, w.sinks[t], w.limit[t], w.near_begin[t], w.near_end[t]);
+    }
     const uint8_t* mask = p.k_mask ? p.k_mask + b * p.k_tokens + range.k_first : nullptr;
-    int64_t always = w.sinks[g] + w.near_end[g] - w.near_begin[g];
-    for (int64_t j = 0; mask && j < w.sinks[g]; ++j) always -= mask[j] != 0;
-    for (int64_t j = w.near_begin[g]; mask && j < w.near_end[g]; ++j) always -= mask[j] != 0;
+    int64_t always = w.sinks[t] + w.near_end[t] - w.near_begin[t];
+    for (int64_t j = 0; mask && j < w.sinks[t]; ++j) always -= mask[j] != 0;
+    for (int64_t j = w.near_begin[t]; mask && j < w.near_end[t]; ++j) always -= mask[j] != 0;
     const int64_t taken = take_top(w.key, blocks * kLeaf, p.keys - always, w.taken, w.guess[2]);
     if (blocks > 0 && w.blocks[blocks - 1] >= blocks)  // the blocks are not 0, 1, ...
       for (int64_t i = 0; i < taken; ++i)
         w.taken[i] = w.blocks[uint32_t(w.taken[i]) / kLeaf] * kLeaf + uint32_t(w.taken[i]) % kLeaf;
     // Ascending: the sinks, then the window between the candidates before and after it.
-    const int64_t list = (b * p.q_heads + h) * p.blocks + group * kGroup + g;
+    const int64_t list = (b * p.q_heads + h) * p.blocks + group * blocks_here + t;
     int32_t* out = p.index + list * p.capacity;
     int64_t n = 0;
     const auto append = [&](int64_t begin, int64_t end) SB_INLINE_LAMBDA {
@@ -347,11 +427,11 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
       for (int64_t j = begin; mask && j < end; ++j)
         if (!mask[j]) out[n++] = int32_t(j);
     };
-    const int64_t before = lower_bound_key(w.taken, 0, taken, w.near_begin[g]);
-    append(0, w.sinks[g]);
+    const int64_t before = lower_bound_key(w.taken, 0, taken, w.near_begin[t]);
+    append(0, w.sinks[t]);
     for (int64_t i = 0; i < before; ++i) out[n + i] = w.taken[i];
     n += before;
-    append(w.near_begin[g], w.near_end[g]);
+    append(w.near_begin[t], w.near_end[t]);
     for (int64_t i = before; i < taken; ++i) out[n + i - before] = w.taken[i];
     p.count[list] = int32_t(taken + always);
   }

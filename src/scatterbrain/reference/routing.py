@@ -5,8 +5,9 @@ A key's position counts from its row's first valid key. The pooled form scores w
 averaged over coordinates: half of the second-order correction of log mean exp(q_i.k_j) for a variance that is equal in
 all directions. Measured, it selects as well as one variance per coordinate and, in the causal form, better, for one
 multiply-add per pair instead of head_dim. L_j is the kernel at the block's mean coordinates, or for kernels that
-replace keys by others at its mean query, and single keys are then scored by the expected squared residual. The
-per-query form scores blocks of keys by q.mean(k) and the spread of their keys.
+replace keys by others at its mean query, and single keys are then scored by the expected squared residual. Where
+several pools stand for a block, the squared residuals of each, relative to the square of its sum of exp(s_j) over the
+candidates, are added. The per-query form scores blocks of keys by q.mean(k) and the spread of their keys.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from scatterbrain.supports import Routed
 LEAF = 32  # keys of a candidate block (pooled)
 SUPER = 16  # candidate blocks of a superblock (pooled)
 LONG_ROW = 16384  # valid keys from which superblocks are used (pooled)
-GROUP = 4  # neighbouring query blocks that share candidate blocks (pooled)
+GROUP = 4  # pools, of one query block or of neighbouring ones, that share candidate blocks (pooled)
 BRANCH = 8  # listed blocks of a superblock (per query)
 
 
@@ -168,11 +169,18 @@ class Queries:
     def valid_slots(self, t: int) -> list[int]:
         return [i for i in self.slots(t) if self.valid[i]]
 
-    def pool(self, t: int) -> Pool:
-        """The block's valid queries; if causal, its first valid one and the valid ones of the 15 before."""
-        members = self.valid_slots(t)
+    def pools(self, t: int, count: int) -> list[Pool]:
+        """The pools of a block, of equal runs of its slots, or if causal of the 16 slots that its first valid query
+        ends; those without a valid query are left out."""
+        first, size = self.first + t * self.block_q, self.block_q
         if self.is_causal:
-            members = [i for i in range(max(members[0] - 15, 0), members[0] + 1) if self.valid[i]]
+            first, size = self.valid_slots(t)[0] - 15, 16
+        share = size // count
+        runs = [range(begin, begin + share) for begin in range(first, first + size, share)]
+        members = [[i for i in run if self.first <= i < self.end and self.valid[i]] for run in runs]
+        return [self.pool(slots) for slots in members if slots]
+
+    def pool(self, members: list[int]) -> Pool:
         rows = self.query[members]
         x, rho = (None, None) if self.x is None else (self.x[members].mean(0), self.rho[members].mean())
         if self.at_mean is not None:
@@ -204,6 +212,11 @@ class Pool(NamedTuple):
             return larger + torch.log((e - low_rank).square() + e.square() * self.variance * keys.apart) / 2
         return larger + torch.log(-torch.expm1(smaller - larger))
 
+    def log_weight(self, keys: Keys, counted: list[int]) -> Tensor:
+        """log sum exp(s_j) over the keys ``counted``."""
+        s = keys.key @ self.mean + self.variance / 4 * keys.key.square().sum(-1)
+        return torch.logsumexp(s[counted], 0) if counted else s.new_zeros(())
+
 
 def best(score: Tensor, eligible: list[int], n: int) -> list[int]:
     """The n of ``eligible`` (ascending) with the highest scores, ascending; ties go to the lowest."""
@@ -212,8 +225,17 @@ def best(score: Tensor, eligible: list[int], n: int) -> list[int]:
     return sorted(order[: max(n, 0)])
 
 
+def list_score(pools: list[Pool], keys: Keys, counted: list[int]) -> Tensor:
+    """What the keys of a block's list are chosen by: the residual of its pool, or of several the log of the sum of their
+    squared residuals, each relative to the square of its weight over the keys ``counted``."""
+    if len(pools) == 1:
+        return pools[0].log_residual(keys)
+    relative = [2 * (pool.log_residual(keys) - pool.log_weight(keys, counted)) for pool in pools]
+    return torch.logsumexp(torch.stack(relative), 0)
+
+
 def shared_score(pools: list[Pool], means: Keys, eligible: list[int]) -> Tensor:
-    """The largest residual of each run of keys over some query blocks, each block's relative to its own largest."""
+    """The largest residual of each run of keys over some pools, each pool's relative to its own largest."""
     scores = [pool.log_residual(means) for pool in pools]
     return torch.stack([s - s[eligible].max() for s in scores]).amax(0) if eligible else scores[0]
 
@@ -229,14 +251,15 @@ def pooled_lists(
         near = max(support.window, support.block_q) - support.block_q
         return min(max(queries.slots(t)[0] + queries.shift - near, 0), length) if queries.is_causal else length
 
-    for first in range(0, queries.blocks(), GROUP):
-        group = [t for t in range(first, min(first + GROUP, queries.blocks())) if queries.valid_slots(t)]
+    together = GROUP // support.pools
+    for first in range(0, queries.blocks(), together):
+        group = [t for t in range(first, min(first + together, queries.blocks())) if queries.valid_slots(t)]
         if not group:
             continue
-        pools = {t: queries.pool(t) for t in group}
+        pools = {t: queries.pools(t, support.pools) for t in group}
 
         # The causal form may look at the group's first block only.
-        judges = [pools[t] for t in (group[:1] if queries.is_causal else group)]
+        judges = [pool for t in (group[:1] if queries.is_causal else group) for pool in pools[t]]
 
         # 1. Candidate blocks: all that are complete, or the best of those in the best superblocks. What follows the
         # last complete one always stays.
@@ -270,7 +293,7 @@ def pooled_lists(
                 nearby = range(max(begin, 0), last)
             always = {j for j in (*first_keys, *nearby) if valid[j]}
             eligible = [j for j in candidates if j < end(t) and j not in always]
-            score = pools[t].log_residual(keys)
+            score = list_score(pools[t], keys, [j for j in candidates if j < end(t)])
             yield t, sorted(always | set(best(score, eligible, support.keys - len(always)))), score
 
 

@@ -44,6 +44,7 @@ class OperatorRouting(NamedTuple):
     block_q: int
     block_k: int
     sinks: int = 0
+    pools: int = 1
 
 
 class Support:

@@ -22,8 +22,10 @@ class Routed(Support):
     """The keys where the low-rank kernel errs most, chosen from the content (no gradient flows through the choice).
 
     Two forms. Pooled: ``block_q`` in {8, 16, 32}, ``block_k`` = 1; a block's own keys and the best of the rest by the
-    residual score ``log |exp(s) - L|`` of the block's mean query. Causal routing pools the block's first query with the
-    15 before it. With ``window`` the keys of a :class:`Window` of that length, which hold the block's own ones, take
+    residual score ``log |exp(s) - L|`` of the block's mean query, its pool. Causal routing pools the block's first query
+    with the 15 before it. With ``pools`` = 2 each half of these queries is a pool, and the squared residuals of the two,
+    relative to their whole weights, are added: less error where a block's queries differ, for half as much routing time
+    again. With ``window`` the keys of a :class:`Window` of that length, which hold the block's own ones, take
     their place; causal routing then chooses among the keys before the window. Per query: ``block_q`` = 1, ``block_k`` =
     8; a window of ``window`` keys (its start rounded down to a block) and the best ``(keys - window) / 8`` blocks of 8
     keys by ``q . mean(k)``, in the causal form among the complete blocks before the window. The per-query form is for
@@ -38,6 +40,8 @@ class Routed(Support):
             0 leaves the choice to the scores, which is best for bidirectional models; causal ones read near keys most.
         sinks: first keys of each row's valid range that are always listed, as :class:`Window` has them; the per-query
             form rounds them up to whole blocks of 8 keys.
+        pools: mean queries that choose a block's list together, 1 or 2, of the pooled form. 2 pay for lists of 96 keys
+            and more that 32 queries share.
 
     Raises:
         TypeError, ValueError: naming the field, where one is no int or out of its range, or the window and the sinks
@@ -56,6 +60,7 @@ class Routed(Support):
     block_k: int = 1
     window: int = 0
     sinks: int = 0
+    pools: int = 1
 
     def __post_init__(self) -> None:
         check_int("Routed", "keys", self.keys, 1)
@@ -63,11 +68,17 @@ class Routed(Support):
         check_int("Routed", "block_k", self.block_k, 1)
         check_int("Routed", "window", self.window, 0)
         check_int("Routed", "sinks", self.sinks, 0)
+        check_int("Routed", "pools", self.pools, 1, 2)
         if (self.block_q, self.block_k) not in ((8, 1), (16, 1), (32, 1), (1, 8)):
             raise ValueError(
                 "Routed: expected block_q in (8, 16, 32) with block_k=1 (pooled), or block_q=1 with "
                 f"block_k=8 (per query), got block_q={self.block_q}, "
                 f"block_k={self.block_k}"
+            )
+        if self.pools > 1 and not self.is_pooled:
+            raise ValueError(
+                "Routed: pools are the mean queries of lists that a block of queries shares (block_q in (8, 16, 32)), "
+                f"expected pools=1 for lists of single queries, got {self.pools}"
             )
         if self.keys < self.block_q:
             raise ValueError(
@@ -92,7 +103,7 @@ class Routed(Support):
             )
 
     def __repr__(self) -> str:
-        return repr_of(self, if_set=("sinks",))
+        return repr_of(self, if_set=("sinks", "pools"))
 
     @property
     def _sink_keys(self) -> int:
@@ -143,6 +154,7 @@ class Routed(Support):
                 block_k=self.block_k,
                 window=self.window,
                 sinks=self.sinks,
+                pools=self.pools,
                 is_causal=call.is_causal,
                 scale=call.scale,
             )
@@ -153,7 +165,7 @@ class Routed(Support):
         # The operator would route float64 inputs in float64: `lists` routes float32 copies.
         if call.query.dtype == torch.float64 or type(self).lists is not Routed.lists:
             return None
-        return OperatorRouting(self.keys, self.window, self.block_q, self.block_k, self.sinks)
+        return OperatorRouting(self.keys, self.window, self.block_q, self.block_k, self.sinks, self.pools)
 
     def for_cross_attention(self) -> tuple[Support, str]:
         if self.block_q > 1:
