@@ -233,15 +233,17 @@ SB_INLINE void squared_terms(const AttentionParams& p, const T* xT, const T* alp
   Vector<T, N> sum{};
   for (int64_t f = 0; f < p.features_pad(); f += N) sum += load<T, N>(hz + f) * load<T, N>(hz + f);
   const double of_state = double(sum_lanes<T, N>(sum));
-  T norm[kLanes];
-  for (int v = 0; v < kLanes; v += NL) {
-    Vector<T, NL> s{};
-    for (int64_t a = 0; a < p.rank; ++a) s += load<T, NL>(xT + a * kLanes + v) * load<T, NL>(xT + a * kLanes + v);
-    visit_low_rank(p.low_rank, [&](auto kernel) SB_INLINE_LAMBDA {
-      store<T, NL>(norm + v, kernel.kHasSigns ? kernel.norm_of_features(s) : Vector<T, NL>{});
-    });
-    if (alpha) store<T, NL>(norm + v, load<T, NL>(norm + v) + (load<T, NL>(alpha + v) * load<T, NL>(alpha + v) - T(1)));
-  }
+  T norm[kLanes] = {};
+  visit_low_rank(p.low_rank, [&](auto kernel) SB_INLINE_LAMBDA {
+    if constexpr (kernel.kHasSigns)
+      for (int v = 0; v < kLanes; v += NL) {
+        Vector<T, NL> s{};
+        for (int64_t a = 0; a < p.rank; ++a) s += load<T, NL>(xT + a * kLanes + v) * load<T, NL>(xT + a * kLanes + v);
+        Vector<T, NL> n = kernel.norm_of_features(s);
+        if (alpha) n += load<T, NL>(alpha + v) * load<T, NL>(alpha + v) - T(1);
+        store<T, NL>(norm + v, n);
+      }
+  });
   for (int lane = 0; lane < kLanes; ++lane)
     squares[lane] = double(weight[lane] * norm[lane]) * double(weight[lane] * norm[lane]) * of_state;
 }
