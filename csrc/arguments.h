@@ -103,6 +103,10 @@ using Tensors = std::vector<Tensor>;
 #define SB_QUADRATIC(X, S) \
   SB_PROJECTIONS(X, S) S() SB_LISTS(X, S) S() SB_PADDING(X, S) S() SB_BUDGET(X, S) S() SB_SETTINGS(X, S)
 
+// The same of calls that cluster their keys.
+#define SB_CENTROID(X, S) \
+  SB_LISTS(X, S) S() SB_PADDING(X, S) S() X(int64_t, clusters) S() SB_BUDGET(X, S) S() SB_SETTINGS(X, S)
+
 // -------------------- what a list becomes
 
 #define SB_COMMA() ,
@@ -139,10 +143,19 @@ struct ClusterArguments {
   SB_CLUSTER(SB_FIELD, SB_SEMICOLON);
 };
 
-// `attention` lacks the tokens, their maps and the lists that are routed.
+struct Budget {
+  SB_BUDGET(SB_FIELD, SB_SEMICOLON);
+};
+
+// `attention` lacks the tokens, what the low-rank kernel makes of them and the lists that are routed.
 struct QuadraticArguments {
   SB_PROJECTIONS(SB_FIELD, SB_SEMICOLON);
-  SB_BUDGET(SB_FIELD, SB_SEMICOLON);
+  Budget budget;
+  AttentionArguments attention;
+};
+struct CentroidArguments {
+  int64_t clusters{};
+  Budget budget;
   AttentionArguments attention;
 };
 

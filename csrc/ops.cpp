@@ -64,28 +64,40 @@ bool equal_bytes(const Tensors& a, const Tensors& b) {
   return a.empty() ? b.empty() : launchers(a[0]).equal_bytes(a, b);
 }
 
-// -------------------- quadratic attention: projections, routing and attention in one call, since the way from the
-// interpreter to an operator and back takes long where tokens are few
+// -------------------- attention and all that it is made from in one call, since the way from the interpreter to an
+// operator and back takes long where tokens are few
 
 QuadraticArguments quadratic_arguments(SB_QUADRATIC(SB_PARAMETER, SB_COMMA)) {
   constexpr int64_t low_rank = int64_t(LowRank::kQuadratic);
   const Tensor query, key, value;
   const MaybeTensor query_map, key_map, cluster_index, representatives, log_mass, query_mean;
-  return {SB_PROJECTIONS(SB_VALUE, SB_COMMA), SB_BUDGET(SB_VALUE, SB_COMMA), {SB_ATTENTION(SB_VALUE, SB_COMMA)}};
+  return {SB_PROJECTIONS(SB_VALUE, SB_COMMA), {SB_BUDGET(SB_VALUE, SB_COMMA)}, {SB_ATTENTION(SB_VALUE, SB_COMMA)}};
 }
 
-RouteArguments route_arguments(const AttentionArguments& a, SB_BUDGET(SB_PARAMETER, SB_COMMA)) {
+CentroidArguments centroid_arguments(SB_CENTROID(SB_PARAMETER, SB_COMMA)) {
+  constexpr int64_t low_rank = int64_t(LowRank::kCentroid);
+  const Tensor query, key, value;
+  const MaybeTensor query_map, key_map, cluster_index, representatives, log_mass, query_mean;
+  return {clusters, {SB_BUDGET(SB_VALUE, SB_COMMA)}, {SB_ATTENTION(SB_VALUE, SB_COMMA)}};
+}
+
 #define SB_LOCAL(type, name, ...) [[maybe_unused]] const type& name = a.name
+#define SB_OF_BUDGET(type, name, ...) [[maybe_unused]] const type& name = budget.name
 #define SB_NAME(type, name, ...) name
+
+// Routes the lists of `a`, whose low-rank inputs are complete, where keys > 0.
+void route_lists(const Budget& budget, AttentionArguments& a) {
+  if (budget.keys == 0) return;
   SB_ATTENTION(SB_LOCAL, SB_SEMICOLON);
-  return {SB_ROUTE(SB_NAME, SB_COMMA)};
-#undef SB_LOCAL
-#undef SB_NAME
+  SB_BUDGET(SB_OF_BUDGET, SB_SEMICOLON);
+  const RouteArguments r{SB_ROUTE(SB_NAME, SB_COMMA)};
+  check_route(r);
+  std::tie(a.index, a.count) = launchers(query).route(r);
 }
 
-// The arguments of attention: with maps from the projections, and with routed lists where keys > 0.
-AttentionArguments project_and_route(const QuadraticArguments& given, const Tensor& query, const Tensor& key,
-                                     const Tensor& value) {
+// The arguments of attention: with maps from the projections, and with routed lists.
+AttentionArguments complete(const QuadraticArguments& given, const Tensor& query, const Tensor& key,
+                            const Tensor& value) {
   AttentionArguments a = given.attention;
   a.query = query, a.key = key, a.value = value;
   const auto map_of = [&](const Tensor& tokens, const Tensor& weight, const Tensor& bias) {
@@ -93,48 +105,90 @@ AttentionArguments project_and_route(const QuadraticArguments& given, const Tens
   };
   a.query_map = map_of(query, given.query_weight, given.query_bias);
   a.key_map = map_of(key, given.key_weight, given.key_bias);
-  if (given.keys > 0) {
-    const RouteArguments r = route_arguments(a, given.keys, given.window, given.sinks, given.pools);
-    check_route(r);
-    std::tie(a.index, a.count) = launchers(query).route(r);
-  }
+  route_lists(given.budget, a);
   check_attention(a);
   return a;
 }
 
-// out, lse, state, scores, query_map, key_map, index and count. The last two are empty where nothing was routed.
-using TrainedResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// The same with the keys' clusters.
+AttentionArguments complete(const CentroidArguments& given, const Tensor& query, const Tensor& key,
+                            const Tensor& value) {
+  AttentionArguments a = given.attention;
+  a.query = query, a.key = key, a.value = value;
+  const auto cluster_arguments = [&] {
+    SB_ATTENTION(SB_LOCAL, SB_SEMICOLON);
+    const int64_t clusters = given.clusters;
+    return ClusterArguments{SB_CLUSTER(SB_NAME, SB_COMMA)};
+  };
+  const ClusterArguments c = cluster_arguments();
+  check_cluster(c);
+  std::tie(a.cluster_index, a.representatives, a.log_mass, a.query_mean) = launchers(query).cluster(c);
+  route_lists(given.budget, a);
+  check_attention(a);
+  return a;
+}
 
-std::tuple<Tensor, Tensor> run_quadratic(const QuadraticArguments& given, const Tensor& query, const Tensor& key,
-                                         const Tensor& value) {
-  auto [out, lse, state, scores] = launchers(query).attention(project_and_route(given, query, key, value));
+#undef SB_LOCAL
+#undef SB_OF_BUDGET
+#undef SB_NAME
+
+// What the low-rank kernel made of the tokens.
+Tensors made_by(const QuadraticArguments&, const AttentionArguments& a) { return {*a.query_map, *a.key_map}; }
+Tensors made_by(const CentroidArguments&, const AttentionArguments& a) {
+  return {*a.cluster_index, *a.representatives, *a.log_mass, *a.query_mean};
+}
+// The inverse.
+void take_made(const QuadraticArguments&, const Tensors& made, AttentionArguments& a) {
+  SB_CHECK(made.size() == 2, "attention: expected two maps, got ", made.size(), " tensors");
+  a.query_map = made[0], a.key_map = made[1];
+}
+void take_made(const CentroidArguments&, const Tensors& made, AttentionArguments& a) {
+  SB_CHECK(made.size() == 4, "attention: expected the four tensors of clusters, got ", made.size());
+  a.cluster_index = made[0], a.representatives = made[1], a.log_mass = made[2], a.query_mean = made[3];
+}
+
+template <class Given>
+std::tuple<Tensor, Tensor> run_complete(const Given& given, const Tensor& query, const Tensor& key,
+                                        const Tensor& value) {
+  auto [out, lse, state, scores] = launchers(query).attention(complete(given, query, key, value));
   return {out, lse};
 }
 
 Tensor empty_result(const Tensor& tokens) { return launchers(tokens).empty({0}, ScalarType::Int); }
 
-TrainedResults train_quadratic(const QuadraticArguments& given, const Tensor& query, const Tensor& key,
-                               const Tensor& value) {
-  AttentionArguments a = project_and_route(given, query, key, value);
+// out, lse, state, scores, what the low-rank kernel made of the tokens, index and count. The last two are empty where
+// nothing was routed.
+using TrainedResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor>;
+
+template <class Given>
+TrainedResults train_complete(const Given& given, const Tensor& query, const Tensor& key, const Tensor& value) {
+  AttentionArguments a = complete(given, query, key, value);
   a.is_trained = true;
   auto [out, lse, state, scores] = launchers(query).attention(a);
-  const auto routed = [&](const MaybeTensor& list) { return given.keys > 0 ? *list : empty_result(query); };
-  return {out, lse, state, scores, *a.query_map, *a.key_map, routed(a.index), routed(a.count)};
+  const auto routed = [&](const MaybeTensor& list) { return given.budget.keys > 0 ? *list : empty_result(query); };
+  return {out, lse, state, scores, made_by(given, a), routed(a.index), routed(a.count)};
 }
 
 std::tuple<Tensor, Tensor> quadratic_attention(SB_TOKENS(SB_PARAMETER, SB_COMMA),
                                                SB_QUADRATIC(SB_PARAMETER, SB_COMMA)) {
-  return run_quadratic(quadratic_arguments(SB_QUADRATIC(SB_VALUE, SB_COMMA)), query, key, value);
+  return run_complete(quadratic_arguments(SB_QUADRATIC(SB_VALUE, SB_COMMA)), query, key, value);
 }
 
-TrainedResults quadratic_attention_with_state(SB_TOKENS(SB_PARAMETER, SB_COMMA), SB_QUADRATIC(SB_PARAMETER, SB_COMMA)) {
-  return train_quadratic(quadratic_arguments(SB_QUADRATIC(SB_VALUE, SB_COMMA)), query, key, value);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quadratic_attention_with_state(
+    SB_TOKENS(SB_PARAMETER, SB_COMMA), SB_QUADRATIC(SB_PARAMETER, SB_COMMA)) {
+  auto [out, lse, state, scores, maps, routed, counts] =
+      train_complete(quadratic_arguments(SB_QUADRATIC(SB_VALUE, SB_COMMA)), query, key, value);
+  return {out, lse, state, scores, maps[0], maps[1], routed, counts};
 }
 
-// -------------------- prepared calls: quadratic attention with stored arguments
+// -------------------- prepared calls: the same with stored arguments
 
 int64_t prepare(SB_QUADRATIC(SB_PARAMETER, SB_COMMA), Tensors sources, Tensors copies) {
   return keep_prepared({quadratic_arguments(SB_QUADRATIC(SB_VALUE, SB_COMMA)), std::move(sources), std::move(copies)});
+}
+
+int64_t prepare_centroid(SB_CENTROID(SB_PARAMETER, SB_COMMA)) {
+  return keep_prepared({centroid_arguments(SB_CENTROID(SB_VALUE, SB_COMMA)), {}, {}});
 }
 
 // Whether the tensors that the projections were made from have changed since. The results of a stale call are empty.
@@ -145,30 +199,38 @@ bool is_stale(const PreparedCall& call, const Tensor& query) {
 Tensor prepared_attention(SB_TOKENS(SB_PARAMETER, SB_COMMA), int64_t call) {
   const std::shared_ptr<const PreparedCall> prepared = prepared_call(call);
   if (is_stale(*prepared, query)) return empty_result(query);
-  return std::get<0>(run_quadratic(prepared->arguments, query, key, value));
+  return std::visit([&](const auto& given) { return std::get<0>(run_complete(given, query, key, value)); },
+                    prepared->arguments);
 }
 
 TrainedResults prepared_attention_with_state(SB_TOKENS(SB_PARAMETER, SB_COMMA), int64_t call) {
   const std::shared_ptr<const PreparedCall> prepared = prepared_call(call);
   const auto empty = [&] { return empty_result(query); };
-  if (is_stale(*prepared, query)) return {empty(), empty(), empty(), empty(), empty(), empty(), empty(), empty()};
-  return train_quadratic(prepared->arguments, query, key, value);
+  if (is_stale(*prepared, query)) return {empty(), empty(), empty(), empty(), {}, empty(), empty()};
+  return std::visit([&](const auto& given) { return train_complete(given, query, key, value); }, prepared->arguments);
 }
 
-// The gradients go through the maps to query and key.
+// The gradients go through what the low-rank kernel made of query and key.
 std::tuple<Tensor, Tensor, Tensor> prepared_attention_backward(Tensor d_out, Tensor out, Tensor lse, Tensor state,
-                                                               Tensor scores, Tensor query_map, Tensor key_map,
-                                                               SB_TOKENS(SB_PARAMETER, SB_COMMA), int64_t call,
-                                                               MaybeTensor index, MaybeTensor count) {
+                                                               Tensor scores, SB_TOKENS(SB_PARAMETER, SB_COMMA),
+                                                               Tensors made, int64_t call, MaybeTensor index,
+                                                               MaybeTensor count) {
   const std::shared_ptr<const PreparedCall> prepared = prepared_call(call);
-  const QuadraticArguments& given = prepared->arguments;
-  AttentionArguments a = given.attention;
-  a.query = query, a.key = key, a.value = value, a.query_map = query_map, a.key_map = key_map;
-  if (given.keys > 0) a.index = index, a.count = count;
-  a.state = state, a.scores = scores, a.query_weight = given.query_weight, a.key_weight = given.key_weight;
-  check_attention_backward(a, d_out, std::nullopt, out, lse);
-  auto [dq, dk, dv, d_query_map, d_key_map] = launchers(query).attention_backward(a, out, lse, d_out, std::nullopt);
-  return {dq, dk, dv};
+  return std::visit(
+      [&](const auto& given) -> std::tuple<Tensor, Tensor, Tensor> {
+        AttentionArguments a = given.attention;
+        a.query = query, a.key = key, a.value = value;
+        take_made(given, made, a);
+        if (given.budget.keys > 0) a.index = index, a.count = count;
+        a.state = state, a.scores = scores;
+        if constexpr (requires { given.query_weight; })
+          a.query_weight = given.query_weight, a.key_weight = given.key_weight;
+        check_attention_backward(a, d_out, std::nullopt, out, lse);
+        auto [dq, dk, dv, d_query_map, d_key_map] =
+            launchers(query).attention_backward(a, out, lse, d_out, std::nullopt);
+        return {dq, dk, dv};
+      },
+      prepared->arguments);
 }
 
 // -------------------- facts and tools
@@ -202,16 +264,15 @@ void implement_operators(torch::stable::detail::StableLibrary& library) {
 
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, library) {
   library.impl("stages", TORCH_BOX(&record_stages));
-  SB_IMPLEMENT(discard_prepared), SB_IMPLEMENT(saved_sizes), SB_IMPLEMENT(narrow_head), SB_IMPLEMENT(packed_width);
+  SB_IMPLEMENT(prepare_centroid), SB_IMPLEMENT(discard_prepared), SB_IMPLEMENT(saved_sizes), SB_IMPLEMENT(narrow_head),
+      SB_IMPLEMENT(packed_width);
   SB_IMPLEMENT(list_capacity), SB_IMPLEMENT(launchers_address);
 }
 
 #define SB_ATTENTION_SCHEMA SB_ATTENTION(SB_SCHEMA, SB_SCHEMA_COMMA)
 #define SB_QUADRATIC_SCHEMA SB_QUADRATIC(SB_SCHEMA_REQUIRED, SB_SCHEMA_COMMA)
+#define SB_CENTROID_SCHEMA SB_CENTROID(SB_SCHEMA_REQUIRED, SB_SCHEMA_COMMA)
 #define SB_TOKENS_SCHEMA SB_TOKENS(SB_SCHEMA, SB_SCHEMA_COMMA)
-#define SB_TRAINED_SCHEMA                                                                                         \
-  "(Tensor out, Tensor lse, Tensor state, Tensor scores, Tensor query_map, Tensor key_map, Tensor index, Tensor " \
-  "count)"
 
 STABLE_TORCH_LIBRARY(scatterbrain, library) {
   library.def("route(" SB_ROUTE(SB_SCHEMA, SB_SCHEMA_COMMA) ") -> (Tensor index, Tensor count)");
@@ -225,15 +286,19 @@ STABLE_TORCH_LIBRARY(scatterbrain, library) {
   library.def("attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, " SB_ATTENTION_SCHEMA
               ", " SB_SAVED(SB_SCHEMA, SB_SCHEMA_COMMA) ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("quadratic_attention(" SB_TOKENS_SCHEMA ", " SB_QUADRATIC_SCHEMA ") -> (Tensor out, Tensor lse)");
-  library.def("quadratic_attention_with_state(" SB_TOKENS_SCHEMA ", " SB_QUADRATIC_SCHEMA ") -> " SB_TRAINED_SCHEMA);
+  library.def("quadratic_attention_with_state(" SB_TOKENS_SCHEMA ", " SB_QUADRATIC_SCHEMA
+              ") -> (Tensor out, Tensor lse, Tensor state, Tensor scores, Tensor query_map, Tensor key_map, "
+              "Tensor index, Tensor count)");
   library.def("prepare(" SB_QUADRATIC_SCHEMA ", Tensor[] sources, Tensor[] copies) -> int");
+  library.def("prepare_centroid(" SB_CENTROID_SCHEMA ") -> int");
   library.def("discard_prepared(int call) -> ()");
   library.def("prepared_attention(" SB_TOKENS_SCHEMA ", int call) -> Tensor");
-  library.def("prepared_attention_with_state(" SB_TOKENS_SCHEMA ", int call) -> " SB_TRAINED_SCHEMA);
+  library.def("prepared_attention_with_state(" SB_TOKENS_SCHEMA
+              ", int call) -> (Tensor out, Tensor lse, Tensor state, Tensor scores, Tensor[] made, Tensor index, "
+              "Tensor count)");
   library.def(
-      "prepared_attention_backward(Tensor d_out, Tensor out, Tensor lse, Tensor state, Tensor scores, "
-      "Tensor query_map, Tensor key_map, " SB_TOKENS_SCHEMA
-      ", int call, Tensor? index=None, Tensor? count=None) -> (Tensor, Tensor, Tensor)");
+      "prepared_attention_backward(Tensor d_out, Tensor out, Tensor lse, Tensor state, Tensor scores, " SB_TOKENS_SCHEMA
+      ", Tensor[] made, int call, Tensor? index=None, Tensor? count=None) -> (Tensor, Tensor, Tensor)");
   library.def("equal_bytes(Tensor[] a, Tensor[] b) -> bool");
   library.def(
       "saved_sizes(Device device, " SB_SHAPE(SB_SCHEMA, SB_SCHEMA_COMMA) ") -> (int[] state, int[] scores, str dtype)");

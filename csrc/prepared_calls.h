@@ -2,13 +2,14 @@
 // passing one from the interpreter to an operator takes about as long as a hundred kernel products.
 #pragma once
 #include <memory>
+#include <variant>
 
 #include "arguments.h"
 
 namespace sb {
 
 struct PreparedCall {
-  QuadraticArguments arguments;
+  std::variant<QuadraticArguments, CentroidArguments> arguments;
   Tensors sources, copies;  // the tensors that the projections were made from, and copies of what they held then
 };
 

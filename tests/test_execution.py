@@ -66,6 +66,12 @@ CALLS = {
     "a window": ("prepared", dict(support=sb.Window(16), **STORED)),
     "routed": ("prepared", dict(support=sb.Routed(24), **STORED)),
     "routed, causal": ("prepared", dict(support=sb.Routed(24), is_causal=True, **STORED)),
+    "own clusters": ("prepared", dict(support=sb.Window(16), low_rank=sb.Centroid(8))),
+    "own clusters, routed": ("prepared", dict(support=sb.Routed(24, pools=2), low_rank=sb.Centroid(8))),
+    "own clusters, padding": (
+        "composed",
+        dict(support=sb.Window(16), low_rank=sb.Centroid(8), key_padding_mask=MASK),
+    ),
     "lists of the caller": ("one operator", dict(support=BLOCKS, **STORED)),
     "clusters": ("one operator", dict(support=sb.LSH(16), **STORED)),
     "padding": ("one operator", dict(support=sb.Window(16), key_padding_mask=MASK, **STORED)),

@@ -36,20 +36,40 @@ def statistics(tokens: list[Tensor]) -> sb.Statistics:
     return sb.fit_statistics(*tokens[:2], 4)
 
 
-def call(tokens: list[Tensor], statistics: sb.Statistics, support: object = SUPPORTS[0], **arguments: object) -> Tensor:
-    return sb.attention(*tokens, support, sb.Quadratic(4), statistics=statistics, **arguments)
+def call(
+    tokens: list[Tensor], statistics: sb.Statistics | None, support: object = SUPPORTS[0], **arguments: object
+) -> Tensor:
+    """With clusters of its own keys where there are no statistics."""
+    low_rank = sb.Centroid(8) if statistics is None else sb.Quadratic(4)
+    return sb.attention(*tokens, support, low_rank, statistics=statistics, **arguments)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("support", SUPPORTS, ids=str)
-def test_a_prepared_call_gives_the_same_bits(tokens, statistics, support, is_causal) -> None:
-    results = []
-    for _ in range(2):
+@pytest.mark.parametrize("kind", ["quadratic", "quadratic, causal", "centroid"])
+@pytest.mark.parametrize("support", [*SUPPORTS, sb.Routed(32, pools=2)], ids=str)
+def test_a_prepared_call_gives_the_same_bits(tokens, statistics, support, kind) -> None:
+    """As the same call before it, and as one that returns its log-sum-exp too, which is not prepared."""
+    results, fitted, is_causal = [], None if kind == "centroid" else statistics, kind.endswith("causal")
+    for return_lse in (False, False, True):
         inputs = leaves(tokens)
-        out = call(inputs, statistics, support, is_causal=is_causal)
+        out = call(inputs, fitted, support, is_causal=is_causal, return_lse=return_lse)
+        out = out[0] if return_lse else out
         results.append([out, *torch.autograd.grad(out.sum(), inputs)])
     assert len(prepared._prepared) == 1
-    assert_same_bits(*results)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("support", [SUPPORTS[0], SUPPORTS[2]], ids=str)
+def test_clusters_are_made_in_prepared_calls_of_every_dtype(tokens, statistics, support, dtype) -> None:
+    results = []
+    for return_lse in (False, False, True):
+        inputs = leaves([t.to(dtype) for t in tokens])
+        out = call(inputs, None, support, return_lse=return_lse)
+        out = out[0] if return_lse else out
+        results.append([out, *torch.autograd.grad(out.sum(), inputs)])
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
 
 
 def test_statistics_that_change_in_place_are_noticed(tokens, statistics) -> None:
@@ -151,19 +171,22 @@ def test_prepared_calls_that_nobody_holds_are_freed(tokens, statistics) -> None:
         torch.ops.scatterbrain.prepared_attention(*tokens, number)
 
 
-def test_gradients_of_a_graph_of_gradients_are_those_of_a_first_call(tokens, statistics) -> None:
+@pytest.mark.parametrize("kernel", ["quadratic", "centroid"])
+def test_gradients_of_a_graph_of_gradients_are_those_of_a_first_call(tokens, statistics, kernel) -> None:
     """create_graph=True takes the registered autograd, without a prepared call."""
     results = []
     for create_graph in (False, True):
         inputs = leaves(tokens)
         for _ in range(2):
-            out = call(inputs, statistics)
+            out = call(inputs, statistics if kernel == "quadratic" else None)
         results.append(torch.autograd.grad(out.square().sum(), inputs, create_graph=create_graph))
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_mode_around_the_backward_pass_alone_sees_registered_operators(tokens, statistics) -> None:
+@pytest.mark.parametrize("kernel", ["quadratic", "centroid"])
+def test_a_mode_around_the_backward_pass_alone_sees_registered_operators(tokens, statistics, kernel) -> None:
     """The mode is entered after the forward pass of a prepared call."""
+    statistics = statistics if kernel == "quadratic" else None
     counts, gradients = [], []
     for return_lse in (False, True):  # calls with the log-sum-exp are not prepared
         inputs = leaves(tokens)

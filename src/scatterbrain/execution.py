@@ -1,8 +1,8 @@
 """The one place that decides how a checked call runs.
 
 1. The support covers every key, without masks or offset: torch's own kernel, which nothing beats on few tokens.
-2. Untraced, without masks or offset, with constant affine coordinates: a prepared call, whose arguments but the tokens
-   stay with the operator, now and for all later calls of its kind.
+2. Untraced, without masks or offset, with constant affine coordinates or clusters of its own keys: a prepared call,
+   whose arguments but the tokens stay with the operator, now and for all later calls of its kind.
 3. Untraced, with affine coordinates: one operator that projects, routes and attends.
 4. Everything else: coordinates, lists, then the attention operator; under a trace with the registered autograd.
 
@@ -12,6 +12,7 @@ All give the same bits, but for rounding in the first.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,10 +20,13 @@ from torch import Tensor
 from scatterbrain import prepared
 from scatterbrain.call import Call
 from scatterbrain.operators import transformed, untraced
-from scatterbrain.operators.arguments import AttentionArguments, KernelInputs, QuadraticArguments
+from scatterbrain.operators.arguments import AttentionArguments, CentroidArguments, KernelInputs, QuadraticArguments
 from scatterbrain.operators.tracing import is_known, is_transformed, is_untraced
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.supports import BlockLists, Support
+from scatterbrain.supports.base import OperatorRouting
+
+NO_ROUTING = OperatorRouting(keys=0, window=0, block_q=0, block_k=0)
 
 
 def run(call: Call, return_lse: bool, kept_as: tuple | None) -> tuple[Tensor, Tensor | None]:
@@ -83,7 +87,7 @@ def _by_torch(call: Call, kept_as: tuple | None) -> Tensor | None:
     if is_transformed():
         return None
     if kept_as is not None:
-        prepared.keep(kept_as, call.coefficients.tensors(), None, call.scale)
+        prepared.keep(kept_as, () if call.coefficients is None else call.coefficients.tensors(), None, call.scale)
     out = exact(call.query, call.key, call.value, call.is_causal, call.scale)
     return out if call.coefficients is None else with_zero_gradients(out, call.coefficients.parameters())
 
@@ -96,11 +100,15 @@ def _prepare_and_run(call: Call, kept_as: tuple) -> Tensor | None:
     cannot be kept."""
     if call.support.operator_routing(call) is None and call.support.depends_on_content:
         return None
-    constant = call.low_rank.constant_projection(call)
-    if constant is None:
+    head_dim, sources = call.query.shape[3], ()
+    if call.low_rank.own_clusters(call) > 0:
+        kept = untraced.PreparedCall(_centroid_arguments(call), head_dim)
+    elif (constant := call.low_rank.constant_projection(call)) is not None:
+        sources = call.coefficients.tensors()
+        arguments = _quadratic_arguments(call, constant.projection)
+        kept = untraced.PreparedCall(arguments, head_dim, sources, constant.copies)
+    else:
         return None
-    sources = call.coefficients.tensors()
-    kept = untraced.PreparedCall(_quadratic_arguments(call, constant.projection), sources, constant.copies)
     prepared.keep(kept_as, sources, kept, call.scale)
     with contextlib.suppress(untraced.StaleProjection):
         return kept.attention(call.query, call.key, call.value)
@@ -111,30 +119,39 @@ def _prepare_and_run(call: Call, kept_as: tuple) -> Tensor | None:
 
 
 def _quadratic_arguments(call: Call, projection: untraced.Projection) -> QuadraticArguments:
-    """The operator routes by itself where it can."""
-    routing = call.support.operator_routing(call)
-    if routing is None:
-        maps = (None, None)
-        if call.support.reads_coordinates:
-            maps = untraced.project_both(call.query, call.key, projection)
-        lists, keys, window, sinks, pools = call.support.lists(call, *maps), 0, 0, 0, 1
-    else:
-        keys, window, block_q, block_k, sinks, pools = routing
-        lists = BlockLists(block_q=block_q, block_k=block_k)
+    maps = (None, None)
+    if call.support.reads_coordinates and call.support.operator_routing(call) is None:
+        maps = untraced.project_both(call.query, call.key, projection)
     return QuadraticArguments(
         call.query,
         call.key,
         call.value,
         *projection,
+        **_lists_and_settings(call, *maps),
+        packed_rank=untraced.packed_rank(projection),
+    )
+
+
+def _centroid_arguments(call: Call) -> CentroidArguments:
+    return CentroidArguments(**_lists_and_settings(call), clusters=call.low_rank.own_clusters(call), packed_rank=0)
+
+
+def _lists_and_settings(call: Call, query_map: Tensor | None = None, key_map: Tensor | None = None) -> dict[str, Any]:
+    """What operators that attend in one call share. They route by themselves where they can."""
+    routing = call.support.operator_routing(call)
+    if routing is None:
+        lists, budget = call.support.lists(call, query_map, key_map), NO_ROUTING
+    else:
+        lists, budget = BlockLists(block_q=routing.block_q, block_k=routing.block_k), routing
+    return dict(
         **call.padding._asdict(),
         **lists._asdict(),
-        keys=keys,
-        window=window,
-        sinks=sinks,
-        pools=pools,
+        keys=budget.keys,
+        window=budget.window,
+        sinks=budget.sinks,
+        pools=budget.pools,
         is_causal=call.is_causal,
         scale=call.scale,
-        packed_rank=untraced.packed_rank(projection),
     )
 
 

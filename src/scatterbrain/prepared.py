@@ -53,7 +53,7 @@ def key_of(
         return None
     if not (
         type(query) is type(key) is type(value) is Tensor
-        and type(statistics).__dict__.get("can_be_prepared", False)
+        and (statistics is None or type(statistics).__dict__.get("can_be_prepared", False))
         and type(support).__dict__.get("can_be_prepared", False)
         and type(low_rank).__dict__.get("can_be_prepared", False)
         and type(is_causal) is bool
@@ -65,8 +65,8 @@ def key_of(
     ):
         return None
     return (
-        *map(id, statistics.tensors()),  # a module makes the object around them anew for every call
-        statistics.scale,
+        # A module makes the object around its tensors anew for every call.
+        *(() if statistics is None else (*map(id, statistics.tensors()), statistics.scale)),
         query.shape,
         key.shape,
         value.shape,

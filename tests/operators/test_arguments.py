@@ -8,6 +8,7 @@ import torch
 from scatterbrain.operators.arguments import (
     TENSORS,
     AttentionArguments,
+    CentroidArguments,
     ClusterArguments,
     ForwardResults,
     KeptResults,
@@ -17,6 +18,7 @@ from scatterbrain.operators.arguments import (
 )
 from scatterbrain.padding import PaddingInfo
 from scatterbrain.supports import BlockLists
+from scatterbrain.supports.base import OperatorRouting
 
 TOKENS = ("query", "key", "value")
 MADE_FROM = {
@@ -24,6 +26,7 @@ MADE_FROM = {
     "quadratic_attention": QuadraticArguments,
     "route": RouteArguments,
     "cluster": ClusterArguments,
+    "prepare_centroid": CentroidArguments,
 }
 OPERATORS = {  # the others that take the same arguments
     "attention_with_state": (AttentionArguments,),
@@ -68,8 +71,9 @@ def test_lists_and_padding_are_named_as_the_arguments_that_they_become() -> None
     lists, padding = BlockLists._fields, PaddingInfo._fields
     own = {*TOKENS, "is_causal", "scale", "packed_rank"}
     assert {*lists, *padding, *own, *KernelInputs._fields, "low_rank"} == set(AttentionArguments._fields)
-    projection, routing = ("query_weight", "query_bias", "key_weight", "key_bias"), ("keys", "window", "sinks")
+    projection, routing = ("query_weight", "query_bias", "key_weight", "key_bias"), OperatorRouting._fields
     assert {*lists, *padding, *own, *projection, *routing} == set(QuadraticArguments._fields)
+    assert {*lists, *padding, *own, *routing, "clusters"} - {*TOKENS} == set(CentroidArguments._fields)
     assert set(padding) < set(RouteArguments._fields)
     assert {*padding, "query", "key", "clusters", "scale"} == set(ClusterArguments._fields)
 

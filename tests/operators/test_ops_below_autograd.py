@@ -22,6 +22,7 @@ import scatterbrain as sb
 from scatterbrain.operators.arguments import (
     QUADRATIC,
     AttentionArguments,
+    CentroidArguments,
     ForwardResults,
     QuadraticArguments,
     RouteArguments,
@@ -181,12 +182,14 @@ def test_a_prepared_call_passes_the_arguments_of_a_plain_one(
     prepared = library.prepare(**kept, sources=[source], copies=[source.clone()])
     expected = library.quadratic_attention_with_state(*given)
     results = library.prepared_attention_with_state(**tokens, call=prepared)
-    for name, a, b in zip(library.quadratic_attention_with_state.default._schema.returns, results, expected):
+    out, lse, state, scores, made, *routed = results
+    query_map, key_map = made
+    names = library.quadratic_attention_with_state.default._schema.returns
+    for name, a, b in zip(names, (out, lse, state, scores, *made, *routed), expected):
         assert_same_result(name.name, a, b)
     assert torch.equal(library.prepared_attention(**tokens, call=prepared), expected[0])
 
-    out, lse, state, scores, query_map, key_map, *routed = results
-    saved = dict(out=out, lse=lse, state=state, scores=scores, query_map=query_map, key_map=key_map)
+    saved = dict(out=out, lse=lse, state=state, scores=scores, made=made)
     lists = dict(zip(("index", "count"), routed)) if given.keys else {}
     maps = dict(query_map=query_map, key_map=key_map, low_rank=QUADRATIC)
     forward = ForwardResults(rand(*out.shape, seed=9, dtype=dtype), None, out, lse)
@@ -198,7 +201,8 @@ def test_a_prepared_call_passes_the_arguments_of_a_plain_one(
 
     source[3] += 1
     assert library.prepared_attention(**tokens, call=prepared).numel() == 0
-    assert [t.numel() for t in library.prepared_attention_with_state(**tokens, call=prepared)] == [0] * 8
+    out, lse, state, scores, made, *routed = library.prepared_attention_with_state(**tokens, call=prepared)
+    assert [t.numel() for t in (out, lse, state, scores, *routed)] == [0] * 6 and made == []
     other = library.prepare(**kept, sources=[], copies=[])
     assert other != prepared
     library.discard_prepared(prepared)
@@ -211,6 +215,21 @@ def test_a_prepared_call_passes_the_arguments_of_a_plain_one(
     with pytest.raises(RuntimeError, match="fit together"):
         library.prepared_attention(given.query, given.key, given.value[:, :, 1:], other)
     library.discard_prepared(other)
+
+
+def test_a_prepared_call_refuses_what_another_kernel_made_of_the_tokens() -> None:
+    library, given = torch.ops.scatterbrain, quadratic_arguments(16, 1, 0, torch.float32)
+    tokens = dict(query=given.query, key=given.key, value=given.value)
+    settings = {name: value for name, value in given._asdict().items() if name in CentroidArguments._fields}
+    prepared = library.prepare_centroid(**settings | dict(clusters=4, packed_rank=0))
+    out, lse, state, scores, made, *routed = library.prepared_attention_with_state(**tokens, call=prepared)
+    saved = dict(out=out, lse=lse, state=state, scores=scores, **tokens, call=prepared)
+    if given.keys:
+        saved |= dict(zip(("index", "count"), routed))
+    assert len(library.prepared_attention_backward(d_out=out, made=made, **saved)) == 3
+    with pytest.raises(RuntimeError, match="expected the four tensors of clusters, got 2"):
+        library.prepared_attention_backward(d_out=out, made=made[:2], **saved)
+    library.discard_prepared(prepared)
 
 
 def test_equal_bytes_sees_every_difference() -> None:

@@ -84,7 +84,7 @@ class LowRankKernel:
         kind: name in configuration files, lower case.
         code: how the attention operator evaluates K. 2: ``x.y`` of non-negative features. 1: ``(1 + x.y / 2)^2``, the
             quadratic kernel's. 3: the centroid kernel's, from clusters.
-        can_be_prepared: the kernel has :meth:`constant_projection`.
+        can_be_prepared: the kernel has :meth:`constant_projection` or :meth:`own_clusters`.
         training_defaults: values of fields with which a model can be trained from scratch.
         reads_input: the kernel looks at the whole sequence, so causal attention would see the future.
         adds_parameters: a module with this kernel has parameters of its own.
@@ -161,6 +161,11 @@ class LowRankKernel:
     def constant_projection(self, call: Call) -> Any:
         """:meth:`projection` with what it was made from, where it can be kept for later calls; else None."""
         return None
+
+    def own_clusters(self, call: Call) -> int:
+        """Into how many clusters the operator is to sort the call's keys, where that makes all that the kernel needs;
+        else 0."""
+        return 0
 
     # -------------------- the state of a module
 

@@ -12,7 +12,7 @@ from scatterbrain.call import Call
 from scatterbrain.fields import check_finite, check_floats, check_int, check_number
 from scatterbrain.low_rank.base import Coefficients, LowRankKernel, check_shapes
 from scatterbrain.operators import untraced
-from scatterbrain.operators.arguments import ClusterArguments, KernelInputs
+from scatterbrain.operators.arguments import CENTROID, ClusterArguments, KernelInputs
 from scatterbrain.operators.fakes import accumulation_dtype
 from scatterbrain.operators.tracing import is_readable, is_untraced
 from scatterbrain.operators.transformed import project
@@ -113,7 +113,8 @@ class Centroid(LowRankKernel):
     """
 
     kind: ClassVar[str] = "centroid"
-    code: ClassVar[int] = 3
+    code: ClassVar[int] = CENTROID
+    can_be_prepared: ClassVar[bool] = True
     reads_input = True
 
     clusters: int = 64
@@ -161,6 +162,9 @@ class Centroid(LowRankKernel):
             log_mass=given.log_mass,
             query_mean=given.query_mean,
         )
+
+    def own_clusters(self, call: Call) -> int:
+        return self.clusters if call.coefficients is None else 0
 
     def coordinates(self, call: Call) -> tuple[Tensor, Tensor]:
         """For the choice of keys: features exp(scale q.b_c), and of a key one-hot its cluster with log scale kappa;

@@ -178,6 +178,8 @@ class Quadratic(LowRankKernel):
         return stored_projection(coefficients, scale, dtype, device)
 
     def constant_projection(self, call: Call) -> ConstantProjection | None:
+        if call.coefficients is None:  # those of the input
+            return None
         dtype = accumulation_dtype(call.query.dtype)
         return constant_projection(call.coefficients, call.scale, dtype, call.query.device)
 

@@ -8,10 +8,10 @@ and coordinates, and everything that chooses what is read happens before them.
 ``cluster``                            clusters of the keys, for the centroid kernel
 ``project``, ``project_packed``        coordinates from tokens, as a map or as rows that kernels read in place
 ``quadratic_attention``                projects, routes if ``keys`` > 0, and attends in one call
-``prepare``                            keeps all arguments of ``quadratic_attention`` but the tokens and returns a
-                                       number for ``prepared_attention``, until ``discard_prepared``. Where ``sources``
-                                       no longer hold the bytes of ``copies``, from which the projections were made, its
-                                       results are empty
+``prepare``, ``prepare_centroid``      keep all arguments but the tokens, of ``quadratic_attention`` or of attention
+                                       that clusters its keys, and return a number for ``prepared_attention``, until
+                                       ``discard_prepared``. Where ``sources`` no longer hold the bytes of ``copies``,
+                                       from which the projections were made, its results are empty
 
 library.py loads them, arguments.py names their arguments; fakes.py, gradients.py, vmap.py and flops.py are what torch
 asks for about each. untraced.py calls them below autograd, with nodes of its own; transformed.py calls them under

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from scatterbrain.operators import library  # noqa: F401  (loads the operators)
 
-QUADRATIC = 1  # ``low_rank`` of the quadratic kernel
+QUADRATIC, CENTROID = 1, 3  # ``low_rank`` of these kernels
 TENSORS: dict[type[NamedTuple], int] = {}  # how many leading arguments are tensors; no tensor comes after them
 
 
@@ -58,6 +58,7 @@ AttentionArguments = _arguments("AttentionArguments", "attention")  # and attent
 QuadraticArguments = _arguments("QuadraticArguments", "quadratic_attention")  # and .._with_state, prepare
 RouteArguments = _arguments("RouteArguments", "route")
 ClusterArguments = _arguments("ClusterArguments", "cluster")
+CentroidArguments = _arguments("CentroidArguments", "prepare_centroid")
 
 
 class KernelInputs(NamedTuple):
@@ -114,6 +115,7 @@ def taken_from(source: type[NamedTuple], target: type[NamedTuple]) -> Callable[[
 
 
 _for_attention = taken_from(QuadraticArguments, AttentionArguments)
+_for_centroid_attention = taken_from(CentroidArguments, AttentionArguments)
 _for_routing = taken_from(QuadraticArguments, RouteArguments)
 
 
@@ -130,6 +132,22 @@ def after_projection(
     if arguments.keys > 0:
         fields["index"], fields["count"] = index, count
     return AttentionArguments(**fields, **KernelInputs(query_map, key_map)._asdict(), low_rank=QUADRATIC)
+
+
+def after_clustering(
+    arguments: CentroidArguments,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    inputs: KernelInputs,
+    index: Tensor | None,
+    count: Tensor | None,
+) -> AttentionArguments:
+    """The arguments of ``attention`` that a prepared call with the centroid kernel comes to."""
+    fields = _for_centroid_attention(arguments)
+    if arguments.keys > 0:
+        fields["index"], fields["count"] = index, count
+    query, key, value = tokens
+    fields.update(query=query, key=key, value=value, **inputs._asdict())
+    return AttentionArguments(**fields, low_rank=CENTROID)
 
 
 def for_routing(arguments: QuadraticArguments, query_map: Tensor, key_map: Tensor) -> RouteArguments:

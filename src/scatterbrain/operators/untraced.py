@@ -19,10 +19,13 @@ from torch import Tensor
 from scatterbrain.operators import library  # noqa: F401  (loads the operators)
 from scatterbrain.operators.arguments import (
     AttentionArguments,
+    CentroidArguments,
     ClusterArguments,
     ForwardResults,
+    KernelInputs,
     QuadraticArguments,
     RouteArguments,
+    after_clustering,
     after_projection,
     settings_of,
     tensors_of,
@@ -35,6 +38,7 @@ _ATTENTION_BACKWARD = torch.ops.scatterbrain.attention_backward.default
 _QUADRATIC_ATTENTION = torch.ops.scatterbrain.quadratic_attention.default
 _QUADRATIC_ATTENTION_WITH_STATE = torch.ops.scatterbrain.quadratic_attention_with_state.default
 _PREPARE = torch.ops.scatterbrain.prepare.default
+_PREPARE_CENTROID = torch.ops.scatterbrain.prepare_centroid.default
 _DISCARD_PREPARED = torch.ops.scatterbrain.discard_prepared.default
 _PREPARED_ATTENTION = torch.ops.scatterbrain.prepared_attention.default
 _PREPARED_ATTENTION_WITH_STATE = torch.ops.scatterbrain.prepared_attention_with_state.default
@@ -240,24 +244,35 @@ _discarded: list[int] = []  # prepared calls that no object holds any more, unti
 
 
 class PreparedCall:
-    """All arguments of :func:`quadratic_attention` but the tokens, kept where the operator is: passing each takes time.
-    The projections are constants.
+    """All arguments of attention but the tokens, kept where the operator is: passing each takes time. The operator
+    projects or clusters, routes and attends.
 
     Args:
-        arguments: of the call; its tokens are not kept.
+        arguments: of the call; its tokens are not kept. Projections are constants.
+        head_dim: of the tokens.
         sources: the tensors that the projections were made from.
         copies: what the sources held then.
     """
 
-    def __init__(self, arguments: QuadraticArguments, sources: tuple[Tensor, ...], copies: list[Tensor]) -> None:
-        self.arguments = arguments._replace(query=None, key=None, value=None)
+    def __init__(
+        self,
+        arguments: QuadraticArguments | CentroidArguments,
+        head_dim: int,
+        sources: tuple[Tensor, ...] = (),
+        copies: list[Tensor] | None = None,
+    ) -> None:
         self.routes = arguments.keys > 0
-        self.is_wide = arguments.query_weight.shape[3] >= _NARROW_HEAD
+        self.is_wide = head_dim >= _NARROW_HEAD
         with contextlib.suppress(IndexError):  # the list is empty, or another thread was quicker
             while True:
                 _DISCARD_PREPARED(_discarded.pop())
-        _, _, _, *kept = arguments
-        self.number = _PREPARE(*kept, sources, copies)
+        if isinstance(arguments, QuadraticArguments):
+            self.arguments = arguments._replace(query=None, key=None, value=None)
+            _, _, _, *kept = arguments
+            self.number = _PREPARE(*kept, sources, copies or [])
+        else:
+            self.arguments = arguments
+            self.number = _PREPARE_CENTROID(*arguments)
         # The finalizer calls no operator: objects are collected anywhere, also where something traces.
         weakref.finalize(self, _discarded.append, self.number).atexit = False
 
@@ -277,37 +292,36 @@ class PreparedCall:
 
 
 class _PreparedAttention(torch.autograd.Function):
-    """As :class:`_QuadraticAttention`, of a prepared call: projections are constants, and there is no log-sum-exp to
-    differentiate."""
+    """As the other nodes, of a prepared call: there is no log-sum-exp to differentiate."""
 
     @staticmethod
     def forward(ctx: object, query: Tensor, key: Tensor, value: Tensor, call: PreparedCall) -> Tensor:
         with _BelowAutograd():
-            out, lse, state, scores, query_map, key_map, index, count = _PREPARED_ATTENTION_WITH_STATE(
-                query, key, value, call.number
-            )
+            out, lse, state, scores, made, index, count = _PREPARED_ATTENTION_WITH_STATE(query, key, value, call.number)
         if out.dim() != 4:
             raise StaleProjection
         lists = (index, count) if call.routes else ()
-        ctx.save_for_backward(out, lse, state, scores, query_map, key_map, query, key, value, *lists)
+        ctx.save_for_backward(out, lse, state, scores, query, key, value, *made, *lists)
         ctx.call = call
         return out
 
     @staticmethod
     def backward(ctx: object, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        call, need, saved = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
+        call, need = ctx.call, ctx.needs_input_grad
+        out, lse, state, scores, query, key, value, *made = ctx.saved_tensors
+        lists = (made.pop(-2), made.pop()) if call.routes else ()
+        results, tokens = ForwardResults(d_out, None, out, lse), (query, key, value)
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            gradients = _gradients_of_prepared(call, need, False, d_out, *saved)
+            gradients = _gradients_of_prepared(call, need, False, results, tokens, state, scores, made, *lists)
         else:
             with _BelowAutograd():
                 # A dispatch mode that watches does not know prepared calls.
                 if call.is_wide and not torch._C._len_torch_dispatch_stack():
-                    out, lse, state, scores, query_map, key_map, query, key, value, *lists = saved
                     gradients = _PREPARED_ATTENTION_BACKWARD(
-                        d_out, out, lse, state, scores, query_map, key_map, query, key, value, call.number, *lists
+                        d_out, out, lse, state, scores, query, key, value, made, call.number, *lists
                     )
                 else:
-                    gradients = _gradients_of_prepared(call, need, True, d_out, *saved)
+                    gradients = _gradients_of_prepared(call, need, True, results, tokens, state, scores, made, *lists)
         return *(g if wanted else None for g, wanted in zip(gradients, need)), None
 
 
@@ -315,27 +329,28 @@ def _gradients_of_prepared(
     call: PreparedCall,
     need: tuple[bool, ...],
     below: bool,
-    d_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    results: ForwardResults,
+    tokens: tuple[Tensor, Tensor, Tensor],
     state: Tensor,
     scores: Tensor,
-    query_map: Tensor,
-    key_map: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    made: list[Tensor],
     index: Tensor | None = None,
     count: Tensor | None = None,
 ) -> tuple:
     """Token gradients from the separate operators; used under dispatch modes and create_graph."""
-    arguments = call.arguments._replace(query=query, key=key, value=value)
+    arguments = call.arguments
+    if isinstance(arguments, CentroidArguments):
+        inputs = KernelInputs(None, None, *made)
+        composed = after_clustering(arguments, tokens, inputs, index, count)
+        dq, dk, dv, *_ = _ATTENTION_BACKWARD(*results, *composed, state, scores)
+        return dq, dk, dv
+    query, key, value = tokens
     *of_tokens, _ = need
     dq, dk, dv, *_ = _quadratic_gradients(
         _Needed(*of_tokens),
         below,
-        ForwardResults(d_out, None, out, lse),
-        after_projection(arguments, query_map, key_map, index, count),
+        results,
+        after_projection(arguments._replace(query=query, key=key, value=value), *made, index, count),
         state,
         scores,
         arguments.query_weight,

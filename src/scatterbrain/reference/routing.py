@@ -226,8 +226,8 @@ def best(score: Tensor, eligible: list[int], n: int) -> list[int]:
 
 
 def list_score(pools: list[Pool], keys: Keys, counted: list[int]) -> Tensor:
-    """What the keys of a block's list are chosen by: the residual of its pool, or of several the log of the sum of their
-    squared residuals, each relative to the square of its weight over the keys ``counted``."""
+    """What the keys of a block's list are chosen by: the residual of its pool, or of several the log of the sum of
+    their squared residuals, each relative to the square of its weight over the keys ``counted``."""
     if len(pools) == 1:
         return pools[0].log_residual(keys)
     relative = [2 * (pool.log_residual(keys) - pool.log_weight(keys, counted)) for pool in pools]

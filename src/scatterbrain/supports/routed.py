@@ -22,14 +22,14 @@ class Routed(Support):
     """The keys where the low-rank kernel errs most, chosen from the content (no gradient flows through the choice).
 
     Two forms. Pooled: ``block_q`` in {8, 16, 32}, ``block_k`` = 1; a block's own keys and the best of the rest by the
-    residual score ``log |exp(s) - L|`` of the block's mean query, its pool. Causal routing pools the block's first query
-    with the 15 before it. With ``pools`` = 2 each half of these queries is a pool, and the squared residuals of the two,
-    relative to their whole weights, are added: less error where a block's queries differ, for half as much routing time
-    again. With ``window`` the keys of a :class:`Window` of that length, which hold the block's own ones, take
-    their place; causal routing then chooses among the keys before the window. Per query: ``block_q`` = 1, ``block_k`` =
-    8; a window of ``window`` keys (its start rounded down to a block) and the best ``(keys - window) / 8`` blocks of 8
-    keys by ``q . mean(k)``, in the causal form among the complete blocks before the window. The per-query form is for
-    training from scratch, the pooled one for pretrained models.
+    residual score ``log |exp(s) - L|`` of the block's mean query, its pool. Causal routing pools the block's first
+    query with the 15 before it. With ``pools`` = 2 each half of these queries is a pool, and the squared residuals of
+    the two, relative to their whole weights, are added: less error where a block's queries differ, for half as much
+    routing time again. With ``window`` the keys of a :class:`Window` of that length, which hold the block's own ones,
+    take their place; causal routing then chooses among the keys before the window. Per query: ``block_q`` = 1,
+    ``block_k`` = 8; a window of ``window`` keys (its start rounded down to a block) and the best ``(keys - window) /
+    8`` blocks of 8 keys by ``q . mean(k)``, in the causal form among the complete blocks before the window. The per-
+    query form is for training from scratch, the pooled one for pretrained models.
 
     Args:
         keys: keys per query in all: sinks, window, own and listed keys. The per-query form rounds its window to whole
