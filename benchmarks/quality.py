@@ -119,9 +119,15 @@ def methods(keys: int, rank: int) -> Iterator[tuple[str, bool | None, Method]]:
         ("routed, block_q 32 + centroid 64", False, sb.Routed(keys, block_q=32), sb.Centroid(64)),
         ("routed, block_q 16 + centroid 64", False, sb.Routed(keys, **POOLED), sb.Centroid(64)),
         (
-            f"routed, block_q 32, {2 * keys} keys + centroid 96",
+            f"routed, block_q 32, {3 * keys // 2} keys, 2 pools + centroid 64",
             False,
-            sb.Routed(2 * keys, block_q=32),
+            sb.Routed(3 * keys // 2, block_q=32, pools=2),
+            sb.Centroid(64),
+        ),
+        (
+            f"routed, block_q 32, {2 * keys} keys, 2 pools + centroid 96",
+            False,
+            sb.Routed(2 * keys, block_q=32, pools=2),
             sb.Centroid(96),
         ),
         ("quadratic only", None, sb.Empty(), quadratic),
