@@ -24,7 +24,7 @@ sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.p
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -156,7 +156,7 @@ def captured(keys: int, rank: int) -> Iterator[tuple[str, bool | None, Method]]:
         yield f"{name}: every key scored", None, partial(one_stage, support=support, rank=rank)
 
 
-def print_table(models: dict[str, list[Layer]], rows: Iterator[tuple[str, bool | None, Method]]) -> None:
+def print_table(models: dict[str, list[Layer]], rows: Iterable[tuple[str, bool | None, Method]]) -> None:
     print("| " + " | ".join(["error against exact attention", *models]) + " |")
     print("| --- |" + " --- |" * len(models))
     for name, causal, method in rows:
@@ -173,11 +173,16 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=64, help="keys per query (default 64)")
     parser.add_argument("--rank", type=int, default=9, help="rank of the quadratic kernel (default 9)")
     parser.add_argument("--calibration-tokens", type=int, help="of the calibration inputs (default all)")
+    parser.add_argument("--only", default="", help="only rows whose name holds this text, such as centroid")
     parser.add_argument("--captured", action="store_true", help="also compare the staged search with scoring every key")
     options = parser.parse_args()
     models = load(options.file, options.rank, options.calibration_tokens)
     with torch.inference_mode():
-        print_table(models, methods(options.keys, options.rank))
+        rows = [row for row in methods(options.keys, options.rank) if options.only in row[0]]
+        if not rows:
+            names = ", ".join(row[0] for row in methods(options.keys, options.rank))
+            raise SystemExit(f"--only: expected a part of a row's name, got {options.only!r}; the rows are: {names}")
+        print_table(models, rows)
         if options.captured:
             print()
             print_table(models, captured(options.keys, options.rank))
