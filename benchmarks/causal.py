@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import scatterbrain as sb
 
-LOW_RANK = sb.presets.drop_in()[1]
+LOW_RANK = sb.presets.causal()[1]
 
 
 def candidates() -> dict[str, sb.supports.Support]:

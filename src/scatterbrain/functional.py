@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
 from scatterbrain.supports import Blocks, Empty, Support, Window
 
-DEFAULT_LOW_RANK = Quadratic(rank=9)
+DEFAULT_LOW_RANK = Centroid(64)  # of bidirectional calls
+CAUSAL_LOW_RANK = Quadratic(rank=9)  # of causal ones
 
 
 def fit_statistics(
@@ -65,7 +67,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     support: Support = Window(64),
-    low_rank: LowRank = DEFAULT_LOW_RANK,
+    low_rank: LowRank | EllipsisType = ...,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -83,7 +85,8 @@ def attention(
         query: (B, Hq, N, d); key: (B, Hkv, M, d); value: (B, Hkv, M, dv). float32, bfloat16, float16 or float64; any
             strides; Hq a multiple of Hkv.
         support: which keys are exact; default the 64 nearest.
-        low_rank: the kernel of the rest; None drops the rest (sparse attention).
+        low_rank: the kernel of the rest; None drops the rest (sparse attention). Default: the one that takes
+            ``statistics``; without them Centroid(64), which needs none, in causal calls Quadratic(9), which does.
         key_padding_mask: bool (B, M), True = ignore. Padded tokens may hold anything, NaN included.
         is_causal: query i sees keys <= i + query_offset (top-left, as F.scaled_dot_product_attention).
         scale: factor of q.k; default 1/sqrt(d).
@@ -106,6 +109,8 @@ def attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came and the cure.
     """
+    if low_rank is ...:
+        low_rank = default_low_rank(statistics, is_causal)
     kept_as = None
     if (
         key_padding_mask is None
@@ -152,7 +157,7 @@ def route(
     query: Tensor,
     key: Tensor,
     support: Support,
-    low_rank: LowRank = DEFAULT_LOW_RANK,
+    low_rank: LowRank | EllipsisType = ...,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -163,12 +168,14 @@ def route(
     """The lists that :func:`attention` would use, for use as its ``support=``. No gradient flows through the choice;
     memory is linear in the tokens.
 
-    Arguments as :func:`attention`; a ``low_rank`` that is not given has the rank of ``statistics``. Without
-    ``statistics`` (and with nothing else to take coordinates from) the scores are those without a low-rank part.
+    Arguments as :func:`attention`. A kernel that lacks its ``statistics`` leaves the choice to the scores without a
+    low-rank part.
 
     Returns:
         :class:`Blocks` with lists for every query head.
     """
+    if low_rank is ...:
+        low_rank = default_low_rank(statistics, is_causal)
     checks.check_not_nested(query, key)
     refuse_jit_trace()
     if _is_autocast(query):
@@ -186,8 +193,6 @@ def route(
     check_kind_of_coefficients(statistics)
     if low_rank is not None and not low_rank.can_run(statistics):
         low_rank = None
-    if low_rank is DEFAULT_LOW_RANK and statistics is not None:
-        low_rank = low_rank.fitting(statistics)
     checks.check_pair(support, low_rank, is_causal)
     checks.check_offset(query_offset, query.shape[0], is_causal, query.device)
     padding = padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
@@ -241,7 +246,16 @@ def cluster(
     return Clusters(*vars(found).values())
 
 
-# -------------------- scale and autocast
+# -------------------- defaults and autocast
+
+
+def default_low_rank(statistics: Coefficients | None, is_causal: bool) -> LowRank:
+    """The kernel of a call that names none: of the size of its statistics, where it has some."""
+    if statistics is None:
+        return CAUSAL_LOW_RANK if is_causal is True else DEFAULT_LOW_RANK
+    if isinstance(statistics, DEFAULT_LOW_RANK.takes):
+        return DEFAULT_LOW_RANK.fitting(statistics)
+    return CAUSAL_LOW_RANK.fitting(statistics) if isinstance(statistics, CAUSAL_LOW_RANK.takes) else CAUSAL_LOW_RANK
 
 
 def default_scale(query: Tensor, scale: float | None) -> float:

@@ -1,23 +1,44 @@
 """Measured pairs of a support and a low-rank kernel, each for one purpose; ``sb.attention(..., **dict(zip(("support",
-"low_rank"), presets.drop_in())))``."""
+"low_rank"), presets.drop_in())))``. Modules and models that are given none run bidirectional calls with ``drop_in`` and
+causal ones with ``causal``."""
 
 from __future__ import annotations
 
-from scatterbrain.low_rank import Favor, Quadratic
+from scatterbrain.low_rank import Centroid, Favor, Quadratic
 from scatterbrain.supports import LSH, Routed, Window
 
 
-def drop_in(keys: int = 64) -> tuple[Routed, Quadratic]:
-    """For pretrained models without retraining: routed lists shared by 16 queries, calibrated quadratic kernel. On real
-    attention maps this pair has the lowest error at its cost (``python benchmarks/quality.py``)."""
+def drop_in(keys: int = 64) -> tuple[Routed, Centroid]:
+    """For pretrained bidirectional models without retraining: routed lists shared by 32 queries, and the centroid
+    kernel, which needs no calibration. On real attention maps this pair has the lowest error at its cost (``python
+    benchmarks/quality.py``). With fewer than 32 keys lists are shared by 16 or 8 queries."""
+    return Routed(keys, block_q=_block_q(keys)), Centroid(64)
+
+
+def quality(keys: int = 128) -> tuple[Routed, Centroid]:
+    """As ``drop_in`` with half its error, for about half as much time again: twice the keys, chosen by two mean queries
+    of each block, and more clusters."""
+    return Routed(keys, block_q=_block_q(keys), pools=2), Centroid(96)
+
+
+def fast(keys: int = 64) -> tuple[Window, Centroid]:
+    """The fastest pair that needs no calibration: a window in place of routed lists. For text and images in Hilbert
+    order, where near tokens matter most; its error is about one and a half times that of ``drop_in``."""
+    return Window(keys), Centroid(64)
+
+
+def quadratic(keys: int = 64) -> tuple[Routed, Quadratic]:
+    """One pair for bidirectional and causal calls, which must be calibrated: routed lists shared by 16 queries and the
+    quadratic kernel. Its error in bidirectional calls is about twice that of ``drop_in``; for checkpoints that were
+    calibrated with it, and where one kernel has to serve both kinds of calls."""
     return Routed(keys, block_q=16), Quadratic(rank=9, statistics="stored")
 
 
 def causal(keys: int = 128) -> tuple[Window, Quadratic]:
     """For pretrained causal models without retraining: a window and the first four keys, which such models attend to
-    whatever the query is; the kernel, and so the statistics, are those of ``drop_in``. A list that 16 queries share may
+    whatever the query is, and the kernel of ``quadratic``, which must be calibrated. A list that 16 queries share may
     be chosen by the first of them alone, so routing helps causal models less, and a window of twice the keys takes no
-    longer: at about ``drop_in``'s time it has the lowest error and loss in trained decoders (``python
+    longer: at about the time of ``quadratic`` it has the lowest error and loss in trained decoders (``python
     benchmarks/causal.py llama``). What errs less, ``Routed(keys, block_q=1, block_k=8, window=16)``, takes twice as
     long."""
     return Window(keys, sinks=min(4, keys)), Quadratic(rank=9, statistics="stored")
@@ -35,3 +56,8 @@ def paper(keys: int = 64, features: int = 64, rounds: int = 2, seed: int = 0) ->
     unbiased, and exact on the support; on real attention maps its error is several times that of ``drop_in`` (``python
     benchmarks/quality.py``)."""
     return LSH(keys, rounds=rounds, seed=seed), Favor(features=features, seed=seed)
+
+
+def _block_q(keys: int) -> int:
+    """Queries that share a list: as many as leave their own keys in the budget, at most 32."""
+    return 32 if keys >= 32 else 16 if keys >= 16 else 8

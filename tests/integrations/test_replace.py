@@ -179,12 +179,12 @@ def test_wrong_arguments_are_named_before_anything_changes(arguments: dict, mess
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention
 
 
-def test_the_default_is_the_drop_in_preset():
+def test_the_default_is_the_drop_in_preset_and_that_of_causal_calls_the_causal_one():
     model = encoder()
     sb.replace_attention(model)
     core = model.layers[0].self_attn.attention
     assert (core.support, core.low_rank) == sb.presets.drop_in()
-    assert (core.causal_support, core.low_rank) == sb.presets.causal()
+    assert (core.causal_support, core.causal_low_rank) == sb.presets.causal()
 
 
 def test_causal_calls_have_their_own_support_and_the_report_says_it():
@@ -193,7 +193,7 @@ def test_causal_calls_have_their_own_support_and_the_report_says_it():
         report = sb.replace_attention(model, **given)
         core = model.layers[0].self_attn.attention
         assert core.causal_support == used and core.support == given.get("support", sb.presets.drop_in()[0])
-        assert (f"(causal calls: {used})" in str(report)) == (used is not None)
+        assert f"{core.support}, {core.low_rank} (causal calls: {used or own}, {core.causal_low_rank})" in str(report)
         report.restore()
     with pytest.raises(ValueError, match="causal_support must be .* got LSH"):
         sb.replace_attention(model, causal_support=sb.LSH(32))
@@ -272,7 +272,7 @@ def test_an_encoder_without_a_swap_keeps_its_nested_tensors():
 
 def test_calibration_then_inference():
     model = encoder().eval()
-    sb.replace_attention(model)
+    sb.replace_attention(model, *sb.presets.quadratic())
     x = torch.randn(N, L, E)
     with torch.no_grad():
         with pytest.raises(ValueError, match="not calibrated"):

@@ -398,7 +398,7 @@ def test_a_forward_on_the_instance_and_a_narrow_head_are_refused():
     model = models.build("vit", attn_layer="attn", num_heads=12)
     model.blocks[0].attn.forward = lambda *args, **kwargs: None
     with pytest.warns(UserWarning, match="changed nothing"):
-        report = sb.replace_attention(model)
+        report = sb.replace_attention(model, *sb.presets.quadratic())
     assert "its forward is overridden on the instance" in report.entries[0].note
     assert "rank must be at most head_dim=4" in report.entries[1].note
     assert type(model.blocks[1].attn) is timm.layers.Attention

@@ -27,7 +27,7 @@ CAUSAL = [name for name in hf.named("decoder") if name != WINDOWED]
 
 def calibrated(name: str, implementation: str = ROUTED, **arguments) -> nn.Module:
     model = hf.FAMILIES[name].build(implementation, **arguments)
-    if SETTINGS[implementation].low_rank.statistics == "stored":
+    if any(core.needs_calibration for core in cores(model).values()):
         with sb.calibrate(model):
             hf.run(model, **hf.inputs(name, "right", seed=9)[0])
     return model
@@ -62,7 +62,7 @@ def test_calibrating_runs_exact_attention(name: str):
 
 def test_an_uncalibrated_layer_says_how_to_calibrate():
     with pytest.raises(ValueError, match=r"BertSelfAttention is not calibrated: .*sb.calibrate\(model\)"):
-        hf.run(hf.FAMILIES["bert"].build("scatterbrain"), **hf.inputs("bert")[0])
+        hf.run(hf.FAMILIES["bert"].build("scatterbrain:quadratic"), **hf.inputs("bert")[0])
 
 
 @pytest.mark.parametrize("implementation", [LEARNED, INPUT])
@@ -70,42 +70,50 @@ def test_statistics_that_need_no_calibration(implementation: str):
     assert hf.run(calibrated("bert", implementation), **hf.inputs("bert")[0]).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["scatterbrain", "scatterbrain:drop_in", "scatterbrain:train", "scatterbrain:paper"])
+PRESETS = ["drop_in", "quality", "fast", "quadratic", "causal", "train", "paper"]
+
+
+@pytest.mark.parametrize("name", ["scatterbrain", *(f"scatterbrain:{preset}" for preset in PRESETS)])
 def test_the_presets_run_by_name(name: str):
     model = hf.FAMILIES["bert"].build(name)
-    if name in ("scatterbrain", "scatterbrain:drop_in"):
+    preset = getattr(sb.presets, name.partition(":")[2] or "drop_in")()
+    assert all((core.support, core.low_rank) == preset for core in cores(model).values())
+    if name in ("scatterbrain:quadratic", "scatterbrain:causal"):
         with sb.calibrate(model):
             hf.run(model, **hf.inputs("bert")[0])
     assert hf.run(model, **hf.inputs("bert")[0]).isfinite().all() and len(cores(model)) == 2
 
 
 def test_causal_layers_have_the_support_of_the_causal_preset():
-    """Decoders run it; encoders, and cross-attention, do not."""
+    """Decoders run it, and its kernel; encoders do not. Cross-attention, whose queries are a decoder's, has the
+    kernel."""
     causal, drop_in = sb.presets.causal()[0], sb.presets.drop_in()[0]
     for name in ("scatterbrain", "scatterbrain:drop_in"):
         for family in ("llama", "gpt2"):
             for core in cores(hf.FAMILIES[family].build(name)).values():
                 assert (core.support, core.causal_support) == (drop_in, causal), family
+                assert core.low_rank == core.causal_low_rank == sb.presets.causal()[1]
     for path, core in cores(hf.FAMILIES["gpt2 with cross-attention"].build("scatterbrain")).items():
         assert core.causal_support == (None if "crossattention" in path else causal), path
     for path, core in cores(hf.FAMILIES["whisper"].build("scatterbrain")).items():
-        assert core.causal_support == (None if "encoder_attn" in path else causal), path
+        assert core.causal_support == (causal if "decoder" in path and "encoder_attn" not in path else None), path
+        assert core.low_rank == (sb.presets.causal() if "decoder" in path else sb.presets.drop_in())[1], path
     assert all(c.causal_support is None for c in cores(hf.FAMILIES["llama"].build("scatterbrain:train")).values())
 
 
 def test_a_decoder_attends_with_the_causal_support_and_an_encoder_with_the_other():
-    for name, expected in (("llama", sb.presets.causal()[0]), ("bert", sb.presets.drop_in()[0])):
+    for name, expected in (("llama", sb.presets.causal()), ("bert", sb.presets.drop_in())):
         model = calibrated(name, "scatterbrain")
         arguments, counts = hf.inputs(name)
         ours = hf.run(model, **arguments)
-        model.set_attn_implementation(register(f"scatterbrain:only-{name}", expected, sb.presets.drop_in()[1]))
+        model.set_attn_implementation(register(f"scatterbrain:only-{name}", *expected))
         assert torch.equal(hf.run(model, **arguments)[counts], ours[counts])
 
 
 def test_a_name_is_registered_with_a_causal_support():
     support = sb.Window(8)
     name = register("scatterbrain:own-causal", sb.Window(16), sb.Quadratic(4, "learned"), causal_support=support)
-    assert SETTINGS[name] == (sb.Window(16), sb.Quadratic(4, "learned"), support)
+    assert SETTINGS[name][:3] == (sb.Window(16), sb.Quadratic(4, "learned"), support)
     assert SETTINGS[register("scatterbrain:no-causal", sb.Window(16))].causal_support is None
     assert SETTINGS[register("scatterbrain:default-causal", low_rank=None)].causal_support == sb.presets.causal()[0]
     with pytest.raises(ValueError, match="causal_support must be .* got LSH"):

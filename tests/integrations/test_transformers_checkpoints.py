@@ -26,10 +26,12 @@ SUPPORT = sb.Routed(16, block_q=8)
 KERNELS = {"rank5": sb.Quadratic(5), "rank6": sb.Quadratic(6), "ema": sb.Quadratic(5, "ema"), "none": None}
 KERNELS |= {"learned": sb.Quadratic(5, "learned"), "favor": sb.Favor(8), "input": sb.Quadratic(5, "input")}
 NAMES = {name: register(f"scatterbrain:saved_{name}", SUPPORT, kernel) for name, kernel in KERNELS.items()}
-NAMES |= {name: f"scatterbrain:{name}" for name in ("full", "paper", "train", "drop_in")} | {"sdpa": "sdpa"}
+NAMES |= {name: f"scatterbrain:{name}" for name in ("full", "paper", "train", "quadratic", "drop_in")} | {
+    "sdpa": "sdpa"
+}
 MINE = NAMES["rank5"]
 # What is left of the statistics of rank 5, by implementation: all of it, nothing that a layer would need, or a warning.
-FITS, NEEDS_NOTHING = {"rank5", "ema"}, {"none", "full", "input", "sdpa"}
+FITS, NEEDS_NOTHING, UNUSED = {"rank5", "ema"}, {"none", "full", "sdpa"}, {"input", "drop_in"}
 
 
 def calibrated(name: str = MINE) -> transformers.PreTrainedModel:
@@ -105,9 +107,13 @@ def test_a_calibrated_folder_loads_under_every_implementation(name: str, old: bo
     else:
         start = state(hf.FAMILIES["bert"].build(NAMES[name]))
         torch.testing.assert_close(state(model), start, rtol=0, atol=0)
-    if said:
+    if name in UNUSED:
+        layers = "2 attention layers (encoder.layer.0.attention.self.scatterbrain, ...)"
+        assert f"the checkpoint's entries of scatterbrain for {layers} are not used" in said[0]
+        assert "'scatterbrain:quadratic' in transformers" in said[0]
+    elif said:
         assert said[0].startswith("2 attention layers (encoder.layer.0.attention.self.scatterbrain, ...) are new")
-        assert ("uncalibrated" in said[0]) == (name in ("rank6", "drop_in"))
+        assert ("uncalibrated" in said[0]) == (name in ("rank6", "quadratic"))
         assert "of another low-rank kernel than" in said[0]
 
 

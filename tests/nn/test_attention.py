@@ -18,24 +18,27 @@ from scatterbrain.low_rank.quadratic import EMA_EVERY
 qkv = partial(testkit.qkv, 80, heads=4, kv_heads=4, head_dim=16)
 
 
-def calibrated(**kwargs: object) -> sb.ScatterbrainAttention:
-    core = sb.ScatterbrainAttention(4, 16, **kwargs)
+QUADRATIC = dict(zip(("support", "low_rank"), sb.presets.quadratic()))
+
+
+def calibrated(is_causal: bool = False, **kwargs: object) -> sb.ScatterbrainAttention:
+    core = sb.ScatterbrainAttention(4, 16, **kwargs or QUADRATIC)
     with sb.calibrate(core):
-        core(*qkv())
+        core(*qkv(), is_causal=is_causal)
     return core
 
 
 def test_calibration_runs_exact_attention_and_then_equals_the_functional_form() -> None:
-    core, inputs = sb.ScatterbrainAttention(4, 16), qkv()
+    core, inputs = sb.ScatterbrainAttention(4, 16, **QUADRATIC), qkv()
     with sb.calibrate(core):
         exact = core(*inputs)
     assert torch.allclose(exact, F.scaled_dot_product_attention(*inputs), atol=1e-6)
-    want = sb.attention(*inputs, *sb.presets.drop_in(), statistics=sb.fit_statistics(*inputs[:2]))
+    want = sb.attention(*inputs, *sb.presets.quadratic(), statistics=sb.fit_statistics(*inputs[:2]))
     assert core.is_calibrated and torch.equal(core(*inputs), want)
 
 
 def test_calibration_over_batches_weighs_by_tokens() -> None:
-    core, (q, k, v) = sb.ScatterbrainAttention(4, 16), qkv()
+    core, (q, k, v) = sb.ScatterbrainAttention(4, 16, **QUADRATIC), qkv()
     with sb.calibrate(core):
         core(q[:1], k[:1], v[:1])
         core(q[1:, :, :30], k[1:, :, :30], v[1:, :, :30])
@@ -263,11 +266,11 @@ CAUSAL = sb.presets.causal()[0]
 
 
 def test_causal_calls_of_the_default_have_the_support_of_the_causal_preset() -> None:
-    core, inputs = calibrated(), qkv(seed=3)
-    for is_causal, support in ((False, sb.presets.drop_in()[0]), (True, CAUSAL)):
-        want = sb.attention(*inputs, support, core.low_rank, is_causal=is_causal, statistics=core.coefficients())
+    core, inputs = calibrated(is_causal=True, causal_support=None), qkv(seed=3)
+    for is_causal, preset in ((False, sb.presets.drop_in()), (True, sb.presets.causal())):
+        want = sb.attention(*inputs, *preset, is_causal=is_causal, statistics=core.coefficients(is_causal))
         assert torch.equal(core(*inputs, is_causal=is_causal), want)
-    assert sb.presets.causal()[1] == sb.presets.drop_in()[1]  # so calibration and checkpoints are those of either
+    assert sb.presets.causal()[1] == sb.presets.quadratic()[1]  # so calibration and checkpoints are those of either
 
 
 def test_a_support_that_is_given_serves_causal_calls_too_unless_another_is_given() -> None:
@@ -277,25 +280,30 @@ def test_a_support_that_is_given_serves_causal_calls_too_unless_another_is_given
         (dict(support=sb.Window(16), causal_support=sb.Window(24)), sb.Window(24)),
         (dict(causal_support=sb.Window(24)), sb.Window(24)),
     ):
-        core = calibrated(**given)
-        want = sb.attention(*inputs, used, core.low_rank, is_causal=True, statistics=core.coefficients())
+        core = calibrated(is_causal=True, **given)
+        want = sb.attention(*inputs, used, core.causal_low_rank, is_causal=True, statistics=core.coefficients(True))
         assert torch.equal(core(*inputs, is_causal=True), want)
         assert ("causal_support=" in repr(core)) == ("causal_support" in given)
     assert f"causal_support={CAUSAL}, low_rank" in repr(sb.ScatterbrainAttention(4, 16))
 
 
 def test_checkpoints_do_not_depend_on_the_causal_support() -> None:
-    core, other = calibrated(support=sb.Window(16)), sb.ScatterbrainAttention(4, 16)
+    core, other = (
+        calibrated(**QUADRATIC | {"causal_support": sb.Window(16)}),
+        sb.ScatterbrainAttention(4, 16, **QUADRATIC),
+    )
     other.load_state_dict(core.state_dict())
     core.load_state_dict(other.state_dict())
     assert torch.equal(other(*qkv(seed=3)), calibrated()(*qkv(seed=3)))
 
 
 def test_a_module_pickled_before_there_were_causal_supports_uses_its_support() -> None:
-    core = calibrated(support=sb.Window(16))
-    del core.__dict__["causal_support"]
-    assert torch.equal(pickle.loads(pickle.dumps(core))(*qkv(), is_causal=True), core(*qkv(), is_causal=True))
-    assert core.support_of(True) == sb.Window(16)
+    core = calibrated(support=sb.Window(16), low_rank=sb.Quadratic(9))
+    want = core(*qkv(), is_causal=True)
+    for name in ("causal_support", "causal_low_rank", "kernel_of_state"):
+        del core.__dict__[name]
+    loaded = pickle.loads(pickle.dumps(core))
+    assert torch.equal(loaded(*qkv(), is_causal=True), want) and loaded.support_of(True) == sb.Window(16)
 
 
 def test_exact_bidirectional_calls_need_no_calibration_and_causal_ones_say_so() -> None:

@@ -30,7 +30,11 @@ CALLS = {
         ValueError,
         "num_heads must be a multiple of num_kv_heads, got 4 and 3",
     ),
-    "module rank": (lambda: sb.ScatterbrainAttention(4, 8), ValueError, "rank must be at most head_dim=8, got 9"),
+    "module rank": (
+        lambda: sb.ScatterbrainAttention(4, 8, low_rank=sb.Quadratic(9)),
+        ValueError,
+        "rank must be at most head_dim=8, got 9",
+    ),
     "module support": (
         lambda: sb.ScatterbrainAttention(4, 16, support="window"),
         TypeError,

@@ -22,6 +22,7 @@ from scatterbrain.nn.masks import as_bool_padding, is_causal_mask
 E, H, N, L, S = 48, 4, 2, 21, 21
 EVERY_KEY = sb.Window(64)  # all keys are in the window: the approximated path computes exact attention
 INPUT = sb.Quadratic(9, "input")
+QUADRATIC = dict(zip(("support", "low_rank"), sb.presets.quadratic()))
 
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
@@ -407,7 +408,7 @@ def test_other_calls_with_nested_tensors_are_refused_with_the_cure(layout: torch
 
 
 def test_uncalibrated_statistics_are_named():
-    ours = sb.MultiheadAttention(E, H)
+    ours = sb.MultiheadAttention(E, H, **QUADRATIC)
     x = inputs()[0]
     with pytest.raises(ValueError, match="not calibrated.*sb.calibrate"):
         ours(x, x, x, need_weights=False)
@@ -415,7 +416,7 @@ def test_uncalibrated_statistics_are_named():
 
 def test_what_attention_refuses_reaches_the_caller():
     with pytest.raises(ValueError, match="rank must be at most head_dim=4"):
-        sb.MultiheadAttention(16, 4)
+        sb.MultiheadAttention(16, 4, **QUADRATIC)
     _, ours = pair(sb.LSH(16), INPUT)
     x = inputs()[0]
     with pytest.raises(ValueError, match="LSH is bidirectional only"):
@@ -517,7 +518,7 @@ def test_a_checkpoint_gives_the_same_output(low_rank: str):
 
 
 def test_statistics_are_forgotten_with_the_weights_they_belong_to():
-    ours = sb.MultiheadAttention(E, H)
+    ours = sb.MultiheadAttention(E, H, **QUADRATIC)
     x = torch.randn(L, N, E)
     with sb.calibrate(ours):
         ours(x, x, x, need_weights=False)
@@ -528,7 +529,7 @@ def test_statistics_are_forgotten_with_the_weights_they_belong_to():
 
 
 def test_a_part_of_the_statistics_is_a_missing_key():
-    ours = sb.MultiheadAttention(E, H)
+    ours = sb.MultiheadAttention(E, H, **QUADRATIC)
     x = torch.randn(L, N, E)
     with sb.calibrate(ours):
         ours(x, x, x, need_weights=False)
@@ -657,7 +658,7 @@ def test_the_decoder_is_approximated_in_self_and_cross_attention():
 
 
 def test_calibration_through_an_encoder():
-    model = encoder().eval()
+    model = encoder(**QUADRATIC).eval()
     x = torch.randn(N, L, E)
     with torch.no_grad():
         with pytest.raises(ValueError, match="not calibrated"):
@@ -730,10 +731,11 @@ def test_a_causal_mask_brings_the_causal_support():
         assert core.support == sb.presets.drop_in()[0]
         assert core.causal_support == given.get("causal_support", sb.presets.causal()[0])
         with sb.calibrate(ours):
-            ours(x, x, x, need_weights=False)
+            ours(x, x, x, need_weights=False, attn_mask=mask)
         for causal, support in ((False, core.support), (True, core.causal_support)):
-            same = sb.MultiheadAttention(E, H, batch_first=True, support=support).eval()
-            same.load_state_dict(ours.state_dict())
+            low_rank = core.low_rank_of(causal)
+            same = sb.MultiheadAttention(E, H, batch_first=True, support=support, low_rank=low_rank).eval()
+            same.load_state_dict({k: v for k, v in ours.state_dict().items() if causal or "attention." not in k})
             call = dict(need_weights=False, attn_mask=mask if causal else None)
             with torch.no_grad():
                 assert torch.equal(ours(x, x, x, **call)[0], same(x, x, x, **call)[0])

@@ -208,7 +208,7 @@ def test_a_swapped_layer_can_be_cloned_into_an_encoder():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: nn.ModuleList([m, copy.deepcopy(m)])[1]])
 def test_a_copy_of_a_calibrated_encoder_is_its_own(copied: Any):
     model = randomized(encoder()).eval()
-    sb.replace_attention(model)
+    sb.replace_attention(model, *sb.presets.quadratic())
     x = torch.randn(N, L, E)
     with torch.no_grad():
         with sb.calibrate(model):

@@ -12,8 +12,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from scatterbrain.integrations.replacer import register_replacer
 from scatterbrain.integrations.restrictions import NotReplaceable, errors_as_reasons
 from scatterbrain.low_rank import LowRank
-from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule, attention_unless_exact, has_weight
+from scatterbrain.nn.host_module import HostModule, attention_unless_exact, has_weight
 from scatterbrain.nn.masks import padding_of
+from scatterbrain.nn.pairs import LOW_RANK, SUPPORT, Pairs
 from scatterbrain.supports import Support
 
 HIDDEN = -9000.0  # diffusers adds -10000 to scores of hidden keys, which bfloat16 rounds to -9984
@@ -33,8 +34,7 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
 
     Args:
         num_heads, head_dim: of the layer.
-        support, low_rank: default those of :func:`scatterbrain.presets.drop_in`, which must be calibrated
-            (:func:`scatterbrain.calibrate`).
+        support, low_rank: default those of :func:`scatterbrain.presets.drop_in`, which need no calibration.
 
     Raises:
         ValueError: for a low-rank kernel that does not fit the head.
@@ -42,7 +42,7 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, support: Support = SUPPORT, low_rank: LowRank = LOW_RANK) -> None:
         super().__init__()
-        self._attach(attention_unless_exact(num_heads, head_dim, support, low_rank))
+        self._attach(attention_unless_exact(num_heads, head_dim, Pairs(support, low_rank)))
         self._layer: list[Attention] = []  # in a list, so that it is no submodule
 
     def _is_of_original(self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str]) -> bool:

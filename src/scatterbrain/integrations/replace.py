@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from scatterbrain.checks import check_causal_support
 from scatterbrain.integrations import multihead  # noqa: F401  (registers its replacer)
-from scatterbrain.integrations.replacer import PACKAGES, prepare_replacers, replacer_of, takes_causal_support
+from scatterbrain.integrations.replacer import PACKAGES, causal_arguments, prepare_replacers, replacer_of
 from scatterbrain.integrations.report import Entry, Report
 from scatterbrain.integrations.restrictions import NotReplaceable, parallel_wrapper, query_by_query
 from scatterbrain.integrations.vision import (
@@ -20,20 +19,22 @@ from scatterbrain.integrations.vision import (
     check_token_order,
     exact_class_tokens,
 )
-from scatterbrain.low_rank import LowRank, check_low_rank
+from scatterbrain.low_rank import check_low_rank
 from scatterbrain.nn.attention import ScatterbrainAttention, join_layers
-from scatterbrain.nn.host_module import LOW_RANK, HostModule, with_defaults
+from scatterbrain.nn.host_module import HostModule
 from scatterbrain.nn.multihead import MultiheadAttention
+from scatterbrain.nn.pairs import Choice, Pairs
 from scatterbrain.supports import Support, check_support
 
 
 def replace_attention(
     model: nn.Module,
     support: Support | None = None,
-    low_rank: LowRank = LOW_RANK,
+    low_rank: Choice = ...,
     where: Callable[[str], bool] | None = None,
     token_order: str | None = "auto",
     causal_support: Support | None = None,
+    causal_low_rank: Choice = ...,
 ) -> Report:
     """Replaces the attention modules of ``model`` in place and reports each of them.
 
@@ -42,22 +43,30 @@ def replace_attention(
     nested tensors, which only torch's own attention reads. A subclass of nn.MultiheadAttention is left alone, since its
     forward may differ.
 
+    By default bidirectional attention needs no calibration: its kernel, ``Centroid``, takes what it needs from the
+    tokens of each call. Causal attention runs with another one, ``Quadratic``, which must be calibrated before use
+    (``with sb.calibrate(model): model(batch)``). A module that may have both kinds of calls keeps the state of the
+    second; one that is never causal (timm's, diffusers', encoders of transformers) keeps none, and has the state dict
+    of the original.
+
     In the cross-attention of an nn.TransformerDecoderLayer neither the target tokens after a token nor their number may
-    choose its keys. A window, or lists shared by a block of queries, become lists of single queries there; with LSH or
-    statistics="input" the module is left alone. For a decoder of your own choose such a support yourself, with
-    ``where``.
+    choose its keys or weigh the others. A window, or lists shared by a block of queries, become lists of single queries
+    there, and a kernel that reads all queries (Centroid, statistics="input") gives way to that of causal calls; with
+    LSH, or where no such kernel is left, the module is left alone. For a decoder of your own choose such a support and
+    kernel yourself, with ``where``.
 
     Attention layers of Hugging Face transformers get a :class:`scatterbrain.ScatterbrainAttention` as their submodule
     ``scatterbrain``; layers that are left out stay exact (:mod:`scatterbrain.integrations.transformers`).
 
-    Statistics must be calibrated before use (``with sb.calibrate(model): model(batch)``) if low_rank says "stored", as
-    the default does. "learned" adds parameters: create the optimizer afterwards.
+    Quadratic(statistics="learned") adds parameters: create the optimizer afterwards.
 
     Args:
         model: any module.
         support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`, in causal calls that of
             :func:`scatterbrain.presets.causal`.
-        low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`.
+        low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`, in causal calls that of
+            :func:`scatterbrain.presets.causal`. A kernel that is given serves causal calls too, which ``Centroid``
+            refuses.
         where: called with a module's path, says whether to replace it; default all.
         token_order: "hilbert" orders image patches along a Hilbert curve inside the blocks of every vision transformer
             in ``model`` (timm's VisionTransformer and Eva families and NaFlexVit; transformers' ViT, ViT-MSN,
@@ -69,6 +78,7 @@ def replace_attention(
             between patches, forward hooks inside the blocks), which warn; the report says which.
         causal_support: the support of calls that are causal (nn.MultiheadAttention with the causal mask, decoders of
             transformers); default ``support`` where that is given. Cross-attention is never causal.
+        causal_low_rank: the kernel of causal calls; default ``low_rank`` where that is given.
 
     Returns:
         :class:`Report`: a table of every module that looks like attention, with what it is now or why it was left, and
@@ -77,16 +87,16 @@ def replace_attention(
     Raises:
         TypeError: model, support or low_rank of a wrong type, or a ``where`` that cannot be called with one path. What
             ``where`` itself raises passes through. The model is then as it was.
-        ValueError: "learned" for a model that is in DistributedDataParallel or FSDP already.
+        ValueError: two different kernels with state; "learned" for a model that is in DistributedDataParallel or FSDP already.
         ValueError: token_order="hilbert" for a model without a vision transformer that can be ordered.
     """
-    support, causal_support = with_defaults(support, causal_support)
-    _check_arguments(model, support, low_rank, token_order, causal_support)
+    pairs = Pairs.chosen(support, low_rank, causal_support, causal_low_rank)
+    _check_arguments(model, pairs, token_order)
     _check_where(where)
     prepare_replacers(model)
     modules = list(_attention_modules(model))
     left_out = {path for path, _ in modules if where is not None and not where(path)}
-    report = Report(_settings(support, low_rank, causal_support))
+    report = Report(_settings(pairs))
     cross_attention = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
     if token_order == "hilbert":
         report._add(*apply_order(model))
@@ -101,7 +111,7 @@ def replace_attention(
         if path in left_out:
             entry.note = "left out by where="
             continue
-        undo = _replace(module, entry, support, low_rank, module in cross_attention, causal_support)
+        undo = _replace(module, entry, pairs, module in cross_attention)
         if undo is not None:
             report._undo.append(undo)
     if token_order == "auto" and report.replaced:
@@ -114,31 +124,28 @@ def replace_attention(
     return report
 
 
-def _is_exact(support: Support, causal_support: Support | None) -> bool:
-    return support.is_full and (causal_support is None or causal_support.is_full)
-
-
-def _settings(support: Support, low_rank: LowRank, causal_support: Support | None) -> str:
-    if _is_exact(support, causal_support):
+def _settings(pairs: Pairs) -> str:
+    if pairs.is_exact:
         return "exact attention"
-    causal = "" if causal_support is None else f" (causal calls: {causal_support})"
-    return f"{support}{causal}, {low_rank}"
+    support, low_rank = pairs.support_of(True), pairs.low_rank_of(True)
+    is_one = (support, low_rank) == (pairs.support, pairs.low_rank)
+    causal = "" if is_one else f" (causal calls: {support}, {low_rank})"
+    return f"{pairs.support}, {pairs.low_rank}{causal}"
 
 
-def _check_arguments(
-    model: nn.Module, support: Support, low_rank: LowRank, token_order: str | None, causal_support: Support | None
-) -> None:
+def _check_arguments(model: nn.Module, pairs: Pairs, token_order: str | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_attention: model must be an nn.Module, got {type(model).__name__}")
     try:
-        check_support(support)
-        check_low_rank(low_rank)
-        if causal_support is not None:
-            check_causal_support(causal_support)
-    except TypeError as error:
-        raise TypeError(f"replace_attention: {error}") from error
+        check_support(pairs.support)
+        check_low_rank(pairs.low_rank)
+        pairs.check_causal()
+        pairs.needed().kernel_of_state()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"replace_attention: {error}") from error
     check_token_order(token_order, "replace_attention: token_order")
-    adds_parameters = low_rank is not None and low_rank.adds_parameters and not _is_exact(support, causal_support)
+    kernels = () if pairs.is_exact else (pairs.low_rank, pairs.low_rank_of(True))
+    adds_parameters = any(kernel is not None and kernel.adds_parameters for kernel in kernels)
     if adds_parameters and (wrapper := parallel_wrapper(model)):
         raise ValueError(
             f"replace_attention: expected a model that is not yet in {wrapper}, which would neither shard nor "
@@ -163,14 +170,7 @@ def _check_where(where: Callable[[str], bool] | None) -> None:
         raise TypeError(f"{expected}; got one with arguments {signature}: {error}") from error
 
 
-def _replace(
-    module: nn.Module,
-    entry: Entry,
-    support: Support,
-    low_rank: LowRank,
-    is_cross_attention: bool,
-    causal_support: Support | None,
-) -> Callable[[], None] | None:
+def _replace(module: nn.Module, entry: Entry, pairs: Pairs, is_cross_attention: bool) -> Callable[[], None] | None:
     """Replaces one module, if that is possible, and completes its entry. Returns the function that undoes it."""
     replacer = replacer_of(module)
     if replacer is None:
@@ -179,9 +179,8 @@ def _replace(
     why = ""
     try:
         if is_cross_attention:
-            support, why = query_by_query(support, low_rank)
-        causal = () if is_cross_attention or not takes_causal_support(replacer) else (causal_support,)
-        note, undo = replacer.replace(module, support, low_rank, *causal)
+            pairs, why = query_by_query(pairs)
+        note, undo = replacer.replace(module, pairs.support, pairs.low_rank, **causal_arguments(replacer, pairs))
     except NotReplaceable as reason:
         entry.note = str(reason)
         return None

@@ -12,15 +12,16 @@ from torch import nn
 from scatterbrain.integrations.restrictions import NotReplaceable, errors_as_reasons
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.host_module import HostModule, attention_unless_exact
+from scatterbrain.nn.pairs import Choice, Pairs
 from scatterbrain.supports import Support
 
 
 class Replacer(Protocol):
     """How one family of attention modules is replaced. :func:`register_replacer` adds one.
 
-    A replacer whose modules have causal calls takes a fourth argument of ``replace``, ``causal_support``, the support
-    of those calls, None for the same one. One that must see the whole model first may have ``prepare(model)``, called
-    before the first ``replace``.
+    A replacer whose modules have causal calls takes further arguments of ``replace``: ``causal_support``, the support
+    of those calls, None for the same one, and ``causal_low_rank``, their kernel. One that must see the whole model
+    first may have ``prepare(model)``, called before the first ``replace``.
     """
 
     def matches(self, module: nn.Module) -> bool:
@@ -47,6 +48,7 @@ class ClassReplacer:
         host: a subclass of HostModule and ``original``.
         dropout: note on the module's dropout of attention weights, which runs exactly in training; "" for none.
         refuse: raises NotReplaceable for modules that have no approximation.
+        is_never_causal: models have no causal calls of these modules, which then remember nothing for them.
     """
 
     def __init__(
@@ -55,22 +57,29 @@ class ClassReplacer:
         host: type[HostModule],
         dropout: Callable[[nn.Module], str],
         refuse: Callable[[nn.Module], None] = lambda module: None,
+        is_never_causal: bool = False,
     ) -> None:
         self.original, self.host, self.dropout, self.refuse = original, host, dropout, refuse
+        self.is_never_causal = is_never_causal
 
     def matches(self, module: nn.Module) -> bool:
         return type(module) is self.original
 
     def replace(
-        self, module: nn.Module, support: Support, low_rank: LowRank, causal_support: Support | None = None
+        self,
+        module: nn.Module,
+        support: Support,
+        low_rank: LowRank,
+        causal_support: Support | None = None,
+        causal_low_rank: Choice = ...,
     ) -> tuple[str, Callable[[], None]]:
         self.refuse(module)
         if "forward" in vars(module):
             raise NotReplaceable("its forward is overridden on the instance; replace attention before that is done")
         with errors_as_reasons():
             kv_heads = getattr(module, "num_kv_heads", None)
-            settings = {"num_kv_heads": kv_heads, "causal_support": causal_support}
-            attention = attention_unless_exact(module.num_heads, module.head_dim, support, low_rank, **settings)
+            pairs = Pairs(support, low_rank, causal_support, ... if self.is_never_causal else causal_low_rank)
+            attention = attention_unless_exact(module.num_heads, module.head_dim, pairs, num_kv_heads=kv_heads)
 
         def undo() -> None:
             module._detach()
@@ -103,9 +112,10 @@ def prepare_replacers(model: nn.Module) -> None:
             prepare(model)
 
 
-def takes_causal_support(replacer: Replacer) -> bool:
-    """Whether a replacer tells causal calls from others."""
-    return "causal_support" in inspect.signature(replacer.replace).parameters
+def causal_arguments(replacer: Replacer, pairs: Pairs) -> dict[str, object]:
+    """What a replacer that tells causal calls from others takes of their support and kernel."""
+    taken = inspect.signature(replacer.replace).parameters
+    return {name: getattr(pairs, name) for name in ("causal_support", "causal_low_rank") if name in taken}
 
 
 def replacer_of(module: nn.Module) -> Replacer | None:

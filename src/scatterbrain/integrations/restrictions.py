@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from scatterbrain.low_rank import LowRank
-from scatterbrain.supports import Support
+from scatterbrain.nn.pairs import Pairs
 
 
 class NotReplaceable(Exception):
@@ -32,14 +31,22 @@ def parallel_wrapper(model: nn.Module) -> str | None:
     return next(found, None)
 
 
-def query_by_query(support: Support, low_rank: LowRank) -> tuple[Support, str]:
-    """A support for the cross-attention of a decoder, and a note if it is another one than asked for. The keys that one
-    target token reads must depend neither on the tokens after it nor on how many they are.
+def query_by_query(pairs: Pairs) -> tuple[Pairs, str]:
+    """What the cross-attention of a decoder runs with, and a note if that is something else than bidirectional calls
+    run with. The keys that one target token reads, and the weights of the others, must depend neither on the tokens
+    after it nor on how many they are: a kernel that reads all target tokens gives way to that of causal calls.
 
     Raises:
-        NotReplaceable: if there is none.
+        NotReplaceable: if there is nothing.
     """
-    if low_rank is not None and low_rank.reads_input and not support.is_full:
-        raise NotReplaceable("statistics='input' would show a target token the ones after it; use stored statistics")
+    kernel, why = pairs.low_rank, ""
+    if kernel is not None and kernel.reads_input and not pairs.support.is_full:
+        kernel = pairs.low_rank_of(True)
+        if kernel is not None and kernel.reads_input:
+            raise NotReplaceable(
+                f"{pairs.low_rank} would show a target token the ones after it; use stored statistics, Quadratic()"
+            )
+        why = f"{kernel or 'no low-rank part'}: {pairs.low_rank} would show a target token the ones after it"
     with errors_as_reasons():
-        return support.for_cross_attention()
+        support, note = pairs.support.for_cross_attention()
+    return Pairs(support, kernel), "; ".join(text for text in (note, why) if text)

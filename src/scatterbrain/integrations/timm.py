@@ -15,7 +15,7 @@ from scatterbrain.integrations.restrictions import NotReplaceable
 from scatterbrain.integrations.timm_host import TimmHost, dropout_note
 from scatterbrain.integrations.timm_rotary import HOSTS
 from scatterbrain.low_rank import LowRank
-from scatterbrain.nn.host_module import LOW_RANK, SUPPORT
+from scatterbrain.nn.pairs import LOW_RANK, SUPPORT
 from scatterbrain.supports import Support
 
 # -------------------- the module
@@ -66,8 +66,8 @@ def attention_layer(
 
     Args:
         support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`.
-        low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`, which must be calibrated
-            (:func:`scatterbrain.calibrate`).
+        low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`, which needs no
+            calibration.
         exact_queries: this many first tokens attend to every key exactly; give the model's ``num_prefix_tokens``, as
             :func:`scatterbrain.replace_attention` does by itself.
 
@@ -134,4 +134,4 @@ class UnsupportedAttention:
 
 register_replacer(UnsupportedAttention())
 for original, host in ((timm.layers.Attention, Attention), *HOSTS):
-    register_replacer(ClassReplacer(original, host, dropout_note))
+    register_replacer(ClassReplacer(original, host, dropout_note, is_never_causal=True))

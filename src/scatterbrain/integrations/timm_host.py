@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from scatterbrain.checks import check_not_nested
 from scatterbrain.low_rank import LowRank
-from scatterbrain.nn.host_module import LOW_RANK, SUPPORT, HostModule, attention_unless_exact, has_weight
+from scatterbrain.nn.host_module import HostModule, attention_unless_exact, has_weight
 from scatterbrain.nn.masks import padding_of
+from scatterbrain.nn.pairs import LOW_RANK, SUPPORT, Pairs
 from scatterbrain.supports import Support
 
 
@@ -20,7 +21,8 @@ class TimmHost(HostModule):
     call                                          what happens
     ============================================= ==================================================================
     no ``attn_mask``                              approximated, whatever ``fused_attn`` is
-    ``is_causal=True``                            approximated, causal
+    ``is_causal=True``                            approximated, causal; with a kernel that reads the whole sequence, as
+                                                  the default does, exact, warns
     ``attn_mask`` that only hides padded tokens   approximated; rows of padded tokens are zero before the projection
     any other ``attn_mask``                       exact, warns
     ``attn_drop`` > 0 in training                 exact, warns: ``set_attention_dropout``
@@ -37,7 +39,7 @@ class TimmHost(HostModule):
         super().__init__(*args, **kwargs)
         self._attach(
             attention_unless_exact(
-                self.num_heads, self.head_dim, self.SUPPORT, self.LOW_RANK, self.EXACT_QUERIES, kv_heads(self)
+                self.num_heads, self.head_dim, Pairs(self.SUPPORT, self.LOW_RANK), self.EXACT_QUERIES, kv_heads(self)
             )
         )
         if self.attention is not None and kwargs.get("device") is not None:
@@ -64,6 +66,11 @@ class TimmHost(HostModule):
         elif attn_mask is not None and (padding is None or is_causal):
             obstacle = (
                 "attn_mask is more than the padding of tokens; pass none, is_causal=True alone, or a padding mask"
+            )
+        elif is_causal and self.attention.low_rank is not None and self.attention.low_rank.reads_input:
+            obstacle = (
+                f"is_causal=True, and {self.attention.low_rank} reads the whole sequence; for causal calls replace "
+                "attention with another kernel, such as sb.Quadratic(), and calibrate"
             )
         if obstacle is not None:
             self._warn_exact(obstacle)

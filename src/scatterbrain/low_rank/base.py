@@ -82,6 +82,7 @@ class LowRankKernel:
 
     Attributes:
         kind: name in configuration files, lower case.
+        takes: classes of coefficients that the kernel runs with.
         code: how the attention operator evaluates K. 2: ``x.y`` of non-negative features. 1: ``(1 + x.y / 2)^2``, the
             quadratic kernel's. 3: the centroid kernel's, from clusters.
         can_be_prepared: the kernel has :meth:`constant_projection` or :meth:`own_clusters`.
@@ -97,6 +98,7 @@ class LowRankKernel:
     """
 
     kind: ClassVar[str]
+    takes: ClassVar[tuple[type[Coefficients], ...]] = ()
     code: ClassVar[int] = 2
     can_be_prepared: ClassVar[bool] = False
     training_defaults: ClassVar[dict[str, Any]] = {}
@@ -135,7 +137,7 @@ class LowRankKernel:
         return True
 
     def fitting(self, coefficients: Coefficients) -> LowRankKernel:
-        """This kernel with the rank of the coefficients."""
+        """This kernel with the size of the coefficients: their rank, their clusters, their features."""
         return self
 
     def coordinates(self, call: Call) -> tuple[Tensor, Tensor]:
@@ -236,10 +238,10 @@ LOW_RANK_KERNELS = Registry(LowRankKernel)
 register = LOW_RANK_KERNELS.register
 
 
-def check_low_rank(low_rank: object) -> None:
-    """Raises TypeError for anything but a low-rank kernel or None."""
+def check_low_rank(low_rank: object, name: str = "low_rank") -> None:
+    """Raises TypeError for anything but a low-rank kernel or None. ``name``: of the argument."""
     if low_rank is not None and not isinstance(low_rank, LowRankKernel):
-        raise TypeError(f"low_rank must be {LOW_RANK_KERNELS.names()} or None, got {type(low_rank).__name__}")
+        raise TypeError(f"{name} must be {LOW_RANK_KERNELS.names()} or None, got {type(low_rank).__name__}")
 
 
 def check_kind_of_coefficients(statistics: object) -> None:

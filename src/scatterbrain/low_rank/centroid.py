@@ -113,6 +113,7 @@ class Centroid(LowRankKernel):
     """
 
     kind: ClassVar[str] = "centroid"
+    takes: ClassVar[tuple[type[Coefficients], ...]] = (Clusters,)
     code: ClassVar[int] = CENTROID
     can_be_prepared: ClassVar[bool] = True
     reads_input = True
@@ -126,7 +127,8 @@ class Centroid(LowRankKernel):
         if is_causal:
             raise ValueError(
                 "low_rank=Centroid clusters the keys of the whole sequence, so causal attention would see the future; "
-                "use low_rank=Quadratic, or is_causal=False"
+                "use low_rank=Quadratic (of a module or model: causal_low_rank=Quadratic() beside it), or "
+                "is_causal=False"
             )
 
     def check_from_scratch(self) -> None:
@@ -148,6 +150,9 @@ class Centroid(LowRankKernel):
                 f"them with clusters={self.clusters}"
             )
         coefficients.check_geometry(call)
+
+    def fitting(self, coefficients: Coefficients) -> Centroid:
+        return Centroid(coefficients.clusters) if isinstance(coefficients, Clusters) else self
 
     def with_coefficients(self, call: Call) -> Call:
         if call.coefficients is not None:

@@ -56,6 +56,7 @@ class Quadratic(LowRankKernel):
     """
 
     kind: ClassVar[str] = "quadratic"
+    takes: ClassVar[tuple[type[Coefficients], ...]] = (Statistics, Projections)
     code: ClassVar[int] = QUADRATIC
     can_be_prepared: ClassVar[bool] = True
     training_defaults: ClassVar[dict[str, Any]] = {"statistics": "learned"}
@@ -138,7 +139,7 @@ class Quadratic(LowRankKernel):
                 else f"Quadratic(statistics={self.statistics!r}) is not calibrated: pass statistics= from "
                 f"sb.fit_statistics(query, key, rank={self.rank}), use a calibrated "
                 "sb.ScatterbrainAttention (sb.calibrate), or, to train from scratch, sb.presets.train()"
-                + ("" if call.is_causal else ", or Quadratic(statistics='input')")
+                + ("" if call.is_causal else ", or Quadratic(statistics='input'), or Centroid(), which needs none")
             )
         if not is_own:
             raise TypeError(

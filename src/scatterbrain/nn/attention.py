@@ -1,5 +1,5 @@
-"""The attention core: a support and a low-rank kernel, which of them a call runs with, and what is gathered for the
-kernel's statistics. Its state is in kernel_state.py."""
+"""The attention core: supports and low-rank kernels, which of them a call runs with, and what is gathered for the
+statistics of a kernel. Its state is in kernel_state.py."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scatterbrain import checks, functional, presets
+from scatterbrain import checks, functional
 from scatterbrain.fields import check_int
-from scatterbrain.low_rank import Coefficients, LowRank
+from scatterbrain.low_rank import Coefficients, LowRank, Quadratic
 from scatterbrain.low_rank.moments import checked_moments, moments
 from scatterbrain.nn.kernel_state import RECORD, KernelState
 from scatterbrain.nn.observed import Observed
+from scatterbrain.nn.pairs import CAUSAL_LOW_RANK, Choice, Pairs
 from scatterbrain.nn.warn import warn_once
 from scatterbrain.operators.tracing import NOT_IN_TORCHSCRIPT, is_transformed
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
 from scatterbrain.supports import Full, Support
 
-_PRESET = presets.drop_in()[1]
-
 
 class ScatterbrainAttention(KernelState):
     """:func:`scatterbrain.attention` with the state of its low-rank kernel.
+
+    Bidirectional and causal calls may run with two supports and two kernels, of which one has state. By default they
+    do: bidirectional calls run with :func:`scatterbrain.presets.drop_in` from the start, since ``Centroid`` remembers
+    nothing, causal ones with :func:`scatterbrain.presets.causal`, once they are calibrated.
 
     * ``Quadratic(statistics="stored")``: buffers that :func:`calibrate` fills; running before that raises.
     * ``"ema"``: moments of the forward passes in training mode, committed by :func:`update_statistics`; until the first
@@ -47,6 +50,8 @@ class ScatterbrainAttention(KernelState):
     state dict is empty.
 
     Attributes:
+        low_rank, causal_low_rank: the kernels of bidirectional and of causal calls; one object where they are one.
+        kernel_of_state: the one of them whose state the module has.
         is_calibrated: whether statistics are in place, by :func:`calibrate`, by the first commit of a moving average,
             or by loading. Setting it makes the record anew from what the buffers hold.
         is_collecting: whether the module is inside a :func:`calibrate` block.
@@ -57,10 +62,13 @@ class ScatterbrainAttention(KernelState):
         num_heads: query heads.
         head_dim: width d of a head.
         num_kv_heads: key/value heads; default num_heads. Must divide num_heads.
-        support, low_rank: default :func:`scatterbrain.presets.drop_in`.
+        support, low_rank: default :func:`scatterbrain.presets.drop_in`. What is given serves causal calls too.
         causal_support: the support of calls with ``is_causal=True``. Default ``support``; without either that of
             :func:`scatterbrain.presets.causal`, since causal models read other keys than bidirectional ones. Supports
             own no state, so statistics and checkpoints are the same with any.
+        causal_low_rank: the kernel of calls with ``is_causal=True``. Default ``low_rank``; without either that of
+            :func:`scatterbrain.presets.causal` (of rank ``head_dim`` in narrower heads than that). Two different
+            kernels may not both have state.
         exact_queries: this many first queries attend to every key exactly, in bidirectional calls. For class and
             register tokens, whose attention is spread over the whole image: the cost is that of as many rows of exact
             attention.
@@ -79,13 +87,13 @@ class ScatterbrainAttention(KernelState):
         head_dim: int,
         num_kv_heads: int | None = None,
         support: Support | None = None,
-        low_rank: LowRank = _PRESET,
+        low_rank: Choice = ...,
         exact_queries: int = 0,
         causal_support: Support | None = None,
+        causal_low_rank: Choice = ...,
     ) -> None:
         super().__init__()
-        if support is None:
-            support, causal_support = presets.drop_in()[0], causal_support or presets.causal()[0]
+        pairs = Pairs.chosen(support, low_rank, causal_support, causal_low_rank)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, value in (("num_heads", num_heads), ("head_dim", head_dim), ("num_kv_heads", num_kv_heads)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -100,17 +108,18 @@ class ScatterbrainAttention(KernelState):
             raise ValueError(
                 f"ScatterbrainAttention: exact_queries must be an int of at least 0, got {exact_queries!r}"
             )
-        checks.check_pair(support, low_rank, is_causal=False)
-        if causal_support is not None:
-            checks.check_causal_support(causal_support)
-        if low_rank is not None and head_dim < low_rank.least_head_dim:
-            raise ValueError(
-                f"ScatterbrainAttention: {type(low_rank).__name__} rank must be at most head_dim={head_dim}, got "
-                f"{low_rank.least_head_dim}"
-            )
+        pairs.check()
+        if pairs.causal_low_rank is CAUSAL_LOW_RANK and pairs.low_rank != CAUSAL_LOW_RANK:
+            pairs = pairs._replace(causal_low_rank=Quadratic(min(CAUSAL_LOW_RANK.rank, head_dim)))
+        pairs = pairs.needed()
+        for kernel in (pairs.low_rank, pairs.causal_low_rank):
+            if kernel is not None and head_dim < kernel.least_head_dim:
+                raise ValueError(
+                    f"ScatterbrainAttention: {type(kernel).__name__} rank must be at most head_dim={head_dim}, got "
+                    f"{kernel.least_head_dim}"
+                )
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, num_kv_heads
-        self.support, self.causal_support = support, causal_support
-        self.low_rank = None if self.is_exact else low_rank
+        self.pairs = pairs
         self.exact_queries = exact_queries
         self.is_collecting = False
         # Of all layers of a model together (join_layers): what was warned of, and how their paths end.
@@ -136,15 +145,18 @@ class ScatterbrainAttention(KernelState):
         num_kv_heads, M, ...)."""
         self._check_heads(query, key)
         self._warn_frozen(query, key, value)
-        if self.needs_calibration and self.bypassed is not None:  # in this order: graphs know nothing of earlier calls
-            raise self.uncalibrated(type(self).__name__, is_causal)
-        support, low_rank = self.support_of(is_causal), self.low_rank
-        if self.is_collecting or self._gathers_average():
+        if self.lacks_statistics(is_causal) and self.bypassed is not None:  # in this order: graphs know nothing of
+            raise self.uncalibrated(type(self).__name__, is_causal)  # earlier calls
+        support, low_rank = self.support_of(is_causal), self.low_rank_of(is_causal)
+        runs_with_state, collects = self._runs_with_state(is_causal), self.collects(is_causal)
+        if collects or (runs_with_state and self._gathers_average()):
             query, key, value = functional.cast_for_autocast(query, key, value)
             checks.check_tensors(query, key, value)
             self._gather(query, key, key_padding_mask, query_padding_mask, functional.default_scale(query, scale))
-        if self.is_collecting:
+        if collects:
             support, low_rank = Full(), None
+        elif self.is_collecting:
+            self.observed.add_other_call()
         out = functional.attention(
             query,
             key,
@@ -154,12 +166,12 @@ class ScatterbrainAttention(KernelState):
             key_padding_mask,
             is_causal,
             scale,
-            self.coefficients() if low_rank is not None else None,
+            None if low_rank is None else low_rank.coefficients(self),
             query_padding_mask,
             query_offset,
             return_lse,
         )
-        if low_rank is None:
+        if low_rank is None or not runs_with_state:
             out = tuple(map(self.with_zero_gradients, out)) if return_lse else self.with_zero_gradients(out)
         first = min(self.exact_queries, query.shape[2])
         if first == 0 or is_causal or support.is_full:
@@ -217,14 +229,39 @@ class ScatterbrainAttention(KernelState):
 
     # -------------------- what a call runs with
 
+    @property
+    def pairs(self) -> Pairs:
+        """The supports and kernels of both kinds of calls."""
+        return Pairs(self.support, self.low_rank, self.causal_support, self.causal_low_rank)
+
+    @pairs.setter
+    def pairs(self, pairs: Pairs) -> None:
+        """For pairs with the same ``kernel_of_state``, once there is state."""
+        self.support, self.low_rank, self.causal_support, self.causal_low_rank = pairs
+        self.kernel_of_state = pairs.kernel_of_state()
+
     def support_of(self, is_causal: bool) -> Support:
         """The support of causal or of bidirectional calls."""
         return self.causal_support if is_causal and self.causal_support is not None else self.support
 
-    def coefficients(self) -> Coefficients | None:
-        """What the low-rank kernel runs with now; None where it needs nothing, or has nothing yet (which then raises
-        with the cure)."""
-        return None if self.low_rank is None else self.low_rank.coefficients(self)
+    def low_rank_of(self, is_causal: bool) -> LowRank:
+        """The low-rank kernel of causal or of bidirectional calls."""
+        return self.causal_low_rank if is_causal else self.low_rank
+
+    def coefficients(self, is_causal: bool = False) -> Coefficients | None:
+        """What the low-rank kernel of such calls runs with now; None where it needs nothing, or has nothing yet (which
+        then raises with the cure)."""
+        low_rank = self.low_rank_of(is_causal)
+        return None if low_rank is None else low_rank.coefficients(self)
+
+    def _runs_with_state(self, is_causal: bool) -> bool:
+        """Whether such calls run with the kernel whose state the module has."""
+        low_rank, kernel = self.low_rank_of(is_causal), self.kernel_of_state
+        return low_rank is kernel or low_rank == kernel
+
+    def collects(self, is_causal: bool) -> bool:
+        """Whether such a call would gather what :func:`calibrate` makes statistics of, and run exact attention."""
+        return self.is_collecting and self._runs_with_state(is_causal)
 
     @property
     def is_exact(self) -> bool:
@@ -233,22 +270,30 @@ class ScatterbrainAttention(KernelState):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether running the module now would raise for want of statistics."""
-        if self.is_exact or self.low_rank is None or self.is_collecting:
+        """Whether no call could be approximated now for want of statistics. :meth:`lacks_statistics` tells bidirectional
+        from causal calls."""
+        kinds = [is_causal for is_causal in (False, True) if not self.support_of(is_causal).is_full]
+        return bool(kinds) and all(map(self.lacks_statistics, kinds))
+
+    def lacks_statistics(self, is_causal: bool) -> bool:
+        """Whether a causal or a bidirectional call would raise now for want of statistics."""
+        kernel = self.kernel_of_state
+        if kernel is None or self.is_exact or self.is_collecting or not self._runs_with_state(is_causal):
             return False
         if any(buffer.is_meta for buffer in self._buffers.values()):
             return False  # offloaded: forward will have them
-        return self.low_rank.needs_calibration(self)
+        return kernel.needs_calibration(self)
 
     def uncalibrated(self, owner: str, is_causal: bool) -> ValueError:
         """The error of ``owner``, the layer that asked, for want of statistics; with the cure."""
         problem = self.calibration_problem
         train = "choose sb.presets.train(), which learns its projections ('scatterbrain:train' in transformers)"
+        which = " for causal calls" if is_causal and self.low_rank != self.causal_low_rank else ""
         return ValueError(
-            f"{owner} is not calibrated{', since ' * bool(problem)}{problem}: run a few typical batches in "
+            f"{owner} is not calibrated{which}{', since ' * bool(problem)}{problem}: run a few typical batches in "
             "`with sb.calibrate(model), torch.no_grad(): model(**batch)`, load a checkpoint of a calibrated model, or "
             + train
-            + ("" if is_causal else ", or Quadratic(statistics='input')")
+            + ("" if is_causal else ", or sb.presets.drop_in(), which needs no calibration")
             + (f"; its layer last ran exact attention without it: {self.bypassed}" if self.bypassed else "")
         )
 
@@ -294,25 +339,30 @@ class ScatterbrainAttention(KernelState):
     def finish_calibration(self) -> None:
         """Turns the moments gathered by :func:`calibrate` into statistics."""
         gathered, self.gathered, self.is_collecting = self.gathered, None, False
-        self.low_rank.store(self, gathered)
+        self.kernel_of_state.store(self, gathered)
 
     @torch.no_grad()
     def finish_step(self) -> None:
         """One optimizer step is over."""
         self.steps += 1
-        if self.low_rank is not None:
+        if self.kernel_of_state is not None:
             if self.gathered is not None:
                 self._look(RECORD)
-            self.low_rank.finish_step(self)
+            self.kernel_of_state.finish_step(self)
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator) -> None:
         """A new projection of FAVOR+ from ``generator`` (on the CPU)."""
-        if self.low_rank is None:
+        if self.kernel_of_state is None:
             raise ValueError("redraw: only Favor has a random projection, this module has low_rank=None")
-        self.low_rank.redraw_projection(self, generator)
+        self.kernel_of_state.redraw_projection(self, generator)
 
     # -------------------- as a module of torch
+
+    def _tell_of_unused(self) -> None:
+        warn_once(
+            f"the checkpoint's entries of ScatterbrainAttention are {unused_entries(self.low_rank)}", self.said, 3
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -325,9 +375,10 @@ class ScatterbrainAttention(KernelState):
 
     def extra_repr(self) -> str:
         causal = "" if self.causal_support is None else f"causal_support={self.causal_support}, "
+        kernel = "" if self.causal_low_rank == self.low_rank else f", causal_low_rank={self.causal_low_rank}"
         return (
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}, "
-            f"support={self.support}, {causal}low_rank={self.low_rank}"
+            f"support={self.support}, {causal}low_rank={self.low_rank}{kernel}"
         )
 
 
@@ -337,6 +388,15 @@ def _replace_first(rows: Tensor, first: Tensor) -> Tensor:
         return torch.cat([first, rows[:, :, first.shape[2] :]], 2)
     rows[:, :, : first.shape[2]] = first
     return rows
+
+
+def unused_entries(low_rank: LowRank) -> str:
+    """What to say of a checkpoint's entries for layers that run with ``low_rank`` and remember nothing."""
+    return (
+        f"not used: {low_rank} takes what it needs from the tokens of each call. To run as the model that was saved, "
+        "choose its support and kernel; those of earlier defaults are sb.presets.quadratic() with "
+        "causal_support=sb.presets.causal()[0], 'scatterbrain:quadratic' in transformers"
+    )
 
 
 def join_layers(model: nn.Module) -> None:

@@ -23,10 +23,12 @@ def _cores(model: nn.Module) -> list[ScatterbrainAttention]:
 
 @contextmanager
 def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Iterator[nn.Module]:
-    """Fills the calibration buffers of every :class:`ScatterbrainAttention` in ``model`` from what passes through it.
+    """Fills the calibration buffers of every :class:`ScatterbrainAttention` in ``model`` that has some, from what passes
+    through it. Bidirectional calls need that where their kernel is ``Quadratic``, causal ones by default.
 
-    Inside the block those layers compute exact attention and gather moments in float64, weighted by tokens over all
-    batches, valid tokens only; leaving it turns the moments into statistics. ::
+    Inside the block the calls of these kernels are computed exactly, and moments gathered in float64, weighted by
+    tokens over all batches, valid tokens only; leaving it turns the moments into statistics. Calls of kernels without
+    statistics, such as the bidirectional ones of modules that have another kernel for causal calls, run as ever. ::
 
         with sb.calibrate(model), torch.no_grad():
             for batch in batches:
@@ -43,10 +45,10 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
         ValueError: no layer that can be calibrated, or none of them was run; NaN or infinity in a batch.
 
     Warns:
-        UserWarning: nothing to calibrate, in a model whose kernels read the tokens of each call; there the block does
-            nothing. Fewer than 256 valid tokens over all batches and ranks, or fewer different ones, with their number.
+        UserWarning: nothing to calibrate, in a model whose kernels read the tokens of each call, or where all calls in
+            the block were those of such kernels; the block then does nothing. Fewer than 256 valid tokens over all batches and ranks, or fewer different ones, with their number.
     """
-    cores = [m for m in _cores(model) if m.low_rank is not None and m.low_rank.is_calibrated_from_data]
+    cores = [m for m in _cores(model) if m.kernel_of_state is not None and m.kernel_of_state.is_calibrated_from_data]
     if not cores:
         fit_themselves = [m.low_rank for m in _cores(model) if m.low_rank is not None and m.low_rank.reads_input]
         if fit_themselves:
@@ -68,7 +70,9 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
     try:
         yield model
         merge_over_ranks(cores, group)
-        distinct = sum_over_ranks(cores, [m.observed.distinct for m in cores], group)
+        counts = [m.observed.distinct for m in cores] + [m.observed.other_calls for m in cores]
+        counts = sum_over_ranks(cores, counts, group)
+        distinct, other_calls = counts[: len(cores)], counts[len(cores) :]
     except BaseException:
         for m, scale, gathered in before:
             m.is_collecting, m.gathered_scale, m.gathered = False, scale, gathered
@@ -83,7 +87,18 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
             m.finish_calibration()
         else:
             m.is_collecting, m.gathered_scale, m.gathered = False, scale, gathered
-    if not seen:
+    if not seen and any(other_calls):
+        if is_first_rank(group):
+            m = next(m for m, calls in zip(cores, other_calls, strict=True) if calls)
+            is_causal = m.low_rank == m.kernel_of_state
+            ran, others = ("causal", "bidirectional") if is_causal else ("bidirectional", "causal")
+            warn(
+                f"calibrate: there was nothing to calibrate: every call inside the block was {ran}, and those run with "
+                f"{m.low_rank_of(is_causal)}, which has no statistics; calibrate for {others} calls, if the model has "
+                "any",
+                stacklevel=4,
+            )
+    elif not seen:
         reasons = list(dict.fromkeys(m.bypassed for m in cores if m.bypassed))
         raise ValueError(
             "calibrate: no ScatterbrainAttention was run inside the block"

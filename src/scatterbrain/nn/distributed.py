@@ -36,7 +36,7 @@ def merge_over_ranks(modules: list[StateOwner], group: dist.ProcessGroup | None)
 
 
 def sum_over_ranks(modules: list[StateOwner], counts: list[int], group: dist.ProcessGroup | None) -> list[int]:
-    """A number for each module, added up over the ranks of ``group``. As :func:`merge_over_ranks`, a collective."""
+    """Numbers of these modules, added up over the ranks of ``group``. As :func:`merge_over_ranks`, a collective."""
     if not modules or not _is_parallel(group):
         return counts
     sums = torch.tensor(counts, dtype=torch.int64, device=next(modules[0].buffers()).device)

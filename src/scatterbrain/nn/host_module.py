@@ -9,22 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from scatterbrain.checks import check_pair
-from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
+from scatterbrain.nn.pairs import Pairs
 from scatterbrain.nn.warn import warn
 from scatterbrain.operators.tracing import NOT_IN_TORCHSCRIPT
-from scatterbrain.presets import causal, drop_in
-from scatterbrain.supports import Support
-
-SUPPORT, LOW_RANK = drop_in()  # of every host module that is given none
-CAUSAL_SUPPORT = causal()[0]  # of their causal calls, where neither support is given
-
-
-def with_defaults(support: Support | None, causal_support: Support | None) -> tuple[Support, Support | None]:
-    """The supports of bidirectional and of causal calls; None for the second where the first serves both."""
-    return (SUPPORT, causal_support or CAUSAL_SUPPORT) if support is None else (support, causal_support)
-
 
 _WEIGHT = ("weight", "base_layer.weight", "parametrizations.weight.original")  # plain, adapted by peft, parametrized
 
@@ -41,8 +29,8 @@ class HostModule:
 
     Checkpoints go both ways. One of the original module loads strictly; calibrated statistics are then reset, since
     they belong to the weights that they were fitted with, and learned projections stay. A module whose low-rank kernel
-    remembers nothing has the state dict of the original module, and loads strictly into it. A module without
-    ``attention`` ignores its entries in a checkpoint.
+    remembers nothing has the state dict of the original module, and loads strictly into it; what a checkpoint holds for
+    another kernel it leaves out, and says so. A module without ``attention`` ignores its entries in a checkpoint.
     """
 
     attention: ScatterbrainAttention | None
@@ -108,22 +96,17 @@ class HostModule:
 
 
 def attention_unless_exact(
-    num_heads: int,
-    head_dim: int,
-    support: Support,
-    low_rank: LowRank,
-    exact_queries: int = 0,
-    num_kv_heads: int | None = None,
-    causal_support: Support | None = None,
+    num_heads: int, head_dim: int, pairs: Pairs, exact_queries: int = 0, num_kv_heads: int | None = None
 ) -> ScatterbrainAttention | None:
     """The attention of a host module; None for ``support=Full()`` (and no other ``causal_support``), where the host's
     own exact attention runs.
 
     Raises:
-        TypeError, ValueError: for a support or low-rank kernel that does not fit together or the heads.
+        TypeError, ValueError: for supports or low-rank kernels that do not fit together or the heads.
     """
-    check_pair(support, low_rank, is_causal=False)
-    if support.is_full and (causal_support is None or causal_support.is_full):
+    pairs.check()
+    if pairs.is_exact:
         return None
-    settings = (num_kv_heads, support, low_rank, exact_queries, causal_support)
-    return ScatterbrainAttention(num_heads, head_dim, *settings)
+    support, low_rank, causal_support, causal_low_rank = pairs
+    kernels = {"low_rank": low_rank, "causal_low_rank": causal_low_rank, "causal_support": causal_support}
+    return ScatterbrainAttention(num_heads, head_dim, num_kv_heads, support, exact_queries=exact_queries, **kernels)

@@ -28,12 +28,15 @@ def _count(name: str, meaning: str) -> property:
 
 
 class KernelState(nn.Module):
-    """The base of :class:`scatterbrain.ScatterbrainAttention`: the state of its low-rank kernel.
+    """The base of :class:`scatterbrain.ScatterbrainAttention`: the state of its low-rank kernel, of the one of its two
+    kernels that has any.
 
     Anything may fill buffers at any time: loaders, collectives, averages of weights. So all that is known comes from
     reading them, and holds for as long as they are unchanged.
 
     Attributes:
+        low_rank, causal_low_rank: the kernels of bidirectional and of causal calls.
+        kernel_of_state: the one of them whose state this is.
         is_exact: whether the module never runs with its kernel; then it has no state, and takes none from checkpoints.
         gathered: moments of the forward passes since the last commit; None without any.
         gathered_scale: factor of q.k of these moments.
@@ -43,6 +46,8 @@ class KernelState(nn.Module):
     head_dim: int
     num_kv_heads: int
     low_rank: LowRank
+    causal_low_rank: LowRank
+    kernel_of_state: LowRank
     is_exact: bool
 
     # -------------------- how it starts
@@ -57,13 +62,15 @@ class KernelState(nn.Module):
             self.register_buffer(name, tensor)
 
     def _initial_state(self) -> State:
-        if self.low_rank is None:
+        if self.kernel_of_state is None:
             return State({}, {})
-        parameters, buffers = self.low_rank.initial_state(Heads(self.num_heads, self.head_dim, self.num_kv_heads))
+        parameters, buffers = self.kernel_of_state.initial_state(
+            Heads(self.num_heads, self.head_dim, self.num_kv_heads)
+        )
         buffers = dict(buffers)
-        if self.low_rank.is_calibrated_from_data and buffers:
+        if self.kernel_of_state.is_calibrated_from_data and buffers:
             buffers[RECORD] = _record_of(None, list(buffers.values()))
-        counts = {COUNTS[name]: torch.zeros((), dtype=torch.int64) for name in self.low_rank.counts}
+        counts = {COUNTS[name]: torch.zeros((), dtype=torch.int64) for name in self.kernel_of_state.counts}
         return State(parameters, buffers | counts)
 
     def _forget(self) -> None:
@@ -90,6 +97,11 @@ class KernelState(nn.Module):
             parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(self, name)
             for name in names
         ]
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is anything to remember."""
+        return any(True for _ in self.parameters()) or any(True for _ in self.buffers())
 
     # -------------------- what the buffers say
 
@@ -146,7 +158,7 @@ class KernelState(nn.Module):
 
     def commits_average(self) -> bool:
         """Whether the end of this step commits a moving average, if anything was gathered for it."""
-        if self.low_rank is None or not self.low_rank.average_every:
+        if self.kernel_of_state is None or not self.kernel_of_state.average_every:
             return False
         self._read(RECORD)
         self._read("steps")
@@ -171,7 +183,7 @@ class KernelState(nn.Module):
     def _decide(self) -> None:
         """What forward asks of the count of steps is decided where that is read or written: a graph that used the
         count itself would be compiled again in every step."""
-        every = 0 if self.low_rank is None else self.low_rank.average_every
+        every = 0 if self.kernel_of_state is None else self.kernel_of_state.average_every
         is_first = not self._known[RECORD].is_good
         self._average_is_due = every > 0 and (is_first or (self._known["steps"] + 1) % every == 0)
 
@@ -191,7 +203,7 @@ class KernelState(nn.Module):
         if own not in buffers or not _are_readable([buffers[name] for name in (own, *names)]):
             return
         # What a call does not run with is looked at here alone, and not in every call.
-        watched = [own, *(name for name in names if name in (self.low_rank.runs_with or names))]
+        watched = [own, *(name for name in names if name in (self.kernel_of_state.runs_with or names))]
         copy = None
         if what == RECORD:
             value = read_record(buffers[own], names, [buffers[name] for name in names])
@@ -229,9 +241,12 @@ class KernelState(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if self.is_exact:  # exact attention needs nothing that an approximation saved
-            for name in [name for name in state_dict if name.startswith(prefix)]:
+        entries = [name for name in state_dict if name.startswith(prefix)]
+        if self.is_exact or (self.kernel_of_state is not None and not self.has_state):
+            for name in entries:
                 del state_dict[name]
+            if entries and not self.is_exact:  # exact attention needs nothing that an approximation saved
+                self._tell_of_unused()
         self._translate(state_dict, prefix, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -239,11 +254,14 @@ class KernelState(nn.Module):
         for what in self._known:
             self._look(what)
 
+    def _tell_of_unused(self) -> None:
+        """Says that a checkpoint has entries for a kernel with state, and this module none."""
+
     def _translate(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
         """Checkpoints of earlier releases have an entry ``_extra_state`` in place of the record and the counts."""
         own = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
-        if self.low_rank is not None:
-            misfit = self.low_rank.misfit({name: tuple(tensor.shape) for name, tensor in own.items()})
+        if self.kernel_of_state is not None:
+            misfit = self.kernel_of_state.misfit({name: tuple(tensor.shape) for name, tensor in own.items()})
             if misfit:
                 error_msgs.append(f"ScatterbrainAttention: {misfit}")
         extra = state_dict.pop(f"{prefix}_extra_state", None)
@@ -281,6 +299,8 @@ class KernelState(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "kernel_of_state" not in state:  # pickled when a module had one kernel
+            self.causal_low_rank = self.kernel_of_state = self.low_rank
         if "_known" in state:
             self._decide()
             return
@@ -289,7 +309,7 @@ class KernelState(nn.Module):
         gathered = self.gathered
         self._forget()
         if self.is_exact:
-            self.low_rank = None
+            self.low_rank = self.causal_low_rank = self.kernel_of_state = None
             self._parameters.clear()
             self._buffers.clear()
         for name, tensor in self._initial_state().buffers.items():

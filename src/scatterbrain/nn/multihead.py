@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.attention import ScatterbrainAttention
-from scatterbrain.nn.host_module import LOW_RANK, HostModule, attention_unless_exact, has_weight, with_defaults
+from scatterbrain.nn.host_module import HostModule, attention_unless_exact, has_weight
 from scatterbrain.nn.masks import as_bool_padding, is_causal_mask, is_unreadable
+from scatterbrain.nn.pairs import Choice, Pairs
 from scatterbrain.supports import Support
 
 
@@ -46,7 +46,8 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
     nested tensors of the strided layout, of which     approximated, as padding
     query, key and value are one, without masks
     other nested tensors (unless ``support=Full()``)   ValueError
-    statistics="stored" before calibration             ValueError of :class:`ScatterbrainAttention`
+    statistics="stored" before calibration, the        ValueError of :class:`ScatterbrainAttention`
+    default of causal calls
     ================================================== =============================================================
 
     ``query`` and ``key`` that are the same tensor object are self-attention: ``key_padding_mask`` then marks padded
@@ -67,9 +68,10 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
             :class:`torch.nn.MultiheadAttention`.
         support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`, in causal calls of
             :func:`scatterbrain.presets.causal`.
-        low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`, which must be calibrated
-            (:func:`scatterbrain.calibrate`).
+        low_rank: the kernel of the rest; default that of :func:`scatterbrain.presets.drop_in`, in causal calls that of
+            :func:`scatterbrain.presets.causal`, which must be calibrated (:func:`scatterbrain.calibrate`).
         causal_support: the support of causal calls; default ``support`` where that is given.
+        causal_low_rank: the kernel of causal calls; default ``low_rank`` where that is given.
 
     Raises:
         TypeError, ValueError: for a support or low-rank kernel that does not fit, or as nn.MultiheadAttention.
@@ -90,15 +92,15 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
         dtype: torch.dtype | None = None,
         *,
         support: Support | None = None,
-        low_rank: LowRank = LOW_RANK,
+        low_rank: Choice = ...,
         causal_support: Support | None = None,
+        causal_low_rank: Choice = ...,
     ) -> None:
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        support, causal_support = with_defaults(support, causal_support)
-        geometry = (num_heads, self.head_dim)
-        self._attach(attention_unless_exact(*geometry, support, low_rank, causal_support=causal_support))
+        pairs = Pairs.chosen(support, low_rank, causal_support, causal_low_rank)
+        self._attach(attention_unless_exact(num_heads, self.head_dim, pairs))
         if self.attention is not None and device is not None:
             self.attention.to(device)
 

@@ -30,11 +30,20 @@ class Observed:
     """Different queries and keys that passed, counted up to :func:`fewest_tokens`, by a projection of the first head.
 
     The same sequence again, or one token repeated, adds nothing to what statistics know, however many tokens it has.
+
+    Attributes:
+        other_calls: calls that passed with a kernel that has no statistics.
     """
 
     def __init__(self) -> None:
         self._fingerprints: dict[str, Tensor] = {}
         self._size: dict[str, float] = {}
+        self.other_calls = 0
+
+    @torch.compiler.disable
+    def add_other_call(self) -> None:
+        """Counts a call whose kernel has no statistics."""
+        self.other_calls += 1
 
     @property
     def distinct(self) -> int:

@@ -92,7 +92,7 @@ def _attach(module: nn.Module, name: str, query: Tensor, key: Tensor) -> Scatter
             f"with model.set_attn_implementation({name!r}) before torch.compile"
         )
     heads = Heads(query.shape[1], query.shape[3], key.shape[1])
-    core = layers.attach(module, heads=heads, **SETTINGS[name]._asdict())
+    core = layers.attach(module, SETTINGS[name], heads=heads, is_causal=layers.causality(module))
     core.registered = name, SETTINGS[name]
     return core
 
@@ -143,7 +143,7 @@ def _is_exact(
     arguments: dict[str, Any],
 ) -> bool:
     """Whether this call runs exact attention; warns of it unless exact attention was chosen or there is one query."""
-    if core.is_collecting and visible.dense is None:
+    if core.collects(visible.is_causal) and visible.dense is None:
         return False
     if core.support_of(visible.is_causal).is_full or query.shape[2] == 1:
         return True
@@ -209,7 +209,7 @@ def _approximate(
 ) -> Tensor:
     if not torch.compiler.is_compiling():
         layers.fit_to(module, core, query, key)
-    if core.needs_calibration:
+    if core.lacks_statistics(visible.is_causal):
         raise core.uncalibrated(type(module).__name__, visible.is_causal)
     return core(
         query,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from scatterbrain.integrations.transformers.layers import CORE, LayerAttention, attention_layers, core_of
+from scatterbrain.nn.attention import unused_entries
 from scatterbrain.nn.warn import warn
 
 OWNED = f".{CORE}."  # part of the name of every entry of ours in a model's state dict
@@ -19,30 +20,41 @@ _EXTRA = f"{OWNED}_extra_state"  # end of the name of an entry that checkpoints 
 
 def settle(model: PreTrainedModel, info: LoadStateDictInfo) -> None:
     """Puts back to its start every layer for which a checkpoint held something else than all that it needs, warns of
-    these layers in one sentence, and takes our entries out of transformers' report of what did not fit."""
+    these layers in one sentence, in another of those that need nothing and for which it held something, and takes our
+    entries out of transformers' report of what did not fit."""
     of_others = {key for key in info.unexpected_keys if OWNED in key}
     info.unexpected_keys -= of_others
     misfits = {entry[0] for entry in info.mismatched_keys if OWNED in entry[0]}
     info.mismatched_keys = {entry for entry in info.mismatched_keys if entry[0] not in misfits}
     left: list[tuple[str, LayerAttention]] = []
+    unused: list[tuple[str, LayerAttention]] = []
     is_whole = True
     for path, core in _cores(model):
+        has_other = any(_are_one(path, key[: key.index(OWNED)] + OWNED[:-1]) for key in of_others)
+        if has_other and core.kernel_of_state is not None and not core.has_state:
+            unused.append((path, core))
         names = {f"{path}.{name}" for name in core.state_dict()}
         wrong = names & (info.missing_keys | misfits)
         if not wrong:
             continue
         if wrong - misfits != names:
             core.restart()
-        has_other = any(_are_one(path, key[: key.index(OWNED)] + OWNED[:-1]) for key in of_others)
         if wrong - misfits != names or has_other:
             left.append((path, core))
             is_whole = is_whole and (has_other or bool(misfits & names))
     if left:
-        path, core = left[0]
-        what = "is not whole" if not is_whole else f"is of another low-rank kernel than {core.low_rank}"
+        core = left[0][1]
+        what = "is not whole" if not is_whole else f"is of another low-rank kernel than {core.kernel_of_state}"
         how = "new and uncalibrated (sb.calibrate)" if core.needs_calibration else "new"
-        layers = f"{len(left)} attention layers ({path}, ...) are" if len(left) > 1 else f"attention layer {path} is"
-        warn(f"{layers} {how}: what the checkpoint holds there {what}.", 5)
+        warn(f"{_named(left)} {'are' if len(left) > 1 else 'is'} {how}: what the checkpoint holds there {what}.", 5)
+    if unused:
+        entries = unused_entries(unused[0][1].low_rank)
+        warn(f"the checkpoint's entries of scatterbrain for {_named(unused)} are {entries}", 5)
+
+
+def _named(layers: list[tuple[str, LayerAttention]]) -> str:
+    path = layers[0][0]
+    return f"{len(layers)} attention layers ({path}, ...)" if len(layers) > 1 else f"attention layer {path}"
 
 
 def take_extra_states(

@@ -17,6 +17,7 @@ from scatterbrain.integrations.transformers.checkpoint import OWNED
 from scatterbrain.integrations.transformers.layers import (
     attach,
     attention_layers,
+    causality,
     core_of,
     implementation,
     park,
@@ -33,7 +34,7 @@ def adopt(model: nn.Module) -> None:
     for seed, (path, module) in enumerate(attention_layers(model)):
         name = implementation(module)
         if name in SETTINGS:
-            core = attach(module, path=path, seed=seed, **SETTINGS[name]._asdict())
+            core = attach(module, SETTINGS[name], path, seed=seed, is_causal=causality(module, model, path))
             core.registered = name, SETTINGS[name]
         elif name != PER_LAYER:
             park(module)

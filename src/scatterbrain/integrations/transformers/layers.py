@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Iterator
@@ -9,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from scatterbrain.integrations.restrictions import NotReplaceable, query_by_query
 from scatterbrain.integrations.transformers.registry import SETTINGS, Settings, add
-from scatterbrain.low_rank import Heads, LowRank
+from scatterbrain.low_rank import Heads
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.distributed import fill
-from scatterbrain.supports import Full, Support
+from scatterbrain.nn.pairs import Pairs
+from scatterbrain.supports import Full
 
 CORE = "scatterbrain"  # attribute of an attention module that holds its ScatterbrainAttention; part of state dict names
 PARKED = "_scatterbrain_parked"  # holds it outside of the state dict while another implementation runs
@@ -118,7 +121,7 @@ class LayerAttention(ScatterbrainAttention):
     @torch.no_grad()
     def restart(self) -> None:
         """Puts every tensor back to what it was at first."""
-        fresh = _build(_heads(self), self.support, self.low_rank, self.seed, self.causal_support)
+        fresh = _build(_heads(self), self.pairs, self.seed)
         for name, tensor in fresh.state_dict().items():
             fill(getattr(self, name), tensor)
 
@@ -135,47 +138,49 @@ def core_of(module: nn.Module) -> LayerAttention | None:
 
 def attach(
     module: nn.Module,
-    support: Support,
-    low_rank: LowRank,
+    pairs: Pairs,
     path: str = "",
     heads: Heads | None = None,
     seed: int = 0,
-    causal_support: Support | None = None,
+    is_causal: bool | None = None,
 ) -> LayerAttention:
     """Gives an attention module its ScatterbrainAttention.
 
-    Cross-attention gets the support of :func:`cross_support`. A module that has one already, or had one before another
-    implementation was chosen, keeps it with its calibration and learned projections if the low-rank kernel is the same,
-    whatever the support: supports own no state. Exact attention has none either, and keeps the other for later.
+    A layer that is never causal gets no kernel for causal calls, and one that always is none for others. Cross-
+    attention gets what :func:`cross_pairs` says. A module that has one already, or had one before another
+    implementation was chosen, keeps it with its calibration and learned projections if the low-rank kernel that these
+    belong to is the same, whatever the support: supports own no state. One that has no state, such as exact attention,
+    keeps the other for later.
 
     Args:
         module: an attention module of transformers.
-        support, low_rank: its settings.
+        pairs: its settings.
         path: of the module in the model; tells self-attention from cross-attention.
         heads: default :func:`heads_of`, checked against the first tensors.
         seed: of random projections; global random number generators are left as they are.
-        causal_support: the support of causal calls; None: the same. Cross-attention has none.
+        is_causal: what :func:`causality` says.
 
     Raises:
         ValueError: the heads are too narrow for the rank of the low-rank kernel.
     """
     if not _is_self(module, path):
-        support, causal_support = cross_support(support, low_rank)[0], None
-    if support.is_full and (causal_support is None or causal_support.is_full):
-        low_rank = None
-    known = heads or heads_of(module)
+        pairs = cross_pairs(pairs)[0]
+    elif is_causal is not None:
+        pairs = pairs.always_causal() if is_causal else pairs.never_causal()
+    pairs = pairs.needed()
+    known, kernel = heads or heads_of(module), pairs.kernel_of_state()
     present = [core for core in (core_of(module), module.__dict__.pop(PARKED, None)) if core is not None]
-    core = next((core for core in present if core.low_rank == low_rank), None)
+    core = next((core for core in present if core.kernel_of_state == kernel), None)
     if core is None or (heads is not None and _heads(core) != heads):
-        least_head_dim = 1 if low_rank is None else low_rank.least_head_dim
-        core = _build(known or Heads(1, least_head_dim, 1), support, low_rank, seed, causal_support)
+        least_head_dim = max(1 if kernel is None else kernel.least_head_dim for kernel in pairs[1::2])
+        core = _build(known or Heads(1, least_head_dim, 1), pairs, seed)
         core.is_self = _is_self(module, path)
         core.is_guess = heads is None
     for inner in core.modules():  # an adapter that saves the module holds a copy beside the original
         if isinstance(inner, ScatterbrainAttention):
-            inner.support, inner.causal_support = support, causal_support
-    waiting = next((other for other in present if other.low_rank is not None), None)
-    if low_rank is None and waiting is not None:
+            inner.pairs = pairs
+    waiting = next((other for other in present if other is not core and other.has_state), None)
+    if waiting is not None and not core.has_state:
         module.__dict__[PARKED] = waiting
     device = next((p.device for p in module.parameters(recurse=False) or ()), None)
     device = device or next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -189,7 +194,7 @@ def attach(
 def park(module: nn.Module) -> None:
     """Takes the ScatterbrainAttention out of the module and its state dict, and keeps it for a later :func:`attach`."""
     core = module._modules.pop(CORE, None)
-    if core is not None and (core.low_rank is not None or PARKED not in module.__dict__):
+    if core is not None and (core.has_state or PARKED not in module.__dict__):
         module.__dict__[PARKED] = core
 
 
@@ -199,9 +204,7 @@ def detach(module: nn.Module) -> None:
     module.__dict__.pop(PARKED, None)
 
 
-def _build(
-    heads: Heads, support: Support, low_rank: LowRank, seed: int, causal_support: Support | None = None
-) -> LayerAttention:
+def _build(heads: Heads, pairs: Pairs, seed: int) -> LayerAttention:
     """Built on the CPU in float32, whatever the defaults are while a model is built, and without advancing its random
     number generator: later weights are those of the same model with another implementation."""
     dtype = torch.get_default_dtype()
@@ -209,7 +212,7 @@ def _build(
         torch.set_default_dtype(torch.float32)
         try:
             torch.manual_seed(torch.initial_seed() + seed)
-            core = LayerAttention(*heads, support=support, low_rank=low_rank, causal_support=causal_support)
+            core = LayerAttention(*heads, **pairs._asdict())
             core.seed = seed
             return core
         finally:
@@ -231,25 +234,55 @@ def fit_to(module: nn.Module, core: ScatterbrainAttention, query: Tensor, key: T
             f"{type(module).__name__}: its ScatterbrainAttention was made for {_heads(core)}, got {came}; it holds "
             "calibration or learned projections, which do not fit: attach it anew with set_attn_implementation"
         )
-    fresh = _build(came, core.support, core.low_rank, 0, core.causal_support).to(query.device)
+    fresh = _build(came, core.pairs, 0).to(query.device)
     for name, buffer in fresh._buffers.items():
         core._buffers[name] = buffer
     core.num_heads, core.head_dim, core.num_kv_heads = came
     core.is_guess = False
 
 
-def cross_support(support: Support, low_rank: LowRank) -> tuple[Support, str]:
-    """A support for cross-attention, in which the choice of a token's keys must not depend on later target tokens, and
-    a note if it is another one than asked for. Exact attention if there is none."""
+def cross_pairs(pairs: Pairs) -> tuple[Pairs, str]:
+    """What cross-attention runs with, in which neither the choice of a token's keys nor the weights of the others may
+    depend on later target tokens, and a note if that is something else than asked for. Exact attention if there is
+    nothing."""
     try:
-        return query_by_query(support, low_rank)
+        return query_by_query(pairs)
     except NotReplaceable as reason:
-        return Full(), f"exact: {reason}"
+        return Pairs(Full(), None), f"exact: {reason}"
 
 
-def cross_note(module: nn.Module, path: str, support: Support, low_rank: LowRank) -> str:
-    """A note for the report if this layer has another support than asked for; "" otherwise."""
-    return "" if _is_self(module, path) else cross_support(support, low_rank)[1]
+def cross_note(module: nn.Module, path: str, pairs: Pairs) -> str:
+    """A note for the report if this layer runs with something else than asked for; "" otherwise."""
+    return "" if _is_self(module, path) else cross_pairs(pairs)[1]
+
+
+def causality(module: nn.Module, model: nn.Module | None = None, path: str = "") -> bool | None:
+    """Whether the self-attention of a layer is causal in all calls (True) or in none (False); None where neither is
+    known. Of a layer that says it is not, that holds if the model told it so, and else if the model around it, up to
+    the nearest one with a configuration of its own, makes no causal masks: some pass them to layers that know of none.
+
+    Args:
+        module: the attention module, at ``path`` in ``model``.
+        model: None where it is not known.
+    """
+    says = getattr(module, "is_causal", None)
+    if not isinstance(says, bool):
+        return None
+    if says or "is_causal" in inspect.signature(type(module).__init__).parameters:
+        return says
+    names = path.split(".")
+    around = (model.get_submodule(".".join(names[:length])) for length in range(len(names) - 1, -1, -1) if model)
+    nearest = next((m for m in around if isinstance(m, PreTrainedModel)), None)
+    return None if nearest is None or _makes_causal_masks(type(nearest)) else False
+
+
+@functools.cache
+def _makes_causal_masks(cls: type[nn.Module]) -> bool:
+    """Whether the methods of a model's class name any causal mask."""
+    bases = cls.__mro__[: cls.__mro__.index(PreTrainedModel)]
+    methods = (inspect.unwrap(method) for base in bases for method in vars(base).values() if callable(method))
+    codes = (method.__code__ for method in methods if hasattr(method, "__code__"))
+    return any("causal" in name for code in codes for name in (*code.co_names, *code.co_varnames))
 
 
 def _is_self(module: nn.Module, path: str) -> bool:

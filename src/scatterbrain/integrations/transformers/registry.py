@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
-from scatterbrain.low_rank import LowRank
-from scatterbrain.supports import Support
+from scatterbrain.nn.pairs import Pairs
 
 PREFIX = "scatterbrain"  # of every name
 PER_LAYER = "scatterbrain:per_layer"  # layers are exact unless they own a ScatterbrainAttention
 
 
-class Settings(NamedTuple):
-    """What a name stands for."""
-
-    support: Support
-    low_rank: LowRank
-    causal_support: Support | None = None  # of causal calls; None: the same
-
+Settings = Pairs
+"""What a name stands for. Pickled models know it by this name."""
 
 SETTINGS: dict[str, Settings] = {}
 PUBLISHERS: list[Callable[[str], None]] = []  # called with every name that is added

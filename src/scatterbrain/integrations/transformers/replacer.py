@@ -13,6 +13,7 @@ from scatterbrain.integrations.transformers.layers import (
     PARKED,
     attach,
     attention_layers,
+    causality,
     core_of,
     cross_note,
     detach,
@@ -22,6 +23,7 @@ from scatterbrain.integrations.transformers.layers import (
 from scatterbrain.integrations.transformers.registry import PER_LAYER
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.calibration import update_statistics
+from scatterbrain.nn.pairs import Choice, Pairs
 from scatterbrain.supports import Support
 
 
@@ -30,16 +32,23 @@ class TransformersReplacer:
     :data:`PER_LAYER`, under which layers without one run exactly, on the same masks."""
 
     def __init__(self) -> None:
-        self._places: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()  # number and path
+        # Number, path, and whether calls are causal.
+        self._places: WeakKeyDictionary[nn.Module, tuple[int, str, bool | None]] = WeakKeyDictionary()
 
     def prepare(self, model: nn.Module) -> None:
-        self._places.update({module: (i, path) for i, (path, module) in enumerate(attention_layers(model))})
+        for i, (path, module) in enumerate(attention_layers(model)):
+            self._places[module] = i, path, causality(module, model, path)
 
     def matches(self, module: nn.Module) -> bool:
         return routes(type(module))
 
     def replace(
-        self, module: nn.Module, support: Support, low_rank: LowRank, causal_support: Support | None = None
+        self,
+        module: nn.Module,
+        support: Support,
+        low_rank: LowRank,
+        causal_support: Support | None = None,
+        causal_low_rank: Choice = ...,
     ) -> tuple[str, Callable[[], None]]:
         config = getattr(module, "config", None)
         if config is None:
@@ -49,9 +58,11 @@ class TransformersReplacer:
                 "it runs Scatterbrain already; restore() the earlier report, or set_attn_implementation('sdpa'), to "
                 "change it"
             )
-        parked, (seed, path) = module.__dict__.pop(PARKED, None), self._places.get(module, (0, ""))
+        parked = module.__dict__.pop(PARKED, None)
+        seed, path, is_causal = self._places.get(module, (0, "", causality(module)))
+        pairs = Pairs(support, low_rank, causal_support, causal_low_rank)
         try:
-            attach(module, support, low_rank, path=path, seed=seed, causal_support=causal_support)
+            attach(module, pairs, path, seed=seed, is_causal=is_causal)
         except ValueError as error:
             if parked is not None:
                 module.__dict__[PARKED] = parked
@@ -66,7 +77,7 @@ class TransformersReplacer:
             if implementation(module) == PER_LAYER:
                 config._attn_implementation_internal = before
 
-        return cross_note(module, path, support, low_rank), undo
+        return cross_note(module, path, pairs), undo
 
 
 class UpdateStatistics(TrainerCallback):

@@ -7,25 +7,35 @@ import re
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from scatterbrain import presets
-from scatterbrain.checks import check_causal_support, check_pair
 from scatterbrain.integrations.transformers.attention import attention_forward
 from scatterbrain.integrations.transformers.masks import compact_mask
 from scatterbrain.integrations.transformers.registry import PER_LAYER, PUBLISHERS, Settings, add
-from scatterbrain.low_rank import LowRank
-from scatterbrain.nn.host_module import CAUSAL_SUPPORT, LOW_RANK, SUPPORT, with_defaults
+from scatterbrain.nn.pairs import CAUSAL_SUPPORT, Choice, Pairs
 from scatterbrain.supports import Full, Support
 
 NAME = re.compile(r"scatterbrain(:[A-Za-z0-9._-]+)?")
 # transformers takes a name that contains one of these for its own implementation and checks that one's requirements.
 TAKEN = ("flash", "sdpa", "flex_attention")
-_BUILT_IN = ("scatterbrain", "scatterbrain:drop_in", "scatterbrain:train", "scatterbrain:paper", "scatterbrain:full")
+# In causal layers those whose kernel reads the whole sequence have the pair of presets.causal.
+_BUILT_IN: dict[str, Pairs] = {
+    "scatterbrain": Pairs.chosen(),
+    "scatterbrain:drop_in": Pairs.chosen(),
+    "scatterbrain:quality": Pairs(*presets.quality(), *presets.causal()),
+    "scatterbrain:fast": Pairs(*presets.fast(), *presets.causal()),
+    "scatterbrain:quadratic": Pairs(*presets.quadratic(), CAUSAL_SUPPORT),
+    "scatterbrain:causal": Pairs(*presets.causal()),
+    "scatterbrain:train": Pairs(*presets.train()),
+    "scatterbrain:paper": Pairs(*presets.paper()),
+    "scatterbrain:full": Pairs(Full(), None),
+}
 
 
 def register(
     name: str,
     support: Support | None = None,
-    low_rank: LowRank | object = ...,
+    low_rank: Choice = ...,
     causal_support: Support | None = None,
+    causal_low_rank: Choice = ...,
 ) -> str:
     """Makes ``name`` a value of ``attn_implementation=`` and ``set_attn_implementation``.
 
@@ -41,15 +51,19 @@ def register(
         name: "scatterbrain:" and letters, digits, ".", "_" or "-".
         support: which keys are exact; default that of :func:`scatterbrain.presets.drop_in`, in causal calls that of
             :func:`scatterbrain.presets.causal`.
-        low_rank: the kernel of the rest, None for none; default that of :func:`scatterbrain.presets.drop_in`.
+        low_rank: the kernel of the rest, None for none; default that of :func:`scatterbrain.presets.drop_in`, in causal
+            calls that of :func:`scatterbrain.presets.causal`.
         causal_support: the support of causal calls, a decoder's self-attention; default ``support`` where that is
             given.
+        causal_low_rank: their kernel, and that of a decoder's cross-attention where ``low_rank`` would read all target
+            tokens; default ``low_rank`` where that is given.
 
     Returns:
         The name.
 
     Raises:
-        ValueError: a name of another form, a built-in one, or one that transformers takes for another implementation.
+        ValueError: a name of another form, a built-in one, or one that transformers takes for another implementation;
+            two different kernels with state.
         TypeError: a support or low-rank kernel of a wrong type.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -61,15 +75,9 @@ def register(
     for word in TAKEN:
         if word in name:
             raise ValueError(f"register: transformers takes a name with {word!r} for its own, got {name!r}; rename it")
-    support, causal_support = with_defaults(support, causal_support)
-    return _register(name, support, LOW_RANK if low_rank is ... else low_rank, causal_support)
-
-
-def _register(name: str, support: Support, low_rank: LowRank, causal_support: Support | None = None) -> str:
-    check_pair(support, low_rank, is_causal=False)
-    if causal_support is not None:
-        check_causal_support(causal_support)
-    add(name, Settings(support, low_rank, causal_support))
+    pairs = Pairs.chosen(support, low_rank, causal_support, causal_low_rank)
+    pairs.check()
+    add(name, pairs)
     return name
 
 
@@ -88,8 +96,6 @@ PUBLISHERS.append(_publish)
 
 def register_built_in() -> None:
     """ "scatterbrain" and the presets, each with its default budget."""
-    drop_in = (SUPPORT, LOW_RANK, CAUSAL_SUPPORT)
-    for name, settings in zip(_BUILT_IN, (drop_in, drop_in, presets.train(), presets.paper())):
-        _register(name, *settings)
-    _register("scatterbrain:full", Full(), None)
+    for name, pairs in _BUILT_IN.items():
+        add(name, pairs)
     _publish(PER_LAYER)
