@@ -231,7 +231,7 @@ def test_a_clustering_support_is_refused_by_a_causal_model():
 
 def test_a_rank_above_the_head_dimension_is_refused():
     with pytest.raises(ValueError, match="rank must be at most head_dim=8, got 9"):
-        hf.FAMILIES["bert"].build("scatterbrain", num_attention_heads=8)
+        hf.FAMILIES["bert"].build("scatterbrain:quadratic", num_attention_heads=8)
 
 
 # -------------------- names

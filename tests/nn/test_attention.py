@@ -300,7 +300,7 @@ def test_checkpoints_do_not_depend_on_the_causal_support() -> None:
 def test_a_module_pickled_before_there_were_causal_supports_uses_its_support() -> None:
     core = calibrated(support=sb.Window(16), low_rank=sb.Quadratic(9))
     want = core(*qkv(), is_causal=True)
-    for name in ("causal_support", "causal_low_rank", "kernel_of_state"):
+    for name in ("causal_support", "_causal_low_rank", "kernel_of_state"):
         del core.__dict__[name]
     loaded = pickle.loads(pickle.dumps(core))
     assert torch.equal(loaded(*qkv(), is_causal=True), want) and loaded.support_of(True) == sb.Window(16)

@@ -87,7 +87,8 @@ def replace_attention(
     Raises:
         TypeError: model, support or low_rank of a wrong type, or a ``where`` that cannot be called with one path. What
             ``where`` itself raises passes through. The model is then as it was.
-        ValueError: two different kernels with state; "learned" for a model that is in DistributedDataParallel or FSDP already.
+        ValueError: two different kernels with state; "learned" for a model that is in DistributedDataParallel or FSDP
+            already.
         ValueError: token_order="hilbert" for a model without a vision transformer that can be ordered.
     """
     pairs = Pairs.chosen(support, low_rank, causal_support, causal_low_rank)

@@ -127,8 +127,8 @@ class Centroid(LowRankKernel):
         if is_causal:
             raise ValueError(
                 "low_rank=Centroid clusters the keys of the whole sequence, so causal attention would see the future; "
-                "use low_rank=Quadratic (of a module or model: causal_low_rank=Quadratic() beside it), or "
-                "is_causal=False"
+                "use low_rank=Quadratic, or is_causal=False; modules and models take causal_low_rank=Quadratic() "
+                "beside it"
             )
 
     def check_from_scratch(self) -> None:

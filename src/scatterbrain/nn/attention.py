@@ -50,7 +50,7 @@ class ScatterbrainAttention(KernelState):
     state dict is empty.
 
     Attributes:
-        low_rank, causal_low_rank: the kernels of bidirectional and of causal calls; one object where they are one.
+        low_rank, causal_low_rank: the kernels of bidirectional and of causal calls.
         kernel_of_state: the one of them whose state the module has.
         is_calibrated: whether statistics are in place, by :func:`calibrate`, by the first commit of a moving average,
             or by loading. Setting it makes the record anew from what the buffers hold.
@@ -79,7 +79,9 @@ class ScatterbrainAttention(KernelState):
 
     observed: Observed | None = None
     bypassed: str | None = None
-    causal_support: Support | None = None  # of modules that were pickled without one
+    # Of modules that were pickled without them: as for bidirectional calls.
+    causal_support: Support | None = None
+    _causal_low_rank: Choice = ...
 
     def __init__(
         self,
@@ -237,8 +239,13 @@ class ScatterbrainAttention(KernelState):
     @pairs.setter
     def pairs(self, pairs: Pairs) -> None:
         """For pairs with the same ``kernel_of_state``, once there is state."""
-        self.support, self.low_rank, self.causal_support, self.causal_low_rank = pairs
+        self.support, self.low_rank, self.causal_support, causal_low_rank = pairs
+        self._causal_low_rank = ... if causal_low_rank == pairs.low_rank else causal_low_rank
         self.kernel_of_state = pairs.kernel_of_state()
+
+    @property
+    def causal_low_rank(self) -> LowRank:
+        return self.low_rank if self._causal_low_rank is ... else self._causal_low_rank
 
     def support_of(self, is_causal: bool) -> Support:
         """The support of causal or of bidirectional calls."""
@@ -270,8 +277,8 @@ class ScatterbrainAttention(KernelState):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether no call could be approximated now for want of statistics. :meth:`lacks_statistics` tells bidirectional
-        from causal calls."""
+        """Whether no call could be approximated now for want of statistics. :meth:`lacks_statistics` tells
+        bidirectional from causal calls."""
         kinds = [is_causal for is_causal in (False, True) if not self.support_of(is_causal).is_full]
         return bool(kinds) and all(map(self.lacks_statistics, kinds))
 

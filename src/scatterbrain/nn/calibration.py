@@ -23,8 +23,8 @@ def _cores(model: nn.Module) -> list[ScatterbrainAttention]:
 
 @contextmanager
 def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Iterator[nn.Module]:
-    """Fills the calibration buffers of every :class:`ScatterbrainAttention` in ``model`` that has some, from what passes
-    through it. Bidirectional calls need that where their kernel is ``Quadratic``, causal ones by default.
+    """Fills the calibration buffers of every :class:`ScatterbrainAttention` in ``model`` that has some, from what
+    passes through it. Those are of ``Quadratic``, by default the kernel of causal calls alone.
 
     Inside the block the calls of these kernels are computed exactly, and moments gathered in float64, weighted by
     tokens over all batches, valid tokens only; leaving it turns the moments into statistics. Calls of kernels without
@@ -46,7 +46,8 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
 
     Warns:
         UserWarning: nothing to calibrate, in a model whose kernels read the tokens of each call, or where all calls in
-            the block were those of such kernels; the block then does nothing. Fewer than 256 valid tokens over all batches and ranks, or fewer different ones, with their number.
+            the block were those of such kernels; the block then does nothing. Fewer than 256 valid tokens over all
+            batches and ranks, or fewer different ones, with their number.
     """
     cores = [m for m in _cores(model) if m.kernel_of_state is not None and m.kernel_of_state.is_calibrated_from_data]
     if not cores:

@@ -300,7 +300,7 @@ class KernelState(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "kernel_of_state" not in state:  # pickled when a module had one kernel
-            self.causal_low_rank = self.kernel_of_state = self.low_rank
+            self.kernel_of_state = self.low_rank
         if "_known" in state:
             self._decide()
             return
@@ -309,7 +309,7 @@ class KernelState(nn.Module):
         gathered = self.gathered
         self._forget()
         if self.is_exact:
-            self.low_rank = self.causal_low_rank = self.kernel_of_state = None
+            self.low_rank = self.kernel_of_state = None
             self._parameters.clear()
             self._buffers.clear()
         for name, tensor in self._initial_state().buffers.items():

@@ -75,8 +75,7 @@ class Pairs(NamedTuple):
 
     def needed(self) -> Pairs:
         """Without the kernels that never run: those of calls whose support is every key, and of causal calls that the
-        support refuses. A kernel that serves both kinds of calls stays for the other one. Both kernels are named, and
-        are one object where they are equal."""
+        support refuses. A kernel that serves both kinds of calls stays for the other one."""
         low_rank, causal_low_rank = self.low_rank, self.low_rank_of(True)
         if low_rank != causal_low_rank or self.is_exact:
             low_rank = None if self.support.is_full else low_rank

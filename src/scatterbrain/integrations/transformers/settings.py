@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from scatterbrain import presets
 from scatterbrain.integrations.transformers.attention import attention_forward
 from scatterbrain.integrations.transformers.masks import compact_mask
-from scatterbrain.integrations.transformers.registry import PER_LAYER, PUBLISHERS, Settings, add
+from scatterbrain.integrations.transformers.registry import PER_LAYER, PUBLISHERS, add
 from scatterbrain.nn.pairs import CAUSAL_SUPPORT, Choice, Pairs
 from scatterbrain.supports import Full, Support
 
