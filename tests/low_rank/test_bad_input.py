@@ -95,7 +95,8 @@ CALLS = {
     "causal clusters": (
         lambda: attend(low_rank=sb.Centroid(4), is_causal=True),
         ValueError,
-        "Centroid clusters the keys of the whole sequence.*would see the future; use low_rank=Quadratic, or is_causal.*causal_low_rank=",
+        "Centroid clusters the keys of the whole sequence.*would see the future; use low_rank=Quadratic, or "
+        "is_causal=False; modules and models take causal_low_rank=",
     ),
     # statistics
     "statistics of a NaN scale": (
