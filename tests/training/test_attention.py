@@ -58,6 +58,11 @@ def test_what_it_cannot_name_is_refused_by_key(config, message):
             AttentionConfig(low_rank={"kind": "quadratic", "statistics": "input"}),
             "attention.low_rank.statistics: expected learned or ema, got 'input'",
         ),
+        (
+            AttentionConfig(low_rank="centroid"),
+            "attention.low_rank: low_rank=Centroid is for bidirectional attention and cannot train a causal model; "
+            "use Quadratic with statistics 'learned' or 'ema'",
+        ),
         (AttentionConfig(support="empty", low_rank="none"), "attention: support=Empty"),
         (AttentionConfig(support="full", low_rank="quadratic"), "attention.low_rank: support full leaves nothing"),
     ],

@@ -58,13 +58,13 @@ SUITES = {
     "quick": Suite(
         "three lengths, our supports and the baselines: about two minutes",
         ((256, 4), (1024, 4), (4096, 4)),
-        ("sdpa", "window-64", "routed-64", "per-query-64", *BASELINES),
+        ("sdpa", "drop_in-64", "fast-64", "window-64", "routed-64", "per-query-64", *BASELINES),
         (),
     ),
     "standard": Suite(
         "256 to 4096 tokens, and 16384 with one head; bidirectional and causal: about fifteen minutes",
         (*_STANDARD_LENGTHS, (16384, 1)),
-        ("sdpa", "routed-64", "window-64", "routed-128", "per-query-64", *BASELINES),
+        ("sdpa", "drop_in-64", "fast-64", "quality-128", "routed-64", "window-64", "per-query-64", *BASELINES),
         ("sdpa", "window-64", "per-query-64", *BASELINES[:2]),
     ),
     "short": Suite(
@@ -76,13 +76,22 @@ SUITES = {
     "long": Suite(
         "16384 to 65536 tokens without exact attention: is time linear?",
         ((1024, 4), (16384, 4), (65536, 4)),
-        ("window-64", "routed-64", "per-query-64"),
+        ("drop_in-64", "fast-64", "window-64", "routed-64", "per-query-64"),
         ("window-64", "per-query-64"),
     ),
     "kernels": Suite(
         "every low-rank kernel and none, at one length",
         ((2048, 4),),
-        ("sdpa", "window-64+none", "window-64", "window-64+input", "window-64+favor", "routed-64+none", "empty"),
+        (
+            "sdpa",
+            "window-64+none",
+            "window-64",
+            "window-64+centroid",
+            "window-64+input",
+            "window-64+favor",
+            "routed-64+none",
+            "empty",
+        ),
         ("sdpa", "window-64+none", "window-64", "window-64+favor", "empty"),
     ),
 }

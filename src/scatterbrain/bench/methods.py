@@ -1,11 +1,15 @@
 """Methods by name: what is timed, and what it needs.
 
 sdpa                    F.scaled_dot_product_attention
+drop_in-64, fast-64,    the presets of these names, scatterbrain.presets, with that many keys
+  quality-128,
+  quadratic-64
 window-64, routed-64,   a support of that many keys with the quadratic kernel and stored statistics;
   per-query-64, lsh-64,   per-query is Routed(keys, block_q=1, block_k=8, window=16); causal is the support of
   causal-128              scatterbrain.presets.causal
 window-64+none          the support alone; +favor: with FAVOR+ of 64 features; +input: statistics of the input;
-                          +kind: with an own kernel that was registered
+                          +centroid: with 64 clusters of the call's own keys; +kind: with an own kernel that was
+                          registered
 kind-64, kind           an own support that was registered, with that many keys or without a number
 empty                   the low-rank kernel alone
 torch-window-64,        the same ideas written in plain torch (scatterbrain.bench.baselines)
@@ -33,7 +37,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _NAME = re.compile(r"(?P<kind>[a-z_]+(?:-[a-z_]+)*)(?:-(?P<keys>\d+))?(?:\+(?P<kernel>[a-z_]+))?")
 _BASELINES = ("sdpa", "torch-window", "torch-performer", "torch-clusters")
-_BUILT_IN = ("full", "empty", "window", "routed", "per-query", "causal", "lsh")
+_PRESETS = ("drop_in", "quality", "fast", "quadratic")
+_BUILT_IN = ("full", "empty", "window", "routed", "per-query", "causal", "lsh", *_PRESETS)
 
 
 def _per_query(keys: int) -> Support:
@@ -43,15 +48,27 @@ def _per_query(keys: int) -> Support:
 def _supports() -> dict[str, Callable[[int], Support]]:
     """What makes a support of a budget of keys, by the kind in a method's name."""
     known = {kind: cls.with_keys for kind, cls in SUPPORTS.items() if cls.is_configurable}
-    return {**known, "per-query": _per_query, "causal": lambda keys: sb.presets.causal(keys)[0]}
+    presets = {name: partial(_support_of, name) for name in (*_PRESETS, "causal")}
+    return {**known, "per-query": _per_query, **presets}
+
+
+def _support_of(preset: str, keys: int) -> Support:
+    return getattr(sb.presets, preset)(keys)[0]
 
 
 def _low_rank(kernel: str, rank: int) -> LowRank:
+    if kernel in _PRESETS and kernel != "quadratic":
+        return getattr(sb.presets, kernel)()[1]
     if kernel == "none":
         return None
     if kernel in ("quadratic", "input"):
         return sb.Quadratic(rank, "input" if kernel == "input" else "stored")
     return LOW_RANK_KERNELS[kernel]()
+
+
+def _default_kernel(kind: str) -> str:
+    """A preset brings its own; other supports stand with the quadratic kernel."""
+    return kind if kind in _PRESETS else "quadratic"
 
 
 def _knows_kernel(kernel: str | None) -> bool:
@@ -139,9 +156,9 @@ def parse_method(name: str) -> Method:
     if not match or match["kind"] not in (*supports, *_BASELINES) or not _knows_kernel(match["kernel"]):
         own = "".join(f", {kind}" for kind in supports if kind not in _BUILT_IN)
         raise ValueError(
-            f"unknown method {name!r}: expected sdpa, empty, full, window-KEYS, routed-KEYS, per-query-KEYS, "
-            f"causal-KEYS or lsh-KEYS{own}, each also with +none, +favor or +input, or torch-window-KEYS, "
-            "torch-performer-FEATURES, torch-clusters-KEYS"
+            f"unknown method {name!r}: expected sdpa, drop_in-KEYS, fast-KEYS, quality-KEYS, quadratic-KEYS, empty, "
+            f"full, window-KEYS, routed-KEYS, per-query-KEYS, causal-KEYS or lsh-KEYS{own}, each also with +none, "
+            "+centroid, +favor or +input, or torch-window-KEYS, torch-performer-FEATURES, torch-clusters-KEYS"
         )
     kind, keys, kernel = match["kind"], match["keys"], match["kernel"]
     if (keys is None) == _takes_keys(kind):
@@ -149,7 +166,7 @@ def parse_method(name: str) -> Method:
         raise ValueError(f"method {name!r}: expected {expected}")
     if kernel and kind in _BASELINES:
         raise ValueError(f"method {name!r}: {kind} takes no low-rank kernel; leave out +{kernel}")
-    method = Method(name, kind, int(keys or 0), kernel or "quadratic")
+    method = Method(name, kind, int(keys or 0), kernel or _default_kernel(kind))
     try:  # supports check their own numbers
         if kind not in _BASELINES:
             supports[kind](method.keys)

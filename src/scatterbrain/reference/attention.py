@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from scatterbrain.low_rank import Quadratic
+from scatterbrain.low_rank import Centroid, Clusters, Quadratic
 from scatterbrain.reference.inputs import Inputs
 from scatterbrain.reference.low_rank import log_kernel
 from scatterbrain.reference.supports import computed_queries, support_mask
@@ -34,11 +34,18 @@ def visible(
     ).visible()
 
 
+def default_low_rank(statistics: object, is_causal: bool) -> object:
+    """The kernel of a call that names none: that of its statistics, of their size, where it has some."""
+    if isinstance(statistics, Clusters) or (statistics is None and not is_causal):
+        return Centroid(64 if statistics is None else statistics.clusters)
+    return Quadratic(getattr(statistics, "rank", 9))
+
+
 def mask(
     support: object,
     query: Tensor,
     key: Tensor,
-    low_rank: object = Quadratic(rank=9),
+    low_rank: object = ...,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -48,6 +55,7 @@ def mask(
 ) -> Tensor:
     """bool (B, Hq, N, M): the pairs whose weight is exp(s). Arguments as :func:`scatterbrain.route`: a kernel without
     its statistics does not take part in routing."""
+    low_rank = default_low_rank(statistics, is_causal) if low_rank is ... else low_rank
     if statistics is None and getattr(low_rank, "statistics", "input") != "input":
         low_rank = None
     inputs = Inputs.of(
@@ -61,7 +69,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     support: object = Window(64),
-    low_rank: object = Quadratic(rank=9),
+    low_rank: object = ...,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -79,6 +87,7 @@ def attention(
     """
     if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
         raise ValueError(f"expected value (B, Hkv, M, dv) as key {tuple(key.shape)}, got {tuple(value.shape)}")
+    low_rank = default_low_rank(statistics, is_causal) if low_rank is ... else low_rank
     inputs = Inputs.of(
         query, key, low_rank, key_padding_mask, is_causal, scale, statistics, query_padding_mask, query_offset
     )

@@ -39,7 +39,7 @@ def build_support_and_low_rank(config: AttentionConfig) -> tuple[Any, Any]:
             f"attention.low_rank: support full leaves nothing to approximate, got {low_rank}; leave it out"
         )
     if low_rank is not None:
-        with _naming("attention.low_rank.statistics"):
+        with _naming(f"attention.low_rank{'.statistics' * hasattr(low_rank, 'statistics')}"):
             low_rank.check_from_scratch()
     with _naming("attention"):
         check_pair(support, low_rank, is_causal=True)
