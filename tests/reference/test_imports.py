@@ -59,7 +59,7 @@ def module(name, **classes):
     return made
 
 module("scatterbrain").__path__ = [{folder!r}]
-supports = module("scatterbrain.supports", Full="", Empty="", Window="keys", Routed="keys block_q block_k window sinks",
+supports = module("scatterbrain.supports", Full="", Empty="", Window="keys", Routed="keys block_q block_k window sinks pools",
                   LSH="keys rounds hash seed", Blocks="index count block_q block_k query_order")
 supports.Window = dataclasses.make_dataclass("Window", ["keys", ("block_q", int, 16), ("sinks", int, 0)])
 low_rank = module("scatterbrain.low_rank", Favor="features orthogonal hyperbolic redraw seed",
@@ -79,8 +79,8 @@ clusters = reference.cluster(query, key, 8, mask)
 drawn = low_rank.RandomFeatures(torch.randn(16, 8))
 lists = supports.Blocks(torch.zeros(2, 2, 4, 1).int(), torch.ones(2, 2, 4).int(), 16, 8, None)
 checked = 0
-for support in (supports.Full(), supports.Empty(), supports.Window(16), supports.Routed(24, 16, 1, 0, 0),
-                supports.Routed(24, 1, 8, 8, 0), supports.LSH(16, 2, "e2lsh", 0), lists):
+for support in (supports.Full(), supports.Empty(), supports.Window(16), supports.Routed(24, 16, 1, 0, 0, 1),
+                supports.Routed(24, 1, 8, 8, 0, 1), supports.LSH(16, 2, "e2lsh", 0), lists):
     for kernel, statistics in ((low_rank.Quadratic(3), stored), (low_rank.Quadratic(3, "input"), None),
                                (low_rank.Favor(16, True, False, None, 0), None),
                                (low_rank.Favor(16, True, False, None, 0), drawn), (low_rank.Centroid(8), None),
@@ -89,6 +89,9 @@ for support in (supports.Full(), supports.Empty(), supports.Window(16), supports
         assert out.shape == value.shape and out.isfinite().all()
         assert kernel is None or out[~mask[:, None].expand(2, 2, 60)].ne(0).all()
         checked += 1
+    for statistics in (None, clusters, stored):
+        assert reference.attention(query, key, value, support, ..., mask, statistics=statistics).isfinite().all()
+        assert reference.mask(support, query, key, ..., mask, statistics=statistics).any()
 others = [name for name in sys.modules if name.startswith("scatterbrain.") and "reference" not in name]
 assert sorted(others) == ["scatterbrain.low_rank", "scatterbrain.supports"], others
 print(checked)

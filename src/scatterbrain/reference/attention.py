@@ -36,9 +36,12 @@ def visible(
 
 def default_low_rank(statistics: object, is_causal: bool) -> object:
     """The kernel of a call that names none: that of its statistics, of their size, where it has some."""
-    if isinstance(statistics, Clusters) or (statistics is None and not is_causal):
-        return Centroid(64 if statistics is None else statistics.clusters)
-    return Quadratic(getattr(statistics, "rank", 9))
+    if isinstance(statistics, Clusters):
+        return Centroid(statistics.representatives.shape[2])
+    if statistics is None:
+        return Quadratic(9) if is_causal else Centroid(64)
+    projection = getattr(statistics, "query_projection", None)
+    return Quadratic(9 if projection is None else projection.shape[-2])
 
 
 def mask(
