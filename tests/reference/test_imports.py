@@ -59,7 +59,8 @@ def module(name, **classes):
     return made
 
 module("scatterbrain").__path__ = [{folder!r}]
-supports = module("scatterbrain.supports", Full="", Empty="", Window="keys", Routed="keys block_q block_k window sinks pools",
+supports = module("scatterbrain.supports", Full="", Empty="", Window="keys",
+                  Routed="keys block_q block_k window sinks pools",
                   LSH="keys rounds hash seed", Blocks="index count block_q block_k query_order")
 supports.Window = dataclasses.make_dataclass("Window", ["keys", ("block_q", int, 16), ("sinks", int, 0)])
 low_rank = module("scatterbrain.low_rank", Favor="features orthogonal hyperbolic redraw seed",
@@ -91,7 +92,7 @@ for support in (supports.Full(), supports.Empty(), supports.Window(16), supports
         checked += 1
     for statistics in (None, clusters, stored):
         assert reference.attention(query, key, value, support, ..., mask, statistics=statistics).isfinite().all()
-        assert reference.mask(support, query, key, ..., mask, statistics=statistics).any()
+        assert reference.mask(support, query, key, ..., mask, statistics=statistics).shape == (2, 2, 60, 60)
 others = [name for name in sys.modules if name.startswith("scatterbrain.") and "reference" not in name]
 assert sorted(others) == ["scatterbrain.low_rank", "scatterbrain.supports"], others
 print(checked)
