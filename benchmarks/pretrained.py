@@ -2,11 +2,13 @@
 do they take?
 
     python benchmarks/pretrained.py                     all models, the default budgets
-    python benchmarks/pretrained.py whisper --keys 64 128 256 --block-q 8
+    python benchmarks/pretrained.py minilm --low-rank centroid quadratic
+    python benchmarks/pretrained.py whisper --keys 64 128 256 --block-q 16 32 --clusters 64 96
 
-Each model is calibrated on other inputs than those it is measured on. Times are medians of forwards with exact
-attention (transformers' sdpa) and with sparse + low-rank attention, taken in turn on one thread. The weights come in
-Python packages (examples/pretrained_models.py); where one is not installed its model is left out, with the reason.
+Every combination of the options is a row. The centroid kernel needs no calibration; the quadratic one is calibrated on
+other inputs than those it is measured on. Times are medians of forwards with exact attention (transformers' sdpa) and
+with that of every row, taken in turn on one thread. The weights come in Python packages
+(examples/pretrained_models.py); where one is not installed its model is left out, with the reason.
 
 minilm   sentence encoder on 512 tokens of English prose (the standard library's pydoc topics): cosine of token outputs
          and of sentence embeddings
@@ -19,9 +21,9 @@ from __future__ import annotations
 import os
 import sys
 
-# The folder of a script leads the import path, where copy.py would hide the standard module copy.
+# The folder of a script leads the import path, where copy.py would hide the standard module copy; it goes last.
 _HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:] = [p for p in sys.path if os.path.abspath(p) != _HERE] + [os.path.join(_HERE, os.pardir, "examples")]
+sys.path[:] = [p for p in sys.path if os.path.abspath(p) != _HERE] + [os.path.join(_HERE, os.pardir, "examples"), _HERE]
 
 import argparse
 import copy
@@ -32,7 +34,7 @@ import statistics
 import subprocess
 import time
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,9 +42,8 @@ import numpy as np
 import pretrained_models
 import torch
 import torch.nn.functional as F
+from pairs import Pair, add_options, pairs_of
 from torch import Tensor, nn
-
-import scatterbrain as sb
 
 # One text a line.
 TEXTS = """\
@@ -62,11 +63,10 @@ the signs to the garden when you have seen the last room.""".splitlines()
 
 @dataclass
 class Row:
-    """One line of the table: a model, a budget, and what was measured with it."""
+    """One line of the table: a model, a pair, and what was measured with it."""
 
     model: str
-    keys: int
-    block_q: int
+    pair: Pair
     figures: dict[str, str]
     exact_ms: float
     ours_ms: float
@@ -74,36 +74,31 @@ class Row:
     def __str__(self) -> str:
         figures = "  ".join(f"{name} {value}" for name, value in self.figures.items())
         times = f"{self.exact_ms:.0f} ms exact, {self.ours_ms:.0f} ms ours ({self.exact_ms / self.ours_ms:.2f} times)"
-        return f"{self.model}  {self.keys} keys, block_q {self.block_q}:  {figures}  {times}"
+        return f"{self.model}  {self.pair}:  {figures}  {times}"
 
 
 # -------------------- what all models share
 
 
-def replaced(
-    model: nn.Module, keys: int, block_q: int, calibration: Callable[[nn.Module], None], where: Callable[[str], bool]
-) -> nn.Module:
-    """A copy of ``model`` whose attention layers, those that ``where`` says, are replaced and calibrated."""
+def replaced(model: nn.Module, pair: Pair, calibration: Callable[[nn.Module], object]) -> nn.Module:
+    """A copy of ``model`` whose attention layers are replaced, and calibrated where the pair needs it."""
     ours = copy.deepcopy(model)
-    report = sb.replace_attention(ours, sb.Routed(keys, block_q=block_q), sb.Quadratic(9), where=where)
-    left = [entry for entry in report.skipped if where(entry.path)]
-    if left:
+    report = pair.swap_into(ours, lambda: calibration(ours))
+    if report.skipped:
         raise SystemExit(f"not every layer was replaced:\n{report}")
-    with sb.calibrate(ours):
-        calibration(ours)
     return ours
 
 
-def medians(exact: Callable[[], object], ours: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median milliseconds of both, run in turn after one run of each that is not counted."""
-    times: tuple[list[float], list[float]] = ([], [])
+def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Median milliseconds of each, run in turn after one run of each that is not counted."""
+    times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 1):
-        for function, taken in zip((exact, ours), times):
+        for function, taken in zip(functions, times):
             start = time.perf_counter()
             function()
             if repeat:
                 taken.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[0]), statistics.median(times[1])
+    return [statistics.median(taken) for taken in times]
 
 
 def spread(cosines: Tensor) -> str:
@@ -129,23 +124,23 @@ def prose(tokens: int, passages: int) -> Tensor:
     return torch.tensor(rows[:passages])
 
 
-def minilm(keys: list[int] | None, block_q: list[int], repeats: int) -> list[Row]:
+def minilm(options: argparse.Namespace) -> Iterator[Row]:
     """Sentence encoder, 6 layers of 12 heads of 32, at its full length of 512 tokens."""
     ids = prose(512, 16)
     measured, calibration = ids[::2], ids[1::2]
+    one = measured[:1]
     model = pretrained_models.minilm()
     exact = model(measured).last_hidden_state
-    rows = []
-    for count in keys or [64]:
-        for block in block_q:
-            ours = replaced(model, count, block, lambda m: m(calibration), lambda path: True)
-            out = ours(measured).last_hidden_state
-            sentence = F.cosine_similarity(out.mean(1), exact.mean(1), dim=-1)
-            one = measured[:1]
-            times = medians(partial(model, one), partial(ours, one), repeats)
-            figures = {"tokens": spread(F.cosine_similarity(out, exact, dim=-1)), "sentences": spread(sentence)}
-            rows.append(Row("minilm, 512 tokens", count, block, figures, *times))
-    return rows
+    pairs = pairs_of(options, [64])
+    models = [replaced(model, pair, lambda m: m(calibration)) for pair in pairs]
+    exact_ms, *our_ms = medians([partial(m, one) for m in (model, *models)], options.repeats)
+    for pair, ours, ms in zip(pairs, models, our_ms):
+        out = ours(measured).last_hidden_state
+        figures = {
+            "tokens": spread(F.cosine_similarity(out, exact, dim=-1)),
+            "sentences": spread(F.cosine_similarity(out.mean(1), exact.mean(1), dim=-1)),
+        }
+        yield Row("minilm, 512 tokens", pair, figures, exact_ms, ms)
 
 
 # -------------------- Whisper
@@ -194,7 +189,7 @@ def changed_words(ours: str, exact: str) -> int:
     return sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal")
 
 
-def whisper(keys: list[int] | None, block_q: list[int], repeats: int) -> list[Row]:
+def whisper(options: argparse.Namespace) -> Iterator[Row]:
     """tiny.en: the encoder's 4 layers of 6 heads of 64 replaced, 1500 frames; the decoder stays exact."""
     from transformers import WhisperFeatureExtractor
 
@@ -207,39 +202,33 @@ def whisper(keys: list[int] | None, block_q: list[int], repeats: int) -> list[Ro
     encoder = model.model.encoder
     exact = encoder(spoken).last_hidden_state
     words = transcribe(model, exact)
-    half = len(TEXTS) // 2
-    rows = []
-    for count in keys or [64, 128, 256]:
-        for block in block_q:
-            out, times = [], (0.0, 0.0)
-            for measured, other in ((spoken[:half], spoken[half:]), (spoken[half:], spoken[:half])):
-                ours = replaced(encoder, count, block, lambda m, other=other: m(other), lambda path: True)
-                out.append(ours(measured).last_hidden_state)
-                one = measured[:1]
-                times = medians(partial(encoder, one), partial(ours, one), repeats)
-            encoded = torch.cat(out)
-            changed = sum(map(changed_words, transcribe(model, encoded), words))
-            figures = {
-                "frames": spread(F.cosine_similarity(encoded, exact, dim=-1)),
-                "changed words": f"{changed} of {sum(len(text.split()) for text in words)}",
-            }
-            rows.append(Row("whisper tiny.en encoder, 1500 frames", count, block, figures, *times))
-    return rows
+    halves = spoken.split(len(TEXTS) // 2)
+    pairs = pairs_of(options, [64, 128, 256])
+    encoders = [
+        [replaced(encoder, pair, lambda m, other=other: m(other)) for other in reversed(halves)] for pair in pairs
+    ]
+    one = spoken[:1]
+    exact_ms, *our_ms = medians([partial(e, one) for e in (encoder, *(e[0] for e in encoders))], options.repeats)
+    for pair, ours, ms in zip(pairs, encoders, our_ms):
+        encoded = torch.cat([one_half(half).last_hidden_state for one_half, half in zip(ours, halves)])
+        changed = sum(map(changed_words, transcribe(model, encoded), words))
+        figures = {
+            "frames": spread(F.cosine_similarity(encoded, exact, dim=-1)),
+            "changed words": f"{changed} of {sum(len(text.split()) for text in words)}",
+        }
+        yield Row("whisper tiny.en encoder, 1500 frames", pair, figures, exact_ms, ms)
 
 
 # -------------------- command line
 
-MODELS: dict[str, Callable[[list[int] | None, list[int], int], list[Row]]] = {"minilm": minilm, "whisper": whisper}
+MODELS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {"minilm": minilm, "whisper": whisper}
 
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"any of {', '.join(MODELS)}; default all")
-    parser.add_argument(
-        "--keys", type=int, nargs="+", help="keys per query, a row for each; default as each model needs"
-    )
-    parser.add_argument("--block-q", type=int, nargs="+", default=[16], help="queries that share a list; default 16")
+    add_options(parser)
     parser.add_argument("--repeats", type=int, default=9, help="timed forwards of each kind; default 9")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.models if name not in MODELS]
@@ -248,12 +237,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     for name in options.models or MODELS:
         try:
-            rows = MODELS[name](options.keys, options.block_q, options.repeats)
+            for row in MODELS[name](options):
+                print(row, flush=True)
         except ModuleNotFoundError as error:
             print(f"{name}: left out, {error}")
-            continue
-        for row in rows:
-            print(row, flush=True)
 
 
 if __name__ == "__main__":

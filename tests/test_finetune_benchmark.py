@@ -43,9 +43,25 @@ def test_it_prints_accuracies_and_does_not_repeat_itself(
     runpy.run_path(str(SCRIPT), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     keys = "32 keys" if task == "images" else "64 keys"
-    assert [line.split("  ")[0] for line in lines[1:]] == ["exact", keys, f"{keys} alone"]
+    swaps = [[f"{keys} + {kernel}", "its lists alone"] for kernel in ("centroid", "quadratic")]
+    assert [line.split("  before")[0].strip() for line in lines[1:]] == ["exact", *swaps[0], *swaps[1]]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(results) == 5 and all(0 <= value <= 100 for value in results.values())
+    assert len(results) == 8 and all(0 <= value <= 100 for value in results.values())
     (tmp_path / "out" / "results.json").write_text(json.dumps({name: 12.5 for name in results}))
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert all("before 12.50" in line for line in capsys.readouterr().out.splitlines()[1:])
+
+
+def test_centroid_is_swapped_in_without_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import scatterbrain
+
+    def refuse(*_: object):
+        raise AssertionError("the centroid kernel has nothing to calibrate")
+
+    monkeypatch.setattr(scatterbrain, "calibrate", refuse)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    call = [str(SCRIPT), "images", str(images(tmp_path)), "--out", str(tmp_path / "out"), "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", [*call, "--steps", "1", "--finetune-steps", "1", "--low-rank", "centroid"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [name for name in results if "quadratic" in name] == [] and len(results) == 5
