@@ -246,9 +246,8 @@ class Swap:
         return f"{self.keys} keys + {self.low_rank}"
 
     def pair(self) -> tuple[Support, LowRankKernel]:
-        if self.low_rank == "centroid":
-            return sb.Routed(self.keys, block_q=32), sb.Centroid(64)
-        return sb.Routed(self.keys, block_q=16), sb.Quadratic(9)
+        presets = {"centroid": sb.presets.drop_in, "quadratic": sb.presets.quadratic}
+        return presets[self.low_rank](self.keys)
 
 
 @dataclass
@@ -352,8 +351,7 @@ def parse_options() -> argparse.Namespace:
         nargs="+",
         choices=("centroid", "quadratic"),
         default=["centroid", "quadratic"],
-        help="kernels beside the lists: Centroid(64) with lists of 32 queries, Quadratic(9) with lists of 16 "
-        "(default both)",
+        help="kernel beside the lists: those of scatterbrain.presets.drop_in and .quadratic (default both)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="fine-tunings (default 0 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
