@@ -29,8 +29,8 @@ def fast(keys: int = 64) -> tuple[Window, Centroid]:
 
 def quadratic(keys: int = 64) -> tuple[Routed, Quadratic]:
     """One pair for bidirectional and causal calls, which must be calibrated: routed lists shared by 16 queries and the
-    quadratic kernel. Its error in bidirectional calls is about twice that of ``drop_in``; for checkpoints that were
-    calibrated with it, and where one kernel has to serve both kinds of calls."""
+    quadratic kernel. Its error in bidirectional calls is 1.5 to 2.5 times that of ``drop_in``; for checkpoints that
+    were calibrated with it, and where one kernel has to serve both kinds of calls."""
     return Routed(keys, block_q=16), Quadratic(rank=9, statistics="stored")
 
 

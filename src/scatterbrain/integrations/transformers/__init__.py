@@ -4,20 +4,23 @@
     import scatterbrain.integrations.transformers
 
     model = AutoModel.from_pretrained(path, attn_implementation="scatterbrain")
-    with sb.calibrate(model), torch.no_grad():
+    with sb.calibrate(model), torch.no_grad():  # a decoder; an encoder has nothing to calibrate
         model(**batch)
 
-"scatterbrain" is :func:`scatterbrain.presets.drop_in`, in causal layers with the support of
-:func:`scatterbrain.presets.causal`; "scatterbrain:drop_in" is the same, "scatterbrain:train" and
-"scatterbrain:paper" are the presets, "scatterbrain:full" is exact, and :func:`register` adds names. Choose a name at
-load, with ``model.set_attn_implementation(name)``, or for single layers with ``sb.replace_attention(model, where=)``.
+"scatterbrain" is :func:`scatterbrain.presets.drop_in`, in causal layers :func:`scatterbrain.presets.causal`;
+"scatterbrain:drop_in" is the same, and "scatterbrain:quality" and "scatterbrain:fast" have the presets of these names
+in its place. "scatterbrain:quadratic", "scatterbrain:causal", "scatterbrain:train" and "scatterbrain:paper" are the
+presets for all layers, "scatterbrain:full" is exact, and :func:`register` adds names. Choose a name at load, with
+``model.set_attn_implementation(name)``, or for single layers with ``sb.replace_attention(model, where=)``.
 
 Every attention layer owns a :class:`scatterbrain.ScatterbrainAttention` as its submodule ``scatterbrain``, so
-calibration and learned projections move, copy, save, load and pickle with the model. Choosing another implementation
-takes it out of the state dict; choosing this one again brings it back. A saved model loads under every implementation:
-a layer takes what was saved for it if that is whole and of its low-rank kernel, and else starts anew, which one warning
-says. "scatterbrain:full" has nothing to save. An adapter of peft has to be told of learned projections:
-``LoraConfig(..., modules_to_save=["scatterbrain"])``.
+calibration and learned projections move, copy, save, load and pickle with the model. A layer that is never causal has
+none of these by default, and the state dict of the original. Choosing another implementation takes them out of the
+state dict; choosing this one again brings them back. A saved model loads under every implementation: a layer takes what
+was saved for it if that is whole and of its low-rank kernel, and else starts anew, or goes without where its kernel
+needs nothing, which one warning says. Models that were calibrated in all layers run as they did under
+"scatterbrain:quadratic". "scatterbrain:full" has nothing to save. An adapter of peft has to be told of learned
+projections: ``LoraConfig(..., modules_to_save=["scatterbrain"])``.
 
 Vision transformers (ViT, ViT-MSN, I-JEPA, DeiT, DINOv2, DINOv3, CLIP, SigLIP) run their layers on patches in Hilbert
 order wherever the support gains from it, as with ``sb.replace_attention``; outputs are in the model's own order.
@@ -32,7 +35,8 @@ no mask, padding on any side, causal         approximated; outputs of padded que
 several tokens behind a cache                approximated, each query at its position in the cache
 one token                                    exact over the cache
 cross-attention                              approximated, each query with a list of its own, since windows and shared
-                                             lists depend on later target tokens; with LSH and "input" exact
+                                             lists depend on later target tokens, and with the kernel of causal calls
+                                             where the other one reads all of them; with LSH and "input" exact
 dropout on attention weights in training     exact, warns: :func:`set_attention_dropout`
 4-D bool masks of padding and causality      approximated
 sliding windows shorter than the sequence,   exact, warns
@@ -40,7 +44,8 @@ packed sequences, other 4-D and float masks
 ``output_attentions=True``                   warns: there are no weights
 score caps, sinks, position biases,          ValueError
 head masks, keys chosen by the model
-uncalibrated                                 ValueError
+uncalibrated, where the kernel has           ValueError
+statistics
 families that compute attention themselves   ValueError at load (Bloom, DeBERTa-v2, Falcon, GPT-Neo, Longformer, ...)
 ============================================ =======================================================================
 
