@@ -126,6 +126,17 @@ def test_a_layer_outside_of_a_model_is_taken_for_one_that_may_be_causal():
     assert all((c.low_rank, c.causal_low_rank) == (CENTROID, QUADRATIC) for c in cores(model).values())
 
 
+def test_inside_calibrate_dropout_acts_on_bidirectional_calls_of_a_layer_that_gathers_causal_ones():
+    layer = hf.FAMILIES["vit"].build(attention_probs_dropout_prob=0.5).layers[0].attention.train()
+    sb.replace_attention(layer)
+    assert core_of(layer).causal_low_rank == QUADRATIC
+    with pytest.warns(UserWarning, match="dropout=0.5 acts on attention weights"):
+        with pytest.raises(ValueError, match="no ScatterbrainAttention was run.*exact attention: dropout=0.5"):
+            with sb.calibrate(layer):
+                first, second = (layer(torch.ones(1, 90, hf.WIDTH))[0] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
 def test_a_kernel_for_all_calls_that_no_causal_call_can_have_is_refused_with_the_cure():
     name = register("scatterbrain:centroid-alone", sb.Window(16), sb.Centroid(8))
     with pytest.raises(ValueError, match=r"Centroid.*would see the future.*causal_low_rank=Quadratic\(\)"):
