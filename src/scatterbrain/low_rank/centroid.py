@@ -100,7 +100,8 @@ class Clusters(Coefficients):
 @dataclass(frozen=True)
 class Centroid(LowRankKernel):
     """``exp(scale q.b_c + kappa)``: keys are clustered, each cluster is replaced by one key b_c, and each key keeps its
-    own weight for the mean query, ``kappa_j = a.(k_j - b_c)``. Nothing to calibrate; bidirectional only.
+    own weight for the mean query, ``kappa_j = a.(k_j - b_c)``. Nothing to calibrate; bidirectional only, and not for
+    the cross-attention of a decoder, whose mean query knows every target token.
 
     The rest of a row is then exact attention to a few representative keys, as in clustered attention (Vyas et al.,
     NeurIPS 2020), which clusters the queries; here the keys are clustered, and a key that is represented counts by its

@@ -51,7 +51,10 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
     ================================================== =============================================================
 
     ``query`` and ``key`` that are the same tensor object are self-attention: ``key_padding_mask`` then marks padded
-    queries as well. Of two different tensors every query is computed.
+    queries as well. Of two different tensors every query is computed. In a decoder's cross-attention the keys that one
+    target token reads must not depend on later ones: give a support of single queries, ``Routed(keys, block_q=1,
+    block_k=8)``, and ``Quadratic``, as :func:`scatterbrain.replace_attention` does; the centroid kernel of the default
+    reads the mean of all queries.
 
     The submodule ``attention`` is the :class:`ScatterbrainAttention`. A checkpoint of nn.MultiheadAttention loads
     strictly: calibrated statistics are reset, since they belong to the weights that they were fitted with, and learned
