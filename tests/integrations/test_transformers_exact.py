@@ -14,7 +14,7 @@ import hf_models as hf
 
 import scatterbrain as sb
 from scatterbrain.integrations.transformers import register
-from scatterbrain.integrations.transformers.masks import READ_MASKS
+from scatterbrain.integrations.transformers.masks import READ_MASKS, SILENT
 
 # One runs torch's attention, the other the library's kernels with lists that hold every key.
 NAMES = ("scatterbrain:full", register("scatterbrain:every-key", sb.Window(4096), None))
@@ -72,6 +72,48 @@ def test_the_families_that_make_masks_of_their_own_are_known():
         if re.search(r"allow_is_causal_skip\"?(=|: )(?!True)", path.read_text(encoding="utf-8"))
     }
     assert found <= set(READ_MASKS), "add them to masks.READ_MASKS"
+
+
+def silent(family: str, implementation: str) -> nn.Module:
+    if family == "aimv2":
+        sizes = {k: v for k, v in hf.TEXT.items() if k != "pad_token_id"}
+        config = transformers.Aimv2TextConfig(**sizes | hf.LONG, eos_token_id=2, attn_implementation=implementation)
+        model = transformers.Aimv2TextModel
+    else:
+        model, config = {
+            "pegasus_x": (transformers.PegasusXModel, transformers.PegasusXConfig),
+            "bigbird_pegasus": (transformers.BigBirdPegasusModel, transformers.BigBirdPegasusConfig),
+        }[family]
+        config = config(**hf.BART | hf.LONG, attn_implementation=implementation)
+    torch.manual_seed(0)
+    return model(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:calibrate. statistics were fitted")
+@pytest.mark.parametrize("implementation", ["scatterbrain", "scatterbrain:quadratic", *NAMES])
+@pytest.mark.parametrize("family", ["aimv2", "pegasus_x", "bigbird_pegasus"])
+def test_a_decoder_whose_layers_do_not_say_that_they_are_causal_stays_so(family: str, implementation: str):
+    model, later = silent(family, implementation), "input_ids" if family == "aimv2" else "decoder_input_ids"
+    arguments = {"input_ids": hf.tokens(), "attention_mask": hf.keep("none"), later: hf.tokens(seed=50)}
+    changed = arguments | {later: torch.cat([arguments[later][:, :60], hf.tokens(40, seed=3)], 1)}
+    if implementation not in NAMES:
+        with sb.calibrate(model):
+            hf.run(model, **arguments)
+    else:
+        check(family, hf.run(model, **arguments), hf.run(silent(family, "eager"), **arguments), torch.ones(2, 100) > 0)
+    out, other = hf.run(model, **arguments), hf.run(model, **changed)
+    assert torch.equal(other[:, :60], out[:, :60]) and not torch.equal(other, out)
+
+
+def test_the_families_whose_layers_do_not_say_that_they_are_causal_are_known():
+    others = {"git", "nemotron3_5_transcribe"}  # their encoders say that they are not; decoders are by default
+    found = set()
+    for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        code = path.read_text(encoding="utf-8")
+        values = {v.strip() for v in re.findall(r"is_causal\b[^=,\n()]*=(?!=)\s*([^,\n)#]+)", code)}
+        if "create_causal_mask(" in code and "ALL_ATTENTION_FUNCTIONS" in code and values:
+            found |= {path.parent.name} if values <= {"False", "is_causal", "self.is_causal"} else set()
+    assert found - others <= set(SILENT), "add them to masks.SILENT"
 
 
 def causal_4d(side: str) -> Tensor:

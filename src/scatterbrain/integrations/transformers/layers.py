@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scatterbrain.integrations.restrictions import NotReplaceable, query_by_query
+from scatterbrain.integrations.transformers.masks import is_silent
 from scatterbrain.integrations.transformers.registry import SETTINGS, Settings, add
 from scatterbrain.low_rank import Heads
 from scatterbrain.nn.attention import ScatterbrainAttention
@@ -268,7 +269,8 @@ def causality(module: nn.Module, model: nn.Module | None = None, path: str = "")
     says = getattr(module, "is_causal", None)
     if not isinstance(says, bool):
         return None
-    if says or "is_causal" in inspect.signature(type(module).__init__).parameters:
+    was_told = "is_causal" in inspect.signature(type(module).__init__).parameters and not is_silent(module)
+    if says or was_told:
         return says
     names = path.split(".")
     around = (model.get_submodule(".".join(names[:length])) for length in range(len(names) - 1, -1, -1) if model)

@@ -3,7 +3,7 @@
 A model asks :func:`compact_mask` for a mask and hands it to its layers, where :func:`read_mask` turns it into arguments
 of attention. All forms are plain 4-D tensors, which transformers passes on untouched:
 
-    None                      every key; causal if the layer is
+    None                      every key; causal if the layer says that it is
     bool  (B, 1, 1, M)        True: every query sees key j
     int32 (B, 1, 1, M)        query i sees key j if i >= mask[j]; causal, with the offset of a cache and padding
     int32 (B, 1, N, 1)        under a trace: query i sees key j if i >= j and mask[i] == mask[j], packed sequences
@@ -53,6 +53,8 @@ READ_MASKS = (
     "t5gemma2",
     "unlimited_ocr",
 )
+# Families whose layers do not say that they are causal: without a mask they would take themselves for bidirectional.
+SILENT = ("aimv2", "bigbird_pegasus", "informer", "nllb_moe", "pegasus_x", "videoprism")
 
 
 def compact_mask(
@@ -76,7 +78,7 @@ def compact_mask(
     window_covers = local_size is not None and kv_offset == 0 and kv_length <= local_size
     is_causal = allow_is_causal_skip and (mask_function is causal_mask_function or window_covers)
     is_bidirectional = allow_is_bidirectional_skip and (mask_function is bidirectional_mask_function or window_covers)
-    if is_tracing() and q_length != 1 and not _reads_masks(arguments.get("config")):
+    if is_tracing() and q_length != 1 and _family(arguments.get("config")) not in READ_MASKS:
         sequence = _causal_sequences(mask_function, window_covers)
         if sequence is not None:
             return sequence.to(torch.int32)[:, None, :, None]
@@ -101,7 +103,7 @@ def compact_mask(
     if not is_causal:
         return None if keep is None else keep[:, None, None, :]
     starts_at_zero = isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
-    if keep is None and starts_at_zero and q_length == kv_length:
+    if keep is None and starts_at_zero and q_length == kv_length and not is_silent(arguments.get("config")):
         return None
     first_query = torch.arange(kv_length, device=device) + (kv_offset - q_offset)
     first_query = first_query.to(torch.int32)[None, :]
@@ -110,9 +112,15 @@ def compact_mask(
     return first_query[:, None, None, :]
 
 
-def _reads_masks(config: object) -> bool:
-    folders = type(config).__module__.split(".")
-    return len(folders) > 2 and folders[2] in READ_MASKS
+def is_silent(owner: object) -> bool:
+    """Whether a configuration or a layer is of a family whose layers do not say that they are causal."""
+    return _family(owner) in SILENT
+
+
+def _family(owner: object) -> str:
+    """The folder of transformers that the class of a configuration or a layer is in; "" of any other."""
+    folders = type(owner).__module__.split(".")
+    return folders[2] if folders[:2] == ["transformers", "models"] and len(folders) > 2 else ""
 
 
 def _keep(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
