@@ -160,36 +160,52 @@ void nearest_centres(const ClusterHead<T>& head, const T* z, int32_t* nearest) {
   }
 }
 
-// Element `row` of centre c.
+// Puts centres, given as rows (clusters, kDirections), into the form in which keys are compared with them.
 template <class T>
-SB_INLINE T& centre_at(const ClusterHead<T>& head, int64_t c, int64_t row) {
-  return head.centres[(c / kCentreRows * kCentreLength + row) * kCentreRows + c % kCentreRows];
-}
-
-// The centre's last element: minus half of its square.
-template <class T>
-SB_INLINE void finish_centre(const ClusterHead<T>& head, int64_t c) {
-  T square = T(0);
-  for (int r = 0; r < kDirections; ++r) square += centre_at(head, c, r) * centre_at(head, c, r);
-  centre_at(head, c, kDirections) = -square / 2;
+SB_INLINE void place_centres(const ClusterParams& p, const T* rows, const ClusterHead<T>& head) {
+  constexpr int N = kLaneWidth<T, kCentreRows>;
+  alignas(64) static const T none[kDirections] = {};
+  for (int64_t first = 0; first < head.centre_rows; first += kCentreRows) {
+    const T* of_lane[kCentreRows];
+    for (int64_t i = 0; i < kCentreRows; ++i)
+      of_lane[i] = first + i < p.clusters ? rows + (first + i) * kDirections : none;
+    T* to = head.centres + first * kCentreLength;
+    transpose_rows<T, kCentreRows>(of_lane, kDirections, T(1), to);
+    for (int lane = 0; lane < kCentreRows; lane += N) {
+      Vector<T, N> square{};
+      for (int r = 0; r < kDirections; ++r) {
+        const auto x = load<T, N>(to + r * kCentreRows + lane);
+        square += x * x;
+      }
+      store<T, N>(to + kDirections * kCentreRows + lane, square * T(-0.5));
+    }
+    for (int64_t i = p.clusters - first > 0 ? p.clusters - first : 0; i < kCentreRows; ++i)
+      to[kDirections * kCentreRows + i] = kLowest<T>;  // never the nearest
+  }
 }
 
 template <class T>
 struct CentresScratch {
-  double* w;        // (kDirections, head_pad): W
-  T *centred, *z;   // (kSamples, head_pad), (kSamples, kDirections): samples minus their mean, and W times these
-  T *moved, *next;  // (kSamples, kDirections), (kDirections, head_pad)
-  T *mean, *part;   // (head_pad) each
+  double *w, *wide;  // (kDirections, head_pad): W; (head_pad)
+  T *centred, *z;    // (kSamples, head_pad), (kSamples, kDirections): samples minus their mean, and W times these
+  T *centre, *moved, *next;  // (kSamples, kDirections) twice, (kDirections, head_pad)
+  T *mean, *part;            // (head_pad) each
   int64_t bytes;
   SB_INLINE CentresScratch(const ClusterParams& p, void* memory) {
     Arena arena{static_cast<char*>(memory), 0};
-    w = arena.take<double>(kDirections * p.head_pad);
+    w = arena.take<double>(kDirections * p.head_pad), wide = arena.take<double>(p.head_pad);
     centred = arena.take<T>(kSamples * p.head_pad), z = arena.take<T>(kSamples * kDirections);
-    moved = arena.take<T>(kSamples * kDirections), next = arena.take<T>(kDirections * p.head_pad);
+    centre = arena.take<T>(kSamples * kDirections), moved = arena.take<T>(kSamples * kDirections);
+    next = arena.take<T>(kDirections * p.head_pad);
     mean = arena.take<T>(p.head_pad), part = arena.take<T>(p.head_pad);
     bytes = arena.used;
   }
 };
+
+template <class To, class From>
+SB_INLINE void convert_numbers(int64_t n, const From* __restrict from, To* __restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = To(from[i]);
+}
 
 // W of n samples, whose centred rows are in the scratch, into the head: some of the rows, then two steps of subspace
 // iteration, W <- orthonormalise(X^T (X W)).
@@ -202,8 +218,10 @@ SB_INLINE void find_directions(const ClusterParams& p, int64_t n, CentresScratch
       s.w[t * width + e] = t < count ? double(s.centred[spread_position(t, count, n) * width + e]) : 0.0;
   const auto take_directions = [&] {
     orthonormalise(width, s.w);
-    for (int64_t t = 0; t < kDirections; ++t)
-      for (int64_t e = 0; e < d; ++e) head.directions[e * kDirections + t] = T(s.w[t * width + e]);
+    convert_numbers(kDirections * width, s.w, s.next);
+    const T* rows[kDirections];
+    for (int64_t t = 0; t < kDirections; ++t) rows[t] = s.next + t * width;
+    transpose_rows<T, kDirections>(rows, d, T(1), head.directions);
   };
   take_directions();
   for (int step = 0; step < 2; ++step) {
@@ -216,14 +234,13 @@ SB_INLINE void find_directions(const ClusterParams& p, int64_t n, CentresScratch
       gemm<T, N, true>(kDirections, width, kClusterLanes, SixteenRows<T>{y}, DenseRows<const T>{rows, width},
                        DenseRows<T>{s.next, width});
     }
-    for (int64_t i = 0; i < kDirections * width; ++i) s.w[i] = double(s.next[i]);
+    convert_numbers(kDirections * width, s.next, s.w);
     take_directions();
   }
-  for (int64_t t = 0; t < kDirections; ++t) {
-    double sum = 0;
-    for (int64_t e = 0; e < d; ++e) sum += s.w[t * width + e] * double(s.mean[e]);
-    head.offset[t] = T(-sum);
-  }
+  double dots[kDirections];
+  convert_numbers(width, s.mean, s.wide);
+  dot_rows<double>(kDirections, DenseRows<const double>{s.w, width}, s.wide, width, dots);
+  for (int64_t t = 0; t < kDirections; ++t) head.offset[t] = T(-dots[t]);
 }
 
 // The mean query, the directions and the centres of one head, from the sums of the queries and the samples.
@@ -276,28 +293,24 @@ int64_t cluster_centres(const ClusterParams& p, int64_t b, int64_t kv, void* mem
     rows_from(first, rows);
     centred_coordinates(p, head, rows, w.z + first * kDirections);
   }
-  for (int64_t c = 0; c < head.centre_rows; ++c) {
-    const int64_t from = c < p.clusters ? spread_position(c, p.clusters, n) : 0;
-    for (int64_t r = 0; r < kDirections; ++r)
-      centre_at(head, c, r) = c < p.clusters ? w.z[from * kDirections + r] : T(0);
-    finish_centre(head, c);
-    if (c >= p.clusters) centre_at(head, c, kDirections) = kLowest<T>;  // never the nearest
-  }
+  const auto row_of = [](T* rows, int64_t i) { return rows + i * kDirections; };
+  for (int64_t c = 0; c < p.clusters; ++c)
+    for (int r = 0; r < kDirections; r += N)
+      store<T, N>(row_of(w.centre, c) + r, load<T, N>(row_of(w.z, spread_position(c, p.clusters, n)) + r));
+  place_centres(p, w.centre, head);
   int32_t nearest[kSamples], members[kSamples]{};
   for (int64_t first = 0; first < n; first += kClusterLanes)
     nearest_centres(head, w.z + first * kDirections, nearest + first);
-  for (int64_t i = 0; i < p.clusters * kDirections; ++i) w.moved[i] = T(0);
+  for (int64_t i = 0; i < p.clusters * kDirections; i += N) store<T, N>(w.moved + i, Vector<T, N>{});
   for (int64_t i = 0; i < n; ++i) {
     ++members[nearest[i]];
-    T* sum = w.moved + nearest[i] * kDirections;
-    for (int r = 0; r < kDirections; r += N)
-      store<T, N>(sum + r, load<T, N>(sum + r) + load<T, N>(w.z + i * kDirections + r));
+    T* sum = row_of(w.moved, nearest[i]);
+    for (int r = 0; r < kDirections; r += N) store<T, N>(sum + r, load<T, N>(sum + r) + load<T, N>(row_of(w.z, i) + r));
   }
-  for (int64_t c = 0; c < p.clusters; ++c) {
-    if (members[c] == 0) continue;
-    for (int64_t r = 0; r < kDirections; ++r) centre_at(head, c, r) = w.moved[c * kDirections + r] / T(members[c]);
-    finish_centre(head, c);
-  }
+  for (int64_t c = 0; c < p.clusters; ++c)
+    for (int r = 0; r < kDirections && members[c] > 0; r += N)
+      store<T, N>(row_of(w.centre, c) + r, load<T, N>(row_of(w.moved, c) + r) / T(members[c]));
+  place_centres(p, w.centre, head);
   return 0;
 }
 
