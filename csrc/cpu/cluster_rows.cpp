@@ -35,16 +35,20 @@ void ClusterRows::set(const Arguments& a, Params& p) {
           if (!(ignored && ignored[j])) visit(j);
       };
       bool outside = false;
-      for_each_key([&](int64_t j) { outside |= cluster[j] < 0 || cluster[j] >= p.rank; });
+      for_each_key([&](int64_t j) {
+        const int32_t c = cluster[j];
+        if (c < 0 || c >= p.rank) {
+          outside = true;
+          return;
+        }
+        const T scaled = log[j] * T(kLog2e);
+        kappa[j] = scaled > limit ? limit : scaled < -limit ? -limit : scaled;  // NaN stays NaN
+        if (kappa[j] > top[c]) top[c] = kappa[j];
+      });
       if (outside) {
         is_outside = true;
         continue;
       }
-      for_each_key([&](int64_t j) {
-        const T scaled = log[j] * T(kLog2e);
-        kappa[j] = scaled > limit ? limit : scaled < -limit ? -limit : scaled;  // NaN stays NaN
-        if (kappa[j] > top[cluster[j]]) top[cluster[j]] = kappa[j];
-      });
       for_each_key([&](int64_t j) { kappa[j] -= top[cluster[j]]; });
     }
   });
