@@ -279,6 +279,24 @@ def test_a_target_token_sees_nothing_after_it_through_cross_attention(name: str,
     torch.testing.assert_close(alone, before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["Bart", "Marian", "Musicgen"])
+def test_a_decoder_alone_has_cross_attention_too(family: str):
+    """Its configuration names no encoder."""
+    sizes = {**hf.TEXT, **hf.LONG, "ffn_dim": 80} if family == "Musicgen" else {**hf.BART, **hf.LONG}
+    config = getattr(transformers, "MusicgenDecoderConfig" if family == "Musicgen" else f"{family}Config")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config(**sizes, attn_implementation="scatterbrain")).eval()
+    ids = hf.tokens(batch=2 * getattr(model.config, "num_codebooks", 1))
+    states = torch.randn(2, 90, hf.WIDTH, generator=torch.Generator().manual_seed(1))
+    with sb.calibrate(model):
+        hf.run(model, input_ids=ids, encoder_hidden_states=states)
+    changed = torch.cat([ids[:, :60], ids[:, :40]], 1)
+    out, other = (hf.run(model, input_ids=i, encoder_hidden_states=states) for i in (ids, changed))
+    assert torch.equal(out[:, :60], other[:, :60]) and not torch.equal(out, other)
+    assert len(crossing(model)) == 2
+    assert not any(layer.scatterbrain.is_self for path, layer in model.named_modules() if path in crossing(model))
+
+
 def crossing(model: nn.Module) -> list[str]:
     names = ("encoder_attn", "crossattention")
     return [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in names]

@@ -26,6 +26,7 @@ PARKED = "_scatterbrain_parked"  # holds it outside of the state dict while anot
 
 _INTERFACE = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface")
 _CROSS = re.compile(r"key_value|encoder|cross|context|memory|latent|image|vision|text|media|kv|query|queries|value")
+_CROSS_NAME = re.compile(r"cross|encoder_att|enc_?dec", re.IGNORECASE)
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_attn_heads", "encoder_attention_heads")
 _HEAD_DIM = (
     "head_dim",
@@ -291,7 +292,7 @@ def _is_self(module: nn.Module, path: str) -> bool:
     """Whether queries and keys are the same tokens: by the attribute of classes that serve as both, by the names of
     module and class, or because its forward takes no other tokens."""
     names = ".".join(path.split(".")[-2:])
-    if getattr(module, "is_cross_attention", False) or "cross" in f"{names} {type(module).__name__}".lower():
+    if getattr(module, "is_cross_attention", False) or _CROSS_NAME.search(f"{names} {type(module).__name__}"):
         return False
     if hasattr(module, "is_cross_attention"):  # one class for both, which says what this module is
         return True
