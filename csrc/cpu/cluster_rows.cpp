@@ -52,7 +52,8 @@ void ClusterRows::set(const Arguments& a, Params& p) {
       for_each_key([&](int64_t j) { kappa[j] -= top[cluster[j]]; });
     }
   });
-  SB_CHECK(!is_outside, "cluster_index must name clusters 0 to ", p.rank - 1, " for every key that is not ignored");
+  SB_CHECK(!is_outside, "cluster_index must name clusters 0 to ", p.rank - 1,
+           " for every key that is not ignored; make the clusters with the key_padding_mask that attention is given");
 }
 
 template <class T>

@@ -270,6 +270,11 @@ def test_the_function_refuses_what_does_not_fit() -> None:
     query, key, _ = qkv()
     with pytest.raises(ValueError, match="Centroid: clusters must be at most 256"):
         sb.cluster(query, key, 300)
+    padded = sb.cluster(query, key, 5, key_padding_mask=padding(N, (0, 4), (0, 0)))
+    with pytest.raises(
+        RuntimeError, match="every key that is not ignored; make the clusters with the key_padding_mask"
+    ):
+        sb.attention(query, key, key, sb.Window(4), statistics=padded)
     with pytest.raises(TypeError, match="scale must be a number"):
         sb.cluster(query, key, scale="a")
     with pytest.raises(ValueError, match="key must have the head_dim of query"):

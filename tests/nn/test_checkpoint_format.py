@@ -117,6 +117,7 @@ def test_a_checkpoint_of_the_format_loads_and_is_saved_as_it_was(kernel: str) ->
         torch.testing.assert_close(saved[name], tensor, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_checkpoint_of_releases_before_loads_strictly_and_is_saved_in_the_format(kernel: str, assign: bool) -> None:
     module = attention(kernel)

@@ -89,6 +89,7 @@ def test_heads_narrower_than_the_default_kernel_of_causal_calls_get_one_of_their
         ((QUADRATIC, sb.Favor(8)), ValueError, "keeps the state of one low-rank kernel, got .*Quadratic.*Favor"),
         ((QUADRATIC, sb.Quadratic(9, "learned")), ValueError, "keeps the state of one low-rank kernel"),
         ((CENTROID, sb.Centroid(4)), ValueError, "causal_low_rank must be a kernel that causal attention can use"),
+        ((CENTROID, CENTROID), ValueError, "causal_low_rank must be a kernel that causal attention can use"),
         ((QUADRATIC, sb.Quadratic(9, "input")), ValueError, "causal_low_rank must be a kernel that causal attention"),
         ((CENTROID, "quadratic"), TypeError, "causal_low_rank must be .* or None, got str"),
         ((CENTROID, sb.Quadratic(17)), ValueError, "rank must be at most head_dim=16, got 17"),

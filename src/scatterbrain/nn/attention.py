@@ -114,7 +114,7 @@ class ScatterbrainAttention(KernelState):
         if pairs.causal_low_rank is CAUSAL_LOW_RANK and pairs.low_rank != CAUSAL_LOW_RANK:
             pairs = pairs._replace(causal_low_rank=Quadratic(min(CAUSAL_LOW_RANK.rank, head_dim)))
         pairs = pairs.needed()
-        for kernel in (pairs.low_rank, pairs.causal_low_rank):
+        for kernel in (pairs.low_rank, pairs.low_rank_of(True)):
             if kernel is not None and head_dim < kernel.least_head_dim:
                 raise ValueError(
                     f"ScatterbrainAttention: {type(kernel).__name__} rank must be at most head_dim={head_dim}, got "
@@ -234,7 +234,7 @@ class ScatterbrainAttention(KernelState):
     @property
     def pairs(self) -> Pairs:
         """The supports and kernels of both kinds of calls."""
-        return Pairs(self.support, self.low_rank, self.causal_support, self.causal_low_rank)
+        return Pairs(self.support, self.low_rank, self.causal_support, self._causal_low_rank)
 
     @pairs.setter
     def pairs(self, pairs: Pairs) -> None:

@@ -245,7 +245,9 @@ class KernelState(nn.Module):
         if self.is_exact or (self.kernel_of_state is not None and not self.has_state):
             for name in entries:
                 del state_dict[name]
-            if entries and not self.is_exact:  # exact attention needs nothing that an approximation saved
+            # A checkpoint of an earlier release has the entry _extra_state for every kernel, those without state too.
+            of_statistics = any(name != f"{prefix}_extra_state" for name in entries)
+            if of_statistics and not self.is_exact:  # exact attention needs nothing that an approximation saved
                 self._tell_of_unused()
         self._translate(state_dict, prefix, error_msgs)
         super()._load_from_state_dict(

@@ -81,7 +81,7 @@ class Pairs(NamedTuple):
             low_rank = None if self.support.is_full else low_rank
             causal_low_rank = None if self.support_of(True).is_full else causal_low_rank
         if low_rank == causal_low_rank or self.support_of(True).is_bidirectional_only:
-            causal_low_rank = low_rank
+            causal_low_rank = ...
         return self._replace(low_rank=low_rank, causal_low_rank=causal_low_rank)
 
     def check(self) -> None:
@@ -95,7 +95,7 @@ class Pairs(NamedTuple):
         """:meth:`check` of what is for causal calls alone."""
         if self.causal_support is not None:
             checks.check_causal_support(self.causal_support)
-        if self.causal_low_rank is not ... and self.causal_low_rank != self.low_rank:
+        if self.causal_low_rank is not ...:
             check_low_rank(self.causal_low_rank, "causal_low_rank")
             if self.causal_low_rank is not None:
                 checks.check_causal_low_rank(self.causal_low_rank)

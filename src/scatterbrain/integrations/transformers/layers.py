@@ -174,7 +174,8 @@ def attach(
     present = [core for core in (core_of(module), module.__dict__.pop(PARKED, None)) if core is not None]
     core = next((core for core in present if core.kernel_of_state == kernel), None)
     if core is None or (heads is not None and _heads(core) != heads):
-        least_head_dim = max(1 if kernel is None else kernel.least_head_dim for kernel in pairs[1::2])
+        kernels = (pairs.low_rank, pairs.low_rank_of(True))
+        least_head_dim = max(1 if kernel is None else kernel.least_head_dim for kernel in kernels)
         core = _build(known or Heads(1, least_head_dim, 1), pairs, seed)
         core.is_self = _is_self(module, path)
         core.is_guess = heads is None
