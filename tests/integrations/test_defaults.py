@@ -148,6 +148,18 @@ def test_a_kernel_for_all_calls_that_no_causal_call_can_have_is_refused_with_the
         register("scatterbrain:two", sb.Window(16), sb.Quadratic(5), causal_low_rank=sb.Quadratic(4))
 
 
+@pytest.mark.parametrize("how", ["name", "swap"])
+def test_a_causal_mask_of_an_encoder_runs_exactly_and_says_so(how: str):
+    plain, model = (hf.FAMILIES["bert"].build(name) for name in ("sdpa", "scatterbrain" if how == "name" else "sdpa"))
+    if how == "swap":
+        sb.replace_attention(model)
+    mask = torch.ones(hf.TOKENS, hf.TOKENS, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    arguments = {"input_ids": hf.tokens(), "attention_mask": mask}
+    with pytest.warns(UserWarning, match=r"exact attention.*mask is causal, and Centroid.*'scatterbrain:quadratic'"):
+        out = hf.run(model, **arguments)
+    torch.testing.assert_close(out, hf.run(plain, **arguments), rtol=2e-5, atol=2e-5)
+
+
 def test_calibration_survives_a_time_under_a_kernel_without_state():
     model, arguments = calibrated("bert", "scatterbrain:quadratic"), hf.inputs("bert")[0]
     out = hf.run(model, **arguments)

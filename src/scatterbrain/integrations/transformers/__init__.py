@@ -38,7 +38,8 @@ cross-attention                              approximated, each query with a lis
                                              lists depend on later target tokens, and with the kernel of causal calls
                                              where the other one reads all of them; with LSH and "input" exact
 dropout on attention weights in training     exact, warns: :func:`set_attention_dropout`
-4-D bool masks of padding and causality      approximated
+4-D bool masks of padding and causality      approximated; exact, warns, where they make a layer causal that never is
+                                             and its kernel reads the whole sequence, as the default does
 sliding windows shorter than the sequence,   exact, warns
 packed sequences, other 4-D and float masks
 ``output_attentions=True``                   warns: there are no weights

@@ -147,7 +147,9 @@ def _is_exact(
         return False
     if core.support_of(visible.is_causal).is_full or query.shape[2] == 1:
         return True
-    reason = None
+    reason, low_rank = None, core.low_rank_of(visible.is_causal)
+    # A layer that is causal by itself raises with the cure: it was given a kernel that serves none of its calls.
+    module_is_causal = getattr(module, "is_causal", True)
     window = arguments.get("sliding_window")
     if visible.dense is not None and window is not None and visible.dense.shape[-1] > window:
         reason = (
@@ -165,6 +167,11 @@ def _is_exact(
             "its mask differs from query to query (packed sequences, a 4-D attention_mask, or masks of another "
             "implementation than this layer's); pass an attention_mask (batch, tokens), 1 = keep, if that says the "
             "same, and choose single layers with sb.replace_attention(model, where=...)"
+        )
+    elif visible.is_causal and not module_is_causal and low_rank is not None and low_rank.reads_input:
+        reason = (
+            f"its mask is causal, and {low_rank} reads the whole sequence; for causal calls choose another kernel, "
+            "such as that of attn_implementation='scatterbrain:quadratic', and calibrate"
         )
     elif dropout > 0:
         reason = (
