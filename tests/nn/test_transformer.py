@@ -271,7 +271,7 @@ def test_a_causal_decoder_reads_no_later_token():
         (sb.Window(20), sb.Favor(8), sb.Routed(24, 1, 8), "where the number of target tokens puts it"),
         (sb.Empty(), sb.Favor(8), sb.Empty(), ""),
         (sb.LSH(16), None, None, "LSH sorts all queries"),
-        (sb.Window(8), sb.Quadratic(4, "input"), None, r"give causal_low_rank=Quadratic\(\) beside it"),
+        (sb.Window(8), sb.Quadratic(4, "input"), None, "give causal_low_rank=Quadratic() beside it"),
     ],
 )
 def test_cross_attention_is_chosen_query_by_query(support: Any, low_rank: Any, now: Any, note: str):

@@ -44,8 +44,8 @@ def query_by_query(pairs: Pairs) -> tuple[Pairs, str]:
         kernel = pairs.low_rank_of(True)
         if kernel is not None and kernel.reads_input:
             raise NotReplaceable(
-                f"{pairs.low_rank} would show a target token the ones after it; give causal_low_rank=Quadratic() beside "
-                "it, which uses stored statistics"
+                f"{pairs.low_rank} would show a target token the ones after it; give causal_low_rank=Quadratic() "
+                "beside it, which uses stored statistics"
             )
         why = f"{kernel or 'no low-rank part'}: {pairs.low_rank} would show a target token the ones after it"
     with errors_as_reasons():
