@@ -35,9 +35,9 @@ suites:
 methods:
 {methods}
 
-Times are medians of interleaved repeats: every method once, then all again. With one thread they are CPU time of that
-thread, so that other programs do not count; with more, wall time. They include Python, autograd, projections and
-routing. Statistics of the low-rank kernel are fitted beforehand, on other tokens of the same kind.
+Times are medians of interleaved repeats: every method once, then all again in another order. With one thread they are
+CPU time of that thread, so that other programs do not count; with more, wall time. They include Python, autograd,
+projections and routing. Statistics of the low-rank kernel are fitted beforehand, on other tokens of the same kind.
 Memory that a method frees stays with the process (glibc), so that the next method does not pay for new pages;
 --allocator system leaves that to the C library, as in a program with default settings.
 Random inputs have topics, smooth neighbourhoods and a decaying spectrum; for real ones give --inputs.
