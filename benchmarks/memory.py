@@ -28,7 +28,7 @@ QUADRATIC = sb.Quadratic(9)
 SUPPORTS = {
     "window 64": (sb.Window(64), QUADRATIC, False),
     "routed 64, block_q 16": (sb.Routed(64), QUADRATIC, False),
-    "routed 64, block_q 32, centroid": (sb.Routed(64, block_q=32), sb.Centroid(64), False),
+    "routed 72, block_q 32, centroid": (*sb.presets.drop_in(), False),
     "window 64, causal": (sb.Window(64), QUADRATIC, True),
     "routed 64 per query, causal": (sb.Routed(64, block_q=1, block_k=8, window=16), QUADRATIC, True),
 }

@@ -117,6 +117,12 @@ def methods(keys: int, rank: int) -> Iterator[tuple[str, bool | None, Method]]:
         ("routed per query, blocks of 8, window 16", None, sb.Routed(keys, **PER_QUERY), quadratic),
         (f"window {keys} + centroid 64", False, sb.Window(keys), sb.Centroid(64)),
         ("routed, block_q 32 + centroid 64", False, sb.Routed(keys, block_q=32), sb.Centroid(64)),
+        (
+            f"routed, block_q 32, {9 * keys // 8} keys + centroid 64",
+            False,
+            sb.Routed(9 * keys // 8, block_q=32),
+            sb.Centroid(64),
+        ),
         ("routed, block_q 16 + centroid 64", False, sb.Routed(keys, **POOLED), sb.Centroid(64)),
         (
             f"routed, block_q 32, {3 * keys // 2} keys, 2 pools + centroid 64",

@@ -40,7 +40,7 @@ def main() -> None:
     with torch.no_grad():
         exact = model(text, padding)
 
-        report = sb.replace_attention(model, *sb.presets.drop_in(keys=64))
+        report = sb.replace_attention(model, *sb.presets.drop_in())
         print(report)
 
         approximated = model(text, padding)

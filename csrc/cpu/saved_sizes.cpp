@@ -28,7 +28,8 @@ ScoreLayout score_layout(const AttentionShape& s) {
   layout.lanes = s.block_q == 1 ? 1 : s.block_q <= 8 ? 8 : s.block_q < 32 ? 16 : 32;
   layout.slots = pad_to(ceil_div(s.q_tokens, s.block_q) * s.block_q, kPad);
   const bool all_keys = s.block_q == 1 && s.low_rank != int64_t(LowRank::kNone) && s.k_tokens <= kBitmaskKeys;
-  const int64_t keys = pad_to(all_keys ? s.k_tokens : std::min(s.listed_keys, s.k_tokens), kPad);
+  const int64_t most = all_keys ? s.k_tokens : std::min(s.listed_keys, s.k_tokens);
+  const int64_t keys = layout.lanes == 1 ? pad_to(most, kPad) : most;  // rows of single queries are whole vectors
   const bool full_tiles = s.block_q % layout.lanes == 0, can_save = !s.is_causal && !in_double(s) && full_tiles;
   layout.keys = can_save && (all_keys || keys <= kKeptKeys) ? keys : 0;
   const bool has_clusters = s.low_rank == int64_t(LowRank::kCentroid);

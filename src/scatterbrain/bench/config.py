@@ -58,13 +58,13 @@ SUITES = {
     "quick": Suite(
         "three lengths, our supports and the baselines: about two minutes",
         ((256, 4), (1024, 4), (4096, 4)),
-        ("sdpa", "drop_in-64", "fast-64", "window-64", "routed-64", "per-query-64", *BASELINES),
+        ("sdpa", "drop_in-72", "fast-64", "window-64", "routed-64", "per-query-64", *BASELINES),
         (),
     ),
     "standard": Suite(
         "256 to 4096 tokens, and 16384 with one head; bidirectional and causal: about fifteen minutes",
         (*_STANDARD_LENGTHS, (16384, 1)),
-        ("sdpa", "drop_in-64", "fast-64", "quality-128", "routed-64", "window-64", "per-query-64", *BASELINES),
+        ("sdpa", "drop_in-72", "fast-64", "quality-128", "routed-64", "window-64", "per-query-64", *BASELINES),
         ("sdpa", "window-64", "per-query-64", *BASELINES[:2]),
     ),
     "short": Suite(
@@ -76,7 +76,7 @@ SUITES = {
     "long": Suite(
         "16384 to 65536 tokens without exact attention: is time linear?",
         ((1024, 4), (16384, 4), (65536, 4)),
-        ("drop_in-64", "fast-64", "window-64", "routed-64", "per-query-64"),
+        ("drop_in-72", "fast-64", "window-64", "routed-64", "per-query-64"),
         ("window-64", "per-query-64"),
     ),
     "kernels": Suite(

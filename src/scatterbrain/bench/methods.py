@@ -1,7 +1,7 @@
 """Methods by name: what is timed, and what it needs.
 
 sdpa                    F.scaled_dot_product_attention
-drop_in-64, fast-64,    the presets of these names, scatterbrain.presets, with that many keys
+drop_in-72, fast-64,    the presets of these names, scatterbrain.presets, with that many keys
   quality-128,
   quadratic-64
 window-64, routed-64,   a support of that many keys with the quadratic kernel and stored statistics;
