@@ -1,10 +1,20 @@
-"""Causal copy: can a model trained from scratch learn to look 128 tokens back, with few keys per query?
+"""Copy: can a model trained from scratch learn to look 128 tokens away, with few keys per query?
 
-A sequence is 127 random symbols of 64, a separator, and the same 127 symbols. The perplexity of the copied half is 1
-for a model that has learned to copy and 64 for one that guesses.
+causal   a sequence is 127 random symbols of 64, a separator, and the same 127 symbols, each predicted from those before
+masked   the second half is masked, and every token reads every other (bidirectional attention)
 
-    python benchmarks/copy.py                      training preset, full attention, window; two seeds each
-    python benchmarks/copy.py --attention train    one of them
+The perplexity of the second half is 1 for a model that has learned to copy and 64 for one that guesses.
+
+    python benchmarks/copy.py                       causal: training preset, full attention, window; two seeds each
+    python benchmarks/copy.py masked --steps 200    those and pairs with the centroid kernel
+    python benchmarks/copy.py --attention train     one of them
+
+train               scatterbrain.presets.train
+full                exact attention
+window              a window, no low-rank part
+drop-in             scatterbrain.presets.drop_in: at 32 keys its lists hold the 32 queries' own keys, and no others
+centroid            lists shared by 16 queries, half of them chosen, with the centroid kernel (masked)
+per-query-centroid  the training preset's lists, one for each query, with the centroid kernel (masked)
 """
 
 from __future__ import annotations
@@ -18,16 +28,19 @@ sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.p
 import argparse
 import math
 import time
-from functools import partial
 
 import torch
+from torch import Tensor, nn
 
-from scatterbrain.training.attention import build_attention, describe_attention
-from scatterbrain.training.config import AttentionConfig, ModelConfig, TrainConfig
+import scatterbrain as sb
+from scatterbrain.low_rank import LowRank
+from scatterbrain.supports import Support
+from scatterbrain.training.config import ModelConfig, TrainConfig
 from scatterbrain.training.train_step import Batch, TrainState, scheduled_learning_rate
 
 SYMBOLS, HALF = 64, 127
-SEPARATOR = SYMBOLS
+SEPARATOR, MASK = SYMBOLS, SYMBOLS + 1
+CAUSAL = ("train", "full", "window")
 
 MODEL = ModelConfig(
     layers=2,
@@ -45,49 +58,92 @@ MODEL = ModelConfig(
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
-    attentions = {
-        "train": AttentionConfig(preset="train", keys=options.keys),
-        "full": AttentionConfig(support="full"),
-        "window": AttentionConfig(keys=options.keys, support="window", low_rank="none"),
-    }
+    pairs = pairs_of(options.keys)
     for name in options.attention:
-        print(f"{name}: {describe_attention(attentions[name])}")
+        support, low_rank = pairs[name]
+        print(f"{name}: {support}" + (f" + {low_rank}" if low_rank is not None else ""))
         for seed in options.seeds:
             started = time.perf_counter()
-            perplexity = train_copy(attentions[name], options.steps, seed)
+            perplexity = train_copy(pairs[name], options.task == "causal", options.steps, seed)
             print(f"  seed {seed}: perplexity {perplexity:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def train_copy(attention: AttentionConfig, steps: int, seed: int) -> float:
-    """Trains on fresh sequences and returns the perplexity of the copied half of 32 others."""
+def pairs_of(keys: int) -> dict[str, tuple[Support, LowRank]]:
+    per_query, learned = sb.presets.train(keys)
+    return {
+        "train": (per_query, learned),
+        "full": (sb.Full(), None),
+        "window": (sb.Window(keys), None),
+        "drop-in": sb.presets.drop_in(keys),
+        "centroid": (sb.Routed(keys, block_q=16), sb.Centroid(64)),
+        "per-query-centroid": (per_query, sb.Centroid(64)),
+    }
+
+
+class Bidirectional(nn.Module):
+    """Attention of a decoder's block that reads the tokens after it too."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+        return self.attention(query, key, value)
+
+
+def train_copy(pair: tuple[Support, LowRank], is_causal: bool, steps: int, seed: int) -> float:
+    """Trains on fresh sequences and returns the perplexity of the second half of 32 others."""
+
+    def attention(num_heads: int, num_kv_heads: int, head_dim: int) -> nn.Module:
+        layer = sb.ScatterbrainAttention(num_heads, head_dim, num_kv_heads, support=pair[0], low_rank=pair[1])
+        return layer if is_causal else Bidirectional(layer)
+
     config = TrainConfig(steps=steps, learning_rate=3e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup=20, seed=seed)
-    train_state = TrainState(MODEL, config, partial(build_attention, attention), vocabulary=SYMBOLS + 1)
+    train_state = TrainState(MODEL, config, attention, vocabulary=SYMBOLS + (1 if is_causal else 2))
+    draw_batch = causal_batch if is_causal else masked_batch
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         train_state.step([draw_batch(8, generator)], scheduled_learning_rate(config, step, step / steps))
     return math.exp(train_state.evaluate([draw_batch(8, generator) for _ in range(4)]))
 
 
-def draw_batch(batch: int, generator: torch.Generator) -> Batch:
+def causal_batch(batch: int, generator: torch.Generator) -> Batch:
     """Sequences without their last token, and the next tokens, of which only the copied half is scored."""
-    symbols = torch.randint(SYMBOLS, (batch, HALF), generator=generator)
-    separator = torch.full((batch, 1), SEPARATOR)
+    symbols, separator = draw(batch, generator)
     tokens = torch.cat((symbols, separator, symbols), dim=1)
     targets = tokens[:, 1:].clone()
     targets[:, :HALF] = -100
     return tokens[:, :-1], targets
 
 
+def masked_batch(batch: int, generator: torch.Generator) -> Batch:
+    """Sequences with a masked second half, and what belongs there."""
+    symbols, separator = draw(batch, generator)
+    tokens = torch.cat((symbols, separator, torch.full_like(symbols, MASK)), dim=1)
+    targets = torch.cat((torch.full((batch, HALF + 1), -100), symbols), dim=1)
+    return tokens, targets
+
+
+def draw(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The symbols of the first half, and the separator."""
+    return torch.randint(SYMBOLS, (batch, HALF), generator=generator), torch.full((batch, 1), SEPARATOR)
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="?", choices=("causal", "masked"), default="causal", help="default causal")
     parser.add_argument(
-        "--attention", nargs="+", choices=("train", "full", "window"), default=["train", "full", "window"]
+        "--attention", nargs="+", choices=tuple(pairs_of(32)), help="default those that can be run in the task"
     )
-    parser.add_argument("--keys", type=int, default=32, help="keys per query of train and window (default 32)")
+    parser.add_argument("--keys", type=int, default=32, help="keys per query (default 32)")
     parser.add_argument("--steps", type=int, default=250, help="training steps (default 250)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one training each (default 0 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.attention = options.attention or (CAUSAL if options.task == "causal" else tuple(pairs_of(32)))
+    if options.task == "causal" and not set(options.attention) <= set(CAUSAL):
+        parser.error(f"--attention: expected any of {', '.join(CAUSAL)} in causal copy, got {options.attention}")
+    return options
 
 
 if __name__ == "__main__":
