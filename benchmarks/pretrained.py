@@ -6,9 +6,10 @@ do they take?
     python benchmarks/pretrained.py whisper --keys 64 128 256 --block-q 16 32 --clusters 64 96
 
 Every combination of the options is a row. The centroid kernel needs no calibration; the quadratic one is calibrated on
-other inputs than those it is measured on. Times are medians of forwards with exact attention (transformers' sdpa) and
-with that of every row, taken in turn on one thread. The weights come in Python packages
-(examples/pretrained_models.py); where one is not installed its model is left out, with the reason.
+other inputs than those it is measured on. Times are CPU time of one thread, so that other processes count little:
+medians of forwards with exact attention (transformers' sdpa) and with that of every row, taken in turn. The weights
+come in Python packages (examples/pretrained_models.py); where one is not installed its model is left out, with the
+reason.
 
 minilm   sentence encoder on 512 tokens of English prose (the standard library's pydoc topics): cosine of token outputs
          and of sentence embeddings
@@ -90,14 +91,14 @@ def replaced(model: nn.Module, pair: Pair, calibration: Callable[[nn.Module], ob
 
 
 def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median milliseconds of each, run in turn after one run of each that is not counted."""
+    """Median milliseconds of this thread in each, run in turn after one run of each that is not counted."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 1):
         for function, taken in zip(functions, times):
-            start = time.perf_counter()
+            start = time.thread_time()
             function()
             if repeat:
-                taken.append(1e3 * (time.perf_counter() - start))
+                taken.append(1e3 * (time.thread_time() - start))
     return [statistics.median(taken) for taken in times]
 
 
