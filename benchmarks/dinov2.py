@@ -115,7 +115,7 @@ def main() -> None:
     exact = dinov2_small(attn_implementation="sdpa")
     outputs = {} if options.skip_similarity else {name: tokens(exact, images) for name, images in pictures.items()}
     swapped = {}
-    for pair in pairs_of(options, [64]):
+    for pair in pairs_of(options):
         ours = dinov2_small()
 
         def calibration(ours: nn.Module = ours) -> None:

@@ -17,7 +17,8 @@ import scatterbrain as sb
 from scatterbrain.low_rank import LowRankKernel
 from scatterbrain.supports import Support
 
-BLOCK_Q = {"centroid": 32, "quadratic": 16}  # queries that share a list, where the command line does not say
+# By the name of the kernel, what the command line does not say.
+DEFAULTS = {"centroid": sb.presets.drop_in(), "quadratic": sb.presets.quadratic()}
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--low-rank",
         nargs="+",
-        choices=tuple(BLOCK_Q),
+        choices=tuple(DEFAULTS),
         default=["centroid"],
         help="kernel of the keys that are not listed: centroid (default) clusters those of each call, quadratic is "
         "calibrated",
     )
-    add("--keys", type=int, nargs="+", help="exact keys per query; default 64, or as the model needs")
-    add("--block-q", type=int, nargs="+", help="queries that share a list; default 32 with centroid, 16 with quadratic")
+    (lists, centroid), (other_lists, quadratic) = DEFAULTS.values()
+    by_kernel = "default {} with centroid, {} with quadratic".format
+    add("--keys", type=int, nargs="+", help=f"exact keys per query; {by_kernel(lists.keys, other_lists.keys)}")
+    add(
+        "--block-q",
+        type=int,
+        nargs="+",
+        help=f"queries that share a list; {by_kernel(lists.block_q, other_lists.block_q)}",
+    )
     add("--pools", type=int, nargs="+", default=[1], help="means of queries that choose a list; default 1")
-    add("--clusters", type=int, nargs="+", default=[64], help="of centroid; default 64")
-    add("--rank", type=int, nargs="+", default=[9], help="of quadratic; default 9")
+    add(
+        "--clusters", type=int, nargs="+", default=[centroid.clusters], help=f"of centroid; default {centroid.clusters}"
+    )
+    add("--rank", type=int, nargs="+", default=[quadratic.rank], help=f"of quadratic; default {quadratic.rank}")
 
 
-def pairs_of(options: argparse.Namespace, keys: list[int]) -> list[Pair]:
-    """Every combination of the options; ``keys`` where they name none."""
+def pairs_of(options: argparse.Namespace) -> list[Pair]:
+    """Every combination of the options."""
     pairs = []
     for name in options.low_rank:
+        usual = DEFAULTS[name][0]
         kernels = map(sb.Centroid, options.clusters) if name == "centroid" else map(sb.Quadratic, options.rank)
-        lists = product(options.keys or keys, options.block_q or [BLOCK_Q[name]], options.pools)
+        lists = product(options.keys or [usual.keys], options.block_q or [usual.block_q], options.pools)
         for (count, block_q, pools), kernel in product(lists, kernels):
             # One pool is what Routed has by itself.
             support = sb.Routed(count, block_q=block_q, **({} if pools == 1 else {"pools": pools}))

@@ -1,7 +1,7 @@
 """Real pretrained models with every attention layer replaced and nothing trained: how far are their outputs, how long
 do they take?
 
-    python benchmarks/pretrained.py                     all models, the default budgets
+    python benchmarks/pretrained.py                     all models, the default pair
     python benchmarks/pretrained.py minilm --low-rank centroid quadratic
     python benchmarks/pretrained.py whisper --keys 64 128 256 --block-q 16 32 --clusters 64 96
 
@@ -132,7 +132,7 @@ def minilm(options: argparse.Namespace) -> Iterator[Row]:
     one = measured[:1]
     model = pretrained_models.minilm()
     exact = model(measured).last_hidden_state
-    pairs = pairs_of(options, [64])
+    pairs = pairs_of(options)
     models = [replaced(model, pair, lambda m: m(calibration)) for pair in pairs]
     exact_ms, *our_ms = medians([partial(m, one) for m in (model, *models)], options.repeats)
     for pair, ours, ms in zip(pairs, models, our_ms):
@@ -204,7 +204,7 @@ def whisper(options: argparse.Namespace) -> Iterator[Row]:
     exact = encoder(spoken).last_hidden_state
     words = transcribe(model, exact)
     halves = spoken.split(len(TEXTS) // 2)
-    pairs = pairs_of(options, [64, 128, 256])
+    pairs = pairs_of(options)
     encoders = [
         [replaced(encoder, pair, lambda m, other=other: m(other)) for other in reversed(halves)] for pair in pairs
     ]

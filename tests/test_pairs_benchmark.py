@@ -16,31 +16,31 @@ SCRIPT = ROOT / "benchmarks" / "pairs.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the source tree, not only the installed package")
 
 
-def pairs(arguments: str, keys: list[int]) -> list:
+def pairs(arguments: str) -> list:
     names = runpy.run_path(str(SCRIPT))
     parser = argparse.ArgumentParser()
     names["add_options"](parser)
-    return names["pairs_of"](parser.parse_args(arguments.split()), keys)
+    return names["pairs_of"](parser.parse_args(arguments.split()))
 
 
 def test_the_default_is_that_of_models_without_retraining():
-    [pair] = pairs("", [64])
+    [pair] = pairs("")
     assert str(pair) == " + ".join(map(str, sb.presets.drop_in()))
-    [pair] = pairs("--low-rank quadratic", [64])
+    [pair] = pairs("--low-rank quadratic")
     assert str(pair) == " + ".join(map(str, sb.presets.quadratic()))
 
 
 def test_every_combination_is_a_pair_once():
-    found = pairs("--low-rank centroid quadratic --keys 64 96 --pools 1 2 --clusters 32 64 --rank 4 9", [128])
+    found = pairs("--low-rank centroid quadratic --keys 64 96 --pools 1 2 --clusters 32 64 --rank 4 9")
     assert len(found) == len(set(map(str, found))) == 2 * 2 * 2 + 2 * 2 * 2
-    assert pairs("", [64, 128])[1].support == sb.Routed(128, block_q=32)
-    wide = pairs("--keys 96 --block-q 16 --pools 2 --clusters 96", [64])[0]
+    assert pairs("--keys 64 128")[1].support == sb.Routed(128, block_q=32)
+    wide = pairs("--keys 96 --block-q 16 --pools 2 --clusters 96")[0]
     assert wide.support == sb.Routed(96, block_q=16, pools=2) and wide.low_rank.clusters == 96
 
 
 @pytest.mark.parametrize(("kernel", "calibrations"), [("centroid", 0), ("quadratic", 1)])
 def test_only_a_kernel_with_stored_statistics_is_calibrated(kernel: str, calibrations: int):
-    [pair] = pairs(f"--low-rank {kernel} --keys 32", [64])
+    [pair] = pairs(f"--low-rank {kernel} --keys 32")
     model = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(32, 2, 32, dropout=0.0, batch_first=True), 1, enable_nested_tensor=False
     ).eval()
