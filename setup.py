@@ -32,7 +32,9 @@ from torch_environment import require_torch
 BUILD_INFO_SOURCE = "csrc/build_info.cpp"
 SOURCES = {path for folder in ("csrc", "csrc/cpu") for path in glob(f"{folder}/*.cpp", root_dir=ROOT)}
 OPERATOR_SOURCES = sorted(SOURCES - {BUILD_INFO_SOURCE})
-CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
+# Only on demand while operators are without CUDA kernels: what is compiled registers nothing (csrc/cuda/launchers.h).
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT)) if os.environ.get("FORCE_CUDA") == "1" else []
+CUDA_LAUNCHERS = sorted(glob("csrc/cuda/*.cpp", root_dir=ROOT))
 HEADERS = sorted(
     path for pattern in ("h", "cuh") for path in glob(f"csrc/**/*.{pattern}", root_dir=ROOT, recursive=True)
 )
@@ -110,7 +112,7 @@ def operator_extension(plan: CudaPlan) -> Extension:
     if plan.home:
         macros.append(("USE_CUDA", None))
         includes.append(str(plan.home / "include"))
-        extension.sources += CUDA_SOURCES
+        extension.sources += CUDA_SOURCES + CUDA_LAUNCHERS
         extension.libraries += ["torch_cuda", "cudart"]
         extension.library_dirs.append(str(plan.home / "lib64"))
     extension.include_dirs = [folder for folder in extension.include_dirs if folder not in includes]

@@ -20,14 +20,14 @@ namespace sb {
 
 // The type of one lane of V.
 template <class V>
-auto lane_of() {
-  if constexpr (requires(V v) { v[0]; })
-    return V()[0] + V()[0];
+auto lane_of(V v) {
+  if constexpr (requires { v[0]; })
+    return v[0] + v[0];
   else
-    return V();
+    return v;
 }
 template <class V>
-using LaneOf = decltype(lane_of<V>());
+using LaneOf = decltype(lane_of(V{}));
 
 template <class V>
 SB_HD V square_root(V v) {

@@ -1,0 +1,128 @@
+// Launcher of the forward pass: rows, states, queries. Nothing waits for the device, and nothing on the host reads what
+// a tensor holds.
+#include <limits>
+
+#include "../error.h"
+#include "../math/low_rank_kernels.h"
+#include "../tensor_traits.h"
+#include "call.h"
+#include "kernels.h"
+#include "launchers.h"
+
+namespace sb::cuda {
+namespace {
+
+class Forward {
+ public:
+  explicit Forward(const AttentionArguments& a)
+      : a(a),
+        call(a.query),
+        map_dtype(accumulation_type(a.query)),
+        is_wide(map_dtype == ScalarType::Double || a.query.size(3) < kNarrowHead),
+        dtype(is_wide ? ScalarType::Double : ScalarType::Float) {
+    set_shape(), set_lists(), set_rows();
+    if (p.has_low_rank()) set_low_rank();
+  }
+
+  Results run() {
+    const Tensor out = call.empty_like_tokens(a.query, p.value_pad),
+                 lse = call.empty({p.batch, p.q_heads, p.q_tokens}, map_dtype);
+    if (a.query_mask || a.query_range || a.query_order) {  // some queries may not be computed
+      Tensor zeroed = out, filled = lse;
+      torch::stable::zero_(zeroed), torch::stable::fill_(filled, -std::numeric_limits<double>::infinity());
+    }
+    p.out = call.write_rows(out), p.lse = call.write(lse);
+    launch_rows(row_params, call.stream());
+    if (p.has_low_rank()) launch_states(p, element_of(a.query), is_wide, call.stream());
+    launch_attention_forward(p, element_of(a.query), is_wide, call.stream());
+    return {out, lse, call.empty({0}, dtype), call.empty({0}, dtype)};
+  }
+
+ private:
+  void set_shape() {
+    const Tensor &q = a.query, &k = a.key, &v = a.value;
+    p.batch = q.size(0), p.q_heads = q.size(1), p.q_tokens = q.size(2), p.head_dim = p.head_pad = q.size(3);
+    p.kv_heads = k.size(1), p.k_tokens = k.size(2), p.value_pad = v.size(3);
+    SB_CHECK(p.head_dim <= kWidest && p.value_pad <= kWidest, "attention: expected query, key and value at most ",
+             kWidest, " wide on a CUDA device, got ", p.head_dim, " and ", p.value_pad,
+             "; use more heads, or move the tensors to the CPU");
+    p.low_rank = static_cast<LowRank>(a.low_rank), p.is_causal = a.is_causal, p.scale = a.scale;
+    p.q = call.read_rows(q), p.k = call.read_rows(k), p.v = call.read_rows(v);
+    p.fallback_bound = is_wide && map_dtype != ScalarType::Double ? kFallbackBoundInDouble : kFallbackBound;
+    p.segment = p.is_causal ? kChunk : kSegment, p.slots = ceil_div(p.k_tokens, p.segment) + 1;
+  }
+
+  void set_lists() {
+    p.block_q = a.block_q, p.block_k = a.block_k, p.blocks = ceil_div(p.q_tokens, p.block_q);
+    if (a.index) {
+      p.index = call.read_contiguous<int32_t>(a.index), p.count = call.read_contiguous<int32_t>(a.count);
+      p.list_heads = a.index->size(1), p.capacity = a.index->size(3);
+    }
+    if (a.span) {
+      p.span = call.read_contiguous<int32_t>(a.span), p.span_batch = a.span->size(0) == 1 ? 0 : p.blocks * 2;
+      p.span_keys = a.span_keys, p.span_sinks = a.span_sinks;
+    }
+    if (a.query_order) p.order = call.read_contiguous<int32_t>(a.query_order), p.order_heads = a.query_order->size(1);
+  }
+
+  void set_rows() {
+    RowsParams& r = row_params;
+    r.batch = p.batch, r.q_tokens = p.q_tokens, r.k_tokens = p.k_tokens, r.segment = p.segment, r.slots = p.slots;
+    r.q_range = call.read_contiguous<int32_t>(a.query_range), r.k_range = call.read_contiguous<int32_t>(a.key_range);
+    r.offset = call.read_contiguous<int32_t>(a.query_offset);
+    p.q_mask = call.read_contiguous<uint8_t>(a.query_mask);
+    p.k_mask = r.k_mask = call.read_contiguous<uint8_t>(a.key_mask);
+    static_assert(sizeof(RowRange) == 5 * sizeof(int32_t));
+    p.rows = r.rows = static_cast<RowRange*>(call.write(call.empty({p.batch, 5}, ScalarType::Int)));
+    if (p.has_low_rank())
+      p.valid_before = r.valid_before =
+          static_cast<int32_t*>(call.write(call.empty({p.batch, p.slots}, ScalarType::Int)));
+  }
+
+  void set_low_rank() {
+    if (p.has_clusters()) {
+      p.rank = a.representatives->size(2);
+      p.cluster = call.read_contiguous<int32_t>(a.cluster_index);
+      p.log_mass = call.read_contiguous<void>(a.log_mass);
+      p.given_representatives = call.read_contiguous<void>(a.representatives);
+      p.cluster_log = call.write(call.empty({p.batch, p.kv_heads, p.rank}, dtype));
+      p.cluster_limit = is_wide ? map_limits<double>(p.low_rank).log : map_limits<float>(p.low_rank).log;
+    } else {
+      p.rank = a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1;
+      p.x_map = map_view(*a.query_map), p.y_map = map_view(*a.key_map);
+    }
+    p.features = feature_count(p.low_rank, p.rank), p.slot_size = p.features * (p.value_pad + 1);
+    p.kv_state = call.write(call.empty({p.batch, p.kv_heads, p.slots, p.slot_size}, dtype));
+    p.segment_log = call.write(call.empty({p.batch, p.kv_heads, p.slots}, dtype));
+    p.state_log = call.write(call.empty({p.batch, p.kv_heads, p.slots}, dtype));
+  }
+
+  MapView map_view(const Tensor& map) {
+    MapView view{};
+    view.data = call.read(map), view.batch = map.stride(0), view.head = map.stride(1), view.row = map.stride(2);
+    view.step = map.stride(3);
+    view.log_column = a.packed_rank ? p.rank + 1 : p.rank, view.log_factor = a.packed_rank ? 1 : kLog2e;
+    if (is_wide) {
+      const MapLimits<double> limits = map_limits<double>(p.low_rank);
+      view.coordinate_limit = limits.coordinate, view.log_limit = limits.log;
+    } else {
+      const MapLimits<float> limits = map_limits<float>(p.low_rank);
+      view.coordinate_limit = limits.coordinate, view.log_limit = limits.log;
+    }
+    return view;
+  }
+
+  const AttentionArguments& a;
+  Call call;
+  const ScalarType map_dtype;  // of maps and of lse
+  const bool is_wide;
+  const ScalarType dtype;  // of sums
+  ForwardParams p{};
+  RowsParams row_params{};
+};
+
+}  // namespace
+
+Results attention(const AttentionArguments& a) { return Forward(a).run(); }
+
+}  // namespace sb::cuda

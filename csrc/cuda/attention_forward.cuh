@@ -1,0 +1,282 @@
+// Forward pass, a warp per query (docs/algorithm.md, section 5). Lanes are keys where weights are formed, and columns
+// of values where they are summed. A query reads no other query's list, so that nothing later decides what it computes.
+#pragma once
+#include "key_list.cuh"
+#include "kv_state.cuh"
+
+namespace sb::cuda {
+
+inline constexpr int kForwardWarps = 4;
+
+// Shared memory of a warp: the scaled query, a step's weights and keys, and the exponents of the clusters.
+template <class T>
+struct ForwardMemory {
+  static SB_HD int64_t bytes(const ForwardParams& p) {
+    const int64_t values = pad_to(p.head_dim, 2) + 2 * 32 + (p.has_clusters() ? pad_to(p.rank, 2) : 0);
+    return values * int64_t(sizeof(T)) + 32 * int64_t(sizeof(int32_t));
+  }
+  Shared<T> q, weight, taken, exponent;
+  Shared<int32_t> key;
+  SB_DEVICE ForwardMemory(const ForwardParams& p, int warp) {
+    int64_t at = warp * bytes(p);
+    const auto carve = [&](int64_t values) {
+      const auto array = shared_array<T>(at);
+      at += values * int64_t(sizeof(T));
+      return array;
+    };
+    q = carve(pad_to(p.head_dim, 2)), weight = carve(kWarp), taken = carve(kWarp);
+    exponent = carve(p.has_clusters() ? pad_to(p.rank, 2) : 0);
+    key = shared_array<int32_t>(at);
+  }
+};
+
+template <class E, class T>
+class ForwardQuery {
+  typedef AccType<E> M;
+
+ public:
+  SB_DEVICE ForwardQuery(const ForwardParams& p, const ForwardMemory<T>& memory, int64_t b, int64_t h, int64_t slot)
+      : p(p), memory(memory), b(b), h(h), kv(p.kv_head(h)), head(b * p.kv_heads + kv), lane(lane_index()), slot(slot) {}
+
+  SB_DEVICE void run() {
+    const RowRange range = load(p.rows + b);
+    if (slot >= slots_of_row(p, range)) return;
+    query = range.q_first + slot;
+    if (p.order) query = load(p.order + (b * p.order_heads + h * p.order_heads / p.q_heads) * p.q_tokens + slot);
+    if (query < 0 || query >= p.q_tokens || (p.q_mask && load(p.q_mask + b * p.q_tokens + query))) return;
+
+    first_key = range.k_first;
+    const int64_t edge = edge_of_slot(p, range, slot), state_slot = kv_state_of_edge(p, edge);
+    const KeyList list(p, range, b, h, slot, edge);
+    const int64_t state_end = p.is_causal ? state_slot * kChunk : edge + 1;
+    read_query();
+    if (!p.has_low_rank()) {
+      sum_listed(list, 0);
+      return write();
+    }
+    rho = p.has_clusters() ? T(0) : MapRow<M, T>(p.x_map, b, h, query).log();
+    if (p.has_clusters()) weigh_clusters();
+    const int64_t unlisted = load(p.valid_before + b * p.slots + state_slot) - count_listed(list, state_end);
+    if (unlisted <= kByKeyLimit) {
+      sum_all(list);
+      return write();
+    }
+    kappa_ref = load(static_cast<const T*>(p.state_log) + head * p.slots + state_slot);
+    sum_listed(list, state_end);
+    if (p.is_causal) sum_unlisted(list, state_end);
+    if (add_state(state_of<T>(p, head, state_slot))) return;
+    // The complement drowns in rounding: every key again by itself, nothing subtracted.
+    sum_all(list);
+    write();
+  }
+
+ private:
+  // -------------------- terms of a pair
+
+  SB_DEVICE void read_query() {
+    const E* q = p.q.at<const E>(b, h, query);
+    sync_warp();  // the last query is done with it
+    for (int64_t e = lane; e < p.head_dim; e += kWarp) memory.q.set(e, T(widened(load(q + e))) * T(p.scale * kLog2e));
+    sync_warp();
+  }
+  // q.row, in base 2.
+  template <class R>
+  SB_DEVICE T score(const R* row) const {
+    T sum = T(0);
+    for (int64_t e = 0; e < p.head_dim; ++e) sum += memory.q.get(e) * T(widened(load(row + e)));
+    return sum;
+  }
+  SB_DEVICE T score_of_key(int64_t key) const { return score(p.k.at<const E>(b, kv, first_key + key)); }
+
+  // q.b_c + the largest log mass of the cluster.
+  SB_DEVICE void weigh_clusters() {
+    const M* representatives = static_cast<const M*>(p.given_representatives) + head * p.rank * p.head_dim;
+    T top = T(kLowestLog);
+    for (int64_t c = lane; c < p.rank; c += kWarp) {
+      const T largest = load(static_cast<const T*>(p.cluster_log) + head * p.rank + c);
+      const T exponent = largest > T(kNoKeyLog) ? score(representatives + c * p.head_dim) + largest : T(kLowestLog);
+      memory.exponent.set(c, exponent);
+      top = larger(top, exponent);
+    }
+    top_cluster = warp_max(top);
+    sync_warp();
+  }
+  // Log weight of the low-rank part, as its share of the query and that of the key; L is exp(query + key) factor.
+  struct LowRankTerm {
+    T query, key, factor;
+  };
+  SB_DEVICE LowRankTerm low_rank_term(int64_t key) const {
+    const int64_t j = first_key + key;
+    if (p.has_clusters()) {
+      const int64_t c = cluster_of(p, head, j);
+      const T largest = load(static_cast<const T*>(p.cluster_log) + head * p.rank + c);
+      return {memory.exponent.get(c), log_mass_of<M, T>(p, head, j) - largest, T(1)};
+    }
+    const MapRow<M, T> x(p.x_map, b, h, query), y(p.y_map, b, kv, j);
+    return {rho, y.log(), kernel_value(p, x, y)};
+  }
+  // What the state holds of a key, over the common factor exp(log_of_state).
+  SB_DEVICE T in_state(int64_t key) const {
+    const LowRankTerm term = low_rank_term(key);
+    return p.has_clusters() ? exp2_of(term.query - top_cluster) * exp2_of(term.key)
+                            : exp2_of(term.key - kappa_ref) * term.factor;
+  }
+
+  // -------------------- sums over keys
+
+  SB_DEVICE void clear() {
+    for (int c = 0; c < kColumns; ++c) sum[c] = taken[c] = T(0);
+    top = T(kLowestLog), exact = removed = T(0);
+  }
+
+  // Adds a key of every lane (-1: none) with weight exp(log_query + log_key) factor; `take` is what the state's part
+  // loses to it.
+  SB_DEVICE void add(int64_t key, T log_query, T log_key, T factor, T take) {
+    const T step_top = warp_max(key >= 0 ? log_query + log_key : T(kLowestLog));
+    if (step_top > top) {
+      const T scale = exp2_of(top - step_top);
+      exact *= scale;
+      for (int c = 0; c < kColumns; ++c) sum[c] *= scale;
+      top = step_top;
+    }
+    const T weight = key >= 0 ? exp2_of((log_query - top) + log_key) * factor : T(0);
+    exact += weight, removed += take;
+    memory.weight.set(lane, weight), memory.taken.set(lane, take), memory.key.set(lane, int32_t(key));
+    sync_warp();
+    for (int i = 0; i < kWarp; ++i) {
+      const int64_t j = memory.key.get(i);
+      if (j < 0) continue;
+      const T w = memory.weight.get(i), t = memory.taken.get(i);
+      const E* v = p.v.at<const E>(b, kv, first_key + j);
+      for (int c = 0; c < kColumns; ++c) {
+        const int64_t e = lane + c * kWarp;
+        if (e >= p.value_pad) break;
+        const T value = T(widened(load(v + e)));
+        sum[c] += w * value;
+        if (t != T(0)) taken[c] += t * value;
+      }
+    }
+    sync_warp();
+  }
+
+  SB_DEVICE int64_t count_listed(const KeyList& list, int64_t end) const {
+    int32_t count = 0;
+    for (int64_t position = lane; position < list.positions(); position += kWarp) {
+      const int64_t key = list.key_at(position);
+      count += key >= 0 && key < end;
+    }
+    return warp_sum(count);
+  }
+  // Listed keys; those before state_end are in the state too.
+  SB_DEVICE void sum_listed(const KeyList& list, int64_t state_end) {
+    clear();
+    for (int64_t begin = 0; begin < list.positions(); begin += kWarp) {
+      const int64_t position = begin + lane, key = position < list.positions() ? list.key_at(position) : -1;
+      add(key, key >= 0 ? score_of_key(key) : T(0), T(0), T(1), key >= 0 && key < state_end ? in_state(key) : T(0));
+    }
+  }
+  // Unlisted keys from `begin` to the edge.
+  SB_DEVICE void sum_unlisted(const KeyList& list, int64_t begin) {
+    for (; begin <= list.edge; begin += kWarp) {
+      const int64_t key = begin + lane <= list.edge ? list.valid_or_none(begin + lane) : -1;
+      const bool counts = key >= 0 && !list.lists(key);
+      const LowRankTerm term = counts ? low_rank_term(key) : LowRankTerm{T(0), T(0), T(0)};
+      add(counts ? key : -1, term.query, term.key, term.factor, T(0));
+    }
+  }
+  // Every key by itself.
+  SB_DEVICE void sum_all(const KeyList& list) {
+    clear();
+    for (int64_t begin = 0; begin <= list.edge; begin += kWarp) {
+      const int64_t key = begin + lane <= list.edge ? list.valid_or_none(begin + lane) : -1;
+      LowRankTerm term{T(0), T(0), T(1)};
+      if (key >= 0 && list.lists(key))
+        term.query = score_of_key(key);
+      else if (key >= 0)
+        term = low_rank_term(key);
+      add(key, term.query, term.key, term.factor, T(0));
+    }
+  }
+
+  // -------------------- the state, and results
+
+  // Calls visit(f, F_f) with the features of the query in a fixed order.
+  template <class Visit>
+  SB_DEVICE void for_each_feature(const Visit& visit) const {
+    if (p.has_clusters()) {
+      for (int64_t c = 0; c < p.rank; ++c) visit(c, exp2_of(memory.exponent.get(c) - top_cluster));
+      return;
+    }
+    const MapRow<M, T> x(p.x_map, b, h, query);
+    visit_low_rank(p.low_rank, [&](auto kernel) SB_INLINE_LAMBDA { kernel.expand(p.rank, T(1), x, visit); });
+  }
+
+  // Adds the state's complement and writes; false, and nothing written, where that would lose precision.
+  SB_DEVICE bool add_state(const T* state) {
+    T complement[kColumns], total = T(0), chain = T(0), squares = T(0), squares_of_state = T(0);
+    for (int c = 0; c < kColumns; ++c) complement[c] = T(0);
+    int count = 0;
+    const int64_t columns = p.value_pad + 1;
+    for_each_feature([&](int64_t f, T feature) {
+      const T* row = state + f * columns;
+      const T hz = load(row + p.value_pad);
+      chain += feature * hz;
+      if (++count % 8 == 0) total += chain, chain = T(0);  // a long chain of roundings is common to all columns
+      squares += feature * feature, squares_of_state += hz * hz;
+      for (int c = 0; c < kColumns; ++c) {
+        const int64_t e = lane + c * kWarp;
+        if (e < p.value_pad) complement[c] += feature * load(row + e);
+      }
+    });
+    total += chain;
+    const T log_query = p.has_clusters() ? top_cluster : rho, log_keys = p.has_clusters() ? T(0) : kappa_ref,
+            log_state = log_query + log_keys, c = larger(top, log_state),
+            a = T(exp2_of(double(log_query) + double(log_keys) - double(c))), scale = exp2_of(top - c),
+            all_removed = warp_sum(removed), all_exact = warp_sum(exact) * scale;
+    const T left = a * (total - all_removed), den = all_exact + (left < T(0) ? T(0) : left), lost = a * all_removed;
+    if (lost > T(p.fallback_bound) * den || lost > T(1e37)) return false;
+    const double terms = double(a) * double(a) * double(squares) * double(squares_of_state);
+    const bool has_signs = p.low_rank == LowRank::kQuadratic && sizeof(T) == sizeof(float);
+    if (has_signs && !(terms <= kTermsBound * kTermsBound * double(den) * double(den))) return false;
+    for (int i = 0; i < kColumns; ++i) sum[i] = sum[i] * scale + a * (complement[i] - taken[i]);
+    top = c;
+    write_sums(den);
+    return true;
+  }
+
+  SB_DEVICE void write() { write_sums(warp_sum(exact)); }
+  SB_DEVICE void write_sums(T den) {
+    E* out = p.out.at<E>(b, h, query);
+    for (int c = 0; c < kColumns; ++c) {
+      const int64_t e = lane + c * kWarp;
+      if (e < p.value_pad) store(out + e, Narrow<E>::of(den == T(0) ? T(0) : sum[c] / den));
+    }
+    const T lse = den == T(0) ? -T(INFINITY) : T(kLn2) * (top + log2_of(den));
+    if (lane == 0) store(static_cast<M*>(p.lse) + (b * p.q_heads + h) * p.q_tokens + query, M(lse));
+  }
+
+  const ForwardParams& p;
+  const ForwardMemory<T>& memory;
+  const int64_t b, h, kv, head;
+  const int lane;
+  const int64_t slot;
+  int64_t query = -1, first_key = 0;
+  T rho = T(0), kappa_ref = T(0), top_cluster = T(0);
+  // Sums over keys: weights times values by column, what is taken back from the state, the largest exponent, and this
+  // lane's share of both weights.
+  T sum[kColumns], taken[kColumns], top, exact, removed;
+};
+
+template <class E, class T>
+SB_KERNEL attention_forward(ForwardParams p) {
+  const ForwardMemory<T> memory(p, warp_index());
+  const int64_t queries = p.batch * p.q_heads * p.q_tokens;
+  for_each_task(ceil_div(queries, kForwardWarps), [&](int64_t task) {
+    const int64_t at = task * kForwardWarps + warp_index();
+    if (at >= queries) return;
+    const int64_t row = at / p.q_tokens;
+    ForwardQuery<E, T>(p, memory, row / p.q_heads, row % p.q_heads, at % p.q_tokens).run();
+  });
+}
+
+}  // namespace sb::cuda

@@ -1,0 +1,77 @@
+#include "call.h"
+
+#include <cstring>
+
+#include "../error.h"
+#if defined(SB_EMULATOR)
+#include "../emulator/emulator.h"
+#endif
+
+namespace sb::cuda {
+
+Call::Call(const Tensor& on) : on(on) {
+#if defined(SB_EMULATOR)
+  emulator::withdraw_all();  // what a call that failed left
+#else
+  const auto device = on.device();
+  guard.emplace(device.index());
+  SB_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &current_stream.handle) == 0,
+           "scatterbrain: expected a current stream of CUDA device ", int(device.index()), ", and torch has none");
+#endif
+}
+
+Call::~Call() {
+#if defined(SB_EMULATOR)
+  emulator::withdraw_all();
+#endif
+}
+
+Tensor Call::empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
+  Tensor made = torch::stable::new_empty(on, {std::data(sizes), sizes.size()}, dtype);
+#if defined(SB_EMULATOR)
+  if (made.numel() > 0) std::memset(made.data_ptr(), 0xff, size_t(made.numel()) * made.element_size());  // NaN, -1
+#endif
+  return made;
+}
+
+Tensor Call::empty_like_tokens(const Tensor& tokens, int64_t width) const {
+  const int64_t batch = tokens.size(0), heads = tokens.size(1), n = tokens.size(2);
+  if (tokens.stride(1) >= tokens.stride(2)) return empty({batch, heads, n, width}, tokens.scalar_type());
+  return torch::stable::transpose(empty({batch, n, heads, width}, tokens.scalar_type()), 1, 2);
+}
+
+void Call::expose([[maybe_unused]] const Tensor& t, [[maybe_unused]] bool is_writable) {
+#if defined(SB_EMULATOR)
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  if (t.numel() > 0) emulator::expose(t.data_ptr(), (last + 1) * int64_t(t.element_size()), is_writable);
+#endif
+  alive.push_back(t);
+}
+
+const void* Call::read(const Tensor& t) {
+  expose(t, false);
+  return t.data_ptr();
+}
+void* Call::write(const Tensor& t) {
+  expose(t, true);
+  return t.data_ptr();
+}
+
+StridedTensor Call::read_rows(const Tensor& t) {
+  const Tensor dense = t.stride(3) == 1 || t.size(3) == 1 ? t : contiguous(t);
+  return {const_cast<void*>(read(dense)), dense.stride(0), dense.stride(1), dense.stride(2)};
+}
+StridedTensor Call::write_rows(const Tensor& t) { return {write(t), t.stride(0), t.stride(1), t.stride(2)}; }
+
+Element element_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Element::kFloat;
+    case ScalarType::Double: return Element::kDouble;
+    case ScalarType::BFloat16: return Element::kBfloat16;
+    case ScalarType::Half: return Element::kHalf;
+    default: SB_CHECK(false, "expected float32, float64, bfloat16 or float16 tokens");
+  }
+}
+
+}  // namespace sb::cuda

@@ -1,0 +1,19 @@
+// The launch functions of the .cu files. Free of torch and of CUDA.
+#pragma once
+#include "params.h"
+
+namespace sb::cuda {
+
+// z = W x + b for every token.
+void launch_project(const ProjectParams& p, Element element, Stream stream);
+// dx; then dW and db in two steps, whose order does not depend on the device.
+void launch_project_backward(const ProjectParams& p, Element element, Stream stream);
+
+// What a row counts: its valid ranges, clamped, and its keys before every segment.
+void launch_rows(const RowsParams& p, Stream stream);
+
+// In order: the largest log mass of every cluster, sums over segments, prefix sums. `is_wide`: computes in double.
+void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream stream);
+void launch_attention_forward(const ForwardParams& p, Element element, bool is_wide, Stream stream);
+
+}  // namespace sb::cuda

@@ -1,0 +1,75 @@
+// The keys that a query lists: sinks, a span, and listed blocks of keys. Positions of a list are looked up one by one,
+// so lists need no room. Keys count from the row's first key.
+#pragma once
+#include "../math/edges.h"
+#include "device.h"
+
+namespace sb::cuda {
+
+struct KeyList {
+  int64_t edge, sinks, lo, hi;
+  const int32_t* entries;
+  int64_t count, block_k;
+  const uint8_t* mask;
+
+  // Of query slot `slot` with its edge. Entries of any content are safe: what no key matches lists nothing.
+  SB_DEVICE KeyList(const ForwardParams& p, const RowRange& range, int64_t b, int64_t h, int64_t slot, int64_t edge)
+      : edge(edge),
+        sinks(0),
+        lo(0),
+        hi(0),
+        entries(nullptr),
+        count(0),
+        block_k(p.block_k),
+        mask(p.k_mask ? p.k_mask + b * p.k_tokens + range.k_first : nullptr) {
+    const int64_t block = slot / p.block_q;
+    if (p.span) {
+      const int32_t* span = p.span + b * p.span_batch + block * 2;
+      sinks = p.span_sinks > edge + 1 ? edge + 1 : p.span_sinks;
+      lo = int64_t(load(span)) - range.k_first, hi = int64_t(load(span + 1)) - range.k_first;
+      lo = lo < sinks ? sinks : lo;
+      hi = hi > edge + 1 ? edge + 1 : hi;
+      hi = hi < lo ? lo : hi;
+    }
+    if (p.index) {
+      const int64_t row = (b * p.list_heads + h * p.list_heads / p.q_heads) * p.blocks + block;
+      const int64_t used = load(p.count + row);
+      entries = p.index + row * p.capacity;
+      count = used < 0 ? 0 : used > p.capacity ? p.capacity : used;
+    }
+  }
+
+  SB_DEVICE int64_t positions() const { return sinks + (hi - lo) + count * block_k; }
+
+  // The key at a position; -1 where there is none, it is ignored, or another position has it.
+  SB_DEVICE int64_t key_at(int64_t position) const {
+    if (position < sinks) return valid_or_none(position);
+    position -= sinks;
+    if (position < hi - lo) return valid_or_none(lo + position);
+    position -= hi - lo;
+    if (position >= count * block_k) return -1;
+    const int64_t i = position / block_k, entry = load(entries + i), key = entry * block_k + position % block_k;
+    if (entry < 0 || key > edge || key < sinks || (key >= lo && key < hi)) return -1;
+    if (i > 0 && load(entries + i - 1) >= entry) return -1;
+    return valid_or_none(key);
+  }
+
+  // Whether key_at has `key`, which is at most `edge`, at any position; entries ascend.
+  SB_DEVICE bool lists(int64_t key) const {
+    if (key < sinks || (key >= lo && key < hi)) return true;
+    const int64_t wanted = key / block_k;
+    int64_t begin = 0, end = count;
+    while (begin < end) {
+      const int64_t middle = (begin + end) / 2;
+      if (load(entries + middle) < wanted)
+        begin = middle + 1;
+      else
+        end = middle;
+    }
+    return begin < count && load(entries + begin) == wanted;
+  }
+
+  SB_DEVICE int64_t valid_or_none(int64_t key) const { return mask && load(mask + key) ? -1 : key; }
+};
+
+}  // namespace sb::cuda

@@ -1,0 +1,52 @@
+// The low-rank part of a pair: coordinates, log scales and clusters as the operators take them, read in place.
+#pragma once
+#include "../math/low_rank_kernels.h"
+#include "device.h"
+
+namespace sb::cuda {
+
+// Coordinates and log scale of one token, limited; T may be wider than the map.
+template <class M, class T>
+struct MapRow {
+  const M* data;
+  int64_t step, log_column;
+  T limit, log_limit, log_factor;
+  SB_DEVICE MapRow(const MapView& map, int64_t b, int64_t h, int64_t i)
+      : data(static_cast<const M*>(map.data) + b * map.batch + h * map.head + i * map.row),
+        step(map.step),
+        log_column(map.log_column),
+        limit(T(map.coordinate_limit)),
+        log_limit(T(map.log_limit)),
+        log_factor(T(map.log_factor)) {}
+  SB_DEVICE T operator()(int64_t a) const { return limited(T(load(data + a * step)), limit); }
+  SB_DEVICE T log() const { return limited(T(load(data + log_column * step)) * log_factor, log_limit); }
+
+ private:
+  static SB_DEVICE T limited(T value, T limit) {
+    return value > limit ? limit : value < -limit ? -limit : value;  // NaN stays NaN
+  }
+};
+
+// K(x.y).
+template <class M, class T>
+SB_DEVICE T kernel_value(const ForwardParams& p, const MapRow<M, T>& x, const MapRow<M, T>& y) {
+  T t = T(0);
+  for (int64_t a = 0; a < p.rank; ++a) t += x(a) * y(a);
+  return p.low_rank == LowRank::kQuadratic ? QuadraticKernel::value(t) : FeatureKernel::value(t);
+}
+
+// The cluster of a key, inside the range whatever the caller gave.
+SB_DEVICE int64_t cluster_of(const ForwardParams& p, int64_t head, int64_t j) {
+  const int32_t c = load(p.cluster + head * p.k_tokens + j);
+  return c < 0 ? 0 : c >= p.rank ? p.rank - 1 : c;
+}
+
+// The log mass of a key in base 2.
+template <class M, class T>
+SB_DEVICE T log_mass_of(const ForwardParams& p, int64_t head, int64_t j) {
+  const T log = T(load(static_cast<const M*>(p.log_mass) + head * p.k_tokens + j)) * T(kLog2e);
+  const T limit = T(p.cluster_limit);
+  return log > limit ? limit : log < -limit ? -limit : log;
+}
+
+}  // namespace sb::cuda

@@ -1,0 +1,89 @@
+// Arguments of the CUDA kernels. Free of torch and of CUDA, so that launchers and kernels share them.
+#pragma once
+#include "../params.h"
+
+namespace sb {
+
+// The bits of a float16.
+struct Half {
+  uint16_t bits;
+};
+template <>
+struct AccTypeOf<Half> {
+  typedef float type;
+};
+
+namespace cuda {
+
+// Elements of rows of tokens.
+enum class Element : int { kFloat, kDouble, kBfloat16, kHalf };
+
+// The stream of a call, a cudaStream_t.
+struct Stream {
+  void* handle;
+};
+
+// Widest head and value: a lane of a warp holds kColumns columns of a row.
+inline constexpr int kWidest = 256, kColumns = kWidest / 32;
+// A complement of so few keys is summed key by key: nothing cancels.
+inline constexpr int64_t kByKeyLimit = 64;
+// Keys of a partial state without a causal edge; kChunk with one.
+inline constexpr int64_t kSegment = 512;
+// Tokens of a partial sum of a projection's weight gradient.
+inline constexpr int64_t kTokensPerPart = 256;
+
+// Coordinates and log scales of tokens as the operators take them: rows of an affine map, or packed rows.
+struct MapView {
+  const void* data;
+  int64_t batch, head, row, step;  // strides in elements
+  int64_t log_column;
+  double log_factor;  // to base 2
+  double coordinate_limit, log_limit;
+};
+
+struct ProjectParams {
+  int64_t batch, heads, tokens, head_dim, outputs;
+  int64_t weight_batch, weight_heads;  // weight_batch is 1 where all batch rows share the weight
+  StridedTensor x;                     // tokens
+  const void *weight, *bias;  // accumulation type (weight_batch, weight_heads, outputs, head_dim), bias or null
+  // Forward only. Rows of z have `width` columns. The last output is multiplied by `last_factor` and stands in column
+  // `last`; with it in another column than behind the others, rows are packed: 1 between them and zeros behind.
+  void* z;
+  int64_t width, last;
+  double last_factor, coordinate_limit, log_limit;
+  // Backward only.
+  const void* grad;  // (batch, heads, tokens, outputs)
+  StridedTensor dx;  // of x
+  int64_t parts;     // ceil(tokens / kTokensPerPart)
+  void* partial;     // (batch, heads, parts, outputs, head_dim + 1)
+  void *d_weight, *d_bias;
+};
+
+struct RowsParams {
+  int64_t batch, q_tokens, k_tokens;
+  const int32_t *q_range, *k_range, *offset;  // (B, 2), (B, 2), (B), or null
+  const uint8_t* k_mask;                      // (B, M) or null; nonzero = ignore
+  int64_t segment, slots;
+  RowRange* rows;         // (B)
+  int32_t* valid_before;  // (B, slots), or null without a low-rank kernel
+};
+
+// The attention operator. Here rows of q, k, v and out are the caller's own, head_pad and value_pad are head_dim and
+// the width of v, and a state is `features` rows of value_pad + 1 columns, the last of them hz.
+struct ForwardParams : AttentionParams {
+  MapView x_map, y_map;
+  const void* log_mass;               // (B, Hkv, M)
+  const void* given_representatives;  // (B, Hkv, clusters, head_dim)
+  void* cluster_log;  // T (B, Hkv, clusters), the largest log mass of a cluster in base 2, or kLowestLog
+  double cluster_limit;
+  void* segment_log;  // T (B, Hkv, slots): the largest kappa of a segment
+  void* state_log;    // the same of the keys before a segment
+};
+
+// Below every exponent.
+inline constexpr double kLowestLog = -1e30;
+// Exponents up to this belong to no key.
+inline constexpr double kNoKeyLog = -1e29;
+
+}  // namespace cuda
+}  // namespace sb

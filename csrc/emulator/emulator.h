@@ -1,0 +1,64 @@
+// Runs CUDA kernels on the host, one thread block at a time, and checks what a device would not. Every thread of a
+// block is a fiber; a barrier switches to the next one. A fault ends the launch with an exception that names the fault,
+// the kernel, the block, the thread and the line of the kernel's source:
+//   race                        two threads access shared memory, one of them writes, and no barrier stands between
+//   uninitialised shared memory a read of what no thread of the block has written
+//   out of bounds               an access outside shared memory, or outside the tensors that the launcher named
+//   write to an input           a write to a tensor that the launcher named as read-only
+//   divergent barrier           threads of a block wait at different barriers, or some have left
+//   divergent warp              the same of a warp's barriers and shuffles
+// Bank conflicts are counted (Statistics). What it cannot see: races between blocks and on global memory, time.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+namespace sb::emulator {
+
+// A line of a kernel's source.
+struct Place {
+  const char* file;
+  int line;
+  static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+};
+
+struct Statistics {
+  int64_t launches, blocks, barriers, shuffles;
+  int64_t shared_accesses;  // of warps: the lanes' together count once
+  int64_t bank_conflicts;   // further passes that those take
+};
+Statistics& statistics();
+
+// Runs body once for every thread of every block.
+void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body);
+
+// Memory that kernels may access from here on, and none any more.
+void expose(const void* data, int64_t bytes, bool is_writable);
+void withdraw_all();
+
+// -------------------- what a thread may call
+
+int thread_index();
+int block_threads();
+int64_t block_index();
+int64_t grid_blocks();
+void sync_block(Place place);
+void sync_warp(Place place);
+// The bits of another lane's value.
+uint64_t shuffle_bits(uint64_t bits, int mask, Place place);
+void* shared_access(int64_t offset, int64_t bytes, bool is_write, Place place);
+void global_access(const void* data, int64_t bytes, bool is_write, Place place);
+
+template <class V>
+V exchanged(V value, int mask, Place place) {
+  static_assert(sizeof(V) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(V));
+  bits = shuffle_bits(bits, mask, place);
+  std::memcpy(&value, &bits, sizeof(V));
+  return value;
+}
+
+}  // namespace sb::emulator

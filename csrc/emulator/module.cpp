@@ -1,0 +1,35 @@
+// A library that tests load beside the operators': it puts the CUDA launchers, which then start kernels in the
+// emulator, into the CPU's table, so that the registered operators run them on CPU tensors.
+#include "../cuda/launchers.h"
+#include "emulator.h"
+
+namespace {
+
+sb::Launchers* replaced = nullptr;
+sb::Launchers before;
+
+}  // namespace
+
+#define SB_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// `table`: scatterbrain.launchers_address of the CPU.
+SB_EXPORT void sb_emulator_install(int64_t table) {
+  replaced = reinterpret_cast<sb::Launchers*>(table);
+  before = *replaced;
+  sb::cuda::fill(*replaced);
+}
+
+SB_EXPORT void sb_emulator_remove() {
+  if (replaced) *replaced = before;
+  replaced = nullptr;
+}
+
+// Counts since the library was loaded, in the order of sb::emulator::Statistics.
+SB_EXPORT void sb_emulator_statistics(int64_t* counts) {
+  const sb::emulator::Statistics& s = sb::emulator::statistics();
+  const int64_t values[] = {s.launches, s.blocks, s.barriers, s.shuffles, s.shared_accesses, s.bank_conflicts};
+  for (const int64_t value : values) *counts++ = value;
+}
+}

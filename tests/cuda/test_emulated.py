@@ -1,0 +1,269 @@
+"""The CUDA kernels, run by the registered operators on CPU tensors through the emulator: parity with the definition
+over the drawn cases of the CPU's table, causality and padding by bits, projections."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulated import Emulator, excess
+from oracle import CASES, draw, row_error
+from testkit import assert_same_bits, rand
+from torch import Tensor
+from torch.nn.functional import pad
+
+import scatterbrain as sb
+
+OPERATORS = torch.ops.scatterbrain
+N, D = 130, 24
+
+
+# -------------------- parity
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_float32_matches_the_definition(emulator: Emulator, seed: int) -> None:
+    assert not excess(emulator, draw(seed), torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(0, CASES, 11))
+def test_half_precision_errs_no_more_than_twice_the_formula_in_torch(
+    emulator: Emulator, seed: int, dtype: torch.dtype
+) -> None:
+    assert not excess(emulator, draw(seed, dtype), dtype, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(48))
+def test_float64_accumulates_in_float64(emulator: Emulator, seed: int) -> None:
+    case = draw(seed)
+    assert not excess(emulator, case, torch.float64, max(1e-10, 1e-14 * case.low_rank_share()))
+
+
+def test_the_widest_heads_and_values_fit(emulator: Emulator) -> None:
+    query, key, value = rand(1, 2, 70, 256), rand(1, 1, 70, 256, seed=1), rand(1, 1, 70, 256, seed=2)
+    statistics = sb.fit_statistics(query, key, 9)
+    arguments = dict(support=sb.Window(16), low_rank=sb.Quadratic(9), statistics=statistics, is_causal=True)
+    with emulator.installed():
+        out = sb.attention(query, key, value, **arguments)
+        with pytest.raises(RuntimeError, match="query, key and value at most 256 wide on a CUDA device, got 257"):
+            sb.attention(rand(1, 1, 9, 257), rand(1, 1, 9, 257), rand(1, 1, 9, 8), sb.Window(4), None)
+    exact = sb.reference.attention(query, key, value, **arguments)
+    assert row_error(out, exact) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "low_rank", [sb.Quadratic(4), sb.Favor(16), sb.Centroid(5)], ids=["quadratic", "favor", "centroid"]
+)
+def test_states_of_several_segments_add_up(emulator: Emulator, low_rank: object) -> None:
+    query, key, value = rand(1, 2, 20, 16), rand(1, 1, 1300, 16, seed=1), rand(1, 1, 1300, 16, seed=2)
+    statistics = sb.fit_statistics(query, key, 4) if isinstance(low_rank, sb.Quadratic) else None
+    if isinstance(low_rank, sb.Centroid):
+        statistics = sb.reference.cluster(query, key, 5)
+    arguments = dict(support=sb.Window(64), low_rank=low_rank, statistics=statistics)
+    with emulator.installed():
+        out = sb.attention(query, key, value, **arguments)
+    assert row_error(out, sb.reference.attention(query, key, value, **arguments)) <= 1e-5
+
+
+# -------------------- causality and padding
+
+SUPPORTS = {
+    "window": sb.Window(20, 8),
+    "window with sinks": sb.Window(29, 16, sinks=5),
+    "pooled": sb.Routed(24, 16),
+    "per query": sb.Routed(32, block_q=1, block_k=8, window=16),
+    "empty": sb.Empty(),
+}
+LOW_RANKS = {"none": None, "quadratic": sb.Quadratic(4), "favor": sb.Favor(16), "centroid": sb.Centroid(5)}
+PAIRS = [(s, k) for s in SUPPORTS for k in LOW_RANKS if (s, k) != ("empty", "none")]
+
+
+def tokens() -> list[Tensor]:
+    return [rand(1, 4, N, D, seed=1), rand(1, 2, N, D, seed=2), rand(1, 2, N, D + 3, seed=3)]
+
+
+def statistics_of(low_rank: object) -> object:
+    others = rand(1, 4, 99, D, seed=4), rand(1, 2, 99, D, seed=5)
+    return sb.fit_statistics(*others, 4) if isinstance(low_rank, sb.Quadratic) else None
+
+
+def attend(
+    emulator: Emulator, tokens: list[Tensor], support: object, low_rank: object, **arguments: object
+) -> list[Tensor]:
+    """out and lse at given arguments."""
+    arguments.setdefault("statistics", statistics_of(low_rank))
+    with emulator.installed():
+        return list(sb.attention(*tokens, support, low_rank, return_lse=True, **arguments))
+
+
+@pytest.mark.parametrize("kind", ["none", "quadratic", "favor"])
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_bit_of_the_past_depends_on_the_future(
+    emulator: Emulator, support: str, kind: str, dtype: torch.dtype
+) -> None:
+    if (support, kind) == ("empty", "none"):
+        pytest.skip("nothing is attended to")
+    given = [t.to(dtype) for t in tokens()]
+    base = attend(emulator, given, SUPPORTS[support], LOW_RANKS[kind], is_causal=True)
+    for edge in (1, 64, 101):
+        changed = [t.clone() for t in given]
+        for t in changed:
+            t[:, :, edge:] = 1e4 * torch.sign(t[:, :, edge:])
+        got = attend(emulator, changed, SUPPORTS[support], LOW_RANKS[kind], is_causal=True)
+        assert_same_bits([t[:, :, :edge] for t in got], [t[:, :, :edge] for t in base], ("out", "lse"))
+        for t in changed:
+            t[:, :, edge:] = torch.nan
+        got = attend(emulator, changed, SUPPORTS[support], LOW_RANKS[kind], is_causal=True)
+        assert_same_bits([t[:, :, :edge] for t in got], [t[:, :, :edge] for t in base], ("out", "lse"))
+
+
+@pytest.mark.parametrize("pattern", ["right", "left", "holes"])
+@pytest.mark.parametrize(("support", "kind"), PAIRS)
+def test_no_bit_depends_on_what_padding_holds(emulator: Emulator, support: str, kind: str, pattern: str) -> None:
+    mask = torch.zeros(1, N, dtype=torch.bool)
+    mask[:, {"right": slice(N - 31, None), "left": slice(0, 31), "holes": slice(3, None, 4)}[pattern]] = True
+    is_causal = kind != "centroid"
+    results = []
+    for content in (0.0, 1e4, torch.nan, torch.inf):
+        given = [t.masked_fill(mask[:, None, :, None], content) for t in tokens()]
+        results.append(
+            attend(emulator, given, SUPPORTS[support], LOW_RANKS[kind], is_causal=is_causal, key_padding_mask=mask)
+        )
+    for got in results[1:]:
+        assert_same_bits(got, results[0], ("out", "lse"))
+    assert not results[0][0][:, :, mask[0]].any()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("support", "kind"), PAIRS)
+def test_no_bit_depends_on_how_much_padding_there_is(
+    emulator: Emulator, support: str, kind: str, is_causal: bool
+) -> None:
+    if kind == "centroid" and is_causal:
+        pytest.skip("clusters are of all keys")
+    base = attend(emulator, tokens(), SUPPORTS[support], LOW_RANKS[kind], is_causal=is_causal)
+    for left, right in ((0, 77), (5, 0), (64, 3)):
+        mask = pad(torch.zeros(1, N, dtype=torch.bool), (left, right), value=True)
+        given = [pad(t, (0, 0, left, right), value=1e4) for t in tokens()]
+        got = attend(emulator, given, SUPPORTS[support], LOW_RANKS[kind], is_causal=is_causal, key_padding_mask=mask)
+        assert_same_bits([t[:, :, left : left + N] for t in got], base, ("out", "lse"))
+
+
+def test_lists_of_any_content_are_safe(emulator: Emulator) -> None:
+    """Entries that name no key list nothing; what comes out of lists that do not ascend is not defined, but computed
+    from the row's own keys."""
+    query, key, value = (t[:, :2] for t in tokens())
+    blocks = -(-N // 16)
+    index = torch.tensor([-5, 3, 3, 1, 2**31 - 1, -(2**31)], dtype=torch.int32).expand(1, 2, blocks, 6).contiguous()
+    count = torch.full((1, 2, blocks), 99, dtype=torch.int32)
+    nothing = [None] * 6
+    with emulator.installed():
+        out, lse = OPERATORS.attention(
+            query,
+            key,
+            value,
+            *nothing,
+            index,
+            count,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            0,
+            16,
+            4,
+            0,
+            0,
+            False,
+            0.2,
+        )
+    assert torch.isfinite(out).all() and torch.isfinite(lse).all()
+
+
+# -------------------- cancelling
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_where_subtraction_would_cancel_every_key_is_summed_by_itself(emulator: Emulator, is_causal: bool) -> None:
+    """L overrates the listed keys by far: their coordinates point at every query's."""
+    query, key, value = (t[:, :2, :, :16].contiguous() for t in tokens())
+    query_map, key_map = 30 * torch.ones(1, 2, N, 3), 30 * torch.ones(1, 2, N, 3)
+    query_map[..., -1] = key_map[..., -1] = 0
+    key_map[:, :, 20:] = 0  # few keys have nearly all of L, and every query lists them
+    index = torch.arange(20, dtype=torch.int32).expand(1, 2, 1, 20).contiguous()
+    count = torch.full((1, 2, 1), 20, dtype=torch.int32)
+    arguments = (query_map, key_map, *[None] * 4, index, count, *[None] * 7, 1, 160, 1, 0, 0, is_causal, 0.2)
+    with emulator.installed():
+        out, lse = OPERATORS.attention(query, key, value, *arguments)
+    wide = [t.double() for t in (query, key, value)]
+    wide += [query_map.double(), key_map.double()]
+    want, want_lse = OPERATORS.attention(*wide, *arguments[2:])
+    assert row_error(out, want) <= 1e-5 and float((lse - want_lse).abs().max()) <= 1e-5
+
+
+# -------------------- bits, layouts, projections
+
+
+@pytest.mark.parametrize(("support", "kind"), PAIRS)
+def test_two_runs_and_every_layout_give_the_same_bits(emulator: Emulator, support: str, kind: str) -> None:
+    base = attend(emulator, tokens(), SUPPORTS[support], LOW_RANKS[kind])
+    heads_inside = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tokens()]
+    width_first = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in tokens()]
+    for given in (tokens(), heads_inside, width_first):
+        assert_same_bits(attend(emulator, given, SUPPORTS[support], LOW_RANKS[kind]), base, ("out", "lse"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_projections_and_their_gradients_match_the_definition(
+    emulator: Emulator, dtype: torch.dtype, heads: int, batch: int
+) -> None:
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    x = rand(3, 4, 300, 20).to(dtype)
+    weight, bias = rand(batch, heads, 7, 20, seed=1, dtype=accumulate), rand(batch, heads, 7, seed=2, dtype=accumulate)
+    grad = rand(3, 4, 300, 7, seed=3, dtype=accumulate)
+    grad[:, :, 9], x[:, :, 9] = 0, torch.nan  # padding: no gradient, and never read
+    with emulator.installed():
+        z, packed = OPERATORS.project(x, weight, bias), OPERATORS.project_packed(x, weight, bias)
+        dx, dw, db = OPERATORS.project_backward(grad, x, weight)
+        assert_same_bits(OPERATORS.project_backward(grad, x, weight), (dx, dw, db), ("dx", "dw", "db"))
+    clean = x.double()
+    clean[:, :, 9] = 0
+    by_head = [t.double().repeat_interleave(4 // heads, dim=1) for t in (weight, bias)]
+    want = (torch.einsum("bhnd,bhod->bhno", clean, by_head[0].expand(3, -1, -1, -1)) + by_head[1][:, :, None]).clone()
+    valid = torch.arange(300) != 9
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert row_error(z[:, :, valid], want[:, :, valid]) <= tolerance and torch.isnan(z[:, :, 9]).all()
+    assert torch.equal(packed[..., :6][:, :, valid], z[..., :6][:, :, valid])
+    assert (packed[..., 6] == 1).all() and not packed[..., 8:].any()
+    log2e = 1.4426950408889634
+    assert torch.allclose(packed[..., 7][:, :, valid].double(), want[..., 6][:, :, valid] * log2e, tolerance, tolerance)
+    wide = grad.double()
+    narrow = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, tolerance)
+    want_dx = torch.einsum("bhno,bhod->bhnd", wide, by_head[0].expand(3, -1, -1, -1))
+    assert dx.dtype == dtype and row_error(dx, want_dx) <= narrow
+    per_row = torch.einsum("bhno,bhnd->bhod", wide, clean).unflatten(1, (heads, -1)).sum(2)
+    per_bias = wide.sum(2).unflatten(1, (heads, -1)).sum(2)
+    want_dw, want_db = (
+        (per_row, per_bias) if batch == 3 else (per_row.sum(0, keepdim=True), per_bias.sum(0, keepdim=True))
+    )
+    assert row_error(dw, want_dw) <= tolerance and row_error(db, want_db) <= tolerance
+
+
+@pytest.mark.parametrize("queries", [0, 5])
+@pytest.mark.parametrize("keys", [0, 7])
+def test_empty_inputs_are_fine(emulator: Emulator, queries: int, keys: int) -> None:
+    for low_rank in (None, sb.Favor(8)):
+        given = [rand(1, 2, queries, 16), rand(1, 2, keys, 16), rand(1, 2, keys, 16)]
+        out, lse = attend(emulator, given, sb.Window(4), low_rank)
+        assert out.shape == (1, 2, queries, 16) and (keys or (not out.any() and (lse == -torch.inf).all()))
+    with emulator.installed():
+        assert OPERATORS.project(rand(1, 2, 0, 16), rand(1, 1, 3, 16), None).shape == (1, 2, 0, 3)
+        assert not any(
+            t.any() for t in OPERATORS.project_backward(rand(1, 2, 0, 3), rand(1, 2, 0, 16), rand(1, 1, 3, 16))
+        )

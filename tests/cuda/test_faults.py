@@ -1,0 +1,134 @@
+"""What the emulator catches: faults planted into copies of the kernels, each with the name that it must get. Those that
+leave every access legal must show in the parity with the definition."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from emulated import CSRC, Emulator, build, excess
+from oracle import draw
+
+# Windows, lists with a causal edge, lists of single queries; without a kernel, quadratic and features; several chunks.
+SEEDS = (2, 18, 35, 98, 10, 11, 12, 13, 20, 29, 34, 36, 37, 42, 44, 50, 58, 61, 66, 68, 76, 83, 92, 100)
+
+FLAGS = ["-DSB_ONLY_FLOAT", "-O1", "-Wno-error"]  # for compilers in a hurry
+
+
+class Fault(NamedTuple):
+    file: str
+    old: str
+    new: str
+    name: str
+
+
+FAULTS = {
+    "missing barrier": Fault(
+        "kv_state.cuh",
+        "      sync_block();\n      for (int64_t x = thread;",
+        "      for (int64_t x = thread;",
+        "race|uninitialised shared memory",
+    ),
+    "missing barrier at the end of a loop": Fault(
+        "kv_state.cuh",
+        "        store(state + first * columns + x, sum);\n      }\n      sync_block();",
+        "        store(state + first * columns + x, sum);\n      }",
+        "race",
+    ),
+    "missing warp barrier": Fault(
+        "attention_forward.cuh", "      }\n    }\n    sync_warp();\n  }", "      }\n    }\n  }", "race"
+    ),
+    "threads leave before a barrier": Fault(
+        "rows.cuh",
+        "  counts.set(thread, sum);",
+        "  if (thread >= p.slots) return;\n  counts.set(thread, sum);",
+        "divergent barrier",
+    ),
+    "a warp's barrier in a branch of some lanes": Fault(
+        "attention_forward.cuh",
+        "    sync_warp();\n    for (int i = 0; i < kWarp; ++i) {",
+        "    if (key >= 0) sync_warp();\n    for (int i = 0; i < kWarp; ++i) {",
+        "divergent warp|race|uninitialised",
+    ),
+    "wrong bound of a row": Fault(
+        "attention_forward.cuh", "if (e >= p.value_pad) break;", "if (e >= kWidest) break;", "out of bounds"
+    ),
+    "int32 overflow of an offset": Fault(
+        "../params.h",
+        "b * batch + h * head + i * row;",
+        "int16_t(b * batch + h * head + i * row);",
+        "out of bounds|parity",
+    ),
+    "write to an input": Fault(
+        "attention_forward.cuh",
+        "    first_key = range.k_first;",
+        "    first_key = range.k_first;\n    store(p.q.at<E>(b, h, query), E{});",
+        "write to an input",
+    ),
+    "missing rescale": Fault(
+        "attention_forward.cuh", "sum[c] *= scale;\n      top", "sum[c] *= T(1);\n      top", "parity"
+    ),
+    "lost group offset": Fault("attention_forward.cuh", "kv(p.kv_head(h))", "kv(h % p.kv_heads)", "parity"),
+    "wrong mask bound": Fault(
+        "key_list.cuh", "hi > edge + 1 ? edge + 1 : hi", "hi > edge + 2 ? edge + 2 : hi", "parity|out"
+    ),
+    "stale index": Fault("attention_forward.cuh", "memory.taken.get(i);", "memory.taken.get(i ^ 1);", "parity"),
+    "lost first segment": Fault("kv_state.cuh", "      if (slot > 0) {", "      if (slot > 1) {", "parity"),
+}
+
+
+def first_complaint(emulator: Emulator) -> str:
+    for seed in SEEDS:
+        try:
+            wrong = excess(emulator, draw(seed), torch.float32, 1e-5)
+        except RuntimeError as error:
+            return str(error)
+        if wrong:
+            return f"parity: {wrong}"
+    return ""
+
+
+@pytest.fixture(scope="module")
+def kernels(emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("planted") / "csrc"
+    for folder in (".", "math", "cuda", "emulator"):
+        for path in (CSRC / folder).glob("*.*"):
+            (copy / folder).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy / folder / path.name)
+    return copy
+
+
+def test_kernels_without_a_fault_raise_no_complaint(emulator: Emulator) -> None:
+    assert first_complaint(emulator) == ""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught_by_name(kernels: Path, fault: str) -> None:
+    file, old, new, name = FAULTS[fault]
+    path = kernels / "cuda" / file
+    text = path.read_text()
+    assert text.count(old) == 1, "the fault no longer fits the source"
+    path.write_text(text.replace(old, new))
+    try:
+        complaint = first_complaint(Emulator(build(kernels, FLAGS)))
+    finally:
+        path.write_text(text)
+    assert re.match(name, complaint), complaint or "nothing was noticed"
+
+
+def test_a_fault_has_a_place(kernels: Path) -> None:
+    path = kernels / "cuda" / "attention_forward.cuh"
+    text = path.read_text()
+    bad = "      if (e < p.value_pad) store(out + e + 1000000"
+    path.write_text(text.replace("      if (e < p.value_pad) store(out + e", bad))
+    line = path.read_text().split(bad)[0].count("\n") + 1
+    try:
+        complaint = first_complaint(Emulator(build(kernels, FLAGS)))
+    finally:
+        path.write_text(text)
+    place = rf"in kernel attention_forward, block \d+, thread \d+, at attention_forward.cuh:{line}$"
+    assert re.match(f"out of bounds: a write of 4 bytes .*{place}", complaint), complaint

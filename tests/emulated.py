@@ -1,0 +1,131 @@
+"""Builds csrc/cuda for the host (csrc/emulator) and lets the registered operators run it on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from oracle import Case, row_error
+from testkit import ROOT
+
+import scatterbrain as sb
+
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "emulator"
+COMPILER = shlex.split(os.environ.get("CXX") or "c++")
+# -O2 halves the time of the tests; -g0 that of the compiler. The operators' build has the same version of torch's ABI.
+FLAGS = ["-std=c++20", "-O2", "-g0", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fvisibility=hidden"]
+FLAGS += ["-DSB_EMULATOR", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+STATISTICS = ("launches", "blocks", "barriers", "shuffles", "shared_accesses", "bank_conflicts")
+
+
+def sources(csrc: Path = CSRC) -> list[Path]:
+    return sorted([*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.cpp"), *csrc.glob("emulator/*.cpp")])
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.encode())
+    return digest.hexdigest()[:24]
+
+
+def _read_by(source: Path, seen: set[Path]) -> set[Path]:
+    """The source and every header of ours that it includes."""
+    if source not in seen and source.exists():
+        seen.add(source)
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', source.read_text(), re.MULTILINE):
+            _read_by((source.parent / name).resolve(), seen)
+    return seen
+
+
+def _compile(source: Path, flags: Sequence[str]) -> Path:
+    """The object of a source, made once for what it and its headers hold."""
+    includes = ["-isystem", str(Path(torch.__file__).parent / "include")]
+    read = sorted(_read_by(source.resolve(), set()), key=lambda path: path.name)
+    key = _digest(*(path.read_bytes() for path in read), *flags, *COMPILER, torch.__version__)
+    target = CACHE / f"{source.name}-{key}.o"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}.o")
+        command = [*COMPILER, *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-8000:]}")
+        partial.rename(target)
+    return target
+
+
+def build(csrc: Path = CSRC, kernel_flags: Sequence[str] = ()) -> Path:
+    """The library of the sources in ``csrc``, with further flags for the kernels. Objects and libraries are kept by
+    what they are made from."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    flags = {".cu": [*FLAGS, *kernel_flags], ".cpp": FLAGS}
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
+        objects = list(pool.map(lambda source: _compile(source, flags[source.suffix]), sources(csrc)))
+    library = CACHE / f"emulator-{_digest(*(path.name for path in objects))}.so"
+    if not library.exists():
+        partial = library.with_suffix(f".{os.getpid()}.so")
+        folder = Path(torch.__file__).parent / "lib"
+        link = [f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}"]
+        subprocess.run([*COMPILER, "-shared", *map(str, objects), *link, "-o", str(partial)], check=True)
+        partial.rename(library)
+    return library
+
+
+class Emulator:
+    """A loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+
+    @contextmanager
+    def installed(self) -> Iterator[Emulator]:
+        """Inside, operators on CPU tensors run the CUDA launchers that exist; the others stay the CPU's."""
+        self._library.sb_emulator_install(ctypes.c_int64(torch.ops.scatterbrain.launchers_address("cpu")))
+        try:
+            yield self
+        finally:
+            self._library.sb_emulator_remove()
+
+    def statistics(self) -> dict[str, int]:
+        counts = (ctypes.c_int64 * len(STATISTICS))()
+        self._library.sb_emulator_statistics(counts)
+        return dict(zip(STATISTICS, counts))
+
+
+def excess(emulator: Emulator, case: Case, dtype: torch.dtype, floor: float) -> str:
+    """Empty where every row of out and lse errs by at most max(floor, twice the same formula in torch at ``dtype``),
+    else what errs by how much."""
+    tokens = [t.to(dtype) for t in (case.query, case.key, case.value)]
+    with emulator.installed():
+        got = sb.attention(*tokens, case.support, return_lse=True, **case.arguments)
+    exact, plain = (
+        sb.reference.attention(
+            *(t.to(precision) for t in tokens), case.support, return_lse=True, **case.definition | {"dtype": precision}
+        )
+        for precision in (torch.float64, dtype)
+    )
+    assert got[0].dtype == dtype and got[0].shape == exact[0].shape and got[1].shape == exact[1].shape
+    empty = exact[1] == -torch.inf
+    if not torch.equal(got[1] == -torch.inf, empty):
+        return f"lse of rows without weight; {case.support} {case.low_rank}"
+    error, allowed = row_error(got[0], exact[0]), max(floor, 2 * row_error(plain[0], exact[0]))
+    if not error <= allowed:
+        return f"out: error {error:.2e}, allowed {allowed:.2e}; {case.support} {case.low_rank}"
+    error, allowed = (
+        float((lse.double() - exact[1]).masked_fill(empty, 0).abs().max()) if lse.numel() else 0.0
+        for lse in (got[1], plain[1])
+    )
+    allowed = max(floor, 1e-5, 2 * allowed)
+    if not error <= allowed:
+        return f"lse: error {error:.2e}, allowed {allowed:.2e}; {case.support} {case.low_rank}"
+    return ""
