@@ -13,7 +13,15 @@ import pytest
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX") or "c++")
-PATTERNS = ("params.h", "math/*.h", "cpu/kernels.h", "cpu/tuning.h", "cpu/kernels/*.h")
+PATTERNS = (
+    "params.h",
+    "math/*.h",
+    "cpu/kernels.h",
+    "cpu/tuning.h",
+    "cpu/kernels/*.h",
+    "cuda/params.h",
+    "cuda/kernels.h",
+)
 HEADERS = sorted(str(path.relative_to(CSRC)) for pattern in PATTERNS for path in CSRC.glob(pattern))
 SYSTEM_HEADERS = {"cstdint", "immintrin.h"}
 
