@@ -36,7 +36,8 @@ struct Launchers {
                                                          const Tensor& weight);
   // Whether the tensors of `a` have the dtypes, shapes and bytes of those of `b`.
   bool (*equal_bytes)(const Tensors& a, const Tensors& b);
-  Tensor (*empty)(std::initializer_list<int64_t> sizes, ScalarType dtype);
+  // Uninitialised, on the device of `on`.
+  Tensor (*empty)(const Tensor& on, std::initializer_list<int64_t> sizes, ScalarType dtype);
   SavedSizes (*saved_sizes)(const AttentionShape&);
 };
 

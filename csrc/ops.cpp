@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor> run_complete(const Given& given, const Tensor& query,
   return {out, lse};
 }
 
-Tensor empty_result(const Tensor& tokens) { return launchers(tokens).empty({0}, ScalarType::Int); }
+Tensor empty_result(const Tensor& tokens) { return launchers(tokens).empty(tokens, {0}, ScalarType::Int); }
 
 // out, lse, state, scores, what the low-rank kernel made of the tokens, index and count. The last two are empty where
 // nothing was routed.

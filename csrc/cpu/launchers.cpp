@@ -15,7 +15,7 @@ Launchers table{
     .project_packed = &project_packed,
     .project_backward = &project_backward,
     .equal_bytes = &equal_bytes,
-    .empty = &empty,
+    .empty = [](const Tensor&, std::initializer_list<int64_t> sizes, ScalarType dtype) { return empty(sizes, dtype); },
     .saved_sizes = &saved_sizes,
 };
 

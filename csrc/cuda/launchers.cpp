@@ -1,12 +1,54 @@
 #include "launchers.h"
 
+#include <torch/csrc/stable/ops.h>
+
+#include "../error.h"
+#include "../params.h"
+
 namespace sb::cuda {
+
+bool equal_bytes(const Tensors& a, const Tensors& b) { return a.empty() && b.empty(); }
+
+Tensor empty(const Tensor& on, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(on, {std::data(sizes), sizes.size()}, dtype);
+}
+
+// The backward pass makes the states again.
+SavedSizes saved_sizes(const AttentionShape& s) {
+  const bool is_wide = s.dtype == ScalarType::Double || s.head_dim < kNarrowHead;
+  return {{0}, {0}, is_wide ? ScalarType::Double : ScalarType::Float};
+}
 
 void fill(Launchers& table) {
   table.attention = &attention;
   table.project = &project;
   table.project_packed = &project_packed;
   table.project_backward = &project_backward;
+  table.equal_bytes = &equal_bytes;
+  table.empty = &empty;
 }
+
+#if !defined(SB_EMULATOR)
+namespace {
+
+template <class Result, class... Arguments>
+Result missing(Arguments...) {
+  SB_CHECK(false, "scatterbrain: this operator has no CUDA kernel yet; move its tensors to the CPU");
+}
+
+Launchers table = [] {
+  Launchers filled{};
+  filled.attention_backward = &missing;
+  filled.route = &missing;
+  filled.cluster = &missing;
+  filled.saved_sizes = &saved_sizes;
+  fill(filled);
+  return filled;
+}();
+
+}  // namespace
+
+SB_REGISTER_DEVICE(CUDA, table)
+#endif
 
 }  // namespace sb::cuda

@@ -1,5 +1,4 @@
-// The launchers of CUDA devices, as far as they exist. While operators are missing the table is not registered: CUDA
-// tensors get the error of a build without CUDA.
+// The launchers of CUDA devices.
 #pragma once
 #include "../launchers.h"
 
@@ -9,6 +8,12 @@ Results attention(const AttentionArguments&);
 Tensor project(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);
 Tensor project_packed(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight);
+
+// Stored arguments are compared by their bytes to see whether a prepared call is stale. The host would have to wait for
+// those of a device, so what has any counts as changed.
+bool equal_bytes(const Tensors& a, const Tensors& b);
+Tensor empty(const Tensor& on, std::initializer_list<int64_t> sizes, ScalarType dtype);
+SavedSizes saved_sizes(const AttentionShape&);
 
 // Puts these launchers into a device's table, and leaves what is not written yet as it stands there.
 void fill(Launchers& table);
