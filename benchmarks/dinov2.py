@@ -19,9 +19,7 @@ from __future__ import annotations
 import os
 import sys
 
-# The folder of a script leads the import path, where copy.py would hide the standard module copy; it goes last.
-_HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:] = [p for p in sys.path if os.path.abspath(p) != _HERE] + [os.path.join(_HERE, os.pardir, "examples"), _HERE]
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "examples"))
 
 import argparse
 import time

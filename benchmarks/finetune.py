@@ -14,12 +14,6 @@ and a second call goes on from there.
 
 from __future__ import annotations
 
-import os
-import sys
-
-# The folder of a script leads the import path, where copy.py would hide the standard module copy.
-sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.path.abspath(__file__))]
-
 import argparse
 import json
 import math

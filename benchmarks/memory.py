@@ -9,15 +9,10 @@ well as tensors.
 
 from __future__ import annotations
 
-import os
-import sys
-
-# The folder of a script leads the import path, where copy.py would hide the standard module copy.
-sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.path.abspath(__file__))]
-
 import argparse
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch

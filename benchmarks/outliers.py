@@ -13,12 +13,6 @@ median of turns, for forward (F) and forward + backward (F+B).
 
 from __future__ import annotations
 
-import os
-import sys
-
-# The folder of a script leads the import path, where copy.py would hide the standard module copy.
-sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.path.abspath(__file__))]
-
 import argparse
 import statistics
 import time

@@ -49,7 +49,7 @@ def causal(keys: int = 128) -> tuple[Window, Quadratic]:
 def train(keys: int = 64) -> tuple[Routed, Quadratic]:
     """For training from scratch: a window of 16 and the best blocks of 8 keys per query, learned projections. Lists
     shared by a block of queries make training from scratch unstable, a window alone does not learn to copy; this pair
-    does (``python benchmarks/copy.py``)."""
+    does (``python benchmarks/copy_tasks.py``)."""
     return Routed(keys, block_q=1, block_k=8, window=16), Quadratic(rank=9, statistics="learned")
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/copy.py: what its two tasks show and hide."""
+"""benchmarks/copy_tasks.py: what its two tasks show and hide."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from testkit import ROOT
 
-SCRIPT = ROOT / "benchmarks" / "copy.py"
+SCRIPT = ROOT / "benchmarks" / "copy_tasks.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the source tree, not only the installed package")
 
 

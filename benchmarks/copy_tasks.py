@@ -5,9 +5,9 @@ masked   the second half is masked, and every token reads every other (bidirecti
 
 The perplexity of the second half is 1 for a model that has learned to copy and 64 for one that guesses.
 
-    python benchmarks/copy.py                       causal: training preset, full attention, window; two seeds each
-    python benchmarks/copy.py masked --steps 200    those and pairs with the centroid kernel
-    python benchmarks/copy.py --attention train     one of them
+    python benchmarks/copy_tasks.py                      causal: training preset, full attention, window; two seeds
+    python benchmarks/copy_tasks.py masked --steps 200   those and pairs with the centroid kernel
+    python benchmarks/copy_tasks.py --attention train    one of them
 
 train               scatterbrain.presets.train
 full                exact attention
@@ -18,12 +18,6 @@ per-query-centroid  the training preset's lists, one for each query, with the ce
 """
 
 from __future__ import annotations
-
-import os
-import sys
-
-# The folder of a script leads the import path, where this file would hide the standard module copy.
-sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.path.abspath(__file__))]
 
 import argparse
 import math
