@@ -5,7 +5,7 @@ masked   the second half is masked, and every token reads every other (bidirecti
 
 The perplexity of the second half is 1 for a model that has learned to copy and 64 for one that guesses.
 
-    python benchmarks/copy_tasks.py                      causal: training preset, full attention, window; two seeds
+    python benchmarks/copy_tasks.py                       causal: training preset, full attention, window; two seeds
     python benchmarks/copy_tasks.py masked --steps 200   those and pairs with the centroid kernel
     python benchmarks/copy_tasks.py --attention train    one of them
 
