@@ -20,8 +20,10 @@ class Forward {
         map_dtype(accumulation_type(a.query)),
         is_wide(map_dtype == ScalarType::Double || a.query.size(3) < kNarrowHead),
         dtype(is_wide ? ScalarType::Double : ScalarType::Float) {
-    set_shape(), set_lists(), set_rows();
-    if (p.has_low_rank()) set_low_rank();
+    set_shape(), set_lists();
+    if (p.has_low_rank() && !is_wide) set_flags();
+    set_rows();
+    if (p.has_low_rank()) set_low_rank(p, is_wide);
   }
 
   Results run() {
@@ -33,12 +35,23 @@ class Forward {
     }
     p.out = call.write_rows(out), p.lse = call.write(lse);
     launch_rows(row_params, call.stream());
-    if (p.has_low_rank()) launch_states(p, element_of(a.query), is_wide, call.stream());
-    launch_attention_forward(p, element_of(a.query), is_wide, call.stream());
+    compute(p, is_wide);
+    if (p.flags) {
+      ForwardParams again = p;
+      again.only_flagged = true, again.fallback_bound = kFallbackBoundInDouble;
+      set_low_rank(again, true);
+      compute(again, true);
+    }
     return {out, lse, call.empty({0}, dtype), call.empty({0}, dtype)};
   }
 
  private:
+  void compute(const ForwardParams& params, bool in_double) const {
+    const Element element = element_of(a.query);
+    if (params.has_low_rank()) launch_states(params, element, in_double, call.stream());
+    launch_attention_forward(params, element, in_double, call.stream());
+  }
+
   void set_shape() {
     const Tensor &q = a.query, &k = a.key, &v = a.value;
     p.batch = q.size(0), p.q_heads = q.size(1), p.q_tokens = q.size(2), p.head_dim = p.head_pad = q.size(3);
@@ -79,17 +92,26 @@ class Forward {
           static_cast<int32_t*>(call.write(call.empty({p.batch, p.slots}, ScalarType::Int)));
   }
 
-  void set_low_rank() {
+  // Flagged queries are computed again in float64, with states of their own, so that time stays linear.
+  void set_flags() {
+    p.flags = static_cast<uint8_t*>(call.write(call.empty({p.batch, p.q_heads, p.q_tokens}, ScalarType::Byte)));
+    p.any_flagged = row_params.any_flagged =
+        static_cast<uint8_t*>(call.write(call.empty({p.batch, p.kv_heads}, ScalarType::Byte)));
+    row_params.kv_heads = p.kv_heads;
+  }
+
+  void set_low_rank(ForwardParams& p, bool in_double) {
+    const ScalarType dtype = in_double ? ScalarType::Double : ScalarType::Float;
     if (p.has_clusters()) {
       p.rank = a.representatives->size(2);
       p.cluster = call.read_contiguous<int32_t>(a.cluster_index);
       p.log_mass = call.read_contiguous<void>(a.log_mass);
       p.given_representatives = call.read_contiguous<void>(a.representatives);
       p.cluster_log = call.write(call.empty({p.batch, p.kv_heads, p.rank}, dtype));
-      p.cluster_limit = is_wide ? map_limits<double>(p.low_rank).log : map_limits<float>(p.low_rank).log;
+      p.cluster_limit = in_double ? map_limits<double>(p.low_rank).log : map_limits<float>(p.low_rank).log;
     } else {
       p.rank = a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1;
-      p.x_map = map_view(*a.query_map), p.y_map = map_view(*a.key_map);
+      p.x_map = map_view(*a.query_map, in_double), p.y_map = map_view(*a.key_map, in_double);
     }
     p.features = feature_count(p.low_rank, p.rank), p.slot_size = p.features * (p.value_pad + 1);
     p.kv_state = call.write(call.empty({p.batch, p.kv_heads, p.slots, p.slot_size}, dtype));
@@ -97,12 +119,12 @@ class Forward {
     p.state_log = call.write(call.empty({p.batch, p.kv_heads, p.slots}, dtype));
   }
 
-  MapView map_view(const Tensor& map) {
+  MapView map_view(const Tensor& map, bool in_double) {
     MapView view{};
     view.data = call.read(map), view.batch = map.stride(0), view.head = map.stride(1), view.row = map.stride(2);
     view.step = map.stride(3);
     view.log_column = a.packed_rank ? p.rank + 1 : p.rank, view.log_factor = a.packed_rank ? 1 : kLog2e;
-    if (is_wide) {
+    if (in_double) {
       const MapLimits<double> limits = map_limits<double>(p.low_rank);
       view.coordinate_limit = limits.coordinate, view.log_limit = limits.log;
     } else {

@@ -44,6 +44,7 @@ class ForwardQuery {
     query = range.q_first + slot;
     if (p.order) query = load(p.order + (b * p.order_heads + h * p.order_heads / p.q_heads) * p.q_tokens + slot);
     if (query < 0 || query >= p.q_tokens || (p.q_mask && load(p.q_mask + b * p.q_tokens + query))) return;
+    if (p.only_flagged && !load(flag())) return;
 
     first_key = range.k_first;
     const int64_t edge = edge_of_slot(p, range, slot), state_slot = kv_state_of_edge(p, edge);
@@ -65,8 +66,12 @@ class ForwardQuery {
     sum_listed(list, state_end);
     if (p.is_causal) sum_unlisted(list, state_end);
     if (add_state(state_of<T>(p, head, state_slot))) return;
-    // The complement drowns in rounding: every key again by itself, nothing subtracted.
-    sum_all(list);
+    // The complement drowns in rounding.
+    if (p.flags && !p.only_flagged) {
+      if (lane == 0) store(flag(), uint8_t(1)), store(p.any_flagged + head, uint8_t(1));  // by whom does not matter
+      return;
+    }
+    sum_all(list);  // every key by itself, nothing subtracted
     write();
   }
 
@@ -245,7 +250,9 @@ class ForwardQuery {
   }
 
   SB_DEVICE void write() { write_sums(warp_sum(exact)); }
+  SB_DEVICE uint8_t* flag() const { return p.flags + (b * p.q_heads + h) * p.q_tokens + query; }
   SB_DEVICE void write_sums(T den) {
+    if (p.flags && !p.only_flagged && lane == 0) store(flag(), uint8_t(0));
     E* out = p.out.at<E>(b, h, query);
     for (int c = 0; c < kColumns; ++c) {
       const int64_t e = lane + c * kWarp;

@@ -26,11 +26,17 @@ struct Segment {
   SB_DEVICE bool is_valid(int64_t j) const { return !(mask && load(mask + j)); }
 };
 
+// Whether nobody reads the states of a head.
+SB_DEVICE bool is_unwanted(const ForwardParams& p, int64_t head) {
+  return p.only_flagged && !load(p.any_flagged + head);
+}
+
 // The largest log mass of every cluster: a thread per cluster.
 template <class M, class T>
 SB_KERNEL cluster_logs(ForwardParams p) {
   for_each_element(p.batch * p.kv_heads * p.rank, [&](int64_t at) {
     const int64_t head = at / p.rank, c = at % p.rank, b = head / p.kv_heads;
+    if (is_unwanted(p, head)) return;
     const RowRange range = load(p.rows + b);
     T top = T(kLowestLog);
     for (int64_t j = range.k_first; j < range.k_end; ++j) {
@@ -47,6 +53,7 @@ SB_KERNEL cluster_segments(ForwardParams p) {
   typedef AccType<E> M;
   for_each_task(p.batch * p.kv_heads * (p.slots - 1), [&](int64_t task) {
     const Segment s(p, task);
+    if (is_unwanted(p, s.head)) return;
     T* state = state_of<T>(p, s.head, s.slot + 1);
     const int64_t columns = p.value_pad + 1;
     for (int64_t e = thread_index(); e < columns; e += block_threads()) {
@@ -76,6 +83,7 @@ SB_KERNEL feature_segments(ForwardParams p) {
   const int thread = thread_index();
   for_each_task(p.batch * p.kv_heads * (p.slots - 1) * tiles, [&](int64_t task) {
     const Segment s(p, task / tiles);
+    if (is_unwanted(p, s.head)) return;
     const int64_t first = task % tiles * kFeatureTile,
                   count = first + kFeatureTile < p.features ? kFeatureTile : p.features - first;
     T* state = state_of<T>(p, s.head, s.slot + 1);
@@ -130,6 +138,7 @@ SB_KERNEL state_prefixes(ForwardParams p) {
   const int64_t size = p.slot_size;
   for_each_element(p.batch * p.kv_heads * size, [&](int64_t at) {
     const int64_t head = at / size, x = at % size;
+    if (is_unwanted(p, head)) return;
     T sum = T(0), log = T(kLowestLog);
     for (int64_t slot = 0; slot < p.slots; ++slot) {
       T* entry = state_of<T>(p, head, slot) + x;

@@ -64,7 +64,9 @@ struct RowsParams {
   const int32_t *q_range, *k_range, *offset;  // (B, 2), (B, 2), (B), or null
   const uint8_t* k_mask;                      // (B, M) or null; nonzero = ignore
   int64_t segment, slots;
-  RowRange* rows;         // (B)
+  RowRange* rows;        // (B)
+  uint8_t* any_flagged;  // (B, kv_heads) or null: set to 0
+  int64_t kv_heads;
   int32_t* valid_before;  // (B, slots), or null without a low-rank kernel
 };
 
@@ -78,6 +80,10 @@ struct ForwardParams : AttentionParams {
   double cluster_limit;
   void* segment_log;  // T (B, Hkv, slots): the largest kappa of a segment
   void* state_log;    // the same of the keys before a segment
+  // Queries whose complement drowns in rounding get no result, and a flag; any_flagged says whether their states are
+  // wanted again in float64. Both are null where nothing computes again.
+  uint8_t *flags, *any_flagged;  // (B, Hq, N), (B, Hkv)
+  bool only_flagged;             // computes what is flagged, and nothing else
 };
 
 // Below every exponent.

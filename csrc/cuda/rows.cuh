@@ -25,6 +25,8 @@ SB_DEVICE void rows_of_batch_row(const RowsParams& p, int64_t b) {
   if (p.offset) range.offset = load(p.offset + b);
   const int thread = thread_index();
   if (thread == 0) store(p.rows + b, range);
+  if (p.any_flagged)
+    for (int64_t h = thread; h < p.kv_heads; h += kRowsThreads) store(p.any_flagged + b * p.kv_heads + h, uint8_t(0));
   if (!p.valid_before) return;
 
   // Every thread counts neighbouring segments; then it knows what stands before its own.

@@ -184,22 +184,54 @@ def test_lists_of_any_content_are_safe(emulator: Emulator) -> None:
 # -------------------- cancelling
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_where_subtraction_would_cancel_every_key_is_summed_by_itself(emulator: Emulator, is_causal: bool) -> None:
-    """L overrates the listed keys by far: their coordinates point at every query's."""
-    query, key, value = (t[:, :2, :, :16].contiguous() for t in tokens())
-    query_map, key_map = 30 * torch.ones(1, 2, N, 3), 30 * torch.ones(1, 2, N, 3)
+def cancelling_call(n: int, is_causal: bool) -> tuple:
+    """Arguments of a call in which L overrates the listed keys by far: few keys have nearly all of it, and every query
+    lists them."""
+    query, key, value = (rand(1, 2, n, 16, seed=seed) for seed in range(3))
+    query_map, key_map = 30 * torch.ones(1, 2, n, 3), 30 * torch.ones(1, 2, n, 3)
     query_map[..., -1] = key_map[..., -1] = 0
-    key_map[:, :, 20:] = 0  # few keys have nearly all of L, and every query lists them
+    key_map[:, :, 20:] = 0
     index = torch.arange(20, dtype=torch.int32).expand(1, 2, 1, 20).contiguous()
     count = torch.full((1, 2, 1), 20, dtype=torch.int32)
-    arguments = (query_map, key_map, *[None] * 4, index, count, *[None] * 7, 1, 160, 1, 0, 0, is_causal, 0.2)
+    return (
+        query,
+        key,
+        value,
+        query_map,
+        key_map,
+        *[None] * 4,
+        index,
+        count,
+        *[None] * 7,
+        1,
+        n + 30,
+        1,
+        0,
+        0,
+        is_causal,
+        0.2,
+    )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_where_subtraction_would_cancel_queries_are_computed_again(emulator: Emulator, is_causal: bool) -> None:
+    arguments = cancelling_call(N, is_causal)
     with emulator.installed():
-        out, lse = OPERATORS.attention(query, key, value, *arguments)
-    wide = [t.double() for t in (query, key, value)]
-    wide += [query_map.double(), key_map.double()]
-    want, want_lse = OPERATORS.attention(*wide, *arguments[2:])
+        out, lse = OPERATORS.attention(*arguments)
+    want, want_lse = OPERATORS.attention(*(t.double() for t in arguments[:5]), *arguments[5:])
     assert row_error(out, want) <= 1e-5 and float((lse - want_lse).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_queries_that_are_computed_again_take_linear_time(emulator: Emulator, is_causal: bool) -> None:
+    """Every query of these calls is one. Warps that walk their keys exchange the largest exponent of every step."""
+    shuffles = []
+    for n in (600, 1200):
+        before = emulator.statistics()["shuffles"]
+        with emulator.installed():
+            OPERATORS.attention(*cancelling_call(n, is_causal))
+        shuffles.append(emulator.statistics()["shuffles"] - before)
+    assert shuffles[1] <= 2.2 * shuffles[0], shuffles
 
 
 # -------------------- bits, layouts, projections
