@@ -238,4 +238,12 @@ SB_DEVICE double log2_of(double v) {
 #endif
 }
 
+SB_DEVICE double square_root(double v) {
+#if defined(SB_EMULATOR)
+  return std::sqrt(v);
+#else
+  return sqrt(v);
+#endif
+}
+
 }  // namespace sb::cuda

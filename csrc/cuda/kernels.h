@@ -12,6 +12,9 @@ void launch_project_backward(const ProjectParams& p, Element element, Stream str
 // What a row counts: its valid ranges, clamped, and its keys before every segment.
 void launch_rows(const RowsParams& p, Stream stream);
 
+// The mean query, directions and centres, then clusters of keys, then representatives and log masses.
+void launch_cluster(const ClusteringParams& p, Element element, Stream stream);
+
 // In order: the largest log mass of every cluster, sums over segments, prefix sums. `is_wide`: computes in double.
 void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream stream);
 void launch_attention_forward(const ForwardParams& p, Element element, bool is_wide, Stream stream);

@@ -21,6 +21,7 @@ SavedSizes saved_sizes(const AttentionShape& s) {
 
 void fill(Launchers& table) {
   table.attention = &attention;
+  table.cluster = &cluster;
   table.project = &project;
   table.project_packed = &project_packed;
   table.project_backward = &project_backward;
@@ -40,7 +41,6 @@ Launchers table = [] {
   Launchers filled{};
   filled.attention_backward = &missing;
   filled.route = &missing;
-  filled.cluster = &missing;
   filled.saved_sizes = &saved_sizes;
   fill(filled);
   return filled;

@@ -70,6 +70,18 @@ struct RowsParams {
   int32_t* valid_before;  // (B, slots), or null without a low-rank kernel
 };
 
+// Clustering. Here rows of q and k are the caller's own and head_pad is head_dim.
+struct ClusteringParams : ClusterParams {
+  int64_t q_segments, k_slots;  // ceil(N / kSegment), ceil(M / kSegment) + 1
+  const int32_t* valid_before;  // (B, k_slots): valid keys before a segment; the last is all of them
+  void* query_sums;             // T (B, Hkv, q_segments, head_dim)
+  int32_t* query_counts;        // (B, Hkv, q_segments): queries in a sum
+  void *mean, *directions;      // T (B, Hkv, head_dim), (B, Hkv, head_dim, kDirections): of the samples
+  void* centres;                // T (B, Hkv, clusters, kDirections + 1)
+  void *top, *mass, *sums;      // T (B, Hkv, k_slots - 1, clusters) twice, and (.., head_dim): of a segment's keys
+  void* dots;                   // T (B, Hkv, clusters): a.b
+};
+
 // The attention operator. Here rows of q, k, v and out are the caller's own, head_pad and value_pad are head_dim and
 // the width of v, and a state is `features` rows of value_pad + 1 columns, the last of them hz.
 struct ForwardParams : AttentionParams {

@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cluster_cases import assert_agree, tokens_of
 from emulated import CSRC, Emulator, build, excess
 from oracle import draw
+
+import scatterbrain as sb
 
 # Windows, lists with a causal edge, lists of single queries; without a kernel, quadratic and features; several chunks.
 SEEDS = (2, 18, 35, 98, 10, 11, 12, 13, 20, 29, 34, 36, 37, 42, 44, 50, 58, 61, 66, 68, 76, 83, 92, 100)
@@ -77,11 +80,36 @@ FAULTS = {
         "key_list.cuh", "hi > edge + 1 ? edge + 1 : hi", "hi > edge + 2 ? edge + 2 : hi", "parity|out"
     ),
     "stale index": Fault("attention_forward.cuh", "memory.taken.get(i);", "memory.taken.get(i ^ 1);", "parity"),
+    "missing barrier of a sort": Fault(
+        "clusters_of_segment.cuh",
+        "        }\n        sync_block();\n      }",
+        "        }\n      }",
+        "race|uninitialised shared memory",
+    ),
+    "missing barrier of directions": Fault(
+        "cluster.cuh", "      sync_block();\n      const double rest", "      const double rest", "race"
+    ),
+    "lost group offset of the mean query": Fault(
+        "cluster.cuh", "first_head = head % p.kv_heads * group", "first_head = head % p.kv_heads", "clusters"
+    ),
+    "missing rescale of a segment": Fault(
+        "cluster.cuh", "exp2_of(load(static_cast<const T*>(p.top) + at) - top)", "T(1)", "clusters"
+    ),
     "lost first segment": Fault("kv_state.cuh", "      if (slot > 0) {", "      if (slot > 1) {", "parity"),
 }
 
 
 def first_complaint(emulator: Emulator) -> str:
+    for name in ("few", "one key more", "segments"):
+        query, key, clusters = tokens_of(name, torch.float32)
+        try:
+            with emulator.installed():
+                found = sb.cluster(query, key, clusters)
+            assert_agree(found, sb.reference.cluster(query, key, clusters), rtol=1e-5, atol=2e-6)
+        except RuntimeError as error:
+            return str(error)
+        except AssertionError:
+            return f"clusters: {name}"
     for seed in SEEDS:
         try:
             wrong = excess(emulator, draw(seed), torch.float32, 1e-5)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from cluster_cases import PADDING, SIZES, assert_agree, fields, padding_of, tokens_of
 from operator_cases import DTYPES, MASK, WITHOUT_GRADIENT, attention_arguments, operator_arguments
 from testkit import KV, LAYOUTS, B, D, H, N, assert_same_bits, leaves, padding, qkv, rand, run_python
 from torch import Tensor
@@ -16,10 +17,6 @@ import scatterbrain as sb
 from scatterbrain.call import Call
 from scatterbrain.operators.arguments import ClusterArguments, RouteArguments
 from scatterbrain.supports import BlockLists
-
-
-def fields(found: sb.Clusters) -> list[Tensor]:
-    return [found.index, found.representatives, found.log_mass, found.query_mean]
 
 
 def distances(key: Tensor, of: sb.Clusters) -> Tensor:
@@ -33,58 +30,28 @@ def distances(key: Tensor, of: sb.Clusters) -> Tensor:
 
 # -------------------- the definition
 
-SIZES = {  # queries, keys, head_dim, heads, key/value heads, clusters
-    "few": (37, 40, 8, 4, 2, 5),
-    "one key": (3, 1, 8, 1, 1, 4),
-    "two keys": (1, 2, 16, 2, 2, 2),
-    "fewer keys than clusters": (9, 20, 24, 2, 1, 64),
-    "as many samples as keys": (64, 256, 64, 2, 2, 64),
-    "one key more": (64, 257, 64, 2, 2, 64),
-    "segments": (1100, 1030, 32, 2, 1, 33),
-    "narrow": (50, 90, 3, 2, 2, 16),
-    "one dimension": (50, 90, 1, 1, 1, 7),
-    "odd width": (40, 300, 65, 1, 1, 48),
-    "wide": (40, 300, 256, 1, 1, 48),
-    "one cluster": (40, 300, 16, 1, 1, 1),
-    "most clusters": (40, 700, 16, 1, 1, 256),
-    "no queries": (0, 40, 8, 1, 1, 4),
-    "no keys": (40, 0, 8, 2, 1, 4),
-}
-
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SIZES)
 def test_clusters_are_those_of_the_definition(name: str, dtype: torch.dtype) -> None:
-    """Of normal tokens, no two centres of which are equally near within rounding."""
-    queries, keys, d, heads, kv_heads, clusters = SIZES[name]
-    query, key, _ = qkv(queries, keys, heads=heads, kv_heads=kv_heads, head_dim=d, dtype=dtype)
-    found, want = (cluster(query, key, clusters, scale=0.3) for cluster in (sb.cluster, sb.reference.cluster))
+    query, key, clusters = tokens_of(name, dtype)
+    found, want = (f(query, key, clusters, scale=0.3) for f in (sb.cluster, sb.reference.cluster))
     assert found.index.dtype == torch.int32 and found.scale == want.scale == 0.3
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     assert all(t.dtype == precision for t in fields(found)[1:])
-    assert torch.equal(found.index, want.index)
-    tolerance = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-5, atol=2e-6)
-    for mine, theirs in zip(fields(found)[1:], fields(want)[1:], strict=True):
-        assert torch.allclose(mine.double(), theirs, **tolerance)
+    assert_agree(
+        found, want, **(dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-5, atol=2e-6))
+    )
 
 
-@pytest.mark.parametrize("pattern", ["left", "right", "both", "holes", "everything", "all but one"])
+@pytest.mark.parametrize("pattern", PADDING)
 @pytest.mark.parametrize("keys", [44, 1100])
 def test_padded_rows_are_clustered_as_the_definition(pattern: str, keys: int) -> None:
     query, key, _ = qkv(40, keys, heads=4, kv_heads=2)
-    mask = torch.zeros(B, keys, dtype=torch.bool)
-    mask[1, : keys // 5] = pattern in ("left", "both")
-    mask[1, -(keys // 4) :] = pattern in ("right", "both")
-    if pattern == "holes":
-        mask = torch.rand(B, keys, generator=torch.Generator().manual_seed(1)) < 0.4
-    if pattern.startswith("all") or pattern == "everything":
-        mask[1] = True
-        mask[1, keys // 2] = pattern == "everything"
-    of_query = torch.rand(B, 40, generator=torch.Generator().manual_seed(2)) < 0.4
+    of_query, mask = padding_of(pattern, 40, keys)
     found, want = (f(query, key, 6, mask, None, of_query) for f in (sb.cluster, sb.reference.cluster))
-    assert torch.equal(found.index, want.index) and found.index[:, 0][mask].eq(-1).all()
-    for mine, theirs in zip(fields(found)[1:], fields(want)[1:], strict=True):
-        assert torch.allclose(mine.double(), theirs, rtol=1e-5, atol=1e-6)
+    assert found.index[:, 0][mask].eq(-1).all()
+    assert_agree(found, want, rtol=1e-5, atol=1e-6)
 
 
 def test_equal_keys_are_in_one_cluster_and_ties_go_to_the_lowest() -> None:
