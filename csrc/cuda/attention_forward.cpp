@@ -115,7 +115,7 @@ class Forward {
     }
     p.features = feature_count(p.low_rank, p.rank), p.slot_size = p.features * (p.value_pad + 1);
     p.kv_state = call.write(call.empty({p.batch, p.kv_heads, p.slots, p.slot_size}, dtype));
-    p.segment_log = call.write(call.empty({p.batch, p.kv_heads, p.slots}, dtype));
+    p.segment_log = call.write(call.empty({p.batch, p.kv_heads, p.slots, p.logs_of_state()}, dtype));
     p.state_log = call.write(call.empty({p.batch, p.kv_heads, p.slots}, dtype));
   }
 

@@ -15,7 +15,7 @@ void launch_rows(const RowsParams& p, Stream stream);
 // The mean query, directions and centres, then clusters of keys, then representatives and log masses.
 void launch_cluster(const ClusteringParams& p, Element element, Stream stream);
 
-// In order: the largest log mass of every cluster, sums over segments, prefix sums. `is_wide`: computes in double.
+// In order: sums over segments, then prefix sums or their total, with the largest log mass of every cluster. `is_wide`: computes in double.
 void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream stream);
 void launch_attention_forward(const ForwardParams& p, Element element, bool is_wide, Stream stream);
 

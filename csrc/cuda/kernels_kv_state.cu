@@ -10,17 +10,19 @@ void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream
     using T = std::remove_pointer_t<decltype(t)>;
     const int64_t heads = p.batch * p.kv_heads, segments = heads * (p.slots - 1);
     if (p.has_clusters()) {
-      launch(stream, "cluster_logs", blocks_for(heads * p.rank, kStateThreads), kStateThreads, 0,
-             cluster_logs<AccType<E>, T>, p);
-      launch(stream, "cluster_segments", segments, kStateThreads, 0, cluster_segments<E, T>, p);
+      const int64_t bytes = SortedKeys::bytes(p.rank) + kSegment * int64_t(sizeof(T));
+      launch(stream, "cluster_segments", segments, kStateThreads, bytes, cluster_segments<E, T>, p);
     } else {
       const int64_t values = kFeatureTile * kChunk + kStateThreads / kWarp,
                     bytes = values * int64_t(sizeof(T)) + kChunk * int64_t(sizeof(int32_t));
       launch(stream, "feature_segments", segments * ceil_div(p.features, kFeatureTile), kStateThreads, bytes,
              feature_segments<E, T>, p);
     }
-    launch(stream, "state_prefixes", blocks_for(heads * p.slot_size, kStateThreads), kStateThreads, 0,
-           state_prefixes<T>, p);
+    const int64_t blocks = blocks_for(heads * p.slot_size, kStateThreads);
+    if (p.is_causal)
+      launch(stream, "state_prefixes", blocks, kStateThreads, 0, state_prefixes<T>, p);
+    else
+      launch(stream, "state_totals", blocks, kStateThreads, 0, state_totals<T>, p);
   });
 }
 

@@ -1,5 +1,7 @@
-// States (docs/algorithm.md, sections 2 and 4): sums over segments of keys, then their prefix sums, in a fixed order.
+// States (docs/algorithm.md, sections 2 and 4): sums over segments of keys, then their prefix sums, or without a causal
+// edge their total, in a fixed order.
 #pragma once
+#include "clusters_of_segment.cuh"
 #include "low_rank.cuh"
 
 namespace sb::cuda {
@@ -12,18 +14,21 @@ SB_DEVICE T* state_of(const ForwardParams& p, int64_t head, int64_t slot) {
   return static_cast<T*>(p.kv_state) + (head * p.slots + slot) * p.slot_size;
 }
 
-// A segment's keys in [begin, end), and which of them are not ignored.
-struct Segment {
-  int64_t b, kv, head, slot, begin, end;
-  const uint8_t* mask;
-  SB_DEVICE Segment(const ForwardParams& p, int64_t task) : head(task / (p.slots - 1)), slot(task % (p.slots - 1)) {
-    b = head / p.kv_heads, kv = head % p.kv_heads;
-    const RowRange range = load(p.rows + b);
-    begin = range.k_first + slot * p.segment;
-    end = begin + p.segment < range.k_end ? begin + p.segment : range.k_end;
-    mask = p.k_mask ? p.k_mask + b * p.k_tokens : nullptr;
-  }
-  SB_DEVICE bool is_valid(int64_t j) const { return !(mask && load(mask + j)); }
+// A segment's keys, whose sums go into slot + 1.
+struct Segment : TokenSegment {
+  int64_t b, kv, head, slot;
+  SB_DEVICE Segment(const ForwardParams& p, int64_t task) : Segment(p, task / (p.slots - 1), task % (p.slots - 1)) {}
+
+ private:
+  SB_DEVICE Segment(const ForwardParams& p, int64_t head, int64_t slot)
+      : Segment(p, head, slot, load(p.rows + head / p.kv_heads)) {}
+  SB_DEVICE Segment(const ForwardParams& p, int64_t head, int64_t slot, const RowRange& range)
+      : TokenSegment(slot, p.segment, range.k_first, range.k_end,
+                     p.k_mask ? p.k_mask + head / p.kv_heads * p.k_tokens : nullptr),
+        b(head / p.kv_heads),
+        kv(head % p.kv_heads),
+        head(head),
+        slot(slot) {}
 };
 
 // Whether nobody reads the states of a head.
@@ -31,43 +36,43 @@ SB_DEVICE bool is_unwanted(const ForwardParams& p, int64_t head) {
   return p.only_flagged && !load(p.any_flagged + head);
 }
 
-// The largest log mass of every cluster: a thread per cluster.
-template <class M, class T>
-SB_KERNEL cluster_logs(ForwardParams p) {
-  for_each_element(p.batch * p.kv_heads * p.rank, [&](int64_t at) {
-    const int64_t head = at / p.rank, c = at % p.rank, b = head / p.kv_heads;
-    if (is_unwanted(p, head)) return;
-    const RowRange range = load(p.rows + b);
-    T top = T(kLowestLog);
-    for (int64_t j = range.k_first; j < range.k_end; ++j) {
-      if (p.k_mask && load(p.k_mask + b * p.k_tokens + j)) continue;
-      if (cluster_of(p, head, j) == c) top = larger(top, log_mass_of<M, T>(p, head, j));
-    }
-    store(static_cast<T*>(p.cluster_log) + at, top);
-  });
+// Where the log scale of a segment's sums stands: every cluster has its own.
+template <class T>
+SB_DEVICE T* segment_log_of(const ForwardParams& p, int64_t head, int64_t slot, int64_t cluster) {
+  return static_cast<T*>(p.segment_log) + (head * p.slots + slot) * p.logs_of_state() + cluster;
 }
 
-// Sums by cluster: a thread per column, which no other thread touches.
+// Sums by cluster, relative to the largest log mass of the cluster in the segment.
 template <class E, class T>
 SB_KERNEL cluster_segments(ForwardParams p) {
   typedef AccType<E> M;
+  SortedKeys keys(0, p.rank);
+  const auto logs = shared_array<T>(SortedKeys::bytes(p.rank));
   for_each_task(p.batch * p.kv_heads * (p.slots - 1), [&](int64_t task) {
     const Segment s(p, task);
     if (is_unwanted(p, s.head)) return;
+    keys.clear(s.end - s.begin);
+    for (int64_t j = s.begin + thread_index(); j < s.end; j += kStateThreads) {
+      if (!s.is_valid(j)) continue;
+      keys.set_key(j - s.begin, cluster_of(p, s.head, j)), logs.set(j - s.begin, log_mass_of<M, T>(p, s.head, j));
+    }
+    keys.sort();
     T* state = state_of<T>(p, s.head, s.slot + 1);
     const int64_t columns = p.value_pad + 1;
-    for (int64_t e = thread_index(); e < columns; e += block_threads()) {
-      for (int64_t c = 0; c < p.rank; ++c) store(state + c * columns + e, T(0));
-      for (int64_t j = s.begin; j < s.end; ++j) {
-        if (!s.is_valid(j)) continue;
-        const int64_t c = cluster_of(p, s.head, j);
-        const T weight =
-            exp2_of(log_mass_of<M, T>(p, s.head, j) - load(static_cast<const T*>(p.cluster_log) + s.head * p.rank + c));
-        const T value = e < p.value_pad ? T(widened(load(p.v.at<const E>(s.b, s.kv, j) + e))) : T(1);
-        store(state + c * columns + e, load(state + c * columns + e) + weight * value);
-      }
-    }
-    if (thread_index() == 0) store(static_cast<T*>(p.segment_log) + s.head * p.slots + s.slot + 1, T(0));
+    sum_by_cluster(
+        keys, p.rank, logs, p.value_pad, [&](int64_t place) { return p.v.at<const E>(s.b, s.kv, s.begin + place); },
+        [&](int64_t c, T top, T mass, const T* sum, int64_t count) {
+          // All keys' logs NaN: so are their sums, at any scale.
+          const T log = count == 0 ? T(kLowestLog) : top > T(kLowestLog) ? top : T(0);
+          if (lane_index() == 0) store(segment_log_of<T>(p, s.head, s.slot + 1, c), log);
+          if (count == 0) return;  // nobody reads the sums
+          for (int m = 0; m < kColumns; ++m) {
+            const int64_t e = lane_index() + m * kWarp;
+            if (e < p.value_pad) store(state + c * columns + e, sum[m]);
+          }
+          if (lane_index() == 0) store(state + c * columns + p.value_pad, mass);
+        });
+    sync_block();
   });
 }
 
@@ -96,7 +101,7 @@ SB_KERNEL feature_segments(ForwardParams p) {
     if (lane_index() == 0) warp_tops.set(warp_index(), top);
     sync_block();
     for (int w = 0; w < kStateThreads / kWarp; ++w) top = larger(top, warp_tops.get(w));
-    if (thread == 0 && first == 0) store(static_cast<T*>(p.segment_log) + s.head * p.slots + s.slot + 1, top);
+    if (thread == 0 && first == 0) store(segment_log_of<T>(p, s.head, s.slot + 1, 0), top);
 
     // 2. kChunk keys at a time: exp(kappa - top) F(y), then sums.
     for (int64_t x = thread; x < count * columns; x += kStateThreads) store(state + first * columns + x, T(0));
@@ -132,26 +137,54 @@ SB_KERNEL feature_segments(ForwardParams p) {
   });
 }
 
-// Prefix sums relative to the largest kappa so far: a thread per entry walks the segments in order.
+// The sums over all segments, relative to the largest log scale, in the last slot: a thread per entry. Slots before it
+// stay as they are, since without a causal edge nobody reads them.
+template <class T>
+SB_KERNEL state_totals(ForwardParams p) {
+  const int64_t size = p.slot_size, columns = p.value_pad + 1;
+  for_each_element(p.batch * p.kv_heads * size, [&](int64_t at) {
+    const int64_t head = at / size, x = at % size, cluster = p.has_clusters() ? x / columns : 0;
+    if (is_unwanted(p, head)) return;
+    T top = T(kLowestLog), sum = T(0);
+    for (int64_t slot = 1; slot < p.slots; ++slot)
+      top = larger(top, load(static_cast<const T*>(segment_log_of<T>(p, head, slot, cluster))));
+    for (int64_t slot = 1; slot < p.slots; ++slot) {
+      const T of_segment = load(static_cast<const T*>(segment_log_of<T>(p, head, slot, cluster)));
+      if (of_segment > T(kNoKeyLog)) sum += load(state_of<T>(p, head, slot) + x) * exp2_of(of_segment - top);
+    }
+    store(state_of<T>(p, head, p.slots - 1) + x, sum);
+    if (p.has_clusters() && x % columns == 0) store(static_cast<T*>(p.cluster_log) + head * p.rank + cluster, top);
+    if (x == 0) store(static_cast<T*>(p.state_log) + head * p.slots + p.slots - 1, p.has_clusters() ? T(0) : top);
+  });
+}
+
+// Prefix sums relative to the largest kappa so far: a thread per entry walks the segments in order, and loads some
+// ahead of their sums.
 template <class T>
 SB_KERNEL state_prefixes(ForwardParams p) {
+  constexpr int kAhead = 8;
   const int64_t size = p.slot_size;
   for_each_element(p.batch * p.kv_heads * size, [&](int64_t at) {
     const int64_t head = at / size, x = at % size;
     if (is_unwanted(p, head)) return;
     T sum = T(0), log = T(kLowestLog);
-    for (int64_t slot = 0; slot < p.slots; ++slot) {
-      T* entry = state_of<T>(p, head, slot) + x;
-      if (slot > 0) {
-        const T of_segment = load(static_cast<const T*>(p.segment_log) + head * p.slots + slot);
-        if (of_segment > T(kNoKeyLog)) {
-          const T top = larger(log, of_segment);
-          sum = sum * exp2_of(log - top) + load(entry) * exp2_of(of_segment - top);
+    for (int64_t first = 0; first < p.slots; first += kAhead) {
+      T part[kAhead], of_segment[kAhead];
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t slot = first + i;
+        const bool has_keys = slot > 0 && slot < p.slots;
+        of_segment[i] = has_keys ? load(static_cast<const T*>(segment_log_of<T>(p, head, slot, 0))) : T(kLowestLog);
+        part[i] = has_keys ? load(state_of<T>(p, head, slot) + x) : T(0);
+      }
+      for (int i = 0; i < kAhead && first + i < p.slots; ++i) {
+        if (of_segment[i] > T(kNoKeyLog)) {
+          const T top = larger(log, of_segment[i]);
+          sum = sum * exp2_of(log - top) + part[i] * exp2_of(of_segment[i] - top);
           log = top;
         }
+        store(state_of<T>(p, head, first + i) + x, sum);
+        if (x == 0) store(static_cast<T*>(p.state_log) + head * p.slots + first + i, log);
       }
-      store(entry, sum);
-      if (x == 0) store(static_cast<T*>(p.state_log) + head * p.slots + slot, log);
     }
   });
 }

@@ -90,12 +90,14 @@ struct ForwardParams : AttentionParams {
   const void* given_representatives;  // (B, Hkv, clusters, head_dim)
   void* cluster_log;  // T (B, Hkv, clusters), the largest log mass of a cluster in base 2, or kLowestLog
   double cluster_limit;
-  void* segment_log;  // T (B, Hkv, slots): the largest kappa of a segment
-  void* state_log;    // the same of the keys before a segment
+  void* segment_log;  // T (B, Hkv, slots, logs_of_state()): the largest kappa of a segment, by cluster
+  void* state_log;    // T (B, Hkv, slots): the same of the keys before a segment, 0 with clusters
   // Queries whose complement drowns in rounding get no result, and a flag; any_flagged says whether their states are
   // wanted again in float64. Both are null where nothing computes again.
   uint8_t *flags, *any_flagged;  // (B, Hq, N), (B, Hkv)
   bool only_flagged;             // computes what is flagged, and nothing else
+
+  SB_HD int64_t logs_of_state() const { return has_clusters() ? rank : 1; }
 };
 
 // Below every exponent.

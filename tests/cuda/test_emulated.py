@@ -65,6 +65,19 @@ def test_states_of_several_segments_add_up(emulator: Emulator, low_rank: object)
     assert row_error(out, sb.reference.attention(query, key, value, **arguments)) <= 1e-5
 
 
+@pytest.mark.parametrize("low_rank", [sb.Favor(16), sb.Centroid(5)], ids=["favor", "centroid"])
+def test_segments_count_from_the_rows_first_key(emulator: Emulator, low_rank: object) -> None:
+    """Padding before, behind and inside of a row of several segments changes no bit."""
+    given = rand(1, 2, 20, 16), rand(1, 1, 1100, 16, seed=1), rand(1, 1, 1100, 16, seed=2)
+    holes = torch.arange(1100)[None] % 7 == 3
+    base = attend(emulator, given, sb.Empty(), low_rank, key_padding_mask=holes)
+    mask = pad(holes, (30, 520), value=True)
+    for content in (1e4, torch.nan):
+        moved = [given[0], *(pad(t, (0, 0, 30, 520)) for t in given[1:])]
+        moved[1:] = [t.masked_fill(mask[:, None, :, None], content) for t in moved[1:]]
+        assert_same_bits(attend(emulator, moved, sb.Empty(), low_rank, key_padding_mask=mask), base)
+
+
 # -------------------- causality and padding
 
 SUPPORTS = {
