@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,27 +32,27 @@ def sources(csrc: Path = CSRC) -> list[Path]:
     return sorted([*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.cpp"), *csrc.glob("emulator/*.cpp")])
 
 
-def _digest(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
+def digest(*parts: str | bytes) -> str:
+    made = hashlib.sha256()
     for part in parts:
-        digest.update(part if isinstance(part, bytes) else part.encode())
-    return digest.hexdigest()[:24]
+        made.update(part if isinstance(part, bytes) else part.encode())
+    return made.hexdigest()[:24]
 
 
-def _read_by(source: Path, seen: set[Path]) -> set[Path]:
+def read_by(source: Path, seen: set[Path]) -> set[Path]:
     """The source and every header of ours that it includes."""
     if source not in seen and source.exists():
         seen.add(source)
         for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', source.read_text(), re.MULTILINE):
-            _read_by((source.parent / name).resolve(), seen)
+            read_by((source.parent / name).resolve(), seen)
     return seen
 
 
 def _compile(source: Path, flags: Sequence[str]) -> Path:
     """The object of a source, made once for what it and its headers hold."""
     includes = ["-isystem", str(Path(torch.__file__).parent / "include")]
-    read = sorted(_read_by(source.resolve(), set()), key=lambda path: path.name)
-    key = _digest(*(path.read_bytes() for path in read), *flags, *COMPILER, torch.__version__)
+    read = sorted(read_by(source.resolve(), set()), key=lambda path: path.name)
+    key = digest(*(path.read_bytes() for path in read), *flags, *COMPILER, torch.__version__)
     target = CACHE / f"{source.name}-{key}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.o")
@@ -71,7 +71,7 @@ def build(csrc: Path = CSRC, kernel_flags: Sequence[str] = ()) -> Path:
     flags = {".cu": [*FLAGS, *kernel_flags], ".cpp": FLAGS}
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
         objects = list(pool.map(lambda source: _compile(source, flags[source.suffix]), sources(csrc)))
-    library = CACHE / f"emulator-{_digest(*(path.name for path in objects))}.so"
+    library = CACHE / f"emulator-{digest(*(path.name for path in objects))}.so"
     if not library.exists():
         partial = library.with_suffix(f".{os.getpid()}.so")
         folder = Path(torch.__file__).parent / "lib"
@@ -81,11 +81,30 @@ def build(csrc: Path = CSRC, kernel_flags: Sequence[str] = ()) -> Path:
     return library
 
 
+class Exposed(ctypes.Structure):
+    """Memory that a launch may access (sb::emulator::Exposed)."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("begin", "end", "is_writable", "element")]
+
+
+class Observed(ctypes.Structure):
+    """A launch, as an observer sees it (sb::emulator::Observed)."""
+
+    _fields_ = [("kernel", ctypes.c_char_p), ("function", ctypes.c_void_p), ("params", ctypes.c_void_p)]
+    _fields_ += [(name, ctypes.c_int64) for name in ("param_bytes", "blocks", "threads", "shared_bytes")]
+    _fields_ += [("exposed", ctypes.POINTER(Exposed)), ("exposed_count", ctypes.c_int64)]
+
+
+OBSERVER = ctypes.CFUNCTYPE(None, ctypes.POINTER(Observed), ctypes.c_int32)
+
+
 class Emulator:
     """A loaded library."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._library = ctypes.CDLL(str(path))
+        self._library.sb_emulator_symbol_value.restype = ctypes.c_int64
 
     @contextmanager
     def installed(self) -> Iterator[Emulator]:
@@ -95,6 +114,31 @@ class Emulator:
             yield self
         finally:
             self._library.sb_emulator_remove()
+
+    @contextmanager
+    def observed(self, observer: Callable[[Observed, bool], None]) -> Iterator[None]:
+        """Inside, ``observer(launch, is_after)`` is called before and after every launch. What it raises is raised at
+        the end."""
+        raised: list[BaseException] = []
+
+        def call(launch: ctypes._Pointer, is_after: int) -> None:
+            try:
+                observer(launch.contents, bool(is_after))
+            except BaseException as error:
+                raised.append(error)
+
+        kept = OBSERVER(call)
+        self._library.sb_emulator_observe(kept)
+        try:
+            yield
+        finally:
+            self._library.sb_emulator_observe(None)
+        if raised:
+            raise raised[0]
+
+    def symbol_value(self, function: int) -> int:
+        """Of a function of this library, by its address: what ``nm`` prints before its name."""
+        return self._library.sb_emulator_symbol_value(ctypes.c_void_p(function))
 
     def statistics(self) -> dict[str, int]:
         counts = (ctypes.c_int64 * len(STATISTICS))()

@@ -44,7 +44,8 @@ void Call::expose([[maybe_unused]] const Tensor& t, [[maybe_unused]] bool is_wri
 #if defined(SB_EMULATOR)
   int64_t last = 0;
   for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-  if (t.numel() > 0) emulator::expose(t.data_ptr(), (last + 1) * int64_t(t.element_size()), is_writable);
+  if (t.numel() > 0)
+    emulator::expose(t.data_ptr(), (last + 1) * int64_t(t.element_size()), is_writable, int(t.scalar_type()));
 #endif
   alive.push_back(t);
 }

@@ -19,7 +19,8 @@ void launch(Stream stream, const char* name, int64_t blocks, int threads, int64_
   const int64_t grid = std::min(blocks, kLargestGrid);
 #if defined(SB_EMULATOR)
   (void)stream;
-  emulator::launch(name, grid, threads, shared_bytes, [&] { kernel(p); });
+  emulator::launch(name, grid, threads, shared_bytes, [&] { kernel(p); },
+                   {reinterpret_cast<const void*>(kernel), &p, int64_t(sizeof(p))});
 #else
   // Beyond 48 KB a kernel has to ask.
   if (shared_bytes > 48 << 10) {

@@ -37,11 +37,6 @@ struct Byte {
   bool is_written = false;
 };
 
-struct Exposed {
-  uintptr_t begin, end;
-  bool is_writable;
-};
-
 struct Launch {
   const char* kernel;
   int64_t blocks;
@@ -67,6 +62,7 @@ struct Block {
 Block* block = nullptr;
 std::vector<Exposed> exposed;
 size_t last_exposed = 0;
+Observer observer = nullptr;
 Statistics counts{};
 
 [[noreturn]] void fail(const char* fault, const std::string& what, Place place) {
@@ -210,7 +206,8 @@ void run_block() {
 
 Statistics& statistics() { return counts; }
 
-void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body) {
+void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body,
+            const KernelCall& call) {
   if (threads % kWarp != 0 || threads <= 0 || threads > 1024)
     throw std::runtime_error(std::string("the kernel ") + kernel + " is started with " + std::to_string(threads) +
                              " threads; expected whole warps, at most 1024 threads");
@@ -224,6 +221,8 @@ void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_byte
     explicit Current(Block* running) { block = running; }
     ~Current() { block = nullptr; }
   } current(&running);
+  const Observed seen{kernel, call, blocks, threads, shared_bytes, exposed.data(), int64_t(exposed.size())};
+  if (observer) observer(&seen, false);
   ++counts.launches;
   for (running.index = 0; running.index < blocks; ++running.index) {
     ++counts.blocks;
@@ -233,12 +232,15 @@ void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_byte
     for (Thread& thread : running.threads) thread.state = State::kReady, start_fiber(thread.fiber, kStackBytes, &enter);
     run_block();
   }
+  if (observer) observer(&seen, true);
 }
 
-void expose(const void* data, int64_t bytes, bool is_writable) {
+void observe(Observer by) { observer = by; }
+
+void expose(const void* data, int64_t bytes, bool is_writable, int element) {
   if (!data || bytes <= 0) return;
   const auto begin = reinterpret_cast<uintptr_t>(data);
-  exposed.push_back({begin, begin + uintptr_t(bytes), is_writable});
+  exposed.push_back({begin, begin + uintptr_t(bytes), is_writable, element});
 }
 void withdraw_all() { exposed.clear(), last_exposed = 0; }
 

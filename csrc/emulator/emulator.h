@@ -31,12 +31,36 @@ struct Statistics {
 };
 Statistics& statistics();
 
-// Runs body once for every thread of every block.
-void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body);
+// The function of a kernel, whose symbol names it, and its one argument.
+struct KernelCall {
+  const void* function;
+  const void* params;
+  int64_t param_bytes;
+};
 
-// Memory that kernels may access from here on, and none any more.
-void expose(const void* data, int64_t bytes, bool is_writable);
+// Runs body once for every thread of every block.
+void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body,
+            const KernelCall& call);
+
+// Memory that kernels may access from here on, and none any more. `element`: torch's number of its scalar type.
+void expose(const void* data, int64_t bytes, bool is_writable, int element);
 void withdraw_all();
+
+// Memory that a launch may access.
+struct Exposed {
+  uintptr_t begin, end;
+  int64_t is_writable, element;
+};
+// What an observer sees before and after every launch.
+struct Observed {
+  const char* kernel;
+  KernelCall call;
+  int64_t blocks, threads, shared_bytes;
+  const Exposed* exposed;
+  int64_t exposed_count;
+};
+typedef void (*Observer)(const Observed*, int32_t is_after);
+void observe(Observer observer);  // null: nobody
 
 // -------------------- what a thread may call
 

@@ -1,5 +1,7 @@
 // A library that tests load beside the operators': it puts the CUDA launchers, which then start kernels in the
 // emulator, into the CPU's table, so that the registered operators run them on CPU tensors.
+#include <dlfcn.h>
+
 #include "../cuda/launchers.h"
 #include "emulator.h"
 
@@ -31,5 +33,15 @@ SB_EXPORT void sb_emulator_statistics(int64_t* counts) {
   const sb::emulator::Statistics& s = sb::emulator::statistics();
   const int64_t values[] = {s.launches, s.blocks, s.barriers, s.shuffles, s.shared_accesses, s.bank_conflicts};
   for (const int64_t value : values) *counts++ = value;
+}
+
+// Calls the observer (sb::emulator::Observer) around every launch from here on; null: nobody.
+SB_EXPORT void sb_emulator_observe(sb::emulator::Observer observer) { sb::emulator::observe(observer); }
+
+// Where a function lies in this library: the value of its symbol.
+SB_EXPORT int64_t sb_emulator_symbol_value(const void* function) {
+  Dl_info library;
+  if (!dladdr(function, &library)) return -1;
+  return static_cast<const char*>(function) - static_cast<const char*>(library.dli_fbase);
 }
 }

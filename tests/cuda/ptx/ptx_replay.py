@@ -1,0 +1,186 @@
+"""Executor B: launches that the emulator (executor A) runs are recorded and replayed on nvcc's PTX of the same kernels,
+on copies of the same memory, and what both have written is compared."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from cuda_resources import SOURCES, nvcc
+from emulated import Emulator, Observed, digest, read_by
+from ptx_machine import CACHE, Buffer, Prepared, PtxFault
+from ptx_program import entry_names, read_kernels
+
+TARGETS = ("compute_80", "compute_90")
+# torch's numbers of the scalar types that launchers use.
+TYPES = {0: torch.uint8, 3: torch.int32, 4: torch.int64, 5: torch.float16, 6: torch.float32, 7: torch.float64}
+TYPES |= {1: torch.int8, 2: torch.int16, 11: torch.bool, 15: torch.bfloat16}
+# How far the executors may differ, as a share of the number and of the usual size of the buffer's numbers: they round
+# some sums in different places.
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+# Numbers of 16 bits that lie between two steps may fall to either side, in few places.
+STEPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+SHARE_OF_OTHER_STEPS = 0.02
+
+
+# -------------------- PTX
+
+
+@cache
+def _compiler_version(path: str) -> str:
+    return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def ptx(source: Path, target: str) -> str:
+    """nvcc's PTX of a source, made once for what it and its headers hold."""
+    compiler = str(nvcc())
+    flags = ["-std=c++20", "-O3", "-ptx", f"-arch={target}"]
+    read = sorted(read_by(source.resolve(), set()), key=lambda path: path.name)
+    key = digest(*(path.read_bytes() for path in read), *flags, _compiler_version(compiler))
+    made = CACHE / f"{source.stem}-{target}-{key}.ptx"
+    if not made.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = made.with_suffix(f".{os.getpid()}.ptx")
+        done = subprocess.run(
+            [compiler, *flags, str(source), "-o", str(partial)], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join([compiler, *flags, str(source)])} failed:\n{done.stderr[-4000:]}")
+        partial.rename(made)
+    return made.read_text()
+
+
+class Library:
+    """The kernels of some sources for a target; decoded when they are first run."""
+
+    def __init__(self, target: str, sources: Sequence[Path] = SOURCES) -> None:
+        self.target = target
+        self._texts = {name: text for text in (ptx(source, target) for source in sources) for name in entry_names(text)}
+        self._prepared: dict[str, Prepared] = {}
+
+    def names(self) -> list[str]:
+        return sorted(self._texts)
+
+    def kernel(self, name: str) -> Prepared:
+        if name not in self._prepared:
+            self._prepared[name] = Prepared(read_kernels(self._texts[name], [name])[name])
+        return self._prepared[name]
+
+
+# -------------------- launches
+
+
+@dataclass
+class Recorded:
+    """A launch that executor A has run."""
+
+    kernel: str  # its symbol, which is the name of its .entry too
+    blocks: int
+    threads: int
+    shared_bytes: int
+    params: bytes
+    ranges: list[tuple[int, int, bool, torch.dtype]]  # begin, end, may it be written, of what numbers
+    before: dict[int, bytes]  # by address, of memory that does not overlap
+    after: dict[int, bytes] = field(default_factory=dict)
+
+    def buffers(self) -> list[Buffer]:
+        """Copies of the memory, as it was before the launch."""
+        made = []
+        for address, content in self.before.items():
+            permissions = bytearray(len(content))
+            for begin, end, is_writable, _ in sorted(self.ranges, key=lambda one: one[2]):
+                if address <= begin and end <= address + len(content):
+                    permissions[begin - address : end - address] = bytes([3 if is_writable else 1]) * (end - begin)
+            made.append(Buffer(address, bytearray(content), bytes(permissions)))
+        return made
+
+
+def _symbols(path: Path) -> dict[int, str]:
+    lines = subprocess.run(["nm", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in lines.splitlines()]
+    return {int(row[0], 16): row[2] for row in rows if len(row) == 3 and row[1] in "tTwWuV"}
+
+
+def _unions(ranges: list[tuple[int, int, bool, torch.dtype]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for begin, end, *_ in sorted(ranges, key=lambda one: one[:2]):
+        if merged and begin < merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+@contextmanager
+def recorded(emulator: Emulator) -> Iterator[list[Recorded]]:
+    """The launches that operators start inside, with registered operators run by the emulator."""
+    launches: list[Recorded] = []
+    symbols = _symbols(emulator.path)
+
+    def observe(seen: Observed, is_after: bool) -> None:
+        if is_after:
+            launches[-1].after = {at: ctypes.string_at(at, len(held)) for at, held in launches[-1].before.items()}
+            return
+        given = [seen.exposed[i] for i in range(seen.exposed_count)]
+        ranges = [(one.begin, one.end, bool(one.is_writable), TYPES[one.element]) for one in given]
+        before = {begin: ctypes.string_at(begin, end - begin) for begin, end in _unions(ranges)}
+        params = ctypes.string_at(seen.params, seen.param_bytes)
+        name = symbols[emulator.symbol_value(seen.function)]
+        launches.append(Recorded(name, seen.blocks, seen.threads, seen.shared_bytes, params, ranges, before))
+
+    with emulator.installed(), emulator.observed(observe):
+        yield launches
+
+
+# -------------------- comparison
+
+
+def _numbers(memory: dict[int, bytes], begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+    at = max(address for address in memory if address <= begin)
+    return torch.frombuffer(bytearray(memory[at][begin - at : end - at]), dtype=dtype)
+
+
+def difference(want: torch.Tensor, got: torch.Tensor) -> str:
+    """What differs by more than rounding, or nothing."""
+    dtype = want.dtype
+    if not dtype.is_floating_point:
+        wrong = want != got
+        steps = None
+    else:
+        a, b = want.double(), got.double()
+        same = (a == b) | (a.isnan() & b.isnan())
+        usual = a[a.isfinite() & (a.abs() < 1e20)]
+        size = float(usual.square().mean().sqrt()) if usual.numel() else 0.0
+        far = (a - b).abs()
+        near = far <= TOLERANCES[dtype] * (a.abs() + size)
+        if dtype in STEPS:
+            steps = ~same & (far <= STEPS[dtype] * a.abs())
+            if int(steps.sum()) > max(2, SHARE_OF_OTHER_STEPS * want.numel()):
+                return f"rounding: {int(steps.sum())} of {want.numel()} numbers lie at another step of {dtype}"
+            near |= steps
+        wrong = ~(same | near)
+    if not wrong.any():
+        return ""
+    at = int(wrong.nonzero()[0])
+    count = f"{int(wrong.sum())} of {want.numel()} {dtype}"
+    return f"parity: {count}, first at {at}: {got[at].item()!r} from PTX, {want[at].item()!r} on the host"
+
+
+def replay(launch: Recorded, library: Library) -> None:
+    """Runs a launch on PTX; a fault, or a result that is not the host's, is an error that begins with its name."""
+    kernel = library.kernel(launch.kernel)
+    buffers = launch.buffers()
+    kernel.run(launch.blocks, launch.threads, launch.shared_bytes, launch.params, buffers)
+    after = {buffer.address: bytes(buffer.memory) for buffer in buffers}
+    for number, (begin, end, is_writable, dtype) in enumerate(launch.ranges):
+        if is_writable and after != launch.after:
+            what = difference(_numbers(launch.after, begin, end, dtype), _numbers(after, begin, end, dtype))
+            if what:
+                raise PtxFault(f"{what}, buffer {number} of {launch.kernel} on {library.target}")
