@@ -74,7 +74,7 @@ SPECIALS = {
     **{f"%{name}.{axis}": "one" for name in ("ntid", "nctaid") for axis in "yz"},
 }
 # What the compiler tells the assembler and no thread sees.
-SILENT = (".loc", ".pragma", ".file", ".maxntid", ".minnctapersm", ".maxnreg", ".reqntid", ".noreturn")
+SILENT = (".version", ".target", ".address_size", ".loc", ".pragma", ".file")
 
 
 def unsigned(type: str) -> str:
@@ -816,7 +816,7 @@ def read_kernels(text: str, only: Iterable[str] | None = None) -> dict[str, Kern
     line, statement = 0, ""
     try:
         for line, statement in statements(text):
-            if statement.startswith((".version", ".target", ".address_size", *SILENT)):
+            if statement.split()[0] in SILENT:
                 continue
             if depth == 0:
                 if match := re.fullmatch(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\]", statement):

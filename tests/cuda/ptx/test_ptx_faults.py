@@ -1,0 +1,154 @@
+"""Faults planted where only the device's code has them, which the emulator never compiles: each is caught by name."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from emulated import CSRC
+from ptx_machine import PtxFault
+from ptx_replay import TARGETS, Library, Recorded, replay
+
+Launches = dict[tuple[str, torch.dtype], list[Recorded]]
+
+
+class Fault(NamedTuple):
+    old: str  # in device.h
+    new: str
+    source: str  # a file of kernels that shows it
+    call: str
+    dtype: torch.dtype
+    name: str  # what the fault is reported as, a regular expression
+
+
+FAULTS = {
+    "rounding towards zero": Fault(
+        "cvt.rn.f16.f32", "cvt.rz.f16.f32", "kernels_project.cu", "projections", torch.float16, "rounding: "
+    ),
+    "the wrong short float": Fault(
+        'asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));',
+        'asm("mov.b32 %0, {%2, %1};" : "=f"(wide) : "h"(v.bits), "h"(uint16_t(0)));',
+        "kernels_project.cu",
+        "projections",
+        torch.float16,
+        "parity: ",
+    ),
+    "swapped operands": Fault(
+        "__shfl_xor_sync(0xffffffffu, value, mask)",
+        "V(__shfl_xor_sync(0xffffffffu, mask, int(value)))",
+        "kernels_kv_state.cu",
+        "windows",
+        torch.float32,
+        "parity: ",
+    ),
+    "a shuffle in one direction": Fault(
+        "__shfl_xor_sync(0xffffffffu, value, mask)",
+        "__shfl_down_sync(0xffffffffu, value, unsigned(mask))",
+        "kernels_attention_forward.cu",
+        "windows",
+        torch.float32,
+        "parity: ",
+    ),
+    "a shuffle among half of a warp": Fault(
+        "__shfl_xor_sync(0xffffffffu, value, mask)",
+        "__shfl_xor_sync(0x0000ffffu, value, mask)",
+        "kernels_kv_state.cu",
+        "windows",
+        torch.float32,
+        "divergent warp: ",
+    ),
+    "another function": Fault(
+        "ex2.approx.ftz.f32", "lg2.approx.ftz.f32", "kernels_kv_state.cu", "windows", torch.float32, "parity: "
+    ),
+    "no barrier of the block": Fault(
+        "{ __syncthreads(); }",
+        "{}",
+        "kernels_rows.cu",
+        "windows",
+        torch.float32,
+        "uninitialised shared memory: |race: ",
+    ),
+    "no barrier of the warp": Fault(
+        "{ __syncwarp(); }",
+        "{}",
+        "kernels_attention_forward.cu",
+        "windows",
+        torch.float32,
+        "uninitialised shared memory: |race: ",
+    ),
+    "every block does the same": Fault(
+        "{ return blockIdx.x; }", "{ return blockIdx.y; }", "kernels_project.cu", "projections", torch.float32, "race: "
+    ),
+    "a stride in other units": Fault(
+        "int(blockDim.x)", "int(blockDim.x * 4)", "kernels_project.cu", "projections", torch.float32, "parity: "
+    ),
+    "an address in other units": Fault(
+        "*p = value;",
+        "p[1] = value;",
+        "kernels_rows.cu",
+        "windows",
+        torch.float32,
+        "out of bounds: a write of|write to an input: |race: ",
+    ),
+    "shared memory between two numbers": Fault(
+        "(sb_shared_memory + offset)",
+        "(sb_shared_memory + offset + 2)",
+        "kernels_rows.cu",
+        "windows",
+        torch.float32,
+        "misaligned: ",
+    ),
+    "a value that is never set": Fault(
+        "return fmaxf(a, b);",
+        'asm("{ .reg .f32 unset; max.f32 %0, %1, unset; }" : "=f"(a) : "f"(b)); return a;',
+        "kernels_kv_state.cu",
+        "windows",
+        torch.float32,
+        "uninitialised register: ",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("planted") / "csrc"
+    for folder in (".", "math", "cuda"):
+        (copy / folder).mkdir(parents=True, exist_ok=True)
+        for path in (CSRC / folder).glob("*.*"):
+            shutil.copy(path, copy / folder / path.name)
+    return copy
+
+
+def first_complaint(launches: list[Recorded], library: Library) -> str:
+    for launch in launches:
+        if launch.kernel in library.names():
+            try:
+                replay(launch, library)
+            except PtxFault as fault:
+                return str(fault)
+    return ""
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught_by_name(
+    kernels: Path, launches: Launches, libraries: dict[str, Library], name: str
+) -> None:
+    fault = FAULTS[name]
+    path = kernels / "cuda" / "device.h"
+    text = path.read_text()
+    assert text.count(fault.old) == 1, "the fault no longer fits the source"
+    path.write_text(text.replace(fault.old, fault.new))
+    try:
+        library = Library(TARGETS[0], [kernels / "cuda" / fault.source])
+    finally:
+        path.write_text(text)
+    complaint = first_complaint(launches[fault.call, fault.dtype], library)
+    assert re.match(fault.name, complaint), complaint or "nothing was noticed"
+
+
+def test_kernels_without_a_fault_raise_no_complaint(launches: Launches, libraries: dict[str, Library]) -> None:
+    assert first_complaint(launches["windows", torch.float32], libraries[TARGETS[0]]) == ""

@@ -1,0 +1,82 @@
+"""Every compiled kernel runs on nvcc's PTX and writes what it writes on the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_resources import kernel_name
+from ptx_calls import CALLS, DTYPES
+from ptx_replay import TARGETS, Library, Recorded, difference, replay
+
+Launches = dict[tuple[str, torch.dtype], list[Recorded]]
+LEAST_COVERAGE = 0.15
+
+
+@pytest.fixture(scope="module")
+def replayed(libraries: dict[str, Library], launches: Launches) -> object:
+    """Replays the launches of a call on a target, once."""
+    done: set[tuple[str, str]] = set()
+
+    def of(target: str, call: str) -> None:
+        if (target, call) not in done:
+            for dtype in DTYPES:
+                for launch in launches[call, dtype]:
+                    replay(launch, libraries[target])
+            done.add((target, call))
+
+    return of
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_is_started_by_a_call(target: str, libraries: dict[str, Library], launches: Launches) -> None:
+    started = {launch.kernel for of_call in launches.values() for launch in of_call}
+    missing = [kernel_name(name) for name in libraries[target].names() if name not in started]
+    assert not missing, f"no call in ptx_calls.py starts {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_ptx_writes_what_the_host_writes(target: str, call: str, replayed: object) -> None:
+    replayed(target, call)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_calls_execute_much_of_every_kernel(target: str, libraries: dict[str, Library], replayed: object) -> None:
+    """What is left are mostly divisions of numbers beyond 32 bits and copies of loops for other lengths."""
+    for call in CALLS:
+        replayed(target, call)
+    shares = {kernel_name(name): libraries[target].kernel(name).coverage() for name in libraries[target].names()}
+    assert not {name: share for name, share in shares.items() if share < LEAST_COVERAGE}
+
+
+def test_a_launch_records_what_a_kernel_reads_and_writes(launches: Launches) -> None:
+    forward = next(one for one in launches["windows", torch.float32] if "attention_forward" in one.kernel)
+    assert forward.before.keys() == forward.after.keys() and forward.before != forward.after
+    writable = [one for one in forward.ranges if one[2]]
+    assert writable and len(writable) < len(forward.ranges)
+
+
+# -------------------- the comparison
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_differences_beyond_rounding_are_seen(dtype: torch.dtype) -> None:
+    want = torch.linspace(-3, 3, 64, dtype=torch.float64).to(dtype)
+    want[5] = torch.nan
+    assert not difference(want, want.clone())
+    for index, value in ((7, torch.nan), (5, 1.0), (9, torch.inf), (40, float(want[40]) * 1.02)):
+        got = want.clone()
+        got[index] = value
+        assert difference(want, got).startswith("parity: 1 of 64")
+    if dtype.itemsize == 2:  # next to each other, in many places
+        steps = want.view(torch.int16) + 1
+        steps[5] = want.view(torch.int16)[5]
+        assert difference(want, steps.view(dtype)).startswith("rounding: 63 of 64")
+
+
+def test_whole_numbers_must_be_equal() -> None:
+    want = torch.arange(8, dtype=torch.int32)
+    got = want.clone()
+    assert not difference(want, got)
+    got[3] = 4
+    assert difference(want, got) == "parity: 1 of 8 torch.int32, first at 3: 4 from PTX, 3 on the host"
