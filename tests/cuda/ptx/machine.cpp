@@ -27,19 +27,21 @@ namespace {
 
 #define EACH_OPERATION(X)                                                                                             \
   X(add)                                                                                                              \
-  X(sub) X(mul) X(mul_hi) X(mul_wide) X(mad) X(mad_hi) X(mad_wide) X(fma) X(div) X(rem) X(min) X(max) X(abs) X(neg)   \
-      X(and_) X(or_) X(xor_) X(not_) X(cnot) X(shl) X(shr) X(shf_l) X(shf_r) X(lop3) X(prmt) X(bfe) X(bfi) X(popc)    \
-          X(clz) X(brev) X(bfind) X(rcp) X(sqrt) X(rsqrt) X(ex2) X(lg2) X(sin) X(cos) X(tanh) X(copysign) X(testp)    \
+  X(sub)                                                                                                              \
+  X(mul) X(mul_hi) X(mul_wide) X(mad) X(mad_hi) X(mad_wide) X(fma) X(div) X(rem) X(min) X(max) X(abs) X(neg) X(and_)  \
+      X(or_) X(xor_) X(not_) X(cnot) X(shl) X(shr) X(shf_l) X(shf_r) X(lop3) X(prmt) X(bfe) X(bfi) X(popc) X(clz)     \
+          X(brev) X(bfind) X(rcp) X(sqrt) X(rsqrt) X(ex2) X(lg2) X(sin) X(cos) X(tanh) X(copysign) X(testp)           \
               X(rcp_high) X(setp) X(set) X(selp) X(mov) X(pack) X(unpack) X(cvt) X(cvt_pair) X(cvta) X(cvta_to) X(ld) \
                   X(st) X(bra) X(brx) X(ret) X(trap) X(nothing) X(shfl) X(vote) X(match_any) X(redux) X(activemask)   \
                       X(bar_warp) X(bar_block)
 #define EACH_TYPE(X) X(pred) X(u8) X(u16) X(u32) X(u64) X(s8) X(s16) X(s32) X(s64) X(f16) X(bf16) X(f32) X(f64)
 #define EACH_SPACE(X) X(generic) X(global) X(shared) X(local) X(param)
-#define EACH_MODE(X)                                                                                                  \
-  X(none)                                                                                                             \
-  X(eq) X(ne) X(lt) X(le) X(gt) X(ge) X(num) X(nan) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(rn) X(rz) X(rm) X(rp) \
-      X(rni) X(rzi) X(rmi) X(rpi) X(up) X(down) X(bfly) X(idx) X(all) X(any) X(uni) X(ballot) X(add) X(min) X(max)    \
-          X(and_) X(or_) X(xor_) X(wrap) X(clamp) X(finite) X(infinite) X(number) X(notanumber) X(normal) X(subnormal)
+#define EACH_MODE(X)                                                                                                   \
+  X(none)                                                                                                              \
+  X(eq)                                                                                                                \
+  X(ne) X(lt) X(le) X(gt) X(ge) X(num) X(nan) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(rn) X(rz) X(rm) X(rp) X(rni) \
+      X(rzi) X(rmi) X(rpi) X(up) X(down) X(bfly) X(idx) X(all) X(any) X(uni) X(ballot) X(add) X(min) X(max) X(and_)    \
+          X(or_) X(xor_) X(wrap) X(clamp) X(finite) X(infinite) X(number) X(notanumber) X(normal) X(subnormal)
 
 #define NAME(x) x,
 #define TEXT(x) #x,
