@@ -6,7 +6,8 @@
 //   out of bounds      an access outside of the buffers, the shared or local memory or the parameters of the launch
 //   misaligned         an address that is no multiple of the size of the access
 //   write to an input  a write to a buffer that the launch may only read
-//   race               two threads access a byte of shared or global memory, one writes, and nothing orders them
+//   race               two threads access a byte of shared or global memory, one writes, and nothing orders them; that
+//                      several write the same to global memory is none
 //   divergent warp, divergent barrier   lanes that others wait for have left or wait elsewhere
 //   division by zero, trap, endless
 #include <algorithm>
@@ -25,22 +26,24 @@ namespace {
 
 // -------------------- what ptx_program.py hands over
 
-#define EACH_OPERATION(X)                                                                                             \
-  X(add)                                                                                                              \
-  X(sub)                                                                                                              \
-  X(mul) X(mul_hi) X(mul_wide) X(mad) X(mad_hi) X(mad_wide) X(fma) X(div) X(rem) X(min) X(max) X(abs) X(neg) X(and_)  \
-      X(or_) X(xor_) X(not_) X(cnot) X(shl) X(shr) X(shf_l) X(shf_r) X(lop3) X(prmt) X(bfe) X(bfi) X(popc) X(clz)     \
-          X(brev) X(bfind) X(rcp) X(sqrt) X(rsqrt) X(ex2) X(lg2) X(sin) X(cos) X(tanh) X(copysign) X(testp)           \
-              X(rcp_high) X(setp) X(set) X(selp) X(mov) X(pack) X(unpack) X(cvt) X(cvt_pair) X(cvta) X(cvta_to) X(ld) \
-                  X(st) X(bra) X(brx) X(ret) X(trap) X(nothing) X(shfl) X(vote) X(match_any) X(redux) X(activemask)   \
-                      X(bar_warp) X(bar_block)
+#define EACH_OPERATION(X)                                                                                              \
+  X(add)                                                                                                               \
+  X(sub)                                                                                                               \
+  X(mul)                                                                                                               \
+  X(mul_hi) X(mul_wide) X(mad) X(mad_hi) X(mad_wide) X(fma) X(div) X(rem) X(min) X(max) X(abs) X(neg) X(and_) X(or_)   \
+      X(xor_) X(not_) X(cnot) X(shl) X(shr) X(shf_l) X(shf_r) X(lop3) X(prmt) X(bfe) X(bfi) X(popc) X(clz) X(brev)     \
+          X(bfind) X(rcp) X(sqrt) X(rsqrt) X(ex2) X(lg2) X(sin) X(cos) X(tanh) X(copysign) X(testp) X(rcp_high)        \
+              X(setp) X(set) X(selp) X(mov) X(pack) X(unpack) X(cvt) X(cvt_pair) X(cvta) X(cvta_to) X(ld) X(st) X(bra) \
+                  X(brx) X(ret) X(trap) X(nothing) X(shfl) X(vote) X(match_any) X(redux) X(activemask) X(bar_warp)     \
+                      X(bar_block)
 #define EACH_TYPE(X) X(pred) X(u8) X(u16) X(u32) X(u64) X(s8) X(s16) X(s32) X(s64) X(f16) X(bf16) X(f32) X(f64)
 #define EACH_SPACE(X) X(generic) X(global) X(shared) X(local) X(param)
-#define EACH_MODE(X)                                                                                                   \
-  X(none)                                                                                                              \
-  X(eq)                                                                                                                \
-  X(ne) X(lt) X(le) X(gt) X(ge) X(num) X(nan) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(rn) X(rz) X(rm) X(rp) X(rni) \
-      X(rzi) X(rmi) X(rpi) X(up) X(down) X(bfly) X(idx) X(all) X(any) X(uni) X(ballot) X(add) X(min) X(max) X(and_)    \
+#define EACH_MODE(X)                                                                                                \
+  X(none)                                                                                                           \
+  X(eq)                                                                                                             \
+  X(ne)                                                                                                             \
+  X(lt) X(le) X(gt) X(ge) X(num) X(nan) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(rn) X(rz) X(rm) X(rp) X(rni)    \
+      X(rzi) X(rmi) X(rpi) X(up) X(down) X(bfly) X(idx) X(all) X(any) X(uni) X(ballot) X(add) X(min) X(max) X(and_) \
           X(or_) X(xor_) X(wrap) X(clamp) X(finite) X(infinite) X(number) X(notanumber) X(normal) X(subnormal)
 
 #define NAME(x) x,
@@ -666,9 +669,10 @@ class Machine {
   // -------------------- memory
 
   Now now(int lane) const { return {block, warp_index * kWarp + lane, block_epoch, warp->epoch}; }
-  void order(Byte& byte, bool is_write, int lane, const char* kind, uint64_t address) {
+  // `is_same`: the byte is written as it is, so that the order of the writes does not matter.
+  void order(Byte& byte, bool is_write, bool is_same, int lane, const char* kind, uint64_t address) {
     const Now current = now(lane);
-    const Mark* other = !is_ordered(byte.write, current)              ? &byte.write
+    const Mark* other = !is_same && !is_ordered(byte.write, current)  ? &byte.write
                         : is_write && !is_ordered(byte.read, current) ? &byte.read
                                                                       : nullptr;
     if (other) {
@@ -687,12 +691,14 @@ class Machine {
     throw Fault{"out of bounds", text, lane};
   }
 
-  unsigned char* memory(int32_t space, uint64_t address, int bytes, bool is_write, int lane) {
+  // `written`: what a write puts there, null for a read.
+  unsigned char* memory(int32_t space, uint64_t address, int bytes, const unsigned char* written, int lane) {
+    const bool is_write = written != nullptr;
     if (space == sp::generic) {
       if (address >= kSharedWindow && address < kSharedWindow + kWindow)
-        return memory(sp::shared, address - kSharedWindow, bytes, is_write, lane);
+        return memory(sp::shared, address - kSharedWindow, bytes, written, lane);
       if (address >= kLocalWindow && address < kLocalWindow + kWindow)
-        return memory(sp::local, address - kLocalWindow, bytes, is_write, lane);
+        return memory(sp::local, address - kLocalWindow, bytes, written, lane);
       space = sp::global;
     }
     if (address % uint64_t(bytes) != 0) {
@@ -707,7 +713,7 @@ class Machine {
         for (uint64_t x = address; x < address + uint64_t(bytes); ++x) {
           if (!is_write && !shared_set[x])
             throw Fault{"uninitialised shared memory", "byte " + std::to_string(x), lane};
-          order(shared_marks[x], is_write, lane, "shared", x);
+          order(shared_marks[x], is_write, false, lane, "shared", x);
           shared_set[x] |= is_write;
         }
         return &shared[address];
@@ -726,12 +732,14 @@ class Machine {
         if (is_write || address > uint64_t(l.param_bytes) || uint64_t(bytes) > uint64_t(l.param_bytes) - address)
           outside("parameter", address, bytes, is_write, lane);
         return const_cast<unsigned char*>(l.params) + address;
-      default: return global_memory(address, bytes, is_write, lane);
+      default: return global_memory(address, bytes, written, lane);
     }
   }
-  unsigned char* global_memory(uint64_t address, int bytes, bool is_write, int lane) {
+  unsigned char* global_memory(uint64_t address, int bytes, const unsigned char* written, int lane) {
+    const bool is_write = written != nullptr;
     const auto holds = [&](const Buffer& b) {
-      return b.address <= address && address + uint64_t(bytes) <= b.address + uint64_t(b.bytes);
+      const uint64_t size = uint64_t(b.bytes), into = address - b.address;
+      return b.address <= address && into <= size && uint64_t(bytes) <= size - into;
     };
     if (last_buffer >= l.buffer_count || !holds(l.buffers[last_buffer])) {
       last_buffer = 0;
@@ -748,7 +756,7 @@ class Machine {
         continue;
       }
       if (shadow.empty()) shadow.resize(size_t(b.bytes));
-      order(shadow[x], is_write, lane, "global", b.address + x);
+      order(shadow[x], written != nullptr, written && written[x - first] == b.memory[x], lane, "global", b.address + x);
     }
     return b.memory + first;
   }
@@ -758,7 +766,7 @@ class Machine {
     const int size = size_of(i->type), count = i->results;
     each(lanes, [&](int lane) {
       const uint64_t address = get<uint64_t>(0, lane) + uint64_t(i->offset);
-      const unsigned char* from = memory(i->space, address, size * count, false, lane);
+      const unsigned char* from = memory(i->space, address, size * count, nullptr, lane);
       for (int k = 0; k < count; ++k) {
         if (i->type == ty::f32 || i->type == ty::f64 || i->type == ty::f16 || i->type == ty::bf16) {
           uint64_t bits = 0;
@@ -777,11 +785,12 @@ class Machine {
     const int size = size_of(i->type), count = i->operands - 1;
     each(lanes, [&](int lane) {
       const uint64_t address = get<uint64_t>(0, lane) + uint64_t(i->offset);
-      unsigned char* to = memory(i->space, address, size * count, true, lane);
+      unsigned char written[8 * kOperands];
       for (int k = 0; k < count; ++k) {
         const uint64_t bits = get<uint64_t>(1 + k, lane);
-        std::memcpy(to + k * size, &bits, size_t(size));
+        std::memcpy(written + k * size, &bits, size_t(size));
       }
+      std::memcpy(memory(i->space, address, size * count, written, lane), written, size_t(size * count));
     });
   }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from oracle import CASES, draw
 from testkit import rand
 
 import scatterbrain as sb
@@ -32,15 +33,23 @@ def attend(
     support: object,
     low_rank: object,
     head_dim: int = D,
+    value_dim: int = 19,
     queries: int = N,
     keys: int = N,
     **more: object,
-) -> object:
+) -> None:
     query = rand(1, 2, queries, head_dim, seed=1, dtype=dtype)
-    key, value = rand(1, 1, keys, head_dim, seed=2, dtype=dtype), rand(1, 1, keys, 19, seed=3, dtype=dtype)
+    key, value = rand(1, 1, keys, head_dim, seed=2, dtype=dtype), rand(1, 1, keys, value_dim, seed=3, dtype=dtype)
     if isinstance(low_rank, sb.Quadratic):
         more["statistics"] = sb.fit_statistics(query.float(), key.float(), low_rank.rank)
-    return sb.attention(query, key, value, support, low_rank, return_lse=True, **more)
+    sb.attention(query, key, value, support, low_rank, return_lse=True, **more)
+
+
+def mask_of(*ignored: slice) -> torch.Tensor:
+    mask = torch.zeros(1, N, dtype=torch.bool)
+    for part in ignored:
+        mask[:, part] = True
+    return mask
 
 
 @call("projections")
@@ -61,22 +70,40 @@ def _windows(dtype: torch.dtype) -> None:
 
 @call("lists")
 def _lists(dtype: torch.dtype) -> None:
-    padding = torch.zeros(1, N, dtype=torch.bool)
-    padding[:, 60:] = True
-    attend(dtype, sb.Routed(24, 16), sb.Favor(8), key_padding_mask=padding)
-    attend(dtype, sb.Routed(32, block_q=1, block_k=8, window=16), sb.Favor(8), is_causal=True)
+    attend(dtype, sb.Routed(24, 16), sb.Favor(8), key_padding_mask=mask_of(slice(60, None)))
+    attend(dtype, sb.Routed(32, block_q=1, block_k=8, window=16), sb.Favor(8, hyperbolic=False), is_causal=True)
+    attend(dtype, sb.LSH(8, rounds=2), sb.Quadratic(3), key_padding_mask=mask_of(slice(5), slice(11, None, 7)))
     attend(dtype, sb.Empty(), sb.Quadratic(3), is_causal=True)
+    attend(dtype, sb.Full(), None, queries=9, query_offset=3, is_causal=True)
+
+
+@call("drawn")
+def _drawn(dtype: torch.dtype) -> None:
+    """Some of the parity table's cases: lists, orders, masks, offsets, lengths and widths that nobody chose."""
+    for seed in range(DTYPES.index(dtype), CASES, CASES // 8 + 1):
+        case = draw(seed, dtype)
+        sb.attention(case.query, case.key, case.value, case.support, **case.arguments)
 
 
 @call("narrow heads")
 def _narrow_heads(dtype: torch.dtype) -> None:
-    attend(dtype, sb.Window(16), sb.Quadratic(3), head_dim=8)
-    attend(dtype, sb.Window(16), sb.Centroid(4), head_dim=8)
+    """Sums are in double there."""
+    attend(dtype, sb.Window(16), sb.Quadratic(3), head_dim=8, keys=140, is_causal=True, query_offset=60)
+    attend(dtype, sb.Window(16), sb.Centroid(4), head_dim=8, key_padding_mask=mask_of(slice(2, None, 3)))
+    attend(dtype, sb.Routed(32, block_q=1, block_k=8, window=16), sb.Favor(8), head_dim=8, is_causal=True)
+    attend(dtype, sb.LSH(8, rounds=2), sb.Favor(8, hyperbolic=False), head_dim=8)
+
+
+@call("wide heads")
+def _wide_heads(dtype: torch.dtype) -> None:
+    for low_rank in (sb.Quadratic(9), sb.Favor(70), sb.Centroid(40)):
+        attend(dtype, sb.Window(16), low_rank, head_dim=256, value_dim=250, queries=9, keys=80)
 
 
 @call("clusters")
 def _clusters(dtype: torch.dtype) -> None:
     attend(dtype, sb.Window(16), sb.Centroid(5))
+    sb.cluster(rand(1, 2, 600, 40, dtype=dtype), rand(1, 1, 600, 40, seed=1, dtype=dtype), 33)
 
 
 @call("cancelling queries")

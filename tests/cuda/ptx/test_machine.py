@@ -510,6 +510,7 @@ FORBIDDEN = {
         "out of bounds: .* 4 bytes at 0x10000010 of global",
     ),
     "a read of address 0": ("mov.u64 %d4, 0; ld.global.u32 %r9, [%d4];", "out of bounds: a read of 4 bytes at 0x0"),
+    "a read of the highest address": ("mov.u64 %d4, -4; ld.global.u32 %r9, [%d4];", "out of bounds: a read of 4 bytes"),
     "a write before a buffer": ("st.global.u32 [%d2+-4], %r1;", "out of bounds: a write"),
     "a write to an input": ("st.global.u32 [%d1], %r1;", "write to an input"),
     "an address between two numbers": ("ld.global.u32 %r9, [%d1+2];", "misaligned: 4 bytes at 0x10000002"),
@@ -569,9 +570,17 @@ def test_what_is_not_allowed_is_a_fault_with_a_name(name: str) -> None:
 
 def test_blocks_must_not_touch_what_others_write() -> None:
     with pytest.raises(PtxFault, match="race: global memory at 0x20000000 was written by thread 0 of block 0"):
-        run("add.s64 %d4, %d2, %d3; st.global.u32 [%d4], %r1;", blocks=2)
+        run("add.s64 %d4, %d2, %d3; mov.u32 %r2, %ctaid.x; st.global.u32 [%d4], %r2;", blocks=2)
     own = "mov.u32 %r2, %ctaid.x; mad.wide.u32 %d4, %r2, 128, %d2; add.s64 %d4, %d4, %d3; st.global.u32 [%d4], %r1;"
     run(own, blocks=2, out_bytes=256)
+
+
+def test_threads_may_write_the_same_but_not_read_it_then() -> None:
+    """As flags are set that many may set."""
+    body = "mov.u32 %r2, 7; st.global.u32 [%d2], %r2;"
+    assert run(body, threads=64, blocks=2)[:4] == struct.pack("<I", 7)
+    with pytest.raises(PtxFault, match="race: global memory at 0x20000000 was written"):
+        run(f"{body} ld.global.u32 %r3, [%d2];", threads=64, blocks=2)
 
 
 def test_a_barrier_orders_what_threads_write() -> None:

@@ -81,7 +81,12 @@ FAULTS = {
         "uninitialised shared memory: |race: ",
     ),
     "every block does the same": Fault(
-        "{ return blockIdx.x; }", "{ return blockIdx.y; }", "kernels_project.cu", "projections", torch.float32, "race: "
+        "{ return blockIdx.x; }",
+        "{ return blockIdx.y; }",
+        "kernels_project.cu",
+        "projections",
+        torch.float32,
+        "parity: ",
     ),
     "a stride in other units": Fault(
         "int(blockDim.x)", "int(blockDim.x * 4)", "kernels_project.cu", "projections", torch.float32, "parity: "
