@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from cuda_resources import kernel_name
 from emulated import COMPILER, digest
 from ptx_program import Kernel, PtxError
 from testkit import ROOT
@@ -162,6 +163,7 @@ class Prepared:
         if failed:
             instruction = kernel.instructions[launch.fault_instruction]
             raise PtxFault(
-                f"{launch.fault.decode()}: {launch.detail.decode()}, in {kernel.name}, block {launch.fault_block}, "
-                f"thread {launch.fault_thread}, line {instruction.line}: {instruction.text}"
+                f"{launch.fault.decode()}: {launch.detail.decode()}, in kernel {kernel_name(kernel.name)}, block "
+                f"{launch.fault_block}, thread {launch.fault_thread}, at {instruction.place or '?'}, line "
+                f"{instruction.line} of the PTX: {instruction.text}"
             )

@@ -31,7 +31,8 @@ class Instruction:
     target: int = 0
     offset: int = 0
     text: str = ""
-    line: int = 0
+    line: int = 0  # of the PTX
+    place: str = ""  # file:line of the kernel's source, where nvcc says it (-lineinfo)
 
 
 @dataclass
@@ -74,7 +75,10 @@ SPECIALS = {
     **{f"%{name}.{axis}": "one" for name in ("ntid", "nctaid") for axis in "yz"},
 }
 # What the compiler tells the assembler and no thread sees.
-SILENT = (".version", ".target", ".address_size", ".loc", ".pragma", ".file")
+SILENT = (".version", ".target", ".address_size", ".pragma", ".file")
+# Access to memory and threads for all kernels, and the toolkit's: a place there says nothing, so that of the caller
+# counts.
+COMMON_FILES = re.compile(r"device\.h|.*\.hpp")
 
 
 def unsigned(type: str) -> str:
@@ -130,6 +134,7 @@ class Body:
         self.specials: dict[str, int] = {}
         self.name = name
         self.jumps: list[tuple[Instruction, str]] = []
+        self.place = ""
 
     # -------------------- names
 
@@ -274,7 +279,7 @@ class Body:
                 one.predicate, one.is_negated = predicate, match[1] == "!"
             if one.bits == 0:
                 one.bits = self.widths[one.results[0]] if one.results and one.results[0] >= 0 else 64
-            one.text, one.line = text, line
+            one.text, one.line, one.place = text, line, self.place
             self.instructions.append(one)
 
     def finish(self) -> Kernel:
@@ -753,7 +758,7 @@ def statements(text: str) -> Iterable[tuple[int, str]]:
         row = row.split("//")[0]
         stripped = row.strip()
         if not current and re.match(r"\.(loc|file|version|target|address_size|pragma)\b", stripped):
-            yield line, stripped.rstrip(";")
+            yield line, " ".join(stripped.rstrip(";").split())
             row = ""
         for letter in row:
             if not current.strip():
@@ -804,6 +809,15 @@ def entry_names(text: str) -> list[str]:
     return re.findall(r"\.entry\s+([\w$]+)", text)
 
 
+def place_of(statement: str, files: dict[str, str], before: str) -> str:
+    """What a .loc says, callers after what they call in."""
+    spots = re.findall(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)", statement)
+    for file, line in spots:
+        if line != "0" and not COMMON_FILES.fullmatch(files.get(file, "?")):
+            return f"{files.get(file, '?')}:{line}"
+    return before
+
+
 def read_kernels(text: str, only: Iterable[str] | None = None) -> dict[str, Kernel]:
     """The kernels of a file of PTX by name, or those whose names are given."""
     wanted = None if only is None else set(only)
@@ -814,9 +828,14 @@ def read_kernels(text: str, only: Iterable[str] | None = None) -> dict[str, Kern
     param_bytes = depth = 0
     is_skipped = False
     line, statement = 0, ""
+    files = {number: path.split("/")[-1] for number, path in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)}
+    text = re.split(r"^\s*\.section\s+\.debug_str\b", text, maxsplit=1, flags=re.M)[0]
     try:
         for line, statement in statements(text):
             if statement.split()[0] in SILENT:
+                continue
+            if statement.startswith(".loc "):
+                body.place = place_of(statement, files, body.place)
                 continue
             if depth == 0:
                 if match := re.fullmatch(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\]", statement):

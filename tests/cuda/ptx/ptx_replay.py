@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from cuda_resources import SOURCES, nvcc
+from cuda_resources import SOURCES, kernel_name, nvcc
 from emulated import Emulator, Observed, digest, read_by
 from ptx_machine import CACHE, Buffer, Prepared, PtxFault
 from ptx_program import entry_names, read_kernels
@@ -41,7 +41,7 @@ def _compiler_version(path: str) -> str:
 def ptx(source: Path, target: str) -> str:
     """nvcc's PTX of a source, made once for what it and its headers hold."""
     compiler = str(nvcc())
-    flags = ["-std=c++20", "-O3", "-ptx", f"-arch={target}"]
+    flags = ["-std=c++20", "-O3", "-lineinfo", "-ptx", f"-arch={target}"]
     read = sorted(read_by(source.resolve(), set()), key=lambda path: path.name)
     key = digest(*(path.read_bytes() for path in read), *flags, _compiler_version(compiler))
     made = CACHE / f"{source.stem}-{target}-{key}.ptx"
@@ -183,4 +183,4 @@ def replay(launch: Recorded, library: Library) -> None:
         if is_writable and after != launch.after:
             what = difference(_numbers(launch.after, begin, end, dtype), _numbers(after, begin, end, dtype))
             if what:
-                raise PtxFault(f"{what}, buffer {number} of {launch.kernel} on {library.target}")
+                raise PtxFault(f"{what}, in buffer {number} of kernel {kernel_name(launch.kernel)} on {library.target}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import struct
 
 import pytest
@@ -593,9 +594,15 @@ def test_a_barrier_orders_what_threads_write() -> None:
 
 
 def test_a_fault_has_a_place() -> None:
-    body = "mov.u32 %r2, %ctaid.x; setp.ne.u32 %p1, %r2, 1; @%p1 bra $end;\n ld.global.u32 %r9, [%d1+4];\n $end:"
-    with pytest.raises(PtxFault, match=r"in one, block 1, thread 0, line 17: ld.global.u32 %r9, \[%d1\+4\]$"):
-        run(body, bytes(4), blocks=2)
+    body = """mov.u32 %r2, %ctaid.x; setp.ne.u32 %p1, %r2, 1;
+    .loc 1 40 3
+    .loc 2 110 3, function_name $name, inlined_at 1 41 5
+    @%p1 bra $end; ld.global.u32 %r9, [%d1+4];
+    $end:"""
+    files = '.file 1 "/a/rows.cuh"\n.file 2 "/a/device.h"'
+    place = "in kernel one, block 1, thread 0, at rows.cuh:41, line 20 of the PTX: ld.global.u32 %r9, [%d1+4]"
+    with pytest.raises(PtxFault, match=f"{re.escape(place)}$"):
+        run(body, bytes(4), blocks=2, head=files)
 
 
 def test_a_launch_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
