@@ -749,16 +749,19 @@ def _activemask(body: Body, name: str, modifiers: Modifiers, operands: list[str]
 # -------------------- files
 
 
-def statements(text: str) -> Iterable[tuple[int, str]]:
+def statements(text: str, line: int = 1) -> Iterable[tuple[int, str]]:
     """(line, statement) without comments: braces that open or close a scope and labels stand alone, everything else
-    ends with a semicolon."""
+    ends with a semicolon. ``line`` is the number of the first one."""
     text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.DOTALL)
-    line, current, start = 1, "", 1
+    current, start = "", line
     for row in text.split("\n"):
         row = row.split("//")[0]
         stripped = row.strip()
         if not current and re.match(r"\.(loc|file|version|target|address_size|pragma)\b", stripped):
             yield line, " ".join(stripped.rstrip(";").split())
+            row = ""
+        elif not current and stripped[-1:] == ";" and stripped[0] not in "{}$;" and stripped.count(";") == 1:
+            yield line, " ".join(stripped[:-1].split())  # most lines
             row = ""
         for letter in row:
             if not current.strip():
@@ -809,6 +812,15 @@ def entry_names(text: str) -> list[str]:
     return re.findall(r"\.entry\s+([\w$]+)", text)
 
 
+def of_entries(text: str, wanted: set[str] | None) -> Iterable[tuple[int, str]]:
+    """The statements of the entries that are wanted, all where it is None, and of what stands before the first one."""
+    heads = list(re.finditer(r"^[ \t]*(?:\.(?:visible|weak)\s+)?\.entry\s+([\w$]+)", text, re.M))
+    starts = [0, *(head.start() for head in heads), len(text)]
+    for i, (start, end) in enumerate(zip(starts, starts[1:])):
+        if i == 0 or wanted is None or heads[i - 1][1] in wanted:
+            yield from statements(text[start:end], text.count("\n", 0, start) + 1)
+
+
 def place_of(statement: str, files: dict[str, str], before: str) -> str:
     """What a .loc says, callers after what they call in."""
     spots = re.findall(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)", statement)
@@ -826,12 +838,11 @@ def read_kernels(text: str, only: Iterable[str] | None = None) -> dict[str, Kern
     body: Body | None = None
     shared = Body("", {}, None, dynamic)  # what stands outside of entries
     param_bytes = depth = 0
-    is_skipped = False
     line, statement = 0, ""
     files = {number: path.split("/")[-1] for number, path in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)}
     text = re.split(r"^\s*\.section\s+\.debug_str\b", text, maxsplit=1, flags=re.M)[0]
     try:
-        for line, statement in statements(text):
+        for line, statement in of_entries(text, wanted):
             if statement.split()[0] in SILENT:
                 continue
             if statement.startswith(".loc "):
@@ -846,12 +857,9 @@ def read_kernels(text: str, only: Iterable[str] | None = None) -> dict[str, Kern
                     depth = 1
                 else:
                     name, params, param_bytes = entry_head(statement)
-                    is_skipped = wanted is not None and name not in wanted
                     body = Body(name, params, shared, dynamic)
                 continue
             depth += (statement == "{") - (statement == "}")
-            if is_skipped:
-                continue
             if statement == "{":
                 body.scopes.append({})
             elif statement == "}" and depth:
