@@ -100,28 +100,36 @@ class Case:
         if isinstance(self.support, (sb.Routed, sb.LSH)):  # parity is judged at fixed lists
             self.support = sb.route(self.query, self.key, self.support, **self.arguments)
 
-    def judged(self, precision: torch.dtype) -> list[torch.Tensor]:
+    def judged(self, precision: torch.dtype, place: Callable[[Any], Any] = lambda given: given) -> list[torch.Tensor]:
         """[out, dq, dk, dv and the gradients of learned projections] of ``sb.attention`` on copies in ``precision``,
-        for one fixed output gradient."""
-        return self._run(sb.attention, precision, self.arguments)
+        for one fixed output gradient. ``place`` moves what the call is given to the device that is judged."""
+        return self._run(sb.attention, precision, self.arguments, place)
 
     def defined(self, precision: torch.dtype = torch.float64) -> list[torch.Tensor]:
         """The same by the definition, computed in ``precision``."""
         return self._run(sb.reference.attention, precision, self.definition | {"dtype": precision})
 
-    def _run(self, function: Callable, precision: torch.dtype, arguments: dict) -> list[torch.Tensor]:
-        leaves = [t.detach().to(precision).requires_grad_() for t in (self.query, self.key, self.value)]
+    def _run(
+        self,
+        function: Callable,
+        precision: torch.dtype,
+        arguments: dict,
+        place: Callable[[Any], Any] = lambda given: given,
+    ) -> list[torch.Tensor]:
+        support, arguments = place(self.support), place(arguments)
+        leaves = [place(t.detach().to(precision)).requires_grad_() for t in (self.query, self.key, self.value)]
         if isinstance(arguments["statistics"], sb.Projections):
             accumulate = torch.float64 if precision == torch.float64 else torch.float32
             fields = [t.detach().to(accumulate).requires_grad_() for t in vars(arguments["statistics"]).values()]
             arguments = arguments | {"statistics": sb.Projections(*fields)}
             leaves += fields
-        out = function(*leaves[:3], self.support, **arguments)
+        out = function(*leaves[:3], support, **arguments)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(self.seed + 1), dtype=torch.float64).to(
             self.dtype
         )
-        gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype), allow_unused=True, materialize_grads=True)
-        return [out.detach(), *gradients]
+        grad = place(grad.to(out.dtype))
+        gradients = torch.autograd.grad(out, leaves, grad, allow_unused=True, materialize_grads=True)
+        return [t.cpu() for t in (out.detach(), *gradients)]
 
     def low_rank_share(self) -> float:
         """:func:`low_rank_share` of the case."""
@@ -294,10 +302,16 @@ def draw(seed: int, dtype: torch.dtype = torch.float32) -> Case:
 NAMES = ("out", "dq", "dk", "dv", "dPq", "db", "dc", "dPk", "da")
 
 
-def assert_parity(case: Case, precision: torch.dtype, floor: float, share: float) -> None:
+def assert_parity(
+    case: Case,
+    precision: torch.dtype,
+    floor: float,
+    share: float,
+    place: Callable[[Any], Any] = lambda given: given,
+) -> None:
     """Every row of the output and of every gradient: at most max(floor, twice the same formula in torch at this
     precision, 1e-6 of ``share``)."""
-    for name, got, exact, plain in zip(NAMES, case.judged(precision), case.defined(), case.defined(precision)):
+    for name, got, exact, plain in zip(NAMES, case.judged(precision, place), case.defined(), case.defined(precision)):
         assert got.shape == exact.shape and (got.dtype == precision or got.dtype == torch.float32)
         error, allowed = row_error(got, exact), max(floor, 2 * row_error(plain, exact), 1e-6 * share)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}; {case.support} {case.low_rank}"

@@ -5,17 +5,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated import Emulator, excess
+from cuda_calls import (
+    CAUSAL_PAIRS,
+    LOW_RANKS,
+    PAIRS,
+    SUPPORTS,
+    N,
+    attend,
+    cancelling_call,
+    excess,
+    tokens,
+)
+from emulated import Emulator
 from oracle import CASES, draw, row_error
 from testkit import assert_same_bits, rand
-from torch import Tensor
 from torch.nn.functional import pad
 
 import scatterbrain as sb
 
 OPERATORS = torch.ops.scatterbrain
-N, D = 130, 24
-
 
 # -------------------- parity
 
@@ -79,35 +87,6 @@ def test_segments_count_from_the_rows_first_key(emulator: Emulator, low_rank: ob
 
 
 # -------------------- causality and padding
-
-SUPPORTS = {
-    "window": sb.Window(20, 8),
-    "window with sinks": sb.Window(29, 16, sinks=5),
-    "pooled": sb.Routed(24, 16),
-    "per query": sb.Routed(32, block_q=1, block_k=8, window=16),
-    "empty": sb.Empty(),
-}
-LOW_RANKS = {"none": None, "quadratic": sb.Quadratic(4), "favor": sb.Favor(16), "centroid": sb.Centroid(5)}
-PAIRS = [(s, k) for s in SUPPORTS for k in LOW_RANKS if (s, k) != ("empty", "none")]
-CAUSAL_PAIRS = [(s, k) for s, k in PAIRS if k != "centroid"]  # its clusters are of all keys
-
-
-def tokens() -> list[Tensor]:
-    return [rand(1, 4, N, D, seed=1), rand(1, 2, N, D, seed=2), rand(1, 2, N, D + 3, seed=3)]
-
-
-def statistics_of(low_rank: object) -> object:
-    others = rand(1, 4, 99, D, seed=4), rand(1, 2, 99, D, seed=5)
-    return sb.fit_statistics(*others, 4) if isinstance(low_rank, sb.Quadratic) else None
-
-
-def attend(
-    emulator: Emulator, tokens: list[Tensor], support: object, low_rank: object, **arguments: object
-) -> list[Tensor]:
-    """out and lse at given arguments."""
-    arguments.setdefault("statistics", statistics_of(low_rank))
-    with emulator.installed():
-        return list(sb.attention(*tokens, support, low_rank, return_lse=True, **arguments))
 
 
 @pytest.mark.parametrize(("support", "kind"), CAUSAL_PAIRS)
@@ -195,35 +174,6 @@ def test_lists_of_any_content_are_safe(emulator: Emulator) -> None:
 
 
 # -------------------- cancelling
-
-
-def cancelling_call(n: int, is_causal: bool) -> tuple:
-    """Arguments of a call in which L overrates the listed keys by far: few keys have nearly all of it, and every query
-    lists them."""
-    query, key, value = (rand(1, 2, n, 16, seed=seed) for seed in range(3))
-    query_map, key_map = 30 * torch.ones(1, 2, n, 3), 30 * torch.ones(1, 2, n, 3)
-    query_map[..., -1] = key_map[..., -1] = 0
-    key_map[:, :, 20:] = 0
-    index = torch.arange(20, dtype=torch.int32).expand(1, 2, 1, 20).contiguous()
-    count = torch.full((1, 2, 1), 20, dtype=torch.int32)
-    return (
-        query,
-        key,
-        value,
-        query_map,
-        key_map,
-        *[None] * 4,
-        index,
-        count,
-        *[None] * 7,
-        1,
-        n + 30,
-        1,
-        0,
-        0,
-        is_causal,
-        0.2,
-    )
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from cluster_cases import assert_agree, tokens_of
-from emulated import CSRC, Emulator, build, excess
+from cuda_calls import excess
+from emulated import CSRC, Emulator, build
 from oracle import draw, row_error
 from testkit import rand
 
