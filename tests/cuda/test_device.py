@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -46,6 +47,22 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="asks what only a CUDA device 
 @pytest.fixture(scope="session")
 def machine(request: pytest.FixtureRequest) -> Machine:
     return Gpu() if ON_GPU else request.getfixturevalue("emulator")
+
+
+@pytest.fixture(autouse=True)
+def _a_broken_device_ends_the_process() -> Iterator[None]:
+    """After some errors every further call of a process fails. pytest-xdist goes on in another one, and names the test
+    that ran."""
+    yield
+    if not ON_GPU:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(f"the CUDA device is unusable from here on: {error}", 1)
+        print(error, file=sys.__stderr__, flush=True)
+        os._exit(1)
 
 
 def place_on(machine: Machine) -> Callable[[Any], Any]:
