@@ -36,13 +36,18 @@ def attend(
     value_dim: int = 19,
     queries: int = N,
     keys: int = N,
+    wants_gradients: bool = False,
     **more: object,
 ) -> None:
     query = rand(1, 2, queries, head_dim, seed=1, dtype=dtype)
     key, value = rand(1, 1, keys, head_dim, seed=2, dtype=dtype), rand(1, 1, keys, value_dim, seed=3, dtype=dtype)
     if isinstance(low_rank, sb.Quadratic):
         more["statistics"] = sb.fit_statistics(query.float(), key.float(), low_rank.rank)
-    sb.attention(query, key, value, support, low_rank, return_lse=True, **more)
+    for tokens in (query, key, value):
+        tokens.requires_grad_(wants_gradients)
+    out, lse = sb.attention(query, key, value, support, low_rank, return_lse=True, **more)
+    if wants_gradients:
+        (out.float().square().sum() + lse.clamp(min=-1e3).sum()).backward()
 
 
 def mask_of(*ignored: slice) -> torch.Tensor:
@@ -98,6 +103,22 @@ def _narrow_heads(dtype: torch.dtype) -> None:
 def _wide_heads(dtype: torch.dtype) -> None:
     for low_rank in (sb.Quadratic(9), sb.Favor(70), sb.Centroid(40)):
         attend(dtype, sb.Window(16), low_rank, head_dim=256, value_dim=250, queries=9, keys=80)
+
+
+@call("gradients")
+def _gradients(dtype: torch.dtype) -> None:
+    def differentiate(*arguments: object, **more: object) -> None:
+        attend(dtype, *arguments, wants_gradients=True, **more)
+
+    differentiate(sb.Window(20, 8), None, is_causal=True)
+    differentiate(sb.Window(24), sb.Quadratic(3), keys=530, queries=30)
+    differentiate(sb.Window(29, 16, sinks=5), sb.Quadratic(3), keys=140, is_causal=True, query_offset=70)
+    differentiate(sb.Routed(24, 16), sb.Favor(8), key_padding_mask=mask_of(slice(60, None)))
+    differentiate(sb.Routed(32, block_q=1, block_k=8, window=16), sb.Favor(8, hyperbolic=False), is_causal=True)
+    differentiate(sb.LSH(8, rounds=2), sb.Quadratic(3), key_padding_mask=mask_of(slice(5), slice(11, None, 7)))
+    differentiate(sb.Window(16), sb.Centroid(5))
+    differentiate(sb.Window(16), sb.Quadratic(3), head_dim=8, is_causal=True)
+    differentiate(sb.Window(16), sb.Quadratic(9), head_dim=200, value_dim=250, queries=9, keys=80)
 
 
 @call("clusters")
