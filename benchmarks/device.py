@@ -38,6 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import scatterbrain as sb
 from scatterbrain.bench.clock import clock_of, sets_beyond_cache
+from scatterbrain.bench.memory import device_peak
 from scatterbrain.bench.methods import parse_method
 
 HEAD_DIM, RANK = 64, 9
@@ -344,7 +345,7 @@ def times_of(
             steps = [step_of(call, tensors, direction) for tensors in sets]
             steps[0]()
             if machine.is_real:
-                row["bytes_per_token_and_head"] = peak_of(steps[0]) / (shape[0] * heads * tokens)
+                row["bytes_per_token_and_head"] = device_peak(steps[0], machine.device) / (shape[0] * heads * tokens)
             once = clock.seconds([steps[-1]])
             row["first_seconds"] = once
             ready[name] = steps, min(MOST_REPEATS, max(FEWEST_REPEATS, int(SECONDS_OF_A_METHOD / max(once, 1e-6))))
@@ -384,16 +385,6 @@ def step_of(call: Callable[..., Tensor], tensors: Sequence[Tensor], direction: s
             return call(*tokens)
 
     return forward if direction == "F" else lambda: torch.autograd.grad(call(*leaves), leaves, upstream)
-
-
-def peak_of(step: Callable[[], object]) -> int:
-    """Bytes above what is held before the call, its results included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def table(options: argparse.Namespace) -> int:

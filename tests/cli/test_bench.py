@@ -194,7 +194,7 @@ def test_a_run_without_any_result_fails(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_out_of_memory_is_said_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(measure, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(measure, "available_memory", lambda device: 2**20)
     methods = ["--methods", "sdpa", "torch-window-1024"]
     assert main(["bench", "--lengths", "4096", *methods, "--directions", "F", *SMALL, "--repeats", "1"]) == 0
     assert "torch-window-1024 at 4096 tokens: needs about 1 GiB of memory, 0 are available" in capsys.readouterr().out

@@ -105,7 +105,7 @@ def cluster_orders(query: Tensor, key: Tensor, rounds: int, seed: int) -> list[t
     q = torch.cat([q, (radius - q_norm).sqrt(), nothing], -1)
     k = torch.cat([k, nothing, (radius - k_norm).sqrt()], -1)
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(rounds, q.shape[-1], generator=generator)
+    directions = torch.randn(rounds, q.shape[-1], generator=generator).to(q)
     return [tuple(torch.argsort(t @ direction, -1) for t in (q, k)) for direction in directions]
 
 

@@ -40,18 +40,22 @@ class EventClock:
 
     name = "CUDA events"
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
     def seconds(self, calls: list[Callable[[], object]]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        with torch.cuda.device(self._device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for call in calls:
+                call()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e-3
 
 
 def clock_of(device: torch.device, threads: int = 1) -> Clock:
-    return EventClock() if device.type == "cuda" else HostClock(threads)
+    return EventClock(device) if device.type == "cuda" else HostClock(threads)
 
 
 def sets_beyond_cache(bytes_of_a_set: int, device: torch.device) -> int:

@@ -118,6 +118,7 @@ class BenchConfig:
     rank: int = 9
     repeats: int = 5
     threads: int = 1
+    device: str = "cpu"
     seed: int = 0
     inputs: Path | None = None
     entry: str | None = None
@@ -143,6 +144,7 @@ class BenchConfig:
                 raise ValueError(f"--lengths must be at least 1, got {value}")
         for name in _not_empty("methods", self.methods or ["sdpa"]):
             parse_method(name)
+        self._check_device()
         if self.rank > self.head_dim:
             raise ValueError(f"--rank must be at most --head_dim {self.head_dim}, got {self.rank}")
         if self.resume and self.json is None:
@@ -152,6 +154,20 @@ class BenchConfig:
         if self.inputs is not None:
             self._check_inputs()
         self.settings()
+
+    def _check_device(self) -> None:
+        try:
+            kind = self.on().type
+        except RuntimeError:
+            kind = None
+        if kind not in ("cpu", "cuda"):
+            raise ValueError(f"--device must be cpu, cuda or cuda:<number>, got {self.device!r}")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {self.device}: torch finds no GPU on this machine; use cpu")
+
+    def on(self) -> torch.device:
+        """The device that is measured."""
+        return torch.device(self.device)
 
     def _check_inputs(self) -> None:
         for name, plain in (("batch", 1), ("kv_heads", None)):

@@ -23,9 +23,16 @@ class Inputs:
     statistics: sb.Statistics
     fitted_on: str
 
-    def to(self, dtype: torch.dtype) -> Inputs:
-        tensors = (t.to(dtype) for t in (self.query, self.key, self.value))
-        return Inputs(*tensors, self.statistics, self.fitted_on)
+    def to(self, dtype: torch.dtype, device: torch.device) -> Inputs:
+        tensors = (t.to(device, dtype) for t in (self.query, self.key, self.value))
+        return Inputs(*tensors, self.statistics.to(device), self.fitted_on)
+
+    def clone(self) -> Inputs:
+        """The same in other memory."""
+        return Inputs(self.query.clone(), self.key.clone(), self.value.clone(), self.statistics, self.fitted_on)
+
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.query, self.key, self.value))
 
 
 def random_inputs(

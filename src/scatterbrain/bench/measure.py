@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from scatterbrain.bench.clock import clock_of, sets_beyond_cache
 from scatterbrain.bench.config import DTYPES, BenchConfig, Setting
 from scatterbrain.bench.inputs import Inputs, file_inputs, random_inputs
 from scatterbrain.bench.methods import Attention, Method, exact_attention, parse_method
@@ -53,15 +53,7 @@ def make_inputs(config: BenchConfig, setting: Setting) -> Inputs:
         inputs = random_inputs(
             setting.batch, setting.heads, setting.kv_heads, setting.tokens, setting.head_dim, config.rank, config.seed
         )
-    return inputs.to(DTYPES[setting.dtype])
-
-
-def clock_of(config: BenchConfig) -> tuple[Callable[[], float], str]:
-    """(clock, its name): a busy machine does not count in the CPU time of one thread; with more threads nothing but the
-    wall clock says how long a call took."""
-    if config.threads == 1:
-        return time.thread_time, "CPU time of one thread"
-    return time.perf_counter, f"wall time, {config.threads} threads"
+    return inputs.to(DTYPES[setting.dtype], config.on())
 
 
 def steps(attention: Attention, inputs: Inputs) -> dict[str, Callable[[], object]]:
@@ -89,8 +81,10 @@ def describe_failure(error: Exception) -> str:
     return f"{type(error).__name__}: {text.strip().splitlines()[0][:120] if text.strip() else ''}"
 
 
-def available_memory() -> int | None:
+def available_memory(device: torch.device) -> int | None:
     """Bytes that can be used without swapping; None where the system does not say (other than Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
@@ -98,12 +92,12 @@ def available_memory() -> int | None:
         return None
 
 
-def refusal(method: Method, setting: Setting) -> str | None:
+def refusal(method: Method, setting: Setting, device: torch.device) -> str | None:
     """Why a method is not run at a setting; None if it is."""
     reason = method.refusal(setting.is_causal)
     if reason is None:
         needed = method.bytes_needed(setting.batch, setting.heads, setting.tokens, setting.head_dim, setting.is_causal)
-        available = available_memory()
+        available = available_memory(device)
         if available is not None and needed > 0.8 * available:
             reason = f"needs about {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} are available"
     return reason
@@ -114,7 +108,7 @@ class Measurement:
     was measured."""
 
     def __init__(self, config: BenchConfig, setting: Setting, methods: list[str]) -> None:
-        self.config, self.clock = config, clock_of(config)[0]
+        self.config, self.clock = config, clock_of(config.on(), config.threads)
         inputs = make_inputs(config, setting)
         self.fitted_on = inputs.fitted_on
         self.setting = setting = Setting(
@@ -131,7 +125,8 @@ class Measurement:
             for name in methods
             for direction in config.directions
         }
-        self.inputs = inputs
+        copies = sets_beyond_cache(inputs.bytes(), config.on()) - 1
+        self.inputs, self.sets = inputs, [inputs, *(inputs.clone() for _ in range(copies))]
         self.samples: dict[tuple[str, str], list[float]] = {}
 
     def run(self) -> Iterator[str]:
@@ -139,7 +134,7 @@ class Measurement:
         yield "exact attention"
         exact = exact_attention(self.inputs.query, self.inputs.key, self.inputs.value, self.setting.is_causal)
         norm = exact.double().norm()
-        ready: dict[tuple[str, str], tuple[Callable[[], object], int]] = {}
+        ready: dict[tuple[str, str], tuple[list[Callable[[], object]], int]] = {}
         for name in dict.fromkeys(method for method, _ in self.rows):
             yield f"{name}: error, first call"
             for key, step in self._prepare(name, exact, norm).items():
@@ -147,28 +142,26 @@ class Measurement:
         for repeat in range(self.config.repeats):
             # In another order each time: what follows exact attention finds the caches full of its scores.
             for key in random.Random(repeat).sample(list(ready), len(ready)):
-                step, calls = ready[key]
+                on_sets, calls = ready[key]
                 yield f"{key[0]} {key[1]}"
-                start = self.clock()
-                for _ in range(calls):
-                    step()
-                self.samples.setdefault(key, []).append((self.clock() - start) / calls)
+                in_turn = [on_sets[i % len(on_sets)] for i in range(repeat * calls, (repeat + 1) * calls)]
+                self.samples.setdefault(key, []).append(self.clock.seconds(in_turn) / calls)
                 self._fill(key)
 
-    def _prepare(self, name: str, exact: Tensor, norm: Tensor) -> dict[tuple[str, str], tuple[Callable, int]]:
-        """Error and first calls of one method; none of its steps where it cannot run."""
+    def _prepare(self, name: str, exact: Tensor, norm: Tensor) -> dict[tuple[str, str], tuple[list[Callable], int]]:
+        """Error and first calls of one method; none of its steps, which are on one set of inputs each, where it cannot
+        run."""
         method, config, inputs = parse_method(name), self.config, self.inputs
-        reason, found = refusal(method, self.setting), {}
+        reason, found = refusal(method, self.setting, config.on()), {}
         if reason is None:
             try:
                 attention = method.build(inputs.statistics, config.rank, self.setting.is_causal)
-                runs = steps(attention, inputs)
-                error = float((runs["F"]().double() - exact.double()).norm() / norm)
+                runs = [steps(attention, some) for some in self.sets]
+                error = float((runs[0]["F"]().double() - exact.double()).norm() / norm)
                 for direction in config.directions:
-                    start = self.clock()
-                    runs[direction]()
-                    once = max(self.clock() - start, 1e-7)
-                    found[name, direction] = runs[direction], max(1, round(SAMPLE_SECONDS / once))
+                    on_sets = [run[direction] for run in runs]
+                    once = max(self.clock.seconds(on_sets[:1]), 1e-7)
+                    found[name, direction] = on_sets, max(1, round(SAMPLE_SECONDS / once))
                     self.rows[name, direction].error = error
             except (RuntimeError, ValueError, TypeError, MemoryError, NotImplementedError) as failure:
                 reason, found = describe_failure(failure), {}

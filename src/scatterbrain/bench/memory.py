@@ -1,4 +1,5 @@
-"""Peak memory of one call, from the high-water mark of a process that does nothing else (Linux).
+"""Peak memory of one call: on a GPU what torch's allocator counts, on the CPU the high-water mark of a process that
+does nothing else (Linux).
 
 ``python -m scatterbrain.bench.memory`` reads jobs from its input, a JSON object a line, and answers each with a line.
 """
@@ -12,6 +13,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +25,47 @@ from scatterbrain.bench.measure import Row, describe_failure, make_inputs, steps
 from scatterbrain.bench.methods import parse_method
 
 _CLEAR = Path("/proc/self/clear_refs")
+
+
+class DevicePeakMemory:
+    """Of a GPU, in this process."""
+
+    reason: str | None = None
+
+    def __init__(self, config: BenchConfig) -> None:
+        self.config = config
+
+    def fill(self, row: Row) -> None:
+        """Adds the peak to a row that ran."""
+        try:
+            inputs = _inputs(json.dumps(_plain(self.config)), row.setting())
+            attention = parse_method(row.method).build(inputs.statistics, self.config.rank, row.is_causal)
+            _note(row, device_peak(steps(attention, inputs)[row.direction], self.config.on()))
+        except RuntimeError as failure:
+            row.note = row.note or describe_failure(failure)
+
+    def close(self) -> None:
+        _inputs.cache_clear()
+
+
+def device_peak(step: Callable[[], object], device: torch.device) -> int:
+    """Bytes above what is allocated before a call, what it returns included."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def peak_memory(config: BenchConfig) -> PeakMemory | DevicePeakMemory:
+    """What measures rows of the device."""
+    return DevicePeakMemory(config) if config.on().type == "cuda" else PeakMemory(config)
+
+
+def _note(row: Row, peak: int) -> None:
+    row.peak_bytes = peak
+    row.bytes_per_token_and_head = peak / (row.batch * row.tokens * row.heads)
 
 
 class PeakMemory:
@@ -56,8 +99,7 @@ class PeakMemory:
             return
         found = json.loads(answer)
         if "peak" in found:
-            row.peak_bytes = found["peak"]
-            row.bytes_per_token_and_head = row.peak_bytes / (row.batch * row.tokens * row.heads)
+            _note(row, found["peak"])
         else:
             row.note = row.note or found["failure"]
 

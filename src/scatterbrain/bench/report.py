@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 import scatterbrain
+from scatterbrain.bench.clock import clock_of
 from scatterbrain.bench.config import BenchConfig
-from scatterbrain.bench.measure import Row, clock_of
+from scatterbrain.bench.measure import Row
 
 
 def facts(config: BenchConfig) -> dict[str, object]:
@@ -23,12 +24,18 @@ def facts(config: BenchConfig) -> dict[str, object]:
         "torch": torch.__version__,
         "instruction_set": torch.ops.scatterbrain.instruction_set(),
         "machine": platform.machine(),
+        "device": device_name(config),
         "threads": config.threads,
         "allocator": config.allocator,
-        "clock": clock_of(config)[1],
+        "clock": clock_of(config.on(), config.threads).name,
         "statistic": f"median of {config.repeats} interleaved repeats",
         "error": "relative Frobenius norm of the difference to exact attention in float32 on the same inputs",
     }
+
+
+def device_name(config: BenchConfig) -> str:
+    """Of a GPU that of the card."""
+    return torch.cuda.get_device_name(config.on()) if config.on().type == "cuda" else "cpu"
 
 
 # -------------------- tables
@@ -37,8 +44,9 @@ def facts(config: BenchConfig) -> dict[str, object]:
 def tables(rows: list[Row], config: BenchConfig) -> str:
     """One table per kind of attention and direction: a line per method, a column per length."""
     about = facts(config)
+    computed_by = f"instruction set {about['instruction_set']}" if about["device"] == "cpu" else about["device"]
     lines = [
-        f"{about['clock']}, {about['statistic']}, instruction set {about['instruction_set']}, torch {about['torch']}",
+        f"{about['clock']}, {about['statistic']}, {computed_by}, torch {about['torch']}",
         "ms of a call (times faster than sdpa); F: forward without gradients, F+B: forward and backward",
     ]
     for title, some in _groups(rows):
@@ -129,6 +137,7 @@ def read_rows(path: Path, config: BenchConfig) -> list[Row]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--resume: {path} is not a file that scatterbrain bench wrote: {error}") from None
     mine = options(config)
+    theirs = {"device": "cpu"} | theirs  # files of versions that had no other
     different = [name for name in mine if mine[name] != theirs.get(name)]
     if different:
         raise ValueError(

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from scatterbrain.bench.allocator import keep_freed_memory
 from scatterbrain.bench.config import BenchConfig
 from scatterbrain.bench.measure import Measurement, Row
-from scatterbrain.bench.memory import PeakMemory
+from scatterbrain.bench.memory import peak_memory
 from scatterbrain.bench.report import draw, read_rows, tables, write_json
 
 INTERRUPTED = 130  # 128 and the number of SIGINT
@@ -65,7 +65,7 @@ class _Stopped(Exception):
 def _measure_all(config: BenchConfig, rows: list[Row]) -> list[Row]:
     grid = config.settings()
     steps = sum(len(methods) * len(config.directions) * config.repeats for _, methods in grid)
-    memory = PeakMemory(config) if config.memory else None
+    memory = peak_memory(config) if config.memory else None
     current: Measurement | None = None
     rows, told = list(rows), False
     with tqdm(total=steps, unit="step", dynamic_ncols=True, leave=False, disable=None) as bar:

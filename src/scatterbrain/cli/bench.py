@@ -26,6 +26,7 @@ each time stand its error against exact attention on the same inputs, and its me
   scatterbrain bench --lengths 512 2048 --methods sdpa window-64 routed-128 --causal both
   scatterbrain bench --suite short --repeats 30            what a call costs on few tokens
   scatterbrain bench --dtypes float32 bfloat16 --directions F+B --threads 2
+  scatterbrain bench --device cuda --dtypes bfloat16 --batch 16
   scatterbrain bench --inputs qkv.safetensors --entry bert.N512.layer3 --lengths 512 --heads 4
   scatterbrain bench --suite standard --json out.json --resume        go on where Ctrl-C stopped it
 
@@ -40,6 +41,8 @@ CPU time of that thread, so that other programs do not count; with more, wall ti
 projections and routing. Statistics of the low-rank kernel are fitted beforehand, on other tokens of the same kind.
 Memory that a method frees stays with the process (glibc), so that the next method does not pay for new pages;
 --allocator system leaves that to the C library, as in a program with default settings.
+On a GPU times are between CUDA events, memory is what torch's allocator counts, and calls take copies of the inputs in
+turn, so many that none is in the second-level cache.
 Random inputs have topics, smooth neighbourhoods and a decaying spectrum; for real ones give --inputs.
 Ctrl-C prints and writes the results so far."""
 
@@ -107,6 +110,7 @@ def _add_options(parser: HelpParser | ArgumentParser, readable_file: type) -> No
     add("--rank", type=int, default=9, help="Rank of the quadratic kernel.")
     add("--repeats", type=int, default=5, help="Interleaved repeats, of which the median counts.")
     add("--threads", type=int, default=1, help="Threads of torch.")
+    add("--device", default="cpu", metavar="DEVICE", help="cpu or cuda: what computes.")
     add("--seed", type=int, default=0, help="Of the random inputs.")
     add("--inputs", type=readable_file | None, metavar="FILE", help="Queries, keys and values: a safetensors file.")
     add("--entry", type=str | None, help="Entry of the file: tensors ENTRY.q, ENTRY.k, ENTRY.v. Default the first.")
