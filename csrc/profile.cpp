@@ -14,6 +14,7 @@ struct Record {
   int64_t calls, nanoseconds;
 };
 std::atomic<bool> recording{false};
+std::atomic<void (*)()> add_stages_of_devices{nullptr};
 std::mutex guard;
 std::vector<Record> records;
 
@@ -26,26 +27,34 @@ int64_t now() {
 
 thread_local Stage* innermost = nullptr;
 
-Stage::Stage(const char* name) : name_(name), start_(recording.load(std::memory_order_relaxed) ? now() : -1) {
+Stage::Stage(const char* name) : name_(name), start_(is_recording() ? now() : -1) {
   if (start_ >= 0) around_ = std::exchange(innermost, this);
 }
 
 Stage::~Stage() {
   if (start_ < 0) return;
-  int64_t spent = now() - start_;
+  const int64_t spent = now() - start_;
   innermost = around_;
   if (around_) around_->inside_ += spent;
-  spent -= inside_;
-  const std::lock_guard<std::mutex> lock(guard);
-  for (Record& record : records)
-    if (record.name == std::string(name_)) {
-      ++record.calls, record.nanoseconds += spent;
-      return;
-    }
-  records.push_back({name_, 1, spent});
+  add_stage(name_, spent - inside_);
 }
 
+bool is_recording() { return recording.load(std::memory_order_relaxed); }
+
+void add_stage(const char* name, int64_t nanoseconds) {
+  const std::lock_guard<std::mutex> lock(guard);
+  for (Record& record : records)
+    if (record.name == std::string(name)) {
+      ++record.calls, record.nanoseconds += nanoseconds;
+      return;
+    }
+  records.push_back({name, 1, nanoseconds});
+}
+
+void before_report(void (*add_stages)()) { add_stages_of_devices.store(add_stages); }
+
 std::string record_stages(bool on) {
+  if (const auto add_stages = add_stages_of_devices.load()) add_stages();
   const std::lock_guard<std::mutex> lock(guard);
   std::string text;
   for (const Record& record : records)

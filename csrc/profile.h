@@ -21,6 +21,12 @@ class Stage {
   Stage* around_ = nullptr;
 };
 
+// For what runs on a device, whose times are known only after it has ended: whether stages are recorded, one that was
+// timed there, and what record_stages calls first, to have all of them added.
+bool is_recording();
+void add_stage(const char* name, int64_t nanoseconds);
+void before_report(void (*add_stages)());
+
 // Starts or stops recording. Returns and clears what was recorded since the last call: "stage\tcalls\tnanoseconds\n"
 // per stage, in the order in which they first ran.
 std::string record_stages(bool on);

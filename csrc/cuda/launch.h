@@ -5,6 +5,7 @@
 
 #include "../error.h"
 #include "device.h"
+#include "kernel_time.h"
 #include "kernels.h"
 
 namespace sb::cuda {
@@ -30,6 +31,7 @@ void launch(Stream stream, const char* name, int64_t blocks, int threads, int64_
              " bytes of shared memory, more than this device has for a block: ", cudaGetErrorString(refused),
              "; use fewer clusters or a smaller head_dim");
   }
+  const KernelTime time(name, stream);
   kernel<<<dim3(unsigned(grid)), threads, size_t(shared_bytes), static_cast<cudaStream_t>(stream.handle)>>>(p);
   const cudaError_t error = cudaGetLastError();
   SB_CHECK(error == cudaSuccess, "scatterbrain: the kernel ", name,

@@ -24,8 +24,9 @@ class StageTimes:
 
     Args:
         calls: how often it ran.
-        seconds: wall-clock time of the thread that launched it, a parallel loop counting as a whole, without the time
-            of stages inside it.
+        seconds: on the CPU wall-clock time of the thread that launched it, a parallel loop counting as a whole, without
+            the time of stages inside it; of a kernel on a GPU the time between two events around it on its stream,
+            which is at least that of starting it where the device waits for the host.
     """
 
     calls: int
@@ -34,7 +35,8 @@ class StageTimes:
 
 @dataclass
 class Profile:
-    """The stages that ran, in the order in which they first did; ``print(profile)`` shows them as a table.
+    """The stages that ran, in the order in which they first did; ``print(profile)`` shows them as a table. On a GPU
+    every kernel is a stage of its name, unless a graph replays it.
 
     Args:
         total: seconds between the start and the end of recording.
@@ -60,7 +62,8 @@ class Profile:
 
 @contextmanager
 def profile() -> Iterator[Profile]:
-    """Records the stages of scatterbrain's operators in the block; one recording at a time, of all threads.
+    """Records the stages of scatterbrain's operators in the block; one recording at a time, of all threads. Waits for
+    a GPU that is in use before the first call and after the last one.
 
     Yields:
         :class:`Profile`, filled when the block ends.
@@ -70,16 +73,24 @@ def profile() -> Iterator[Profile]:
         ...     model(batch).sum().backward()
         >>> print(p)
     """
+    _wait_for_devices()
     result, start = Profile(), time.perf_counter()
     torch.ops.scatterbrain.stages(True)
     try:
         yield result
     finally:
+        _wait_for_devices()
         text = torch.ops.scatterbrain.stages(False)
         result.total = time.perf_counter() - start
         for line in text.splitlines():
             name, calls, nanoseconds = line.split("\t")
             result.stages[name] = StageTimes(int(calls), int(nanoseconds) * 1e-9)
+
+
+def _wait_for_devices() -> None:
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
 
 
 def profile_process() -> None:

@@ -320,6 +320,18 @@ def test_tensors_on_different_devices_are_named() -> None:
         sb.attention(query.cuda(), key, value, sb.Window(4), None)
 
 
+@needs_gpu
+def test_kernels_are_stages_of_a_profile() -> None:
+    _, step = step_on_gpu("window", "quadratic")
+    step()
+    with sb.profile() as profile:
+        step()
+        step()
+    assert profile.stages["attention_forward"].calls >= 2 and profile.stages["project"].calls >= 2
+    assert all(stage.seconds > 0 for stage in profile.stages.values())
+    assert sum(stage.seconds for stage in profile.stages.values()) <= profile.total
+
+
 # -------------------- large tensors
 
 
