@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 from torch import nn
 
-from scatterbrain.training.attention_timer import AttentionTimer, TimedAttention
+from scatterbrain.training.attention_timer import AttentionTimer, TimedAttention, now
 
 PAUSE = 0.03
 
@@ -43,3 +44,11 @@ def test_the_timed_module_changes_neither_output_nor_gradient():
     timed = TimedAttention(SlowAttention(), AttentionTimer())(query, key, value, is_causal=True)
     timed.sum().backward()
     assert torch.equal(timed, query + key + value) and torch.equal(query.grad, torch.ones_like(query))
+
+
+def test_a_gpu_is_waited_for_before_the_clock_is_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(PAUSE))
+    started = time.perf_counter()
+    assert now(torch.device("cuda")) - started >= PAUSE
+    started = time.perf_counter()
+    assert now(torch.device("cpu")) - started < PAUSE

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor, nn
 
 
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class AttentionTimer:
     """Adds up the seconds that the wrapped attention modules spend in their forward and backward passes.
 
@@ -28,16 +35,10 @@ class AttentionTimer:
         self.seconds = 0.0
 
     def start(self, device: torch.device) -> None:
-        self._started = self._now(device)
+        self._started = now(device)
 
     def stop(self, device: torch.device) -> None:
-        self.seconds += self._now(device) - self._started
-
-    @staticmethod
-    def _now(device: torch.device) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+        self.seconds += now(device) - self._started
 
 
 class TimedAttention(nn.Module):

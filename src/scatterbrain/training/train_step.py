@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Iterable
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import scatterbrain as sb
-from scatterbrain.training.attention_timer import AttentionTimer, TimedAttention
+from scatterbrain.training.attention_timer import AttentionTimer, TimedAttention, now
 from scatterbrain.training.config import ModelConfig, TrainConfig
 from scatterbrain.training.model import AttentionFactory, Decoder
 
@@ -73,7 +72,7 @@ class TrainState:
     def step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over the mean gradient of ``batches``."""
         batches = list(batches)
-        started = time.perf_counter()
+        started = now(self.device)
         self.timer.reset()
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -93,7 +92,7 @@ class TrainState:
         self.optimizer.step()
         sb.update_statistics(self.model)
         tokens = sum(inputs.numel() for inputs, _ in batches)
-        return StepResult(total, norm, tokens, time.perf_counter() - started, self.timer.seconds)
+        return StepResult(total, norm, tokens, now(self.device) - started, self.timer.seconds)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
