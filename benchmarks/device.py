@@ -132,8 +132,9 @@ class Worker:
             process.start()
             self._process = process
             theirs.close()
-            if "ready" not in self._receive(deadline):
-                return {"error": "its process did not start in time"}
+            started = self._receive(deadline)
+            if "error" in started:
+                return started
         try:
             self._connection.send((kind, arguments))
         except (BrokenPipeError, OSError):
