@@ -263,19 +263,19 @@ uint64_t shuffle_bits(uint64_t bits, int mask, Place place) {
 }
 
 void* shared_access(int64_t offset, int64_t bytes, bool is_write, Place place) {
-  const std::string at = "shared memory byte " + std::to_string(offset);
+  const auto at = [&] { return "shared memory byte " + std::to_string(offset); };
   if (offset < 0 || offset + bytes > int64_t(block->memory.size()))
-    fail("out of bounds", at + " of " + std::to_string(block->memory.size()), place);
-  if (offset % bytes != 0) fail("out of bounds", at + " is not aligned to " + std::to_string(bytes), place);
+    fail("out of bounds", at() + " of " + std::to_string(block->memory.size()), place);
+  if (offset % bytes != 0) fail("out of bounds", at() + " is not aligned to " + std::to_string(bytes), place);
   const int t = block->current;
   for (int64_t i = offset; i < offset + bytes; ++i) {
     Byte& byte = block->bytes[size_t(i)];
-    if (!is_write && !byte.is_written) fail("uninitialised shared memory", at, place);
+    if (!is_write && !byte.is_written) fail("uninitialised shared memory", at(), place);
     if (!is_ordered(byte.write, t))
-      fail("race", at + " was written by thread " + std::to_string(byte.write.thread) + " and no barrier follows",
+      fail("race", at() + " was written by thread " + std::to_string(byte.write.thread) + " and no barrier follows",
            place);
     if (is_write && !is_ordered(byte.read, t))
-      fail("race", at + " was read by thread " + std::to_string(byte.read.thread) + " and no barrier follows", place);
+      fail("race", at() + " was read by thread " + std::to_string(byte.read.thread) + " and no barrier follows", place);
     note(is_write ? byte.write : byte.read, t);
     byte.is_written |= is_write;
   }

@@ -26,25 +26,26 @@ namespace {
 
 // -------------------- what ptx_program.py hands over
 
-#define EACH_OPERATION(X)                                                                                              \
-  X(add)                                                                                                               \
-  X(sub)                                                                                                               \
-  X(mul)                                                                                                               \
-  X(mul_hi) X(mul_wide) X(mad) X(mad_hi) X(mad_wide) X(fma) X(div) X(rem) X(min) X(max) X(abs) X(neg) X(and_) X(or_)   \
-      X(xor_) X(not_) X(cnot) X(shl) X(shr) X(shf_l) X(shf_r) X(lop3) X(prmt) X(bfe) X(bfi) X(popc) X(clz) X(brev)     \
-          X(bfind) X(rcp) X(sqrt) X(rsqrt) X(ex2) X(lg2) X(sin) X(cos) X(tanh) X(copysign) X(testp) X(rcp_high)        \
-              X(setp) X(set) X(selp) X(mov) X(pack) X(unpack) X(cvt) X(cvt_pair) X(cvta) X(cvta_to) X(ld) X(st) X(bra) \
-                  X(brx) X(ret) X(trap) X(nothing) X(shfl) X(vote) X(match_any) X(redux) X(activemask) X(bar_warp)     \
-                      X(bar_block)
+#define EACH_OPERATION(X)                                                                                             \
+  X(add)                                                                                                              \
+  X(sub)                                                                                                              \
+  X(mul)                                                                                                              \
+  X(mul_hi)                                                                                                           \
+  X(mul_wide) X(mad) X(mad_hi) X(mad_wide) X(fma) X(div) X(rem) X(min) X(max) X(abs) X(neg) X(and_) X(or_) X(xor_)    \
+      X(not_) X(cnot) X(shl) X(shr) X(shf_l) X(shf_r) X(lop3) X(prmt) X(bfe) X(bfi) X(popc) X(clz) X(brev) X(bfind)   \
+          X(rcp) X(sqrt) X(rsqrt) X(ex2) X(lg2) X(sin) X(cos) X(tanh) X(copysign) X(testp) X(rcp_high) X(setp) X(set) \
+              X(selp) X(mov) X(pack) X(unpack) X(cvt) X(cvt_pair) X(cvta) X(cvta_to) X(ld) X(st) X(bra) X(brx) X(ret) \
+                  X(trap) X(nothing) X(shfl) X(vote) X(match_any) X(redux) X(activemask) X(bar_warp) X(bar_block)
 #define EACH_TYPE(X) X(pred) X(u8) X(u16) X(u32) X(u64) X(s8) X(s16) X(s32) X(s64) X(f16) X(bf16) X(f32) X(f64)
 #define EACH_SPACE(X) X(generic) X(global) X(shared) X(local) X(param)
 #define EACH_MODE(X)                                                                                                \
   X(none)                                                                                                           \
   X(eq)                                                                                                             \
   X(ne)                                                                                                             \
-  X(lt) X(le) X(gt) X(ge) X(num) X(nan) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(rn) X(rz) X(rm) X(rp) X(rni)    \
-      X(rzi) X(rmi) X(rpi) X(up) X(down) X(bfly) X(idx) X(all) X(any) X(uni) X(ballot) X(add) X(min) X(max) X(and_) \
-          X(or_) X(xor_) X(wrap) X(clamp) X(finite) X(infinite) X(number) X(notanumber) X(normal) X(subnormal)
+  X(lt)                                                                                                             \
+  X(le) X(gt) X(ge) X(num) X(nan) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(rn) X(rz) X(rm) X(rp) X(rni) X(rzi)   \
+      X(rmi) X(rpi) X(up) X(down) X(bfly) X(idx) X(all) X(any) X(uni) X(ballot) X(add) X(min) X(max) X(and_) X(or_) \
+          X(xor_) X(wrap) X(clamp) X(finite) X(infinite) X(number) X(notanumber) X(normal) X(subnormal)
 
 #define NAME(x) x,
 #define TEXT(x) #x,
@@ -278,16 +279,28 @@ bool compared(int32_t mode, T a, T b) {
 // -------------------- who accessed a byte last
 
 struct Mark {
-  int64_t block = -1;
-  int32_t thread = -1, block_epoch = 0, warp_epoch = 0;
-  int32_t crowd = 0;  // 0: one thread; 1: lanes of a warp; 2: warps of a block; 3: blocks
+  int32_t block = -1, block_epoch = 0, warp_epoch = 0;
+  int16_t thread = -1, crowd = 0;  // 0: one thread; 1: lanes of a warp; 2: warps of a block; 3: blocks
 };
 struct Byte {
   Mark write, read;
 };
 struct Now {
-  int64_t block;
-  int32_t thread, block_epoch, warp_epoch;
+  int32_t block, thread, block_epoch, warp_epoch;
+};
+// The bytes of a buffer, by pages that are made when a thread comes.
+class Shadow {
+ public:
+  Byte& at(uint64_t x) {
+    if (x / kPage >= pages.size()) pages.resize(x / kPage + 1);
+    std::vector<Byte>& page = pages[x / kPage];
+    if (page.empty()) page.resize(kPage);
+    return page[x % kPage];
+  }
+
+ private:
+  static constexpr uint64_t kPage = 512;
+  std::vector<std::vector<Byte>> pages;
 };
 
 bool is_ordered(const Mark& mark, const Now& now) {
@@ -298,7 +311,7 @@ bool is_ordered(const Mark& mark, const Now& now) {
   return mark.warp_epoch != now.warp_epoch || (mark.thread == now.thread && mark.crowd == 0);
 }
 void note(Mark& mark, const Now& now) {
-  int32_t crowd = 0;
+  int16_t crowd = 0;
   if (mark.thread >= 0) {
     if (mark.block != now.block || mark.crowd == 3)
       crowd = 3;
@@ -309,7 +322,7 @@ void note(Mark& mark, const Now& now) {
         crowd = 1;
     }
   }
-  mark = {now.block, now.thread, now.block_epoch, now.warp_epoch, crowd};
+  mark = {now.block, now.block_epoch, now.warp_epoch, int16_t(now.thread), crowd};
 }
 
 // -------------------- the machine
@@ -668,7 +681,7 @@ class Machine {
 
   // -------------------- memory
 
-  Now now(int lane) const { return {block, warp_index * kWarp + lane, block_epoch, warp->epoch}; }
+  Now now(int lane) const { return {int32_t(block), warp_index * kWarp + lane, block_epoch, warp->epoch}; }
   // `is_same`: the byte is written as it is, so that the order of the writes does not matter.
   void order(Byte& byte, bool is_write, bool is_same, int lane, const char* kind, uint64_t address) {
     const Now current = now(lane);
@@ -677,9 +690,9 @@ class Machine {
                                                                       : nullptr;
     if (other) {
       char text[200];
-      std::snprintf(text, sizeof text, "%s memory at 0x%llx was %s by thread %d of block %lld, and nothing orders it",
+      std::snprintf(text, sizeof text, "%s memory at 0x%llx was %s by thread %d of block %d, and nothing orders it",
                     kind, static_cast<unsigned long long>(address), other == &byte.write ? "written" : "read",
-                    other->thread, static_cast<long long>(other->block));
+                    other->thread, other->block);
       throw Fault{"race", text, lane};
     }
     note(is_write ? byte.write : byte.read, current);
@@ -748,15 +761,15 @@ class Machine {
     }
     const Buffer& b = l.buffers[last_buffer];
     const uint64_t first = address - b.address;
-    std::vector<Byte>& shadow = shadows[size_t(last_buffer)];
+    Shadow& shadow = shadows[size_t(last_buffer)];
     for (uint64_t x = first; x < first + uint64_t(bytes); ++x) {
       if (!(b.permissions[x] & 1)) outside("global", address, bytes, is_write, lane);
       if (!(b.permissions[x] & 2)) {
         if (is_write) throw Fault{"write to an input", "the launch may only read this buffer", lane};
         continue;
       }
-      if (shadow.empty()) shadow.resize(size_t(b.bytes));
-      order(shadow[x], written != nullptr, written && written[x - first] == b.memory[x], lane, "global", b.address + x);
+      order(shadow.at(x), written != nullptr, written && written[x - first] == b.memory[x], lane, "global",
+            b.address + x);
     }
     return b.memory + first;
   }
@@ -1202,7 +1215,7 @@ class Machine {
   std::vector<Warp> warps;
   std::vector<unsigned char> shared, shared_set;
   std::vector<Byte> shared_marks;
-  std::vector<std::vector<Byte>> shadows;
+  std::vector<Shadow> shadows;
   int64_t last_buffer = 0;
   int32_t block_epoch = 0;
   Warp* warp = nullptr;

@@ -107,18 +107,20 @@ def _wide_heads(dtype: torch.dtype) -> None:
 
 @call("gradients")
 def _gradients(dtype: torch.dtype) -> None:
-    def differentiate(*arguments: object, **more: object) -> None:
-        attend(dtype, *arguments, wants_gradients=True, **more)
+    def differentiate(support: object, low_rank: object, queries: int = 20, **more: object) -> None:
+        attend(dtype, support, low_rank, queries=queries, wants_gradients=True, **more)
 
-    differentiate(sb.Window(20, 8), None, is_causal=True)
-    differentiate(sb.Window(24), sb.Quadratic(3), keys=530, queries=30)
-    differentiate(sb.Window(29, 16, sinks=5), sb.Quadratic(3), keys=140, is_causal=True, query_offset=70)
-    differentiate(sb.Routed(24, 16), sb.Favor(8), key_padding_mask=mask_of(slice(60, None)))
-    differentiate(sb.Routed(32, block_q=1, block_k=8, window=16), sb.Favor(8, hyperbolic=False), is_causal=True)
-    differentiate(sb.LSH(8, rounds=2), sb.Quadratic(3), key_padding_mask=mask_of(slice(5), slice(11, None, 7)))
+    differentiate(sb.Window(20, 8), None, keys=20, is_causal=True)
+    differentiate(sb.Window(24), sb.Quadratic(3), keys=530)
+    differentiate(sb.Window(29, 16, sinks=5), sb.Quadratic(3), keys=140, is_causal=True, query_offset=110)
+    differentiate(sb.Routed(24, 16), sb.Favor(8), queries=N, key_padding_mask=mask_of(slice(60, None)))
+    per_query = sb.Routed(32, block_q=1, block_k=8, window=16)
+    differentiate(per_query, sb.Favor(8, hyperbolic=False), is_causal=True, query_offset=50)
+    differentiate(sb.LSH(8, rounds=2), sb.Quadratic(3))
     differentiate(sb.Window(16), sb.Centroid(5))
+    differentiate(sb.Window(16), sb.Centroid(4), head_dim=8)
     differentiate(sb.Window(16), sb.Quadratic(3), head_dim=8, is_causal=True)
-    differentiate(sb.Window(16), sb.Quadratic(9), head_dim=200, value_dim=250, queries=9, keys=80)
+    differentiate(sb.Window(16), sb.Quadratic(9), head_dim=200, value_dim=250, queries=5, keys=70)
 
 
 @call("clusters")

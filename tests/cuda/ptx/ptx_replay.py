@@ -123,14 +123,22 @@ def recorded(emulator: Emulator) -> Iterator[list[Recorded]]:
     """The launches that operators start inside, with registered operators run by the emulator."""
     launches: list[Recorded] = []
     symbols = _symbols(emulator.path)
+    held: dict[int, bytes] = {}
+
+    def content(address: int, size: int) -> bytes:
+        """Of memory; the same object as last time where it is unchanged, since launches in turn share most of it."""
+        now = ctypes.string_at(address, size)
+        if held.get(address) != now:
+            held[address] = now
+        return held[address]
 
     def observe(seen: Observed, is_after: bool) -> None:
         if is_after:
-            launches[-1].after = {at: ctypes.string_at(at, len(held)) for at, held in launches[-1].before.items()}
+            launches[-1].after = {at: content(at, len(before)) for at, before in launches[-1].before.items()}
             return
         given = [seen.exposed[i] for i in range(seen.exposed_count)]
         ranges = [(one.begin, one.end, bool(one.is_writable), TYPES[one.element]) for one in given]
-        before = {begin: ctypes.string_at(begin, end - begin) for begin, end in _unions(ranges)}
+        before = {begin: content(begin, end - begin) for begin, end in _unions(ranges)}
         params = ctypes.string_at(seen.params, seen.param_bytes)
         name = symbols[emulator.symbol_value(seen.function)]
         launches.append(Recorded(name, seen.blocks, seen.threads, seen.shared_bytes, params, ranges, before))
