@@ -15,7 +15,13 @@ void launch_rows(const RowsParams& p, Stream stream);
 // The mean query, directions and centres, then clusters of keys, then representatives and log masses.
 void launch_cluster(const ClusteringParams& p, Element element, Stream stream);
 
-// In order: sums over segments, then prefix sums or their total, with the largest log mass of every cluster. `is_wide`: computes in double.
+// Means of runs of keys, then the lists.
+void launch_route(const RoutingParams& p, Element element, Stream stream);
+// Of a block, in global memory.
+int64_t route_scratch_words(const RoutingParams& p);
+
+// In order: sums over segments, then prefix sums or their total, with the largest log mass of every cluster. `is_wide`:
+// computes in double.
 void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream stream);
 void launch_attention_forward(const ForwardParams& p, Element element, bool is_wide, Stream stream);
 

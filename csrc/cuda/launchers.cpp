@@ -22,6 +22,7 @@ SavedSizes saved_sizes(const AttentionShape& s) {
 void fill(Launchers& table) {
   table.attention = &attention;
   table.cluster = &cluster;
+  table.route = &route;
   table.project = &project;
   table.project_packed = &project_packed;
   table.project_backward = &project_backward;
@@ -40,7 +41,6 @@ Result missing(Arguments...) {
 Launchers table = [] {
   Launchers filled{};
   filled.attention_backward = &missing;
-  filled.route = &missing;
   filled.saved_sizes = &saved_sizes;
   fill(filled);
   return filled;

@@ -6,6 +6,7 @@ namespace sb::cuda {
 
 Results attention(const AttentionArguments&);
 Clusters cluster(const ClusterArguments&);
+std::tuple<Tensor, Tensor> route(const RouteArguments&);
 Tensor project(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);
 Tensor project_packed(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight);

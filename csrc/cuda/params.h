@@ -82,6 +82,24 @@ struct ClusteringParams : ClusterParams {
   void* dots;                   // T (B, Hkv, clusters): a.b
 };
 
+// Routing. Here rows of q and k are the caller's own. A run of keys is one row of run_width floats: the mean key;
+// |mean|^2 (per-query form: the variance of the run); y and kappa of the run; its mean |k|^2; and how many keys it has.
+struct RoutingParams : RouteParams {
+  MapView x_map, y_map;
+  const void* log_mass;               // (B, Hkv, M)
+  const void* given_representatives;  // (B, Hkv, clusters, head_dim)
+  double cluster_limit;
+  float *segment_top, *cluster_top;  // (B, Hkv, segments, clusters), (B, Hkv, clusters): the largest log mass, base 2
+  int64_t fine_keys, coarse_keys;    // keys of a run, and of a run of runs
+  int64_t fine_runs, coarse_runs;    // of a head
+  int64_t run_width;
+  float *fine, *coarse;  // (B, Hkv, runs, run_width)
+  // What a block needs for the lists that it makes: 4 byte words. `units`: the most keys or runs that it scores at
+  // once.
+  int64_t units, scratch_words, scratch_blocks;
+  int32_t* scratch;  // (scratch_blocks, scratch_words)
+};
+
 // The attention operator. Here rows of q, k, v and out are the caller's own, head_pad and value_pad are head_dim and
 // the width of v, and a state is `features` rows of value_pad + 1 columns, the last of them hz.
 struct ForwardParams : AttentionParams {

@@ -1,0 +1,33 @@
+#include "launch.h"
+#include "route_per_query.cuh"
+#include "route_pooled.cuh"
+
+namespace sb::cuda {
+
+void launch_route(const RoutingParams& p, Element element, Stream stream) {
+  with_element(element, [&](auto* e) {
+    using E = std::remove_pointer_t<decltype(e)>;
+    const int64_t heads = p.batch * p.kv_heads;
+    if (p.has_clusters()) {
+      launch(stream, "route_segment_tops", heads * ceil_div(p.k_tokens, kTopSegment), kRouteThreads,
+             kTopSegment * int64_t(sizeof(float) + sizeof(int32_t)), route_segment_tops<E>, p);
+      launch(stream, "route_cluster_tops", blocks_for(heads * p.rank, kRouteThreads), kRouteThreads, 0,
+             route_cluster_tops, p);
+    }
+    launch(stream, "route_fine_runs", ceil_div(heads * p.fine_runs, kRouteWarps), kRouteThreads, 0, route_fine_runs<E>,
+           p);
+    launch(stream, "route_coarse_runs", ceil_div(heads * p.coarse_runs, kRouteWarps), kRouteThreads, 0,
+           route_coarse_runs, p);
+    if (p.block_k == 1)
+      launch(stream, "route_pooled", p.scratch_blocks, kRouteThreads, PooledMemory::bytes(p), route_pooled<E>, p);
+    else
+      launch(stream, "route_per_query", p.scratch_blocks, kRouteThreads, PerQueryMemory::bytes(p), route_per_query<E>,
+             p);
+  });
+}
+
+int64_t route_scratch_words(const RoutingParams& p) {
+  return p.block_k == 1 ? PooledScratch::words(p.units) : PerQueryScratch::words(p.units);
+}
+
+}  // namespace sb::cuda

@@ -1,0 +1,123 @@
+// Launcher of routing: rows, then means of runs of keys, then lists.
+#include <algorithm>
+#include <limits>
+
+#include "../math/low_rank_kernels.h"
+#include "../math/routing.h"
+#include "../tensor_traits.h"
+#include "call.h"
+#include "kernels.h"
+#include "launchers.h"
+
+namespace sb::cuda {
+namespace {
+
+constexpr int64_t kMostScratchBlocks = 1024;
+
+class Route {
+ public:
+  explicit Route(const RouteArguments& a) : a(a), call(a.query) {
+    set_shape(), set_rows();
+    if (p.has_low_rank()) set_low_rank();
+    set_runs(), set_scratch();
+  }
+
+  std::tuple<Tensor, Tensor> run() {
+    Tensor index = call.empty({p.batch, p.q_heads, p.blocks, p.capacity}, ScalarType::Int),
+           count = call.empty({p.batch, p.q_heads, p.blocks}, ScalarType::Int);
+    torch::stable::fill_(index, -1.0), torch::stable::zero_(count);
+    p.index = static_cast<int32_t*>(call.write(index)), p.count = static_cast<int32_t*>(call.write(count));
+    launch_rows(row_params, call.stream());
+    launch_route(p, element_of(a.query), call.stream());
+    return {index, count};
+  }
+
+ private:
+  void set_shape() {
+    const Tensor &q = a.query, &k = a.key;
+    p.batch = q.size(0), p.q_heads = q.size(1), p.kv_heads = k.size(1), p.q_tokens = q.size(2), p.k_tokens = k.size(2);
+    p.head_dim = p.head_pad = q.size(3);
+    p.low_rank = a.block_k == 1 ? static_cast<LowRank>(a.low_rank) : LowRank::kNone;
+    p.block_q = a.block_q, p.block_k = a.block_k, p.window = a.window, p.sinks = a.sinks, p.pools = a.pools;
+    p.is_causal = a.is_causal, p.scale = float(a.scale), p.blocks = ceil_div(p.q_tokens, p.block_q);
+    // Memory follows the keys that there are, whatever the budget: no list is longer, and no more are chosen.
+    p.capacity = std::min(list_capacity(a.keys, p.block_k), ceil_div(p.k_tokens, p.block_k));
+    p.keys = p.block_k == 1 ? std::min(a.keys, p.k_tokens)
+                            : p.window + std::min(a.keys - p.window, pad_to(p.k_tokens, p.block_k));
+    p.q = call.read_rows(q), p.k = call.read_rows(k);
+  }
+
+  void set_rows() {
+    RowsParams& r = row_params;
+    r.batch = p.batch, r.q_tokens = p.q_tokens, r.k_tokens = p.k_tokens;
+    r.q_range = call.read_contiguous<int32_t>(a.query_range), r.k_range = call.read_contiguous<int32_t>(a.key_range);
+    r.offset = call.read_contiguous<int32_t>(a.query_offset);
+    p.q_mask = call.read_contiguous<uint8_t>(a.query_mask);
+    p.k_mask = r.k_mask = call.read_contiguous<uint8_t>(a.key_mask);
+    p.rows = r.rows = static_cast<RowRange*>(call.write(call.empty({p.batch, 5}, ScalarType::Int)));
+  }
+
+  void set_low_rank() {
+    if (p.has_clusters()) {
+      p.rank = a.representatives->size(2);
+      p.cluster = call.read_contiguous<int32_t>(a.cluster_index);
+      p.log_mass = call.read_contiguous<void>(a.log_mass);
+      p.given_representatives = call.read_contiguous<void>(a.representatives);
+      p.cluster_limit = map_limits<float>(p.low_rank).log;
+      p.segment_top = floats({p.batch, p.kv_heads, ceil_div(p.k_tokens, int64_t(512)), p.rank});
+      p.cluster_top = floats({p.batch, p.kv_heads, p.rank});
+    } else {
+      p.rank = a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1;
+      p.x_map = map_view(*a.query_map), p.y_map = map_view(*a.key_map);
+    }
+  }
+
+  MapView map_view(const Tensor& map) {
+    MapView view{};
+    view.data = call.read(map), view.batch = map.stride(0), view.head = map.stride(1), view.row = map.stride(2);
+    view.step = map.stride(3);
+    view.log_column = a.packed_rank ? p.rank + 1 : p.rank, view.log_factor = a.packed_rank ? 1 : kLog2e;
+    const MapLimits<float> limits = map_limits<float>(p.low_rank);
+    view.coordinate_limit = limits.coordinate, view.log_limit = limits.log;
+    return view;
+  }
+
+  void set_runs() {
+    p.fine_keys = p.block_k == 1 ? kLeaf : kBranch;
+    p.coarse_keys = p.block_k == 1 ? kLeaf * kSuper : kBranch * kBranch;
+    p.fine_runs = ceil_div(p.k_tokens, p.fine_keys), p.coarse_runs = ceil_div(p.k_tokens, p.coarse_keys);
+    p.run_width = p.head_dim + 4 + (p.has_low_rank() ? p.rank : 0);
+    p.fine = floats({p.batch, p.kv_heads, p.fine_runs, p.run_width});
+    p.coarse = floats({p.batch, p.kv_heads, p.coarse_runs, p.run_width});
+  }
+
+  void set_scratch() {
+    int64_t tasks = p.batch * p.q_heads;
+    if (p.block_k == 1) {
+      const int64_t kept = candidate_blocks(p.keys), leaves = std::min(p.fine_runs, kLongRow / kLeaf),
+                    tail = kGroup * p.block_q / kLeaf + 2;
+      p.units = std::max({p.coarse_runs + 1, leaves, (2 * kept + 2) * kSuper, (kept + tail) * kLeaf});
+      tasks *= ceil_div(p.blocks, kGroup / p.pools);
+    } else {
+      p.units = std::max(p.coarse_runs + 1, (candidate_superblocks(p.keys, p.window) + 2) * kBranch);
+      tasks *= p.q_tokens;
+    }
+    p.scratch_words = route_scratch_words(p), p.scratch_blocks = std::min(tasks, kMostScratchBlocks);
+    p.scratch = static_cast<int32_t*>(call.write(call.empty({p.scratch_blocks, p.scratch_words}, ScalarType::Int)));
+  }
+
+  float* floats(std::initializer_list<int64_t> sizes) {
+    return static_cast<float*>(call.write(call.empty(sizes, ScalarType::Float)));
+  }
+
+  const RouteArguments& a;
+  Call call;
+  RoutingParams p{};
+  RowsParams row_params{};
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> route(const RouteArguments& a) { return Route(a).run(); }
+
+}  // namespace sb::cuda

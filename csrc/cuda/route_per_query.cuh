@@ -1,0 +1,169 @@
+// Routing per query (docs/algorithm.md, section 3): a block of threads chooses blocks of kBranch keys for a query.
+#pragma once
+#include "route_runs.cuh"
+
+namespace sb::cuda {
+
+struct PerQueryMemory {
+  static SB_HD int64_t bytes(const RoutingParams& p) {
+    return (p.head_dim + 1) * int64_t(sizeof(float)) + RouteBlock::bytes();
+  }
+  Shared<float> query;  // scaled, and the factor of the spread
+  RouteBlock block;
+  SB_DEVICE explicit PerQueryMemory(const RoutingParams& p)
+      : query(shared_array<float>(0)), block((p.head_dim + 1) * int64_t(sizeof(float))) {}
+};
+
+// In global memory.
+struct PerQueryScratch {
+  static SB_HD int64_t words(int64_t units) { return 3 * units; }
+  int32_t *key, *super, *taken;  // sortable scores; chosen superblocks; positions taken
+  SB_DEVICE PerQueryScratch(const RoutingParams& p) {
+    key = p.scratch + block_index() * p.scratch_words, super = key + p.units, taken = super + p.units;
+  }
+};
+
+template <class E>
+class RoutedQuery {
+ public:
+  SB_DEVICE RoutedQuery(const RoutingParams& p, const PerQueryMemory& memory, const PerQueryScratch& scratch, int64_t b,
+                        int64_t h, int64_t slot)
+      : p(p),
+        m(memory),
+        w(scratch),
+        b(b),
+        h(h),
+        slot(slot),
+        row(p, b * p.kv_heads + h / (p.q_heads / p.kv_heads)),
+        range(load(p.rows + b)),
+        blocks(ceil_div(row.length, kBranch)) {}
+
+  SB_DEVICE void run() {
+    const int64_t i = range.q_first + slot;
+    if (i >= range.q_end || (p.q_mask && load(p.q_mask + b * p.q_tokens + i))) return;
+    int64_t position = i + (p.is_causal ? range.offset : 0) - range.k_first;
+    if (p.is_causal && position < 0) return;
+    if (!p.is_causal && p.q_tokens != p.k_tokens) position = slot * row.length / (int64_t(range.q_end) - range.q_first);
+    place_window(position);
+    read_query(i);
+    const int64_t supers = choose_supers(), taken = take_blocks(supers);
+    write_list(taken);
+  }
+
+ private:
+  static SB_DEVICE int64_t clamped(int64_t value, int64_t low, int64_t high) {
+    return value < low ? low : value > high ? high : value;
+  }
+  SB_DEVICE void place_window(int64_t position) {
+    const int64_t sinks = ceil_div(p.sinks, kBranch);
+    if (p.is_causal) {
+      const int64_t start = position - p.window + 1;
+      low = (start > 0 ? start : 0) / kBranch, high = position / kBranch + 1;
+    } else {
+      const int64_t start = position - p.window / 2, end = position + p.window / 2;
+      low = (start > 0 ? start : 0) / kBranch;
+      // Without a window no block is forced into the list.
+      high = p.window < 2 ? low : ceil_div(end < row.length ? end : row.length, kBranch);
+    }
+    low = clamped(low, 0, blocks), high = clamped(high, low, blocks);
+    first = clamped(sinks, 0, p.is_causal ? high : blocks);
+    wanted = (p.keys - p.window) / kBranch - sinks;
+  }
+  SB_DEVICE void read_query(int64_t i) const {
+    const E* q = p.q.at<const E>(b, h, i);
+    float square = 0;
+    sync_block();  // the last query is done with it
+    for (int64_t e = thread; e < p.head_dim; e += kRouteThreads) {
+      const float value = float(widened(load(q + e))) * p.scale;
+      m.query.set(e, value);
+      square += value * value;
+    }
+    square = m.block.sum(square);
+    if (thread == 0) m.query.set(p.head_dim, square * (0.5f / float(p.head_dim)));
+    sync_block();
+  }
+  SB_DEVICE float score(const float* run) const {
+    float sum = 0;
+    for (int64_t e = 0; e <= p.head_dim; ++e) sum += m.query.get(e) * load(run + e);
+    return sum;
+  }
+  SB_DEVICE const float* fine(int64_t block) const { return p.fine + (row.head * p.fine_runs + block) * p.run_width; }
+  SB_DEVICE bool has_keys(const float* run) const { return load(run + RunColumns(p).count) > 0.0f; }
+
+  // Writes the superblocks that are searched to w.super, ascending, and returns how many they are. The one that the
+  // causal window cuts always is.
+  SB_DEVICE int64_t choose_supers() {
+    const int64_t supers = p.is_causal ? low / kBranch : ceil_div(blocks, kBranch),
+                  kept = candidate_superblocks(p.keys, p.window);
+    int64_t chosen = supers;
+    if (supers <= kept) {
+      for (int64_t s = thread; s < supers; s += kRouteThreads) store(w.super + s, int32_t(s));
+    } else {
+      for (int64_t s = thread; s < supers; s += kRouteThreads) {
+        const float* run = p.coarse + (row.head * p.coarse_runs + s) * p.run_width;
+        store(w.key + s, has_keys(run) ? sortable(score(run)) : kNever);
+      }
+      sync_block();
+      chosen = m.block.take_top(w.key, supers, kept, w.super);
+    }
+    if (p.is_causal && low % kBranch) {
+      if (thread == 0) store(w.super + chosen, int32_t(low / kBranch));
+      ++chosen;
+    }
+    sync_block();
+    return chosen;
+  }
+  SB_DEVICE int64_t block_at(int64_t candidate) const {
+    return load(w.super + candidate / kBranch) * int64_t(kBranch) + candidate % kBranch;
+  }
+  SB_DEVICE int64_t take_blocks(int64_t supers) const {
+    for (int64_t i = thread; i < supers * kBranch; i += kRouteThreads) {
+      const int64_t block = block_at(i);
+      const bool is_outside = block >= first && block < blocks && (block < low || (!p.is_causal && block >= high));
+      store(w.key + i, is_outside && has_keys(fine(block)) ? sortable(score(fine(block))) : kNever);
+    }
+    sync_block();
+    return m.block.take_top(w.key, supers * kBranch, wanted, w.taken);
+  }
+
+  // The sinks' blocks, then the best blocks with the window's blocks between them.
+  SB_DEVICE void write_list(int64_t taken) const {
+    const int64_t list = (b * p.q_heads + h) * p.blocks + slot;
+    int32_t *const begin = p.index + list * p.capacity, *out = begin;
+    const auto counts = [&](int64_t block) { return has_keys(fine(block)); };
+    const auto block_of = [&](int64_t i) { return int32_t(block_at(load(w.taken + i))); };
+    int32_t before = 0;
+    for (int64_t i = thread; i < taken; i += kRouteThreads) before += block_of(i) < low ? 1 : 0;
+    before = m.block.sum(before);
+    out += m.block.write_wanted(0, first, counts, out);
+    for (int64_t i = thread; i < before; i += kRouteThreads) store(out + i, block_of(i));
+    out += before;
+    out += m.block.write_wanted(low > first ? low : first, high, counts, out);
+    for (int64_t i = before + thread; i < taken; i += kRouteThreads) store(out + i - before, block_of(i));
+    if (thread == 0) store(p.count + list, int32_t(out - begin + (taken - before)));
+    sync_block();
+  }
+
+  const RoutingParams& p;
+  const PerQueryMemory& m;
+  const PerQueryScratch& w;
+  const int64_t b, h, slot;
+  const RouteRow row;
+  const RowRange range;
+  const int64_t blocks;
+  const int thread = thread_index();
+  // The window [low, high) in blocks; the blocks before `first` hold the sinks; blocks to choose.
+  int64_t low = 0, high = 0, first = 0, wanted = 0;
+};
+
+template <class E>
+SB_KERNEL route_per_query(RoutingParams p) {
+  const PerQueryMemory memory(p);
+  const PerQueryScratch scratch(p);
+  for_each_task(p.batch * p.q_heads * p.q_tokens, [&](int64_t task) {
+    const int64_t head = task / p.q_tokens;
+    RoutedQuery<E>(p, memory, scratch, head / p.q_heads, head % p.q_heads, task % p.q_tokens).run();
+  });
+}
+
+}  // namespace sb::cuda
