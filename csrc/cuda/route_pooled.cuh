@@ -9,12 +9,13 @@ static_assert(kRouteWarps == kGroup);  // a warp forms each pool
 
 struct PooledMemory {
   static SB_HD int64_t bytes(const RoutingParams& p) {
-    return (kGroup * (p.head_dim + 1) + kGroup * (p.rank + 1) + 2 * kGroup) * int64_t(sizeof(float)) +
+    return (kGroup * (p.head_dim + 1) + kGroup * (p.rank + 1) + 4 * kGroup) * int64_t(sizeof(float)) +
            6 * kGroup * int64_t(sizeof(int32_t)) + RouteBlock::bytes();
   }
   // Pools in base 2, and the factor of |k|^2; their x; their log scales; their variances over coordinates.
   Shared<float> pool, x, rho, variance;
-  Shared<int32_t> is_pool, is_block;                   // whether they have a valid query
+  Shared<float> top, inverse;         // of pools that are added: the largest exponent, and 1 / weight^2
+  Shared<int32_t> is_pool, is_block;  // whether they have a valid query
   Shared<int32_t> sinks, near_begin, near_end, limit;  // of query blocks
   RouteBlock block;
   SB_DEVICE explicit PooledMemory(const RoutingParams& p) : block(bytes(p) - RouteBlock::bytes()) {
@@ -30,7 +31,7 @@ struct PooledMemory {
       return array;
     };
     pool = floats(kGroup * (p.head_dim + 1)), x = floats(kGroup * (p.rank + 1));
-    rho = floats(kGroup), variance = floats(kGroup);
+    rho = floats(kGroup), variance = floats(kGroup), top = floats(kGroup), inverse = floats(kGroup);
     is_pool = integers(), is_block = integers();
     sinks = integers(), near_begin = integers(), near_end = integers(), limit = integers();
   }
@@ -422,7 +423,6 @@ class PooledGroup {
       for (int64_t i = thread; i < units; i += kRouteThreads)
         if (key_at(i) < limit && row.is_valid(key_at(i))) visit(i);
     };
-    float inverse[kGroup], top[kGroup];
     const int first = int(t * p.pools), end = int((t + 1) * p.pools);
     for (int g = first; g < end; ++g) {
       if (!m.is_pool.get(g)) continue;
@@ -430,12 +430,13 @@ class PooledGroup {
       float weight = 0;
       seen([&](int64_t i) { weight += exp2_of(load(w.s + g * p.units + i) - largest); });
       weight = m.block.sum(weight);
-      top[g - first] = largest, inverse[g - first] = weight > 0.0f ? 1.0f / (weight * weight) : 0.0f;
+      if (thread == 0) m.top.set(g, largest), m.inverse.set(g, weight > 0.0f ? 1.0f / (weight * weight) : 0.0f);
     }
+    sync_block();
     each([&](int64_t i) {
       float sum = 0;
       for (int g = first; g < end; ++g)
-        if (m.is_pool.get(g)) sum += squared_residual(g, i, top[g - first]) * inverse[g - first];
+        if (m.is_pool.get(g)) sum += squared_residual(g, i, m.top.get(g)) * m.inverse.get(g);
       store(w.key + i, sortable(sum));
     });
   }

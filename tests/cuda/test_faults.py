@@ -14,6 +14,7 @@ from cluster_cases import assert_agree, tokens_of
 from cuda_calls import excess
 from emulated import CSRC, Emulator, build
 from oracle import draw, row_error
+from supports.test_route import PER_QUERY, POOLED, TWO_POOLS, Inputs, assert_as_defined, random_mask
 from testkit import rand
 
 import scatterbrain as sb
@@ -100,6 +101,21 @@ FAULTS = {
     ),
     "lost first segment": Fault("kv_state.cuh", "has_keys = slot > 0 &&", "has_keys = slot > 1 &&", "parity"),
     "missing rescale of a state": Fault("kv_state.cuh", " * exp2_of(of_segment - top);", ";", "states"),
+    "wrong mask bound of a run": Fault(
+        "route_runs.cuh", "key < length && !(mask", "key <= length && !(mask", "out of bounds|lists"
+    ),
+    "lost group offset of a routed head": Fault(
+        "route_pooled.cuh", "p.kv_heads + h / (p.q_heads / p.kv_heads)", "p.kv_heads + h % p.kv_heads", "lists"
+    ),
+    "wrong scan order of what is taken": Fault(
+        "route_block.cuh", "t < thread; ++t) at +=", "t <= thread; ++t) at +=", "lists|out"
+    ),
+    "missing barrier before scores are read": Fault(
+        "route_block.cuh",
+        "    if (lane_index() == 0) counts.set(warp_index(), value);\n    sync_block();",
+        "    if (lane_index() == 0) counts.set(warp_index(), value);",
+        "race|uninitialised shared memory",
+    ),
     "missing barrier before a sort": Fault(
         "clusters_of_segment.cuh",
         "    sync_block();\n    for (int64_t run",
@@ -131,6 +147,15 @@ def first_complaint(emulator: Emulator) -> str:
             return str(error)
         except AssertionError:
             return f"clusters: {name}"
+    for form in (POOLED[1], TWO_POOLS[1], PER_QUERY[2]):
+        inputs = Inputs(75, heads=4, kv_heads=2).mask(random_mask(2, 75, 1))
+        try:
+            with emulator.installed():
+                assert_as_defined(inputs, **form)
+        except RuntimeError as error:
+            return str(error)
+        except (AssertionError, ValueError, IndexError):
+            return f"lists: {form}"
     for seed in SEEDS:
         try:
             wrong = excess(emulator, draw(seed), torch.float32, 1e-5)

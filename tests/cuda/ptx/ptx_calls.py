@@ -126,6 +126,7 @@ def _gradients(dtype: torch.dtype) -> None:
 @call("clusters")
 def _clusters(dtype: torch.dtype) -> None:
     attend(dtype, sb.Window(16), sb.Centroid(5))
+    attend(dtype, sb.Routed(32, 16, pools=2), sb.Centroid(5))
     sb.cluster(rand(1, 2, 600, 40, dtype=dtype), rand(1, 1, 600, 40, seed=1, dtype=dtype), 33)
 
 
