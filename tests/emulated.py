@@ -135,6 +135,15 @@ class Emulator:
         if raised:
             raise raised[0]
 
+    @contextmanager
+    def limited_to(self, blocks: int) -> Iterator[None]:
+        """Inside, a launch has at most so many blocks, which take several tasks each."""
+        self._library.sb_emulator_limit_grid(ctypes.c_int64(blocks))
+        try:
+            yield
+        finally:
+            self._library.sb_emulator_limit_grid(ctypes.c_int64(2**31 - 1))
+
     def symbol_value(self, function: int) -> int:
         """Of a function of this library, by its address: what ``nm`` prints before its name."""
         return self._library.sb_emulator_symbol_value(ctypes.c_void_p(function))

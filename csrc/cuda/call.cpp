@@ -1,7 +1,5 @@
 #include "call.h"
 
-#include <cstring>
-
 #include "../error.h"
 #if defined(SB_EMULATOR)
 #include "../emulator/emulator.h"
@@ -29,7 +27,7 @@ Call::~Call() {
 Tensor Call::empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
   Tensor made = torch::stable::new_empty(on, {std::data(sizes), sizes.size()}, dtype);
 #if defined(SB_EMULATOR)
-  if (made.numel() > 0) std::memset(made.data_ptr(), 0xff, size_t(made.numel()) * made.element_size());  // NaN, -1
+  emulator::fill_unwritten(made.data_ptr(), made.numel() * int64_t(made.element_size()), int(made.scalar_type()));
 #endif
   return made;
 }
@@ -45,7 +43,8 @@ void Call::expose([[maybe_unused]] const Tensor& t, [[maybe_unused]] bool is_wri
   int64_t last = 0;
   for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
   if (t.numel() > 0)
-    emulator::expose(t.data_ptr(), (last + 1) * int64_t(t.element_size()), is_writable, int(t.scalar_type()));
+    emulator::expose(t.data_ptr(), (last + 1) * int64_t(t.element_size()), is_writable, int(t.scalar_type()),
+                     int64_t(t.element_size()));
 #endif
   alive.push_back(t);
 }

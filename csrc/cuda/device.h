@@ -105,14 +105,14 @@ SB_DEVICE void for_each_element(int64_t elements, const Body& body) {
 template <class V>
 SB_DEVICE V load(const V* p SB_PLACE) {
 #if defined(SB_EMULATOR)
-  emulator::global_access(p, sizeof(V), false, place);
+  emulator::global_access(p, sizeof(V), alignof(V), nullptr, place);
 #endif
   return *p;
 }
 template <class V>
 SB_DEVICE void store(V* p, V value SB_PLACE) {
 #if defined(SB_EMULATOR)
-  emulator::global_access(p, sizeof(V), true, place);
+  emulator::global_access(p, sizeof(V), alignof(V), &value, place);
 #endif
   *p = value;
 }

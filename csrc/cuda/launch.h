@@ -16,6 +16,7 @@ inline constexpr int64_t kLargestGrid = 0x7fffffff;
 template <class Params>
 void launch(Stream stream, const char* name, int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(Params),
             const Params& p) {
+  static_assert(sizeof(Params) <= 4096, "a kernel's arguments have at most 4 KB");
   if (blocks == 0) return;
   const int64_t grid = std::min(blocks, kLargestGrid);
 #if defined(SB_EMULATOR)
@@ -27,6 +28,7 @@ void launch(Stream stream, const char* name, int64_t blocks, int threads, int64_
   if (shared_bytes > 48 << 10) {
     const cudaError_t refused =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    if (refused != cudaSuccess) cudaGetLastError();  // else the next launch, of whomever, reports this error
     SB_CHECK(refused == cudaSuccess, "scatterbrain: the kernel ", name, " needs ", shared_bytes,
              " bytes of shared memory, more than this device has for a block: ", cudaGetErrorString(refused),
              "; use fewer clusters or a smaller head_dim");

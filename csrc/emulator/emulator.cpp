@@ -26,15 +26,21 @@ struct Thread {
   std::vector<int64_t> accesses;  // addresses in shared memory since the warp last met
 };
 
-// Who accessed a byte of shared memory last. Counts of barriers say whether one stands between two accesses.
+// Who accessed a byte of shared memory or an element of global memory last. Counts of barriers say whether one stands
+// between two accesses. Blocks and their barriers are counted together and never anew, so that a count tells the block
+// and the launch too.
 struct Access {
   int64_t block_count = -1, warp_count = -1;
   int thread = -1;
   bool by_warps = false, by_lanes = false;  // several of them, since that barrier
+  bool by_blocks = false;                   // several of them, in this launch
 };
 struct Byte {
   Access write, read;
   bool is_written = false;
+};
+struct Element {
+  Access write, read;
 };
 
 struct Launch {
@@ -54,6 +60,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<unsigned char> memory;
   std::vector<Byte> bytes;
+  int64_t launch_begin = 0, begin = 0;  // counts at the start of the launch and of this block
   int64_t block_count = 0;
   std::vector<int64_t> warp_count;
   std::exception_ptr fault;
@@ -61,7 +68,11 @@ struct Block {
 
 Block* block = nullptr;
 std::vector<Exposed> exposed;
+std::vector<std::vector<Element>> elements;  // of each of them that is writable, from its first access on
+std::vector<int64_t> element_bytes;
 size_t last_exposed = 0;
+int64_t last_count = 0;  // of barriers and blocks
+int64_t largest_grid = INT64_MAX;
 Observer observer = nullptr;
 Statistics counts{};
 
@@ -111,6 +122,22 @@ void note(Access& access, int t) {
     access.by_lanes = true;
 }
 
+// The same of global memory, which other blocks reach too.
+bool is_ordered_on_device(const Access& access, int t) {
+  if (access.block_count < block->launch_begin) return true;
+  return !access.by_blocks && access.block_count >= block->begin && is_ordered(access, t);
+}
+void note_on_device(Access& access, int t) {
+  const bool by_blocks =
+      access.block_count >= block->launch_begin && (access.by_blocks || access.block_count < block->begin);
+  note(access, t);
+  access.by_blocks = by_blocks;
+}
+std::string who(const Access& access) {
+  const std::string thread = "thread " + std::to_string(access.thread);
+  return access.by_blocks || access.block_count < block->begin ? thread + " of another block" : thread;
+}
+
 // The k-th accesses of a warp's lanes since they last met are one instruction.
 void count_conflicts(int warp) {
   Thread* lanes = &block->threads[size_t(warp * kWarp)];
@@ -136,13 +163,15 @@ void count_conflicts(int warp) {
 
 void meet(int warp) {
   Thread* lanes = &block->threads[size_t(warp * kWarp)];
+  const Thread& waiting =
+      *std::find_if(lanes, lanes + kWarp, [](const Thread& lane) { return lane.state == State::kAtWarp; });
   for (int l = 0; l < kWarp; ++l) {
     block->current = warp * kWarp + l;
     if (lanes[l].state != State::kAtWarp)
       fail("divergent warp",
            std::string("this lane ") + (lanes[l].state == State::kDone ? "has left" : "waits for its block") +
                " while others of its warp wait for it",
-           lanes[l].state == State::kDone ? lanes[0].place : lanes[l].place);
+           lanes[l].state == State::kDone ? waiting.place : lanes[l].place);
     if (lanes[l].kind != lanes[0].kind || lanes[l].mask != lanes[0].mask || !same(lanes[l].place, lanes[0].place))
       fail("divergent warp", "lanes wait at different places, the first at line " + std::to_string(lanes[0].place.line),
            lanes[l].place);
@@ -197,7 +226,7 @@ void run_block() {
            std::to_string(block->launch.threads - waiting) + " of " + std::to_string(block->launch.threads) +
                " threads have left",
            first->place);
-    ++block->block_count, ++counts.barriers;
+    block->block_count = ++last_count, ++counts.barriers;
     for (Thread& thread : block->threads) thread.state = State::kReady;
   }
 }
@@ -214,6 +243,7 @@ void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_byte
   if (shared_bytes > 227 << 10)
     throw std::runtime_error(std::string("the kernel ") + kernel + " asks for " + std::to_string(shared_bytes) +
                              " bytes of shared memory; no device has more than 227 KB for a block");
+  blocks = std::min(blocks, largest_grid);
   const Launch launched{kernel, blocks, threads, body};
   Block running(launched);
   running.threads.resize(size_t(threads)), running.warp_count.resize(size_t(threads / kWarp));
@@ -224,10 +254,11 @@ void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_byte
   const Observed seen{kernel, call, blocks, threads, shared_bytes, exposed.data(), int64_t(exposed.size())};
   if (observer) observer(&seen, false);
   ++counts.launches;
+  running.launch_begin = last_count + 1;
   for (running.index = 0; running.index < blocks; ++running.index) {
     ++counts.blocks;
     running.memory.assign(size_t(shared_bytes), 0xff), running.bytes.assign(size_t(shared_bytes), Byte());
-    running.block_count = 0;
+    running.begin = running.block_count = ++last_count;
     std::fill(running.warp_count.begin(), running.warp_count.end(), 0);
     for (Thread& thread : running.threads) thread.state = State::kReady, start_fiber(thread.fiber, kStackBytes, &enter);
     run_block();
@@ -237,12 +268,21 @@ void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_byte
 
 void observe(Observer by) { observer = by; }
 
-void expose(const void* data, int64_t bytes, bool is_writable, int element) {
+void limit_grid(int64_t blocks) { largest_grid = blocks; }
+
+void expose(const void* data, int64_t bytes, bool is_writable, int element, int64_t bytes_of_element) {
   if (!data || bytes <= 0) return;
-  const auto begin = reinterpret_cast<uintptr_t>(data);
-  exposed.push_back({begin, begin + uintptr_t(bytes), is_writable, element});
+  const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + uintptr_t(bytes);
+  for (const Exposed& range : exposed)  // elements have one history
+    if (range.is_writable && range.begin <= begin && end <= range.end) return;
+  exposed.push_back({begin, end, is_writable, element});
+  elements.emplace_back(), element_bytes.push_back(bytes_of_element);
 }
-void withdraw_all() { exposed.clear(), last_exposed = 0; }
+void withdraw_all() { exposed.clear(), elements.clear(), element_bytes.clear(), last_exposed = 0; }
+
+void fill_unwritten(void* data, int64_t bytes, int element) {
+  if (bytes > 0) std::memset(data, unwritten_byte(element), size_t(bytes));
+}
 
 int thread_index() { return block->current; }
 int block_threads() { return block->launch.threads; }
@@ -266,16 +306,15 @@ void* shared_access(int64_t offset, int64_t bytes, bool is_write, Place place) {
   const auto at = [&] { return "shared memory byte " + std::to_string(offset); };
   if (offset < 0 || offset + bytes > int64_t(block->memory.size()))
     fail("out of bounds", at() + " of " + std::to_string(block->memory.size()), place);
-  if (offset % bytes != 0) fail("out of bounds", at() + " is not aligned to " + std::to_string(bytes), place);
+  if (offset % bytes != 0) fail("misaligned", at() + " is not aligned to " + std::to_string(bytes), place);
   const int t = block->current;
   for (int64_t i = offset; i < offset + bytes; ++i) {
     Byte& byte = block->bytes[size_t(i)];
     if (!is_write && !byte.is_written) fail("uninitialised shared memory", at(), place);
     if (!is_ordered(byte.write, t))
-      fail("race", at() + " was written by thread " + std::to_string(byte.write.thread) + " and no barrier follows",
-           place);
+      fail("race", at() + " was written by " + who(byte.write) + " and no barrier follows", place);
     if (is_write && !is_ordered(byte.read, t))
-      fail("race", at() + " was read by thread " + std::to_string(byte.read.thread) + " and no barrier follows", place);
+      fail("race", at() + " was read by " + who(byte.read) + " and no barrier follows", place);
     note(is_write ? byte.write : byte.read, t);
     byte.is_written |= is_write;
   }
@@ -283,16 +322,54 @@ void* shared_access(int64_t offset, int64_t bytes, bool is_write, Place place) {
   return &block->memory[size_t(offset)];
 }
 
-void global_access(const void* data, int64_t bytes, bool is_write, Place place) {
+namespace {
+
+// An access to a writable tensor.
+void track(size_t tensor, const void* data, int64_t bytes, const void* written, Place place) {
+  const Exposed& range = exposed[tensor];
+  const int64_t width = element_bytes[tensor];
+  const auto offset = int64_t(reinterpret_cast<uintptr_t>(data) - range.begin);
+  std::vector<Element>& of_tensor = elements[tensor];
+  if (of_tensor.empty()) of_tensor.resize((range.end - range.begin + size_t(width) - 1) / size_t(width));
+  const int t = block->current;
+  // Threads may write the same to one place: which of them does is no matter.
+  const bool is_same = written && std::memcmp(data, written, size_t(bytes)) == 0;
+  const auto at = [&] { return "byte " + std::to_string(offset) + " of a tensor of the call"; };
+  const auto race = [&](const char* done, const Access& by) {
+    const bool is_of_block = !by.by_blocks && by.block_count >= block->begin;
+    fail(is_of_block ? "race" : "race between blocks",
+         at() + " was " + done + " by " + who(by) + (is_of_block ? " and no barrier follows" : " in this launch"),
+         place);
+  };
+  for (int64_t i = offset / width; i <= (offset + bytes - 1) / width; ++i) {
+    Element& element = of_tensor[size_t(i)];
+    if (!written && element.write.block_count < 0) {
+      const auto* first = static_cast<const unsigned char*>(data);
+      const auto unwritten = unwritten_byte(int(range.element));
+      if (std::all_of(first, first + bytes, [&](unsigned char byte) { return byte == unwritten; }))
+        fail("uninitialised global memory", at(), place);
+    }
+    if (!is_same && !is_ordered_on_device(element.write, t)) race("written", element.write);
+    if (written && !is_ordered_on_device(element.read, t)) race("read", element.read);
+    note_on_device(written ? element.write : element.read, t);
+  }
+}
+
+}  // namespace
+
+void global_access(const void* data, int64_t bytes, int64_t alignment, const void* written, Place place) {
+  const bool is_write = written;
   const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + uintptr_t(bytes);
   const auto has = [&](const Exposed& range) {
     return range.begin <= begin && end <= range.end && (range.is_writable || !is_write);
   };
-  if (last_exposed < exposed.size() && has(exposed[last_exposed])) return;
+  if (begin % uintptr_t(alignment) != 0)
+    fail("misaligned", "an address of global memory is not aligned to " + std::to_string(alignment), place);
   bool is_input = false;
-  for (size_t i = 0; i < exposed.size(); ++i) {
+  for (size_t i = last_exposed, seen = 0; seen < exposed.size(); ++seen, i = (i + 1) % exposed.size()) {
     if (has(exposed[i])) {
       last_exposed = i;
+      if (exposed[i].is_writable) track(i, data, bytes, written, place);
       return;
     }
     is_input |= exposed[i].begin <= begin && end <= exposed[i].end;

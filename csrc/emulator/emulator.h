@@ -1,13 +1,17 @@
 // Runs CUDA kernels on the host, one thread block at a time, and checks what a device would not. Every thread of a
 // block is a fiber; a barrier switches to the next one. A fault ends the launch with an exception that names the fault,
 // the kernel, the block, the thread and the line of the kernel's source:
-//   race                        two threads access shared memory, one of them writes, and no barrier stands between
+//   race                        two threads of a block access memory, one of them writes, and no barrier stands between
+//   race between blocks         the same of threads of different blocks of a launch, in global memory
 //   uninitialised shared memory a read of what no thread of the block has written
+//   uninitialised global memory a read of what nothing has written since the launcher made the tensor
 //   out of bounds               an access outside shared memory, or outside the tensors that the launcher named
+//   misaligned                  an address that is no multiple of its type's alignment
 //   write to an input           a write to a tensor that the launcher named as read-only
 //   divergent barrier           threads of a block wait at different barriers, or some have left
 //   divergent warp              the same of a warp's barriers and shuffles
-// Bank conflicts are counted (Statistics). What it cannot see: races between blocks and on global memory, time.
+// Threads that write the same value to a place of global memory do not race. Bank conflicts are counted (Statistics).
+// What it cannot see: time, and a wrong tensor of the call where the right one was meant.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -43,8 +47,16 @@ void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_byte
             const KernelCall& call);
 
 // Memory that kernels may access from here on, and none any more. `element`: torch's number of its scalar type.
-void expose(const void* data, int64_t bytes, bool is_writable, int element);
+void expose(const void* data, int64_t bytes, bool is_writable, int element, int64_t bytes_of_element);
 void withdraw_all();
+// What new memory holds until something writes it: NaN, or an integer that is no index and no count.
+constexpr unsigned char unwritten_byte(int element) {
+  return (element >= 5 && element <= 7) || element == 15 ? 0xff : 0x87;
+}
+void fill_unwritten(void* data, int64_t bytes, int element);
+
+// Launches have at most so many blocks from here on, each of which then takes several tasks.
+void limit_grid(int64_t blocks);
 
 // Memory that a launch may access.
 struct Exposed {
@@ -73,7 +85,8 @@ void sync_warp(Place place);
 // The bits of another lane's value.
 uint64_t shuffle_bits(uint64_t bits, int mask, Place place);
 void* shared_access(int64_t offset, int64_t bytes, bool is_write, Place place);
-void global_access(const void* data, int64_t bytes, bool is_write, Place place);
+// `written`: the value that the access writes, null where it reads.
+void global_access(const void* data, int64_t bytes, int64_t alignment, const void* written, Place place);
 
 template <class V>
 V exchanged(V value, int mask, Place place) {

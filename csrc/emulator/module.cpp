@@ -38,6 +38,9 @@ SB_EXPORT void sb_emulator_statistics(int64_t* counts) {
 // Calls the observer (sb::emulator::Observer) around every launch from here on; null: nobody.
 SB_EXPORT void sb_emulator_observe(sb::emulator::Observer observer) { sb::emulator::observe(observer); }
 
+// Launches have at most so many blocks from here on.
+SB_EXPORT void sb_emulator_limit_grid(int64_t blocks) { sb::emulator::limit_grid(blocks); }
+
 // Where a function lies in this library: the value of its symbol.
 SB_EXPORT int64_t sb_emulator_symbol_value(const void* function) {
   Dl_info library;

@@ -259,3 +259,74 @@ def test_empty_inputs_are_fine(emulator: Emulator, queries: int, keys: int) -> N
         assert not any(
             t.any() for t in OPERATORS.project_backward(rand(1, 2, 0, 3), rand(1, 2, 0, 16), rand(1, 1, 3, 16))
         )
+
+
+# -------------------- sizes that no test can fill
+
+
+@pytest.mark.parametrize(("support", "kind"), [("pooled", k) for k in LOW_RANKS])
+def test_blocks_that_take_several_tasks_give_the_same_bits(emulator: Emulator, support: str, kind: str) -> None:
+    """Grids are limited, tasks are not: here the device lets a launch have three blocks."""
+    base = attend(emulator, tokens(), SUPPORTS[support], LOW_RANKS[kind])
+    with emulator.limited_to(3):
+        got = attend(emulator, tokens(), SUPPORTS[support], LOW_RANKS[kind])
+    assert_same_bits(got, base, ("out", "lse"))
+
+
+def test_projections_by_blocks_that_take_several_tasks_give_the_same_bits(emulator: Emulator) -> None:
+    x, weight, grad = rand(2, 4, 300, 20), rand(1, 2, 7, 20, seed=1), rand(2, 4, 300, 7, seed=2)
+
+    def results() -> list[Tensor]:
+        with emulator.installed():
+            return [OPERATORS.project(x, weight, None), *OPERATORS.project_backward(grad, x, weight)]
+
+    base = results()
+    with emulator.limited_to(2):
+        assert_same_bits(results(), base)
+
+
+@pytest.mark.parametrize("far", [0, 1, 2], ids=["batch", "head", "token"])
+@pytest.mark.parametrize("kind", LOW_RANKS)
+def test_offsets_beyond_32_bits_reach_the_right_rows(emulator: Emulator, kind: str, far: int) -> None:
+    """Rows lie far apart in memory that nothing else touches, so that little of it is ever there."""
+    shape, stride = (2, 2, 40, 16), [2 * 40 * 16, 40 * 16, 16]
+    stride[far] = 2**31 // (shape[far] - 1) + 64
+    near = [rand(*shape, seed=seed).bfloat16() for seed in range(3)]
+    spread = []
+    for t in near:
+        room = torch.empty(1 + sum((n - 1) * s for n, s in zip(shape, [*stride, 1])), dtype=torch.bfloat16)
+        spread.append(room.as_strided(shape, [*stride, 1]).copy_(t))
+    assert all((n - 1) * s >= 2**31 for n, s in [(shape[far], spread[0].stride(far))])
+    statistics = sb.fit_statistics(near[0].float(), near[1].float(), 4) if kind == "quadratic" else None
+    base, got = (
+        attend(emulator, given, sb.Window(8), LOW_RANKS[kind], statistics=statistics) for given in (near, spread)
+    )
+    assert_same_bits(got, base, ("out", "lse"))
+
+
+@pytest.mark.parametrize("far", [0, 1, 2], ids=["batch", "head", "token"])
+def test_projections_reach_rows_beyond_32_bits(emulator: Emulator, far: int) -> None:
+    shape, stride = (2, 2, 40, 16), [2 * 40 * 16, 40 * 16, 16]
+    stride[far] = 2**31 // (shape[far] - 1) + 64
+    room = torch.empty(1 + sum((n - 1) * s for n, s in zip(shape, [*stride, 1])), dtype=torch.bfloat16)
+    near = rand(*shape).bfloat16()
+    spread = room.as_strided(shape, [*stride, 1]).copy_(near)
+    weight, grad = rand(1, 2, 5, 16, seed=1), rand(2, 2, 40, 5, seed=2)
+    with emulator.installed():
+        got, base = (
+            [OPERATORS.project(x, weight, None), *OPERATORS.project_backward(grad, x, weight)] for x in (spread, near)
+        )
+    assert_same_bits(got, base)
+
+
+@pytest.mark.parametrize("kind", LOW_RANKS)
+def test_expanded_rows_are_read_in_place(emulator: Emulator, kind: str) -> None:
+    """Strides of 0, and rows that overlap."""
+    row = rand(1, 1, 1, 16)
+    query, key = row.expand(2, 4, 50, 16), rand(90).as_strided((2, 2, 60, 16), (3, 0, 1, 1))
+    value = rand(1, 1, 60, 5, seed=3).expand(2, 2, 60, 5)
+    given = [query, key, value]
+    statistics = sb.fit_statistics(rand(1, 4, 50, 16), rand(1, 2, 60, 16, seed=1), 4) if kind == "quadratic" else None
+    copies = [t.contiguous() for t in given]
+    base, got = (attend(emulator, g, sb.Window(8), LOW_RANKS[kind], statistics=statistics) for g in (copies, given))
+    assert_same_bits(got, base, ("out", "lse"))
