@@ -39,7 +39,7 @@ struct KeyList {
     }
   }
 
-  SB_DEVICE int64_t positions() const { return sinks + (hi - lo) + count * block_k; }
+  SB_DEVICE int64_t positions() const { return sinks + (hi - lo) + count * keys_of_entry(); }
 
   // The key at a position; -1 where there is none, it is ignored, or another position has it.
   SB_DEVICE int64_t key_at(int64_t position) const {
@@ -47,8 +47,9 @@ struct KeyList {
     position -= sinks;
     if (position < hi - lo) return valid_or_none(lo + position);
     position -= hi - lo;
-    if (position >= count * block_k) return -1;
-    const int64_t i = position / block_k, entry = load(entries + i), key = entry * block_k + position % block_k;
+    const int64_t keys = keys_of_entry();
+    if (position >= count * keys) return -1;
+    const int64_t i = position / keys, entry = load(entries + i), key = entry * block_k + position % keys;
     if (entry < 0 || key > edge || key < sinks || (key >= lo && key < hi)) return -1;
     if (i > 0 && load(entries + i - 1) >= entry) return -1;
     return valid_or_none(key);
@@ -69,6 +70,8 @@ struct KeyList {
     return begin < count && load(entries + begin) == wanted;
   }
 
+  // Blocks may be longer than rows: then only the first has keys, and not more than there are.
+  SB_DEVICE int64_t keys_of_entry() const { return block_k > edge + 1 ? edge + 1 : block_k; }
   SB_DEVICE int64_t valid_or_none(int64_t key) const { return mask && load(mask + key) ? -1 : key; }
 };
 

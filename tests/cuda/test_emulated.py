@@ -261,6 +261,25 @@ def test_empty_inputs_are_fine(emulator: Emulator, queries: int, keys: int) -> N
         )
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_blocks_of_keys_longer_than_the_row_take_no_time_for_keys_that_do_not_exist(
+    emulator: Emulator, is_causal: bool
+) -> None:
+    query, key, value = (t[:, :, :40] for t in tokens())
+    index = torch.tensor([0, 1, 2**31 - 1], dtype=torch.int32).expand(1, 4, 3, 3).contiguous()
+    count = torch.full((1, 4, 3), 3, dtype=torch.int32)
+    results, shuffles = [], []
+    for block_k in (40, 2**20):
+        before = emulator.statistics()["shuffles"]
+        with emulator.installed():
+            lists = index, count, *[None] * 7
+            call = query, key, value, *[None] * 6, *lists, 0, 16, block_k, 0, 0, is_causal, 0.2
+            results.append(OPERATORS.attention(*call))
+        shuffles.append(emulator.statistics()["shuffles"] - before)
+    assert_same_bits(*results)
+    assert shuffles[1] <= shuffles[0], shuffles
+
+
 # -------------------- sizes that no test can fill
 
 
