@@ -38,7 +38,9 @@ Tensor Call::empty_like_tokens(const Tensor& tokens, int64_t width) const {
   return torch::stable::transpose(empty({batch, n, heads, width}, tokens.scalar_type()), 1, 2);
 }
 
-void Call::expose([[maybe_unused]] const Tensor& t, [[maybe_unused]] bool is_writable) {
+void Call::expose(const Tensor& t, [[maybe_unused]] bool is_writable) {
+  SB_CHECK(t.device() == on.device(), "scatterbrain: expected all tensors of a call on CUDA device ",
+           int(on.device().index()), ", where its first is, got one elsewhere; move it there");
 #if defined(SB_EMULATOR)
   int64_t last = 0;
   for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);

@@ -317,6 +317,17 @@ def test_calls_run_on_the_device_of_their_tensors() -> None:
 
 
 @needs_gpu
+def test_operators_refuse_a_tensor_of_another_device() -> None:
+    """A kernel would read the host's memory, or that of another device."""
+    x, weight = rand(1, 2, 9, 16), rand(1, 2, 3, 16)
+    with pytest.raises(RuntimeError, match="expected all tensors of a call on CUDA device 0"):
+        torch.ops.scatterbrain.project(x.cuda(), weight, None)
+    mask = torch.zeros(1, 9, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="expected all tensors of a call on CUDA device 0"):
+        torch.ops.scatterbrain.cluster(x.cuda(), x.cuda(), None, mask, None, None, None, 4, 0.3)
+
+
+@needs_gpu
 def test_tensors_on_different_devices_are_named() -> None:
     query, key, value = qkv(20)
     with pytest.raises((RuntimeError, ValueError, TypeError), match="device"):
