@@ -295,7 +295,7 @@ def test_blocks_that_take_several_tasks_give_the_same_bits(emulator: Emulator, s
 def test_projections_by_blocks_that_take_several_tasks_give_the_same_bits(emulator: Emulator) -> None:
     x, weight, grad = rand(2, 4, 300, 20), rand(1, 2, 7, 20, seed=1), rand(2, 4, 300, 7, seed=2)
 
-    def results() -> list[Tensor]:
+    def results() -> list[torch.Tensor]:
         with emulator.installed():
             return [OPERATORS.project(x, weight, None), *OPERATORS.project_backward(grad, x, weight)]
 
