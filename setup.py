@@ -26,14 +26,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
-from toolchain import CudaPlan, compile_jobs, plan_cuda
+from toolchain import CudaPlan, compile_jobs, cuda_runtime, plan_cuda
 from torch_environment import require_torch
 
 BUILD_INFO_SOURCE = "csrc/build_info.cpp"
 SOURCES = {path for folder in ("csrc", "csrc/cpu") for path in glob(f"{folder}/*.cpp", root_dir=ROOT)}
 OPERATOR_SOURCES = sorted(SOURCES - {BUILD_INFO_SOURCE})
-# Only on demand while operators are without CUDA kernels: what is compiled registers nothing (csrc/cuda/launchers.h).
-CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT)) if os.environ.get("FORCE_CUDA") == "1" else []
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
 CUDA_LAUNCHERS = sorted(glob("csrc/cuda/*.cpp", root_dir=ROOT))
 HEADERS = sorted(
     path for pattern in ("h", "cuh") for path in glob(f"csrc/**/*.{pattern}", root_dir=ROOT, recursive=True)
@@ -113,8 +112,8 @@ def operator_extension(plan: CudaPlan) -> Extension:
         macros.append(("USE_CUDA", None))
         includes.append(str(plan.home / "include"))
         extension.sources += CUDA_SOURCES + CUDA_LAUNCHERS
-        extension.libraries += ["torch_cuda", "cudart"]
-        extension.library_dirs.append(str(plan.home / "lib64"))
+        extension.libraries.append("torch_cuda")
+        extension.extra_link_args.append(str(cuda_runtime(plan.home)))
     extension.include_dirs = [folder for folder in extension.include_dirs if folder not in includes]
     extension.define_macros += macros
     extension.extra_compile_args = {

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,20 +31,24 @@ class CudaPlan:
 def plan_cuda(sources: Sequence[str], torch_cuda: str | None, environment: Mapping[str, str]) -> CudaPlan:
     """Choose between a CUDA and a CPU-only build.
 
-    ``sources`` are the .cu files, ``torch_cuda`` is ``torch.version.cuda``. Raises SystemExit with the reason when
-    FORCE_CUDA=1 asks for what cannot be built.
+    ``sources`` are the .cu files, ``torch_cuda`` is ``torch.version.cuda``. FORCE_CUDA=0 leaves CUDA out. Raises
+    SystemExit with the reason when FORCE_CUDA=1 asks for what cannot be built.
     """
+    forced = environment.get("FORCE_CUDA", "")
+    if forced not in ("", "0", "1"):
+        raise SystemExit(f"FORCE_CUDA must be 1 (CUDA kernels or an error), 0 (none) or unset, got {forced!r}.")
+
     try:
+        if forced == "0":
+            raise CudaUnavailable("FORCE_CUDA=0 leaves CUDA kernels out")
         if not sources:
             raise CudaUnavailable("CUDA kernels are not part of this release")
         if torch_cuda is None:
             raise CudaUnavailable("the installed torch is built without CUDA")
-        home = find_toolkit(environment)
-        toolkit = toolkit_version(home)
-        if toolkit.split(".")[0] != torch_cuda.split(".")[0]:
-            raise CudaUnavailable(f"the toolkit in {home} is CUDA {toolkit}, but torch is built for CUDA {torch_cuda}")
+        home = find_toolkit(environment, torch_cuda)
+        cuda_runtime(home)
     except CudaUnavailable as reason:
-        if environment.get("FORCE_CUDA") == "1":
+        if forced == "1":
             raise SystemExit(f"scatterbrain: FORCE_CUDA=1, but CUDA sources cannot be compiled: {reason}.") from None
         return CudaPlan(None, (), f"scatterbrain: CPU-only build: {reason}.")
     listed = environment.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
@@ -51,27 +56,70 @@ def plan_cuda(sources: Sequence[str], torch_cuda: str | None, environment: Mappi
     return CudaPlan(home, architectures, f"scatterbrain: CUDA build with {home} for {', '.join(architectures)}.")
 
 
-def find_toolkit(environment: Mapping[str, str]) -> Path:
-    """The CUDA toolkit's folder; raises CudaUnavailable. CUDA_HOME and CUDA_PATH, where set, decide alone.
+def find_toolkit(environment: Mapping[str, str], torch_cuda: str) -> Path:
+    """The folder of a CUDA toolkit of the major version of ``torch_cuda``; raises CudaUnavailable.
 
-    ``nvcc`` on PATH may be a wrapper outside the toolkit, so nvcc itself is asked where it lives, and its answer is
-    accepted only if the headers are there.
+    CUDA_HOME and CUDA_PATH, where set, decide alone. Otherwise the first one that fits is taken, of nvcc on PATH, the
+    folders /usr/local/cuda*, and the packages nvidia-cuda-nvcc and nvidia-cuda-runtime beside torch.
     """
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if environment.get(variable):
             home = Path(environment[variable])
             if not (home / "bin" / "nvcc").exists():
                 raise CudaUnavailable(f"{variable}={home} has no bin/nvcc")
-            return _with_headers(home)
-    search = os.pathsep.join([environment.get("PATH", ""), "/usr/local/cuda/bin"])
-    nvcc = shutil.which("nvcc", path=search)
-    if nvcc is None:
-        raise CudaUnavailable("no nvcc on PATH and CUDA_HOME is not set")
-    dryrun = _run([nvcc, "--dryrun", "scatterbrain.cu"])
+            return _fitting(home, torch_cuda)
+    reasons = []
+    on_path = shutil.which("nvcc", path=environment.get("PATH", ""))
+    candidates = [] if on_path is None else [Path(on_path)]
+    for nvcc in [*candidates, *installed_nvcc()]:
+        try:
+            return _fitting(_home_of(nvcc), torch_cuda)
+        except CudaUnavailable as reason:
+            reasons.append(str(reason))
+    raise CudaUnavailable(
+        "; ".join(dict.fromkeys(reasons))
+        or "no nvcc on PATH, in /usr/local/cuda* or from the package nvidia-cuda-nvcc, and CUDA_HOME is not set"
+    )
+
+
+def installed_nvcc() -> list[Path]:
+    """Where toolkits are installed without being on PATH: those of the system, the default one and then the newest
+    first, and those of Python packages."""
+    system = sorted(Path("/usr/local").glob("cuda*/bin/nvcc"), key=_version_in_name, reverse=True)
+    packages = [path for entry in sys.path for path in sorted(Path(entry).glob("nvidia/cu*/bin/nvcc"))]
+    return [*system, *packages]
+
+
+def _version_in_name(nvcc: Path) -> tuple[int, ...]:
+    name = nvcc.parent.parent.name
+    return (1 << 30,) if name == "cuda" else tuple(map(int, re.findall(r"\d+", name)))
+
+
+def _home_of(nvcc: Path) -> Path:
+    """nvcc on PATH may be a wrapper outside the toolkit, so nvcc itself is asked where it lives."""
+    dryrun = _run([str(nvcc), "--dryrun", "scatterbrain.cu"])
     top = re.search(r"^#\$ TOP=(.+)$", dryrun, re.MULTILINE)
     if top is None:
         raise CudaUnavailable(f"{nvcc} --dryrun does not say where its toolkit is; set CUDA_HOME")
-    return _with_headers(Path(top.group(1).strip()).resolve())
+    return Path(top.group(1).strip()).resolve()
+
+
+def _fitting(home: Path, torch_cuda: str) -> Path:
+    if not (home / "include" / "cuda_runtime.h").exists():
+        raise CudaUnavailable(f"the toolkit in {home} has no include/cuda_runtime.h")
+    toolkit = toolkit_version(home)
+    if toolkit.split(".")[0] != torch_cuda.split(".")[0]:
+        raise CudaUnavailable(f"the toolkit in {home} is CUDA {toolkit}, but torch is built for CUDA {torch_cuda}")
+    return home
+
+
+def cuda_runtime(home: Path) -> Path:
+    """The runtime library to link with. Packages have it under its versioned name alone."""
+    for folder in ("lib64", "lib"):
+        found = sorted((home / folder).glob("libcudart.so*"))
+        if found:
+            return found[0]
+    raise CudaUnavailable(f"the toolkit in {home} has no libcudart.so in lib64 or lib")
 
 
 def toolkit_version(home: Path) -> str:
@@ -91,12 +139,6 @@ def compile_jobs(environment: Mapping[str, str]) -> int:
         return int(wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, 8, _available_memory() // MEMORY_PER_JOB))
-
-
-def _with_headers(home: Path) -> Path:
-    if not (home / "include" / "cuda_runtime.h").exists():
-        raise CudaUnavailable(f"the toolkit in {home} has no include/cuda_runtime.h")
-    return home
 
 
 def _run(command: list[str]) -> str:

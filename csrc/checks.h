@@ -2,6 +2,8 @@
 // ValueError and TypeError; these checks hold for direct callers of the operators. Contents of tensors are read on the
 // CPU only, because on another device the host would have to wait for them.
 #pragma once
+#include <type_traits>
+
 #include "error.h"
 #include "math/clustering.h"
 #include "params.h"
@@ -11,11 +13,28 @@ namespace sb {
 
 inline constexpr int64_t kInt32Limit = int64_t(1) << 31;
 
+// -------------------- devices
+
+// A kernel that follows the pointer of another device's tensor would end the process. Arguments that are no tensors
+// pass.
+inline void check_device(const char* op, const Tensor& tokens, const char* name, const Tensor& t) {
+  SB_CHECK(t.device() == tokens.device(), op, ": tensors must be on one device, and ", name,
+           " is on another one than the tokens; move it there");
+}
+inline void check_device(const char* op, const Tensor& tokens, const char* name, const MaybeTensor& t) {
+  if (t) check_device(op, tokens, name, *t);
+}
+template <class Number>
+  requires std::is_arithmetic_v<Number>
+void check_device(const char*, const Tensor&, const char*, Number) {}
+#define SB_CHECK_DEVICE(type, name, ...) check_device(op, a.query, #name, a.name)
+
 // -------------------- projections
 
 inline void check_projection(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias = std::nullopt) {
   SB_CHECK(tokens.dim() == 4 && weight.dim() == 4,
            "project: expected tokens (B, H, N, d) and weight (1 or B, heads, outputs, d)");
+  check_device("project", tokens, "weight", weight), check_device("project", tokens, "bias", bias);
   SB_CHECK(is_floating(tokens), "project: expected floating-point tokens");
   SB_CHECK(weight.size(3) == tokens.size(3) && (weight.size(0) == 1 || weight.size(0) == tokens.size(0)) &&
                weight.size(1) > 0 && tokens.size(1) % weight.size(1) == 0,
@@ -36,6 +55,7 @@ inline void check_packed_projection(const Tensor& tokens, const Tensor& weight, 
 
 inline void check_projection_backward(const Tensor& grad, const Tensor& tokens, const Tensor& weight) {
   check_projection(tokens, weight);
+  check_device("project_backward", tokens, "grad", grad);
   SB_CHECK(has_shape(grad, {tokens.size(0), tokens.size(1), tokens.size(2), weight.size(2)}) &&
                grad.scalar_type() == weight.scalar_type(),
            "project_backward: grad must have the dtype of weight and shape (B, H, N, outputs)");
@@ -166,6 +186,8 @@ inline void check_lists(const AttentionArguments& a) {
 
 inline void check_attention(const AttentionArguments& a) {
   const Tensor &q = a.query, &k = a.key, &v = a.value;
+  const char* const op = "attention";
+  SB_ATTENTION(SB_CHECK_DEVICE, SB_SEMICOLON);
   SB_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
            "attention: query, key and value must be (batch, heads, tokens, head_dim)");
   SB_CHECK(is_floating(q) && q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
@@ -204,6 +226,10 @@ inline void check_attention(const AttentionArguments& a) {
 inline void check_attention_backward(const AttentionArguments& a, const Tensor& d_out, const MaybeTensor& d_lse,
                                      const Tensor& out, const Tensor& lse) {
   check_attention(a);
+  const char* const op = "attention_backward";
+  SB_SAVED(SB_CHECK_DEVICE, SB_SEMICOLON);
+  check_device(op, a.query, "out", out), check_device(op, a.query, "lse", lse);
+  check_device(op, a.query, "d_out", d_out), check_device(op, a.query, "d_lse", d_lse);
   const int64_t batch = a.query.size(0), heads = a.query.size(1), tokens = a.query.size(2), width = a.value.size(3);
   SB_CHECK(is_floating(out) && has_shape(out, {batch, heads, tokens, width}) && is_floating(d_out) &&
                has_shape(d_out, {batch, heads, tokens, width}),
@@ -236,6 +262,8 @@ inline void check_shape(const AttentionShape& s) {
 
 inline void check_cluster(const ClusterArguments& a) {
   const Tensor &q = a.query, &k = a.key;
+  const char* const op = "cluster";
+  SB_CLUSTER(SB_CHECK_DEVICE, SB_SEMICOLON);
   SB_CHECK(q.dim() == 4 && k.dim() == 4, "cluster: query and key must be (batch, heads, tokens, head_dim)");
   SB_CHECK(is_floating(q) && q.scalar_type() == k.scalar_type(),
            "cluster: query and key must share one floating-point dtype");
@@ -252,6 +280,8 @@ inline void check_cluster(const ClusterArguments& a) {
 
 inline void check_route(const RouteArguments& a) {
   const Tensor &q = a.query, &k = a.key;
+  const char* const op = "route";
+  SB_ROUTE(SB_CHECK_DEVICE, SB_SEMICOLON);
   SB_CHECK(q.dim() == 4 && k.dim() == 4, "route: query and key must be (batch, heads, tokens, head_dim)");
   SB_CHECK(is_floating(q) && is_floating(k), "route: query and key must be floating-point");
   SB_CHECK(k.size(0) == q.size(0) && k.size(3) == q.size(3) && q.size(3) > 0 && k.size(1) > 0 && q.size(1) > 0 &&
@@ -279,5 +309,7 @@ inline void check_route(const RouteArguments& a) {
   else
     check_maps("route", a, ScalarType::Float);
 }
+
+#undef SB_CHECK_DEVICE
 
 }  // namespace sb

@@ -37,10 +37,16 @@ Launchers& launchers(DeviceType device) {
   Launchers* const table = tables()[size_t(device)];
   SB_CHECK(table, "scatterbrain: expected tensors on a device that this build has kernels for (", registered_names(),
            "), got ", name_of(device), "; move the tensors there, or install a build with kernels for ",
-           name_of(device));
+           name_of(device),
+           device == DeviceType::CUDA ? " (FORCE_CUDA=1 pip install . says what is missing for it)" : "");
   return *table;
 }
 
 void register_launchers(DeviceType device, Launchers& table) { tables()[size_t(device)] = &table; }
+
+#if !defined(USE_CUDA)
+// CUDA tensors in a build without CUDA get the error of launchers(), which names the cure.
+STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CUDA, library) { implement_operators(library); }
+#endif
 
 }  // namespace sb

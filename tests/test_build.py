@@ -64,7 +64,14 @@ def fake_toolkit(home: Path, release: str = "13.0", headers: bool = True) -> Pat
     if headers:
         (home / "include").mkdir()
         (home / "include" / "cuda_runtime.h").touch()
+    (home / "lib64").mkdir()
+    (home / "lib64" / "libcudart.so").touch()
     return home
+
+
+@pytest.fixture
+def no_installed_toolkit(toolchain, monkeypatch):
+    monkeypatch.setattr(toolchain, "installed_nvcc", lambda: [])
 
 
 # --- torch of the target environment ----------------------------------------------------------------------------------
@@ -124,16 +131,40 @@ SOURCES = ["csrc/cuda/attention.cu"]
 def test_toolkit_is_found_through_a_wrapper_outside_it(toolchain, tmp_path):
     home = fake_toolkit(tmp_path / "toolkit")
     wrapper = fake_program(tmp_path / "path" / "nvcc", f'exec {home}/bin/nvcc "$@"')
-    found = toolchain.find_toolkit({"PATH": f"{wrapper.parent}"})
+    found = toolchain.find_toolkit({"PATH": f"{wrapper.parent}"}, "13.0")
     assert found == home.resolve()
 
 
 def test_cuda_home_decides_alone(toolchain, tmp_path):
     on_path = fake_toolkit(tmp_path / "on_path")
     chosen = fake_toolkit(tmp_path / "chosen")
-    assert toolchain.find_toolkit({"PATH": f"{on_path}/bin", "CUDA_HOME": str(chosen)}) == chosen
+    assert toolchain.find_toolkit({"PATH": f"{on_path}/bin", "CUDA_HOME": str(chosen)}, "13.0") == chosen
     with pytest.raises(toolchain.CudaUnavailable, match="CUDA_HOME=.*missing has no bin/nvcc"):
-        toolchain.find_toolkit({"PATH": f"{on_path}/bin", "CUDA_HOME": str(tmp_path / "missing")})
+        toolchain.find_toolkit({"PATH": f"{on_path}/bin", "CUDA_HOME": str(tmp_path / "missing")}, "13.0")
+
+
+def test_a_toolkit_that_fits_torch_is_taken_before_one_on_path_that_does_not(toolchain, tmp_path, monkeypatch):
+    old, fitting = fake_toolkit(tmp_path / "old", release="12.4"), fake_toolkit(tmp_path / "fitting")
+    monkeypatch.setattr(toolchain, "installed_nvcc", lambda: [old / "bin" / "nvcc", fitting / "bin" / "nvcc"])
+    assert toolchain.find_toolkit({"PATH": f"{old}/bin"}, "13.0") == fitting.resolve()
+
+
+def test_nvcc_of_python_packages_is_found(toolchain, tmp_path, monkeypatch):
+    """The package has no lib64, and libraries under their versioned names alone."""
+    home = fake_toolkit(tmp_path / "nvidia" / "cu13")
+    (home / "lib64" / "libcudart.so").rename(home / "lib64" / "libcudart.so.13")
+    (home / "lib64").rename(home / "lib")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert home / "bin" / "nvcc" in toolchain.installed_nvcc()
+    assert toolchain.cuda_runtime(home) == home / "lib" / "libcudart.so.13"
+
+
+def test_force_cuda_0_leaves_cuda_out_and_other_words_are_refused(toolchain, tmp_path):
+    environment = good_toolkit(tmp_path / "toolkit")
+    plan = toolchain.plan_cuda(SOURCES, "13.0", environment | {"FORCE_CUDA": "0"})
+    assert plan.home is None and plan.message == "scatterbrain: CPU-only build: FORCE_CUDA=0 leaves CUDA kernels out."
+    with pytest.raises(SystemExit, match="FORCE_CUDA must be 1 .*, 0 .* or unset, got 'yes'"):
+        toolchain.plan_cuda(SOURCES, "13.0", environment | {"FORCE_CUDA": "yes"})
 
 
 def without_headers(home: Path) -> dict[str, str]:
@@ -146,6 +177,15 @@ def silent_nvcc(home: Path) -> dict[str, str]:
 
 def another_major_version(home: Path) -> dict[str, str]:
     return {"PATH": f"{fake_toolkit(home, release='12.4')}/bin"}
+
+
+def without_runtime(home: Path) -> dict[str, str]:
+    (fake_toolkit(home) / "lib64" / "libcudart.so").unlink()
+    return {"PATH": f"{home}/bin"}
+
+
+def nothing_anywhere(home: Path) -> dict[str, str]:
+    return {"PATH": str(home)}
 
 
 def good_toolkit(home: Path) -> dict[str, str]:
@@ -161,6 +201,8 @@ def no_toolkit(home: Path) -> dict[str, str]:
     [
         (no_toolkit, SOURCES, "13.0", "CUDA_HOME=.* has no bin/nvcc"),
         (without_headers, SOURCES, "13.0", "has no include/cuda_runtime.h"),
+        (without_runtime, SOURCES, "13.0", "has no libcudart.so in lib64 or lib"),
+        (nothing_anywhere, SOURCES, "13.0", "no nvcc on PATH, .* CUDA_HOME is not set"),
         (silent_nvcc, SOURCES, "13.0", "does not say where its toolkit is"),
         (another_major_version, SOURCES, "13.0", r"is CUDA 12\.4, but torch is built for CUDA 13\.0"),
         (good_toolkit, SOURCES, None, "the installed torch is built without CUDA"),
@@ -168,7 +210,7 @@ def no_toolkit(home: Path) -> dict[str, str]:
     ],
 )
 def test_what_prevents_a_cuda_build_is_said_and_is_an_error_under_force_cuda(
-    toolchain, tmp_path, machine, sources, torch_cuda, reason
+    toolchain, no_installed_toolkit, tmp_path, machine, sources, torch_cuda, reason
 ):
     environment = machine(tmp_path / "toolkit")
     plan = toolchain.plan_cuda(sources, torch_cuda, environment)

@@ -21,6 +21,7 @@ from scatterbrain import prepared
 from scatterbrain.call import Call
 from scatterbrain.operators import transformed, untraced
 from scatterbrain.operators.arguments import AttentionArguments, CentroidArguments, KernelInputs, QuadraticArguments
+from scatterbrain.operators.devices import check_device
 from scatterbrain.operators.tracing import is_known, is_transformed, is_untraced
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.supports import BlockLists, Support
@@ -41,6 +42,7 @@ def run(call: Call, return_lse: bool, kept_as: tuple | None) -> tuple[Tensor, Te
         out = _by_torch(call, kept_as)
         if out is not None:
             return out, None
+    check_device(call.query, call.value)
     if kept_as is not None:
         out = _prepare_and_run(call, kept_as)
         if out is not None:

@@ -24,6 +24,7 @@ from scatterbrain.low_rank import (
 from scatterbrain.low_rank.centroid import find_clusters
 from scatterbrain.low_rank.moments import checked_moments
 from scatterbrain.low_rank.quadratic_coefficients import statistics_from_moments
+from scatterbrain.operators.devices import check_device
 from scatterbrain.operators.tracing import refuse_jit_trace
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
@@ -195,6 +196,7 @@ def route(
         low_rank = None
     checks.check_pair(support, low_rank, is_causal)
     checks.check_offset(query_offset, query.shape[0], is_causal, query.device)
+    check_device(query)
     padding = padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)
     call = Call(query, key, None, support, low_rank, statistics, default_scale(query, scale), padding, is_causal)
     check_coefficients(low_rank, statistics, call)
@@ -239,6 +241,7 @@ def cluster(
             return cluster(*tokens, clusters, key_padding_mask, scale, query_padding_mask)
     checks.check_tensors(query, key)
     checks.check_scale(scale)
+    check_device(query)
     low_rank = Centroid(clusters)
     padding = padding_info(query, key, key_padding_mask, query_padding_mask, 0)
     call = Call(query, key, None, Empty(), low_rank, None, default_scale(query, scale), padding, is_causal=False)

@@ -9,7 +9,12 @@ from testkit import B, N, assert_all_close, assert_same_bits, leaves, qkv, rand
 from torch import Tensor
 
 import scatterbrain as sb
-from scatterbrain.operators.packed import exact_if_packed, exact_if_packed_backward
+from scatterbrain.operators.packed import (
+    _exact_on_device,
+    _gradients_on_device,
+    exact_if_packed,
+    exact_if_packed_backward,
+)
 
 SCALE = 0.4
 PACKED = torch.stack([torch.arange(N) // 15, torch.arange(N) // 40]).int()  # three sequences, and one
@@ -66,3 +71,13 @@ def test_second_derivatives_of_packed_rows_raise() -> None:
     (gradient,) = torch.autograd.grad(out.square().sum(), tokens[1], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         gradient.sum().backward()
+
+
+@WARNING
+@pytest.mark.parametrize("sequence", [PACKED, torch.zeros_like(PACKED)], ids=["packed", "one sequence"])
+def test_devices_whose_numbers_are_not_looked_at_get_the_same(sequence: Tensor) -> None:
+    tokens, out, upstream = qkv(value_dim=5), rand(B, 2, N, 5, seed=7), rand(B, 2, N, 5, seed=8)
+    looked, unseen = exact_if_packed, _exact_on_device
+    assert_all_close([unseen(out, *tokens, sequence, SCALE)], [looked(out, *tokens, sequence, SCALE)])
+    looked, unseen = exact_if_packed_backward, _gradients_on_device
+    assert_all_close(unseen(upstream, *tokens, sequence, SCALE), looked(upstream, *tokens, sequence, SCALE))

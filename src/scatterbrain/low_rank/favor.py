@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +13,7 @@ from scatterbrain.call import Call
 from scatterbrain.fields import INT64_MAX, check_floats, check_int
 from scatterbrain.low_rank.base import Coefficients, Heads, LowRankKernel, State, StateOwner
 from scatterbrain.numerics import squared_norm
+from scatterbrain.operators.device_constants import kept
 from scatterbrain.operators.fakes import accumulation_dtype
 from scatterbrain.operators.tracing import is_untraced
 from scatterbrain.operators.transformed import project
@@ -104,15 +104,16 @@ class Favor(LowRankKernel):
             )
 
     def coordinates(self, call: Call) -> tuple[Tensor, Tensor]:
-        head_dim = call.query.shape[3]
+        head_dim, device = call.query.shape[3], call.query.device
         if call.coefficients is not None:
             projection = call.coefficients.projection
         elif is_untraced():
-            projection = _cached_projection(self, head_dim)
+            projection = kept(_projection_on, device, self, head_dim)
         else:
-            projection = random_projection(self.features, head_dim, self.orthogonal, self.hyperbolic, self.seed)
+            settings = self.features, head_dim, self.orthogonal, self.hyperbolic, self.seed
+            projection = random_projection(*settings, device)
         dtype = accumulation_dtype(call.query.dtype)
-        projection = projection.detach().to(device=call.query.device, dtype=dtype)[None, None]
+        projection = projection.detach().to(device=device, dtype=dtype)[None, None]
         query_size, key_size = favor_sizes(call.scale)
         return (
             self._map(call.query, call.padding.query_mask, query_size, projection),
@@ -147,22 +148,21 @@ class Favor(LowRankKernel):
         own.copy_(projection)
 
 
-@functools.lru_cache(maxsize=32)
-def _cached_projection(low_rank: Favor, head_dim: int) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():  # a later call may train with it
-        return seeded_projection(low_rank, head_dim)
+def _projection_on(low_rank: Favor, head_dim: int, device: torch.device) -> Tensor:
+    """The same for every device: drawn on the CPU."""
+    return seeded_projection(low_rank, head_dim).to(device)
 
 
 def draw_projection(low_rank: Favor, head_dim: int, generator: torch.Generator) -> Tensor:
     """W, float32: (features, head_dim), or half the rows for hyperbolic features. Orthogonal rows carry the norms of
     Gaussian ones."""
     rows = low_rank.rows
-    gaussian = torch.randn(rows, head_dim, generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(rows, head_dim, generator=generator, dtype=torch.float64, device="cpu")
     if not low_rank.orthogonal:
         return gaussian.float()
     blocks = []
     for _ in range(0, rows, head_dim):
-        q, r = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64))
+        q, r = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64, device="cpu"))
         blocks.append((q * torch.sign(torch.diagonal(r))).T)  # signs make the orthogonal matrix uniformly distributed
     return (torch.cat(blocks)[:rows] * gaussian.norm(dim=1, keepdim=True)).float()
 
@@ -175,17 +175,22 @@ def seeded_projection(low_rank: Favor, head_dim: int, draw: int = 0) -> Tensor:
 @torch.library.custom_op(
     "scatterbrain::random_projection",
     mutates_args=(),
-    schema="(int features, int head_dim, bool orthogonal, bool hyperbolic, int seed) -> Tensor",
+    schema="(int features, int head_dim, bool orthogonal, bool hyperbolic, int seed, Device? device=None) -> Tensor",
 )
-def random_projection(features: int, head_dim: int, orthogonal: bool, hyperbolic: bool, seed: int) -> Tensor:
-    """:func:`seeded_projection` as an operator: a constant that compile and export leave alone, and no random operation
-    in the eyes of vmap."""
-    return seeded_projection(Favor(features, orthogonal, hyperbolic, seed=seed), head_dim)
+def random_projection(
+    features: int, head_dim: int, orthogonal: bool, hyperbolic: bool, seed: int, device: torch.device | None = None
+) -> Tensor:
+    """:func:`seeded_projection` as an operator, by default on the CPU: a constant that compile and export leave alone,
+    and no random operation in the eyes of vmap."""
+    low_rank = Favor(features, orthogonal, hyperbolic, seed=seed)
+    return kept(_projection_on, device or torch.device("cpu"), low_rank, head_dim).clone()
 
 
 @random_projection.register_fake
-def _(features: int, head_dim: int, orthogonal: bool, hyperbolic: bool, seed: int) -> Tensor:
-    return torch.empty(features // 2 if hyperbolic else features, head_dim, device="cpu")
+def _(
+    features: int, head_dim: int, orthogonal: bool, hyperbolic: bool, seed: int, device: torch.device | None = None
+) -> Tensor:
+    return torch.empty(features // 2 if hyperbolic else features, head_dim, device=device or "cpu")
 
 
 def favor_log_features(projected: Tensor, tokens: Tensor, size: float, hyperbolic: bool) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """What attention masks say: whether one is the causal mask, and which tokens are padding.
 
 Each library has its own convention; these functions name the one they take. Layers of a model share one mask tensor, so
-an answer is kept until the mask is written to. Under torch.compile, where vmap maps over it, and for meta tensors the
-content of a mask cannot be looked at.
+an answer is kept until the mask is written to, and a mask on a GPU is waited for once. Under torch.compile, where vmap
+maps over it, for meta tensors and while a CUDA graph is captured the content of a mask cannot be looked at.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from scatterbrain.operators.tracing import is_batched
+from scatterbrain.operators.tracing import is_batched, is_capturing
 
 MASK_STRIPE = 128  # rows of a mask compared at a time
 _ANSWERS = WeakTensorKeyDictionary()  # mask -> (version, {(question, *arguments): answer})
@@ -23,7 +23,7 @@ _ANSWERS = WeakTensorKeyDictionary()  # mask -> (version, {(question, *arguments
 
 def is_unreadable(mask: Tensor) -> bool:
     """Whether the content of ``mask`` cannot be looked at."""
-    return torch.compiler.is_compiling() or mask.is_meta or is_batched(mask)
+    return torch.compiler.is_compiling() or mask.is_meta or is_batched(mask) or is_capturing(mask.device)
 
 
 def once_per_mask(mask: Tensor, question: Callable[..., Any], *arguments: Hashable) -> Any:

@@ -1,6 +1,7 @@
 """Packed rows in a traced graph. transformers tells packed sequences from a single one by the values of position ids,
 which a trace does not have, so the choice between approximated and exact attention is an operator's, made when the
-graph runs."""
+graph runs. On the CPU the operator looks at the numbers; elsewhere that would wait for the device, so queries get their
+spans by operations on it, empty ones where no row is packed, and nothing warns."""
 
 from __future__ import annotations
 
@@ -31,6 +32,8 @@ def exact_if_packed(out: Tensor, query: Tensor, key: Tensor, value: Tensor, sequ
         ``out``, copied; if any row holds several sequences, exact attention in which query i sees the keys <= i of its
         own sequence.
     """
+    if not sequence.is_cpu:
+        return _exact_on_device(out, query, key, value, sequence, scale)
     if not _is_packed(sequence):
         return out.clone()
     warnings.warn(
@@ -49,6 +52,8 @@ def exact_if_packed_backward(
     d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, sequence: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`exact_if_packed` for query, key and value: zeros where no row holds several sequences."""
+    if not sequence.is_cpu:
+        return _gradients_on_device(d_out, query, key, value, sequence, scale)
     gradients = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     if _is_packed(sequence):
         for part in _sequences(sequence):
@@ -59,8 +64,13 @@ def exact_if_packed_backward(
     return gradients
 
 
+def _any_packed(sequence: Tensor) -> Tensor:
+    """bool (), on the device of ``sequence``."""
+    return (sequence[:, :1] != sequence[:, -1:]).any()
+
+
 def _is_packed(sequence: Tensor) -> bool:
-    return sequence.shape[1] > 0 and bool((sequence[:, 0] != sequence[:, -1]).any())
+    return bool(_any_packed(sequence))
 
 
 def _sequences(sequence: Tensor) -> Iterator[tuple[slice, slice, slice]]:
@@ -76,13 +86,47 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Atten
     """Of exact causal attention: one span over every key for each block of queries."""
     tokens = query.shape[2]
     span = torch.arange(2, dtype=torch.int32, device=query.device) * tokens
+    return _with_spans(query, key, value, span.expand(1, -(-tokens // _BLOCK), 2).contiguous(), _BLOCK, scale)
+
+
+def _exact_on_device(out: Tensor, query: Tensor, key: Tensor, value: Tensor, sequence: Tensor, scale: float) -> Tensor:
+    """:func:`exact_if_packed` without looking at the numbers."""
+    exact, _ = _OPS.attention(*_spans_on_device(query, key, value, sequence, scale))
+    return torch.empty_like(out).copy_(torch.where(_any_packed(sequence), exact, out))
+
+
+def _gradients_on_device(
+    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, sequence: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`exact_if_packed_backward` without looking at the numbers: a query without keys has no gradients."""
+    arguments = _spans_on_device(query, key, value, sequence, scale)
+    results = ForwardResults(d_out, None, *_OPS.attention(*arguments))
+    gradients = _OPS.attention_backward(*results, *arguments)
+    return tuple(torch.empty_like(t).copy_(g) for t, g in zip((query, key, value), gradients))
+
+
+def _spans_on_device(query: Tensor, key: Tensor, value: Tensor, sequence: Tensor, scale: float) -> AttentionArguments:
+    """Of exact causal attention inside each sequence: a span for each query, from its sequence's first token to itself;
+    empty ones if no row is packed."""
+    position = torch.arange(sequence.shape[1], device=sequence.device)
+    is_first = torch.ones_like(sequence, dtype=torch.bool)
+    is_first[:, 1:] = sequence[:, 1:] != sequence[:, :-1]
+    first = torch.where(is_first, position, 0).cummax(1).values
+    span = torch.stack([first, (position + 1).expand_as(first)], -1)
+    span = torch.where(_any_packed(sequence), span, 0).to(torch.int32)
+    return _with_spans(query, key, value, span, 1, scale)
+
+
+def _with_spans(
+    query: Tensor, key: Tensor, value: Tensor, span: Tensor, block_q: int, scale: float
+) -> AttentionArguments:
     no_tensors = dict.fromkeys(AttentionArguments._fields[: TENSORS[AttentionArguments]])
-    tensors = {"query": query, "key": key, "value": value, "span": span.expand(1, -(-tokens // _BLOCK), 2).contiguous()}
+    tensors = {"query": query, "key": key, "value": value, "span": span}
     return AttentionArguments(
         **no_tensors | tensors,
-        span_keys=tokens,
+        span_keys=query.shape[2],
         span_sinks=0,
-        block_q=_BLOCK,
+        block_q=block_q,
         block_k=1,
         low_rank=0,
         is_causal=True,
@@ -111,9 +155,8 @@ def _setup(ctx: object, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: object, d_out: Tensor) -> tuple[Tensor | None, ...]:
     *_, sequence = ctx.saved_tensors
-    is_packed = (sequence[:, :1] != sequence[:, -1:]).any()
     return (
-        d_out.masked_fill(is_packed, 0),
+        d_out.masked_fill(_any_packed(sequence), 0),
         *exact_if_packed_backward(d_out, *ctx.saved_tensors, ctx.scale),
         None,
         None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -53,11 +55,21 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def is_readable(*tensors: Tensor | None) -> bool:
-    """Whether contents can be read without waiting for a device, and without a value that a trace or vmap does not
-    have. Tensors that are None do not count."""
+    """Whether contents can be read for a check: without a value that a trace or vmap does not have and, unless the
+    environment variable SCATTERBRAIN_CHECK=1 asks for it, without waiting for a device. Tensors that are None do not
+    count."""
     if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() and _is_symbolic()):
         return False
-    return all(t is None or (t.device.type == "cpu" and not is_batched(t)) for t in tensors)
+    return all(t is None or (not is_batched(t) and (t.is_cpu or _may_wait_for(t))) for t in tensors)
+
+
+def _may_wait_for(tensor: Tensor) -> bool:
+    return os.environ.get("SCATTERBRAIN_CHECK") == "1" and not tensor.is_meta and not is_capturing(tensor.device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured from what runs on ``device``: its host must not wait for anything."""
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_symbolic() -> bool:

@@ -37,7 +37,8 @@ class Blocks(Support):
     Raises:
         TypeError, ValueError: naming the field, on a wrong dtype or shape, two devices, entries out of order, twice or
             negative. Entries past the last key, or that no query of a causal block may see, and lists on another device
-            than the tokens are found when the lists are used.
+            than the tokens are found when the lists are used. Reading lists on a GPU waits for it, so there entries are
+            looked at only if the environment variable SCATTERBRAIN_CHECK is 1; wrong ones otherwise list nothing.
     """
 
     kind: ClassVar[str] = "blocks"
@@ -79,7 +80,7 @@ class Blocks(Support):
                 f"Blocks: count must have shape {tuple(self.index.shape[:3])}, that of index without its "
                 f"last dimension, got {tuple(self.count.shape)}"
             )
-        if self.index.device.type == "cpu" and not torch.compiler.is_compiling():
+        if is_readable(self.index, self.count, self.query_order):
             self._check_content()
 
     def _check_content(self) -> None:
@@ -89,7 +90,7 @@ class Blocks(Support):
                 f"Blocks: count must lie between 0 and the capacity {capacity} of index, got "
                 f"{int(self.count.min())} .. {int(self.count.max())}"
             )
-        used = torch.arange(capacity, dtype=torch.int32) < self.count[..., None]
+        used = torch.arange(capacity, dtype=torch.int32, device=self.index.device) < self.count[..., None]
         if bool((used & (self.index < 0)).any()):
             raise ValueError(
                 "Blocks: index has a negative entry among the first count entries of a list; put unused "
@@ -126,8 +127,8 @@ class Blocks(Support):
         return BlockLists(self.index, self.count, None, self.query_order, self.block_q, self.block_k)
 
     def check_fit(self, call: Call) -> None:
-        """Raises where the lists do not have the shapes of the call or, on the CPU, name keys past the end or after
-        everything that their block may see."""
+        """Raises where the lists do not have the shapes of the call or, on the CPU and with SCATTERBRAIN_CHECK=1, name
+        keys past the end or after everything that their block may see. On a GPU such entries list nothing."""
         (batch, q_heads, q_tokens, _), (_, kv_heads, k_tokens, _) = call.query.shape, call.key.shape
         padding, is_causal = call.padding, call.is_causal
         if self.index.device != call.query.device:
@@ -154,7 +155,8 @@ class Blocks(Support):
             )
         if not is_readable(self.index, self.count, padding.key_range, padding.query_range, padding.query_offset):
             return
-        used = torch.arange(self.index.shape[3], dtype=torch.int32) < self.count[..., None]
+        device = self.index.device
+        used = torch.arange(self.index.shape[3], dtype=torch.int32, device=device) < self.count[..., None]
         entry = torch.where(used, self.index, -1).long()
         first, end = (
             (0, k_tokens)
@@ -169,7 +171,7 @@ class Blocks(Support):
             )
         if not is_causal or self.index.shape[2] == 0:
             return
-        slot = (torch.arange(self.index.shape[2]) + 1) * self.block_q
+        slot = (torch.arange(self.index.shape[2], device=device) + 1) * self.block_q
         last = (
             slot
             if padding.query_range is None

@@ -13,6 +13,7 @@ from scatterbrain.call import Call
 from scatterbrain.fields import INT64_MAX, check_int, check_str
 from scatterbrain.numerics import squared_norm
 from scatterbrain.operators import library  # noqa: F401  (loads the operators)
+from scatterbrain.operators.device_constants import kept
 from scatterbrain.operators.tracing import is_known
 from scatterbrain.supports.base import BlockLists, Support
 
@@ -74,17 +75,27 @@ class LSH(Support):
 
 
 @torch.library.custom_op(
-    "scatterbrain::hash_directions", mutates_args=(), schema="(int rounds, int head_dim, int seed) -> Tensor"
+    "scatterbrain::hash_directions",
+    mutates_args=(),
+    schema="(int rounds, int head_dim, int seed, Device? device=None) -> Tensor",
 )
-def hash_directions(rounds: int, head_dim: int, seed: int) -> Tensor:
-    """Gaussian directions (rounds, head_dim + 2) of ``seed``. An operator: a constant for compile and export, and no
-    random operation in the eyes of vmap."""
-    return torch.randn(rounds, head_dim + 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+def hash_directions(rounds: int, head_dim: int, seed: int, device: torch.device | None = None) -> Tensor:
+    """Gaussian directions (rounds, head_dim + 2) of ``seed``, on the CPU by default. An operator: a constant for
+    compile and export, and no random operation in the eyes of vmap."""
+    return kept(_draw_directions, device or torch.device("cpu"), rounds, head_dim, seed).clone()
+
+
+def _draw_directions(rounds: int, head_dim: int, seed: int, device: torch.device) -> Tensor:
+    """The same for every device: drawn on the CPU."""
+    drawn = torch.randn(
+        rounds, head_dim + 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu"
+    )
+    return drawn.to(device)
 
 
 @hash_directions.register_fake
-def _(rounds: int, head_dim: int, seed: int) -> Tensor:
-    return torch.empty(rounds, head_dim + 2, device="cpu")
+def _(rounds: int, head_dim: int, seed: int, device: torch.device | None = None) -> Tensor:
+    return torch.empty(rounds, head_dim + 2, device=device or "cpu")
 
 
 def hash_tokens(
@@ -145,7 +156,7 @@ def lsh_lists(support: LSH, call: Call) -> BlockLists:
         index = torch.full((batch, heads, n, 0), -1, dtype=torch.int32, device=device)
         return BlockLists(index, torch.zeros(batch, heads, n, dtype=torch.int32, device=device), block_q=1)
     rounds = 1 if per_round >= m else support.rounds  # a cluster of every key is the same in every round
-    directions = hash_directions(support.rounds, d, support.seed).to(device)[:rounds]
+    directions = hash_directions(support.rounds, d, support.seed, device)[:rounds]
     query_hash, key_hash = hash_tokens(query, key, directions, query_mask, key_mask)
 
     def count(mask: Tensor | None, tokens: int) -> Tensor:

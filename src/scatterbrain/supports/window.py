@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from scatterbrain.call import Call
 from scatterbrain.fields import check_int, repr_of
+from scatterbrain.operators.device_constants import kept
 from scatterbrain.operators.tracing import is_known, is_untraced
 from scatterbrain.padding import EVERYTHING, PaddingInfo
 from scatterbrain.supports.base import BlockLists, Support
@@ -65,8 +65,8 @@ class Window(Support):
 
     def lists(self, call: Call, query_map: Tensor | None, key_map: Tensor | None) -> BlockLists:
         n, m, device = call.query.shape[2], call.key.shape[2], call.query.device
-        if is_untraced() and call.padding.is_everything() and device.type == "cpu":
-            span = _cached_span(self, n, m, call.is_causal, device)
+        if is_untraced() and call.padding.is_everything():
+            span = kept(_span_of_everything, device, self, n, m, call.is_causal)
         else:
             span = window_span(self, n, m, call.padding, call.is_causal, device)
         return BlockLists(span=span, block_q=self.block_q, span_keys=self.keys - self.sinks, span_sinks=self.sinks)
@@ -106,8 +106,6 @@ def window_span(support: Window, n: int, m: int, padding: PaddingInfo, is_causal
     return torch.stack([lo + k_first, torch.maximum(hi, lo) + k_first], -1).to(torch.int32)
 
 
-@functools.lru_cache(maxsize=32)
-def _cached_span(support: Window, n: int, m: int, is_causal: bool, device: torch.device) -> Tensor:
-    """:func:`window_span` without padding, which depends on numbers alone and takes a dozen small operations."""
-    with torch.inference_mode(False), torch.no_grad():  # a later call may train with it
-        return window_span(support, n, m, EVERYTHING, is_causal, device)
+def _span_of_everything(support: Window, n: int, m: int, is_causal: bool, device: torch.device) -> Tensor:
+    """:func:`window_span` without padding, which depends on numbers alone."""
+    return window_span(support, n, m, EVERYTHING, is_causal, device)

@@ -98,7 +98,8 @@ def compact_mask(
             **arguments,
         )
     keep = _keep(attention_mask, kv_length, kv_offset)
-    if keep is not None and not is_tracing(keep) and not is_batched(keep) and bool(keep.all()):
+    # A mask on a GPU stays: to look whether it keeps everything, every forward pass would wait for the device.
+    if keep is not None and keep.is_cpu and not is_tracing(keep) and not is_batched(keep) and bool(keep.all()):
         keep = None
     if not is_causal:
         return None if keep is None else keep[:, None, None, :]
