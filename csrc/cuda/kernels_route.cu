@@ -10,7 +10,7 @@ void launch_route(const RoutingParams& p, Element element, Stream stream) {
     const int64_t heads = p.batch * p.kv_heads;
     if (p.has_clusters()) {
       launch(stream, "route_segment_tops", heads * ceil_div(p.k_tokens, kTopSegment), kRouteThreads,
-             kTopSegment * int64_t(sizeof(float) + sizeof(int32_t)), route_segment_tops<E>, p);
+             kTopSegment * int64_t(sizeof(float) + sizeof(int32_t)), route_segment_tops, p);
       launch(stream, "route_cluster_tops", blocks_for(heads * p.rank, kRouteThreads), kRouteThreads, 0,
              route_cluster_tops, p);
     }

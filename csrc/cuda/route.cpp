@@ -16,7 +16,8 @@ constexpr int64_t kMostScratchBlocks = 1024;
 
 class Route {
  public:
-  explicit Route(const RouteArguments& a) : a(a), call(a.query) {
+  explicit Route(const RouteArguments& a)
+      : a(a), query(tokens(a.query, a.key)), key(tokens(a.key, a.query)), call(query) {
     set_shape(), set_rows();
     if (p.has_low_rank()) set_low_rank();
     set_runs(), set_scratch();
@@ -28,13 +29,18 @@ class Route {
     torch::stable::fill_(index, -1.0), torch::stable::zero_(count);
     p.index = static_cast<int32_t*>(call.write(index)), p.count = static_cast<int32_t*>(call.write(count));
     launch_rows(row_params, call.stream());
-    launch_route(p, element_of(a.query), call.stream());
+    launch_route(p, element_of(query), call.stream());
     return {index, count};
   }
 
  private:
+  // Kernels read tokens of one type. Scores are in float32 whatever it is.
+  static Tensor tokens(const Tensor& t, const Tensor& others) {
+    return t.scalar_type() == others.scalar_type() ? t : torch::stable::to(t, ScalarType::Float);
+  }
+
   void set_shape() {
-    const Tensor &q = a.query, &k = a.key;
+    const Tensor &q = query, &k = key;
     p.batch = q.size(0), p.q_heads = q.size(1), p.kv_heads = k.size(1), p.q_tokens = q.size(2), p.k_tokens = k.size(2);
     p.head_dim = p.head_pad = q.size(3);
     p.low_rank = a.block_k == 1 ? static_cast<LowRank>(a.low_rank) : LowRank::kNone;
@@ -111,6 +117,7 @@ class Route {
   }
 
   const RouteArguments& a;
+  const Tensor query, key;
   Call call;
   RoutingParams p{};
   RowsParams row_params{};

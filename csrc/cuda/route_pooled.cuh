@@ -52,8 +52,6 @@ struct PooledScratch {
 
 template <class E>
 class PooledGroup {
-  typedef AccType<E> M;
-
  public:
   SB_DEVICE PooledGroup(const RoutingParams& p, const PooledMemory& memory, const PooledScratch& scratch, int64_t b,
                         int64_t h, int64_t group)
@@ -141,7 +139,7 @@ class PooledGroup {
   }
   // The weights of clusters at the mean query, relative to the largest, whose exponent is the log scale.
   SB_DEVICE float x_of_clusters(int g) const {
-    const M* representatives = static_cast<const M*>(p.given_representatives) + row.head * p.rank * p.head_dim;
+    const float* representatives = static_cast<const float*>(p.given_representatives) + row.head * p.rank * p.head_dim;
     float peak = float(kLowestLog);
     for (int64_t c = lane; c < p.rank; c += kWarp) {
       const float top = load(p.cluster_top + row.head * p.rank + c);
@@ -149,7 +147,7 @@ class PooledGroup {
       if (top > float(kNoKeyLog)) {
         exponent = top;
         for (int64_t e = 0; e < p.head_dim; ++e)
-          exponent += m.pool.get(g * (p.head_dim + 1) + e) * float(load(representatives + c * p.head_dim + e));
+          exponent += m.pool.get(g * (p.head_dim + 1) + e) * load(representatives + c * p.head_dim + e);
       }
       m.x.set(g * (p.rank + 1) + c, exponent);
       peak = larger(peak, exponent);
@@ -163,12 +161,12 @@ class PooledGroup {
     for (int64_t a = lane; a < p.rank; a += kWarp) {
       float sum = 0;
       for (int64_t i = from; i < to; ++i)
-        if (is_valid_query(i)) sum += MapRow<M, float>(p.x_map, b, h, i)(a);
+        if (is_valid_query(i)) sum += MapRow<float, float>(p.x_map, b, h, i)(a);
       m.x.set(g * (p.rank + 1) + a, sum * share);
     }
     float rho = 0;
     for (int64_t i = from; i < to; ++i)
-      if (is_valid_query(i)) rho += MapRow<M, float>(p.x_map, b, h, i).log();
+      if (is_valid_query(i)) rho += MapRow<float, float>(p.x_map, b, h, i).log();
     return rho * share;
   }
 
@@ -335,7 +333,7 @@ class PooledGroup {
 
   // The products of all pools with the keys of the candidate runs.
   SB_DEVICE void score_keys(int64_t runs) const {
-    const M* representatives = static_cast<const M*>(p.given_representatives) + row.head * p.rank * p.head_dim;
+    const float* representatives = static_cast<const float*>(p.given_representatives) + row.head * p.rank * p.head_dim;
     for (int64_t i = thread; i < runs * kLeaf; i += kRouteThreads) {
       const int64_t key = key_at(i), j = row.first + key;
       if (!row.is_valid(key)) continue;
@@ -348,7 +346,7 @@ class PooledGroup {
         square += value * value;
         for (int g = 0; g < kGroup; ++g) s[g] += m.pool.get(g * (p.head_dim + 1) + e) * value;
         if (p.has_clusters()) {
-          const float distance = value - float(load(representatives + cluster * p.head_dim + e));
+          const float distance = value - load(representatives + cluster * p.head_dim + e);
           apart += distance * distance;
         }
       }
@@ -356,14 +354,14 @@ class PooledGroup {
       if (p.has_clusters()) {
         for (int g = 0; g < kGroup; ++g) t[g] = m.x.get(g * (p.rank + 1) + cluster);
       } else if (p.has_low_rank()) {
-        const MapRow<M, float> y(p.y_map, b, row.kv, j);
+        const MapRow<float, float> y(p.y_map, b, row.kv, j);
         for (int64_t a = 0; a < p.rank; ++a) {
           const float value = y(a);
           for (int g = 0; g < kGroup; ++g) t[g] += m.x.get(g * (p.rank + 1) + a) * value;
         }
       }
       for (int g = 0; g < kGroup; ++g) store(w.s + g * p.units + i, s[g]), store(w.t + g * p.units + i, t[g]);
-      if (p.has_low_rank()) store(w.kappa + i, routed_kappa<E>(p, row, j));
+      if (p.has_low_rank()) store(w.kappa + i, routed_kappa(p, row, j));
       store(w.apart + i, apart);
     }
     sync_block();

@@ -40,24 +40,20 @@ SB_DEVICE int64_t routed_cluster(const RoutingParams& p, int64_t head, int64_t j
   const int32_t c = load(p.cluster + head * p.k_tokens + j);
   return c < 0 ? 0 : c >= p.rank ? p.rank - 1 : c;
 }
-template <class M>
 SB_DEVICE float routed_log_mass(const RoutingParams& p, int64_t head, int64_t j) {
-  const float log = float(load(static_cast<const M*>(p.log_mass) + head * p.k_tokens + j)) * float(kLog2e);
+  const float log = load(static_cast<const float*>(p.log_mass) + head * p.k_tokens + j) * float(kLog2e);
   const float limit = float(p.cluster_limit);
   return log > limit ? limit : log < -limit ? -limit : log;
 }
 // Log scale of a key; that of a cluster's key counts from the largest of the cluster.
-template <class E>
 SB_DEVICE float routed_kappa(const RoutingParams& p, const RouteRow& row, int64_t j) {
-  typedef AccType<E> M;
-  if (!p.has_clusters()) return MapRow<M, float>(p.y_map, row.b, row.kv, j).log();
+  if (!p.has_clusters()) return MapRow<float, float>(p.y_map, row.b, row.kv, j).log();
   const float top = load(p.cluster_top + row.head * p.rank + routed_cluster(p, row.head, j));
-  return routed_log_mass<M>(p, row.head, j) - top;
+  return routed_log_mass(p, row.head, j) - top;
 }
 
 // -------------------- the largest log mass of every cluster
 
-template <class E>
 SB_KERNEL route_segment_tops(RoutingParams p) {
   const int64_t segments = ceil_div(p.k_tokens, kTopSegment);
   const auto log = shared_array<float>(0);
@@ -68,7 +64,7 @@ SB_KERNEL route_segment_tops(RoutingParams p) {
     for (int64_t i = thread_index(); i < kTopSegment; i += kRouteThreads) {
       const bool is_valid = row.is_valid(begin + i);
       cluster.set(i, is_valid ? int32_t(routed_cluster(p, row.head, row.first + begin + i)) : -1);
-      log.set(i, is_valid ? routed_log_mass<AccType<E>>(p, row.head, row.first + begin + i) : 0.0f);
+      log.set(i, is_valid ? routed_log_mass(p, row.head, row.first + begin + i) : 0.0f);
     }
     sync_block();
     for (int64_t c = thread_index(); c < p.rank; c += kRouteThreads) {
@@ -93,7 +89,6 @@ SB_DEVICE void route_cluster_top(const RoutingParams& p, int64_t at) {
 // The run of p.fine_keys keys from `begin` on, at most a warp of them.
 template <class E>
 SB_DEVICE void write_fine_run(const RoutingParams& p, const RouteRow& row, int64_t begin, float* run) {
-  typedef AccType<E> M;
   const RunColumns at(p);
   const int lane = lane_index();
   const int64_t j = row.first + begin + lane;
@@ -115,7 +110,7 @@ SB_DEVICE void write_fine_run(const RoutingParams& p, const RouteRow& row, int64
   }
   if (!p.has_low_rank()) return;
   const float power = p.low_rank == LowRank::kQuadratic ? float(QuadraticKernel::kDegree) : 1.0f;
-  const float kappa = is_valid ? routed_kappa<E>(p, row, j) : float(kLowestLog), largest = warp_max(kappa);
+  const float kappa = is_valid ? routed_kappa(p, row, j) : float(kLowestLog), largest = warp_max(kappa);
   const float weight = is_valid ? exp2_of((kappa - largest) / power) : 0.0f, sum = warp_sum(weight);
   if (p.has_clusters()) {
     const int64_t own = is_valid ? routed_cluster(p, row.head, j) : -1;
@@ -124,7 +119,7 @@ SB_DEVICE void write_fine_run(const RoutingParams& p, const RouteRow& row, int64
       if (is_first) store(run + at.y + c, share);
     }
   } else {
-    const MapRow<M, float> y(p.y_map, row.b, row.kv, is_valid ? j : row.first);
+    const MapRow<float, float> y(p.y_map, row.b, row.kv, is_valid ? j : row.first);
     for (int64_t a = 0; a < p.rank; ++a) {
       const float mean = warp_sum(is_valid ? weight * y(a) : 0.0f) / sum;
       if (is_first) store(run + at.y + a, mean);

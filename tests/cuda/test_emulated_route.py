@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 import torch
 from emulated import Emulator
+from operator_cases import operator_arguments
 from supports.test_route import (
     ALWAYS,
     PER_QUERY,
@@ -13,13 +17,16 @@ from supports.test_route import (
     Inputs,
     assert_as_defined,
     assert_near,
+    assert_same,
     ids,
     padded,
     random_mask,
 )
 from testkit import rand
+from torch import Tensor
 
 import scatterbrain as sb
+from scatterbrain.operators.arguments import RouteArguments
 
 FORMS = [POOLED[1], TWO_POOLS[1], ALWAYS[2], ALWAYS[5]]
 
@@ -82,6 +89,148 @@ def test_other_types_are_routed_as_their_float_copies(form: dict, dtype: torch.d
     )
     given, copies = (sb.route(q, k, sb.Routed(**form), None) for q, k in ((query, key), (query.float(), key.float())))
     assert torch.equal(given.index, copies.index) and torch.equal(given.count, copies.count)
+
+
+@pytest.mark.parametrize("low_rank, form", [(0, POOLED[1]), (1, POOLED[1]), (2, TWO_POOLS[1]), (1, PER_QUERY[2])])
+@pytest.mark.parametrize(
+    "query, key",
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float64),
+        (torch.float64, torch.float32),
+    ],
+    ids=str,
+)
+def test_tokens_of_all_types_come_with_maps_in_float32(
+    query: torch.dtype, key: torch.dtype, low_rank: int, form: dict
+) -> None:
+    """Queries and keys may have two types, as on the CPU."""
+    given, copies = (
+        Inputs(45, low_rank=low_rank, heads=4, kv_heads=2),
+        Inputs(45, low_rank=low_rank, heads=4, kv_heads=2),
+    )
+    given.query, given.key = given.query.to(query), given.key.to(key)
+    copies.query, copies.key = given.query.float(), given.key.float()
+    for got, expected in zip(given.route(**form), copies.route(**form)):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_clusters_of_other_types_serve_keys_in_float32(dtype: torch.dtype) -> None:
+    query, key = (t.to(dtype) for t in (rand(1, 4, 70, 12), rand(1, 2, 70, 12, seed=1)))
+    support, clusters = sb.Routed(**POOLED[1]), sb.reference.cluster(query.float(), key.float(), 7)
+    given, copies = (
+        sb.route(q, k, support, sb.Centroid(7), statistics=clusters)
+        for q, k in ((query, key), (query.float(), key.float()))
+    )
+    assert torch.equal(given.index, copies.index) and torch.equal(given.count, copies.count)
+
+
+def test_packed_maps_are_the_maps() -> None:
+    """Rows of packed maps: coordinates, 1, the log scale in base 2, zeros."""
+    inputs = Inputs(90, heads=4, kv_heads=2)
+    expected = inputs.route(**POOLED[1])
+    for name in ("query_map", "key_map"):
+        rows = getattr(inputs, name)
+        packed = torch.zeros(*rows.shape[:3], torch.ops.scatterbrain.packed_width(5))
+        packed[..., :5], packed[..., 5], packed[..., 6] = rows[..., :5], 1, rows[..., 5] * math.log2(math.e)
+        setattr(inputs, name, packed)
+    inputs.packed_rank = 5
+    assert_same(inputs.route(**POOLED[1]), expected)
+
+
+DRAWN = 42
+
+
+def drawn_route(seed: int) -> RouteArguments:
+    """Arguments as the operator takes them, also where no public function makes them: ranges that no mask has, offsets
+    far outside, other strides, clusters of no kernel."""
+    r, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    batch, kv_heads, group, m = (
+        r.choice([1, 2, 3]),
+        r.choice([1, 2]),
+        r.choice([1, 2, 3]),
+        r.choice([1, 31, 64, 200, 1100]),
+    )
+    n, d, rank = (
+        r.choice([m, 1, 7, 33, 140]) if m < 200 else r.choice([1, 33]),
+        r.choice([1, 3, 17, 64]),
+        r.choice([1, 5]),
+    )
+    is_causal = r.random() < 0.5
+    given: dict[str, object] = dict(is_causal=is_causal, low_rank=r.choice([0, 1, 2] if is_causal else [0, 1, 2, 3]))
+    given["query"] = 1.5 * rand(batch, kv_heads * group, n, d, seed=seed)
+    given["key"] = r.choice([0.01, 1.5, 1.5, 10]) * rand(batch, kv_heads, m, d, seed=seed + 1)
+    if given["low_rank"] in (1, 2):
+        x, y = (
+            rand(batch, kv_heads * group, n, rank + 1, seed=seed + 2),
+            rand(batch, kv_heads, m, rank + 1, seed=seed + 3),
+        )
+        if given["low_rank"] == 2:  # features are not negative
+            x[..., :-1].abs_(), y[..., :-1].abs_()
+        given["query_map"], given["key_map"] = x.mT.contiguous().mT, y.transpose(1, 2).contiguous().transpose(1, 2)
+    if given["low_rank"] == 3:
+        given["cluster_index"] = torch.randint(rank, (batch, kv_heads, m), dtype=torch.int32, generator=generator)
+        given["representatives"] = rand(batch, kv_heads, rank, d, seed=seed + 4)
+        given["log_mass"] = 2 * rand(batch, kv_heads, m, seed=seed + 5)
+    for name, tokens in (("query", n), ("key", m)):
+        given[name] = given[name].to(r.choice([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+        if r.random() < 0.4:
+            given[f"{name}_mask"] = torch.rand(batch, tokens, generator=generator) < r.choice([0.1, 0.5, 0.95])
+        if r.random() < 0.4:
+            ends = torch.randint(tokens + 1, (batch, 2), dtype=torch.int32, generator=generator)
+            given[f"{name}_range"] = ends.sort(1).values
+    if is_causal and r.random() < 0.7:
+        offsets = [0, 1, m - n, m // 2, -n // 2, -5, m + 50, 2**31 - 1 - n, -(2**31)]
+        given["query_offset"] = torch.tensor([r.choice(offsets) for _ in range(batch)], dtype=torch.int32)
+    sinks = r.choice([0, 0, r.randint(1, 20)])
+    if r.random() < 0.7:
+        block_q = r.choice([8, 16, 32])
+        window = r.choice([0, block_q, block_q + r.randint(1, 40)])
+        keys = max(window, block_q) + sinks + r.choice([0, 1, 16, 50, 300])
+        given |= dict(block_q=block_q, window=window, keys=keys, pools=r.choice([1, 2]))
+    else:
+        window = r.choice([0, 0, 8, 24, 48])
+        given |= dict(block_q=1, block_k=8, window=window, keys=window + -(-sinks // 8) * 8 + r.choice([8, 24, 160]))
+    return operator_arguments(RouteArguments, **given, sinks=sinks)
+
+
+@pytest.fixture(scope="module")
+def cpu_lists() -> list[tuple[Tensor, Tensor]]:
+    """Made before the emulator takes the CPU's place."""
+    return [torch.ops.scatterbrain.route(*drawn_route(seed)) for seed in range(DRAWN)]
+
+
+@pytest.mark.parametrize("seed", range(DRAWN))
+def test_drawn_calls_list_what_the_cpu_lists(seed: int, cpu_lists: list[tuple[Tensor, Tensor]]) -> None:
+    """One entry of a list may be another where float32 does not tell their scores apart."""
+    index, count = torch.ops.scatterbrain.route(*drawn_route(seed))
+    expected, expected_count = cpu_lists[seed]
+    assert torch.equal(count, expected_count)
+    others = (index != expected).any(-1).nonzero().tolist()
+    assert len(others) <= count.numel() / 100
+    for at in map(tuple, others):
+        assert len(set(index[at].tolist()) ^ set(expected[at].tolist())) == 2
+
+
+@pytest.mark.parametrize("seed", range(0, DRAWN, 3))
+def test_numbers_that_are_none_and_clusters_that_do_not_exist_break_no_list(seed: int) -> None:
+    """Infinities, NaN, the largest numbers, and clusters out of range: the emulator sees every access, and the lists
+    stay in their form."""
+    arguments, generator = drawn_route(seed), torch.Generator().manual_seed(seed)
+    for tokens in arguments:
+        if isinstance(tokens, Tensor) and tokens.is_floating_point():
+            at = torch.rand(tokens.shape, generator=generator)
+            for i, number in enumerate((torch.nan, torch.inf, -torch.inf, torch.finfo(tokens.dtype).max)):
+                tokens[(at >= i / 100) & (at < (i + 1) / 100)] = number
+    if arguments.cluster_index is not None:
+        at = torch.rand(arguments.cluster_index.shape, generator=generator)
+        arguments.cluster_index[at < 0.1], arguments.cluster_index[at > 0.9] = -(2**31), 2**31 - 1
+    index, count = torch.ops.scatterbrain.route(*arguments)
+    units, used = -(-arguments.key.shape[2] // arguments.block_k), torch.arange(index.shape[-1]) < count[..., None]
+    assert (index[~used] == -1).all() and (index[used] >= 0).all() and (index[used] < units).all()
+    assert ((index.diff() > 0) | ~used[..., 1:]).all()
 
 
 def test_equal_scores_go_to_the_lowest_keys() -> None:
