@@ -3,78 +3,15 @@ them out, so that no list has to take them back from a state that they dominate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
+from heavy_keys import SINKS, Call, D, N
 from oracle import assert_as_exact, row_error
-from testkit import RESULTS, assert_same_bits, attend, padding, rand, supports
-from torch import Tensor
+from testkit import RESULTS, assert_same_bits, padding, supports
 
 import scatterbrain as sb
 
-N, D, RANK, MEAN = 320, 32, 4, 1.0
 SUPPORTS = supports()
-# Where a call's sinks are: in and across chunks of 64 keys, first and last.
-SINKS = {
-    "first": [0],
-    "middle": [150],
-    "two": [70, 200],
-    "eight": list(range(60, 68)),
-    "forty": list(range(2, 162, 4)),
-    "later ones heavier": [5, 90, 180, 310],
-}
-
-
-@dataclass
-class Call:
-    """Queries around a mean, keys of which some score ``strength`` above the others for every query, and statistics of
-    tokens without such keys."""
-
-    strength: float
-    sinks: list[int] = field(default_factory=lambda: [150])
-    tokens: int = N
-    heads: int = 2
-    kv_heads: int = 1
-    sign: int = 1
-    growth: float = 0.0
-    dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        self.scale = self.sign * D**-0.5
-        self.query = rand(1, self.heads, self.tokens, D, seed=0) + MEAN
-        self.key, self.value = (rand(1, self.kv_heads, self.tokens, D, seed=seed) for seed in (1, 2))
-        others = rand(1, self.heads, 400, D, seed=3) + MEAN, rand(1, self.kv_heads, 400, D, seed=4)
-        self.statistics = sb.fit_statistics(*others, RANK, scale=self.scale)
-        for i, j in enumerate(self.sinks):
-            score = self.strength + self.growth * i
-            self.key[:, :, j] = score / (self.scale * D * MEAN) + 0.1 * self.key[:, :, j]
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        return [t.to(self.dtype) for t in (self.query, self.key, self.value)]
-
-    def run(self, support: object, is_causal: bool, **arguments: object) -> list[Tensor]:
-        """out, lse and the gradients of query, key and value."""
-        settings = dict(is_causal=is_causal, scale=self.scale, **arguments)
-        return attend(self.inputs, support, sb.Quadratic(RANK), self.statistics, **settings)
-
-    def defined(self, support: object, is_causal: bool, dtype: torch.dtype, **arguments: object) -> list[Tensor]:
-        """The same by the definition."""
-        leaves = [t.to(dtype).requires_grad_() for t in self.inputs]
-        settings = dict(is_causal=is_causal, scale=self.scale, statistics=self.statistics, **arguments)
-        out, lse = sb.reference.attention(
-            *leaves, support, sb.Quadratic(RANK), return_lse=True, dtype=dtype, **settings
-        )
-        upstream = [rand(*t.shape, seed=20 + i, dtype=dtype) for i, t in enumerate((out, lse))]
-        return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], leaves, upstream)]
-
-    def fixed(self, support: object, is_causal: bool, **arguments: object) -> object:
-        """The lists of a support that chooses by content: parity is judged at fixed lists."""
-        if not isinstance(support, (sb.Routed, sb.LSH)):
-            return support
-        settings = dict(is_causal=is_causal, scale=self.scale, statistics=self.statistics, **arguments)
-        return sb.route(*self.inputs[:2], support, low_rank=sb.Quadratic(RANK), **settings)
 
 
 def assert_parity(call: Call, support: object, is_causal: bool, **arguments: object) -> None:

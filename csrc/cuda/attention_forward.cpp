@@ -1,5 +1,6 @@
 // Launcher of the forward pass: rows, states, queries. Nothing waits for the device, and nothing on the host reads what
 // a tensor holds.
+#include <algorithm>
 #include <limits>
 
 #include "../error.h"
@@ -46,8 +47,12 @@ class Forward {
   }
 
  private:
-  void compute(const ForwardParams& params, bool in_double) const {
+  void compute(ForwardParams params, bool in_double) {
     const Element element = element_of(a.query);
+    if (in_double && params.has_low_rank() && !params.has_clusters()) {
+      set_held_keys(params);
+      launch_held_keys(params, element, call.stream());
+    }
     if (params.has_low_rank()) launch_states(params, element, in_double, call.stream());
     launch_attention_forward(params, element, in_double, call.stream());
   }
@@ -117,6 +122,22 @@ class Forward {
     p.kv_state = call.write(call.empty({p.batch, p.kv_heads, p.slots, p.slot_size}, dtype));
     p.segment_log = call.write(call.empty({p.batch, p.kv_heads, p.slots, p.logs_of_state()}, dtype));
     p.state_log = call.write(call.empty({p.batch, p.kv_heads, p.slots}, dtype));
+  }
+
+  // States in float64, which the last queries that lose precision read, hold keys out.
+  void set_held_keys(ForwardParams& p) {
+    const auto integers = [&](std::initializer_list<int64_t> sizes) {
+      return static_cast<int32_t*>(call.write(call.empty(sizes, ScalarType::Int)));
+    };
+    const int64_t longest = p.span_keys + p.span_sinks + p.capacity * p.block_k;
+    p.most_held = std::clamp(longest, kLeastHeld, kMostHeld);
+    p.key_weight = static_cast<double*>(call.write(call.empty({p.batch, p.kv_heads, p.k_tokens}, ScalarType::Double)));
+    p.first_slot = integers({p.batch, p.kv_heads, p.k_tokens});
+    p.held_keys = integers({p.batch, p.kv_heads, p.held_slots(), p.most_held});
+    p.held_counts = integers({p.batch, p.kv_heads, p.held_slots()});
+    if (!p.is_causal) return;
+    p.late_keys = integers({p.batch, p.kv_heads, p.slots, p.most_held + kChunk});
+    p.late_counts = integers({p.batch, p.kv_heads, p.slots});
   }
 
   MapView map_view(const Tensor& map, bool in_double) {

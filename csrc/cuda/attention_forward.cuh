@@ -47,7 +47,8 @@ class ForwardQuery {
     if (p.only_flagged && !load(flag())) return;
 
     first_key = range.k_first;
-    const int64_t edge = edge_of_slot(p, range, slot), state_slot = kv_state_of_edge(p, edge);
+    const int64_t edge = edge_of_slot(p, range, slot);
+    state_slot = kv_state_of_edge(p, edge);
     const KeyList list(p, range, b, h, slot, edge);
     const int64_t state_end = p.is_causal ? state_slot * kChunk : edge + 1;
     read_query();
@@ -64,6 +65,7 @@ class ForwardQuery {
     }
     kappa_ref = load(static_cast<const T*>(p.state_log) + head * p.slots + state_slot);
     sum_listed(list, state_end);
+    if (p.held_keys) sum_held(list);
     if (p.is_causal) sum_unlisted(list, state_end);
     if (add_state(state_of<T>(p, head, state_slot))) return;
     // The complement drowns in rounding.
@@ -122,6 +124,7 @@ class ForwardQuery {
   }
   // What the state holds of a key, over the common factor exp(log_of_state).
   SB_DEVICE T in_state(int64_t key) const {
+    if (p.held_keys && load(p.first_slot + head * p.k_tokens + first_key + key) > state_slot) return T(0);
     const LowRankTerm term = low_rank_term(key);
     return p.has_clusters() ? exp2_of(term.query - top_cluster) * exp2_of(term.key)
                             : exp2_of(term.key - kappa_ref) * term.factor;
@@ -178,6 +181,17 @@ class ForwardQuery {
     for (int64_t begin = 0; begin < list.positions(); begin += kWarp) {
       const int64_t position = begin + lane, key = position < list.positions() ? list.key_at(position) : -1;
       add(key, key >= 0 ? score_of_key(key) : T(0), T(0), T(1), key >= 0 && key < state_end ? in_state(key) : T(0));
+    }
+  }
+  // Unlisted keys that the state holds out.
+  SB_DEVICE void sum_held(const KeyList& list) {
+    const int64_t slot = head * p.held_slots() + (p.is_causal ? state_slot : 0), count = load(p.held_counts + slot);
+    for (int64_t begin = 0; begin < count; begin += kWarp) {
+      const bool is_one = begin + lane < count;
+      const int64_t key = is_one ? load(p.held_keys + slot * p.most_held + begin + lane) - first_key : -1;
+      const bool counts = is_one && !list.lists(key);
+      const LowRankTerm term = counts ? low_rank_term(key) : LowRankTerm{T(0), T(0), T(0)};
+      add(counts ? key : -1, term.query, term.key, term.factor, T(0));
     }
   }
   // Unlisted keys from `begin` to the edge.
@@ -242,7 +256,8 @@ class ForwardQuery {
     if (lost > T(p.fallback_bound) * den || lost > T(1e37)) return false;
     const double terms = double(a) * double(a) * double(squares) * double(squares_of_state);
     const bool has_signs = p.low_rank == LowRank::kQuadratic && sizeof(T) == sizeof(float);
-    if (has_signs && !(terms <= kTermsBound * kTermsBound * double(den) * double(den))) return false;
+    if (has_signs && !(terms <= kTermsBoundOfPlainStates * kTermsBoundOfPlainStates * double(den) * double(den)))
+      return false;
     for (int i = 0; i < kColumns; ++i) sum[i] = sum[i] * scale + a * (complement[i] - taken[i]);
     top = c;
     write_sums(den);
@@ -267,7 +282,7 @@ class ForwardQuery {
   const int64_t b, h, kv, head;
   const int lane;
   const int64_t slot;
-  int64_t query = -1, first_key = 0;
+  int64_t query = -1, first_key = 0, state_slot = 0;
   T rho = T(0), kappa_ref = T(0), top_cluster = T(0);
   // Sums over keys: weights times values by column, what is taken back from the state, the largest exponent, and this
   // lane's share of both weights.

@@ -20,6 +20,8 @@ void launch_route(const RoutingParams& p, Element element, Stream stream);
 // Of a block, in global memory.
 int64_t route_scratch_words(const RoutingParams& p);
 
+// The keys that states in float64 hold out: before the states.
+void launch_held_keys(const ForwardParams& p, Element element, Stream stream);
 // In order: sums over segments, then prefix sums or their total, with the largest log mass of every cluster. `is_wide`:
 // computes in double.
 void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream stream);

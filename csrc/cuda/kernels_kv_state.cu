@@ -1,8 +1,19 @@
+#include "held_keys.cuh"
 #include "kv_state.cuh"
 
 #include "launch.h"
 
 namespace sb::cuda {
+
+// States in float64 alone hold keys out.
+void launch_held_keys(const ForwardParams& p, Element element, Stream stream) {
+  with_element(element, [&](auto* e) {
+    typedef AccType<std::remove_pointer_t<decltype(e)>> M;
+    const int64_t heads = p.batch * p.kv_heads;
+    launch(stream, "key_weights", blocks_for(heads * p.k_tokens, kStateThreads), kStateThreads, 0, key_weights<M>, p);
+    launch(stream, "held_keys", heads, kWarp, HeldKeys::kBytes, held_keys, p);
+  });
+}
 
 void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream stream) {
   with_types(element, is_wide, [&](auto* e, auto* t) {

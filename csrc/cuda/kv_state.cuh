@@ -36,6 +36,31 @@ SB_DEVICE bool is_unwanted(const ForwardParams& p, int64_t head) {
   return p.only_flagged && !load(p.any_flagged + head);
 }
 
+// Keys whose sums go into the slot behind a segment: those of the segment that are not held out, and those that were
+// held until then.
+struct EnteringKeys {
+  const Segment& s;
+  const int32_t *first_slot, *late;
+  int64_t own, late_count;
+  SB_DEVICE EnteringKeys(const ForwardParams& p, const Segment& s)
+      : s(s),
+        first_slot(p.first_slot ? p.first_slot + s.head * p.k_tokens : nullptr),
+        late(nullptr),
+        own(s.end > s.begin ? s.end - s.begin : 0),
+        late_count(0) {
+    if (!p.late_keys) return;
+    const int64_t slot = s.head * p.slots + s.slot + 1;
+    late = p.late_keys + slot * (p.most_held + kChunk), late_count = load(p.late_counts + slot);
+  }
+  SB_DEVICE int64_t count() const { return own + late_count; }
+  // -1 for none.
+  SB_DEVICE int64_t key_at(int64_t i) const {
+    if (i >= own) return load(late + i - own);
+    const int64_t j = s.begin + i;
+    return s.is_valid(j) && (!first_slot || load(first_slot + j) == s.slot + 1) ? j : -1;
+  }
+};
+
 // Where the log scale of a segment's sums stands: every cluster has its own.
 template <class T>
 SB_DEVICE T* segment_log_of(const ForwardParams& p, int64_t head, int64_t slot, int64_t cluster) {
@@ -84,19 +109,22 @@ SB_KERNEL feature_segments(ForwardParams p) {
   const int64_t tiles = ceil_div(p.features, kFeatureTile), columns = p.value_pad + 1;
   const auto features = shared_array<T>(0);
   const auto warp_tops = shared_array<T>(kFeatureTile * kChunk * int64_t(sizeof(T)));
-  const auto valid = shared_array<int32_t>((kFeatureTile * kChunk + kStateThreads / kWarp) * int64_t(sizeof(T)));
+  const auto key = shared_array<int32_t>((kFeatureTile * kChunk + kStateThreads / kWarp) * int64_t(sizeof(T)));
   const int thread = thread_index();
   for_each_task(p.batch * p.kv_heads * (p.slots - 1) * tiles, [&](int64_t task) {
     const Segment s(p, task / tiles);
     if (is_unwanted(p, s.head)) return;
+    const EnteringKeys keys(p, s);
     const int64_t first = task % tiles * kFeatureTile,
                   count = first + kFeatureTile < p.features ? kFeatureTile : p.features - first;
     T* state = state_of<T>(p, s.head, s.slot + 1);
 
     // 1. The largest kappa.
     T top = T(kLowestLog);
-    for (int64_t j = s.begin + thread; j < s.end; j += kStateThreads)
-      if (s.is_valid(j)) top = larger(top, MapRow<M, T>(p.y_map, s.b, s.kv, j).log());
+    for (int64_t i = thread; i < keys.count(); i += kStateThreads) {
+      const int64_t j = keys.key_at(i);
+      if (j >= 0) top = larger(top, MapRow<M, T>(p.y_map, s.b, s.kv, j).log());
+    }
     top = warp_max(top);
     if (lane_index() == 0) warp_tops.set(warp_index(), top);
     sync_block();
@@ -105,12 +133,11 @@ SB_KERNEL feature_segments(ForwardParams p) {
 
     // 2. kChunk keys at a time: exp(kappa - top) F(y), then sums.
     for (int64_t x = thread; x < count * columns; x += kStateThreads) store(state + first * columns + x, T(0));
-    for (int64_t begin = s.begin; begin < s.end; begin += kChunk) {
+    for (int64_t begin = 0; begin < keys.count(); begin += kChunk) {
       if (thread < kChunk) {
-        const int64_t j = begin + thread;
-        const bool is_valid = j < s.end && s.is_valid(j);
-        valid.set(thread, is_valid);
-        if (is_valid) {
+        const int64_t j = begin + thread < keys.count() ? keys.key_at(begin + thread) : -1;
+        key.set(thread, int32_t(j));
+        if (j >= 0) {
           const MapRow<M, T> y(p.y_map, s.b, s.kv, j);
           const T weight = exp2_of(y.log() - top);
           visit_low_rank(p.low_rank, [&](auto kernel) SB_INLINE_LAMBDA {
@@ -125,8 +152,9 @@ SB_KERNEL feature_segments(ForwardParams p) {
         const int64_t f = x / columns, e = x % columns;
         T sum = load(state + first * columns + x);
         for (int i = 0; i < kChunk; ++i) {
-          if (!valid.get(i)) continue;
-          const T value = e < p.value_pad ? T(widened(load(p.v.at<const E>(s.b, s.kv, begin + i) + e))) : T(1);
+          const int32_t j = key.get(i);
+          if (j < 0) continue;
+          const T value = e < p.value_pad ? T(widened(load(p.v.at<const E>(s.b, s.kv, j) + e))) : T(1);
           sum += features.get(f * kChunk + i) * value;
         }
         store(state + first * columns + x, sum);

@@ -27,6 +27,9 @@ struct Stream {
 inline constexpr int kWidest = 256, kColumns = kWidest / 32;
 // A complement of so few keys is summed key by key: nothing cancels.
 inline constexpr int64_t kByKeyLimit = 64;
+// As kTermsBound. States in float32 have no centres and hold no key out here, so that queries with as many terms are
+// common where keys are unusual; they are as exact as the CPU's at this bound.
+inline constexpr double kTermsBoundOfPlainStates = 128;
 // Keys of a partial state without a causal edge; kChunk with one.
 inline constexpr int64_t kSegment = 512;
 // Tokens of a partial sum of a projection's weight gradient.
@@ -115,6 +118,14 @@ struct ForwardParams : AttentionParams {
   uint8_t *flags, *any_flagged;  // (B, Hq, N), (B, Hkv)
   bool only_flagged;             // computes what is flagged, and nothing else
 
+  // Keys that states hold out (held_keys.cuh), where they do; else all are null. Held and late keys of a slot are as
+  // many as their counts say; late ones enter it from earlier segments, and -1 is none.
+  double* key_weight;                // (B, Hkv, M): log2 of what a key weighs in a state
+  int32_t* first_slot;               // (B, Hkv, M): whose state holds a key, or kNeverEnters
+  int32_t *held_keys, *held_counts;  // (B, Hkv, held_slots(), most_held), (B, Hkv, held_slots())
+  int32_t *late_keys, *late_counts;  // with a causal edge (B, Hkv, slots, most_held + kChunk), (B, Hkv, slots)
+
+  SB_HD int64_t held_slots() const { return is_causal ? slots : 1; }
   SB_HD int64_t logs_of_state() const { return has_clusters() ? rank : 1; }
 };
 

@@ -13,6 +13,7 @@ import torch
 from cluster_cases import assert_agree, tokens_of
 from cuda_calls import excess
 from emulated import CSRC, Emulator, build
+from heavy_keys import RANK, Call, late_call
 from oracle import draw, row_error
 from supports.test_route import PER_QUERY, POOLED, TWO_POOLS, Inputs, assert_as_defined, random_mask
 from testkit import rand
@@ -100,6 +101,13 @@ FAULTS = {
         "cluster.cuh", "exp2_of(load(static_cast<const T*>(p.top) + at) - top)", "T(1)", "clusters"
     ),
     "lost first segment": Fault("kv_state.cuh", "has_keys = slot > 0 &&", "has_keys = slot > 1 &&", "parity"),
+    "held key taken back": Fault(
+        "attention_forward.cuh",
+        "first_key + key) > state_slot) return",
+        "first_key + key) > 0x7fffffff) return",
+        "held",
+    ),
+    "lost late keys": Fault("kv_state.cuh", "late_count = load(p.late_counts + slot);", "late_count = 0;", "late"),
     "missing rescale of a state": Fault("kv_state.cuh", " * exp2_of(of_segment - top);", ";", "states"),
     "wrong mask bound of a run": Fault(
         "route_runs.cuh", "key < length && !(mask", "key <= length && !(mask", "out of bounds|lists"
@@ -125,44 +133,78 @@ FAULTS = {
 }
 
 
-def first_complaint(emulator: Emulator) -> str:
-    query, key, value = rand(1, 1, 3, 16), rand(1, 1, 600, 16, seed=1), rand(1, 1, 600, 16, seed=2)
-    for low_rank in (sb.Favor(8), sb.Centroid(3)):  # states of two segments
-        statistics = sb.reference.cluster(query, key, 3) if isinstance(low_rank, sb.Centroid) else None
-        arguments = dict(support=sb.Empty(), low_rank=low_rank, statistics=statistics)
-        try:
-            with emulator.installed():
-                out = sb.attention(query, key, value, **arguments)
-        except RuntimeError as error:
-            return str(error)
-        if not row_error(out, sb.reference.attention(query, key, value, **arguments)) <= 1e-5:
-            return f"states: {low_rank}"
+# What runs with every fault: each returns what is wrong, or nothing.
+
+
+def wrong_calls(emulator: Emulator) -> str:
+    for seed in SEEDS:
+        wrong = excess(emulator, draw(seed), torch.float32, 1e-5)
+        if wrong:
+            return f"parity: {wrong}"
+    return ""
+
+
+def wrong_clusters(emulator: Emulator) -> str:
     for name in ("few", "one key more", "segments"):
         query, key, clusters = tokens_of(name, torch.float32)
+        with emulator.installed():
+            found = sb.cluster(query, key, clusters)
         try:
-            with emulator.installed():
-                found = sb.cluster(query, key, clusters)
             assert_agree(found, sb.reference.cluster(query, key, clusters), rtol=1e-5, atol=2e-6)
-        except RuntimeError as error:
-            return str(error)
         except AssertionError:
             return f"clusters: {name}"
+    return ""
+
+
+def wrong_states_of_two_segments(emulator: Emulator) -> str:
+    query, key, value = rand(1, 1, 3, 16), rand(1, 1, 600, 16, seed=1), rand(1, 1, 600, 16, seed=2)
+    for low_rank in (sb.Favor(8), sb.Centroid(3)):
+        statistics = sb.reference.cluster(query, key, 3) if isinstance(low_rank, sb.Centroid) else None
+        arguments = dict(support=sb.Empty(), low_rank=low_rank, statistics=statistics)
+        with emulator.installed():
+            out = sb.attention(query, key, value, **arguments)
+        if not row_error(out, sb.reference.attention(query, key, value, **arguments)) <= 1e-5:
+            return f"states: {low_rank}"
+    return ""
+
+
+def wrong_lists(emulator: Emulator) -> str:
     for form in (POOLED[1], TWO_POOLS[1], PER_QUERY[2]):
         inputs = Inputs(75, heads=4, kv_heads=2).mask(random_mask(2, 75, 1))
         try:
             with emulator.installed():
                 assert_as_defined(inputs, **form)
-        except RuntimeError as error:
-            return str(error)
         except (AssertionError, ValueError, IndexError):
             return f"lists: {form}"
-    for seed in SEEDS:
+    return ""
+
+
+def wrong_held_keys(emulator: Emulator) -> str:
+    arguments, want = late_call()
+    with emulator.installed():
+        late, _ = torch.ops.scatterbrain.attention(*arguments)
+    if not row_error(late, want) <= 1e-5:
+        return "late keys"
+    call, support = Call(40.0), sb.Window(24)
+    settings = dict(scale=call.scale, statistics=call.statistics)
+    with emulator.installed():
+        out = sb.attention(*call.inputs, support, sb.Quadratic(RANK), **settings)
+    if not row_error(out, call.defined(support, False, torch.float64)[0]) <= 1e-4:
+        return "held keys"
+    return ""
+
+
+CHECKS = (wrong_states_of_two_segments, wrong_clusters, wrong_lists, wrong_calls, wrong_held_keys)
+
+
+def first_complaint(emulator: Emulator) -> str:
+    for check in CHECKS:
         try:
-            wrong = excess(emulator, draw(seed), torch.float32, 1e-5)
+            complaint = check(emulator)
         except RuntimeError as error:
             return str(error)
-        if wrong:
-            return f"parity: {wrong}"
+        if complaint:
+            return complaint
     return ""
 
 
