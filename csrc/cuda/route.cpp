@@ -12,7 +12,8 @@
 namespace sb::cuda {
 namespace {
 
-constexpr int64_t kMostScratchBlocks = 1024;
+// Blocks of threads make lists in turn, each in memory of its own: as many as this memory holds, within limits.
+constexpr int64_t kScratchWords = int64_t(1) << 24, kFewestBlocks = 256, kMostBlocks = 1024;
 
 class Route {
  public:
@@ -108,7 +109,8 @@ class Route {
       p.units = std::max(p.coarse_runs + 1, (candidate_superblocks(p.keys, p.window) + 2) * kBranch);
       tasks *= p.q_tokens;
     }
-    p.scratch_words = route_scratch_words(p), p.scratch_blocks = std::min(tasks, kMostScratchBlocks);
+    p.scratch_words = route_scratch_words(p);
+    p.scratch_blocks = std::min(tasks, std::clamp(kScratchWords / p.scratch_words, kFewestBlocks, kMostBlocks));
     p.scratch = static_cast<int32_t*>(call.write(call.empty({p.scratch_blocks, p.scratch_words}, ScalarType::Int)));
   }
 

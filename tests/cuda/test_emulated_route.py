@@ -59,6 +59,16 @@ def test_stages_choose_as_the_definition(low_rank: int, is_causal: bool) -> None
     assert (every_key != inputs.route(**POOLED[1])[0]).any()
 
 
+@pytest.mark.parametrize(
+    "form, inputs",
+    [(POOLED[0], dict(n=9, heads=70, kv_heads=2, batch=16)), (PER_QUERY[2], dict(n=140, heads=4, kv_heads=2))],
+    ids=["pooled", "per-query"],
+)
+def test_blocks_of_threads_make_lists_in_turn(form: dict, inputs: dict) -> None:
+    """More lists than there are blocks of threads with memory for one."""
+    assert_as_defined(Inputs(**inputs, d=4), **form)
+
+
 def test_queries_choose_among_the_best_superblocks() -> None:
     assert_as_defined(Inputs(3, 1400, heads=1, batch=1), **PER_QUERY[1])
 
