@@ -116,7 +116,7 @@ FAULTS = {
         "route_pooled.cuh", "p.kv_heads + h / (p.q_heads / p.kv_heads)", "p.kv_heads + h % p.kv_heads", "lists"
     ),
     "wrong scan order of what is taken": Fault(
-        "route_block.cuh", "t < thread; ++t) at +=", "t <= thread; ++t) at +=", "lists|out"
+        "route_block.cuh", "t < thread; ++t) at +=", "t <= thread; ++t) at +=", "lists|out|uninitialised global"
     ),
     "missing barrier before scores are read": Fault(
         "route_block.cuh",
