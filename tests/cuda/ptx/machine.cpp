@@ -1,7 +1,8 @@
 // Executor B's machine: runs instructions of PTX, which ptx_program.py has decoded, for every thread of a grid. It
 // shares no code with csrc. Threads of a warp run in groups that stand at the same instruction, the lowest one first;
-// at instructions that name the lanes they need (bar.warp.sync, shfl, vote, match, redux) lanes wait until all of them
-// have come, wherever the others are, as on devices since sm_70. Faults end the launch:
+// at instructions that name the lanes they need (bar.warp.sync, shfl, vote, match, redux) or need all (ldmatrix,
+// movmatrix, mma) lanes wait until all of them have come, wherever the others are, as on devices since sm_70. Faults
+// end the launch:
 //   uninitialised register, uninitialised shared memory, uninitialised local memory
 //   out of bounds      an access outside of the buffers, the shared or local memory or the parameters of the launch
 //   misaligned         an address that is no multiple of the size of the access
@@ -9,6 +10,7 @@
 //   race               two threads access a byte of shared or global memory, one writes, and nothing orders them; that
 //                      several write the same to global memory is none
 //   divergent warp, divergent barrier   lanes that others wait for have left or wait elsewhere
+//   asynchronous copy  before the wait its target is read or written, its source changes, or its thread leaves
 //   division by zero, trap, endless
 #include <algorithm>
 #include <cfenv>
@@ -26,26 +28,31 @@ namespace {
 
 // -------------------- what ptx_program.py hands over
 
-#define EACH_OPERATION(X)                                                                                             \
-  X(add)                                                                                                              \
-  X(sub)                                                                                                              \
-  X(mul)                                                                                                              \
-  X(mul_hi)                                                                                                           \
-  X(mul_wide) X(mad) X(mad_hi) X(mad_wide) X(fma) X(div) X(rem) X(min) X(max) X(abs) X(neg) X(and_) X(or_) X(xor_)    \
-      X(not_) X(cnot) X(shl) X(shr) X(shf_l) X(shf_r) X(lop3) X(prmt) X(bfe) X(bfi) X(popc) X(clz) X(brev) X(bfind)   \
-          X(rcp) X(sqrt) X(rsqrt) X(ex2) X(lg2) X(sin) X(cos) X(tanh) X(copysign) X(testp) X(rcp_high) X(setp) X(set) \
-              X(selp) X(mov) X(pack) X(unpack) X(cvt) X(cvt_pair) X(cvta) X(cvta_to) X(ld) X(st) X(bra) X(brx) X(ret) \
-                  X(trap) X(nothing) X(shfl) X(vote) X(match_any) X(redux) X(activemask) X(bar_warp) X(bar_block)
+#define EACH_OPERATION(X)                                                                                              \
+  X(add)                                                                                                               \
+  X(sub)                                                                                                               \
+  X(mul)                                                                                                               \
+  X(mul_hi)                                                                                                            \
+  X(mul_wide)                                                                                                          \
+  X(mad)                                                                                                               \
+  X(mad_hi) X(mad_wide) X(fma) X(div) X(rem) X(min) X(max) X(abs) X(neg) X(and_) X(or_) X(xor_) X(not_) X(cnot) X(shl) \
+      X(shr) X(shf_l) X(shf_r) X(lop3) X(prmt) X(bfe) X(bfi) X(popc) X(clz) X(brev) X(bfind) X(rcp) X(sqrt) X(rsqrt)   \
+          X(ex2) X(lg2) X(sin) X(cos) X(tanh) X(copysign) X(testp) X(rcp_high) X(setp) X(set) X(selp) X(mov) X(pack)   \
+              X(unpack) X(cvt) X(cvt_pair) X(cvta) X(cvta_to) X(ld) X(st) X(bra) X(brx) X(ret) X(trap) X(nothing)      \
+                  X(shfl) X(vote) X(match_any) X(redux) X(activemask) X(bar_warp) X(bar_block) X(ldmatrix)             \
+                      X(movmatrix) X(mma) X(copy) X(commit) X(wait_group)
 #define EACH_TYPE(X) X(pred) X(u8) X(u16) X(u32) X(u64) X(s8) X(s16) X(s32) X(s64) X(f16) X(bf16) X(f32) X(f64)
 #define EACH_SPACE(X) X(generic) X(global) X(shared) X(local) X(param)
-#define EACH_MODE(X)                                                                                                \
-  X(none)                                                                                                           \
-  X(eq)                                                                                                             \
-  X(ne)                                                                                                             \
-  X(lt)                                                                                                             \
-  X(le) X(gt) X(ge) X(num) X(nan) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(rn) X(rz) X(rm) X(rp) X(rni) X(rzi)   \
-      X(rmi) X(rpi) X(up) X(down) X(bfly) X(idx) X(all) X(any) X(uni) X(ballot) X(add) X(min) X(max) X(and_) X(or_) \
-          X(xor_) X(wrap) X(clamp) X(finite) X(infinite) X(number) X(notanumber) X(normal) X(subnormal)
+#define EACH_MODE(X)                                                                                                  \
+  X(none)                                                                                                             \
+  X(eq)                                                                                                               \
+  X(ne)                                                                                                               \
+  X(lt)                                                                                                               \
+  X(le)                                                                                                               \
+  X(gt)                                                                                                               \
+  X(ge) X(num) X(nan) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(rn) X(rz) X(rm) X(rp) X(rni) X(rzi) X(rmi) X(rpi)   \
+      X(up) X(down) X(bfly) X(idx) X(all) X(any) X(uni) X(ballot) X(add) X(min) X(max) X(and_) X(or_) X(xor_) X(wrap) \
+          X(clamp) X(finite) X(infinite) X(number) X(notanumber) X(normal) X(subnormal) X(trans)
 
 #define NAME(x) x,
 #define TEXT(x) #x,
@@ -67,7 +74,7 @@ const char* const kSpaces[] = {EACH_SPACE(TEXT)};
 const char* const kModes[] = {EACH_MODE(TEXT)};
 
 enum Flags : int32_t { kFlush = 1, kSaturate = 2, kKeepNan = 4 };
-constexpr int kWarp = 32, kOperands = 14;
+constexpr int kWarp = 32, kOperands = 16;
 // Generic addresses of shared and local memory; buffers lie where the process has them, far below.
 constexpr uint64_t kSharedWindow = uint64_t(0x71) << 56, kLocalWindow = uint64_t(0x72) << 56,
                    kWindow = uint64_t(1) << 32;
@@ -144,8 +151,10 @@ double wide(F16 v) {
   double size;
   if (exponent == 31)
     size = fraction ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
+  else if (exponent == 0)
+    size = fraction * 0x1p-24;
   else
-    size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+    size = same_bits<double>(uint64_t(exponent - 15 + 1023) << 52 | uint64_t(fraction) << 42);
   return sign ? -size : size;
 }
 double wide(B16 v) { return double(same_bits<float>(uint32_t(v.bits) << 16)); }
@@ -284,6 +293,7 @@ struct Mark {
 };
 struct Byte {
   Mark write, read;
+  int16_t copies = 0;  // of those that are under way, how many read it
 };
 struct Now {
   int32_t block, thread, block_epoch, warp_epoch;
@@ -333,6 +343,19 @@ struct Register {
   uint64_t value[kWarp];
 };
 
+// A copy from global to shared memory. Its bytes are taken when it starts and arrive when its thread has waited for its
+// group: in between nobody may change the one place or touch the other.
+struct Copy {
+  uint64_t to, from;
+  int bytes, read;  // what is not read is zero
+  int32_t pc;
+  unsigned char content[16];
+};
+struct Copies {
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> groups;
+};
+
 struct Warp {
   std::vector<Register> registers;
   std::vector<uint32_t> is_set;
@@ -342,6 +365,7 @@ struct Warp {
   int64_t barrier[kWarp];
   int32_t epoch = 0;
   std::vector<unsigned char> local, local_set;
+  Copies copies[kWarp];
 };
 
 class Machine {
@@ -352,6 +376,7 @@ class Machine {
     warps.resize(size_t(l.threads / kWarp));
     for (block = 0; block < l.blocks; ++block) {
       shared.assign(size_t(l.shared_bytes), 0xa5), shared_set.assign(size_t(l.shared_bytes), 0);
+      targeted.assign(size_t(l.shared_bytes), -1);
       shared_marks.assign(size_t(l.shared_bytes), Byte());
       block_epoch = 0;
       for (warp_index = 0; warp_index < int(warps.size()); ++warp_index) start();
@@ -369,6 +394,7 @@ class Machine {
     w.registers.resize(size_t(l.register_count)), w.is_set.assign(size_t(l.register_count), 0);
     w.local.assign(size_t(l.local_bytes) * kWarp, 0xa5), w.local_set.assign(size_t(l.local_bytes) * kWarp, 0);
     w.epoch = 0;
+    for (Copies& copies : w.copies) copies = {};
     for (int i = 0; i < kWarp; ++i) w.at[i] = 0, w.state[i] = State::kReady;
     for (int64_t c = 0; c < l.constant_count; ++c)
       give(w, l.constants[c].reg, [&](int) { return l.constants[c].value; });
@@ -399,7 +425,7 @@ class Machine {
         if (first < 0) first = t;
         ++waiting;
       }
-      if (waiting == 0) return;
+      if (waiting == 0) return check_copies();
       Warp& one = warps[size_t(first / kWarp)];
       for (int64_t t = 0; t < l.threads; ++t) {
         Warp& w = warps[size_t(t / kWarp)];
@@ -417,6 +443,20 @@ class Machine {
       for (Warp& w : warps)
         for (int i = 0; i < kWarp; ++i) w.state[i] = State::kReady, ++w.at[i];
     }
+  }
+
+  void check_copies() {
+    for (warp_index = 0; warp_index < int(warps.size()); ++warp_index)
+      for (int lane = 0; lane < kWarp; ++lane) {
+        Copies& of_lane = warps[size_t(warp_index)].copies[lane];
+        of_lane.groups.push_back(of_lane.open);
+        for (const auto& group : of_lane.groups) {
+          if (group.empty()) continue;
+          pc = group.front().pc;
+          throw Fault{"asynchronous copy", "the thread has left without a wait for it", lane};
+        }
+      }
+    warp_index = 0;
   }
 
   // Runs a warp until all of its lanes have left or wait for the block.
@@ -555,6 +595,9 @@ class Machine {
       case op::vote:
       case op::match_any:
       case op::redux:
+      case op::ldmatrix:
+      case op::movmatrix:
+      case op::mma:
       case op::bar_warp: return meet(lanes);
       default: break;
     }
@@ -616,6 +659,9 @@ class Machine {
       case op::bar_warp: ++warp->epoch; return;
       case op::shfl: return shuffle(lanes);
       case op::vote: return vote(lanes);
+      case op::ldmatrix: return load_matrices();
+      case op::movmatrix: return transpose_matrix();
+      case op::mma: return multiply_add();
       case op::match_any: {
         uint64_t values[kWarp];
         each(lanes, [&](int lane) { values[lane] = get<uint64_t>(0, lane); });
@@ -679,6 +725,120 @@ class Machine {
     });
   }
 
+  // -------------------- matrices
+
+  // Of an 8 x 8 matrix of 16-bit numbers lane l holds the elements 2 (l % 4) and the next one of row l / 4.
+  struct Matrix {
+    uint16_t element[8][8];
+
+    uint32_t pair(int lane, bool is_transposed) const {
+      const int major = lane / 4, minor = lane % 4 * 2;
+      const uint32_t low = is_transposed ? element[minor][major] : element[major][minor],
+                     high = is_transposed ? element[minor + 1][major] : element[major][minor + 1];
+      return low | high << 16;
+    }
+  };
+  // ldmatrix.m8n8: lane l names row l % 8 of matrix l / 8; lanes beyond the last matrix name nothing.
+  void load_matrices() {
+    Matrix matrices[4];
+    for (int lane = 0; lane < 8 * i->results; ++lane) {
+      const uint64_t address = get<uint32_t>(0, lane) + uint64_t(i->offset);
+      std::memcpy(matrices[lane / 8].element[lane % 8], memory(sp::shared, address, 16, nullptr, lane), 16);
+    }
+    for (int lane = 0; lane < kWarp; ++lane)
+      for (int m = 0; m < i->results; ++m) put(m, lane, matrices[m].pair(lane, i->mode == md::trans));
+  }
+  void transpose_matrix() {
+    Matrix matrix;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const auto pair = get<uint32_t>(0, lane);
+      std::memcpy(&matrix.element[lane / 4][lane % 4 * 2], &pair, 4);
+    }
+    for (int lane = 0; lane < kWarp; ++lane) put(0, lane, matrix.pair(lane, true));
+  }
+  // mma.row.col with 16 rows, 8 columns and `depth` products for each. Products are exact, and what is added to the sum
+  // is rounded to float32, in the order of the products; devices do not say theirs.
+  void multiply_add() {
+    const int depth = int(i->offset), lefts = depth / 4, rights = depth / 8;
+    double left[16][16], right[16][8];
+    float sums[16][8];
+    const auto number = [&](int operand, int lane, int half) {
+      const auto bits = uint16_t(get<uint32_t>(operand, lane) >> 16 * half);
+      return i->type == ty::f16 ? wide(F16{bits}) : wide(B16{bits});
+    };
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const int row = lane / 4, pair = lane % 4 * 2;
+      for (int half = 0; half < 2; ++half) {
+        for (int k = 0; k < lefts; ++k) left[row + k % 2 * 8][pair + half + k / 2 * 8] = number(k, lane, half);
+        for (int k = 0; k < rights; ++k) right[pair + half + k * 8][row] = number(lefts + k, lane, half);
+      }
+      for (int k = 0; k < 4; ++k) sums[row + k / 2 * 8][pair + k % 2] = get<float>(lefts + rights + k, lane);
+    }
+    for (int k = 0; k < depth; ++k)
+      for (int row = 0; row < 16; ++row)
+        for (int column = 0; column < 8; ++column)
+          sums[row][column] = float(double(sums[row][column]) + left[row][k] * right[k][column]);
+    for (int lane = 0; lane < kWarp; ++lane)
+      for (int k = 0; k < 4; ++k) put(k, lane, sums[lane / 4 + k / 2 * 8][lane % 4 * 2 + k % 2]);
+  }
+
+  // -------------------- copies
+
+  void start_copies(uint32_t lanes) {
+    each(lanes, [&](int lane) {
+      Copy copy{get<uint32_t>(0, lane) + uint64_t(i->target),
+                get<uint64_t>(1, lane) + uint64_t(i->offset),
+                i->bits,
+                0,
+                pc,
+                {}};
+      const uint32_t read = get<uint32_t>(2, lane);
+      if (read > uint32_t(copy.bytes))
+        throw Fault{"out of bounds",
+                    "a copy of " + std::to_string(copy.bytes) + " bytes that reads " + std::to_string(read), lane};
+      copy.read = int(read);
+      aligned(copy.from, copy.bytes, lane);
+      if (copy.read) {
+        std::memcpy(copy.content, global_memory(copy.from, copy.read, nullptr, lane), read);
+        each_source(copy, lane, [](Byte& byte) { ++byte.copies; });
+      }
+      memory(sp::shared, copy.to, copy.bytes, copy.content, lane);
+      std::fill_n(&targeted[copy.to], copy.bytes, int16_t(warp_index * kWarp + lane));
+      warp->copies[lane].open.push_back(copy);
+    });
+  }
+  void commit_copies(uint32_t lanes) {
+    each(lanes, [&](int lane) {
+      Copies& of_lane = warp->copies[lane];
+      of_lane.groups.push_back(std::move(of_lane.open));
+      of_lane.open.clear();
+    });
+  }
+  void wait_copies(uint32_t lanes) {
+    each(lanes, [&](int lane) {
+      auto& groups = warp->copies[lane].groups;
+      while (int64_t(groups.size()) > i->offset) {
+        for (const Copy& copy : groups.front()) {
+          if (copy.read) {
+            // Both accesses may happen as late as now.
+            each_source(copy, lane, [](Byte& byte) { --byte.copies; });
+            global_memory(copy.from, copy.read, nullptr, lane);
+          }
+          std::fill_n(&targeted[copy.to], copy.bytes, int16_t(-1));
+          std::memcpy(memory(sp::shared, copy.to, copy.bytes, copy.content, lane), copy.content, size_t(copy.bytes));
+        }
+        groups.erase(groups.begin());
+      }
+    });
+  }
+  // Of the bytes that a copy reads, those that the launch may write.
+  template <class Visit>
+  void each_source(const Copy& copy, int lane, const Visit& visit) {
+    const Buffer& b = buffer_of(copy.from, copy.read, false, lane);
+    for (uint64_t x = copy.from - b.address; x < copy.from - b.address + uint64_t(copy.read); ++x)
+      if (b.permissions[x] & 2) visit(shadows[size_t(last_buffer)].at(x));
+  }
+
   // -------------------- memory
 
   Now now(int lane) const { return {int32_t(block), warp_index * kWarp + lane, block_epoch, warp->epoch}; }
@@ -704,6 +864,13 @@ class Machine {
     throw Fault{"out of bounds", text, lane};
   }
 
+  static void aligned(uint64_t address, int bytes, int lane) {
+    if (address % uint64_t(bytes) == 0) return;
+    char text[100];
+    std::snprintf(text, sizeof text, "%d bytes at 0x%llx", bytes, static_cast<unsigned long long>(address));
+    throw Fault{"misaligned", text, lane};
+  }
+
   // `written`: what a write puts there, null for a read.
   unsigned char* memory(int32_t space, uint64_t address, int bytes, const unsigned char* written, int lane) {
     const bool is_write = written != nullptr;
@@ -714,16 +881,17 @@ class Machine {
         return memory(sp::local, address - kLocalWindow, bytes, written, lane);
       space = sp::global;
     }
-    if (address % uint64_t(bytes) != 0) {
-      char text[100];
-      std::snprintf(text, sizeof text, "%d bytes at 0x%llx", bytes, static_cast<unsigned long long>(address));
-      throw Fault{"misaligned", text, lane};
-    }
+    aligned(address, bytes, lane);
     switch (space) {
       case sp::shared: {
         if (address > shared.size() || uint64_t(bytes) > shared.size() - address)
           outside("shared", address, bytes, is_write, lane);
         for (uint64_t x = address; x < address + uint64_t(bytes); ++x) {
+          if (targeted[x] >= 0)
+            throw Fault{"asynchronous copy",
+                        "byte " + std::to_string(x) + " of shared memory, which thread " + std::to_string(targeted[x]) +
+                            " fills and has not waited for",
+                        lane};
           if (!is_write && !shared_set[x])
             throw Fault{"uninitialised shared memory", "byte " + std::to_string(x), lane};
           order(shared_marks[x], is_write, false, lane, "shared", x);
@@ -748,8 +916,7 @@ class Machine {
       default: return global_memory(address, bytes, written, lane);
     }
   }
-  unsigned char* global_memory(uint64_t address, int bytes, const unsigned char* written, int lane) {
-    const bool is_write = written != nullptr;
+  const Buffer& buffer_of(uint64_t address, int bytes, bool is_write, int lane) {
     const auto holds = [&](const Buffer& b) {
       const uint64_t size = uint64_t(b.bytes), into = address - b.address;
       return b.address <= address && into <= size && uint64_t(bytes) <= size - into;
@@ -759,7 +926,11 @@ class Machine {
       while (last_buffer < l.buffer_count && !holds(l.buffers[last_buffer])) ++last_buffer;
       if (last_buffer == l.buffer_count) outside("global", address, bytes, is_write, lane);
     }
-    const Buffer& b = l.buffers[last_buffer];
+    return l.buffers[last_buffer];
+  }
+  unsigned char* global_memory(uint64_t address, int bytes, const unsigned char* written, int lane) {
+    const bool is_write = written != nullptr;
+    const Buffer& b = buffer_of(address, bytes, is_write, lane);
     const uint64_t first = address - b.address;
     Shadow& shadow = shadows[size_t(last_buffer)];
     for (uint64_t x = first; x < first + uint64_t(bytes); ++x) {
@@ -768,8 +939,11 @@ class Machine {
         if (is_write) throw Fault{"write to an input", "the launch may only read this buffer", lane};
         continue;
       }
-      order(shadow.at(x), written != nullptr, written && written[x - first] == b.memory[x], lane, "global",
-            b.address + x);
+      Byte& byte = shadow.at(x);
+      const bool is_same = is_write && written[x - first] == b.memory[x];
+      order(byte, is_write, is_same, lane, "global", b.address + x);
+      if (is_write && !is_same && byte.copies)
+        throw Fault{"asynchronous copy", "a write to the source of a copy that its thread has not waited for", lane};
     }
     return b.memory + first;
   }
@@ -1206,6 +1380,9 @@ class Machine {
       }
       case op::ld: return load(lanes);
       case op::st: return store(lanes);
+      case op::copy: return start_copies(lanes);
+      case op::commit: return commit_copies(lanes);
+      case op::wait_group: return wait_copies(lanes);
       case op::activemask: return each(lanes, [&](int lane) { put(0, lane, mask); });
       default: throw Fault{"unknown instruction", "the machine does not execute it", first_lane(lanes)};
     }
@@ -1214,6 +1391,7 @@ class Machine {
   Launch& l;
   std::vector<Warp> warps;
   std::vector<unsigned char> shared, shared_set;
+  std::vector<int16_t> targeted;  // by byte of shared memory: the thread whose copy is under way, or -1
   std::vector<Byte> shared_marks;
   std::vector<Shadow> shadows;
   int64_t last_buffer = 0;

@@ -21,7 +21,7 @@ CACHE = ROOT / "build" / "ptx"
 # No sum of a product is made one operation, and rounding follows what the machine sets.
 FLAGS = ["-std=c++20", "-O2", "-g0", "-fPIC", "-shared", "-ffp-contract=off", "-frounding-math", "-Wall", "-Wextra"]
 STEP_LIMIT = 200_000_000
-OPERANDS = 14
+OPERANDS = 16
 
 
 class PtxFault(Exception):

@@ -746,6 +746,87 @@ def _activemask(body: Body, name: str, modifiers: Modifiers, operands: list[str]
     return Instruction(name, results=[body.result(operands[0], 32)])
 
 
+# -------------------- matrices, copies
+
+
+def all_lanes(body: Body) -> int:
+    """The last operand of what a whole warp does together."""
+    return body.constant(0xFFFFFFFF, 32)
+
+
+@decodes("ldmatrix")
+def _ldmatrix(body: Body, name: str, modifiers: Modifiers, operands: list[str]) -> Instruction:
+    expect(operands, 2)
+    for word in ("sync", "aligned", "m8n8"):
+        modifiers.need(word)
+    count = int(modifiers.need("x1", "x2", "x4")[1])
+    mode = modifiers.take("trans", default="none")
+    modifiers.need("shared", "shared::cta")
+    modifiers.need("b16")
+    results = [body.result(text, 32) for text in vector(operands[0], count)]
+    register, offset = body.address(operands[1])
+    return Instruction(name, mode=mode, results=results, operands=[register, all_lanes(body)], offset=offset)
+
+
+@decodes("movmatrix")
+def _movmatrix(body: Body, name: str, modifiers: Modifiers, operands: list[str]) -> Instruction:
+    expect(operands, 2)
+    for word in ("sync", "aligned", "m8n8", "trans", "b16"):
+        modifiers.need(word)
+    sources = [body.source(operands[1], 32), all_lanes(body)]
+    return Instruction(name, results=[body.result(operands[0], 32)], operands=sources)
+
+
+@decodes("mma")
+def _mma(body: Body, name: str, modifiers: Modifiers, operands: list[str]) -> Instruction:
+    expect(operands, 4)
+    for word in ("sync", "aligned"):
+        modifiers.need(word)
+    depth = int(modifiers.need("m16n8k16", "m16n8k8")[len("m16n8k") :])
+    for word in ("row", "col", "f32"):
+        modifiers.need(word)
+    type = modifiers.need("f16", "bf16")
+    modifiers.need(type)
+    modifiers.need("f32")
+    results = [body.result(text, 32) for text in vector(operands[0], 4)]
+    sources = [body.source(text, 32) for text in vector(operands[1], depth // 4) + vector(operands[2], depth // 8)]
+    sources += [body.source(text, 32, True) for text in vector(operands[3], 4)]
+    return Instruction(name, type, "f32", results=results, operands=[*sources, all_lanes(body)], offset=depth)
+
+
+@decodes("cp")
+def _copy(body: Body, name: str, modifiers: Modifiers, operands: list[str]) -> list[Instruction]:
+    modifiers.need("async")
+    kind = modifiers.need("ca", "cg", "commit_group", "wait_group", "wait_all")
+    if kind == "wait_group":
+        expect(operands, 1)
+        if not operands[0].isdigit():
+            raise PtxError(f"expected a number of groups, got {operands[0]}")
+        return [Instruction("wait_group", offset=int(operands[0]))]
+    if kind in ("commit_group", "wait_all"):
+        expect(operands, 0)
+        return [Instruction("commit"), *[Instruction("wait_group")] * (kind == "wait_all")]
+    modifiers.need("shared", "shared::cta")
+    modifiers.need("global")
+    modifiers.take("L2::128B", "L2::64B", "L2::256B")
+    expect(operands, 3, 4)
+    sizes = ("16",) if kind == "cg" else ("4", "8", "16")
+    if operands[2] not in sizes:
+        raise PtxError(f"expected a copy of {' or '.join(sizes)} bytes, got {operands[2]}")
+    size = int(operands[2])
+    (to, to_offset), (source, offset) = (body.address(text) for text in operands[:2])
+    made = Instruction("copy", bits=size, operands=[to, source], target=to_offset, offset=offset)
+    found = body.find(operands[3]) if len(operands) == 4 else None
+    if found is None or body.widths[found] != 1:
+        made.operands.append(body.source(operands[3] if len(operands) == 4 else str(size), 32))
+        return [made]
+    # A predicate says that nothing is read.
+    read = body.register(32)
+    made.operands.append(read)
+    sources = [body.constant(0, 32), body.constant(size, 32), found]
+    return [Instruction("selp", results=[read], operands=sources), made]
+
+
 # -------------------- files
 
 

@@ -460,6 +460,169 @@ def test_a_table_of_branches_is_followed() -> None:
     assert words(body) == [20, 10] * 16
 
 
+# -------------------- matrices
+
+
+def matrix_rows(count: int, seed: int = 0) -> bytes:
+    """So many 8 x 8 matrices of 16-bit numbers that all differ."""
+    numbers = random.Random(seed).sample(range(1 << 16), 64 * count)
+    return struct.pack(f"<{64 * count}H", *numbers)
+
+
+def fragment(matrix: list[int], lane: int, is_transposed: bool) -> int:
+    """What a lane holds of a matrix, by the manual's figure: two elements of row lane / 4."""
+    row, column = lane // 4, lane % 4 * 2
+    low, high = (matrix[8 * (column + i) + row] if is_transposed else matrix[8 * row + column + i] for i in range(2))
+    return high << 16 | low
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_matrices_are_loaded_from_rows_that_lanes_name(count: int, is_transposed: bool) -> None:
+    """Rows lie the last one first, 32 bytes apart. Lanes that have no row to name have an address out of bounds."""
+    given = matrix_rows(4)
+    registers = ", ".join(f"%r{10 + m}" for m in range(count))
+    stores = " ".join(f"st.global.u32 [%d6+{4 * m}], %r{10 + m};" for m in range(count))
+    body = f"""mul.wide.u32 %d5, %r1, 16; add.s64 %d5, %d5, %d1; ld.global.v4.u32 {{%r2, %r3, %r4, %r5}}, [%d5];
+    sub.u32 %r6, 31, %r1; shl.b32 %r6, %r6, 5; mov.u32 %r7, dynamic; add.u32 %r6, %r6, %r7;
+    st.shared.v4.u32 [%r6+16], {{%r2, %r3, %r4, %r5}}; bar.warp.sync -1;
+    setp.ge.u32 %p1, %r1, {8 * count}; @%p1 mov.u32 %r6, 0x7fffffff;
+    ldmatrix.sync.aligned.m8n8.x{count}{".trans" * is_transposed}.shared.b16 {{{registers}}}, [%r6+16];
+    mul.wide.u32 %d6, %r1, 16; add.s64 %d6, %d6, %d2; {stores}"""
+    out = struct.unpack("<128I", run(body, given, 512, shared=1024 + 16))
+    matrices = [struct.unpack("<64H", given[128 * m :][:128]) for m in range(count)]
+    for lane in range(32):
+        want = [fragment(matrix, lane, is_transposed) for matrix in matrices]
+        assert list(out[4 * lane :][:4]) == want + [0] * (4 - count)
+
+
+def test_a_matrix_is_transposed_between_lanes() -> None:
+    matrix = struct.unpack("<64H", matrix_rows(1))
+    given = struct.pack("<32I", *(fragment(matrix, lane, False) for lane in range(32)))
+    body = "add.s64 %d4, %d1, %d3; ld.global.u32 %r2, [%d4]; movmatrix.sync.aligned.m8n8.trans.b16 %r9, %r2;"
+    assert words(body, given=given) == [fragment(matrix, lane, True) for lane in range(32)]
+
+
+def multiplied(left: torch.Tensor, right: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """By mma: 16 rows of 16 or 8 numbers times 16 or 8 rows of 8 numbers, each laid out as the manual's figures say."""
+    depth, kind = left.shape[1], {torch.bfloat16: "bf16", torch.float16: "f16"}[left.dtype]
+    given = b""
+    for lane in range(32):
+        row, pair = lane // 4, lane % 4 * 2
+        parts = [left[row + down, pair + along :][:2] for along in range(0, depth, 8) for down in (0, 8)]
+        parts += [right[pair + down :, row][:2] for down in range(0, depth, 8)]
+        parts += [sums[row + down, pair:][:2] for down in (0, 8)]
+        given += b"".join(bytes(part.contiguous().view(torch.uint8).tolist()) for part in parts)
+    count = len(given) // 128 - 4
+    lefts = ", ".join(f"%r{10 + i}" for i in range(depth // 4))
+    rights = ", ".join(f"%r{10 + i}" for i in range(depth // 4, count))
+    body = f"mul.wide.u32 %d5, %r1, {4 * count + 16}; add.s64 %d6, %d1, %d5;"
+    body += "".join(f"ld.global.b32 %r{10 + i}, [%d6+{4 * i}];" for i in range(count))
+    body += "".join(f"ld.global.f32 %f{i}, [%d6+{4 * (count + i)}];" for i in range(4))
+    body += f"""mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32 {{%f4, %f5, %f6, %f7}}, {{{lefts}}},
+    {{{rights}}}, {{%f0, %f1, %f2, %f3}}; mul.wide.u32 %d7, %r1, 16; add.s64 %d8, %d2, %d7;"""
+    body += "".join(f"st.global.f32 [%d8+{4 * i}], %f{4 + i};" for i in range(4))
+    out = torch.frombuffer(bytearray(run(body, given, 512)), dtype=torch.float32).view(8, 4, 2, 2)
+    return out.permute(2, 0, 1, 3).reshape(16, 8)
+
+
+@pytest.mark.parametrize("depth", [16, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_of_matrices_are_exact_and_summed_in_float32(dtype: torch.dtype, depth: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((16, depth), (depth, 8)))
+    sums = torch.randn(16, 8, generator=generator)
+    want = sums
+    for k in range(depth):
+        want = want + left[:, k, None].float() * right[k].float()  # no product of two is longer than float32
+    assert torch.equal(multiplied(left, right, sums), want)
+    # Whole numbers have no rounding at all, so that every element must be in its place.
+    left, right = (torch.randint(-99, 100, t.shape, generator=generator).to(dtype) for t in (left, right))
+    assert torch.equal(multiplied(left, right, sums.round()), (left.double() @ right.double() + sums.round()).float())
+
+
+def test_products_of_matrices_keep_what_is_not_finite_and_what_is_small() -> None:
+    left, right, sums = torch.zeros(16, 16), torch.zeros(16, 8), torch.zeros(16, 8)
+    left[0, 3], right[3, 1], left[5, 0], right[0, 2] = torch.inf, 2, 2.0**-24, 2.0**-24
+    sums[7, 7] = torch.nan
+    got = multiplied(left.half(), right.half(), sums)
+    assert got[0, 1] == torch.inf and got[0, 0].isnan() and got[7, 7].isnan() and got[5, 2] == 2.0**-48
+    large = torch.full((16, 16), 2.0**70).bfloat16()  # a product beyond float32
+    assert (multiplied(large, large[:, :8], sums)[:7] == torch.inf).all()
+
+
+@pytest.mark.parametrize("type", ["f16", "bf16"])
+def test_pairs_of_floats_are_narrowed_the_first_above(type: str) -> None:
+    dtype = torch.float16 if type == "f16" else torch.bfloat16
+    given = floats(256, "f32")
+    rows = [(bits_of(a, "f32"), bits_of(b, "f32")) for a, b in zip(given, given[7:] + given[:7])]
+    for bits, a, b in zip(applied(f"cvt.rn.{type}x2.f32", ["b32", "f32", "f32"], rows), given, given[7:] + given[:7]):
+        low, high = torch.tensor([bits & 0xFFFF, bits >> 16], dtype=torch.int32).to(torch.int16).view(dtype).tolist()
+        want_low, want_high = torch.tensor([b, a], dtype=torch.float32).to(dtype).tolist()
+        assert same(low, want_low) and same(high, want_high)
+
+
+# -------------------- copies beside the threads
+
+COPY = "shl.b32 %r2, %r1, 4; mul.wide.u32 %d5, %r1, 16; add.s64 %d5, %d1, %d5;"
+COPY += "cp.async.cg.shared.global [%r2], [%d5], 16;"
+
+
+@pytest.mark.parametrize(("cache", "size"), [("cg", 16), ("ca", 16), ("ca", 8), ("ca", 4)])
+@pytest.mark.parametrize("read", [None, 0, 1, 3, 4])
+def test_copies_arrive_and_what_is_not_read_is_zero(cache: str, size: int, read: int | None) -> None:
+    """Every lane copies from 16 bytes of its own, and its neighbour reads the words behind a barrier."""
+    given, last = bytes(range(1, 256)) + bytes([7]) * 257, "" if read is None else ", %r3"
+    wide = {4: "u32 %r20", 8: "v2.u32 {%r20, %r21}", 16: "v4.u32 {%r20, %r21, %r22, %r23}"}[size].split(maxsplit=1)
+    body = f"""mov.u32 %r3, {read or 0}; mul.wide.u32 %d5, %r1, 16; add.s64 %d6, %d1, %d5; mul.lo.u32 %r2, %r1, {size};
+    cp.async.{cache}.shared.global.L2::128B [%r2+32], [%d6], {size}{last};
+    cp.async.commit_group; cp.async.wait_group 0; bar.warp.sync -1; xor.b32 %r4, %r1, 1; mul.lo.u32 %r4, %r4, {size};
+    ld.shared.{wide[0]} {wide[1]}, [%r4+32]; add.s64 %d7, %d2, %d5; st.global.{wide[0]} [%d7], {wide[1]};"""
+    out = run(body, given, 512, shared=32 + 32 * size)
+    for lane in range(32):
+        want = given[16 * (lane ^ 1) :][: size if read is None else read]
+        assert out[16 * lane :][:16] == want + bytes(16 - len(want))
+
+
+def test_a_predicate_keeps_a_copy_from_reading() -> None:
+    """Lanes above 15 would read what is not there."""
+    body = """setp.gt.u32 %p1, %r1, 15; mul.wide.u32 %d5, %r1, 4; add.s64 %d5, %d1, %d5; shl.b32 %r2, %r1, 2;
+    cp.async.ca.shared.global [%r2], [%d5], 4, %p1; cp.async.wait_all; ld.shared.u32 %r9, [%r2];"""
+    assert words(body, given=struct.pack("<16I", *range(1, 17)), shared=128) == [*range(1, 17), *[0] * 16]
+
+
+def test_copies_are_waited_for_by_group_the_oldest_first() -> None:
+    """Three groups, of which the second is empty; with one open the first two are there."""
+    body = """shl.b32 %r2, %r1, 2; add.s64 %d5, %d1, %d3;
+    cp.async.ca.shared.global [%r2], [%d5], 4; cp.async.commit_group; cp.async.commit_group;
+    cp.async.ca.shared.global [%r2+128], [%d5], 4; cp.async.commit_group;
+    cp.async.wait_group 1; ld.shared.u32 %r3, [%r2]; cp.async.wait_group 0; ld.shared.u32 %r4, [%r2+128];
+    add.u32 %r9, %r3, %r4; cp.async.commit_group;"""
+    assert words(body, given=struct.pack("<32I", *range(32)), shared=256) == [2 * i for i in range(32)]
+    with pytest.raises(PtxFault, match="^asynchronous copy: byte 0 of .* thread 0 fills"):
+        words(body.replace("wait_group 1", "wait_group 3", 1), given=bytes(128), shared=256)
+
+
+def test_the_source_of_a_copy_stays_as_it_is_until_the_wait() -> None:
+    """As in a kernel that copies from what it writes itself."""
+    body = """shl.b32 %r2, %r1, 2; add.s64 %d5, %d2, %d3; st.global.u32 [%d5], %r1; bar.sync 0;
+    cp.async.ca.shared.global [%r2], [%d5], 4; cp.async.commit_group; {early}
+    cp.async.wait_group 0; {after} {late} ld.shared.u32 %r3, [%r2];"""
+    # %d6: what a thread of the other warp copies.
+    other = "xor.b32 %r4, %r1, 32; mad.wide.u32 %d6, %r4, 4, %d2; st.global.u32 [%d6], {value};"
+    change, keep = other.format(value="%r1"), "st.global.u32 [%d5], %r1;"
+    more = {"threads": 64, "shared": 256}
+    run(body.format(early=keep, after="bar.sync 0;", late=change), **more)
+    with pytest.raises(PtxFault, match="^asynchronous copy: a write to the source .*st.global.u32 .%d6., %r1$"):
+        run(body.format(early=f"bar.sync 0; {change}", after="", late=""), **more)
+    with pytest.raises(PtxFault, match="^asynchronous copy: a write to the source .*st.global.u32 .%d5., %r2$"):
+        run(body.format(early="add.u32 %r2, %r2, 1; st.global.u32 [%d5], %r2;", after="", late=""), **more)
+    # A copy may read as late as at its wait, and a barrier before that does not order it. The second warp is the later.
+    change = change.replace("st.global", "setp.gt.u32 %p1, %r1, 31; @%p1 st.global")
+    with pytest.raises(PtxFault, match="^race: global memory at 0x20000000 was read by thread 0 .*thread 32"):
+        run(body.format(early="bar.sync 0;", after="", late=change), **more)
+
+
 # -------------------- what is not known
 
 UNKNOWN = {
@@ -482,6 +645,20 @@ UNKNOWN = {
     "bra $nowhere;": "unknown label [$]nowhere",
     "bar.sync 0, 64;": "expected 1 operands, got 2",
     ".section a;": "unknown statement",
+    "mma.sync.aligned.m16n8k16.row.row.f32.f16.f16.f32 %f1, %r1, %r1, %f1;": "expected one of .col, got .row",
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.bf16.f32 %f1, %r1, %r1, %f1;": "expected one of .f16, got .bf16",
+    "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 %r1, %r1, %r1, %r1;": "expected one of .f32, got .f16",
+    "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f0, %f1, %f2, %f3}, {%r1, %r2, %r3, %r4}, {%r5}, "
+    "{%f0, %f1, %f2, %f3};": "expected 2 registers",
+    "ldmatrix.sync.aligned.m8n8.x3.shared.b16 {%r2, %r3, %r4}, [%r1];": "expected one of .x1, .x2, .x4, got .x3",
+    "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r2}, [%r1];": "expected 2 registers",
+    "ldmatrix.sync.m8n8.x1.shared.b16 {%r2}, [%r1];": "expected one of .aligned, got .m8n8",
+    "movmatrix.sync.aligned.m8n8.b16 %r2, %r1;": "expected one of .trans",
+    "cp.async.cg.shared.global [%r1], [%d1], 8;": "expected a copy of 16 bytes, got 8",
+    "cp.async.ca.shared.global [%r1], [%d1], 12;": "expected a copy of 4 or 8 or 16 bytes, got 12",
+    "cp.async.wait_group %r1;": "expected a number of groups, got %r1",
+    "cp.async.bulk.commit_group;": "expected one of .ca, .cg, .commit_group, .wait_group, .wait_all, got .bulk",
+    "fma.rn.f16x2 %r2, %r1, %r1, %r1;": "expected one of .f32, .f64, got .f16x2",
     ".reg .b128 %q;": "unknown declaration",
 }
 
@@ -555,6 +732,83 @@ FORBIDDEN = {
         "setp.eq.u32 %p1, %r1, 3; @%p1 bar.sync 1; @!%p1 bar.sync 0;",
         "divergent barrier: threads wait at barriers of different numbers",
     ),
+    "a copy that nobody waits for": (f"{COPY} cp.async.commit_group;", "asynchronous copy: the thread has left .*cp.a"),
+    "a copy of no group": (f"{COPY} cp.async.wait_group 0;", "asynchronous copy: the thread has left .*cp.async.cg"),
+    "a read before the wait": (
+        f"{COPY} cp.async.commit_group; cp.async.wait_group 1; ld.shared.u32 %r9, [%r2]; cp.async.wait_group 0;",
+        "asynchronous copy: byte 0 of shared memory, which thread 0 fills",
+    ),
+    "a write before the wait": (
+        f"{COPY} st.shared.u32 [%r2+12], %r1; cp.async.wait_all;",
+        "asynchronous copy: byte 12 of shared memory, which thread 0 fills",
+    ),
+    "a copy to where one is under way": (f"{COPY} {COPY} cp.async.wait_all;", "asynchronous copy: byte 0 of"),
+    "a read of another lane's copy before a barrier": (
+        f"{COPY} cp.async.wait_all; xor.b32 %r2, %r2, 16; ld.shared.u32 %r9, [%r2];",
+        "race: shared",
+    ),
+    "a copy over what another lane reads": (
+        f"shl.b32 %r2, %r1, 4; st.shared.u32 [%r2], %r1; bar.warp.sync -1; xor.b32 %r2, %r2, 16;"
+        f"ld.shared.u32 %r9, [%r2]; {COPY} cp.async.wait_all;",
+        "race: shared memory at 0x0 was read by thread 1",
+    ),
+    "a copy from an address between two": (
+        "shl.b32 %r2, %r1, 4; add.s64 %d5, %d1, 4; cp.async.cg.shared.global [%r2], [%d5], 16;",
+        "misaligned: 16 bytes at 0x10000004",
+    ),
+    "a copy to an address between two": (
+        "shl.b32 %r2, %r1, 4; cp.async.cg.shared.global [%r2+8], [%d1], 16;",
+        "misaligned: 16 bytes at 0x8",
+    ),
+    "a copy from behind a buffer": (
+        "shl.b32 %r2, %r1, 4; cp.async.cg.shared.global [%r2], [%d1+512], 16, 4;",
+        "out of bounds: a read of 4 bytes at 0x10000200 of global",
+    ),
+    "a copy that reads more than it writes": (
+        "shl.b32 %r2, %r1, 4; cp.async.cg.shared.global [%r2], [%d1], 16, 20;",
+        "out of bounds: a copy of 16 bytes that reads 20",
+    ),
+    "a copy to behind shared memory": (
+        "shl.b32 %r2, %r1, 4; cp.async.cg.shared.global [%r2+512], [%d1], 16;",
+        "out of bounds: a write of 16 bytes at 0x200 of shared",
+    ),
+    "a matrix whose rows are not there yet": (
+        f"{COPY} ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r10, %r11, %r12, %r13}}, [%r2]; cp.async.wait_all;",
+        "asynchronous copy: byte 0 of",
+    ),
+    "a matrix whose rows other lanes wrote before a barrier": (
+        f"{COPY} cp.async.wait_all; xor.b32 %r2, %r2, 16; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {{%r10}}, [%r2];",
+        "race: shared",
+    ),
+    "a matrix whose rows nobody wrote": (
+        "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r10}, [dynamic];",
+        "uninitialised shared memory: byte 0",
+    ),
+    "a row of a matrix between two": (
+        f"{COPY} cp.async.wait_all; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {{%r10}}, [%r2+8];",
+        "misaligned: 16 bytes at 0x8",
+    ),
+    "a matrix that a lane does not load": (
+        f"{COPY} cp.async.wait_all; setp.ne.u32 %p1, %r1, 9;"
+        "@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r10}, [%r2];",
+        "divergent warp: the lane waits for lane 9, which has left",
+    ),
+    "a product that half of a warp takes part in": (
+        """mov.f32 %f0, 0f00000000; setp.lt.u32 %p1, %r1, 16; @%p1 bar.sync 0;
+        mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f0, %f1, %f2, %f3}, {%r1, %r1}, {%r1}, {%f0, %f0, %f0, %f0};
+        @!%p1 bar.sync 0;""",
+        "divergent warp: the lane waits for lane 0, which waits for the block",
+    ),
+    "a product of a register without a value": (
+        """mov.f32 %f0, 0f00000000;
+        mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f0, %f1, %f2, %f3}, {%r1, %r1}, {%r2}, {%f0, %f0, %f0, %f0};
+        """,
+        "uninitialised register: operand 3",
+    ),
+    "a transposed matrix of half of a warp": (
+        "setp.lt.u32 %p1, %r1, 16; @%p1 movmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1;",
+        "divergent warp: .*which has left",
+    ),
     "a division by zero": ("mov.u32 %r2, 0; div.u32 %r9, %r1, %r2;", "division by zero"),
     "a trap": ("trap;", "trap"),
     "a choice beyond a table": ("$t: .branchtargets $a; brx.idx %r1, $t; $a:", "out of bounds: branch 1 of 1"),
@@ -566,7 +820,11 @@ FORBIDDEN = {
 def test_what_is_not_allowed_is_a_fault_with_a_name(name: str) -> None:
     body, message = FORBIDDEN[name]
     with pytest.raises(PtxFault, match=f"^{message}"):
-        run(body, bytes(16), shared=0 if name == "shared memory that is not there" else 128 * ("shared" in body))
+        run(
+            body,
+            bytes(512 if "cp.async" in body else 16),
+            shared=0 if name == "shared memory that is not there" else 512 * ("shared" in body),
+        )
 
 
 def test_blocks_must_not_touch_what_others_write() -> None:
