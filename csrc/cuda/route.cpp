@@ -111,7 +111,9 @@ class Route {
     }
     p.scratch_words = route_scratch_words(p);
     p.scratch_blocks = std::min(tasks, std::clamp(kScratchWords / p.scratch_words, kFewestBlocks, kMostBlocks));
-    p.scratch = static_cast<int32_t*>(call.write(call.empty({p.scratch_blocks, p.scratch_words}, ScalarType::Int)));
+    // Bytes: numbers of several types lie there.
+    p.scratch =
+        static_cast<int32_t*>(call.write(call.empty({p.scratch_blocks, p.scratch_words * 4}, ScalarType::Char)));
   }
 
   float* floats(std::initializer_list<int64_t> sizes) {

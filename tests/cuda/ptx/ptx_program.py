@@ -78,7 +78,7 @@ SPECIALS = {
 SILENT = (".version", ".target", ".address_size", ".pragma", ".file")
 # Access to memory and threads for all kernels, and the toolkit's: a place there says nothing, so that of the caller
 # counts.
-COMMON_FILES = re.compile(r"device\.h|.*\.hpp")
+COMMON_FILES = re.compile(r"(device|matrix)\.h|.*\.hpp")
 
 
 def unsigned(type: str) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from cuda_resources import kernel_name
 from ptx_calls import CALLS, DTYPES
-from ptx_replay import TARGETS, Library, Recorded, difference, replay
+from ptx_machine import PtxFault
+from ptx_replay import TARGETS, WORKING_MEMORY, Library, Recorded, difference, replay
 
 Launches = dict[tuple[str, torch.dtype], list[Recorded]]
 LEAST_COVERAGE = 0.1
@@ -55,6 +59,17 @@ def test_a_launch_records_what_a_kernel_reads_and_writes(launches: Launches) -> 
     assert forward.before.keys() == forward.after.keys() and forward.before != forward.after
     writable = [one for one in forward.ranges if one[2]]
     assert writable and len(writable) < len(forward.ranges)
+
+
+def test_results_are_compared_and_working_memory_is_not(libraries: dict[str, Library], launches: Launches) -> None:
+    route = next(one for one in launches["lists", torch.float32] if "route_pooled" in one.kernel)
+    for dtype, message in ((WORKING_MEMORY, None), (torch.int32, "^parity: 1 of .* torch.int32")):
+        begin = next(begin for begin, _, is_writable, kind in route.ranges if is_writable and kind == dtype)
+        memory = bytearray(route.after[begin])
+        memory[0] ^= 1
+        changed = replace(route, after=route.after | {begin: bytes(memory)})
+        with pytest.raises(PtxFault, match=message) if message else nullcontext():
+            replay(changed, libraries[TARGETS[0]])
 
 
 # -------------------- the comparison
