@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from oracle import CASES, draw
+from supports.test_route import PER_QUERY, POOLED, Inputs
 from testkit import rand
 
 import scatterbrain as sb
@@ -80,6 +81,15 @@ def _lists(dtype: torch.dtype) -> None:
     attend(dtype, sb.LSH(8, rounds=2), sb.Quadratic(3), key_padding_mask=mask_of(slice(5), slice(11, None, 7)))
     attend(dtype, sb.Empty(), sb.Quadratic(3), is_causal=True)
     attend(dtype, sb.Full(), None, queries=9, query_offset=3, is_causal=True)
+
+
+@call("routes")
+def _routes(dtype: torch.dtype) -> None:
+    """The operator itself: supports route float64 tokens as float32."""
+    for low_rank, form in ((0, POOLED[1]), (1, POOLED[1]), (1, PER_QUERY[2])):
+        given = Inputs(45, low_rank=low_rank, heads=4, kv_heads=2)
+        given.query, given.key = given.query.to(dtype), given.key.to(dtype)
+        given.route(**form)
 
 
 @call("drawn")
