@@ -1,21 +1,23 @@
 // Forward pass, a warp per query (docs/algorithm.md, section 5). Lanes are keys where weights are formed, and columns
 // of values where they are summed. A query reads no other query's list, so that nothing later decides what it computes.
 #pragma once
-#include "key_list.cuh"
+#include "attention_query.cuh"
 #include "kv_state.cuh"
 
 namespace sb::cuda {
 
 inline constexpr int kForwardWarps = 4;
 
-// Shared memory of a warp: the scaled query, a step's weights and keys, and the exponents of the clusters.
+// Shared memory of a warp: the scaled query, a step's weights and keys, the exponents of the clusters, and the output
+// where the backward pass wants its product.
 template <class T>
 struct ForwardMemory {
   static SB_HD int64_t bytes(const ForwardParams& p) {
-    const int64_t values = pad_to(p.head_dim, 2) + 2 * 32 + (p.has_clusters() ? pad_to(p.rank, 2) : 0);
+    const int64_t values = pad_to(p.head_dim, 2) + 2 * 32 + (p.has_clusters() ? pad_to(p.rank, 2) : 0) +
+                           (p.records ? pad_to(p.value_pad, 2) : 0);
     return values * int64_t(sizeof(T)) + 32 * int64_t(sizeof(int32_t));
   }
-  Shared<T> q, weight, taken, exponent;
+  Shared<T> q, weight, taken, exponent, out;
   Shared<int32_t> key;
   SB_DEVICE ForwardMemory(const ForwardParams& p, int warp) {
     int64_t at = warp * bytes(p);
@@ -25,43 +27,41 @@ struct ForwardMemory {
       return array;
     };
     q = carve(pad_to(p.head_dim, 2)), weight = carve(kWarp), taken = carve(kWarp);
-    exponent = carve(p.has_clusters() ? pad_to(p.rank, 2) : 0);
+    exponent = carve(p.has_clusters() ? pad_to(p.rank, 2) : 0), out = carve(p.records ? pad_to(p.value_pad, 2) : 0);
     key = shared_array<int32_t>(at);
   }
 };
 
 template <class E, class T>
-class ForwardQuery {
-  typedef AccType<E> M;
+class ForwardQuery : AttentionQuery<E, T> {
+  typedef AttentionQuery<E, T> Base;
+  typedef typename Base::M M;
+  using Base::p, Base::b, Base::h, Base::kv, Base::head, Base::lane, Base::slot, Base::query, Base::first_key;
+  using Base::rho, Base::top_cluster, Base::exponent, Base::score_of_key, Base::low_rank_term;
 
  public:
   SB_DEVICE ForwardQuery(const ForwardParams& p, const ForwardMemory<T>& memory, int64_t b, int64_t h, int64_t slot)
-      : p(p), memory(memory), b(b), h(h), kv(p.kv_head(h)), head(b * p.kv_heads + kv), lane(lane_index()), slot(slot) {}
+      : Base(p, memory.q, memory.exponent, b, h, slot), memory(memory) {}
 
   SB_DEVICE void run() {
     const RowRange range = load(p.rows + b);
-    if (slot >= slots_of_row(p, range)) return;
-    query = range.q_first + slot;
-    if (p.order) query = load(p.order + (b * p.order_heads + h * p.order_heads / p.q_heads) * p.q_tokens + slot);
-    if (query < 0 || query >= p.q_tokens || (p.q_mask && load(p.q_mask + b * p.q_tokens + query))) return;
-    if (p.only_flagged && !load(flag())) return;
+    if (!this->find(range) || (p.only_flagged && !load(flag()))) return;
 
-    first_key = range.k_first;
     const int64_t edge = edge_of_slot(p, range, slot);
     state_slot = kv_state_of_edge(p, edge);
     const KeyList list(p, range, b, h, slot, edge);
     const int64_t state_end = p.is_causal ? state_slot * kChunk : edge + 1;
-    read_query();
+    this->read_query();
     if (!p.has_low_rank()) {
       sum_listed(list, 0);
-      return write();
+      return finish(SlotKind::kListed, warp_sum(exact));
     }
     rho = p.has_clusters() ? T(0) : MapRow<M, T>(p.x_map, b, h, query).log();
-    if (p.has_clusters()) weigh_clusters();
+    if (p.has_clusters()) this->weigh_clusters();
     const int64_t unlisted = load(p.valid_before + b * p.slots + state_slot) - count_listed(list, state_end);
-    if (unlisted <= kByKeyLimit) {
+    if (unlisted <= kByKeyLimit || range.q_end - range.q_first <= kByKeyQueries) {
       sum_all(list);
-      return write();
+      return finish(SlotKind::kByKey, warp_sum(exact));
     }
     kappa_ref = load(static_cast<const T*>(p.state_log) + head * p.slots + state_slot);
     sum_listed(list, state_end);
@@ -74,60 +74,16 @@ class ForwardQuery {
       return;
     }
     sum_all(list);  // every key by itself, nothing subtracted
-    write();
+    finish(SlotKind::kByKey, warp_sum(exact));
   }
 
  private:
-  // -------------------- terms of a pair
-
-  SB_DEVICE void read_query() {
-    const E* q = p.q.at<const E>(b, h, query);
-    sync_warp();  // the last query is done with it
-    for (int64_t e = lane; e < p.head_dim; e += kWarp) memory.q.set(e, T(widened(load(q + e))) * T(p.scale * kLog2e));
-    sync_warp();
-  }
-  // q.row, in base 2.
-  template <class R>
-  SB_DEVICE T score(const R* row) const {
-    T sum = T(0);
-    for (int64_t e = 0; e < p.head_dim; ++e) sum += memory.q.get(e) * T(widened(load(row + e)));
-    return sum;
-  }
-  SB_DEVICE T score_of_key(int64_t key) const { return score(p.k.at<const E>(b, kv, first_key + key)); }
-
-  // q.b_c + the largest log mass of the cluster.
-  SB_DEVICE void weigh_clusters() {
-    const M* representatives = static_cast<const M*>(p.given_representatives) + head * p.rank * p.head_dim;
-    T top = T(kLowestLog);
-    for (int64_t c = lane; c < p.rank; c += kWarp) {
-      const T largest = load(static_cast<const T*>(p.cluster_log) + head * p.rank + c);
-      const T exponent = largest > T(kNoKeyLog) ? score(representatives + c * p.head_dim) + largest : T(kLowestLog);
-      memory.exponent.set(c, exponent);
-      top = larger(top, exponent);
-    }
-    top_cluster = warp_max(top);
-    sync_warp();
-  }
-  // Log weight of the low-rank part, as its share of the query and that of the key; L is exp(query + key) factor.
-  struct LowRankTerm {
-    T query, key, factor;
-  };
-  SB_DEVICE LowRankTerm low_rank_term(int64_t key) const {
-    const int64_t j = first_key + key;
-    if (p.has_clusters()) {
-      const int64_t c = cluster_of(p, head, j);
-      const T largest = load(static_cast<const T*>(p.cluster_log) + head * p.rank + c);
-      return {memory.exponent.get(c), log_mass_of<M, T>(p, head, j) - largest, T(1)};
-    }
-    const MapRow<M, T> x(p.x_map, b, h, query), y(p.y_map, b, kv, j);
-    return {rho, y.log(), kernel_value(p, x, y)};
-  }
   // What the state holds of a key, over the common factor exp(log_of_state).
   SB_DEVICE T in_state(int64_t key) const {
-    if (p.held_keys && load(p.first_slot + head * p.k_tokens + first_key + key) > state_slot) return T(0);
-    const LowRankTerm term = low_rank_term(key);
+    if (is_held_out(p, head, first_key + key, state_slot)) return T(0);
+    const LowRankTerm<T> term = low_rank_term(key);
     return p.has_clusters() ? exp2_of(term.query - top_cluster) * exp2_of(term.key)
-                            : exp2_of(term.key - kappa_ref) * term.factor;
+                            : exp2_of(term.key - kappa_ref) * kernel_value(p, term.product);
   }
 
   // -------------------- sums over keys
@@ -155,7 +111,7 @@ class ForwardQuery {
       const int64_t j = memory.key.get(i);
       if (j < 0) continue;
       const T w = memory.weight.get(i), t = memory.taken.get(i);
-      const E* v = p.v.at<const E>(b, kv, first_key + j);
+      const E* v = p.v.template at<const E>(b, kv, first_key + j);
       for (int c = 0; c < kColumns; ++c) {
         const int64_t e = lane + c * kWarp;
         if (e >= p.value_pad) break;
@@ -185,13 +141,12 @@ class ForwardQuery {
   }
   // Unlisted keys that the state holds out.
   SB_DEVICE void sum_held(const KeyList& list) {
-    const int64_t slot = head * p.held_slots() + (p.is_causal ? state_slot : 0), count = load(p.held_counts + slot);
-    for (int64_t begin = 0; begin < count; begin += kWarp) {
-      const bool is_one = begin + lane < count;
-      const int64_t key = is_one ? load(p.held_keys + slot * p.most_held + begin + lane) - first_key : -1;
-      const bool counts = is_one && !list.lists(key);
-      const LowRankTerm term = counts ? low_rank_term(key) : LowRankTerm{T(0), T(0), T(0)};
-      add(counts ? key : -1, term.query, term.key, term.factor, T(0));
+    const HeldOut held(p, head, state_slot);
+    for (int64_t begin = 0; begin < held.count; begin += kWarp) {
+      const int64_t key = begin + lane < held.count ? held.key_at(begin + lane) - first_key : -1;
+      const bool counts = key >= 0 && !list.lists(key);
+      const LowRankTerm<T> term = counts ? low_rank_term(key) : LowRankTerm<T>{T(0), T(0), T(0)};
+      add(counts ? key : -1, term.query, term.key, kernel_value(p, term.product), T(0));
     }
   }
   // Unlisted keys from `begin` to the edge.
@@ -199,8 +154,8 @@ class ForwardQuery {
     for (; begin <= list.edge; begin += kWarp) {
       const int64_t key = begin + lane <= list.edge ? list.valid_or_none(begin + lane) : -1;
       const bool counts = key >= 0 && !list.lists(key);
-      const LowRankTerm term = counts ? low_rank_term(key) : LowRankTerm{T(0), T(0), T(0)};
-      add(counts ? key : -1, term.query, term.key, term.factor, T(0));
+      const LowRankTerm<T> term = counts ? low_rank_term(key) : LowRankTerm<T>{T(0), T(0), T(0)};
+      add(counts ? key : -1, term.query, term.key, kernel_value(p, term.product), T(0));
     }
   }
   // Every key by itself.
@@ -208,12 +163,13 @@ class ForwardQuery {
     clear();
     for (int64_t begin = 0; begin <= list.edge; begin += kWarp) {
       const int64_t key = begin + lane <= list.edge ? list.valid_or_none(begin + lane) : -1;
-      LowRankTerm term{T(0), T(0), T(1)};
-      if (key >= 0 && list.lists(key))
+      LowRankTerm<T> term{T(0), T(0), T(0)};
+      const bool is_listed = key >= 0 && list.lists(key);
+      if (is_listed)
         term.query = score_of_key(key);
       else if (key >= 0)
         term = low_rank_term(key);
-      add(key, term.query, term.key, term.factor, T(0));
+      add(key, term.query, term.key, is_listed ? T(1) : kernel_value(p, term.product), T(0));
     }
   }
 
@@ -223,7 +179,7 @@ class ForwardQuery {
   template <class Visit>
   SB_DEVICE void for_each_feature(const Visit& visit) const {
     if (p.has_clusters()) {
-      for (int64_t c = 0; c < p.rank; ++c) visit(c, exp2_of(memory.exponent.get(c) - top_cluster));
+      for (int64_t c = 0; c < p.rank; ++c) visit(c, exp2_of(exponent.get(c) - top_cluster));
       return;
     }
     const MapRow<M, T> x(p.x_map, b, h, query);
@@ -260,30 +216,50 @@ class ForwardQuery {
       return false;
     for (int i = 0; i < kColumns; ++i) sum[i] = sum[i] * scale + a * (complement[i] - taken[i]);
     top = c;
-    write_sums(den);
+    finish(SlotKind::kState, den, a);
     return true;
   }
 
-  SB_DEVICE void write() { write_sums(warp_sum(exact)); }
   SB_DEVICE uint8_t* flag() const { return p.flags + (b * p.q_heads + h) * p.q_tokens + query; }
-  SB_DEVICE void write_sums(T den) {
+  // Writes the result, or for the backward pass what is left of the sums; `state_weight`: exp(rho + kappa_ref - top).
+  SB_DEVICE void finish(SlotKind kind, T den, T state_weight = T(0)) {
     if (p.flags && !p.only_flagged && lane == 0) store(flag(), uint8_t(0));
-    E* out = p.out.at<E>(b, h, query);
+    for (int c = 0; c < kColumns; ++c) sum[c] = den == T(0) ? T(0) : sum[c] / den;
+    if (p.records) return write_record(kind, den, state_weight);
+    const int64_t row = (b * p.q_heads + h) * p.q_tokens;
+    E* out = p.out.template at<E>(b, h, query);
     for (int c = 0; c < kColumns; ++c) {
       const int64_t e = lane + c * kWarp;
-      if (e < p.value_pad) store(out + e, Narrow<E>::of(den == T(0) ? T(0) : sum[c] / den));
+      if (e < p.value_pad) store(out + e, Narrow<E>::of(sum[c]));
     }
     const T lse = den == T(0) ? -T(INFINITY) : T(kLn2) * (top + log2_of(den));
-    if (lane == 0) store(static_cast<M*>(p.lse) + (b * p.q_heads + h) * p.q_tokens + query, M(lse));
+    if (lane == 0) store(static_cast<M*>(p.lse) + row + query, M(lse));
+  }
+  // dO.o is summed in the order of dO.v: a query with a single key gets a gradient of exactly zero.
+  SB_DEVICE void write_record(SlotKind kind, T den, T state_weight) const {
+    for (int c = 0; c < kColumns; ++c) {
+      const int64_t e = lane + c * kWarp;
+      if (e < p.value_pad) memory.out.set(e, sum[c]);
+    }
+    sync_warp();
+    if (lane == 0) {
+      // A state far above all that a query takes from it has gradients beyond what T holds: they are limited.
+      const T most = (sizeof(T) == sizeof(double) ? T(0x1p900) : T(0x1p100)) / larger(state_weight, T(1)),
+              rounded = den == T(0) ? T(0) : T(1) / den, inverse = rounded > most ? most : rounded;
+      const E* d_out = p.d_out.template at<const E>(b, h, query);
+      const T delta =
+          sum_of_terms(p.value_pad, [&](int64_t e) { return T(widened(load(d_out + e))) * memory.out.get(e); });
+      const int64_t at = (b * p.q_heads + h) * p.q_tokens + slot;
+      store(static_cast<SlotRecord<T>*>(p.records) + at,
+            SlotRecord<T>{top, inverse, state_weight * inverse, delta, T(0)});
+      store(p.kinds + at, kind);
+    }
+    sync_warp();
   }
 
-  const ForwardParams& p;
   const ForwardMemory<T>& memory;
-  const int64_t b, h, kv, head;
-  const int lane;
-  const int64_t slot;
-  int64_t query = -1, first_key = 0, state_slot = 0;
-  T rho = T(0), kappa_ref = T(0), top_cluster = T(0);
+  int64_t state_slot = 0;
+  T kappa_ref = T(0);
   // Sums over keys: weights times values by column, what is taken back from the state, the largest exponent, and this
   // lane's share of both weights.
   T sum[kColumns], taken[kColumns], top, exact, removed;

@@ -11,12 +11,14 @@
 #include "../emulator/emulator.h"
 #define SB_DEVICE inline
 #define SB_KERNEL inline void
+#define SB_NO_UNROLL
 #define SB_PLACE , emulator::Place place = emulator::Place::here()
 #define SB_ONLY_PLACE emulator::Place place = emulator::Place::here()
 #else
 #include <cuda_runtime.h>
 #define SB_DEVICE __device__ __forceinline__
 #define SB_KERNEL __global__ void
+#define SB_NO_UNROLL _Pragma("unroll 1")
 #define SB_PLACE
 #define SB_ONLY_PLACE
 #endif
@@ -202,6 +204,21 @@ struct Narrow<Half> {
 #endif
   }
 };
+
+// -------------------- sums
+
+// term(0) + .. + term(n - 1) in four chains: short chains round little. All products of rows are added up this way, so
+// that two of the same rows are the same.
+template <class Term>
+SB_DEVICE auto sum_of_terms(int64_t n, const Term& term) {
+  constexpr int kChains = 4;
+  decltype(term(0)) sum[kChains]{};
+  int64_t i = 0;
+  SB_NO_UNROLL  // four terms are enough at once, and kernels have little room
+      for (; i + kChains <= n; i += kChains) for (int c = 0; c < kChains; ++c) sum[c] += term(i + c);
+  for (; i < n; ++i) sum[0] += term(i);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
 
 // -------------------- functions of one number
 

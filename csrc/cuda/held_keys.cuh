@@ -19,7 +19,7 @@ SB_KERNEL key_weights(ForwardParams p) {
     for (int64_t a = 0; a < p.rank; ++a) square += y(a) * y(a);
     const double norm =
         p.low_rank == LowRank::kQuadratic ? QuadraticKernel::norm_of_features(square) : square_root(square);
-    store(p.key_weight + at, y.log() + log2_of(norm));
+    store(p.weight_log + at, y.log() + log2_of(norm));
     store(p.first_slot + at, int32_t((j - range.k_first) / p.segment + 1));
   });
 }
@@ -66,7 +66,7 @@ class HeldKeys {
     for (int i = 0; i < kOwn; ++i) {
       const int64_t j = first + lane + i * kWarp;
       is_valid[i] = j < range.k_end && !(p.k_mask && load(p.k_mask + b * p.k_tokens + j));
-      own[i] = is_valid[i] ? load(p.key_weight + head * p.k_tokens + j) : kLowestLog;
+      own[i] = is_valid[i] ? load(p.weight_log + head * p.k_tokens + j) : kLowestLog;
       top = larger(top, own[i]), count += is_valid[i];
     }
     top = warp_max(top), seen += warp_sum(count);

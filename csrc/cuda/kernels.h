@@ -27,4 +27,14 @@ void launch_held_keys(const ForwardParams& p, Element element, Stream stream);
 void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream stream);
 void launch_attention_forward(const ForwardParams& p, Element element, bool is_wide, Stream stream);
 
+// The backward pass, in the order of its steps, after a forward pass that writes records. Lists are transposed once for
+// both passes; representatives are shared, and keys finished, after the last.
+void launch_transposed_lists(const BackwardParams& p, Stream stream);
+void launch_collect_by_key(const BackwardParams& p, Stream stream);
+void launch_backward_queries(const BackwardParams& p, Element element, bool is_wide, Stream stream);
+void launch_state_gradients(const BackwardParams& p, Element element, bool is_wide, Stream stream);
+void launch_backward_keys(const BackwardParams& p, Element element, bool is_wide, Stream stream);
+void launch_share_representatives(const BackwardParams& p, Element element, bool is_wide, Stream stream);
+void launch_finish_keys(const BackwardParams& p, Element element, bool is_wide, Stream stream);
+
 }  // namespace sb::cuda

@@ -1,10 +1,42 @@
-// The keys that a query lists: sinks, a span, and listed blocks of keys. Positions of a list are looked up one by one,
-// so lists need no room. Keys count from the row's first key.
+// Query slots, and the keys that a query lists: sinks, a span, and listed blocks of keys. Positions of a list are
+// looked up one by one, so lists need no room. Keys count from the row's first key.
 #pragma once
 #include "../math/edges.h"
 #include "device.h"
 
 namespace sb::cuda {
+
+// The query of a slot of the row; any number where an order says so.
+SB_DEVICE int64_t query_of_slot(const ForwardParams& p, const RowRange& range, int64_t b, int64_t h, int64_t slot) {
+  if (!p.order) return range.q_first + slot;
+  return load(p.order + (b * p.order_heads + h * p.order_heads / p.q_heads) * p.q_tokens + slot);
+}
+
+// [lo, hi), at most span_keys long.
+struct Span {
+  int64_t lo, hi;
+  SB_DEVICE Span(const ForwardParams& p, const RowRange& range, int64_t b, int64_t block) {
+    const int32_t* span = p.span + b * p.span_batch + block * 2;
+    lo = int64_t(load(span)) - range.k_first, hi = int64_t(load(span + 1)) - range.k_first;
+    hi = hi > lo + p.span_keys ? lo + p.span_keys : hi;
+  }
+};
+
+// The list of a block of queries, of which entries in use may still name no key.
+struct BlockList {
+  const int32_t* entries;
+  int64_t count;
+  SB_DEVICE BlockList(const ForwardParams& p, int64_t b, int64_t list_head, int64_t block) {
+    const int64_t row = (b * p.list_heads + list_head) * p.blocks + block, used = load(p.count + row);
+    entries = p.index + row * p.capacity;
+    count = used < 0 ? 0 : used > p.capacity ? p.capacity : used;
+  }
+  // Entry i, -1 if the one before it is not below it.
+  SB_DEVICE int64_t entry(int64_t i) const {
+    const int64_t here = load(entries + i);
+    return i > 0 && load(entries + i - 1) >= here ? -1 : here;
+  }
+};
 
 struct KeyList {
   int64_t edge, sinks, lo, hi;
@@ -24,18 +56,15 @@ struct KeyList {
         mask(p.k_mask ? p.k_mask + b * p.k_tokens + range.k_first : nullptr) {
     const int64_t block = slot / p.block_q;
     if (p.span) {
-      const int32_t* span = p.span + b * p.span_batch + block * 2;
+      const Span span(p, range, b, block);
       sinks = p.span_sinks > edge + 1 ? edge + 1 : p.span_sinks;
-      lo = int64_t(load(span)) - range.k_first, hi = int64_t(load(span + 1)) - range.k_first;
-      lo = lo < sinks ? sinks : lo;
-      hi = hi > edge + 1 ? edge + 1 : hi;
+      lo = span.lo < sinks ? sinks : span.lo;
+      hi = span.hi > edge + 1 ? edge + 1 : span.hi;
       hi = hi < lo ? lo : hi;
     }
     if (p.index) {
-      const int64_t row = (b * p.list_heads + h * p.list_heads / p.q_heads) * p.blocks + block;
-      const int64_t used = load(p.count + row);
-      entries = p.index + row * p.capacity;
-      count = used < 0 ? 0 : used > p.capacity ? p.capacity : used;
+      const BlockList list(p, b, h * p.list_heads / p.q_heads, block);
+      entries = list.entries, count = list.count;
     }
   }
 

@@ -36,6 +36,22 @@ SB_DEVICE bool is_unwanted(const ForwardParams& p, int64_t head) {
   return p.only_flagged && !load(p.any_flagged + head);
 }
 
+// Whether a state slot holds out a key of its segments; absolute.
+SB_DEVICE bool is_held_out(const ForwardParams& p, int64_t head, int64_t j, int64_t state_slot) {
+  return p.first_slot && load(p.first_slot + head * p.k_tokens + j) > state_slot;
+}
+// The keys that a state slot holds out.
+struct HeldOut {
+  const int32_t* keys;
+  int64_t count;
+  SB_DEVICE HeldOut(const ForwardParams& p, int64_t head, int64_t state_slot) : keys(nullptr), count(0) {
+    if (!p.held_keys) return;
+    const int64_t slot = head * p.held_slots() + (p.is_causal ? state_slot : 0);
+    keys = p.held_keys + slot * p.most_held, count = load(p.held_counts + slot);
+  }
+  SB_DEVICE int64_t key_at(int64_t i) const { return load(keys + i); }
+};
+
 // Keys whose sums go into the slot behind a segment: those of the segment that are not held out, and those that were
 // held until then.
 struct EnteringKeys {
@@ -150,14 +166,14 @@ SB_KERNEL feature_segments(ForwardParams p) {
       sync_block();
       for (int64_t x = thread; x < count * columns; x += kStateThreads) {
         const int64_t f = x / columns, e = x % columns;
-        T sum = load(state + first * columns + x);
+        T sum = T(0);
         for (int i = 0; i < kChunk; ++i) {
           const int32_t j = key.get(i);
           if (j < 0) continue;
           const T value = e < p.value_pad ? T(widened(load(p.v.at<const E>(s.b, s.kv, j) + e))) : T(1);
           sum += features.get(f * kChunk + i) * value;
         }
-        store(state + first * columns + x, sum);
+        store(state + first * columns + x, load(state + first * columns + x) + sum);  // short chains round little
       }
       sync_block();
     }

@@ -21,6 +21,7 @@ SavedSizes saved_sizes(const AttentionShape& s) {
 
 void fill(Launchers& table) {
   table.attention = &attention;
+  table.attention_backward = &attention_backward;
   table.cluster = &cluster;
   table.route = &route;
   table.project = &project;
@@ -28,6 +29,7 @@ void fill(Launchers& table) {
   table.project_backward = &project_backward;
   table.equal_bytes = &equal_bytes;
   table.empty = &empty;
+  table.saved_sizes = &saved_sizes;
 }
 
 #if !defined(SB_EMULATOR)
@@ -40,8 +42,6 @@ Result missing(Arguments...) {
 
 Launchers table = [] {
   Launchers filled{};
-  filled.attention_backward = &missing;
-  filled.saved_sizes = &saved_sizes;
   fill(filled);
   return filled;
 }();

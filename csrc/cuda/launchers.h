@@ -5,6 +5,8 @@
 namespace sb::cuda {
 
 Results attention(const AttentionArguments&);
+Gradients attention_backward(const AttentionArguments&, const Tensor& out, const Tensor& lse, const Tensor& d_out,
+                             const MaybeTensor& d_lse);
 Clusters cluster(const ClusterArguments&);
 std::tuple<Tensor, Tensor> route(const RouteArguments&);
 Tensor project(const Tensor& tokens, const Tensor& weight, const MaybeTensor& bias);

@@ -27,12 +27,18 @@ struct MapRow {
   }
 };
 
-// K(x.y).
 template <class M, class T>
-SB_DEVICE T kernel_value(const ForwardParams& p, const MapRow<M, T>& x, const MapRow<M, T>& y) {
-  T t = T(0);
-  for (int64_t a = 0; a < p.rank; ++a) t += x(a) * y(a);
-  return p.low_rank == LowRank::kQuadratic ? QuadraticKernel::value(t) : FeatureKernel::value(t);
+SB_DEVICE T product_of_maps(const ForwardParams& p, const MapRow<M, T>& x, const MapRow<M, T>& y) {
+  return sum_of_terms(p.rank, [&](int64_t a) { return x(a) * y(a); });
+}
+// K(t) and K'(t); with clusters L is all in its exponent.
+template <class T>
+SB_DEVICE T kernel_value(const ForwardParams& p, T t) {
+  return p.has_clusters() ? T(1) : p.low_rank == LowRank::kQuadratic ? QuadraticKernel::value(t) : t;
+}
+template <class T>
+SB_DEVICE T kernel_slope(const ForwardParams& p, T t) {
+  return p.low_rank == LowRank::kQuadratic ? QuadraticKernel::slope(t) : T(1);
 }
 
 // The cluster of a key, inside the range whatever the caller gave.

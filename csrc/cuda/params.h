@@ -30,6 +30,8 @@ inline constexpr int64_t kByKeyLimit = 64;
 // As kTermsBound. States in float32 have no centres and hold no key out here, so that queries with as many terms are
 // common where keys are unusual; they are as exact as the CPU's at this bound.
 inline constexpr double kTermsBoundOfPlainStates = 128;
+// So is every complement of a row with so few queries.
+inline constexpr int64_t kByKeyQueries = 16;
 // Keys of a partial state without a causal edge; kChunk with one.
 inline constexpr int64_t kSegment = 512;
 // Tokens of a partial sum of a projection's weight gradient.
@@ -102,6 +104,8 @@ struct RoutingParams : RouteParams {
   int64_t units, scratch_words, scratch_blocks;
   int32_t* scratch;  // (scratch_blocks, scratch_words)
 };
+// How a query slot is computed: from its list alone, key by key, or with a state. kNone: not here.
+enum class SlotKind : int32_t { kNone, kListed, kByKey, kState };
 
 // The attention operator. Here rows of q, k, v and out are the caller's own, head_pad and value_pad are head_dim and
 // the width of v, and a state is `features` rows of value_pad + 1 columns, the last of them hz.
@@ -117,16 +121,51 @@ struct ForwardParams : AttentionParams {
   // wanted again in float64. Both are null where nothing computes again.
   uint8_t *flags, *any_flagged;  // (B, Hq, N), (B, Hkv)
   bool only_flagged;             // computes what is flagged, and nothing else
+  // For the backward pass, written in place of out and lse: SlotRecord<T> (B, Hq, N), and kinds where there is a
+  // record. Else both are null.
+  void* records;
+  SlotKind* kinds;
 
   // Keys that states hold out (held_keys.cuh), where they do; else all are null. Held and late keys of a slot are as
   // many as their counts say; late ones enter it from earlier segments, and -1 is none.
-  double* key_weight;                // (B, Hkv, M): log2 of what a key weighs in a state
+  double* weight_log;                // (B, Hkv, M): log2 of what a key weighs in a state
   int32_t* first_slot;               // (B, Hkv, M): whose state holds a key, or kNeverEnters
   int32_t *held_keys, *held_counts;  // (B, Hkv, held_slots(), most_held), (B, Hkv, held_slots())
   int32_t *late_keys, *late_counts;  // with a causal edge (B, Hkv, slots, most_held + kChunk), (B, Hkv, slots)
 
   SB_HD int64_t held_slots() const { return is_causal ? slots : 1; }
   SB_HD int64_t logs_of_state() const { return has_clusters() ? rank : 1; }
+};
+
+// What the backward pass knows of a query slot. Exponents are to base 2; a weight is exp(exponent - log) inverse.
+template <class T>
+struct SlotRecord {
+  T log, inverse;
+  T state_weight;  // exp(rho + kappa_ref - log) inverse
+  // What g = dO.v - delta - correction is from: dO.o, and once queries are balanced its error, less the gradient of
+  // lse. Kept apart, so that nothing large rounds what is small.
+  T delta, correction;
+};
+
+// Which blocks of queries name a key, from lists of blocks: for every entry of the lists, `width` keys, its blocks in
+// ascending order. They are made by `parts` walks over `part` blocks each, and end of entry e is at cursor e parts - 1.
+struct TransposedLists {
+  int64_t heads, width, entries, parts, part;
+  int64_t room;     // for the blocks of all entries
+  int32_t* cursor;  // (B, heads, entries, parts)
+  int32_t* blocks;  // (B, heads, room)
+};
+
+struct BackwardParams : ForwardParams {
+  TransposedLists of_span, of_index;  // without entries where there is no span, or no index
+  int32_t *by_key, *by_key_count;     // (B, Hq, N): slots of kind kByKey, ascending; (B, Hq)
+  int64_t query_segments;  // of d_kv_state, T (B, Hq, query_segments, slot_size): state slots, or kSegment queries
+  void* d_exponent;        // T (B, Hq, N, clusters): gradients of a slot by q.b_c
+  void* d_representative_parts;  // T (B, Hq, parts of kSegment slots, clusters, head_dim)
+  // Sums over queries, in the type of maps: (B, Hkv, M, head_dim), (.., value_pad), and (.., rank + 1) of maps or
+  // (.., 1), that by the log mass; and (B, Hkv, clusters, head_dim) of AttentionParams.d_representatives.
+  void *dk_sum, *dv_sum, *dy_sum;
+  const void* query_mean;  // (B, Hkv, head_dim)
 };
 
 // Below every exponent.

@@ -18,6 +18,15 @@ SB_HD int64_t edge_of_slot(const AttentionParams& p, const RowRange& range, int6
   return edge < -1 ? -1 : edge > last ? last : edge;
 }
 
+// The first query slot that sees key `key`; slots_of_row if none does.
+SB_HD int64_t first_slot_seeing(const AttentionParams& p, const RowRange& range, int64_t key) {
+  const int64_t slots = slots_of_row(p, range);
+  if (key > range.k_end - range.k_first - 1) return slots;
+  if (!p.is_causal) return 0;
+  const int64_t slot = key + range.k_first - range.q_first - range.offset;
+  return slot < 0 ? 0 : slot > slots ? slots : slot;
+}
+
 // The state slot that a query with this edge reads: the sum over every whole chunk before the edge's own, or over all
 // keys without a causal edge.
 SB_HD int64_t kv_state_of_edge(const AttentionParams& p, int64_t edge) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from cluster_cases import assert_agree, tokens_of
 from cuda_calls import excess
 from emulated import CSRC, Emulator, build
 from heavy_keys import RANK, Call, late_call
-from oracle import draw, row_error
+from oracle import assert_parity, draw, row_error
 from supports.test_route import PER_QUERY, POOLED, TWO_POOLS, Inputs, assert_as_defined, random_mask
 from testkit import rand
 
@@ -43,8 +44,8 @@ FAULTS = {
     ),
     "missing barrier at the end of a loop": Fault(
         "kv_state.cuh",
-        "        store(state + first * columns + x, sum);\n      }\n      sync_block();",
-        "        store(state + first * columns + x, sum);\n      }",
+        "+ sum);  // short chains round little\n      }\n      sync_block();",
+        "+ sum);\n      }",
         "race",
     ),
     "missing warp barrier": Fault(
@@ -72,17 +73,20 @@ FAULTS = {
         "out of bounds|parity",
     ),
     "write to an input": Fault(
-        "attention_forward.cuh",
-        "    first_key = range.k_first;",
-        "    first_key = range.k_first;\n    store(p.q.at<E>(b, h, query), E{});",
+        "attention_query.cuh",
+        "    const E* row = p.q",
+        "    store(p.q.template at<E>(b, h, query), E{});\n    const E* row = p.q",
         "write to an input",
     ),
     "missing rescale": Fault(
         "attention_forward.cuh", "sum[c] *= scale;\n      top", "sum[c] *= T(1);\n      top", "parity"
     ),
-    "lost group offset": Fault("attention_forward.cuh", "kv(p.kv_head(h))", "kv(h % p.kv_heads)", "parity"),
+    "lost group offset": Fault("attention_query.cuh", "kv(p.kv_head(h))", "kv(h % p.kv_heads)", "parity"),
     "wrong mask bound": Fault(
-        "key_list.cuh", "hi > edge + 1 ? edge + 1 : hi", "hi > edge + 2 ? edge + 2 : hi", "parity|out"
+        "key_list.cuh",
+        "span.hi > edge + 1 ? edge + 1 : span.hi",
+        "span.hi > edge + 2 ? edge + 2 : span.hi",
+        "parity|out",
     ),
     "stale index": Fault("attention_forward.cuh", "memory.taken.get(i);", "memory.taken.get(i ^ 1);", "parity"),
     "missing barrier of a sort": Fault(
@@ -132,6 +136,48 @@ FAULTS = {
     ),
 }
 
+# In the backward pass: noticed in gradients, or where they are computed.
+FAULTS_OF_GRADIENTS = {
+    "lost group offset of a key": Fault(
+        "attention_backward_keys.cuh",
+        "for (int64_t h = kv * group; h < (kv + 1) * group; ++h)",
+        "for (int64_t h = kv; h < kv + group; ++h)",
+        "d[qkv]:",
+    ),
+    "wrong scan order": Fault(
+        "kv_state_backward.cuh",
+        "for (int64_t segment = p.query_segments - 1; segment >= 0; --segment) {",
+        "for (int64_t segment = 0; segment < p.query_segments; ++segment) {",
+        "d[qkv]:",
+    ),
+    "stale index of a transposed list": Fault(
+        "naming_blocks.cuh",
+        "begin = entry > 0 ? load(of.cursor + at - 1) : 0",
+        "begin = entry > 0 ? load(of.cursor + at) : 0",
+        "d[qkv]:",
+    ),
+    "lost last part of a list": Fault(
+        "naming_blocks.cuh", "load(of.cursor + at + of.parts - 1)", "load(of.cursor + at)", "d[qkv]:"
+    ),
+    "missing decay of a state's gradient": Fault(
+        "kv_state_backward.cuh", "sum *= exp2_of(log_of(segment) - log_of(segment + 1));", "sum *= T(1);", "d[qkv]:"
+    ),
+    "missing warp barrier of a key's pairs": Fault(
+        "attention_backward_keys.cuh",
+        "    sync_warp();\n    for (int i = 0; i < kWarp; ++i) {",
+        "    for (int i = 0; i < kWarp; ++i) {",
+        "race|uninitialised shared memory",
+    ),
+    "missing barrier of a state's gradient": Fault(
+        "kv_state_backward.cuh",
+        "      sync_block();\n      for (int64_t x = thread;",
+        "      for (int64_t x = thread;",
+        "race|uninitialised shared memory",
+    ),
+}
+# Causal and not: windows and lists, of single queries too; quadratic, features, clusters; groups of heads, padding.
+SEEDS_OF_GRADIENTS = (155, 11, 193, 285, 252, 310)
+
 
 # What runs with every fault: each returns what is wrong, or nothing.
 
@@ -157,7 +203,7 @@ def wrong_clusters(emulator: Emulator) -> str:
 
 
 def wrong_states_of_two_segments(emulator: Emulator) -> str:
-    query, key, value = rand(1, 1, 3, 16), rand(1, 1, 600, 16, seed=1), rand(1, 1, 600, 16, seed=2)
+    query, key, value = rand(1, 1, 20, 16), rand(1, 1, 600, 16, seed=1), rand(1, 1, 600, 16, seed=2)
     for low_rank in (sb.Favor(8), sb.Centroid(3)):
         statistics = sb.reference.cluster(query, key, 3) if isinstance(low_rank, sb.Centroid) else None
         arguments = dict(support=sb.Empty(), low_rank=low_rank, statistics=statistics)
@@ -194,11 +240,22 @@ def wrong_held_keys(emulator: Emulator) -> str:
     return ""
 
 
+def wrong_gradients(emulator: Emulator) -> str:
+    for seed in SEEDS_OF_GRADIENTS:
+        case = draw(seed)
+        try:
+            with emulator.installed():
+                assert_parity(case, torch.float32, 1e-5, case.low_rank_share())
+        except AssertionError as error:
+            return str(error)
+    return ""
+
+
 CHECKS = (wrong_states_of_two_segments, wrong_clusters, wrong_lists, wrong_calls, wrong_held_keys)
 
 
-def first_complaint(emulator: Emulator) -> str:
-    for check in CHECKS:
+def first_complaint(emulator: Emulator, checks: Sequence[Callable[[Emulator], str]]) -> str:
+    for check in checks:
         try:
             complaint = check(emulator)
         except RuntimeError as error:
@@ -219,18 +276,19 @@ def kernels(emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_kernels_without_a_fault_raise_no_complaint(emulator: Emulator) -> None:
-    assert first_complaint(emulator) == ""
+    assert first_complaint(emulator, (*CHECKS, wrong_gradients)) == ""
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *FAULTS_OF_GRADIENTS])
 def test_a_planted_fault_is_caught_by_name(kernels: Path, fault: str) -> None:
-    file, old, new, name = FAULTS[fault]
+    file, old, new, name = (FAULTS | FAULTS_OF_GRADIENTS)[fault]
+    checks = CHECKS if fault in FAULTS else (wrong_gradients,)
     path = kernels / "cuda" / file
     text = path.read_text()
     assert text.count(old) == 1, "the fault no longer fits the source"
     path.write_text(text.replace(old, new))
     try:
-        complaint = first_complaint(Emulator(build(kernels, FLAGS)))
+        complaint = first_complaint(Emulator(build(kernels, FLAGS)), checks)
     finally:
         path.write_text(text)
     assert re.match(name, complaint), complaint or "nothing was noticed"
@@ -243,7 +301,7 @@ def test_a_fault_has_a_place(kernels: Path) -> None:
     path.write_text(text.replace("      if (e < p.value_pad) store(out + e", bad))
     line = path.read_text().split(bad)[0].count("\n") + 1
     try:
-        complaint = first_complaint(Emulator(build(kernels, FLAGS)))
+        complaint = first_complaint(Emulator(build(kernels, FLAGS)), CHECKS)
     finally:
         path.write_text(text)
     place = rf"in kernel attention_forward, block \d+, thread \d+, at attention_forward.cuh:{line}$"

@@ -1,0 +1,319 @@
+"""Gradients by the CUDA kernels, through the registered operators and their autograd on CPU tensors: parity
+with the definition over the drawn cases of the CPU's table, causality and padding by bits, queries computed again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulated import Emulator
+from operator_cases import operator_arguments
+from oracle import CASES, assert_parity, draw, row_error
+from testkit import assert_same_bits, rand
+from torch import Tensor
+from torch.nn.functional import pad
+
+import scatterbrain as sb
+from scatterbrain.operators.arguments import CENTROID, QUADRATIC, AttentionArguments
+
+OPERATORS = torch.ops.scatterbrain
+N, D = 90, 20
+NAMES = ("out", "dq", "dk", "dv")
+
+# -------------------- parity
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_float32_matches_the_definition(emulator: Emulator, seed: int) -> None:
+    case = draw(seed)
+    with emulator.installed():
+        assert_parity(case, torch.float32, 1e-5, case.low_rank_share())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(1, CASES, 23))
+def test_half_precision_errs_no_more_than_twice_the_formula_in_torch(
+    emulator: Emulator, seed: int, dtype: torch.dtype
+) -> None:
+    with emulator.installed():
+        assert_parity(draw(seed, dtype), dtype, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(2, CASES, 13))
+def test_float64_accumulates_in_float64(emulator: Emulator, seed: int) -> None:
+    case = draw(seed)
+    with emulator.installed():
+        results = case.judged(torch.float64)
+    for got, exact in zip(results, case.defined()):
+        assert got.dtype == torch.float64
+        assert row_error(got, exact) <= max(1e-10, 1e-14 * case.low_rank_share())
+
+
+# -------------------- calls of one row
+
+SUPPORTS = {
+    "window": sb.Window(20, 8),
+    "window with sinks": sb.Window(29, 16, sinks=5),
+    "pooled": sb.Routed(24, 16),
+    "per query": sb.Routed(32, block_q=1, block_k=8, window=16),
+    "empty": sb.Empty(),
+}
+LOW_RANKS = {"none": None, "quadratic": sb.Quadratic(4), "favor": sb.Favor(8), "centroid": sb.Centroid(5)}
+PAIRS = [(s, k) for s in SUPPORTS for k in LOW_RANKS if (s, k) != ("empty", "none")]
+CALLS = [(*pair, False) for pair in PAIRS] + [(s, k, True) for s, k in PAIRS if k != "centroid"]
+CAUSAL_PAIRS = [(s, k) for s, k, is_causal in CALLS if is_causal]
+
+
+def tokens() -> list[Tensor]:
+    """query, key, value, and the gradients of out and lse."""
+    q, k, v = rand(1, 4, N, D, seed=1), rand(1, 2, N, D, seed=2), rand(1, 2, N, D + 3, seed=3)
+    return [q, k, v, rand(1, 4, N, D + 3, seed=4), rand(1, 4, N, seed=5)]
+
+
+def arguments_of(support: str, kind: str, given: list[Tensor], is_causal: bool, **arguments: object) -> dict:
+    """The call's arguments; its clusters, lists and statistics are those of the CPU."""
+    low_rank = LOW_RANKS[kind]
+    arguments |= dict(low_rank=low_rank, is_causal=is_causal)
+    if kind == "quadratic":
+        arguments["statistics"] = sb.fit_statistics(rand(1, 4, 99, D, seed=6), rand(1, 2, 99, D, seed=7), 4)
+    return arguments | dict(support=SUPPORTS[support])
+
+
+def gradients(emulator: Emulator, given: list[Tensor], **arguments: object) -> list[Tensor]:
+    """out, dq, dk and dv where out and lse get a gradient."""
+    leaves = [t.detach().clone().requires_grad_() for t in given[:3]]
+    with emulator.installed():
+        out, lse = sb.attention(*leaves, return_lse=True, **arguments)
+        got = torch.autograd.grad([out, lse], leaves, [given[3].to(out.dtype), given[4].to(lse.dtype)])
+    return [out.detach(), *got]
+
+
+@pytest.mark.parametrize(("support", "kind", "is_causal"), CALLS)
+def test_gradients_of_out_and_lse_match_the_definition(
+    emulator: Emulator, support: str, kind: str, is_causal: bool
+) -> None:
+    given = tokens()
+    arguments = arguments_of(support, kind, given, is_causal)
+    if kind == "centroid":
+        arguments["statistics"] = sb.reference.cluster(*given[:2], 5)
+    if isinstance(arguments["support"], sb.Routed):
+        routing = {k: v for k, v in arguments.items() if k != "support"}
+        arguments["support"] = sb.route(*given[:2], arguments["support"], **routing)
+    got = gradients(emulator, given, **arguments)
+    leaves = [t.double().requires_grad_() for t in given[:3]]
+    out, lse = sb.reference.attention(*leaves, return_lse=True, **arguments)
+    want = [out, *torch.autograd.grad([out, lse], leaves, [t.double() for t in given[3:]])]
+    for name, ours, exact in zip(NAMES, got, want):
+        assert row_error(ours, exact) <= 1e-5, name
+
+
+@pytest.mark.parametrize(("support", "kind"), CAUSAL_PAIRS)
+def test_no_bit_of_the_pasts_gradients_depends_on_the_future(emulator: Emulator, support: str, kind: str) -> None:
+    """dq of a query by its edge alone. Where the future's results get no gradient, dk and dv by the past alone."""
+    given = tokens()
+    for edge in (1, 64, 75):
+        given[3][:, :, edge:] = given[4][:, :, edge:] = 0
+        base = gradients(emulator, given, **arguments_of(support, kind, given, True))
+        changed = [*(t.clone() for t in given[:3]), *given[3:]]
+        for t in changed[:3]:
+            t[:, :, edge:] = 1e4 * torch.sign(t[:, :, edge:])
+        got = gradients(emulator, changed, **arguments_of(support, kind, given, True))
+        assert_same_bits([t[:, :, :edge] for t in got], [t[:, :, :edge] for t in base], NAMES)
+        for t in changed[:3]:
+            t[:, :, edge:] = torch.nan
+        got = gradients(emulator, changed, **arguments_of(support, kind, given, True))
+        assert_same_bits([t[:, :, :edge] for t in got[:2]], [t[:, :, :edge] for t in base[:2]], NAMES)
+        given = tokens()
+
+
+@pytest.mark.parametrize("pattern", ["right", "left", "holes"])
+@pytest.mark.parametrize(("support", "kind"), PAIRS)
+def test_no_bit_depends_on_what_padding_holds(emulator: Emulator, support: str, kind: str, pattern: str) -> None:
+    mask = torch.zeros(1, N, dtype=torch.bool)
+    mask[:, {"right": slice(N - 31, None), "left": slice(0, 31), "holes": slice(3, None, 4)}[pattern]] = True
+    results = []
+    for content in (0.0, 1e4, torch.nan):
+        given = [t.masked_fill(mask[:, None, :, None], content) for t in tokens()[:4]] + tokens()[4:]
+        arguments = arguments_of(support, kind, given, kind != "centroid", key_padding_mask=mask)
+        results.append(gradients(emulator, given, **arguments))
+    for got in results[1:]:
+        assert_same_bits(got, results[0], NAMES)
+    assert not any(t[:, :, mask[0]].any() for t in results[0])
+
+
+@pytest.mark.parametrize(("support", "kind", "is_causal"), CALLS)
+def test_no_bit_depends_on_how_much_padding_there_is(
+    emulator: Emulator, support: str, kind: str, is_causal: bool
+) -> None:
+    base = gradients(emulator, tokens(), **arguments_of(support, kind, tokens(), is_causal))
+    for left, right in ((0, 77), (5, 64)):
+        mask = pad(torch.zeros(1, N, dtype=torch.bool), (left, right), value=True)
+        given = [pad(t, (0, 0, left, right), value=1e4) for t in tokens()[:4]]
+        given.append(pad(tokens()[4], (left, right), value=1e4))
+        got = gradients(emulator, given, **arguments_of(support, kind, given, is_causal, key_padding_mask=mask))
+        assert_same_bits([t[:, :, left : left + N] for t in got], base, NAMES)
+
+
+@pytest.mark.parametrize(("support", "kind", "is_causal"), CALLS)
+def test_two_runs_and_every_layout_give_the_same_bits(
+    emulator: Emulator, support: str, kind: str, is_causal: bool
+) -> None:
+    arguments = arguments_of(support, kind, tokens(), is_causal)
+    base = gradients(emulator, tokens(), **arguments)
+    heads_inside = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tokens()]
+    for given in (tokens(), heads_inside):
+        assert_same_bits(gradients(emulator, given, **arguments), base, NAMES)
+
+
+def test_several_segments_of_queries_and_keys_add_up(emulator: Emulator) -> None:
+    """Without a causal edge: more keys than a segment of states has, more queries than one of their gradients."""
+    for low_rank in (sb.Favor(4), sb.Centroid(3)):
+        given = [
+            rand(1, 2, 530, 16),
+            rand(1, 1, 560, 16, seed=1),
+            rand(1, 1, 560, 8, seed=2),
+            rand(1, 2, 530, 8, seed=3),
+        ]
+        given.append(rand(1, 2, 530, seed=4))
+        statistics = sb.reference.cluster(*given[:2], 3) if isinstance(low_rank, sb.Centroid) else None
+        arguments = dict(support=sb.Window(8, 32), low_rank=low_rank, statistics=statistics)
+        got = gradients(emulator, given, **arguments)
+        leaves = [t.double().requires_grad_() for t in given[:3]]
+        out, lse = sb.reference.attention(*leaves, return_lse=True, **arguments)
+        want = [out, *torch.autograd.grad([out, lse], leaves, [t.double() for t in given[3:]])]
+        assert all(row_error(ours, exact) <= 2e-5 for ours, exact in zip(got, want))
+
+
+@pytest.mark.parametrize("queries", [0, 5])
+@pytest.mark.parametrize("keys", [0, 7])
+@pytest.mark.parametrize("kind", ["none", "favor"])
+def test_empty_inputs_have_gradients_of_zero(emulator: Emulator, queries: int, keys: int, kind: str) -> None:
+    given = [rand(1, 2, queries, 16), rand(1, 2, keys, 16), rand(1, 2, keys, 8), rand(1, 2, queries, 8)]
+    given.append(rand(1, 2, queries))
+    got = gradients(emulator, given, support=sb.Window(4), low_rank=LOW_RANKS[kind])
+    assert [t.shape for t in got[1:]] == [t.shape for t in given[:3]]
+    assert (queries and keys) or not any(t.any() for t in got)
+
+
+def test_a_query_with_a_single_key_has_no_gradient(emulator: Emulator) -> None:
+    given = [rand(1, 2, 40, 64), rand(1, 2, 1, 64, seed=1), rand(1, 2, 1, 48, seed=2), rand(1, 2, 40, 48, seed=3)]
+    _, dq, dk, _ = gradients(emulator, [*given, torch.zeros(1, 2, 40)], support=sb.Window(4), low_rank=None)
+    assert not dq.any() and not dk.any()
+
+
+# -------------------- lists
+
+
+def test_lists_of_any_content_are_safe(emulator: Emulator) -> None:
+    """What comes out of lists that do not ascend is not defined, but made of the row's own tokens."""
+    query, key, value = (t[:, :2, :64].clone().requires_grad_() for t in tokens()[:3])
+    index = torch.tensor([-5, 3, 3, 1, 3, 1, 2**31 - 1, -(2**31)], dtype=torch.int32).expand(1, 2, 4, 8).contiguous()
+    span = torch.tensor([[[-9, 5], [60, 2**31 - 1], [-(2**31), 2**31 - 1], [7, 3]]], dtype=torch.int32)
+    given = dict(query=query, key=key, value=value, index=index, count=torch.full((1, 2, 4), 99, dtype=torch.int32))
+    arguments = operator_arguments(AttentionArguments, **given, span=span, span_keys=9, block_k=4)
+    with emulator.installed():
+        out, _ = OPERATORS.attention(*arguments)
+        assert all(torch.isfinite(t).all() for t in torch.autograd.grad(out.sum(), [query, key, value]))
+
+
+def listing_call(n: int) -> AttentionArguments:
+    """Every query lists one key, the same for all."""
+    given = dict(zip(("query", "key", "value"), (rand(1, 1, n, 16, seed=i).requires_grad_() for i in range(3))))
+    index, count = torch.zeros(1, 1, n, 1, dtype=torch.int32), torch.ones(1, 1, n, dtype=torch.int32)
+    return operator_arguments(AttentionArguments, **given, index=index, count=count, block_q=1)
+
+
+def test_a_key_that_every_query_lists_takes_linear_time(emulator: Emulator) -> None:
+    shuffles = []
+    for n in (400, 800):
+        arguments = listing_call(n)
+        before = emulator.statistics()
+        with emulator.installed():
+            out, _ = OPERATORS.attention(*arguments)
+            torch.autograd.grad(out.sum(), arguments[:3])
+        shuffles.append(emulator.statistics()["shared_accesses"] - before["shared_accesses"])
+    assert shuffles[1] <= 2.2 * shuffles[0], shuffles
+
+
+# -------------------- cancelling
+
+
+def peaked_call(n: int) -> tuple[AttentionArguments, list[Tensor]]:
+    """L overrates the listed keys by far, so that every query is computed again: few keys have nearly all of it, and
+    every other query lists them."""
+    leaves = [rand(1, 2, n, 16, seed=seed) for seed in range(3)]
+    query_map, key_map = 0.3 * rand(1, 2, n, 3, seed=3), 0.3 * rand(1, 2, n, 3, seed=4)
+    query_map[..., 0], key_map[:, :, :20, 0] = 4.0, 500.0
+    query_map[:, :, 1::3, -1] = -60.0  # queries without a low-rank part to speak of, which are not
+    leaves = [t.requires_grad_() for t in (*leaves, query_map, key_map)]
+    index = torch.arange(20, dtype=torch.int32).expand(1, 2, 1, 20).contiguous()
+    given = dict(zip(("query", "key", "value", "query_map", "key_map"), leaves), index=index, low_rank=QUADRATIC)
+    count = torch.full((1, 2, 1), 20, dtype=torch.int32)
+    return operator_arguments(AttentionArguments, **given, count=count, block_q=n, scale=0.25), leaves
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_queries_that_are_computed_again_have_gradients_as_exact_as_others(emulator: Emulator, is_causal: bool) -> None:
+    n = 130
+    arguments, leaves = peaked_call(n)
+    grads = [rand(1, 2, n, 16, seed=5), rand(1, 2, n, seed=6)]
+    with emulator.installed():
+        got = torch.autograd.grad(OPERATORS.attention(*arguments._replace(is_causal=is_causal)), leaves, grads)
+    query, key, value, query_map, key_map = wide = [t.detach().double().requires_grad_() for t in leaves]
+    x, y = query_map[..., :-1], key_map[..., :-1]
+    low_rank = (query_map[..., -1:] + key_map[..., -1][..., None, :]).exp() * (1 + x @ y.mT / 2).square()
+    weight = torch.where(torch.arange(n) < 20, (0.25 * query @ key.mT).exp(), low_rank)
+    weight = weight.tril() if is_causal else weight
+    total = weight.sum(-1)
+    out, lse = weight @ value / total[..., None], total.log()
+    want = torch.autograd.grad([out, lse], wide, [t.double() for t in grads])
+    for name, ours, exact in zip(("dq", "dk", "dv", "d_query_map", "d_key_map"), got, want):
+        assert row_error(ours, exact) <= (2.5e-5 if "map" in name else 1e-5), name
+
+
+# -------------------- gradients of maps
+
+
+def map_call(kind: int, packed: bool) -> tuple[AttentionArguments, list[Tensor]]:
+    """A call with maps that affine projections of its tokens make, and the projections."""
+    given = [rand(2, 4, 70, 16), rand(2, 2, 70, 16, seed=1), rand(2, 2, 70, 16, seed=2)]
+    weights = [0.2 * rand(1, 2, 4, 16, seed=3), 0.2 * rand(2, 1, 4, 16, seed=4)]
+    project = OPERATORS.project_packed if packed else OPERATORS.project
+    maps = [project(t, w, torch.zeros(*w.shape[:3])) for t, w in zip(given, weights)]
+    span = torch.tensor([[[0, 9], [10, 20], [30, 44], [5, 9], [60, 70]]], dtype=torch.int32)
+    fields = dict(zip(("query", "key", "value", "query_map", "key_map"), (*given, *maps)), low_rank=kind, span=span)
+    return operator_arguments(AttentionArguments, **fields, span_keys=16, packed_rank=3 * packed), weights
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_maps_go_on_through_given_projections(emulator: Emulator, packed: bool) -> None:
+    arguments, weights = map_call(QUADRATIC, packed)
+    grad = rand(2, 4, 70, 16, seed=5)
+    with emulator.installed():
+        out, lse = OPERATORS.attention(*arguments)
+        dq, dk, dv, dx, dy = OPERATORS.attention_backward(grad, None, out, lse, *arguments)
+        through = OPERATORS.attention_backward(grad, None, out, lse, *arguments, None, None, *weights)
+    assert dx.shape == (2, 4, 70, 4) and dy.shape == (2, 2, 70, 4)
+    assert through[3].shape == (2, 4, 0, 4) and through[4].shape == (2, 2, 0, 4)
+    by_head = [w.expand(2, -1, -1, -1).repeat_interleave(h // w.shape[1], 1) for w, h in zip(weights, (4, 2))]
+    assert torch.equal(through[2], dv)
+    for got, alone, of_map, weight in zip(through, (dq, dk), (dx, dy), by_head):
+        assert row_error(got, alone + of_map @ weight) <= 1e-6
+
+
+def test_results_have_the_shapes_and_types_that_the_fakes_promise(emulator: Emulator) -> None:
+    arguments, _ = map_call(QUADRATIC, False)
+    half = arguments._replace(**{name: getattr(arguments, name).half() for name in ("query", "key", "value")})
+    for call in (arguments, half, half._replace(low_rank=0, query_map=None, key_map=None)):
+        with emulator.installed():
+            results = OPERATORS.attention(*call)
+            got = OPERATORS.attention_backward(torch.ones_like(results[0]), None, *results, *call)
+        want = OPERATORS.attention_backward(torch.ones_like(results[0]), None, *results, *call)
+        assert [(t.shape, t.dtype, t.stride()) for t in got] == [(t.shape, t.dtype, t.stride()) for t in want]
+
+
+def test_nothing_is_saved_for_the_backward_pass(emulator: Emulator) -> None:
+    arguments, _ = map_call(QUADRATIC, False)
+    with emulator.installed():
+        saved = OPERATORS.attention_with_state(*arguments)[2:]
+        sizes = OPERATORS.saved_sizes("cpu", torch.float32, 2, 4, 70, 16, 2, 70, 16, CENTROID, 5, 16, 16, False)
+    assert [t.shape for t in saved] == [(0,), (0,)] and sizes == ([0], [0], "float32")
