@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "../error.h"
 #include "../params.h"
 
 namespace sb::cuda {
@@ -34,11 +33,6 @@ void fill(Launchers& table) {
 
 #if !defined(SB_EMULATOR)
 namespace {
-
-template <class Result, class... Arguments>
-Result missing(Arguments...) {
-  SB_CHECK(false, "scatterbrain: this operator has no CUDA kernel yet; move its tensors to the CPU");
-}
 
 Launchers table = [] {
   Launchers filled{};
