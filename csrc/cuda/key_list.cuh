@@ -22,6 +22,19 @@ struct Span {
   }
 };
 
+// The first position of `count` ascending entries with `wanted` or more.
+SB_DEVICE int64_t lower_bound(const int32_t* entries, int64_t count, int64_t wanted) {
+  int64_t begin = 0, end = count;
+  while (begin < end) {
+    const int64_t middle = (begin + end) / 2;
+    if (load(entries + middle) < wanted)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
 // The list of a block of queries, of which entries in use may still name no key.
 struct BlockList {
   const int32_t* entries;
@@ -31,10 +44,10 @@ struct BlockList {
     entries = p.index + row * p.capacity;
     count = used < 0 ? 0 : used > p.capacity ? p.capacity : used;
   }
-  // Entry i, -1 if the one before it is not below it.
+  // Entry i, -1 if a search for it ends elsewhere: of equal entries in a list that does not ascend, at most one counts.
   SB_DEVICE int64_t entry(int64_t i) const {
     const int64_t here = load(entries + i);
-    return i > 0 && load(entries + i - 1) >= here ? -1 : here;
+    return lower_bound(entries, count, here) == i ? here : -1;
   }
 };
 
@@ -88,14 +101,7 @@ struct KeyList {
   SB_DEVICE bool lists(int64_t key) const {
     if (key < sinks || (key >= lo && key < hi)) return true;
     const int64_t wanted = key / block_k;
-    int64_t begin = 0, end = count;
-    while (begin < end) {
-      const int64_t middle = (begin + end) / 2;
-      if (load(entries + middle) < wanted)
-        begin = middle + 1;
-      else
-        end = middle;
-    }
+    const int64_t begin = lower_bound(entries, count, wanted);
     return begin < count && load(entries + begin) == wanted;
   }
 
