@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90")
+LOW_RANKS = ("none", "quadratic", "features", "centroid")  # of csrc/params.h
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
@@ -21,8 +22,9 @@ def nvcc() -> str | None:
 
 
 def kernel_name(mangled: str) -> str:
-    """The kernel with its element type and the type of its sums."""
+    """The kernel with its element type and the type of its sums, or its width and the kind of its low-rank part."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    name = re.sub(r"\((?:sb::)?LowRank\)(\d)", lambda kind: LOW_RANKS[int(kind[1])], name)
     return (
         re.sub(r"sb::cuda::|sb::|^void |\(.*\)$|_kernel", "", name)
         .replace("Bfloat16", "bfloat16")

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "attention_call.h"
+#include "attention_tile.h"
 #include "launchers.h"
 
 namespace sb::cuda {
@@ -10,7 +11,10 @@ namespace {
 
 class Forward : AttentionCall {
  public:
-  using AttentionCall::AttentionCall;
+  explicit Forward(const AttentionArguments& a) : AttentionCall(a), by_tiles(fits_tiles(a)) {
+    if (!by_tiles) return;
+    p.q = call.read_aligned_rows(a.query), p.k = call.read_aligned_rows(a.key), p.v = call.read_aligned_rows(a.value);
+  }
 
   Results run() {
     const Tensor out = call.empty_like_tokens(a.query, p.value_pad),
@@ -21,7 +25,10 @@ class Forward : AttentionCall {
     }
     p.out = call.write_rows(out), p.lse = call.write(lse);
     launch_rows(row_params, call.stream());
-    compute(p, is_wide);
+    if (by_tiles)
+      compute_by_tiles();
+    else
+      compute(p, is_wide);
     if (p.flags) compute(of_flagged(p), true);
     return {out, lse, call.empty({0}, dtype), call.empty({0}, dtype)};
   }
@@ -31,6 +38,13 @@ class Forward : AttentionCall {
     make_states(params, in_double);
     launch_attention_forward(params, element(), in_double, call.stream());
   }
+
+  void compute_by_tiles() {
+    make_states(p, false);
+    launch_attention_tile(tile_params(p, call), element(), call.stream());
+  }
+
+  const bool by_tiles;  // on tensor cores
 };
 
 }  // namespace

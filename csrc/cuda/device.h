@@ -41,6 +41,13 @@ template <class V>
 SB_DEVICE V shuffle_xor(V value, int mask SB_PLACE) {
   return emulator::exchanged(value, mask, place);
 }
+template <class V>
+SB_DEVICE V shuffle_from(V value, int lane SB_PLACE) {
+  return emulator::exchanged_from(value, lane, place);
+}
+// Bit l: whether lane l says yes.
+SB_DEVICE uint32_t ballot(bool yes SB_PLACE) { return emulator::ballot(yes, place); }
+SB_DEVICE int bits_set(uint32_t bits) { return __builtin_popcount(bits); }
 #else
 SB_DEVICE int thread_index() { return int(threadIdx.x); }
 SB_DEVICE int block_threads() { return int(blockDim.x); }
@@ -52,6 +59,12 @@ template <class V>
 SB_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+template <class V>
+SB_DEVICE V shuffle_from(V value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+SB_DEVICE uint32_t ballot(bool yes) { return __ballot_sync(0xffffffffu, yes); }
+SB_DEVICE int bits_set(uint32_t bits) { return __popc(bits); }
 #endif
 
 SB_DEVICE int lane_index() { return thread_index() % kWarp; }

@@ -26,6 +26,8 @@ void launch_held_keys(const ForwardParams& p, Element element, Stream stream);
 // computes in double.
 void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream stream);
 void launch_attention_forward(const ForwardParams& p, Element element, bool is_wide, Stream stream);
+// The same on tensor cores: operands from states in float32, then queries. Elements of 16 bits.
+void launch_attention_tile(const TileParams& p, Element element, Stream stream);
 
 // The backward pass, in the order of its steps, after a forward pass that writes records. Lists are transposed once for
 // both passes; representatives are shared, and keys finished, after the last.

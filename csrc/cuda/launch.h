@@ -52,8 +52,12 @@ inline int warps_for(int64_t bytes) { return bytes <= 12 << 10 ? 4 : bytes <= 24
 template <class Visit>
 void with_element(Element element, const Visit& visit) {
   switch (element) {
+#if !defined(SB_ONLY_BFLOAT16)
     case Element::kFloat: return visit(static_cast<float*>(nullptr));
-#if !defined(SB_ONLY_FLOAT)
+#endif
+#if defined(SB_ONLY_BFLOAT16)
+    case Element::kBfloat16: return visit(static_cast<Bfloat16*>(nullptr));
+#elif !defined(SB_ONLY_FLOAT)
     case Element::kDouble: return visit(static_cast<double*>(nullptr));
     case Element::kBfloat16: return visit(static_cast<Bfloat16*>(nullptr));
     case Element::kHalf: return visit(static_cast<Half*>(nullptr));

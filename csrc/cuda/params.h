@@ -168,6 +168,24 @@ struct BackwardParams : ForwardParams {
   const void* query_mean;  // (B, Hkv, head_dim)
 };
 
+// Four registers of 32 bits, read and written together.
+struct alignas(16) FourWords {
+  uint32_t at[4];
+};
+
+// The forward pass by tiles of queries (attention_tile.cuh). Its operands are made from the states in float32.
+struct TileParams : ForwardParams {
+  int64_t features_padded, head_steps, value_chunks;  // features to 16s, head_dim in 16s, value_pad in 8s
+  FourWords* state_operand;                           // (B, Hkv, features_padded / 16, value_chunks, 32)
+  float* state_sums;                                  // (B, Hkv, features_padded): hz
+  FourWords* cluster_operand;                         // (B, Hkv, features_padded / 8, head_steps, 32, 2)
+  float* key_log;                                     // (B, Hkv, M): the log scale of a key over that of the state
+  Bfloat16* key_coordinates;                          // (B, Hkv, M, 2, 16), of the quadratic kernel
+};
+// Widest head and value of a tile, features of the quadratic kernel, and threads of a block.
+inline constexpr int64_t kWidestTile = 128, kTileFeatures = 64, kMostTileClusters = 256;
+inline constexpr int kMostTileThreads = 256;
+
 // Below every exponent.
 inline constexpr double kLowestLog = -1e30;
 // Exponents up to this belong to no key.

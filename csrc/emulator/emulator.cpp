@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "matrix.h"
 
 namespace sb::emulator {
 namespace {
@@ -14,7 +15,17 @@ constexpr int kWarp = 32, kBanks = 32;
 constexpr size_t kStackBytes = size_t(64) << 10;
 
 enum class State { kReady, kAtWarp, kAtBlock, kDone };
-enum class Rendezvous { kBarrier, kShuffle };
+enum class Rendezvous { kBarrier, kShuffle, kTogether };
+
+constexpr int64_t kCopyBytes = 16;
+
+struct Copy {
+  int64_t offset;
+  unsigned char bytes[kCopyBytes];
+};
+struct SharedAccess {
+  int64_t word, words;
+};
 
 struct Thread {
   Fiber fiber;
@@ -23,7 +34,11 @@ struct Thread {
   Rendezvous kind{};  // of a warp
   int mask = 0;       // of a shuffle
   uint64_t given = 0, got = 0;
-  std::vector<int64_t> accesses;  // addresses in shared memory since the warp last met
+  Together together = nullptr;
+  void* argument = nullptr;
+  std::vector<SharedAccess> accesses;  // since the warp last met
+  std::vector<Copy> open;              // copies of no group yet
+  std::vector<std::vector<Copy>> groups;
 };
 
 // Who accessed a byte of shared memory or an element of global memory last. Counts of barriers say whether one stands
@@ -37,7 +52,7 @@ struct Access {
 };
 struct Byte {
   Access write, read;
-  bool is_written = false;
+  bool is_written = false, is_under_way = false;
 };
 struct Element {
   Access write, read;
@@ -144,17 +159,25 @@ void count_conflicts(int warp) {
   size_t most = 0;
   for (int l = 0; l < kWarp; ++l) most = std::max(most, lanes[l].accesses.size());
   for (size_t k = 0; k < most; ++k) {
-    int64_t words[kBanks][kWarp];
-    int used[kBanks] = {}, passes = 1;
-    for (int l = 0; l < kWarp; ++l) {
-      if (k >= lanes[l].accesses.size()) continue;
-      const int64_t word = lanes[l].accesses[k];
-      const int bank = int(word % kBanks);
-      if (std::find(words[bank], words[bank] + used[bank], word) != words[bank] + used[bank]) continue;
-      words[bank][used[bank]++] = word;
-      passes = std::max(passes, used[bank]);
+    int64_t width = 1;
+    for (int l = 0; l < kWarp; ++l)
+      if (k < lanes[l].accesses.size()) width = std::max(width, lanes[l].accesses[k].words);
+    ++counts.shared_accesses;
+    // As many lanes at a time as 128 bytes serve.
+    for (int first = 0; first < kWarp; first += kWarp / int(width)) {
+      int64_t words[kBanks][kWarp];
+      int used[kBanks] = {}, passes = 1;
+      for (int l = first; l < first + kWarp / int(width); ++l) {
+        if (k >= lanes[l].accesses.size()) continue;
+        for (int64_t word = lanes[l].accesses[k].word; word < lanes[l].accesses[k].word + width; ++word) {
+          const int bank = int(word % kBanks);
+          if (std::find(words[bank], words[bank] + used[bank], word) != words[bank] + used[bank]) continue;
+          words[bank][used[bank]++] = word;
+          passes = std::max(passes, used[bank]);
+        }
+      }
+      counts.bank_conflicts += passes - 1;
     }
-    ++counts.shared_accesses, counts.bank_conflicts += passes - 1;
   }
   for (int l = 0; l < kWarp; ++l) lanes[l].accesses.clear();
 }
@@ -172,13 +195,18 @@ void meet(int warp) {
            std::string("this lane ") + (lanes[l].state == State::kDone ? "has left" : "waits for its block") +
                " while others of its warp wait for it",
            lanes[l].state == State::kDone ? waiting.place : lanes[l].place);
-    if (lanes[l].kind != lanes[0].kind || lanes[l].mask != lanes[0].mask || !same(lanes[l].place, lanes[0].place))
+    if (lanes[l].kind != lanes[0].kind || lanes[l].mask != lanes[0].mask || lanes[l].together != lanes[0].together ||
+        !same(lanes[l].place, lanes[0].place))
       fail("divergent warp", "lanes wait at different places, the first at line " + std::to_string(lanes[0].place.line),
            lanes[l].place);
   }
   count_conflicts(warp);
   if (lanes[0].kind == Rendezvous::kBarrier) {
     ++block->warp_count[size_t(warp)];
+  } else if (lanes[0].kind == Rendezvous::kTogether) {
+    void* given[kWarp];
+    for (int l = 0; l < kWarp; ++l) given[l] = lanes[l].argument;
+    lanes[0].together(given);
   } else {
     ++counts.shuffles;
     for (int l = 0; l < kWarp; ++l) lanes[l].got = lanes[l ^ lanes[l].mask].given;
@@ -204,6 +232,14 @@ void run_warp(int warp) {
   }
 }
 
+void check_copies() {
+  for (Thread& thread : block->threads) {
+    block->current = int(&thread - block->threads.data());
+    if (!thread.open.empty() || !thread.groups.empty())
+      fail("asynchronous copy", "this thread has left without a wait for its copies", thread.place);
+  }
+}
+
 void run_block() {
   const int warps = block->launch.threads / kWarp;
   while (true) {
@@ -220,7 +256,7 @@ void run_block() {
              "threads wait at different barriers, the first at line " + std::to_string(first->place.line),
              thread.place);
     }
-    if (waiting == 0) return;
+    if (waiting == 0) return check_copies();
     if (waiting < block->launch.threads)
       fail("divergent barrier",
            std::to_string(block->launch.threads - waiting) + " of " + std::to_string(block->launch.threads) +
@@ -302,6 +338,42 @@ uint64_t shuffle_bits(uint64_t bits, int mask, Place place) {
   return self.got;
 }
 
+void with_warp(Together together, void* given, Place place) {
+  Thread& self = block->threads[size_t(block->current)];
+  self.kind = Rendezvous::kTogether, self.together = together, self.argument = given;
+  wait(State::kAtWarp, place);
+  self.together = nullptr;
+}
+
+namespace {
+struct Exchange {
+  uint64_t given, got;
+  int from;
+};
+void exchange(void* const* lanes) {
+  for (int l = 0; l < kWarp; ++l) {
+    auto& of_lane = *static_cast<Exchange*>(lanes[l]);
+    of_lane.got = static_cast<const Exchange*>(lanes[of_lane.from % kWarp])->given;
+  }
+}
+void vote(void* const* lanes) {
+  uint64_t votes = 0;
+  for (int l = 0; l < kWarp; ++l) votes |= static_cast<const Exchange*>(lanes[l])->given << l;
+  for (int l = 0; l < kWarp; ++l) static_cast<Exchange*>(lanes[l])->got = votes;
+}
+}  // namespace
+
+uint64_t shuffle_bits_from(uint64_t bits, int from, Place place) {
+  Exchange of_lane{bits, 0, from};
+  with_warp(&exchange, &of_lane, place);
+  return of_lane.got;
+}
+uint32_t ballot(bool yes, Place place) {
+  Exchange of_lane{yes, 0, 0};
+  with_warp(&vote, &of_lane, place);
+  return uint32_t(of_lane.got);
+}
+
 void* shared_access(int64_t offset, int64_t bytes, bool is_write, Place place) {
   const auto at = [&] { return "shared memory byte " + std::to_string(offset); };
   if (offset < 0 || offset + bytes > int64_t(block->memory.size()))
@@ -310,6 +382,7 @@ void* shared_access(int64_t offset, int64_t bytes, bool is_write, Place place) {
   const int t = block->current;
   for (int64_t i = offset; i < offset + bytes; ++i) {
     Byte& byte = block->bytes[size_t(i)];
+    if (byte.is_under_way) fail("asynchronous copy", at() + " has a copy under way", place);
     if (!is_write && !byte.is_written) fail("uninitialised shared memory", at(), place);
     if (!is_ordered(byte.write, t))
       fail("race", at() + " was written by " + who(byte.write) + " and no barrier follows", place);
@@ -318,8 +391,39 @@ void* shared_access(int64_t offset, int64_t bytes, bool is_write, Place place) {
     note(is_write ? byte.write : byte.read, t);
     byte.is_written |= is_write;
   }
-  block->threads[size_t(t)].accesses.push_back(offset / 4);
+  block->threads[size_t(t)].accesses.push_back({offset / 4, std::max<int64_t>(bytes / 4, 1)});
   return &block->memory[size_t(offset)];
+}
+
+void copy_async(int64_t offset, const void* from, bool is_there, Place place) {
+  if (is_there) global_access(from, kCopyBytes, kCopyBytes, nullptr, place);
+  Thread& self = block->threads[size_t(block->current)];
+  Copy copy{offset, {}};
+  if (is_there) std::memcpy(copy.bytes, from, kCopyBytes);
+  shared_access(offset, kCopyBytes, true, place);  // from here on it may land at any time
+  std::memset(&block->memory[size_t(offset)], 0xff, kCopyBytes);
+  for (int64_t i = offset; i < offset + kCopyBytes; ++i) block->bytes[size_t(i)].is_under_way = true;
+  self.open.push_back(copy);
+  self.place = place;
+}
+void commit_copies() {
+  Thread& self = block->threads[size_t(block->current)];
+  self.groups.push_back(std::move(self.open));
+  self.open.clear();
+}
+void wait_copies(int open_groups, Place) {
+  Thread& self = block->threads[size_t(block->current)];
+  while (int(self.groups.size()) > open_groups) {
+    for (const Copy& copy : self.groups.front()) {
+      std::memcpy(&block->memory[size_t(copy.offset)], copy.bytes, kCopyBytes);
+      for (int64_t i = copy.offset; i < copy.offset + kCopyBytes; ++i) {
+        Byte& byte = block->bytes[size_t(i)];
+        byte.is_under_way = false;
+        note(byte.write, block->current);
+      }
+    }
+    self.groups.erase(self.groups.begin());
+  }
 }
 
 namespace {

@@ -31,7 +31,7 @@ struct Place {
 struct Statistics {
   int64_t launches, blocks, barriers, shuffles;
   int64_t shared_accesses;  // of warps: the lanes' together count once
-  int64_t bank_conflicts;   // further passes that those take
+  int64_t bank_conflicts;   // further passes that those take; 128 bytes fit into one
 };
 Statistics& statistics();
 
@@ -84,6 +84,9 @@ void sync_block(Place place);
 void sync_warp(Place place);
 // The bits of another lane's value.
 uint64_t shuffle_bits(uint64_t bits, int mask, Place place);
+// Calls `together` once with what the lanes of the warp give, when all of them are here.
+typedef void (*Together)(void* const* given);
+void with_warp(Together together, void* given, Place place);
 void* shared_access(int64_t offset, int64_t bytes, bool is_write, Place place);
 // `written`: the value that the access writes, null where it reads.
 void global_access(const void* data, int64_t bytes, int64_t alignment, const void* written, Place place);
@@ -94,6 +97,20 @@ V exchanged(V value, int mask, Place place) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(V));
   bits = shuffle_bits(bits, mask, place);
+  std::memcpy(&value, &bits, sizeof(V));
+  return value;
+}
+
+// The bits of the value of lane `from`; bit l: whether lane l says yes.
+uint64_t shuffle_bits_from(uint64_t bits, int from, Place place);
+uint32_t ballot(bool yes, Place place);
+
+template <class V>
+V exchanged_from(V value, int from, Place place) {
+  static_assert(sizeof(V) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(V));
+  bits = shuffle_bits_from(bits, from, place);
   std::memcpy(&value, &bits, sizeof(V));
   return value;
 }

@@ -140,6 +140,15 @@ def _clusters(dtype: torch.dtype) -> None:
     sb.cluster(rand(1, 2, 600, 40, dtype=dtype), rand(1, 1, 600, 40, seed=1, dtype=dtype), 33)
 
 
+@call("tiles")
+def _tiles(dtype: torch.dtype) -> None:
+    """On tensor cores where elements have 16 bits: each width and kind, lists that leave more than 64 keys, holes."""
+    for head_dim, value_dim in ((48, 64), (80, 104)):
+        for low_rank in (None, sb.Quadratic(5), sb.Centroid(18)):
+            attend(dtype, sb.Window(40), low_rank, head_dim, value_dim, queries=40, keys=150)
+    attend(dtype, sb.Routed(48, 16), sb.Quadratic(9), 64, 64, key_padding_mask=mask_of(slice(60, None)))
+
+
 @call("cancelling queries")
 def _cancelling(dtype: torch.dtype) -> None:
     """L overrates the listed keys by far, so that their queries are computed again."""

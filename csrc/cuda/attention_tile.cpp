@@ -1,0 +1,46 @@
+#include "attention_tile.h"
+
+#include "../math/low_rank_kernels.h"
+
+namespace sb::cuda {
+
+bool fits_tiles(const AttentionArguments& a) {
+  const ScalarType dtype = a.query.scalar_type();
+  const int64_t head_dim = a.query.size(3), value_dim = a.value.size(3);
+  if ((dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) || a.is_causal || a.block_q % 16 != 0) return false;
+  if (head_dim % 8 != 0 || head_dim < kNarrowHead || head_dim > kWidestTile) return false;
+  if (value_dim % 8 != 0 || value_dim == 0 || value_dim > kWidestTile) return false;
+  switch (static_cast<LowRank>(a.low_rank)) {
+    case LowRank::kNone: return true;
+    case LowRank::kQuadratic:
+      return feature_count(LowRank::kQuadratic, a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1) <=
+             kTileFeatures;
+    case LowRank::kCentroid: return a.representatives->size(2) <= kMostTileClusters;
+    default: return false;
+  }
+}
+
+TileParams tile_params(const ForwardParams& of_call, Call& call) {
+  TileParams p{};
+  static_cast<ForwardParams&>(p) = of_call;
+  p.head_steps = ceil_div(p.head_dim, 16), p.value_chunks = p.value_pad / 8;
+  if (!p.has_low_rank()) return p;
+  p.features_padded = pad_to(p.features, 16);
+  const auto floats = [&](std::initializer_list<int64_t> sizes) {
+    return static_cast<float*>(call.write(call.empty(sizes, ScalarType::Float)));
+  };
+  const auto words = [&](std::initializer_list<int64_t> sizes) {
+    return static_cast<FourWords*>(call.write(call.empty(sizes, ScalarType::Int)));
+  };
+  const int64_t heads = p.batch * p.kv_heads;
+  p.state_operand = words({heads, p.features_padded / 16, p.value_chunks, 32, 4});
+  p.state_sums = floats({heads, p.features_padded});
+  p.key_log = floats({heads, p.k_tokens});
+  if (p.has_clusters())
+    p.cluster_operand = words({heads, p.features_padded / 8, p.head_steps, 32, 8});
+  else
+    p.key_coordinates = static_cast<Bfloat16*>(call.write(call.empty({heads, p.k_tokens, 32}, ScalarType::BFloat16)));
+  return p;
+}
+
+}  // namespace sb::cuda

@@ -1,0 +1,12 @@
+// Which calls the forward pass on tensor cores takes, and the memory of its operands.
+#pragma once
+#include "call.h"
+
+namespace sb::cuda {
+
+// Decided by types, widths and the form of the lists alone, never by how many tokens there are, so that padding changes
+// no bit.
+bool fits_tiles(const AttentionArguments& a);
+TileParams tile_params(const ForwardParams& p, Call& call);
+
+}  // namespace sb::cuda

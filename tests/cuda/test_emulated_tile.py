@@ -1,0 +1,298 @@
+"""The forward pass on tensor cores, in the emulator: as near to float64 as the CPU's kernel, by bits under padding,
+layouts and repetition, without bank conflicts in its loop; and faults that are planted into it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import CSRC, Emulator, build
+from oracle import row_error
+from testkit import assert_same_bits, rand
+from torch import Tensor
+from torch.nn.functional import pad
+
+import scatterbrain as sb
+
+OPERATORS = torch.ops.scatterbrain
+HALF = [torch.bfloat16, torch.float16]
+SUPPORTS = {
+    "window": sb.Window(64),
+    "window with sinks": sb.Window(43, 32, sinks=5),
+    "routed": sb.Routed(48, 16),
+    "empty": sb.Empty(),
+}
+LOW_RANKS = {"none": None, "quadratic": sb.Quadratic(4), "centroid": sb.Centroid(20)}
+PAIRS = [(s, k) for s in SUPPORTS for k in LOW_RANKS if (s, k) != ("empty", "none")]
+N = 200
+
+
+@contextmanager
+def on_tensor_cores(emulator: Emulator, expected: bool = True) -> Iterator[None]:
+    """Operators run in the emulator, and the kernel on tensor cores is started or not, as expected."""
+    started = []
+    with emulator.installed(), emulator.observed(lambda launch, is_after: started.append(launch.kernel)):
+        yield
+    assert (b"attention_tile" in started) == expected
+
+
+def tokens_of(dtype: torch.dtype, head_dim: int = 24, value_dim: int = 40, n: int = N, heads: int = 1) -> list[Tensor]:
+    query, key = rand(2, 2, n, head_dim, seed=1), rand(2, heads, n, head_dim, seed=2)
+    return [query.to(dtype), key.to(dtype), rand(2, heads, n, value_dim, seed=3).to(dtype)]
+
+
+def statistics_of(low_rank: object, tokens: list[Tensor]) -> object:
+    if isinstance(low_rank, sb.Quadratic):
+        return sb.fit_statistics(*(t.float() for t in tokens[:2]), low_rank.rank)
+    if isinstance(low_rank, sb.Centroid):
+        return sb.reference.cluster(*(t.float() for t in tokens[:2]), low_rank.clusters)
+    return None
+
+
+def rms(out: Tensor, exact: Tensor) -> float:
+    return float((out.double() - exact).square().mean().sqrt())
+
+
+def excess(emulator: Emulator, tokens: list[Tensor], support: object, low_rank: object, **more: object) -> str:
+    """Empty where the errors are near those of the CPU's kernel at the same type, else which one is not."""
+    more.setdefault("statistics", statistics_of(low_rank, tokens))
+    with on_tensor_cores(emulator):
+        out, lse = sb.attention(*tokens, support, low_rank, return_lse=True, **more)
+    cpu = sb.attention(*tokens, support, low_rank, **more)
+    exact, exact_lse = sb.reference.attention(
+        *tokens, support, return_lse=True, low_rank=low_rank, dtype=torch.float64, **more
+    )
+    # Weights are rounded as values are: the roundings of the result hide that in bfloat16 alone.
+    of_rms, of_row = (1.1, 1.5) if tokens[0].dtype == torch.bfloat16 else (1.35, 1.8)
+    shown = exact_lse.isfinite()
+    if not torch.equal(lse.isfinite(), shown):
+        return "lse of rows without weight"
+    if not float((lse.double() - exact_lse)[shown].abs().max()) <= 1e-5:
+        return f"lse: {float((lse.double() - exact_lse)[shown].abs().max()):.1e}"
+    if not rms(out, exact) <= of_rms * rms(cpu, exact):
+        return f"rms: {rms(out, exact) / rms(cpu, exact):.2f} times the CPU's"
+    if not row_error(out, exact) <= of_row * row_error(cpu, exact):
+        return f"row: {row_error(out, exact) / row_error(cpu, exact):.2f} times the CPU's"
+    return ""
+
+
+# Lists that two routings choose may differ where scores are near; other tests have lists of given keys.
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("support", "kind"), [pair for pair in PAIRS if pair[0] != "routed"])
+def test_errors_are_those_of_the_cpu_kernel(emulator: Emulator, support: str, kind: str, dtype: torch.dtype) -> None:
+    assert not excess(emulator, tokens_of(dtype), SUPPORTS[support], LOW_RANKS[kind])
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 8), (64, 64), (72, 128), (128, 56)])
+@pytest.mark.parametrize("low_rank", [None, sb.Quadratic(9), sb.Centroid(70)], ids=["none", "quadratic", "centroid"])
+def test_every_width_fits(emulator: Emulator, head_dim: int, value_dim: int, low_rank: object) -> None:
+    tokens = tokens_of(torch.bfloat16, head_dim, value_dim, heads=2)
+    assert not excess(emulator, tokens, sb.Window(48, 16), low_rank)
+
+
+def ragged(n: int, heads: int, most: int, ordered: bool) -> sb.Blocks:
+    """Lists of 0 to `most` keys, by head."""
+    generator = torch.Generator().manual_seed(n)
+    blocks = -(-n // 16)
+    index = torch.stack([torch.randperm(n, generator=generator)[:most] for _ in range(2 * heads * blocks)])
+    count = torch.randint(0, most + 1, (2 * heads * blocks,), generator=generator)
+    count[:3] = torch.tensor([0, most, 17])
+    index = index.masked_fill(torch.arange(most) >= count[:, None], n).sort(-1).values
+    order = None
+    if ordered:
+        order = torch.stack([torch.randperm(n, generator=generator) for _ in range(2 * heads)]).view(2, heads, n).int()
+    shape = (2, heads, blocks)
+    return sb.Blocks(index.view(*shape, most).int(), count.view(shape).int(), block_q=16, block_k=1, query_order=order)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("kind", LOW_RANKS)
+def test_long_ragged_lists_and_orders(emulator: Emulator, kind: str, ordered: bool, dtype: torch.dtype) -> None:
+    assert not excess(emulator, tokens_of(dtype), ragged(N, 2, 100, ordered), LOW_RANKS[kind])
+
+
+@pytest.mark.parametrize("kind", LOW_RANKS)
+def test_what_does_not_fit_runs_without_tensor_cores(emulator: Emulator, kind: str) -> None:
+    for change in ({"head_dim": 20}, {"value_dim": 20}, {"head_dim": 136}):
+        tokens = tokens_of(torch.bfloat16, **change)
+        statistics = statistics_of(LOW_RANKS[kind], tokens)
+        with on_tensor_cores(emulator, expected=False):
+            sb.attention(*tokens, sb.Window(16), LOW_RANKS[kind], statistics=statistics)
+    tokens = tokens_of(torch.bfloat16)
+    statistics = statistics_of(LOW_RANKS[kind], tokens)
+    with on_tensor_cores(emulator, expected=False):
+        sb.attention(*tokens, sb.Window(16, 8), LOW_RANKS[kind], statistics=statistics)
+        sb.attention(*(t.float() for t in tokens), sb.Window(16), LOW_RANKS[kind], statistics=statistics)
+
+
+# -------------------- bits
+
+
+def attend(emulator: Emulator, tokens: list[Tensor], support: object, low_rank: object, **more: object) -> list[Tensor]:
+    if isinstance(low_rank, sb.Quadratic):
+        more["statistics"] = sb.fit_statistics(rand(1, 2, 99, 24, seed=4), rand(1, 1, 99, 24, seed=5), 4)
+    with on_tensor_cores(emulator):
+        return list(sb.attention(*tokens, support, low_rank, return_lse=True, **more))
+
+
+@pytest.mark.parametrize("pattern", ["right", "left", "holes"])
+@pytest.mark.parametrize(("support", "kind"), PAIRS)
+def test_no_bit_depends_on_what_padding_holds(emulator: Emulator, support: str, kind: str, pattern: str) -> None:
+    mask = torch.zeros(2, N, dtype=torch.bool)
+    mask[0, {"right": slice(N - 31, None), "left": slice(0, 31), "holes": slice(3, None, 4)}[pattern]] = True
+    results = []
+    for content in (0.0, 1e4, torch.nan, torch.inf):
+        given = [t.masked_fill(mask[:, None, :, None], content) for t in tokens_of(torch.bfloat16)]
+        results.append(attend(emulator, given, SUPPORTS[support], LOW_RANKS[kind], key_padding_mask=mask))
+    for got in results[1:]:
+        assert_same_bits(got, results[0], ("out", "lse"))
+    assert not results[0][0][0][:, mask[0]].any()
+
+
+@pytest.mark.parametrize(("support", "kind"), PAIRS)
+def test_no_bit_depends_on_how_much_padding_there_is(emulator: Emulator, support: str, kind: str) -> None:
+    tokens = tokens_of(torch.float16)
+    base = attend(emulator, tokens, SUPPORTS[support], LOW_RANKS[kind])
+    for left, right in ((0, 77), (5, 0), (64, 3)):
+        mask = pad(torch.zeros(2, N, dtype=torch.bool), (left, right), value=True)
+        given = [pad(t, (0, 0, left, right), value=1e4) for t in tokens]
+        got = attend(emulator, given, SUPPORTS[support], LOW_RANKS[kind], key_padding_mask=mask)
+        assert_same_bits([t[:, :, left : left + N] for t in got], base, ("out", "lse"))
+
+
+@pytest.mark.parametrize("kind", LOW_RANKS)
+def test_two_runs_and_every_layout_give_the_same_bits(emulator: Emulator, kind: str) -> None:
+    tokens = tokens_of(torch.bfloat16)
+    base = attend(emulator, tokens, sb.Window(48), LOW_RANKS[kind])
+    heads_inside = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tokens]
+    width_first = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in tokens]
+    shifted = [torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in tokens]  # not at 16 bytes
+    odd_rows = [pad(t, (0, 3))[..., :-3] for t in tokens]
+    for given in (tokens, heads_inside, width_first, shifted, odd_rows):
+        assert_same_bits(attend(emulator, given, sb.Window(48), LOW_RANKS[kind]), base, ("out", "lse"))
+
+
+# -------------------- flags, conflicts, empty calls
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_queries_where_subtraction_would_cancel_are_computed_again(emulator: Emulator, dtype: torch.dtype) -> None:
+    query, key, value = (rand(1, 2, N, 16, seed=seed).to(dtype) for seed in range(3))
+    query_map, key_map = 30 * torch.ones(1, 2, N, 3), 30 * torch.ones(1, 2, N, 3)
+    query_map[..., -1] = key_map[..., -1] = 0
+    query_map[:, :, ::2], key_map[:, :, 20:] = 0, 0  # every other query cancels
+    index = torch.arange(20, dtype=torch.int32).expand(1, 2, 1, 20).contiguous()
+    rest = [*[None] * 4, index, torch.full((1, 2, 1), 20, dtype=torch.int32), *[None] * 7, 1, 208, 1, 0, 0, False, 0.2]
+    with on_tensor_cores(emulator):
+        out, lse = OPERATORS.attention(query, key, value, query_map, key_map, *rest)
+    cpu = OPERATORS.attention(query, key, value, query_map, key_map, *rest)[0]
+    exact, exact_lse = OPERATORS.attention(*(t.double() for t in (query, key, value, query_map, key_map)), *rest)
+    assert float((lse - exact_lse).abs().max()) <= 1e-5 and rms(out, exact) <= 1.35 * rms(cpu, exact)
+
+
+def conflicts_of_the_loop(emulator: Emulator) -> list[int]:
+    """Bank conflicts that 64 further keys of every list cost, without a kernel and with the quadratic one. Clusters are
+    looked up wherever the keys' are, so that theirs depend on the keys."""
+    found = []
+    for low_rank in (None, LOW_RANKS["quadratic"]):
+        counts = []
+        for keys in (32, 96):
+            before = emulator.statistics()["bank_conflicts"]
+            attend(emulator, tokens_of(torch.bfloat16), sb.Window(keys), low_rank)
+            counts.append(emulator.statistics()["bank_conflicts"] - before)
+        found.append(counts[1] - counts[0])
+    return found
+
+
+def test_the_loop_over_keys_has_no_bank_conflicts(emulator: Emulator) -> None:
+    assert conflicts_of_the_loop(emulator) == [0, 0]
+
+
+@pytest.mark.parametrize("queries", [0, 5])
+@pytest.mark.parametrize("keys", [0, 7])
+def test_empty_and_short_calls_are_fine(emulator: Emulator, queries: int, keys: int) -> None:
+    for low_rank in (None, sb.Quadratic(4)):
+        tokens = [rand(1, 2, n, width).bfloat16() for n, width in ((queries, 24), (keys, 24), (keys, 16))]
+        with emulator.installed():
+            statistics = sb.fit_statistics(rand(1, 2, 99, 24), rand(1, 2, 99, 24), 4) if low_rank else None
+            out, lse = sb.attention(*tokens, sb.Window(16), low_rank, statistics=statistics, return_lse=True)
+        assert out.shape == (1, 2, queries, 16) and (keys or (not out.any() and (lse == -torch.inf).all()))
+
+
+# -------------------- planted faults
+
+FAULTS = {
+    "off-by-one wait": ("wait_copies<1>();", "wait_copies<2>();", "asynchronous copy"),
+    "missing wait at the end": (
+        "    wait_copies<0>();\n  }\n\n  SB_DEVICE void add_stage",
+        "  }\n\n  SB_DEVICE void add_stage",
+        "asynchronous copy",
+    ),
+    "missing barrier at the end of the loop": (
+        "      sync_warp();  // before the buffer is filled again\n",
+        "",
+        "race|asynchronous copy",
+    ),
+    "missing barrier before a stage": (
+        "      wait_copies<1>();\n      sync_warp();",
+        "      wait_copies<1>();",
+        "race|async",
+    ),
+    "lost swizzle": ("((chunk ^ (row & 7)) << 4)", "(chunk << 4)", "conflicts"),
+    "lost swizzle of coordinates": ("(chunk ^ (row >> 1 & 3)) << 4", "chunk << 4", "conflicts"),
+    "lost low part": ("multiply_add(root[n], x_high, y[2], y[3], Bfloat16{});", "", "lse"),
+    "missing rescale": ("    exact[r] *= scale;\n", "", "lse"),
+    "swapped operand": ("keys[2], keys[3], E{});", "keys[3], keys[2], E{});", "lse"),
+    "lost group offset": ("kv(p.kv_head(h))", "kv(h % p.kv_heads)", "lse"),
+    "holes count": ("ballot(of_lane.key >= 0);", "ballot(true);", "lse|rms|row"),
+}
+
+
+def first_complaint(emulator: Emulator) -> str:
+    tokens = tokens_of(torch.bfloat16, 64, 64, heads=2)
+    tokens[0] = rand(2, 4, N, 64, seed=1).bfloat16()
+    holes = torch.zeros(2, N, dtype=torch.bool)
+    holes[:, 5::7] = True
+    try:
+        for low_rank in LOW_RANKS.values():
+            more = {} if low_rank is not None else {"key_padding_mask": holes}
+            wrong = excess(emulator, tokens, ragged(N, 4, 70, False), low_rank, **more)
+            if wrong:
+                return wrong
+        return "conflicts" if any(conflicts_of_the_loop(emulator)) else ""
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="module")
+def kernels(emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("planted") / "csrc"
+    for folder in (".", "math", "cuda", "emulator"):
+        for path in (CSRC / folder).glob("*.*"):
+            (copy / folder).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy / folder / path.name)
+    return copy
+
+
+def test_the_kernel_without_a_fault_raises_no_complaint(emulator: Emulator) -> None:
+    assert first_complaint(emulator) == ""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught_by_name(kernels: Path, fault: str) -> None:
+    old, new, name = FAULTS[fault]
+    path = kernels / "cuda" / "attention_tile.cuh"
+    text = path.read_text()
+    assert text.count(old) == 1, "the fault no longer fits the source"
+    path.write_text(text.replace(old, new))
+    try:
+        complaint = first_complaint(Emulator(build(kernels, ["-DSB_ONLY_BFLOAT16", "-O1", "-Wno-error"])))
+    finally:
+        path.write_text(text)
+    assert re.match(name, complaint), complaint or "nothing was noticed"
