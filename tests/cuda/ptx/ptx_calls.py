@@ -142,11 +142,27 @@ def _clusters(dtype: torch.dtype) -> None:
 
 @call("tiles")
 def _tiles(dtype: torch.dtype) -> None:
-    """On tensor cores where elements have 16 bits: each width and kind, lists that leave more than 64 keys, holes."""
-    for head_dim, value_dim in ((48, 64), (80, 104)):
-        for low_rank in (None, sb.Quadratic(5), sb.Centroid(18)):
-            attend(dtype, sb.Window(40), low_rank, head_dim, value_dim, queries=40, keys=150)
-    attend(dtype, sb.Routed(48, 16), sb.Quadratic(9), 64, 64, key_padding_mask=mask_of(slice(60, None)))
+    """On tensor cores: both widths and what is narrower, every kind, lists of several stages and of none, holes."""
+    if dtype.itemsize != 2:
+        return
+    for low_rank in (None, sb.Quadratic(5), sb.Centroid(18)):
+        attend(dtype, sb.Window(40), low_rank, 48, 64, queries=40, keys=150)
+        attend(dtype, ragged_lists(), low_rank, 128, 104, key_padding_mask=mask_of(slice(3, 40, 4)))
+    attend(dtype, sb.Routed(48, 16), sb.Quadratic(9), 64, 128, key_padding_mask=mask_of(slice(60, None)))
+    attend(dtype, sb.LSH(16, rounds=2), sb.Quadratic(3), 24, 8)
+    attend(dtype, sb.Routed(32, 16), sb.Centroid(5), 16, 16)
+    attend(dtype, sb.Empty(), sb.Quadratic(3), 72, 64)
+    attend(dtype, sb.Full(), None, 128, 128, queries=17)
+
+
+def ragged_lists() -> sb.Blocks:
+    """Lists of 0 to 70 of the keys for every 16 queries of every head."""
+    draw_one, shape = torch.Generator().manual_seed(0), (1, 2, -(-N // 16))
+    count = torch.randint(0, N + 1, shape, generator=draw_one)
+    count[0, 0, :3] = torch.tensor([0, N, 17])
+    index = torch.stack([torch.randperm(N, generator=draw_one) for _ in range(count.numel())]).view(*shape, N)
+    index = index.masked_fill(torch.arange(N) >= count[..., None], N).sort(-1).values
+    return sb.Blocks(index.int(), count.int(), block_q=16, block_k=1)
 
 
 @call("cancelling queries")

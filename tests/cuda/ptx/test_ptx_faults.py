@@ -17,12 +17,17 @@ Launches = dict[tuple[str, torch.dtype], list[Recorded]]
 
 
 class Fault(NamedTuple):
-    old: str  # in device.h
+    old: str  # in the file
     new: str
     source: str  # a file of kernels that shows it
     call: str
     dtype: torch.dtype
     name: str  # what the fault is reported as, a regular expression
+    file: str = "device.h"
+
+
+def of_matrices(old: str, new: str, name: str) -> Fault:
+    return Fault(old, new, "kernels_attention_tile.cu", "tiles", torch.bfloat16, name, "matrix.h")
 
 
 FAULTS = {
@@ -115,6 +120,18 @@ FAULTS = {
         torch.float32,
         "uninitialised register: ",
     ),
+    "swapped operands of a product of matrices": of_matrices(
+        "f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, ",
+        "f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%9, %8}, ",
+        "parity: ",
+    ),
+    "no wait for copies": of_matrices(
+        'asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");',
+        "",
+        "asynchronous copy: byte",
+    ),
+    "a wait for one group less": of_matrices('"n"(kOpen)', '"n"(kOpen + 1)', "asynchronous copy: byte"),
+    "values that are not transposed": of_matrices("m8n8.x4.trans.shared", "m8n8.x4.shared", "parity: "),
 }
 
 
@@ -143,7 +160,7 @@ def test_a_planted_fault_is_caught_by_name(
     kernels: Path, launches: Launches, libraries: dict[str, Library], name: str
 ) -> None:
     fault = FAULTS[name]
-    path = kernels / "cuda" / "device.h"
+    path = kernels / "cuda" / fault.file
     text = path.read_text()
     assert text.count(fault.old) == 1, "the fault no longer fits the source"
     path.write_text(text.replace(fault.old, fault.new))
