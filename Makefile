@@ -46,6 +46,7 @@ help:
 	@echo "PYTHON=$(PYTHON)  interpreter that $(VENV) is made from"
 	@echo "TORCH='$(TORCH)'  torch to install there, for instance TORCH='torch==2.12.0'"
 	@echo "VENV_ARGS=$(VENV_ARGS)  options of python -m venv; --system-site-packages uses an installed torch"
+	@echo "FORCE_CUDA=$(FORCE_CUDA)  1: CUDA kernels or an error; 0: none; by default they are compiled if nvcc and torch allow"
 	@echo "MAX_JOBS=$(MAX_JOBS)  compiler processes; by default one per core, at most 8"
 
 demo: build
@@ -63,7 +64,7 @@ sanitize: $(VENV)/.test-ready build/address-sanitizer/.built build/thread-saniti
 
 build/%-sanitizer/.built: $(VENV)/.built $(BUILD_INPUTS) $(PACKAGE)
 	@echo "Compiling scatterbrain with the $* sanitizer, which takes minutes."
-	SCATTERBRAIN_SANITIZE=$* $(PIP) install -q --no-deps --upgrade --target build/$*-sanitizer/site .
+	SCATTERBRAIN_SANITIZE=$* FORCE_CUDA=0 $(PIP) install -q --no-deps --upgrade --target build/$*-sanitizer/site .
 	@touch $@
 
 build: $(VENV)/.built

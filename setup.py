@@ -32,8 +32,7 @@ from torch_environment import require_torch
 BUILD_INFO_SOURCE = "csrc/build_info.cpp"
 SOURCES = {path for folder in ("csrc", "csrc/cpu") for path in glob(f"{folder}/*.cpp", root_dir=ROOT)}
 OPERATOR_SOURCES = sorted(SOURCES - {BUILD_INFO_SOURCE})
-# Only on demand while operators are without CUDA kernels (csrc/cuda/launchers.cpp).
-CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT)) if os.environ.get("FORCE_CUDA") == "1" else []
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
 CUDA_LAUNCHERS = sorted(glob("csrc/cuda/*.cpp", root_dir=ROOT))
 HEADERS = sorted(
     path for pattern in ("h", "cuh") for path in glob(f"csrc/**/*.{pattern}", root_dir=ROOT, recursive=True)

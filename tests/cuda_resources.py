@@ -18,7 +18,9 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 def nvcc() -> str | None:
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    """On PATH, of the system, or of the package that the extra `test` installs."""
+    packages = (path for entry in sys.path for path in Path(entry).glob("nvidia/cu*/bin/nvcc"))
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc") or next(map(str, packages), None)
 
 
 def kernel_name(mangled: str) -> str:
@@ -73,5 +75,8 @@ def lines(table: dict[str, dict[str, tuple[int, int]]]) -> list[str]:
 
 if __name__ == "__main__":
     if nvcc() is None:
-        sys.exit("resources.py: expected nvcc on PATH or in /usr/local/cuda/bin, found none; install the CUDA toolkit.")
+        sys.exit(
+            "cuda_resources.py: expected nvcc on PATH, in /usr/local/cuda/bin or of the package nvidia-cuda-nvcc, "
+            "found none; install one."
+        )
     print("\n".join(lines(resources())))

@@ -11,7 +11,9 @@ from testkit import ROOT
 pytestmark = pytest.mark.skipif(not SOURCES, reason="needs the source tree, not only the installed package")
 
 
-@pytest.mark.skipif(nvcc() is None, reason="needs nvcc: none on PATH and none in /usr/local/cuda/bin")
+@pytest.mark.skipif(
+    nvcc() is None, reason="needs nvcc: on PATH, in /usr/local/cuda/bin or of the package nvidia-cuda-nvcc"
+)
 def test_every_kernel_compiles_without_spills_and_is_in_the_documentation() -> None:
     table = resources()
     assert all(spilled == 0 for of in table.values() for _, spilled in of.values())

@@ -27,7 +27,7 @@ def launches(emulator: Emulator) -> dict[tuple[str, torch.dtype], list[Recorded]
 def libraries() -> dict[str, Library]:
     """The kernels of every target, compiled once."""
     if nvcc() is None:
-        pytest.skip("needs nvcc: none on PATH and none in /usr/local/cuda/bin")
+        pytest.skip("needs nvcc: none on PATH, in /usr/local/cuda/bin or of the package nvidia-cuda-nvcc")
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: ptx(*job), [(source, target) for source in SOURCES for target in TARGETS]))
     return {target: Library(target) for target in TARGETS}
