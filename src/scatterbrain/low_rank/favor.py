@@ -130,7 +130,8 @@ class Favor(LowRankKernel):
     # -------------------- the state of a module
 
     def initial_state(self, heads: Heads) -> State:
-        return State({}, {"projection": seeded_projection(self, heads.head_dim)})
+        drawn = seeded_projection(self, heads.head_dim)  # on the CPU, so that it is the same on every device
+        return State({}, {"projection": drawn.to(torch.get_default_device())})
 
     def coefficients(self, owner: StateOwner) -> RandomFeatures:
         return RandomFeatures.unchecked(*owner.tensors(("projection",)))
