@@ -95,6 +95,15 @@ def test_a_model_that_went_this_way_gives_the_same_output(low_rank: str, way: st
         assert torch.equal(other(tokens()), model(tokens()))
 
 
+def test_random_features_are_drawn_on_the_cpu_and_follow_the_default_device():
+    make = lambda: sb.ScatterbrainAttention(2, 8, support=sb.Window(16), low_rank=sb.Favor(16))
+    with torch.device("meta"):
+        module = make()
+    assert module.projection.is_meta
+    module.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(module.projection, make().projection)
+
+
 @pytest.mark.parametrize("how", ["device context", "moved"])
 def test_a_model_on_meta_is_emptied_and_reset(low_rank: str, how: str):
     if how == "moved":

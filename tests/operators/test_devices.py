@@ -45,6 +45,13 @@ def test_a_build_without_cuda_names_the_cure(call) -> None:
         call(on_gpu())
 
 
+@pytest.mark.skipif(bool(devices.COMPILED), reason="this build has CUDA kernels")
+def test_operators_of_a_build_without_cuda_name_the_cure() -> None:
+    sizes = torch.float32, 1, 2, 40, 32, 2, 40, 32, 0, 0, 16, 16, False
+    with pytest.raises(RuntimeError, match=r"got CUDA; .* install a build with kernels for CUDA \(FORCE_CUDA=1"):
+        torch.ops.scatterbrain.saved_sizes("cuda", *sizes)
+
+
 def test_old_gpus_are_refused_by_their_compute_capability(gpu: pytest.MonkeyPatch) -> None:
     check_device(on_gpu(), on_gpu())
     devices._problem_of_gpu.cache_clear()
