@@ -107,8 +107,8 @@ FAULTS = {
     "lost first segment": Fault("kv_state.cuh", "has_keys = slot > 0 &&", "has_keys = slot > 1 &&", "parity"),
     "held key taken back": Fault(
         "attention_forward.cuh",
-        "first_key + key) > state_slot) return",
-        "first_key + key) > 0x7fffffff) return",
+        "if (is_held_out(p, head, first_key + key, state_slot)) return T(0);",
+        "",
         "held",
     ),
     "lost late keys": Fault("kv_state.cuh", "late_count = load(p.late_counts + slot);", "late_count = 0;", "late"),
