@@ -105,7 +105,8 @@ def test_widths_and_capacities_are_those_of_the_operators() -> None:
 
 def test_a_device_without_kernels_is_named() -> None:
     shape = 1, 1, 20, 16, 1, 20, 16, 0, 0, 0, 1, False
-    with pytest.raises(RuntimeError, match=r"expected tensors on a device that .* \(CPU(, CUDA)?\), got MPS; move the tensors"):
+    message = r"expected tensors on a device that .* \(CPU(, CUDA)?\), got MPS; move the tensors"
+    with pytest.raises(RuntimeError, match=message):
         OPERATORS.saved_sizes("mps", torch.float32, *shape)
     with pytest.raises(RuntimeError, match="expected sizes of at least 0 and block_q of at least 1"):
         OPERATORS.saved_sizes("cpu", torch.float32, *shape[:10], 0, False)
