@@ -1,8 +1,10 @@
-// Launcher of the backward pass: the forward pass again, which leaves a record of every query slot, then queries,
-// states and keys (docs/gpu.md). Nothing waits for the device.
+// Launcher of the backward pass: the forward pass again, which leaves a record of every query slot, then queries, on
+// tensor cores both at once; then states and keys (docs/gpu.md). Nothing waits for the device.
 #include <algorithm>
 
+#include "attention_backward_tile.h"
 #include "attention_call.h"
+#include "attention_tile.h"
 #include "launchers.h"
 
 namespace sb::cuda {
@@ -12,14 +14,17 @@ class Backward : AttentionCall {
  public:
   Backward(const AttentionArguments& a, const Tensor& d_out, const MaybeTensor& d_lse)
       : AttentionCall(a),
+        by_tiles(fits_backward_tiles(a)),
         dq(gradient_of(a.query)),
         dk(gradient_of(a.key)),
         dv(gradient_of(a.value)),
         d_query_map(gradient_of_map(p.q_heads, a.query_weight ? 0 : p.q_tokens)),
         d_key_map(gradient_of_map(p.kv_heads, a.key_weight ? 0 : p.k_tokens)) {
+    if (by_tiles)
+      p.q = call.read_aligned_rows(a.query), p.k = call.read_aligned_rows(a.key), p.v = call.read_aligned_rows(a.value);
     static_cast<ForwardParams&>(params) = p;
     BackwardParams& b = params;
-    b.d_out = call.read_rows(d_out);
+    b.d_out = by_tiles ? call.read_aligned_rows(d_out) : call.read_rows(d_out);
     if (d_lse) b.d_lse = call.read(Call::contiguous(*d_lse));
     b.dq = call.write_rows(dq), b.dk = call.write_rows(dk), b.dv = call.write_rows(dv);
     b.d_query_map = call.write_rows(d_query_map);
@@ -69,8 +74,14 @@ class Backward : AttentionCall {
       }
     }
     make_states(of, in_double);
-    launch_attention_forward(of, element(), in_double, call.stream());
-    launch_backward_queries(of, element(), in_double, call.stream());
+    if (by_tiles && !in_double) {
+      const TileParams operands = tile_params(of, call);
+      launch_tile_operands(operands, element(), call.stream());
+      launch_attention_backward_tile(backward_tile_params(of, operands, call), element(), call.stream());
+    } else {
+      launch_attention_forward(of, element(), in_double, call.stream());
+      launch_backward_queries(of, element(), in_double, call.stream());
+    }
     if (of.has_low_rank()) {
       launch_collect_by_key(of, call.stream());
       launch_state_gradients(of, element(), in_double, call.stream());
@@ -111,6 +122,7 @@ class Backward : AttentionCall {
     return t;
   }
 
+  const bool by_tiles;  // queries on tensor cores
   const Tensor dq, dk, dv, d_query_map, d_key_map;
   BackwardParams params{};
 };

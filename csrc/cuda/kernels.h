@@ -28,12 +28,17 @@ void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream
 void launch_attention_forward(const ForwardParams& p, Element element, bool is_wide, Stream stream);
 // The same on tensor cores: operands from states in float32, then queries. Elements of 16 bits.
 void launch_attention_tile(const TileParams& p, Element element, Stream stream);
+// What both passes on tensor cores read of keys and clusters.
+void launch_tile_operands(const TileParams& p, Element element, Stream stream);
 
 // The backward pass, in the order of its steps, after a forward pass that writes records. Lists are transposed once for
 // both passes; representatives are shared, and keys finished, after the last.
 void launch_transposed_lists(const BackwardParams& p, Stream stream);
 void launch_collect_by_key(const BackwardParams& p, Stream stream);
 void launch_backward_queries(const BackwardParams& p, Element element, bool is_wide, Stream stream);
+// Queries on tensor cores, in place of launch_attention_forward and launch_backward_queries; after
+// launch_tile_operands.
+void launch_attention_backward_tile(const BackwardTileParams& p, Element element, Stream stream);
 void launch_state_gradients(const BackwardParams& p, Element element, bool is_wide, Stream stream);
 void launch_backward_keys(const BackwardParams& p, Element element, bool is_wide, Stream stream);
 void launch_share_representatives(const BackwardParams& p, Element element, bool is_wide, Stream stream);

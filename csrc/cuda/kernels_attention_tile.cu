@@ -29,14 +29,24 @@ void launch_operands(const TileParams& p, Stream stream) {
 
 template <class E, LowRank kKind>
 void launch_kind(const TileParams& p, Stream stream) {
-  if constexpr (kKind != LowRank::kNone) launch_operands<E, kKind>(p, stream);
   p.head_dim <= 64 && p.value_pad <= 64 ? launch_tiles<E, 64, kKind>(p, stream)
                                         : launch_tiles<E, 128, kKind>(p, stream);
 }
 
 }  // namespace
 
+void launch_tile_operands(const TileParams& p, Element element, Stream stream) {
+  with_element(element, [&](auto* e) {
+    using E = std::remove_pointer_t<decltype(e)>;
+    if constexpr (sizeof(E) == 2) {
+      if (p.low_rank == LowRank::kQuadratic) launch_operands<E, LowRank::kQuadratic>(p, stream);
+      if (p.low_rank == LowRank::kCentroid) launch_operands<E, LowRank::kCentroid>(p, stream);
+    }
+  });
+}
+
 void launch_attention_tile(const TileParams& p, Element element, Stream stream) {
+  launch_tile_operands(p, element, stream);
   with_element(element, [&](auto* e) {
     using E = std::remove_pointer_t<decltype(e)>;
     if constexpr (sizeof(E) == 2) {

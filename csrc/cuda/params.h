@@ -186,6 +186,27 @@ struct TileParams : ForwardParams {
 inline constexpr int64_t kWidestTile = 128, kTileFeatures = 64, kMostTileClusters = 256;
 inline constexpr int kMostTileThreads = 256;
 
+// A matrix of every head as the right operand of products: rows in 16s, columns in 8s, in two parts of bfloat16.
+struct OperandParams {
+  int64_t batch, heads, rows, columns;
+  const float* data;
+  int64_t of_batch, of_head, of_row, of_column;  // strides
+  int64_t given_heads;                           // divides heads
+  int64_t row_steps, column_chunks;
+  FourWords* operand;  // (batch, heads, row_steps, column_chunks, 32)
+};
+
+// The backward pass of queries by tiles (attention_backward_tile.cuh).
+struct BackwardTileParams : BackwardParams {
+  int64_t features_padded, head_steps, value_steps;  // features to 16s, head_dim and value_pad in 16s
+  // The state with its features as columns; and what carries gradients of coordinates to dq: the projection's rows, of
+  // q_heads, or without a projection null, or the representatives. OperandParams.operand of either.
+  FourWords *state_operand, *map_operand;
+  const FourWords* cluster_operand;  // these four as in TileParams
+  const float *state_sums, *key_log;
+  const Bfloat16* key_coordinates;
+};
+
 // Below every exponent.
 inline constexpr double kLowestLog = -1e30;
 // Exponents up to this belong to no key.

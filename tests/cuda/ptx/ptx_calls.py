@@ -155,6 +155,17 @@ def _tiles(dtype: torch.dtype) -> None:
     attend(dtype, sb.Full(), None, 128, 128, queries=17)
 
 
+@call("gradients of tiles")
+def _gradients_of_tiles(dtype: torch.dtype) -> None:
+    """On tensor cores: both widths, every kind, lists of several stages, holes."""
+    if dtype.itemsize != 2:
+        return
+    for low_rank in (None, sb.Quadratic(5), sb.Centroid(18)):
+        for widths in ((48, 64), (128, 104)):
+            attend(dtype, sb.Window(40), low_rank, *widths, queries=20, keys=130, wants_gradients=True)
+    attend(dtype, ragged_lists(), None, 24, 16, key_padding_mask=mask_of(slice(3, 40, 4)), wants_gradients=True)
+
+
 def ragged_lists() -> sb.Blocks:
     """Lists of 0 to 70 of the keys for every 16 queries of every head."""
     draw_one, shape = torch.Generator().manual_seed(0), (1, 2, -(-N // 16))

@@ -1,0 +1,42 @@
+#include "attention_backward_tile.h"
+
+#include "../math/low_rank_kernels.h"
+
+namespace sb::cuda {
+
+bool fits_backward_tiles(const AttentionArguments& a) {
+  const ScalarType dtype = a.query.scalar_type();
+  const int64_t head_dim = a.query.size(3), value_dim = a.value.size(3);
+  if ((dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) || a.is_causal || a.block_q % 16 != 0) return false;
+  if (head_dim % 8 != 0 || head_dim < kNarrowHead || head_dim > kWidestTile) return false;
+  if (value_dim % 8 != 0 || value_dim == 0 || value_dim > kWidestTile) return false;
+  switch (static_cast<LowRank>(a.low_rank)) {
+    case LowRank::kNone: return true;
+    case LowRank::kQuadratic:
+      return feature_count(LowRank::kQuadratic, a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1) <=
+             kTileFeatures;
+    case LowRank::kCentroid: return a.representatives->size(2) <= kMostTileClusters;
+    default: return false;
+  }
+}
+
+BackwardTileParams backward_tile_params(const BackwardParams& of_call, const TileParams& operands, Call& call) {
+  BackwardTileParams p{};
+  static_cast<BackwardParams&>(p) = of_call;
+  p.head_steps = ceil_div(p.head_dim, 16), p.value_steps = ceil_div(p.value_pad, 16);
+  p.features_padded = operands.features_padded;
+  p.cluster_operand = operands.cluster_operand, p.state_sums = operands.state_sums, p.key_log = operands.key_log;
+  p.key_coordinates = operands.key_coordinates;
+  if (!p.has_low_rank()) return p;
+  const auto words = [&](std::initializer_list<int64_t> sizes) {
+    return static_cast<FourWords*>(call.write(call.empty(sizes, ScalarType::Int)));
+  };
+  p.state_operand = words({p.batch, p.kv_heads, p.value_steps, p.features_padded / 8, 32, 4});
+  if (p.has_clusters())
+    p.map_operand = words({p.batch, p.kv_heads, p.features_padded / 16, p.head_dim / 8, 32, 4});
+  else if (p.query_weight.data)
+    p.map_operand = words({p.batch, p.q_heads, 1, p.head_dim / 8, 32, 4});
+  return p;
+}
+
+}  // namespace sb::cuda

@@ -1,0 +1,39 @@
+"""What the tests of kernels on tensor cores share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import scatterbrain as sb
+
+
+def statistics_of(low_rank: object, tokens: list[Tensor]) -> object:
+    if isinstance(low_rank, sb.Quadratic):
+        return sb.fit_statistics(*(t.float() for t in tokens[:2]), low_rank.rank)
+    if isinstance(low_rank, sb.Centroid):
+        return sb.reference.cluster(*(t.float() for t in tokens[:2]), low_rank.clusters)
+    return None
+
+
+def rms(out: Tensor, exact: Tensor) -> float:
+    return float((out.double() - exact).square().mean().sqrt())
+
+
+def ragged(n: int, heads: int, most: int, ordered: bool, batch: int = 2) -> sb.Blocks:
+    """Lists of 0 to `most` keys, by head."""
+    generator = torch.Generator().manual_seed(n)
+    blocks = -(-n // 16)
+    index = torch.stack([torch.randperm(n, generator=generator)[:most] for _ in range(batch * heads * blocks)])
+    count = torch.randint(0, most + 1, (batch * heads * blocks,), generator=generator)
+    count[:3] = torch.tensor([0, most, 17])
+    index = index.masked_fill(torch.arange(most) >= count[:, None], n).sort(-1).values
+    order = None
+    if ordered:
+        order = (
+            torch.stack([torch.randperm(n, generator=generator) for _ in range(batch * heads)])
+            .view(batch, heads, n)
+            .int()
+        )
+    shape = (batch, heads, blocks)
+    return sb.Blocks(index.view(*shape, most).int(), count.view(shape).int(), block_q=16, block_k=1, query_order=order)
