@@ -245,6 +245,8 @@ std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::string> saved_sizes(
 
 int64_t narrow_head() { return kNarrowHead; }
 
+// For tests that put other launchers into a table.
+int64_t launchers_bytes() { return sizeof(Launchers); }
 int64_t launchers_address(Device device) { return reinterpret_cast<int64_t>(&launchers(device.type())); }
 
 }  // namespace
@@ -266,7 +268,7 @@ STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, library) {
   library.impl("stages", TORCH_BOX(&record_stages));
   SB_IMPLEMENT(prepare_centroid), SB_IMPLEMENT(discard_prepared), SB_IMPLEMENT(saved_sizes), SB_IMPLEMENT(narrow_head),
       SB_IMPLEMENT(packed_width);
-  SB_IMPLEMENT(list_capacity), SB_IMPLEMENT(launchers_address);
+  SB_IMPLEMENT(list_capacity), SB_IMPLEMENT(launchers_address), SB_IMPLEMENT(launchers_bytes);
 }
 
 #define SB_ATTENTION_SCHEMA SB_ATTENTION(SB_SCHEMA, SB_SCHEMA_COMMA)
@@ -307,6 +309,7 @@ STABLE_TORCH_LIBRARY(scatterbrain, library) {
   library.def("list_capacity(int keys, int block_k) -> int");
   library.def("stages(bool on) -> str");
   library.def("launchers_address(Device device) -> int");
+  library.def("launchers_bytes() -> int");
 }
 
 }  // namespace sb

@@ -104,11 +104,19 @@ class Emulator:
         self.path = path
         self._library = ctypes.CDLL(str(path))
         self._library.sb_emulator_symbol_value.restype = ctypes.c_int64
+        self._library.sb_emulator_launchers_bytes.restype = ctypes.c_int64
 
     @contextmanager
     def installed(self) -> Iterator[Emulator]:
         """Inside, operators on CPU tensors run the CUDA launchers that exist; the others stay the CPU's."""
-        self._library.sb_emulator_install(ctypes.c_int64(torch.ops.scatterbrain.launchers_address("cpu")))
+        operators, expected = torch.ops.scatterbrain, self._library.sb_emulator_launchers_bytes()
+        got = operators.launchers_bytes() if hasattr(operators, "launchers_bytes") else "none"
+        if got != expected:
+            raise RuntimeError(
+                f"the emulator is of other sources than the operators' library: expected a table of {expected} bytes, "
+                f"got {got}; build the operators again: python setup.py build_ext --inplace"
+            )
+        self._library.sb_emulator_install(ctypes.c_int64(operators.launchers_address("cpu")))
         try:
             yield self
         finally:

@@ -14,6 +14,7 @@ from testkit import D, H, assert_same_bits, fitted, leaves, out_and_gradients, p
 from torch import Tensor
 
 import scatterbrain as sb
+from scatterbrain import checks
 
 N = 150
 
@@ -124,6 +125,20 @@ def test_an_offset_moves_the_edge(support: str, low_rank: str, offset: int) -> N
         assert all(not g[:, :, max(0, t + offset + 1) :].any() for g in want.gradients[1:])
         if t + offset < 0:
             assert not want.out[:, :, : t + 1].any() and want.lse[:, :, : t + 1].eq(-math.inf).all()
+
+
+@pytest.mark.parametrize("offset, nearest", [(2**32 - 100, 2**31 - 1), (100 - 2**32, -(2**31) + 1)])
+def test_an_offset_that_nobody_may_read_does_not_wrap_around(
+    monkeypatch: pytest.MonkeyPatch, offset: int, nearest: int
+) -> None:
+    """On a device contents are not checked; a position beyond 32 bits sees what the farthest one sees."""
+    monkeypatch.setattr(checks, "is_readable", lambda *tensors: False)
+    tokens = draw()
+    got, want = (
+        sb.attention(*tokens, sb.Window(16), sb.Favor(8), is_causal=True, query_offset=torch.tensor([given]))
+        for given in (offset, nearest)
+    )
+    assert torch.equal(got, want) and bool(want.any()) == (nearest > 0)
 
 
 @pytest.mark.parametrize("support, low_rank", pairs(SUPPORTS, LOW_RANKS))

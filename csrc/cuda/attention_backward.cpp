@@ -2,6 +2,7 @@
 // tensor cores both at once; then states and keys (docs/gpu.md). Nothing waits for the device.
 #include <algorithm>
 
+#include "../error.h"
 #include "attention_backward_tile.h"
 #include "attention_call.h"
 #include "attention_tile.h"
@@ -24,8 +25,9 @@ class Backward : AttentionCall {
       p.q = call.read_aligned_rows(a.query), p.k = call.read_aligned_rows(a.key), p.v = call.read_aligned_rows(a.value);
     static_cast<ForwardParams&>(params) = p;
     BackwardParams& b = params;
-    b.d_out = by_tiles ? call.read_aligned_rows(d_out) : call.read_rows(d_out);
-    if (d_lse) b.d_lse = call.read(Call::contiguous(*d_lse));
+    const Tensor d_rows = Call::converted(d_out, a.query.scalar_type());
+    b.d_out = by_tiles ? call.read_aligned_rows(d_rows) : call.read_rows(d_rows);
+    b.d_lse = call.read_contiguous<void>(d_lse);
     b.dq = call.write_rows(dq), b.dk = call.write_rows(dk), b.dv = call.write_rows(dv);
     b.d_query_map = call.write_rows(d_query_map);
     b.query_weight = weight_of(a.query_weight), b.key_weight = weight_of(a.key_weight);
@@ -102,23 +104,29 @@ class Backward : AttentionCall {
 
   void set_transposed() {
     if (p.span) {
-      // Runs so long that a span touches few of them. Padding has no say in their length, which decides what is added
-      // up together.
-      const int64_t width = std::max(kChunk, ceil_div(p.span_keys, 4));
-      params.of_span = transposed(1, width, ceil_div(std::min(p.span_keys, p.k_tokens), width) + 1);
+      const int64_t touched = ceil_div(std::min(p.span_keys, p.k_tokens), kChunk) + 1;  // runs, by a span, at most
+      TransposedLists t{};
+      t.heads = t.levels = t.first = 1, t.width = kChunk;
+      while (int64_t(1) << t.levels <= touched) ++t.levels;
+      while (t.first * kChunk < p.k_tokens) t.first *= 2;
+      t.entries = p.k_tokens ? 2 * t.first : 0;
+      params.of_span = with_room(t, std::min(touched, 2 * t.levels));
     }
-    if (p.index) params.of_index = transposed(p.list_heads, p.block_k, p.capacity);
+    if (p.index) {
+      TransposedLists t{};
+      t.heads = p.list_heads, t.levels = 1, t.width = p.block_k, t.entries = ceil_div(p.k_tokens, p.block_k);
+      params.of_index = with_room(t, p.capacity);
+    }
   }
-  // Of lists that have at most `capacity` entries of `width` keys. Parts of the blocks are walked at once, as many as
-  // cursors stay no more than entries.
-  TransposedLists transposed(int64_t heads, int64_t width, int64_t capacity) {
-    TransposedLists t{};
-    t.heads = heads, t.width = width, t.entries = ceil_div(p.k_tokens, width), t.room = p.blocks * capacity;
+  // Of lists that have at most `capacity` entries. Parts of the blocks are walked at once, as many as cursors stay no
+  // more than entries.
+  TransposedLists with_room(TransposedLists t, int64_t capacity) {
+    t.room = p.blocks * capacity;
     if (t.entries == 0) return t;
     t.part = ceil_div(std::max<int64_t>(p.blocks, 1), std::clamp<int64_t>(t.room / t.entries, 1, 32));
     t.parts = std::max<int64_t>(1, ceil_div(p.blocks, t.part));
-    t.cursor = static_cast<int32_t*>(room({p.batch, heads, t.entries, t.parts}, ScalarType::Int));
-    t.blocks = static_cast<int32_t*>(room({p.batch, heads, t.room}, ScalarType::Int));
+    t.cursor = static_cast<int32_t*>(room({p.batch, t.heads, t.entries, t.parts}, ScalarType::Int));
+    t.blocks = static_cast<int32_t*>(room({p.batch, t.heads, t.room}, ScalarType::Int));
     return t;
   }
 
@@ -127,11 +135,21 @@ class Backward : AttentionCall {
   BackwardParams params{};
 };
 
+// Which blocks of queries name a key is counted in 32 bits.
+void check_size_of_lists(const AttentionArguments& a) {
+  const int64_t entries = a.index ? ceil_div(a.query.size(2), a.block_q) * a.index->size(3) : 0;
+  SB_CHECK(entries < int64_t(1) << 31,
+           "attention_backward: expected lists of fewer than 2^31 entries for the queries of "
+           "a head on a CUDA device, got ",
+           entries, " (query blocks x capacity); use shorter lists or larger blocks");
+}
+
 }  // namespace
 
 // What the forward pass left is not needed: out and lse are found again, in the type of sums.
 Gradients attention_backward(const AttentionArguments& a, const Tensor&, const Tensor&, const Tensor& d_out,
                              const MaybeTensor& d_lse) {
+  check_size_of_lists(a);
   return Backward(a, d_out, d_lse).run();
 }
 

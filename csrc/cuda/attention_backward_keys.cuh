@@ -48,7 +48,7 @@ class BackwardKey {
     const int64_t group = p.q_heads / p.kv_heads;
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (const PairOf of : {PairOf::kSinks, PairOf::kSpan, PairOf::kIndex, PairOf::kOutside, PairOf::kByKey})
-        add_pairs(of, h);
+        for (int64_t level = 0; level < (of == PairOf::kSpan ? p.of_span.levels : 1); ++level) add_pairs(of, h, level);
     if (p.has_low_rank()) add_state();
     finish();
   }
@@ -75,19 +75,22 @@ class BackwardKey {
   // -------------------- pairs
 
   // Adds the pairs with the query slots that have them for a reason: neighbours, those of blocks, or those of a list.
-  SB_DEVICE void add_pairs(PairOf of, int64_t h) {
+  SB_DEVICE void add_pairs(PairOf of, int64_t h, int64_t level) {
     const int64_t slots = slots_of_row(p, range), of_block = p.block_q < slots ? p.block_q : slots;
     int64_t first = 0, count = 0;
     const int32_t* list = nullptr;
     const bool of_blocks = of == PairOf::kSpan || of == PairOf::kIndex;
     if (of_blocks) {
       if (of == PairOf::kSpan ? !p.span : !p.index) return;
-      const NamingBlocks naming(p, of == PairOf::kSpan ? p.of_span : p.of_index, b, h, key);
+      const NamingBlocks naming(p, of == PairOf::kSpan ? p.of_span : p.of_index, b, h, key, level);
       list = naming.blocks, count = naming.count * of_block;
     } else if (of == PairOf::kByKey) {
       if (!p.has_low_rank()) return;
-      const int64_t row = b * p.q_heads + h;
-      list = p.by_key + row * p.q_tokens, count = load(p.by_key_count + row);
+      // Slots ascend, and so do edges: those that do not see the key are first.
+      const int64_t row = b * p.q_heads + h, slots_by_key = load(p.by_key_count + row);
+      list = p.by_key + row * p.q_tokens;
+      const int64_t unseeing = lower_bound(list, slots_by_key, first_slot_seeing(p, range, key));
+      list += unseeing, count = slots_by_key - unseeing;
     } else {
       first = first_slot_seeing(p, range, key);
       int64_t end = slots;

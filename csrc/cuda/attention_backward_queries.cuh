@@ -79,11 +79,13 @@ class BackwardQuery : AttentionQuery<E, T> {
       const int64_t key = begin + lane < held.count ? held.key_at(begin + lane) - first_key : -1;
       add(key >= 0 && !list.lists(key) ? key : -1, false, false);
     }
-    if (p.has_low_rank())
-      for (int64_t begin = state_end; begin <= edge; begin += kWarp) {
-        const int64_t key = begin + lane <= edge ? list.valid_or_none(begin + lane) : -1;
+    if (p.has_low_rank()) {
+      const ValidKeys valid(p, b, state_end, edge);
+      for (int64_t i = valid.begin; i < valid.end; i += kWarp) {
+        const int64_t key = valid.at(i + lane);
         add(key >= 0 && !list.lists(key) ? key : -1, false, false);
       }
+    }
     if (kind == SlotKind::kState) add_state(state_of<T>(p, head, state_slot));
   }
   SB_DEVICE void balance() {

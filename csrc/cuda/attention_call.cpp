@@ -55,8 +55,9 @@ void AttentionCall::set_rows() {
   p.k_mask = r.k_mask = call.read_contiguous<uint8_t>(a.key_mask);
   static_assert(sizeof(RowRange) == 5 * sizeof(int32_t));
   p.rows = r.rows = static_cast<RowRange*>(room({p.batch, 5}, ScalarType::Int));
-  if (p.has_low_rank())
-    p.valid_before = r.valid_before = static_cast<int32_t*>(room({p.batch, p.slots}, ScalarType::Int));
+  if (!p.has_low_rank()) return;
+  p.valid_before = r.valid_before = static_cast<int32_t*>(room({p.batch, p.slots}, ScalarType::Int));
+  if (p.k_mask) p.valid_keys = r.valid_keys = static_cast<int32_t*>(room({p.batch, p.k_tokens}, ScalarType::Int));
 }
 
 // Flagged queries are computed again in float64, with states of their own, so that time stays linear.

@@ -151,8 +151,9 @@ class ForwardQuery : AttentionQuery<E, T> {
   }
   // Unlisted keys from `begin` to the edge.
   SB_DEVICE void sum_unlisted(const KeyList& list, int64_t begin) {
-    for (; begin <= list.edge; begin += kWarp) {
-      const int64_t key = begin + lane <= list.edge ? list.valid_or_none(begin + lane) : -1;
+    const ValidKeys valid(p, b, begin, list.edge);
+    for (int64_t i = valid.begin; i < valid.end; i += kWarp) {
+      const int64_t key = valid.at(i + lane);
       const bool counts = key >= 0 && !list.lists(key);
       const LowRankTerm<T> term = counts ? low_rank_term(key) : LowRankTerm<T>{T(0), T(0), T(0)};
       add(counts ? key : -1, term.query, term.key, kernel_value(p, term.product), T(0));
@@ -161,8 +162,9 @@ class ForwardQuery : AttentionQuery<E, T> {
   // Every key by itself.
   SB_DEVICE void sum_all(const KeyList& list) {
     clear();
-    for (int64_t begin = 0; begin <= list.edge; begin += kWarp) {
-      const int64_t key = begin + lane <= list.edge ? list.valid_or_none(begin + lane) : -1;
+    const ValidKeys valid(p, b, 0, list.edge);
+    for (int64_t i = valid.begin; i < valid.end; i += kWarp) {
+      const int64_t key = valid.at(i + lane);
       LowRankTerm<T> term{T(0), T(0), T(0)};
       const bool is_listed = key >= 0 && list.lists(key);
       if (is_listed)

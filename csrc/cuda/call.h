@@ -44,6 +44,9 @@ class Call {
     return t ? static_cast<const T*>(read(contiguous(*t))) : nullptr;
   }
   static Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+  static Tensor converted(const Tensor& t, ScalarType dtype) {
+    return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  }
 
  private:
   void expose(const Tensor& t, bool is_writable);

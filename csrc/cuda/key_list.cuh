@@ -51,6 +51,21 @@ struct BlockList {
   }
 };
 
+// The row's keys from `first` to an edge that are not ignored, at positions begin to end. Where few of many are not, as
+// little time goes to the others.
+struct ValidKeys {
+  const int32_t* keys;
+  int64_t begin, end;
+  SB_DEVICE ValidKeys(const ForwardParams& p, int64_t b, int64_t first, int64_t edge)
+      : keys(p.valid_keys ? p.valid_keys + b * p.k_tokens : nullptr), begin(first), end(edge + 1) {
+    if (!keys) return;
+    const int64_t all = load(p.valid_before + b * p.slots + p.slots - 1);
+    begin = first > 0 ? lower_bound(keys, all, first) : 0, end = lower_bound(keys, all, edge + 1);
+  }
+  // -1 behind the last.
+  SB_DEVICE int64_t at(int64_t i) const { return i >= end ? -1 : keys ? load(keys + i) : i; }
+};
+
 struct KeyList {
   int64_t edge, sinks, lo, hi;
   const int32_t* entries;

@@ -31,13 +31,18 @@ void launch(Stream stream, const char* name, int64_t blocks, int threads, int64_
     if (refused != cudaSuccess) cudaGetLastError();  // else the next launch, of whomever, reports this error
     SB_CHECK(refused == cudaSuccess, "scatterbrain: the kernel ", name, " needs ", shared_bytes,
              " bytes of shared memory, more than this device has for a block: ", cudaGetErrorString(refused),
-             "; use fewer clusters or a smaller head_dim");
+             "; use fewer clusters or features, a lower rank or a smaller head_dim");
   }
   const KernelTime time(name, stream);
-  kernel<<<dim3(unsigned(grid)), threads, size_t(shared_bytes), static_cast<cudaStream_t>(stream.handle)>>>(p);
-  const cudaError_t error = cudaGetLastError();
+  // Not by <<<>>>, whose error would have to be read from where other libraries leave theirs.
+  void* arguments[] = {const_cast<Params*>(&p)};
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(grid)), dim3(unsigned(threads)), arguments,
+                       size_t(shared_bytes), static_cast<cudaStream_t>(stream.handle));
+  if (error != cudaSuccess) cudaGetLastError();  // reported here, not again by whom comes next
   SB_CHECK(error == cudaSuccess, "scatterbrain: the kernel ", name,
-           " could not be started: ", cudaGetErrorString(error));
+           " could not be started: ", cudaGetErrorString(error),
+           " (the fault of a kernel before it, of any library, shows here too: CUDA_LAUNCH_BLOCKING=1 finds it)");
 #endif
 }
 

@@ -73,6 +73,7 @@ struct RowsParams {
   uint8_t* any_flagged;  // (B, kv_heads) or null: set to 0
   int64_t kv_heads;
   int32_t* valid_before;  // (B, slots), or null without a low-rank kernel
+  int32_t* valid_keys;    // (B, M), or null without a low-rank kernel or a mask
 };
 
 // Clustering. Here rows of q and k are the caller's own and head_pad is head_dim.
@@ -121,6 +122,7 @@ struct ForwardParams : AttentionParams {
   // wanted again in float64. Both are null where nothing computes again.
   uint8_t *flags, *any_flagged;  // (B, Hq, N), (B, Hkv)
   bool only_flagged;             // computes what is flagged, and nothing else
+  const int32_t* valid_keys;     // (B, M): a row's keys that are not ignored, from its first one; null without a mask
   // For the backward pass, written in place of out and lse: SlotRecord<T> (B, Hq, N), and kinds where there is a
   // record. Else both are null.
   void* records;
@@ -147,10 +149,12 @@ struct SlotRecord {
   T delta, correction;
 };
 
-// Which blocks of queries name a key, from lists of blocks: for every entry of the lists, `width` keys, its blocks in
-// ascending order. They are made by `parts` walks over `part` blocks each, and end of entry e is at cursor e parts - 1.
+// Which blocks of queries name a key, from lists of blocks: for every entry of the lists its blocks in ascending order.
+// Entries are runs of `width` keys, and with spans of twice as many, four times as many, .. : a run of level l is entry
+// (first >> l) + run. They are made by `parts` walks over `part` blocks each, and end of entry e is at cursor
+// e parts - 1.
 struct TransposedLists {
-  int64_t heads, width, entries, parts, part;
+  int64_t heads, width, levels, first, entries, parts, part;
   int64_t room;     // for the blocks of all entries
   int32_t* cursor;  // (B, heads, entries, parts)
   int32_t* blocks;  // (B, heads, room)

@@ -33,22 +33,25 @@ SB_DEVICE void rows_of_batch_row(const RowsParams& p, int64_t b) {
   const auto counts = shared_array<int32_t>(0);
   const int64_t share = ceil_div(p.slots, kRowsThreads), first = thread * share,
                 end = first + share < p.slots ? first + share : p.slots;
-  const auto valid_in = [&](int64_t slot) {
-    int32_t valid = 0;
+  // Calls visit(key) with the keys of a segment that are not ignored, from the row's first one.
+  const auto each_valid = [&](int64_t slot, const auto& visit) {
     const int64_t begin = range.k_first + slot * p.segment,
                   stop = begin + p.segment < range.k_end ? begin + p.segment : range.k_end;
-    for (int64_t j = begin; j < stop; ++j) valid += !(p.k_mask && load(p.k_mask + b * p.k_tokens + j));
-    return valid;
+    for (int64_t j = begin; j < stop; ++j)
+      if (!(p.k_mask && load(p.k_mask + b * p.k_tokens + j))) visit(int32_t(j - range.k_first));
   };
   int32_t sum = 0;
-  for (int64_t slot = first; slot < end; ++slot) sum += valid_in(slot);
+  for (int64_t slot = first; slot < end; ++slot) each_valid(slot, [&](int32_t) { ++sum; });
   counts.set(thread, sum);
   sync_block();
   int32_t before = 0;
   for (int t = 0; t < thread; ++t) before += counts.get(t);
   for (int64_t slot = first; slot < end; ++slot) {
     store(p.valid_before + b * p.slots + slot, before);
-    before += valid_in(slot);
+    each_valid(slot, [&](int32_t key) {
+      if (p.valid_keys) store(p.valid_keys + b * p.k_tokens + before, key);
+      ++before;
+    });
   }
   sync_block();
 }

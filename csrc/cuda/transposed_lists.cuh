@@ -13,31 +13,37 @@ struct TransposeParams : BackwardParams {
   SB_HD const TransposedLists& result() const { return is_of_span ? of_span : of_index; }
 };
 
-// The entries of a block: those of its list, or the runs of `width` keys that its span touches.
+// The entries of a block: those of its list, or the fewest runs of all levels that cover what its span touches. Few,
+// however long spans are, and those of a key name no block that is far from it.
 struct Entries {
   const TransposeParams& p;
   const RowRange range;
   const int64_t b, head;
 
-  SB_DEVICE void locate(int64_t block, int64_t& first, int64_t& count) const {
-    if (!p.is_of_span) {
-      first = 0, count = BlockList(p, b, head, block).count;
-      return;
-    }
-    const Span span(p, range, b, block);
-    const int64_t keys = range.k_end - range.k_first, lo = span.lo < 0 ? 0 : span.lo,
-                  hi = span.hi > keys ? keys : span.hi;
-    first = lo / p.of_span.width, count = lo < hi ? (hi - 1) / p.of_span.width - first + 1 : 0;
-  }
   // Calls visit(entry) once for every entry of a block that names keys, each by another lane.
   template <class Visit>
   SB_DEVICE void visit(int64_t block, const Visit& visit) const {
     const TransposedLists& to = p.result();
-    int64_t first = 0, count = 0;
-    locate(block, first, count);
-    for (int64_t i = lane_index(); i < count; i += kWarp) {
-      const int64_t entry = p.is_of_span ? first + i : BlockList(p, b, head, block).entry(i);
+    if (p.is_of_span) return visit_span(to, Span(p, range, b, block), visit);
+    const BlockList list(p, b, head, block);
+    for (int64_t i = lane_index(); i < list.count; i += kWarp) {
+      const int64_t entry = list.entry(i);
       if (entry >= 0 && entry < to.entries) visit(entry);
+    }
+  }
+  // Of every level the first and the last run that the span covers where the next level's do not hold them: the first
+  // if it is odd, and the last if it is even.
+  template <class Visit>
+  SB_DEVICE void visit_span(const TransposedLists& to, const Span& span, const Visit& visit) const {
+    const int64_t keys = int64_t(range.k_end) - range.k_first, lo = span.lo < 0 ? 0 : span.lo,
+                  hi = span.hi > keys ? keys : span.hi;
+    if (lo >= hi) return;
+    const int64_t begin = lo / to.width, end = (hi - 1) / to.width + 1;
+    for (int64_t i = lane_index(); i < 2 * to.levels; i += kWarp) {
+      const int64_t level = i / 2, first = (begin + (int64_t(1) << level) - 1) >> level, behind = end >> level;
+      const bool is_last = i % 2 == 1;
+      if (first < behind && (is_last ? behind : first) % 2 == 1)
+        visit((to.first >> level) + (is_last ? behind - 1 : first));
     }
   }
 };

@@ -16,6 +16,9 @@ sb::Launchers before;
 
 extern "C" {
 
+// Of the table that sb_emulator_install fills: the operators' library must have the same.
+SB_EXPORT int64_t sb_emulator_launchers_bytes() { return sizeof(sb::Launchers); }
+
 // `table`: scatterbrain.launchers_address of the CPU.
 SB_EXPORT void sb_emulator_install(int64_t table) {
   replaced = reinterpret_cast<sb::Launchers*>(table);

@@ -85,6 +85,8 @@ def padding_info(
     )
     offset = None
     if isinstance(query_offset, Tensor):
+        if query_offset.dtype == torch.int64:  # not checked where it cannot be read: far away, not around the corner
+            query_offset = query_offset.clamp(-(2**31), 2**31 - 1)
         offset = query_offset.to(device=query.device, dtype=torch.int32)
     elif not (isinstance(query_offset, int) and query_offset == 0):
         offset = torch.full((batch,), query_offset, dtype=torch.int32, device=query.device)

@@ -230,6 +230,79 @@ def test_a_key_that_every_query_lists_takes_linear_time(emulator: Emulator) -> N
     assert shuffles[1] <= 2.2 * shuffles[0], shuffles
 
 
+def spans_call(n: int, spans: Tensor) -> tuple[AttentionArguments, list[Tensor]]:
+    """A span (n, 2) for every query, of which little is known but that none is longer than the row."""
+    leaves = [rand(1, 1, n, 16, seed=seed).requires_grad_() for seed in range(3)]
+    fields = dict(zip(("query", "key", "value"), leaves), span=spans[None].int(), span_keys=n + 18, block_q=1)
+    return operator_arguments(AttentionArguments, **fields), leaves
+
+
+def test_spans_of_every_length_have_gradients(emulator: Emulator) -> None:
+    n = 600
+    ends = torch.randint(-9, n + 9, (n, 2), generator=torch.Generator().manual_seed(0)).sort(-1).values
+    ends[:70, 1] = ends[:70, 0] + torch.arange(70)
+    ends[70:80] = torch.tensor([0, n])
+    arguments, leaves = spans_call(n, ends)
+    grad = rand(1, 1, n, 16, seed=3)
+    with emulator.installed():
+        got = torch.autograd.grad(OPERATORS.attention(*arguments)[0], leaves, grad)
+    query, key, value = wide = [t.detach().double().requires_grad_() for t in leaves]
+    at = torch.arange(n)
+    outside = (at < ends[:, :1]) | (at >= ends[:, 1:])
+    weight = (0.2 * query @ key.mT).masked_fill(outside, -torch.inf).softmax(-1).nan_to_num()
+    want = torch.autograd.grad(weight @ value, wide, grad.double())
+    for ours, exact in zip(got, want):
+        assert row_error(ours, exact) <= 1e-5
+
+
+def test_spans_far_shorter_than_their_bound_take_linear_time(emulator: Emulator) -> None:
+    """As those of packed sequences, whose lengths the host does not know."""
+    accesses = []
+    for n in (512, 1024):
+        first = torch.arange(n) // 32 * 32
+        arguments, leaves = spans_call(n, torch.stack([first, first + 32], -1))
+        before = emulator.statistics()["shared_accesses"]
+        with emulator.installed():
+            torch.autograd.grad(OPERATORS.attention(*arguments)[0].sum(), leaves)
+        accesses.append(emulator.statistics()["shared_accesses"] - before)
+    assert accesses[1] <= 2.2 * accesses[0], accesses
+
+
+def test_more_entries_than_32_bits_count_are_an_error(emulator: Emulator) -> None:
+    index = torch.zeros((), dtype=torch.int32).expand(1, 1, 2**16, 2**15)
+    tokens = rand(1, 1, 2**16, 1)
+    fields = dict(zip(("query", "key", "value"), (tokens, tokens, tokens)), index=index, block_q=1)
+    arguments = operator_arguments(AttentionArguments, **fields, count=index[..., 0].contiguous())
+    with emulator.installed(), pytest.raises(RuntimeError, match=r"fewer than 2\^31 entries .* got 2147483648 .* use"):
+        OPERATORS.attention_backward(tokens, None, tokens, tokens[..., 0], *arguments)
+
+
+def sparse_rows(n: int, case: str) -> dict:
+    """Of n queries and keys, in which all but a few queries see no key, or all but two keys are padding."""
+    if case == "queries before the first key":
+        return dict(is_causal=True, query_offset=8 - n)
+    mask = torch.ones(1, n, dtype=torch.bool)
+    mask[:, 0] = mask[:, -1] = False
+    return dict(is_causal="causal" in case, key_padding_mask=mask, query_padding_mask=torch.zeros_like(mask))
+
+
+@pytest.mark.parametrize("case", ["queries before the first key", "two keys", "two keys of causal rows"])
+def test_what_is_summed_key_by_key_takes_linear_time(emulator: Emulator, case: str) -> None:
+    accesses = []
+    for n in (300, 600):
+        leaves = [rand(1, 1, n, 16, seed=seed).requires_grad_() for seed in range(3)]
+        arguments = dict(support=sb.Window(4), low_rank=sb.Favor(4), **sparse_rows(n, case))
+        before = emulator.statistics()["shared_accesses"]
+        with emulator.installed():
+            out = sb.attention(*leaves, **arguments)
+            got = torch.autograd.grad(out.sum(), leaves)
+        accesses.append(emulator.statistics()["shared_accesses"] - before)
+    assert accesses[1] <= 2.2 * accesses[0], accesses
+    leaves = [t.detach().double().requires_grad_() for t in leaves]
+    want = torch.autograd.grad(sb.reference.attention(*leaves, **arguments).sum(), leaves)
+    assert all(row_error(ours, exact) <= 2.5e-4 for ours, exact in zip(got, want))  # the CPU errs by 1.1e-4
+
+
 # -------------------- cancelling
 
 
@@ -331,6 +404,21 @@ def test_results_have_the_shapes_and_types_that_the_fakes_promise(emulator: Emul
             got = OPERATORS.attention_backward(torch.ones_like(results[0]), None, *results, *call)
         want = OPERATORS.attention_backward(torch.ones_like(results[0]), None, *results, *call)
         assert [(t.shape, t.dtype, t.stride()) for t in got] == [(t.shape, t.dtype, t.stride()) for t in want]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_gradient_of_out_may_have_another_dtype(emulator: Emulator, dtype: torch.dtype) -> None:
+    """As on the CPU: it is converted."""
+    given = [rand(1, 2, 30, 16, seed=seed, dtype=dtype) for seed in range(3)]
+    span = torch.tensor([[[0, 9], [10, 20]]], dtype=torch.int32)
+    fields = dict(zip(("query", "key", "value"), given), span=span, span_keys=10)
+    arguments = operator_arguments(AttentionArguments, **fields)
+    grad = rand(1, 2, 30, 16, seed=3).half()
+    with emulator.installed():
+        results = OPERATORS.attention(*arguments)
+        want = OPERATORS.attention_backward(grad.to(dtype), None, *results, *arguments)
+        got = OPERATORS.attention_backward(grad, None, *results, *arguments)
+    assert_same_bits(got[:3], want[:3], NAMES[1:])
 
 
 def test_nothing_is_saved_for_the_backward_pass(emulator: Emulator) -> None:

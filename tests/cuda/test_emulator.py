@@ -7,9 +7,11 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from emulated import COMPILER, CSRC, FLAGS
+import torch
+from emulated import COMPILER, CSRC, FLAGS, Emulator
 
 PASS = ""
 EXPECTED = {
@@ -80,3 +82,16 @@ def test_every_small_kernel_has_an_expectation(library: ctypes.CDLL) -> None:
 def test_a_block_that_takes_several_tasks_needs_a_barrier_between_them(library: ctypes.CDLL, barrier: bool) -> None:
     kernel = b"shared_after_a_barrier" if barrier else b"shared_without_a_barrier_between_tasks"
     assert library.sb_complaint(kernel, 1).decode().split(":")[0] == (PASS if barrier else "race")
+
+
+@pytest.mark.parametrize("got", ["none", "8"])
+def test_operators_of_other_sources_are_an_error_that_says_what_to_do(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, got: str
+) -> None:
+    """A table of other launchers would end the process."""
+    with emulator.installed():
+        pass
+    operators = SimpleNamespace() if got == "none" else SimpleNamespace(launchers_bytes=lambda: int(got))
+    monkeypatch.setattr(torch.ops, "scatterbrain", operators)
+    with pytest.raises(RuntimeError, match=f"a table of [0-9]+ bytes, got {got}; build the operators again"):
+        emulator.installed().__enter__()

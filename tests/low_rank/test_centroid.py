@@ -16,6 +16,7 @@ from torch import Tensor
 import scatterbrain as sb
 from scatterbrain.call import Call
 from scatterbrain.operators.arguments import ClusterArguments, RouteArguments
+from scatterbrain.padding import EVERYTHING
 from scatterbrain.supports import BlockLists
 
 
@@ -231,6 +232,25 @@ def test_attention_and_routing_refuse_clusters_that_do_not_fit() -> None:
     torch.ops.scatterbrain.attention(
         *given._replace(cluster_index=few.index_fill(2, torch.tensor([3]), -1), key_mask=hidden)
     )  # of padding it may name none
+
+
+def test_a_key_without_a_cluster_is_found_on_every_device_that_may_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice(Tensor):
+        """A tensor that says it is not on the CPU."""
+
+        is_cpu = False
+
+    query, key, _ = qkv()
+    mask = padding(N, (0, 9))
+    made = sb.cluster(query, key, 5, mask)
+    index = made.index.as_subclass(OnDevice)
+    clusters = replace(made, index=index)
+    call = Call(query, key, None, sb.Empty(), sb.Centroid(5), clusters, made.scale, EVERYTHING, False)
+    clusters.check_geometry(call)  # nobody looks
+    monkeypatch.setenv("SCATTERBRAIN_CHECK", "1")
+    clusters.check_geometry(call._replace(padding=EVERYTHING._replace(key_mask=mask)))
+    with pytest.raises(ValueError, match="0 to 4 for every key that is not ignored, got -1 for .* key_padding_mask"):
+        clusters.check_geometry(call)
 
 
 def test_the_function_refuses_what_does_not_fit() -> None:

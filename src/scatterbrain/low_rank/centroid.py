@@ -95,6 +95,22 @@ class Clusters(Coefficients):
                 f"statistics=Clusters must be those of key, expected index {(batch, kv_heads, keys)} and head_dim {d}, "
                 f"got {tuple(self.index.shape)} and {self.representatives.shape[3]}; make them by sb.cluster"
             )
+        self._check_membership(call.padding.key_mask)
+
+    def _check_membership(self, key_mask: Tensor | None) -> None:
+        """That every key which is not ignored is in a cluster. On the CPU the operator looks, on another device nobody
+        does but with SCATTERBRAIN_CHECK=1: there such a key counts as one of cluster 0."""
+        if self.index.is_cpu or not is_readable(self.index, key_mask):
+            return
+        homeless = self.index < 0
+        if key_mask is not None:
+            homeless &= ~key_mask[:, None].to(homeless.device)
+        if bool(homeless.any()):
+            raise ValueError(
+                f"statistics=Clusters must name clusters 0 to {self.clusters - 1} for every key that is not ignored, "
+                f"got -1 for {int(homeless.sum())} of them; make the clusters with the key_padding_mask that attention "
+                "is given"
+            )
 
 
 @dataclass(frozen=True)
