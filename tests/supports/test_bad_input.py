@@ -8,8 +8,11 @@ import pytest
 import testkit
 import torch
 from bad_calls import B, H, N, assert_refused, attend, qkv, statistics
+from torch import Tensor
 
 import scatterbrain as sb
+from scatterbrain.call import Call
+from scatterbrain.padding import EVERYTHING
 
 int32_zeros = partial(torch.zeros, dtype=torch.int32)
 # One list for each of two query blocks.
@@ -241,3 +244,28 @@ def test_budgets_larger_than_the_sequence_are_no_error_and_attend_to_all_of_it()
         torch.testing.assert_close(
             attend(*tensors, support=support), attend(*tensors, support=sb.Full()), rtol=1e-5, atol=1e-6
         )
+
+
+@pytest.mark.parametrize(
+    "index, order, words",
+    [([1, 1], None, "no key twice"), ([3, 1], None, "ascending"), ([0, 2], [0, 0], "names query 0 twice")],
+)
+def test_lists_on_a_device_are_looked_at_again_when_they_are_used(
+    monkeypatch: pytest.MonkeyPatch, index: list[int], order: list[int] | None, words: str
+) -> None:
+    """Where the environment asks for it: they may have been made, or changed, while nobody looked."""
+
+    class OnDevice(Tensor):
+        """A tensor that says it is not on the CPU."""
+
+        is_cpu = False
+
+    lists = torch.tensor(index, dtype=torch.int32).expand(1, 1, 1, 2).as_subclass(OnDevice)
+    of_queries = None if order is None else torch.tensor(order, dtype=torch.int32).expand(1, 1, 2).as_subclass(OnDevice)
+    support = sb.Blocks(lists, torch.full((1, 1, 1), 2, dtype=torch.int32), 16, 1, of_queries)
+    query, key = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 9, 8)
+    call = Call(query, key, None, support, None, None, 1.0, EVERYTHING, False)
+    support.check_fit(call)
+    monkeypatch.setenv("SCATTERBRAIN_CHECK", "1")
+    with pytest.raises(ValueError, match=words):
+        support.check_fit(call)

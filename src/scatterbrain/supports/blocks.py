@@ -156,6 +156,8 @@ class Blocks(Support):
         if not is_readable(self.index, self.count, padding.key_range, padding.query_range, padding.query_offset):
             return
         device = self.index.device
+        if not self.index.is_cpu and is_readable(self.query_order):  # on the CPU the operator looks at what it reads
+            self._check_content()
         used = torch.arange(self.index.shape[3], dtype=torch.int32, device=device) < self.count[..., None]
         entry = torch.where(used, self.index, -1).long()
         first, end = (
