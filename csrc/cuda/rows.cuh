@@ -33,24 +33,31 @@ SB_DEVICE void rows_of_batch_row(const RowsParams& p, int64_t b) {
   const auto counts = shared_array<int32_t>(0);
   const int64_t share = ceil_div(p.slots, kRowsThreads), first = thread * share,
                 end = first + share < p.slots ? first + share : p.slots;
-  // Calls visit(key) with the keys of a segment that are not ignored, from the row's first one.
-  const auto each_valid = [&](int64_t slot, const auto& visit) {
+  // How many keys of a segment are not ignored. Calls visit(key) with each where a mask tells which, from the row's
+  // first one.
+  const auto count_valid = [&](int64_t slot, const auto& visit) {
     const int64_t begin = range.k_first + slot * p.segment,
                   stop = begin + p.segment < range.k_end ? begin + p.segment : range.k_end;
-    for (int64_t j = begin; j < stop; ++j)
-      if (!(p.k_mask && load(p.k_mask + b * p.k_tokens + j))) visit(int32_t(j - range.k_first));
+    if (!p.k_mask) return stop > begin ? int32_t(stop - begin) : 0;
+    int32_t count = 0;
+    for (int64_t j = begin; j < stop; ++j) {
+      if (load(p.k_mask + b * p.k_tokens + j)) continue;
+      visit(int32_t(j - range.k_first));
+      ++count;
+    }
+    return count;
   };
   int32_t sum = 0;
-  for (int64_t slot = first; slot < end; ++slot) each_valid(slot, [&](int32_t) { ++sum; });
+  for (int64_t slot = first; slot < end; ++slot) sum += count_valid(slot, [](int32_t) {});
   counts.set(thread, sum);
   sync_block();
   int32_t before = 0;
   for (int t = 0; t < thread; ++t) before += counts.get(t);
   for (int64_t slot = first; slot < end; ++slot) {
     store(p.valid_before + b * p.slots + slot, before);
-    each_valid(slot, [&](int32_t key) {
-      if (p.valid_keys) store(p.valid_keys + b * p.k_tokens + before, key);
-      ++before;
+    int32_t* to = p.valid_keys ? p.valid_keys + b * p.k_tokens + before : nullptr;
+    before += count_valid(slot, [&](int32_t key) {
+      if (to) store(to++, key);
     });
   }
   sync_block();
