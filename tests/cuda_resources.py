@@ -1,82 +1,135 @@
-"""Compiles the kernels for the architectures that a build has by default, and prints what they need of a device:
-python tests/cuda_resources.py prints the table of docs/gpu.md."""
+"""What the kernels need of a device: the table of docs/gpu.md. ``python tests/cuda_resources.py`` writes it anew."""
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ("80", "90")
-LOW_RANKS = ("none", "quadratic", "features", "centroid")  # of csrc/params.h
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+import torch
+from cuda_compiler import ARCHITECTURES, NEEDS_NVCC, ROOT, Needs, kernel_names, needs_by_symbol, nvcc, of_all_sources
+from emulated import Emulator, Observed, build
+from supports.test_route import PER_QUERY, POOLED, Inputs
+from testkit import rand
 
+import scatterbrain as sb
 
-def nvcc() -> str | None:
-    """On PATH, of the system, or of the package that the extra `test` installs."""
-    packages = (path for entry in sys.path for path in Path(entry).glob("nvidia/cu*/bin/nvcc"))
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc") or next(map(str, packages), None)
-
-
-def kernel_name(mangled: str) -> str:
-    """The kernel with its element type and the type of its sums, or its width and the kind of its low-rank part."""
-    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\((?:sb::)?LowRank\)(\d)", lambda kind: LOW_RANKS[int(kind[1])], name)
-    return (
-        re.sub(r"sb::cuda::|sb::|^void |\(.*\)$|_kernel", "", name)
-        .replace("Bfloat16", "bfloat16")
-        .replace("Half", "float16")
-    )
+DOCUMENT = ROOT / "docs" / "gpu.md"
+BEGIN, END = "<!-- table of resources -->", "<!-- end of the table -->"
+OPERATORS = torch.ops.scatterbrain
+STATISTICS = {d: sb.fit_statistics(rand(1, 2, 99, d), rand(1, 2, 99, d, seed=1), min(9, d)) for d in (8, 64, 128)}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def compiled(source: Path, architecture: str) -> list[tuple[str, str, int, int]]:
-    """(kernel, architecture, registers, bytes spilled) of a file's kernels."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [str(nvcc()), "-std=c++20", "-O3", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-        command += ["-Xptxas=-v", "-c", str(source), "-o", f"{folder}/kernels.o"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-    found = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        done.stderr,
-        re.DOTALL,
-    )
-    return [
-        (kernel_name(name), architecture, int(used), int(stores) + int(loads)) for name, stores, loads, used in found
-    ]
+# -------------------- what is launched
 
 
-def resources() -> dict[str, dict[str, tuple[int, int]]]:
-    """Registers and spilled bytes by kernel and architecture."""
-    with ThreadPoolExecutor(2) as pool:
-        rows = pool.map(lambda job: compiled(*job), [(s, a) for s in SOURCES for a in ARCHITECTURES])
-    table: dict[str, dict[str, tuple[int, int]]] = {}
-    for row in rows:
-        for name, architecture, used, spilled in row:
-            table.setdefault(name, {})[architecture] = used, spilled
-    return dict(sorted(table.items()))
+@dataclass
+class Kernel:
+    """Threads and shared memory are of that launch of the calls below which has most of the latter."""
+
+    threads: int = 0
+    shared_bytes: int = 0
+    needs: dict[str, Needs] = field(default_factory=dict)  # by architecture
 
 
-def lines(table: dict[str, dict[str, tuple[int, int]]]) -> list[str]:
-    head = [
-        f"| kernel | {' | '.join(f'sm_{a} registers, spilled bytes' for a in ARCHITECTURES)} |",
-        "| --- | --- | --- |",
-    ]
-    return head + [
-        f"| `{name}` | {' | '.join('{}, {}'.format(*of[a]) for a in ARCHITECTURES)} |" for name, of in table.items()
-    ]
+def run_usual_calls(dtype: torch.dtype) -> None:
+    """64 keys in heads of 64 and of 128 with each low-rank kernel as it is usually set; and narrow heads, whose sums are
+    in double."""
+
+    def differentiate(head_dim: int, support: object, low_rank: object, **more: object) -> None:
+        query, key, value = (rand(1, 2, 150, head_dim, seed=i, dtype=dtype).requires_grad_() for i in range(3))
+        if isinstance(low_rank, sb.Quadratic):
+            low_rank, more["statistics"] = sb.Quadratic(min(low_rank.rank, head_dim)), STATISTICS[head_dim]
+        sb.attention(query, key, value, support, low_rank, **more).float().sum().backward()
+
+    for low_rank in (None, sb.Quadratic(9), sb.Favor(64), sb.Centroid(64)):
+        for head_dim in (8, 64, 128):
+            differentiate(head_dim, sb.Window(64), low_rank)
+    for head_dim in (8, 64):
+        differentiate(head_dim, sb.Window(64), sb.Quadratic(9), is_causal=True)
+    differentiate(64, sb.Routed(64), sb.Centroid(64))
+    for low_rank, form in ((0, POOLED[1]), (2, POOLED[1]), (1, PER_QUERY[2])):  # supports route float64 as float32
+        given = Inputs(150, low_rank=low_rank, d=64)
+        given.query, given.key = given.query.to(dtype), given.key.to(dtype)
+        given.route(**form)
+    x, weight = rand(1, 1, 9, 64, dtype=dtype), rand(1, 1, 9, 64).to(torch.promote_types(dtype, torch.float32))
+    OPERATORS.project_backward(OPERATORS.project(x, weight, None), x, weight)
+
+
+def kernels(emulator: Emulator) -> dict[str, Kernel]:
+    """All that nvcc compiles, by symbol, each with a launch if the usual calls have one."""
+    found: dict[str, Kernel] = {}
+    jobs = of_all_sources(lambda source, architecture: (architecture, needs_by_symbol(source, architecture)))
+    for architecture, needs in jobs:
+        for symbol, of_kernel in needs.items():
+            found.setdefault(symbol, Kernel()).needs[architecture] = of_kernel
+
+    def observe(seen: Observed, is_after: bool) -> None:
+        kernel = found[emulator.symbol(seen.function)]
+        if not is_after and (seen.shared_bytes, seen.threads) >= (kernel.shared_bytes, kernel.threads):
+            kernel.shared_bytes, kernel.threads = seen.shared_bytes, seen.threads
+
+    # A launch without blocks computes nothing.
+    with emulator.installed(), emulator.observed(observe), emulator.limited_to(0):
+        for dtype in DTYPES:
+            run_usual_calls(dtype)
+    return found
+
+
+# -------------------- occupancy
+
+
+class Multiprocessor(NamedTuple):
+    """CUDA C++ Programming Guide, Technical Specifications per Compute Capability."""
+
+    shared_bytes: int
+    warps: int = 64
+    blocks: int = 32
+    registers: int = 65536
+
+
+MULTIPROCESSORS = {"80": Multiprocessor(164 << 10), "90": Multiprocessor(228 << 10)}
+
+
+def resident_warps(of: Multiprocessor, threads: int, registers: int, shared_bytes: int) -> int:
+    """Of a kernel on a multiprocessor. A warp gets registers in units of 256, on one of four parts; a block shared
+    memory in units of 128 bytes and 1 KB for itself."""
+    warps = -(-threads // 32)
+    of_warp = -(-registers * 32 // 256) * 256
+    by_registers = of.registers // 4 // of_warp * 4 // warps
+    by_shared = of.shared_bytes // (-(-shared_bytes // 128) * 128 + 1024)
+    return warps * min(by_registers, by_shared, of.warps // warps, of.blocks)
+
+
+# -------------------- the table
+
+
+def table(emulator: Emulator) -> list[str]:
+    found = kernels(emulator)
+    head = ["kernel", "threads", "shared", *(f"sm_{a}: registers, spilled, warps" for a in ARCHITECTURES)]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for name, kernel in sorted(zip(kernel_names(list(found)), found.values()), key=lambda row: row[0]):
+        assert kernel.threads, f"no usual call starts {name}"
+        cells = [f"`{name}`", str(kernel.threads), str(kernel.shared_bytes)]
+        for architecture in ARCHITECTURES:
+            needs, of = kernel.needs[architecture], MULTIPROCESSORS[architecture]
+            warps = resident_warps(of, kernel.threads, needs.registers, kernel.shared_bytes)
+            cells.append(f"{needs.registers}, {needs.spilled}, {warps}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def parts(text: str) -> tuple[str, str, str]:
+    """The document before its table, the table, and behind it."""
+    before, _, rest = text.partition(BEGIN)
+    listed, _, after = rest.partition(END)
+    return before, listed.strip(), after
 
 
 if __name__ == "__main__":
     if nvcc() is None:
-        sys.exit(
-            "cuda_resources.py: expected nvcc on PATH, in /usr/local/cuda/bin or of the package nvidia-cuda-nvcc, "
-            "found none; install one."
-        )
-    print("\n".join(lines(resources())))
+        sys.exit(f"cuda_resources.py {NEEDS_NVCC}; install one.")
+    before, _, after = parts(DOCUMENT.read_text())
+    text = "\n".join(table(Emulator(build())))
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from build_cache import contents, digest, made_once
 from testkit import ROOT
 
 CSRC = ROOT / "csrc"
@@ -29,53 +29,29 @@ def sources(csrc: Path = CSRC) -> list[Path]:
     return sorted([*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.cpp"), *csrc.glob("emulator/*.cpp")])
 
 
-def digest(*parts: str | bytes) -> str:
-    made = hashlib.sha256()
-    for part in parts:
-        made.update(part if isinstance(part, bytes) else part.encode())
-    return made.hexdigest()[:24]
-
-
-def read_by(source: Path, seen: set[Path]) -> set[Path]:
-    """The source and every header of ours that it includes."""
-    if source not in seen and source.exists():
-        seen.add(source)
-        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', source.read_text(), re.MULTILINE):
-            read_by((source.parent / name).resolve(), seen)
-    return seen
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-8000:]}")
 
 
 def _compile(source: Path, flags: Sequence[str]) -> Path:
-    """The object of a source, made once for what it and its headers hold."""
+    """The object of a source."""
     includes = ["-isystem", str(Path(torch.__file__).parent / "include")]
-    read = sorted(read_by(source.resolve(), set()), key=lambda path: path.name)
-    key = digest(*(path.read_bytes() for path in read), *flags, *COMPILER, torch.__version__)
-    target = CACHE / f"{source.name}-{key}.o"
-    if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}.o")
-        command = [*COMPILER, *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(partial)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-8000:]}")
-        partial.rename(target)
-    return target
+    key = digest(*contents(source), *flags, *COMPILER, torch.__version__)
+    command = [*COMPILER, *flags, *includes, "-x", "c++", "-c", str(source), "-o"]
+    return made_once(CACHE / f"{source.name}-{key}.o", lambda path: _run([*command, str(path)]))
 
 
 def build(csrc: Path = CSRC, kernel_flags: Sequence[str] = ()) -> Path:
-    """The library of the sources in ``csrc``, with further flags for the kernels. Objects and libraries are kept by
-    what they are made from."""
-    CACHE.mkdir(parents=True, exist_ok=True)
+    """The library of the sources in ``csrc``, with further flags for the kernels."""
     flags = {".cu": [*FLAGS, *kernel_flags], ".cpp": FLAGS}
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or 2)) as pool:
         objects = list(pool.map(lambda source: _compile(source, flags[source.suffix]), sources(csrc)))
+    folder = Path(torch.__file__).parent / "lib"
+    command = [*COMPILER, "-shared", *map(str, objects), f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}"]
     library = CACHE / f"emulator-{digest(*(path.name for path in objects))}.so"
-    if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}.so")
-        folder = Path(torch.__file__).parent / "lib"
-        link = [f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}"]
-        subprocess.run([*COMPILER, "-shared", *map(str, objects), *link, "-o", str(partial)], check=True)
-        partial.rename(library)
-    return library
+    return made_once(library, lambda path: _run([*command, "-o", str(path)]))
 
 
 class Exposed(ctypes.Structure):
@@ -152,9 +128,16 @@ class Emulator:
         finally:
             self._library.sb_emulator_limit_grid(ctypes.c_int64(2**31 - 1))
 
-    def symbol_value(self, function: int) -> int:
-        """Of a function of this library, by its address: what ``nm`` prints before its name."""
-        return self._library.sb_emulator_symbol_value(ctypes.c_void_p(function))
+    def symbol(self, function: int) -> str:
+        """Of a function of this library, by its address."""
+        return self._symbols[self._library.sb_emulator_symbol_value(ctypes.c_void_p(function))]
+
+    @cached_property
+    def _symbols(self) -> dict[int, str]:
+        command = ["nm", "--defined-only", str(self.path)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        rows = [line.split() for line in lines]
+        return {int(row[0], 16): row[2] for row in rows if len(row) == 3 and row[1] in "tTwWuV"}
 
     def statistics(self) -> dict[str, int]:
         counts = (ctypes.c_int64 * len(STATISTICS))()

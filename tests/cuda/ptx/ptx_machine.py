@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 import subprocess
 from collections.abc import Sequence
@@ -11,13 +10,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from cuda_resources import kernel_name
-from emulated import COMPILER, digest
+from build_cache import digest, made_once
+from cuda_compiler import CACHE, kernel_name
+from emulated import COMPILER
 from ptx_program import Kernel, PtxError
-from testkit import ROOT
 
 SOURCE = Path(__file__).with_name("machine.cpp")
-CACHE = ROOT / "build" / "ptx"
 # No sum of a product is made one operation, and rounding follows what the machine sets.
 FLAGS = ["-std=c++20", "-O2", "-g0", "-fPIC", "-shared", "-ffp-contract=off", "-frounding-math", "-Wall", "-Wextra"]
 STEP_LIMIT = 200_000_000
@@ -59,16 +57,13 @@ class _Launch(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    CACHE.mkdir(parents=True, exist_ok=True)
-    path = CACHE / f"machine-{digest(SOURCE.read_bytes(), *FLAGS, *COMPILER)}.so"
-    if not path.exists():
-        partial = path.with_suffix(f".{os.getpid()}.so")
-        done = subprocess.run(
-            [*COMPILER, *FLAGS, str(SOURCE), "-o", str(partial)], capture_output=True, text=True, check=False
-        )
+    def compile_machine(path: Path) -> None:
+        command = [*COMPILER, *FLAGS, str(SOURCE), "-o", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"the machine does not compile:\n{done.stderr[-8000:]}")
-        partial.rename(path)
+
+    path = made_once(CACHE / f"machine-{digest(SOURCE.read_bytes(), *FLAGS, *COMPILER)}.so", compile_machine)
     library = ctypes.CDLL(str(path))
     library.ptx_instruction_bytes.restype = library.ptx_launch_bytes.restype = ctypes.c_int64
     assert library.ptx_launch_bytes() == ctypes.sizeof(_Launch)

@@ -4,21 +4,17 @@ on copies of the same memory, and what both have written is compared."""
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import torch
-from cuda_resources import SOURCES, kernel_name, nvcc
-from emulated import Emulator, Observed, digest, read_by
-from ptx_machine import CACHE, Buffer, Prepared, PtxFault
+from cuda_compiler import SOURCES, kernel_name, ptx_file
+from emulated import Emulator, Observed
+from ptx_machine import Buffer, Prepared, PtxFault
 from ptx_program import entry_names, read_kernels
 
-TARGETS = ("compute_80", "compute_90")
 # torch's numbers of the scalar types that launchers use.
 TYPES = {0: torch.uint8, 3: torch.int32, 4: torch.int64, 5: torch.float16, 6: torch.float32, 7: torch.float64}
 TYPES |= {1: torch.int8, 2: torch.int16, 11: torch.bool, 15: torch.bfloat16}
@@ -36,36 +32,13 @@ SHARE_OF_OTHER_STEPS = 0.02
 # -------------------- PTX
 
 
-@cache
-def _compiler_version(path: str) -> str:
-    return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-
-
-def ptx(source: Path, target: str) -> str:
-    """nvcc's PTX of a source, made once for what it and its headers hold."""
-    compiler = str(nvcc())
-    flags = ["-std=c++20", "-O3", "-lineinfo", "-ptx", f"-arch={target}"]
-    read = sorted(read_by(source.resolve(), set()), key=lambda path: path.name)
-    key = digest(*(path.read_bytes() for path in read), *flags, _compiler_version(compiler))
-    made = CACHE / f"{source.stem}-{target}-{key}.ptx"
-    if not made.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        partial = made.with_suffix(f".{os.getpid()}.ptx")
-        done = subprocess.run(
-            [compiler, *flags, str(source), "-o", str(partial)], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join([compiler, *flags, str(source)])} failed:\n{done.stderr[-4000:]}")
-        partial.rename(made)
-    return made.read_text()
-
-
 class Library:
     """The kernels of some sources for a target; decoded when they are first run."""
 
     def __init__(self, target: str, sources: Sequence[Path] = SOURCES) -> None:
         self.target = target
-        self._texts = {name: text for text in (ptx(source, target) for source in sources) for name in entry_names(text)}
+        texts = [ptx_file(source, target).read_text() for source in sources]
+        self._texts = {name: text for text in texts for name in entry_names(text)}
         self._prepared: dict[str, Prepared] = {}
 
     def names(self) -> list[str]:
@@ -105,12 +78,6 @@ class Recorded:
         return made
 
 
-def _symbols(path: Path) -> dict[int, str]:
-    lines = subprocess.run(["nm", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
-    rows = [line.split() for line in lines.splitlines()]
-    return {int(row[0], 16): row[2] for row in rows if len(row) == 3 and row[1] in "tTwWuV"}
-
-
 def _unions(ranges: list[tuple[int, int, bool, torch.dtype]]) -> list[tuple[int, int]]:
     merged: list[tuple[int, int]] = []
     for begin, end, *_ in sorted(ranges, key=lambda one: one[:2]):
@@ -125,7 +92,6 @@ def _unions(ranges: list[tuple[int, int, bool, torch.dtype]]) -> list[tuple[int,
 def recorded(emulator: Emulator) -> Iterator[list[Recorded]]:
     """The launches that operators start inside, with registered operators run by the emulator."""
     launches: list[Recorded] = []
-    symbols = _symbols(emulator.path)
     held: dict[int, bytes] = {}
 
     def content(address: int, size: int) -> bytes:
@@ -143,7 +109,7 @@ def recorded(emulator: Emulator) -> Iterator[list[Recorded]]:
         ranges = [(one.begin, one.end, bool(one.is_writable), TYPES[one.element]) for one in given]
         before = {begin: content(begin, end - begin) for begin, end in _unions(ranges)}
         params = ctypes.string_at(seen.params, seen.param_bytes)
-        name = symbols[emulator.symbol_value(seen.function)]
+        name = emulator.symbol(seen.function)
         launches.append(Recorded(name, seen.blocks, seen.threads, seen.shared_bytes, params, ranges, before))
 
     with emulator.installed(), emulator.observed(observe):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from cuda_compiler import TARGETS
 from emulated import CSRC
 from ptx_machine import PtxFault
-from ptx_replay import TARGETS, Library, Recorded, replay
+from ptx_replay import Library, Recorded, replay
 
-Launches = dict[tuple[str, torch.dtype], list[Recorded]]
+Launches = Callable[[str, torch.dtype], list[Recorded]]
 
 
 class Fault(NamedTuple):
@@ -168,7 +170,7 @@ def test_a_planted_fault_is_caught_by_name(
         library = Library(TARGETS[0], [kernels / "cuda" / fault.source])
     finally:
         path.write_text(text)
-    complaint = first_complaint(launches[fault.call, fault.dtype], library)
+    complaint = first_complaint(launches(fault.call, fault.dtype), library)
     assert re.match(fault.name, complaint), complaint or "nothing was noticed"
     if not complaint.startswith(("parity", "rounding")):
         assert re.search(
@@ -177,4 +179,4 @@ def test_a_planted_fault_is_caught_by_name(
 
 
 def test_kernels_without_a_fault_raise_no_complaint(launches: Launches, libraries: dict[str, Library]) -> None:
-    assert first_complaint(launches["windows", torch.float32], libraries[TARGETS[0]]) == ""
+    assert first_complaint(launches("windows", torch.float32), libraries[TARGETS[0]]) == ""

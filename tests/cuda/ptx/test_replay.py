@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from cuda_resources import kernel_name
+from cuda_compiler import TARGETS, kernel_name
 from ptx_calls import CALLS, DTYPES
 from ptx_machine import PtxFault
-from ptx_replay import TARGETS, WORKING_MEMORY, Library, Recorded, difference, replay
+from ptx_replay import WORKING_MEMORY, Library, Recorded, difference, replay
 
-Launches = dict[tuple[str, torch.dtype], list[Recorded]]
+Launches = Callable[[str, torch.dtype], list[Recorded]]
 LEAST_COVERAGE = 0.1
 
 
@@ -24,7 +25,7 @@ def replayed(libraries: dict[str, Library], launches: Launches) -> object:
     def of(target: str, call: str) -> None:
         if (target, call) not in done:
             for dtype in DTYPES:
-                for launch in launches[call, dtype]:
+                for launch in launches(call, dtype):
                     replay(launch, libraries[target])
             done.add((target, call))
 
@@ -33,7 +34,7 @@ def replayed(libraries: dict[str, Library], launches: Launches) -> object:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_is_started_by_a_call(target: str, libraries: dict[str, Library], launches: Launches) -> None:
-    started = {launch.kernel for of_call in launches.values() for launch in of_call}
+    started = {launch.kernel for call in CALLS for dtype in DTYPES for launch in launches(call, dtype)}
     missing = [kernel_name(name) for name in libraries[target].names() if name not in started]
     assert not missing, f"no call in ptx_calls.py starts {', '.join(missing)}"
 
@@ -55,14 +56,14 @@ def test_calls_execute_much_of_every_kernel(target: str, libraries: dict[str, Li
 
 
 def test_a_launch_records_what_a_kernel_reads_and_writes(launches: Launches) -> None:
-    forward = next(one for one in launches["windows", torch.float32] if "attention_forward" in one.kernel)
+    forward = next(one for one in launches("windows", torch.float32) if "attention_forward" in one.kernel)
     assert forward.before.keys() == forward.after.keys() and forward.before != forward.after
     writable = [one for one in forward.ranges if one[2]]
     assert writable and len(writable) < len(forward.ranges)
 
 
 def test_results_are_compared_and_working_memory_is_not(libraries: dict[str, Library], launches: Launches) -> None:
-    route = next(one for one in launches["lists", torch.float32] if "route_pooled" in one.kernel)
+    route = next(one for one in launches("lists", torch.float32) if "route_pooled" in one.kernel)
     for dtype, message in ((WORKING_MEMORY, None), (torch.int32, "^parity: 1 of .* torch.int32")):
         begin = next(begin for begin, _, is_writable, kind in route.ranges if is_writable and kind == dtype)
         memory = bytearray(route.after[begin])
