@@ -10,6 +10,8 @@ DEMO := --train.minutes 3 --compare.steps 100 --output runs/demo --overwrite tru
 # Threads that spin while they wait stall a run on a machine that is busy with other work; these sleep.
 demo: export OMP_WAIT_POLICY ?= PASSIVE
 ARGS ?=
+# Processes that run tests, a file each: more than four need much memory.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores : 4)))
 # Of fuzz and sanitize.
 MINUTES ?= 3
 SEED ?= 0
@@ -37,7 +39,7 @@ PACKAGE = $(shell find src -name '*.py')
 
 help:
 	@echo "make demo    train a small language model with scatterbrain's attention and compare it with exact attention"
-	@echo "make test    run the tests; choose some with ARGS, for instance make test ARGS='-k window'"
+	@echo "make test    run the tests, WORKERS=$(WORKERS) files at a time; choose some with ARGS='-k window'"
 	@echo "make fuzz    check drawn calls for MINUTES=$(MINUTES), from SEED=$(SEED) on; CALL='...' checks one again"
 	@echo "make sanitize  the same on a build with the address and undefined-behaviour sanitizers, then with the thread sanitizer"
 	@echo "make build   create $(VENV) with torch, compile, install with everything that demo needs"
@@ -53,7 +55,7 @@ demo: build
 	$(VENV)/bin/scatterbrain train configs/lm/stdlib.yaml $(DEMO) $(ARGS)
 
 test: $(VENV)/.test-ready
-	$(VENV_PYTHON) -m pytest -q $(ARGS)
+	$(VENV_PYTHON) -m pytest -q $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile) $(ARGS)
 
 fuzz: $(VENV)/.test-ready $(if $(SANITIZE),build/$(SANITIZE)-sanitizer/.built)
 	$(FUZZ) $(addprefix --sanitize ,$(SANITIZE))

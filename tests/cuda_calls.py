@@ -101,12 +101,13 @@ PAIRS = [(s, k) for s in SUPPORTS for k in LOW_RANKS if (s, k) != ("empty", "non
 CAUSAL_PAIRS = [(s, k) for s, k in PAIRS if k != "centroid"]  # its clusters are of all keys
 
 
-def tokens() -> list[Tensor]:
-    return [rand(1, 4, N, D, seed=1), rand(1, 2, N, D, seed=2), rand(1, 2, N, D + 3, seed=3)]
+def tokens(heads: int = 2) -> list[Tensor]:
+    """Two heads of queries share one of keys."""
+    return [rand(1, heads, N, D, seed=1), rand(1, heads // 2, N, D, seed=2), rand(1, heads // 2, N, D + 3, seed=3)]
 
 
 def statistics_of(low_rank: object) -> object:
-    others = rand(1, 4, 99, D, seed=4), rand(1, 2, 99, D, seed=5)
+    others = rand(1, 2, 99, D, seed=4), rand(1, 1, 99, D, seed=5)
     return sb.fit_statistics(*others, 4) if isinstance(low_rank, sb.Quadratic) else None
 
 

@@ -428,7 +428,7 @@ def test_a_module_gives_the_results_and_gradients_of_the_cpu(machine: Machine, i
 
 def test_a_module_is_calibrated_and_saved_on_the_device(machine: Machine) -> None:
     module = sb.ScatterbrainAttention(4, 24, num_kv_heads=2, support=sb.Window(16), low_rank=sb.Quadratic(4))
-    given = tokens()[:2] + [rand(1, 2, 130, 24, seed=3)]
+    given = tokens(4)[:2] + [rand(1, 2, 130, 24, seed=3)]
     with on_device(machine) as device:
         module.to(device)
         with sb.calibrate(module), torch.no_grad():

@@ -24,11 +24,14 @@ from torch.nn.functional import pad
 import scatterbrain as sb
 
 OPERATORS = torch.ops.scatterbrain
+CAUSAL_CALLS = [(*pair, torch.float32) for pair in CAUSAL_PAIRS]
+CAUSAL_CALLS += [(support, kind, torch.bfloat16) for support, kind in CAUSAL_PAIRS if support == "per query"]
 
 # -------------------- parity
 
 
-@pytest.mark.parametrize("seed", range(CASES))
+# The other cases' outputs are compared with their gradients, without lse, in test_emulated_backward.py.
+@pytest.mark.parametrize("seed", [*range(CASES - 288), *range(CASES - 288, CASES, 4)])
 def test_float32_matches_the_definition(emulator: Emulator, seed: int) -> None:
     assert not excess(emulator, draw(seed), torch.float32, 1e-5)
 
@@ -89,30 +92,25 @@ def test_segments_count_from_the_rows_first_key(emulator: Emulator, low_rank: ob
 # -------------------- causality and padding
 
 
-@pytest.mark.parametrize(("support", "kind"), CAUSAL_PAIRS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("support", "kind", "dtype"), CAUSAL_CALLS)
 def test_no_bit_of_the_past_depends_on_the_future(
     emulator: Emulator, support: str, kind: str, dtype: torch.dtype
 ) -> None:
     given = [t.to(dtype) for t in tokens()]
     base = attend(emulator, given, SUPPORTS[support], LOW_RANKS[kind], is_causal=True)
-    for edge in (1, 64, 101):
+    for edge, content in ((1, 1e4), (64, torch.nan), (101, 1e4), (101, torch.nan)):
         changed = [t.clone() for t in given]
         for t in changed:
-            t[:, :, edge:] = 1e4 * torch.sign(t[:, :, edge:])
-        got = attend(emulator, changed, SUPPORTS[support], LOW_RANKS[kind], is_causal=True)
-        assert_same_bits([t[:, :, :edge] for t in got], [t[:, :, :edge] for t in base], ("out", "lse"))
-        for t in changed:
-            t[:, :, edge:] = torch.nan
+            t[:, :, edge:] = content * torch.sign(t[:, :, edge:])
         got = attend(emulator, changed, SUPPORTS[support], LOW_RANKS[kind], is_causal=True)
         assert_same_bits([t[:, :, :edge] for t in got], [t[:, :, :edge] for t in base], ("out", "lse"))
 
 
-@pytest.mark.parametrize("pattern", ["right", "left", "holes"])
 @pytest.mark.parametrize(("support", "kind"), PAIRS)
-def test_no_bit_depends_on_what_padding_holds(emulator: Emulator, support: str, kind: str, pattern: str) -> None:
+def test_no_bit_depends_on_what_padding_holds(emulator: Emulator, support: str, kind: str) -> None:
+    """To the left, to the right and in holes."""
     mask = torch.zeros(1, N, dtype=torch.bool)
-    mask[:, {"right": slice(N - 31, None), "left": slice(0, 31), "holes": slice(3, None, 4)}[pattern]] = True
+    mask[:, :9] = mask[:, N - 31 :] = mask[:, 13::4] = True
     is_causal = kind != "centroid"
     results = []
     for content in (0.0, 1e4, torch.nan, torch.inf):
@@ -132,7 +130,7 @@ def test_no_bit_depends_on_how_much_padding_there_is(
     emulator: Emulator, support: str, kind: str, is_causal: bool
 ) -> None:
     base = attend(emulator, tokens(), SUPPORTS[support], LOW_RANKS[kind], is_causal=is_causal)
-    for left, right in ((0, 77), (5, 0), (64, 3)):
+    for left, right in ((5, 77), (64, 3)):
         mask = pad(torch.zeros(1, N, dtype=torch.bool), (left, right), value=True)
         given = [pad(t, (0, 0, left, right), value=1e4) for t in tokens()]
         got = attend(emulator, given, SUPPORTS[support], LOW_RANKS[kind], is_causal=is_causal, key_padding_mask=mask)
@@ -205,7 +203,7 @@ def test_two_runs_and_every_layout_give_the_same_bits(emulator: Emulator, suppor
     base = attend(emulator, tokens(), SUPPORTS[support], LOW_RANKS[kind])
     heads_inside = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tokens()]
     width_first = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in tokens()]
-    for given in (tokens(), heads_inside, width_first):
+    for given in (heads_inside, width_first):
         assert_same_bits(attend(emulator, given, SUPPORTS[support], LOW_RANKS[kind]), base, ("out", "lse"))
 
 
@@ -266,8 +264,8 @@ def test_blocks_of_keys_longer_than_the_row_take_no_time_for_keys_that_do_not_ex
     emulator: Emulator, is_causal: bool
 ) -> None:
     query, key, value = (t[:, :, :40] for t in tokens())
-    index = torch.tensor([0, 1, 2**31 - 1], dtype=torch.int32).expand(1, 4, 3, 3).contiguous()
-    count = torch.full((1, 4, 3), 3, dtype=torch.int32)
+    index = torch.tensor([0, 1, 2**31 - 1], dtype=torch.int32).expand(1, 2, 3, 3).contiguous()
+    count = torch.full((1, 2, 3), 3, dtype=torch.int32)
     results, shuffles = [], []
     for block_k in (40, 2**20):
         before = emulator.statistics()["shuffles"]

@@ -66,8 +66,8 @@ CAUSAL_PAIRS = [(s, k) for s, k, is_causal in CALLS if is_causal]
 
 def tokens() -> list[Tensor]:
     """query, key, value, and the gradients of out and lse."""
-    q, k, v = rand(1, 4, N, D, seed=1), rand(1, 2, N, D, seed=2), rand(1, 2, N, D + 3, seed=3)
-    return [q, k, v, rand(1, 4, N, D + 3, seed=4), rand(1, 4, N, seed=5)]
+    q, k, v = rand(1, 2, N, D, seed=1), rand(1, 1, N, D, seed=2), rand(1, 1, N, D + 3, seed=3)
+    return [q, k, v, rand(1, 2, N, D + 3, seed=4), rand(1, 2, N, seed=5)]
 
 
 def arguments_of(support: str, kind: str, given: list[Tensor], is_causal: bool, **arguments: object) -> dict:
@@ -75,7 +75,7 @@ def arguments_of(support: str, kind: str, given: list[Tensor], is_causal: bool, 
     low_rank = LOW_RANKS[kind]
     arguments |= dict(low_rank=low_rank, is_causal=is_causal)
     if kind == "quadratic":
-        arguments["statistics"] = sb.fit_statistics(rand(1, 4, 99, D, seed=6), rand(1, 2, 99, D, seed=7), 4)
+        arguments["statistics"] = sb.fit_statistics(rand(1, 2, 99, D, seed=6), rand(1, 1, 99, D, seed=7), 4)
     return arguments | dict(support=SUPPORTS[support])
 
 

@@ -141,11 +141,11 @@ def attend(emulator: Emulator, tokens: list[Tensor], support: object, low_rank: 
         return list(sb.attention(*tokens, support, low_rank, return_lse=True, **more))
 
 
-@pytest.mark.parametrize("pattern", ["right", "left", "holes"])
 @pytest.mark.parametrize(("support", "kind"), PAIRS)
-def test_no_bit_depends_on_what_padding_holds(emulator: Emulator, support: str, kind: str, pattern: str) -> None:
+def test_no_bit_depends_on_what_padding_holds(emulator: Emulator, support: str, kind: str) -> None:
+    """To the left, to the right and in holes."""
     mask = torch.zeros(2, N, dtype=torch.bool)
-    mask[0, {"right": slice(N - 31, None), "left": slice(0, 31), "holes": slice(3, None, 4)}[pattern]] = True
+    mask[0, :9] = mask[0, N - 31 :] = mask[0, 13::4] = True
     results = []
     for content in (0.0, 1e4, torch.nan, torch.inf):
         given = [t.masked_fill(mask[:, None, :, None], content) for t in tokens_of(torch.bfloat16)]
@@ -159,7 +159,7 @@ def test_no_bit_depends_on_what_padding_holds(emulator: Emulator, support: str, 
 def test_no_bit_depends_on_how_much_padding_there_is(emulator: Emulator, support: str, kind: str) -> None:
     tokens = tokens_of(torch.float16)
     base = attend(emulator, tokens, SUPPORTS[support], LOW_RANKS[kind])
-    for left, right in ((0, 77), (5, 0), (64, 3)):
+    for left, right in ((5, 77), (64, 3)):
         mask = pad(torch.zeros(2, N, dtype=torch.bool), (left, right), value=True)
         given = [pad(t, (0, 0, left, right), value=1e4) for t in tokens]
         got = attend(emulator, given, SUPPORTS[support], LOW_RANKS[kind], key_padding_mask=mask)
