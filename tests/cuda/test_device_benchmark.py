@@ -6,7 +6,9 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from testkit import ROOT, environment
@@ -17,10 +19,11 @@ if not SCRIPT.exists():
 
 
 @pytest.fixture(scope="module")
-def device():
+def device() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of the script's Python parts."""
     sys.path.append(str(SCRIPT.parent))  # which processes that it starts get too
     try:
-        yield importlib.import_module("device")
+        yield lambda name: importlib.import_module(f"device_{name}")
     finally:
         sys.path.remove(str(SCRIPT.parent))
 
@@ -84,39 +87,42 @@ def test_help_names_every_step_and_option() -> None:
 
 
 def test_every_operator_is_smoked_and_most_paths_are_of_attention(device) -> None:
-    names = [device.path_name(path) for path in device.paths(64)]
+    smoke, table = device("smoke"), device("table")
+    names = [smoke.path_name(path) for path in smoke.paths(64)]
     assert len(names) == len(set(names)) >= 60
     assert {"project", "project_packed", "project_backward", "cluster", "route"} <= set(names)
-    for is_causal, methods in device.METHODS.items():  # what is timed can be looked up
+    for is_causal, methods in table.METHODS.items():  # what is timed can be looked up
         for method in methods:
             passed = {name: {"passed": True} for name in names}
-            assert device.is_right(passed, method.format(64), is_causal, "F+B")
+            assert table.is_right(passed, method.format(64), is_causal, "F+B")
 
 
 @pytest.mark.parametrize("index", range(0, 60, 7))
 def test_paths_agree_with_the_cpu(device, emulator: object, index: int) -> None:
-    path = list(device.paths(16))[index]
-    assert device.smoke_of(device.Machine("emulator"), **path)["passed"]
+    smoke = device("smoke")
+    path = list(smoke.paths(16))[index]
+    assert smoke.smoke_of(smoke.Machine("emulator"), **path)["passed"]
 
 
 def test_a_wrong_path_does_not_pass_and_is_not_timed(device, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = device.OPERATORS["project"]
+    smoke = device("smoke")
+    right = smoke.OPERATORS["project"]
     monkeypatch.setitem(
-        device.OPERATORS,
+        smoke.OPERATORS,
         "project",
         lambda machine, dtype, place: [
-            t * (1.01 if dtype == device.torch.float32 else 1) for t in right(machine, dtype, place)
+            t * (1.01 if dtype == smoke.torch.float32 else 1) for t in right(machine, dtype, place)
         ],
     )
-    assert not device.smoke_of(device.Machine("emulator"), "project")["passed"]
-    assert not device.is_right({"window-64+quadratic, F": {"passed": False}}, "window-64", False, "F")
+    assert not smoke.smoke_of(smoke.Machine("emulator"), "project")["passed"]
+    assert not device("table").is_right({"window-64+quadratic, F": {"passed": False}}, "window-64", False, "F")
 
 
 # -------------------- jobs in another process
 
 
 def test_a_job_that_fails_or_hangs_is_noted_and_the_next_one_runs(device) -> None:
-    worker = device.Worker("emulator")
+    worker = device("worker").Worker("emulator")
     try:
         assert "KeyError" in worker.ask("no such job", 60)["error"]
         assert worker.ask("ceilings", 0.0) == {"error": "stopped: it took too long"}
