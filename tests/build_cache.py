@@ -28,8 +28,8 @@ def read_by(source: Path, seen: set[Path]) -> set[Path]:
 
 
 def contents(source: Path) -> list[bytes]:
-    """Of the source and of every header of ours that it includes."""
-    return [path.read_bytes() for path in sorted(read_by(source.resolve(), set()), key=lambda path: path.name)]
+    """Of the source and of every header of ours that it includes, in an order that does not depend on where they lie."""
+    return sorted(path.read_bytes() for path in read_by(source.resolve(), set()))
 
 
 def made_once(path: Path, make: Callable[[Path], object]) -> Path:
