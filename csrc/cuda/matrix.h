@@ -17,7 +17,8 @@
 // Of the loop behind it, whose arrays then lie in registers.
 #define SB_UNROLL _Pragma("unroll")
 #define SB_UNROLL_BY_2 _Pragma("unroll 2")
-#define SB_THREADS_AT_MOST(threads) __launch_bounds__(threads)
+// With a least number of blocks, or the compiler guesses one, and spills registers for it.
+#define SB_THREADS_AT_MOST(threads) __launch_bounds__(threads, 1)
 #endif
 
 namespace sb::cuda {
