@@ -17,7 +17,7 @@ import scatterbrain as sb
 DOCUMENT = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- table of resources -->", "<!-- end of the table -->"
 OPERATORS = torch.ops.scatterbrain
-STATISTICS = {d: sb.fit_statistics(rand(1, 2, 99, d), rand(1, 2, 99, d, seed=1), min(9, d)) for d in (8, 64, 128)}
+STATISTICS = {d: sb.fit_statistics(rand(1, 2, 99, d), rand(1, 2, 99, d, seed=1), min(9, d)) for d in (8, 20, 64, 128)}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -44,7 +44,7 @@ def run_usual_calls(dtype: torch.dtype) -> None:
         sb.attention(query, key, value, support, low_rank, **more).float().sum().backward()
 
     for low_rank in (None, sb.Quadratic(9), sb.Favor(64), sb.Centroid(64)):
-        for head_dim in (8, 64, 128):
+        for head_dim in (8, 20, 64, 128):  # 20: what tensor cores do not take
             differentiate(head_dim, sb.Window(64), low_rank)
     for head_dim in (8, 64):
         differentiate(head_dim, sb.Window(64), sb.Quadratic(9), is_causal=True)
@@ -53,8 +53,9 @@ def run_usual_calls(dtype: torch.dtype) -> None:
         given = Inputs(150, low_rank=low_rank, d=64)
         given.query, given.key = given.query.to(dtype), given.key.to(dtype)
         given.route(**form)
-    x, weight = rand(1, 1, 9, 64, dtype=dtype), rand(1, 1, 9, 64).to(torch.promote_types(dtype, torch.float32))
-    OPERATORS.project_backward(OPERATORS.project(x, weight, None), x, weight)
+    for d in (20, 64):
+        x, weight = rand(1, 1, 9, d, dtype=dtype), rand(1, 1, 9, d).to(torch.promote_types(dtype, torch.float32))
+        OPERATORS.project_backward(OPERATORS.project(x, weight, None), x, weight)
 
 
 def kernels(emulator: Emulator) -> dict[str, Kernel]:

@@ -23,10 +23,12 @@ class Backward : AttentionCall {
         d_key_map(gradient_of_map(p.kv_heads, a.key_weight ? 0 : p.k_tokens)) {
     if (by_tiles)
       p.q = call.read_aligned_rows(a.query), p.k = call.read_aligned_rows(a.key), p.v = call.read_aligned_rows(a.value);
+    const bool by_products = a.query.element_size() == 2 && p.has_query_products();
+    if (by_products && p.has_clusters() && !by_tiles) p.q = call.read_aligned_rows(a.query);
     static_cast<ForwardParams&>(params) = p;
     BackwardParams& b = params;
     const Tensor d_rows = Call::converted(d_out, a.query.scalar_type());
-    b.d_out = by_tiles ? call.read_aligned_rows(d_rows) : call.read_rows(d_rows);
+    b.d_out = by_tiles || by_products ? call.read_aligned_rows(d_rows) : call.read_rows(d_rows);
     b.d_lse = call.read_contiguous<void>(d_lse);
     b.dq = call.write_rows(dq), b.dk = call.write_rows(dk), b.dv = call.write_rows(dv);
     b.d_query_map = call.write_rows(d_query_map);
@@ -70,6 +72,8 @@ class Backward : AttentionCall {
     if (of.has_low_rank()) {
       of.d_kv_state = room({p.batch, p.q_heads, of.query_segments, of.slot_size}, dtype);
       if (of.has_clusters()) {
+        if (!in_double && a.query.element_size() == 2 && of.has_query_products())
+          of.cluster_scores = static_cast<float*>(room({p.batch, p.q_heads, p.q_tokens, p.rank}, ScalarType::Float));
         of.d_exponent = room({p.batch, p.q_heads, p.q_tokens, p.rank}, dtype);
         of.d_representative_parts =
             room({p.batch, p.q_heads, ceil_div(p.q_tokens, kSegment), p.rank, p.head_dim}, dtype);

@@ -81,6 +81,7 @@ void AttentionCall::set_low_rank(ForwardParams& p, bool in_double) {
     p.rank = a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1;
     p.x_map = map_view(*a.query_map, in_double), p.y_map = map_view(*a.key_map, in_double);
   }
+  if (p.has_products() && a.value.element_size() == 2) p.v = call.read_aligned_rows(a.value);
   p.features = feature_count(p.low_rank, p.rank), p.slot_size = p.features * (p.value_pad + 1);
   p.kv_state = room({p.batch, p.kv_heads, p.slots, p.slot_size}, dtype);
   p.segment_log = room({p.batch, p.kv_heads, p.slots, p.logs_of_state()}, dtype);

@@ -25,6 +25,12 @@ void launch_held_keys(const ForwardParams& p, Element element, Stream stream);
 // In order: sums over segments, then prefix sums or their total, with the largest log mass of every cluster. `is_wide`:
 // computes in double.
 void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream stream);
+// On tensor cores, of tokens of 16 bits with sums in float32: sums over segments of keys; gradients of those, and of
+// representatives, over segments of queries; those of a projection over parts of the tokens.
+void launch_feature_products(const ForwardParams& p, Element element, Stream stream);
+void launch_query_products(const BackwardParams& p, Element element, Stream stream);
+void launch_representative_products(const BackwardParams& p, Element element, Stream stream);
+void launch_project_parts(const ProjectParams& p, Element element, Stream stream);
 void launch_attention_forward(const ForwardParams& p, Element element, bool is_wide, Stream stream);
 // The same on tensor cores: operands from states in float32, then queries. Elements of 16 bits.
 void launch_attention_tile(const TileParams& p, Element element, Stream stream);

@@ -23,6 +23,8 @@ void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream
     if (p.has_clusters()) {
       const int64_t bytes = SortedKeys::bytes(p.rank) + kSegment * int64_t(sizeof(T));
       launch(stream, "cluster_segments", segments, kStateThreads, bytes, cluster_segments<E, T>, p);
+    } else if (sizeof(E) == 2 && sizeof(T) == 4 && p.has_products()) {
+      launch_feature_products(p, element, stream);
     } else {
       const int64_t values = kFeatureTile * kChunk + kStateThreads / kWarp,
                     bytes = values * int64_t(sizeof(T)) + kChunk * int64_t(sizeof(int32_t));

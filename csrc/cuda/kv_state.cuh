@@ -7,7 +7,6 @@
 namespace sb::cuda {
 
 inline constexpr int kStateThreads = 128;
-inline constexpr int64_t kFeatureTile = 64;  // features that one block sums
 
 template <class T>
 SB_DEVICE T* state_of(const ForwardParams& p, int64_t head, int64_t slot) {
@@ -117,8 +116,46 @@ SB_KERNEL cluster_segments(ForwardParams p) {
   });
 }
 
-// Sums of features: a block per segment and kFeatureTile features. Features of kChunk keys lie in shared memory as
-// [feature][key], and every thread sums entries of the state over them.
+// Features of a chunk of tokens, in shared memory as [feature][token], and the token of each place, -1 for none.
+template <class T>
+struct ChunkOfFeatures {
+  Shared<T> features;
+  Shared<int32_t> token;
+  // Adds the sums of `count` features times the tokens' `width` values, and behind them their last number, to rows of
+  // the state: a thread per entry. value(token, e) and last(place).
+  template <class Value, class Last>
+  SB_DEVICE void add_to(T* state, int64_t count, int64_t width, const Value& value, const Last& last) const {
+    const int64_t columns = width + 1;
+    for (int64_t x = thread_index(); x < count * columns; x += kStateThreads) {
+      const int64_t f = x / columns, e = x % columns;
+      T sum = T(0);
+      for (int i = 0; i < kChunk; ++i) {
+        const int64_t at = token.get(i);
+        if (at >= 0) sum += features.get(f * kChunk + i) * (e < width ? value(at, e) : last(i));
+      }
+      store(state + x, load(state + x) + sum);  // short chains round little
+    }
+  }
+};
+
+// The largest kappa of keys, kLowestLog for none; all threads get it. Begins or ends with no barrier that the caller
+// could lean on.
+template <class M, class T>
+SB_DEVICE T largest_kappa(const ForwardParams& p, const Segment& s, const EnteringKeys& keys,
+                          const Shared<T>& of_warps) {
+  T top = T(kLowestLog);
+  for (int64_t i = thread_index(); i < keys.count(); i += kStateThreads) {
+    const int64_t j = keys.key_at(i);
+    if (j >= 0) top = larger(top, MapRow<M, T>(p.y_map, s.b, s.kv, j).log());
+  }
+  top = warp_max(top);
+  if (lane_index() == 0) of_warps.set(warp_index(), top);
+  sync_block();
+  for (int w = 0; w < kStateThreads / kWarp; ++w) top = larger(top, of_warps.get(w));
+  return top;
+}
+
+// Sums of features: a block per segment and kFeatureTile features.
 template <class E, class T>
 SB_KERNEL feature_segments(ForwardParams p) {
   typedef AccType<E> M;
@@ -126,6 +163,7 @@ SB_KERNEL feature_segments(ForwardParams p) {
   const auto features = shared_array<T>(0);
   const auto warp_tops = shared_array<T>(kFeatureTile * kChunk * int64_t(sizeof(T)));
   const auto key = shared_array<int32_t>((kFeatureTile * kChunk + kStateThreads / kWarp) * int64_t(sizeof(T)));
+  const ChunkOfFeatures<T> chunk{features, key};
   const int thread = thread_index();
   for_each_task(p.batch * p.kv_heads * (p.slots - 1) * tiles, [&](int64_t task) {
     const Segment s(p, task / tiles);
@@ -133,22 +171,12 @@ SB_KERNEL feature_segments(ForwardParams p) {
     const EnteringKeys keys(p, s);
     const int64_t first = task % tiles * kFeatureTile,
                   count = first + kFeatureTile < p.features ? kFeatureTile : p.features - first;
-    T* state = state_of<T>(p, s.head, s.slot + 1);
-
-    // 1. The largest kappa.
-    T top = T(kLowestLog);
-    for (int64_t i = thread; i < keys.count(); i += kStateThreads) {
-      const int64_t j = keys.key_at(i);
-      if (j >= 0) top = larger(top, MapRow<M, T>(p.y_map, s.b, s.kv, j).log());
-    }
-    top = warp_max(top);
-    if (lane_index() == 0) warp_tops.set(warp_index(), top);
-    sync_block();
-    for (int w = 0; w < kStateThreads / kWarp; ++w) top = larger(top, warp_tops.get(w));
+    T* state = state_of<T>(p, s.head, s.slot + 1) + first * columns;
+    const T top = largest_kappa<M>(p, s, keys, warp_tops);
     if (thread == 0 && first == 0) store(segment_log_of<T>(p, s.head, s.slot + 1, 0), top);
 
-    // 2. kChunk keys at a time: exp(kappa - top) F(y), then sums.
-    for (int64_t x = thread; x < count * columns; x += kStateThreads) store(state + first * columns + x, T(0));
+    // kChunk keys at a time: exp(kappa - top) F(y), then sums.
+    for (int64_t x = thread; x < count * columns; x += kStateThreads) store(state + x, T(0));
     for (int64_t begin = 0; begin < keys.count(); begin += kChunk) {
       if (thread < kChunk) {
         const int64_t j = begin + thread < keys.count() ? keys.key_at(begin + thread) : -1;
@@ -164,17 +192,10 @@ SB_KERNEL feature_segments(ForwardParams p) {
         }
       }
       sync_block();
-      for (int64_t x = thread; x < count * columns; x += kStateThreads) {
-        const int64_t f = x / columns, e = x % columns;
-        T sum = T(0);
-        for (int i = 0; i < kChunk; ++i) {
-          const int32_t j = key.get(i);
-          if (j < 0) continue;
-          const T value = e < p.value_pad ? T(widened(load(p.v.at<const E>(s.b, s.kv, j) + e))) : T(1);
-          sum += features.get(f * kChunk + i) * value;
-        }
-        store(state + first * columns + x, load(state + first * columns + x) + sum);  // short chains round little
-      }
+      chunk.add_to(
+          state, count, p.value_pad,
+          [&](int64_t j, int64_t e) { return T(widened(load(p.v.at<const E>(s.b, s.kv, j) + e))); },
+          [&](int) { return T(1); });
       sync_block();
     }
     sync_block();

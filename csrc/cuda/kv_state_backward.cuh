@@ -23,6 +23,7 @@ SB_KERNEL query_segments(BackwardParams p) {
   const int64_t tiles = ceil_div(p.features, kFeatureTile), columns = p.value_pad + 1;
   const auto features = shared_array<T>(0), delta = shared_array<T>(kFeatureTile * kChunk * int64_t(sizeof(T)));
   const auto query_of = shared_array<int32_t>((kFeatureTile + 1) * kChunk * int64_t(sizeof(T)));
+  const ChunkOfFeatures<T> chunk{features, query_of};
   const int thread = thread_index();
   for_each_task(p.batch * p.q_heads * p.query_segments * tiles, [&](int64_t task) {
     const int64_t tile = task % tiles, at = task / tiles, segment = at % p.query_segments, row = at / p.query_segments,
@@ -63,18 +64,10 @@ SB_KERNEL query_segments(BackwardParams p) {
         }
       }
       sync_block();
-      for (int64_t x = thread; x < count * columns; x += kStateThreads) {
-        const int64_t f = x / columns, e = x % columns;
-        T sum = T(0);
-        for (int i = 0; i < kChunk; ++i) {
-          const int64_t query = query_of.get(i);
-          if (query < 0) continue;
-          const T value =
-              e < p.value_pad ? T(widened(load(p.d_out.template at<const E>(b, h, query) + e))) : -delta.get(i);
-          sum += features.get(f * kChunk + i) * value;
-        }
-        store(d_state + x, load(d_state + x) + sum);  // short chains round little
-      }
+      chunk.add_to(
+          d_state, count, p.value_pad,
+          [&](int64_t query, int64_t e) { return T(widened(load(p.d_out.template at<const E>(b, h, query) + e))); },
+          [&](int i) { return -delta.get(i); });
       sync_block();
     }
   });

@@ -133,4 +133,14 @@ SB_DEVICE void split(float low, float high, uint32_t (&parts)[kParts], E e) {
   }
 }
 
+// The power of two that brings `most`, the largest of some numbers, near the largest float16: of the numbers times it,
+// two parts hold what a float32 holds of the largest. `back`: its inverse.
+SB_DEVICE float scale_to_half(float most, float& back) {
+  constexpr uint32_t kTop = 14, kBias = 127;  // to below 2^(kTop + 1)
+  uint32_t exponent = same_bits<uint32_t>(most) >> 23;
+  if (exponent <= kTop) exponent = kTop + 1;
+  back = same_bits<float>((exponent - kTop) << 23);
+  return same_bits<float>((2 * kBias + kTop - exponent) << 23);
+}
+
 }  // namespace sb::cuda

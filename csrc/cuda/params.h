@@ -34,6 +34,10 @@ inline constexpr double kTermsBoundOfPlainStates = 128;
 inline constexpr int64_t kByKeyQueries = 16;
 // Keys of a partial state without a causal edge; kChunk with one.
 inline constexpr int64_t kSegment = 512;
+// Features that one block sums.
+inline constexpr int64_t kFeatureTile = 64;
+// Most coordinates of the quadratic kernel whose states are made on tensor cores.
+inline constexpr int64_t kMostProductRank = 48;
 // Tokens of a partial sum of a projection's weight gradient.
 inline constexpr int64_t kTokensPerPart = 256;
 
@@ -62,6 +66,9 @@ struct ProjectParams {
   int64_t parts;     // ceil(tokens / kTokensPerPart)
   void* partial;     // (batch, heads, parts, outputs, head_dim + 1)
   void *d_weight, *d_bias;
+
+  // Whether tokens of 16 bits are mapped on tensor cores; their rows then begin at multiples of 16 bytes.
+  SB_HD bool has_products() const { return head_dim % 8 == 0 && head_dim > 0; }
 };
 
 struct RowsParams {
@@ -137,6 +144,16 @@ struct ForwardParams : AttentionParams {
 
   SB_HD int64_t held_slots() const { return is_causal ? slots : 1; }
   SB_HD int64_t logs_of_state() const { return has_clusters() ? rank : 1; }
+  // Whether states in float32, and their gradients, are sums on tensor cores where tokens have 16 bits. Decided by
+  // widths alone, so that padding changes no bit. Rows of v and of d_out then begin at multiples of 16 bytes.
+  SB_HD bool has_products() const {
+    return has_maps() && value_pad % 8 == 0 && value_pad > 0 &&
+           (low_rank != LowRank::kQuadratic || rank <= kMostProductRank);
+  }
+  // The same of gradients of states; with clusters rows of q do too, and gradients of representatives are such sums.
+  SB_HD bool has_query_products() const {
+    return has_products() || (has_clusters() && value_pad % 8 == 0 && value_pad > 0 && head_dim % 8 == 0);
+  }
 };
 
 // What the backward pass knows of a query slot. Exponents are to base 2; a weight is exp(exponent - log) inverse.
@@ -165,6 +182,7 @@ struct BackwardParams : ForwardParams {
   int32_t *by_key, *by_key_count;     // (B, Hq, N): slots of kind kByKey, ascending; (B, Hq)
   int64_t query_segments;  // of d_kv_state, T (B, Hq, query_segments, slot_size): state slots, or kSegment queries
   void* d_exponent;        // T (B, Hq, N, clusters): gradients of a slot by q.b_c
+  float* cluster_scores;   // (B, Hq, N, clusters): q.b_c, where gradients of states are products
   void* d_representative_parts;  // T (B, Hq, parts of kSegment slots, clusters, head_dim)
   // Sums over queries, in the type of maps: (B, Hkv, M, head_dim), (.., value_pad), and (.., rank + 1) of maps or
   // (.., 1), that by the log mass; and (B, Hkv, clusters, head_dim) of AttentionParams.d_representatives.

@@ -14,7 +14,7 @@ ProjectParams params_of(Call& call, const Tensor& tokens, const Tensor& weight) 
   ProjectParams p{};
   p.batch = tokens.size(0), p.heads = tokens.size(1), p.tokens = tokens.size(2), p.head_dim = tokens.size(3);
   p.outputs = weight.size(2), p.weight_batch = weight.size(0), p.weight_heads = weight.size(1);
-  p.x = call.read_rows(tokens);
+  p.x = tokens.element_size() == 2 && p.has_products() ? call.read_aligned_rows(tokens) : call.read_rows(tokens);
   p.weight = call.read(Call::contiguous(weight));
   return p;
 }

@@ -38,14 +38,14 @@ class Fault(NamedTuple):
 FAULTS = {
     "missing barrier": Fault(
         "kv_state.cuh",
-        "      sync_block();\n      for (int64_t x = thread;",
-        "      for (int64_t x = thread;",
+        "      sync_block();\n      chunk.add_to(",
+        "      chunk.add_to(",
         "race|uninitialised shared memory",
     ),
     "missing barrier at the end of a loop": Fault(
         "kv_state.cuh",
-        "+ sum);  // short chains round little\n      }\n      sync_block();",
-        "+ sum);\n      }",
+        "return T(1); });\n      sync_block();",
+        "return T(1); });",
         "race",
     ),
     "missing warp barrier": Fault(
@@ -170,8 +170,8 @@ FAULTS_OF_GRADIENTS = {
     ),
     "missing barrier of a state's gradient": Fault(
         "kv_state_backward.cuh",
-        "      sync_block();\n      for (int64_t x = thread;",
-        "      for (int64_t x = thread;",
+        "      sync_block();\n      chunk.add_to(",
+        "      chunk.add_to(",
         "race|uninitialised shared memory",
     ),
 }

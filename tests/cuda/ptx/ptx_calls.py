@@ -65,6 +65,9 @@ def _projections(dtype: torch.dtype) -> None:
     OPERATORS.project(x, weight, bias)
     OPERATORS.project_packed(x, weight, bias)
     OPERATORS.project_backward(grad, x, weight)
+    x, weight = rand(2, 4, 150, 24, dtype=dtype), rand(1, 2, 5, 24, seed=1, dtype=accumulation(dtype))
+    OPERATORS.project(x, weight, bias)
+    OPERATORS.project_backward(grad[:, :, :150], x, weight)
 
 
 @call("windows")
@@ -164,6 +167,16 @@ def _gradients_of_tiles(dtype: torch.dtype) -> None:
         for widths in ((48, 64), (128, 104)):
             attend(dtype, sb.Window(40), low_rank, *widths, queries=20, keys=130, wants_gradients=True)
     attend(dtype, ragged_lists(), None, 24, 16, key_padding_mask=mask_of(slice(3, 40, 4)), wants_gradients=True)
+
+
+@call("sums on tensor cores")
+def _sums(dtype: torch.dtype) -> None:
+    """States and their gradients, with and without a causal edge, in one piece of columns and in several."""
+    if dtype.itemsize != 2:
+        return
+    more = dict(queries=20, wants_gradients=True)
+    attend(dtype, sb.Window(16), sb.Quadratic(5), D, 24, keys=140, is_causal=True, query_offset=110, **more)
+    attend(dtype, sb.Window(16), sb.Favor(70), D, 136, keys=100, **more)
 
 
 def ragged_lists() -> sb.Blocks:
