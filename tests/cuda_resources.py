@@ -34,8 +34,8 @@ class Kernel:
 
 
 def run_usual_calls(dtype: torch.dtype) -> None:
-    """64 keys in heads of 64 and of 128 with each low-rank kernel as it is usually set; and narrow heads, whose sums are
-    in double."""
+    """64 keys in heads of 64 and of 128 with each low-rank kernel as it is usually set; narrow heads, whose sums are in
+    double; and widths that tensor cores do not take."""
 
     def differentiate(head_dim: int, support: object, low_rank: object, **more: object) -> None:
         query, key, value = (rand(1, 2, 150, head_dim, seed=i, dtype=dtype).requires_grad_() for i in range(3))
