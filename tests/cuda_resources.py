@@ -48,6 +48,9 @@ def run_usual_calls(dtype: torch.dtype) -> None:
             differentiate(head_dim, sb.Window(64), low_rank)
     for head_dim in (8, 64):
         differentiate(head_dim, sb.Window(64), sb.Quadratic(9), is_causal=True)
+    for low_rank in (None, sb.Quadratic(9), sb.Centroid(64)):
+        for head_dim in (64, 128):
+            differentiate(head_dim, sb.Window(64, 8), low_rank)
     differentiate(64, sb.Routed(64), sb.Centroid(64))
     for low_rank, form in ((0, POOLED[1]), (2, POOLED[1]), (1, PER_QUERY[2])):  # supports route float64 as float32
         given = Inputs(150, low_rank=low_rank, d=64)

@@ -81,7 +81,7 @@ class Backward : AttentionCall {
     }
     make_states(of, in_double);
     if (by_tiles && !in_double) {
-      const TileParams operands = tile_params(of, call);
+      const TileParams operands = tile_params(of, a, call);
       launch_tile_operands(operands, element(), call.stream());
       launch_attention_backward_tile(backward_tile_params(of, operands, call), element(), call.stream());
     } else {

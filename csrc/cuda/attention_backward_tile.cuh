@@ -327,6 +327,7 @@ class BackwardTile {
     if (position < list.positions()) of_lane.key = int32_t(list.key_at(position));
     if (kHasLowRank && of_lane.key >= 0) {
       of_lane.log = load(p.key_log + head * p.k_tokens + first_key + of_lane.key);
+      if (kHasQuadratic) of_lane.log -= load(static_cast<const float*>(p.state_log) + head * p.slots + p.slots - 1);
       if (kHasClusters) of_lane.cluster = int32_t(cluster_of(p, head, first_key + of_lane.key));
     }
     const int64_t to = stage(buffer);

@@ -41,7 +41,9 @@ class Forward : AttentionCall {
 
   void compute_by_tiles() {
     make_states(p, false);
-    launch_attention_tile(tile_params(p, call), element(), call.stream());
+    const TileParams params = tile_params(p, a, call);
+    launch_tile_operands(params, element(), call.stream());
+    (params.is_ragged() ? launch_ragged_attention_tile : launch_attention_tile)(params, element(), call.stream());
   }
 
   const bool by_tiles;  // on tensor cores

@@ -1,13 +1,26 @@
 #include "attention_tile.h"
 
+#include <algorithm>
+
 #include "../math/low_rank_kernels.h"
 
 namespace sb::cuda {
 
+namespace {
+
+// Lists of few queries are merged where an entry is several keys that stand side by side.
+bool merges(const AttentionArguments& a) { return a.block_q % 16 != 0 && (!a.index || a.block_k % 8 == 0); }
+
+// A list of a single key per entry has a stage for itself.
+constexpr int64_t kFewestQueries = 4;
+
+}  // namespace
+
 bool fits_tiles(const AttentionArguments& a) {
   const ScalarType dtype = a.query.scalar_type();
   const int64_t head_dim = a.query.size(3), value_dim = a.value.size(3);
-  if ((dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) || a.is_causal || a.block_q % 16 != 0) return false;
+  if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) return false;
+  if (!merges(a) && a.block_q < kFewestQueries) return false;
   if (head_dim % 8 != 0 || head_dim < kNarrowHead || head_dim > kWidestTile) return false;
   if (value_dim % 8 != 0 || value_dim == 0 || value_dim > kWidestTile) return false;
   switch (static_cast<LowRank>(a.low_rank)) {
@@ -20,9 +33,11 @@ bool fits_tiles(const AttentionArguments& a) {
   }
 }
 
-TileParams tile_params(const ForwardParams& of_call, Call& call) {
+TileParams tile_params(const ForwardParams& of_call, const AttentionArguments& a, Call& call) {
   TileParams p{};
   static_cast<ForwardParams&>(p) = of_call;
+  p.by_groups = merges(a);
+  p.longest_list = p.span_keys + p.span_sinks + p.capacity * std::min(p.block_k, p.k_tokens);
   p.head_steps = ceil_div(p.head_dim, 16), p.value_chunks = p.value_pad / 8;
   if (!p.has_low_rank()) return p;
   p.features_padded = pad_to(p.features, 16);
@@ -33,8 +48,8 @@ TileParams tile_params(const ForwardParams& of_call, Call& call) {
     return static_cast<FourWords*>(call.write(call.empty(sizes, ScalarType::Int)));
   };
   const int64_t heads = p.batch * p.kv_heads;
-  p.state_operand = words({heads, p.features_padded / 16, p.value_chunks, 32, 4});
-  p.state_sums = floats({heads, p.features_padded});
+  p.state_operand = words({heads, p.operand_slots(), p.features_padded / 16, p.value_chunks, 32, 4});
+  p.state_sums = floats({heads, p.operand_slots(), p.features_padded});
   p.key_log = floats({heads, p.k_tokens});
   if (p.has_clusters())
     p.cluster_operand = words({heads, p.features_padded / 8, p.head_steps, 32, 8});

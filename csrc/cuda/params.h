@@ -198,11 +198,19 @@ struct alignas(16) FourWords {
 // The forward pass by tiles of queries (attention_tile.cuh). Its operands are made from the states in float32.
 struct TileParams : ForwardParams {
   int64_t features_padded, head_steps, value_chunks;  // features to 16s, head_dim in 16s, value_pad in 8s
-  FourWords* state_operand;                           // (B, Hkv, features_padded / 16, value_chunks, 32)
-  float* state_sums;                                  // (B, Hkv, features_padded): hz
-  FourWords* cluster_operand;                         // (B, Hkv, features_padded / 8, head_steps, 32, 2)
-  float* key_log;                                     // (B, Hkv, M): the log scale of a key over that of the state
-  Bfloat16* key_coordinates;                          // (B, Hkv, M, 2, 16), of the quadratic kernel
+  FourWords* state_operand;    // (B, Hkv, operand_slots(), features_padded / 16, value_chunks, 32)
+  float* state_sums;           // (B, Hkv, operand_slots(), features_padded): hz
+  FourWords* cluster_operand;  // (B, Hkv, features_padded / 8, head_steps, 32, 2)
+  float* key_log;              // (B, Hkv, M): the log scale of a key, with clusters over that of its own
+  Bfloat16* key_coordinates;   // (B, Hkv, M, 2, 16), of the quadratic kernel
+  // Of ragged tiles: whether the rows' lists are merged by groups of keys, else one list follows the other; and a bound
+  // of the keys of a list.
+  bool by_groups;
+  int64_t longest_list;
+
+  SB_HD int64_t operand_slots() const { return is_causal ? slots : 1; }
+  // Whether the queries of a tile have several lists or edges.
+  SB_HD bool is_ragged() const { return is_causal || block_q % 16 != 0; }
 };
 // Widest head and value of a tile, features of the quadratic kernel, and threads of a block.
 inline constexpr int64_t kWidestTile = 128, kTileFeatures = 64, kMostTileClusters = 256;

@@ -13,10 +13,10 @@ inline constexpr int kStage = 16;  // keys of a stage
 // Byte of the chunk of 16 bytes `chunk` in row `row` of a matrix in shared memory. Eight rows of one chunk lie in eight
 // different groups of banks.
 template <int kRowBytes>
-SB_HD int64_t swizzled(int row, int chunk) {
+SB_HD int swizzled(int row, int chunk) {
   static_assert(kRowBytes % 128 == 0 || kRowBytes == 64);
   if (kRowBytes == 64) return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4);
-  return int64_t(row) * kRowBytes + ((chunk ^ (row & 7)) << 4);
+  return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
 }
 
 }  // namespace sb::cuda

@@ -179,6 +179,24 @@ def _sums(dtype: torch.dtype) -> None:
     attend(dtype, sb.Window(16), sb.Favor(70), D, 136, keys=100, **more)
 
 
+@call("ragged tiles")
+def _ragged_tiles(dtype: torch.dtype) -> None:
+    """On tensor cores: causal edges, lists one after the other and merged, values that are no numbers."""
+    if dtype.itemsize != 2:
+        return
+    for low_rank in (None, sb.Quadratic(5)):
+        attend(dtype, sb.Window(24), low_rank, 64, 48, queries=40, keys=250, is_causal=True, query_offset=200)
+        attend(dtype, sb.Window(20, 8, sinks=3), low_rank, 128, 104, is_causal=True)
+        attend(dtype, sb.Routed(32, block_q=1, block_k=8, window=16), low_rank, 72, 64, keys=90)
+        attend(dtype, sb.Routed(24, 8), low_rank, 24, 32, is_causal=True)
+    attend(dtype, sb.Routed(24, 8), sb.Centroid(18), 64, 64, key_padding_mask=mask_of(slice(3, 40, 4)))
+    attend(dtype, sb.Window(24, 8), sb.Centroid(5), 128, 128, queries=20)
+    value = torch.cat([torch.zeros(1, 1, 60, 64), torch.full((1, 1, 10, 64), torch.nan)], 2).to(dtype)
+    sb.attention(
+        *(rand(1, 1, N, 64, seed=i, dtype=dtype) for i in range(2)), value, sb.Window(24), None, is_causal=True
+    )
+
+
 def ragged_lists() -> sb.Blocks:
     """Lists of 0 to 70 of the keys for every 16 queries of every head."""
     draw_one, shape = torch.Generator().manual_seed(0), (1, 2, -(-N // 16))

@@ -1,0 +1,28 @@
+#include "attention_tile_operands.cuh"
+#include "launch.h"
+
+namespace sb::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+}  // namespace
+
+void launch_tile_operands(const TileParams& p, Element element, Stream stream) {
+  if (!p.has_low_rank()) return;
+  const int64_t heads = p.batch * p.kv_heads, lanes = heads * p.features_padded * kWarp;
+  launch(stream, "tile_state", blocks_for(p.operand_slots() * lanes / 16 * p.value_chunks, kThreads), kThreads, 0,
+         tile_state, p);
+  const auto launch_keys = [&](void (*kernel)(TileParams)) {
+    launch(stream, "tile_keys", blocks_for(heads * p.k_tokens, kThreads), kThreads, 0, kernel, p);
+  };
+  if (!p.has_clusters()) return launch_keys(tile_keys<LowRank::kQuadratic>);
+  launch_keys(tile_keys<LowRank::kCentroid>);
+  with_element(element, [&](auto* e) {
+    using E = std::remove_pointer_t<decltype(e)>;
+    if constexpr (sizeof(E) == 2)
+      launch(stream, "tile_clusters", blocks_for(lanes / 8 * p.head_steps, kThreads), kThreads, 0, tile_clusters<E>, p);
+  });
+}
+
+}  // namespace sb::cuda
