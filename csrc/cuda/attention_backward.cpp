@@ -16,6 +16,7 @@ class Backward : AttentionCall {
   Backward(const AttentionArguments& a, const Tensor& d_out, const MaybeTensor& d_lse)
       : AttentionCall(a),
         by_tiles(fits_backward_tiles(a)),
+        keys_by_tiles(fits_backward_tiles_of_keys(a)),
         dq(gradient_of(a.query)),
         dk(gradient_of(a.key)),
         dv(gradient_of(a.value)),
@@ -80,8 +81,9 @@ class Backward : AttentionCall {
       }
     }
     make_states(of, in_double);
+    TileParams operands{};
     if (by_tiles && !in_double) {
-      const TileParams operands = tile_params(of, a, call);
+      operands = tile_params(of, a, call);
       launch_tile_operands(operands, element(), call.stream());
       launch_attention_backward_tile(backward_tile_params(of, operands, call), element(), call.stream());
     } else {
@@ -92,7 +94,10 @@ class Backward : AttentionCall {
       launch_collect_by_key(of, call.stream());
       launch_state_gradients(of, element(), in_double, call.stream());
     }
-    launch_backward_keys(of, element(), in_double, call.stream());
+    of.adds_listed_blocks = keys_by_tiles && !in_double;
+    if (of.adds_listed_blocks)
+      launch_attention_backward_tile_keys(backward_tile_keys_params(of, operands, call), element(), call.stream());
+    if (!of.adds_listed_blocks || of.index) launch_backward_keys(of, element(), in_double, call.stream());
   }
 
   Tensor gradient_of(const Tensor& tokens) const { return call.empty_like_tokens(tokens, tokens.size(3)); }
@@ -134,7 +139,7 @@ class Backward : AttentionCall {
     return t;
   }
 
-  const bool by_tiles;  // queries on tensor cores
+  const bool by_tiles, keys_by_tiles;  // queries, and keys, on tensor cores
   const Tensor dq, dk, dv, d_query_map, d_key_map;
   BackwardParams params{};
 };

@@ -48,8 +48,9 @@ class BackwardKey {
     const int64_t group = p.q_heads / p.kv_heads;
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (const PairOf of : {PairOf::kSinks, PairOf::kSpan, PairOf::kIndex, PairOf::kOutside, PairOf::kByKey})
-        for (int64_t level = 0; level < (of == PairOf::kSpan ? p.of_span.levels : 1); ++level) add_pairs(of, h, level);
-    if (p.has_low_rank()) add_state();
+        for (int64_t level = 0; level < (of == PairOf::kSpan ? p.of_span.levels : 1); ++level)
+          if (!p.adds_listed_blocks || of == PairOf::kIndex) add_pairs(of, h, level);
+    if (p.has_low_rank() && !p.adds_listed_blocks) add_state();
     finish();
   }
 
@@ -217,11 +218,11 @@ class BackwardKey {
     chain_features(p, weight, y, memory.features, memory.dy);
   }
 
-  // The first pass stores sums, and that of flagged queries adds to them.
+  // The first pass stores sums, or adds to those of tiles, and that of flagged queries adds to them.
   SB_DEVICE void finish() {
     const auto put = [&](void* sums, int64_t width, int64_t e, T value) {
       M* to = static_cast<M*>(sums) + (head * p.k_tokens + j) * width + e;
-      store(to, p.only_flagged ? M(T(load(to)) + value) : M(value));
+      store(to, p.only_flagged || p.adds_listed_blocks ? M(T(load(to)) + value) : M(value));
     };
     for (int c = 0; c < kColumns; ++c) {
       const int64_t e = lane + c * kWarp;

@@ -25,7 +25,7 @@ struct BackwardTileLayout {
                            kSmallRow = kTile * kRowWidth * 4, kPairs = kRows + 3 * kSmallRow;
   static_assert(kKind != LowRank::kQuadratic || (kTile + 1) * (kTileFeatures + 1) * 4 <= 2 * kStageBytes);
   // Of a slot's exponents.
-  static SB_HD int64_t width(const ForwardParams& p) { return pad_to(p.rank, 16) + 1; }
+  static SB_HD int32_t width(const ForwardParams& p) { return int32_t(pad_to(p.rank, 16)) + 1; }
   static SB_HD int64_t bytes(const ForwardParams& p) {
     if (kKind == LowRank::kQuadratic) return kPairs;
     return kKind == LowRank::kCentroid ? pad_to(kRows + (2 * width(p) + kRowWidth) * kTile * 4, 16) : kRows;
@@ -42,12 +42,12 @@ class BackwardTile {
  public:
   SB_DEVICE BackwardTile(const BackwardTileParams& p, int64_t base, int64_t b, int64_t h, int64_t first_slot)
       : p(p),
-        base(base),
-        b(b),
-        h(h),
-        kv(p.kv_head(h)),
+        base(int32_t(base)),
+        b(int32_t(b)),
+        h(int32_t(h)),
+        kv(int32_t(p.kv_head(h))),
         head(b * p.kv_heads + kv),
-        first_slot(first_slot),
+        first_slot(int32_t(first_slot)),
         lane(lane_index()),
         g(lane / 4),
         t(lane % 4),
@@ -87,9 +87,10 @@ class BackwardTile {
     float top = float(kLowestLog), exact = 0, exact_value = 0, removed = 0, removed_value = 0, total = 0,
           total_value = 0, largest = 0;
   };
-  // What gradients are from, as SlotRecord; `scale` keeps gradients of scores inside of float16.
+  // What gradients are from, as SlotRecord, `shift` for the delta with its correction; `scale` keeps gradients of
+  // scores inside of float16.
   struct Slot {
-    float log = 0, inverse = 0, state_weight = 0, delta = 0, correction = 0, scale = 1, unscale = 1;
+    float log = 0, inverse = 0, state_weight = 0, shift = 0, scale = 1;
   };
 
   // -------------------- the tile's queries
@@ -142,44 +143,19 @@ class BackwardTile {
     v = larger(v, shuffle_xor(v, 1));
     return larger(v, shuffle_xor(v, 2));
   }
-  // Columns [16 step, 16 step + 16) of q or dO as a left operand.
-  SB_DEVICE void load_rows(int64_t from, int step, uint32_t (&to)[4]) const {
-    load_matrices(from + swizzled<2 * D>(lane % 16, 2 * step + lane / 16), to);
-  }
-
   // -------------------- the state
 
-  // sum[n] += dO times columns [8 (first + n), 8 (first + n) + 8) of the state, for as many as there are.
+  // sum[n] += dO times columns [8 (first + n), 8 (first + n) + 8) of the state.
   template <int kCount>
   SB_DEVICE void multiply_state(int64_t first, float (&sum)[kCount][4]) const {
     const int64_t columns = p.features_padded / 8;
-    SB_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      if (k >= p.value_steps) continue;
-      uint32_t d_out[4], high[4], low[4];
-      load_rows(base + Layout::kGradients, k, d_out);
-      SB_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        high[i] = d_out[i];
-        if (!kIsHalf) continue;
-        uint32_t parts[2];
-        split(low_of(d_out[i], E{}), high_of(d_out[i], E{}), parts, Bfloat16{});
-        high[i] = parts[0], low[i] = parts[1];
-      }
-      const FourWords* state = p.state_operand + ((head * p.value_steps + k) * columns + first) * kWarp + lane;
-      SB_UNROLL
-      for (int n = 0; n < kCount; ++n) {
-        if (first + n >= columns) continue;
-        const FourWords of_state = load(state + n * kWarp);
-        if (kIsHalf) multiply_add(sum[n], low, of_state.at[0], of_state.at[1], Bfloat16{});
-        multiply_add(sum[n], high, of_state.at[2], of_state.at[3], Bfloat16{});
-        multiply_add(sum[n], high, of_state.at[0], of_state.at[1], Bfloat16{});
-      }
-    }
+    add_product_of_tokens<E, D>(base + Layout::kGradients, p.value_steps,
+                                p.state_operand + head * p.value_steps * columns * kWarp, columns, first, sum);
   }
 
   // The gradients by x that come from dO H and, not yet times -dO.o, from hz: F'(x) of both, by a lane each. With them
-  // F(x) dO H and F(x).hz, over exp(rho + kappa_ref). Also x as an operand: half of the coordinates, then 1.
+  // F(x) dO H and F(x).hz, over exp(rho + kappa_ref). Also x as an operand: half of
+  // the coordinates, then 1.
   SB_DEVICE void add_state_of_features() {
     const auto gradients = shared_array<float>(base + Layout::kStages);
     float of_feature[kTileFeatures / 8][4];
@@ -246,7 +222,7 @@ class BackwardTile {
       for (int k = 0; k < kSteps; ++k) {
         if (k >= p.head_steps) continue;
         uint32_t q[4];
-        load_rows(base, k, q);
+        load_left<2 * D>(base, k, q);
         SB_UNROLL
         for (int n = 0; n < 2; ++n) {
           const FourWords* parts =
@@ -292,13 +268,13 @@ class BackwardTile {
       const Slot& of = slot[r];
       const int64_t at = row_of(r) * width() + c + i;
       const float mass = load(p.state_sums + head * p.features_padded + c + i);
-      d_exponents().set(at, exp2_of(exponents().get(at) - of.log) * of.inverse *
-                                ((d_exponents().get(at) - of.delta * mass) - of.correction * mass));
+      d_exponents().set(at,
+                        exp2_of(exponents().get(at) - of.log) * of.inverse * (d_exponents().get(at) - of.shift * mass));
     }
     sync_warp();
   }
 
-  SB_DEVICE int64_t width() const { return Layout::width(p); }
+  SB_DEVICE int32_t width() const { return Layout::width(p); }
   SB_DEVICE Shared<float> exponents() const { return shared_array<float>(base + Layout::kRows); }
   SB_DEVICE Shared<float> d_exponents() const {
     return shared_array<float>(base + Layout::kRows + width() * kTile * 4);
@@ -383,23 +359,25 @@ class BackwardTile {
       const int64_t place = swizzled<2 * D>(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
       uint32_t rows[4], keys[4];
       if (k < p.head_steps) {
-        load_rows(base, k, rows), load_matrices(from + place, keys);
+        load_left<2 * D>(base, k, rows), load_matrices(from + place, keys);
         multiply_add(score[0], rows, keys[0], keys[1], E{});
         multiply_add(score[1], rows, keys[2], keys[3], E{});
       }
       if (k < p.value_steps) {
-        load_rows(base + Layout::kGradients, k, rows), load_matrices(from + Layout::kMatrix + place, keys);
+        load_left<2 * D>(base + Layout::kGradients, k, rows), load_matrices(from + Layout::kMatrix + place, keys);
         multiply_add(value[0], rows, keys[0], keys[1], E{});
         multiply_add(value[1], rows, keys[2], keys[3], E{});
       }
     }
-    if (kHasQuadratic) SB_UNROLL
-    for (int n = 0; n < kKeyTiles; ++n) {
-      uint32_t y[4];  // the two halves of the first part, then of the second
-      load_matrices(from + 2 * Layout::kMatrix + swizzled<64>(n * 8 + lane % 8, lane / 8), y);
-      multiply_add(root[n], x_low, y[0], y[1], Bfloat16{});
-      multiply_add(root[n], x_high, y[2], y[3], Bfloat16{});
-      multiply_add(root[n], x_high, y[0], y[1], Bfloat16{});
+    if (kHasQuadratic) {
+      SB_UNROLL
+      for (int n = 0; n < kKeyTiles; ++n) {
+        uint32_t y[4];  // the two halves of the first part, then of the second
+        load_matrices(from + 2 * Layout::kMatrix + swizzled<64>(n * 8 + lane % 8, lane / 8), y);
+        multiply_add(root[n], x_low, y[0], y[1], Bfloat16{});
+        multiply_add(root[n], x_high, y[2], y[3], Bfloat16{});
+        multiply_add(root[n], x_high, y[0], y[1], Bfloat16{});
+      }
     }
 
     const float scale = float(p.scale * kLog2e), own_share = kHasLowRank ? exp2_of(of_lane.log) : 0.0f;
@@ -419,7 +397,7 @@ class BackwardTile {
           for (int r = 0; r < 2; ++r) {
             const Slot& of = slot[r];
             const int at = 2 * r + i;
-            const float gradient = (value[n][at] - of.delta) - of.correction;
+            const float gradient = value[n][at] - of.shift;
             ds[at] = is_listed ? exp2_of(score[n][at] * scale - of.log) * of.inverse * gradient : 0.0f;
             if (kIsHalf) ds[at] *= of.scale;
             if (kHasQuadratic) d_product[n][at] = is_listed ? -(of.state_weight * share) * root[n][at] * gradient : 0;
@@ -513,7 +491,7 @@ class BackwardTile {
     for (int i = 0; i < kStage; ++i) {
       const int32_t cluster = shuffle_from(of_lane.cluster, i);
       if (!(valid >> i & 1) || cluster % 2 != lane / kTile) continue;
-      const int64_t at = row * width() + cluster;
+      const int32_t at = row * width() + cluster;
       d_exponents().set(at, d_exponents().get(at) + pairs().get(row * kRowWidth + i));
     }
   }
@@ -564,24 +542,17 @@ class BackwardTile {
       to.log = of.top, to.inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
       if (to.inverse > most) to.inverse = most;
       to.state_weight = a * to.inverse;
-      to.delta = ((exact_value + a * total_value) - a * removed_value) * to.inverse;
-      if (p.d_lse) to.correction = -load(static_cast<const float*>(p.d_lse) + row + query);
-      if (kIsHalf) set_scale(to, largest);
+      const float delta = ((exact_value + a * total_value) - a * removed_value) * to.inverse;
+      const float correction = !p.d_lse ? 0.0f : -load(static_cast<const float*>(p.d_lse) + row + query);
+      to.shift = delta + correction;
+      if (kIsHalf) to.scale = Scale::of(largest + (to.shift < 0.0f ? -to.shift : to.shift));
       if (t != 0) continue;
       const int64_t at = (b * p.q_heads + h) * p.q_tokens + first_slot + row_of(r);
       store(static_cast<SlotRecord<float>*>(p.records) + at,
-            SlotRecord<float>{to.log, to.inverse, kHasQuadratic ? to.state_weight : 0.0f, to.delta, to.correction});
+            SlotRecord<float>{to.log, to.inverse, kHasQuadratic ? to.state_weight : 0.0f, delta, correction});
       store(p.kinds + at, kHasLowRank ? SlotKind::kState : SlotKind::kListed);
     }
     return ballot(has_any) != 0;
-  }
-
-  // A power of two that puts the largest gradient of a score just below 2^12, and its inverse.
-  SB_DEVICE static void set_scale(Slot& of, float largest) {
-    const float shift = of.delta + of.correction;
-    const auto exponent = int32_t(same_bits<uint32_t>(largest + (shift < 0.0f ? -shift : shift)) >> 23);
-    const int32_t scale = 265 - exponent < 252 ? 265 - exponent : 252;
-    of.scale = same_bits<float>(uint32_t(scale) << 23), of.unscale = same_bits<float>(uint32_t(254 - scale) << 23);
   }
 
   // -------------------- results
@@ -589,7 +560,7 @@ class BackwardTile {
   SB_DEVICE void finish() {
     SB_UNROLL
     for (int c = 0; c < kChunks; ++c) SB_UNROLL
-    for (int i = 0; i < 4; ++i) dq[c][i] *= float(p.scale) * (kIsHalf ? slot[i / 2].unscale : 1.0f);
+    for (int i = 0; i < 4; ++i) dq[c][i] *= float(p.scale) * (kIsHalf ? Scale::inverse(slot[i / 2].scale) : 1.0f);
     if (kHasQuadratic) finish_map();
     if (kHasClusters) finish_clusters();
     SB_UNROLL
@@ -610,8 +581,7 @@ class BackwardTile {
     for (int i = 0; i < 4; ++i) {
       const Slot& of = slot[i / 2];
       const int64_t at = row_of(i / 2) * kRowWidth + 8 * c + 2 * t + i % 2;
-      const float sum = (d_x.get(at) - of.delta * of_hz.get(at)) - of.correction * of_hz.get(at);
-      d_x.set(at, dx[c][i] + of.state_weight * sum);
+      d_x.set(at, dx[c][i] + of.state_weight * (d_x.get(at) - of.shift * of_hz.get(at)));
     }
     sync_warp();
     if (lane < kTile) {
@@ -621,8 +591,10 @@ class BackwardTile {
       d_x.set(last, QuadraticKernel::log_gradient(product, d_x.get(last)));
     }
     sync_warp();
+    const int64_t columns = p.head_dim / 8;
     if (p.query_weight.data)
-      return add_rows_of_map(d_x, kRowWidth, 0, p.map_operand + (b * p.q_heads + h) * row_size());
+      return add_product_of_numbers(d_x, kRowWidth, 0, 1.0f, p.map_operand + (b * p.q_heads + h) * columns * kWarp,
+                                    columns, dq);
     for (int64_t i = lane; i < kTile * (p.rank + 1); i += kWarp) {
       const int64_t row = i / (p.rank + 1), a = i % (p.rank + 1), query = queries.get(row);
       if (query >= 0) store(p.d_query_map.at<float>(b, h, query) + a, d_x.get(row * kRowWidth + a));
@@ -636,39 +608,20 @@ class BackwardTile {
     for (int row = 0; row < kTile; ++row)
       for (int64_t c = lane; c < p.rank && queries.get(row) >= 0; c += kWarp)
         store(to + row * p.rank + c, d_exponents().get(row * width() + c));
-    const int64_t steps = p.features_padded / 16;
+    const int64_t steps = p.features_padded / 16, columns = p.head_dim / 8;
     for (int64_t step = 0; step < steps; ++step)
-      add_rows_of_map(d_exponents(), width(), step, p.map_operand + (head * steps + step) * row_size());
-  }
-
-  SB_DEVICE int64_t row_size() const { return p.head_dim / 8 * kWarp; }
-  // dq += columns [16 step, 16 step + 16) of gradients by slot, times 16 rows of a map.
-  SB_DEVICE void add_rows_of_map(const Shared<float>& gradients, int64_t width, int64_t step, const FourWords* rows) {
-    const float scale = kHasClusters ? float(p.scale) : 1.0f;
-    uint32_t high[4], low[4];
-    SB_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int64_t at = row_of(i % 2) * width + step * 16 + 2 * t + i / 2 * 8;
-      uint32_t parts[2];
-      split(gradients.get(at) * scale, gradients.get(at + 1) * scale, parts, Bfloat16{});
-      high[i] = parts[0], low[i] = parts[1];
-    }
-    SB_UNROLL
-    for (int c = 0; c < kChunks; ++c) {
-      if (c * 8 >= p.head_dim) continue;
-      const FourWords row = load(rows + c * kWarp + lane);
-      multiply_add(dq[c], low, row.at[0], row.at[1], Bfloat16{});
-      multiply_add(dq[c], high, row.at[2], row.at[3], Bfloat16{});
-      multiply_add(dq[c], high, row.at[0], row.at[1], Bfloat16{});
-    }
+      add_product_of_numbers(d_exponents(), width(), step, float(p.scale),
+                             p.map_operand + head * steps * columns * kWarp, columns, dq);
   }
 
   const BackwardTileParams& p;
-  const int64_t base, b, h, kv, head, first_slot;
+  const int32_t base, b, h, kv;
+  const int64_t head;
+  const int32_t first_slot;
   const int lane, g, t;
   const Shared<int32_t> queries;
   const Shared<float> x, d_x, of_hz;
-  int64_t first_key = 0;
+  int32_t first_key = 0;
   int32_t listed = 0;
   uint32_t x_high[4], x_low[4];
   Sums sums[2];

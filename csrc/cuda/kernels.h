@@ -46,7 +46,11 @@ void launch_backward_queries(const BackwardParams& p, Element element, bool is_w
 // Queries on tensor cores, in place of launch_attention_forward and launch_backward_queries; after
 // launch_tile_operands.
 void launch_attention_backward_tile(const BackwardTileParams& p, Element element, Stream stream);
+// What a product of tokens or of numbers with a matrix reads (tile_memory.cuh).
+void launch_right_operand(const OperandParams& p, Stream stream);
 void launch_state_gradients(const BackwardParams& p, Element element, bool is_wide, Stream stream);
+// Keys on tensor cores, but for pairs of listed blocks; launch_backward_keys adds those.
+void launch_attention_backward_tile_keys(const BackwardTileKeysParams& p, Element element, Stream stream);
 void launch_backward_keys(const BackwardParams& p, Element element, bool is_wide, Stream stream);
 void launch_share_representatives(const BackwardParams& p, Element element, bool is_wide, Stream stream);
 void launch_finish_keys(const BackwardParams& p, Element element, bool is_wide, Stream stream);

@@ -9,11 +9,6 @@ constexpr int kThreads = 128;
 // What a block may have on every device.
 constexpr int64_t kMostShared = 96 << 10;
 
-void launch_operand(const OperandParams& p, Stream stream) {
-  launch(stream, "right_operand", blocks_for(p.batch * p.heads * p.row_steps * p.column_chunks * kWarp, kThreads),
-         kThreads, 0, right_operand, p);
-}
-
 void launch_operands(const BackwardTileParams& p, Stream stream) {
   OperandParams state{};
   state.batch = p.batch, state.heads = state.given_heads = p.kv_heads, state.rows = p.value_pad;
@@ -22,7 +17,7 @@ void launch_operands(const BackwardTileParams& p, Stream stream) {
   state.of_head = p.slots * p.slot_size, state.of_batch = p.kv_heads * state.of_head;
   state.of_row = 1, state.of_column = p.value_pad + 1;
   state.row_steps = p.value_steps, state.column_chunks = p.features_padded / 8, state.operand = p.state_operand;
-  launch_operand(state, stream);
+  launch_right_operand(state, stream);
 
   if (!p.map_operand) return;
   OperandParams map{};
@@ -37,7 +32,7 @@ void launch_operands(const BackwardTileParams& p, Stream stream) {
     map.data = static_cast<const float*>(p.query_weight.data);
     map.of_head = map.rows * p.head_dim, map.of_batch = p.query_weight.batch;
   }
-  launch_operand(map, stream);
+  launch_right_operand(map, stream);
 }
 
 template <class E, int D, LowRank kKind>
@@ -57,6 +52,11 @@ void launch_kind(const BackwardTileParams& p, Stream stream) {
 }
 
 }  // namespace
+
+void launch_right_operand(const OperandParams& p, Stream stream) {
+  launch(stream, "right_operand", blocks_for(p.batch * p.heads * p.row_steps * p.column_chunks * kWarp, kThreads),
+         kThreads, 0, right_operand, p);
+}
 
 void launch_attention_backward_tile(const BackwardTileParams& p, Element element, Stream stream) {
   with_element(element, [&](auto* e) {

@@ -187,7 +187,8 @@ struct BackwardParams : ForwardParams {
   // Sums over queries, in the type of maps: (B, Hkv, M, head_dim), (.., value_pad), and (.., rank + 1) of maps or
   // (.., 1), that by the log mass; and (B, Hkv, clusters, head_dim) of AttentionParams.d_representatives.
   void *dk_sum, *dv_sum, *dy_sum;
-  const void* query_mean;  // (B, Hkv, head_dim)
+  const void* query_mean;   // (B, Hkv, head_dim)
+  bool adds_listed_blocks;  // keys' sums are there but for pairs of listed blocks
 };
 
 // Four registers of 32 bits, read and written together.
@@ -235,6 +236,15 @@ struct BackwardTileParams : BackwardParams {
   const FourWords* cluster_operand;  // these four as in TileParams
   const float *state_sums, *key_log;
   const Bfloat16* key_coordinates;
+};
+
+// That of keys by tiles (attention_backward_tile_keys.cuh).
+struct BackwardTileKeysParams : BackwardParams {
+  int64_t features_padded, head_steps, value_steps;  // these, key_log and key_coordinates as in BackwardTileParams
+  FourWords *state_by_value, *state_by_feature;      // of d_kv_state: OperandParams.operand of either form
+  const float* key_log;
+  const Bfloat16* key_coordinates;
+  Bfloat16* query_coordinates;  // (B, Hq, N, 2, 16)
 };
 
 // Below every exponent.

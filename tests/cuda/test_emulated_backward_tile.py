@@ -1,4 +1,4 @@
-"""The backward pass of queries on tensor cores, in the emulator: as near to float64 as the CPU's kernel, by bits under
+"""The backward pass on tensor cores, in the emulator: as near to float64 as the CPU's kernel, by bits under
 padding, layouts and repetition, without bank conflicts in its loops; and faults that are planted into it."""
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ N = 96
 
 @contextmanager
 def on_tensor_cores(emulator: Emulator, expected: bool = True) -> Iterator[None]:
-    """Operators run in the emulator, and gradients of queries on tensor cores or not, as expected."""
+    """Operators run in the emulator, and gradients of queries on tensor cores or not, as expected; of keys too where a
+    window or a state has them."""
     started = []
     with emulator.installed(), emulator.observed(lambda launch, is_after: started.append(launch.kernel)):
         yield
     assert (b"attention_backward_tile" in started) == expected
+    assert expected or b"attention_backward_tile_keys" not in started
 
 
 def given_of(dtype: torch.dtype, head_dim: int = 24, value_dim: int = 40, heads: int = 1, n: int = N) -> list[Tensor]:
@@ -127,7 +129,7 @@ def map_arguments(dtype: torch.dtype) -> tuple[AttentionArguments, list[Tensor]]
 
 
 def error_of_maps(emulator: Emulator, dtype: torch.dtype) -> float:
-    """Of d_query_map, and of dq beyond a rounding where it holds that too."""
+    """Of d_query_map and d_key_map, and of dq and dk beyond a rounding where they hold those too."""
     arguments, weights = map_arguments(dtype)
     grad = rand(2, 4, 90, 16, seed=5).to(dtype)
     wide = AttentionArguments(
@@ -138,17 +140,34 @@ def error_of_maps(emulator: Emulator, dtype: torch.dtype) -> float:
         results = OPERATORS.attention(*arguments)
         alone = OPERATORS.attention_backward(grad, None, *results, *arguments)
         through = OPERATORS.attention_backward(grad, None, *results, *arguments, None, None, *weights)
-    of_map = alone[3].double() @ weights[0].double().repeat_interleave(2, 1)
-    if row_error(through[0], alone[0].double() + of_map) > torch.finfo(dtype).eps:
-        return torch.inf
-    return row_error(alone[3], want[3])
+    by_head = [w.double().expand(2, -1, -1, -1).repeat_interleave(h // w.shape[1], 1) for w, h in zip(weights, (4, 2))]
+    for got, direct, of_map, weight in zip(through, alone[:2], alone[3:], by_head):
+        if row_error(got, direct.double() + of_map.double() @ weight) > torch.finfo(dtype).eps:
+            return torch.inf
+    return max(row_error(got, exact) for got, exact in zip(alone[3:], want[3:]))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_gradients_of_maps_are_exact_and_go_on_through_given_projections(
     emulator: Emulator, dtype: torch.dtype
 ) -> None:
-    assert error_of_maps(emulator, dtype) <= 1e-4
+    assert error_of_maps(emulator, dtype) <= 2.5e-4
+
+
+def test_sinks_inside_of_a_window_count_once(emulator: Emulator) -> None:
+    arguments = map_arguments(torch.bfloat16)[0]._replace(span_sinks=5, low_rank=0, query_map=None, key_map=None)
+    wide = AttentionArguments(
+        *(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+    )
+    grad = rand(2, 4, 90, 16, seed=5).bfloat16()
+    with on_tensor_cores(emulator):
+        ours = OPERATORS.attention_backward(grad, None, *OPERATORS.attention(*arguments), *arguments)
+    cpu = OPERATORS.attention_backward(grad, None, *OPERATORS.attention(*arguments), *arguments)
+    want = OPERATORS.attention_backward(grad.double(), None, *OPERATORS.attention(*wide), *wide)
+    assert all(
+        rms(a, c) <= 1.1 * rms(b, c) and row_error(a, c) <= 1.5 * row_error(b, c)
+        for a, b, c in zip(ours[:3], cpu, want)
+    )
 
 
 # -------------------- bits
@@ -178,7 +197,7 @@ def test_no_bit_depends_on_padding(emulator: Emulator, kind: str) -> None:
     assert_same_bits([t[:, :, 5 : 5 + N] for t in got], results[0], NAMES)
 
 
-@pytest.mark.parametrize("kind", LOW_RANKS)
+@pytest.mark.parametrize("kind", ["none", "quadratic"])
 def test_another_run_and_layout_gives_the_same_bits(emulator: Emulator, kind: str) -> None:
     given = given_of(torch.float16)
     base = bits(emulator, given, kind)
@@ -232,57 +251,47 @@ def conflicts_of(emulator: Emulator, kernel: bytes, low_rank: object, keys: int)
     return after - before
 
 
+@pytest.mark.parametrize("kernel", [b"attention_backward_tile", b"attention_backward_tile_keys"], ids=str)
 @pytest.mark.parametrize("kind", ["none", "quadratic"])
-def test_the_loops_over_keys_have_no_bank_conflicts(emulator: Emulator, kind: str) -> None:
+def test_the_loops_over_keys_have_no_bank_conflicts(emulator: Emulator, kind: str, kernel: bytes) -> None:
     """So that further keys have none. Clusters are looked up wherever the keys' are."""
-    few, more = (conflicts_of(emulator, b"attention_backward_tile", LOW_RANKS[kind], keys) for keys in (16, 64))
+    few, more = (conflicts_of(emulator, kernel, LOW_RANKS[kind], keys) for keys in (16, 64))
     assert few == more
 
 
 # -------------------- planted faults
 
-# By the kind of calls that show them.
+QUERIES, KEYS = "attention_backward_tile.cuh", "attention_backward_tile_keys.cuh"
+END_OF_LOOP = "      sync_warp();  // before the buffer is filled again\n"
+# Where they are, and the kind of calls that show them.
 FAULTS = {
-    "missing barrier at the end of the loop": (
-        "none",
-        "      sync_warp();  // before the buffer is filled again\n",
-        "",
-        "race|asynchronous copy",
-    ),
-    "stale mask of a stage": ("none", "ballot(of_lane.key >= 0)", "ballot(true)", "d[qkv] (rms|row)"),
+    "missing barrier at the end of the loop": (QUERIES, "none", END_OF_LOOP, "", "race|asynchronous copy"),
+    "missing barrier at the end of the loop of keys": (KEYS, "none", END_OF_LOOP, "", "race|asynchronous copy"),
+    "stale mask of a stage": (QUERIES, "none", "ballot(of_lane.key >= 0)", "ballot(true)", "d[qkv] (rms|row)"),
     "swapped operand": (
+        QUERIES,
         "none",
         "        multiply_add(dq[c + 1], d_score, keys[2], keys[3], E{});\n",
         "        multiply_add(dq[c + 1], d_score, keys[3], keys[2], E{});\n",
         "dq (rms|row)",
     ),
     "lost last stage": (
+        QUERIES,
         "none",
         "begin < positions; begin += kStage",
         "begin + kStage < positions; begin += kStage",
         "d[qkv] (rms|row)|asynchronous copy",
     ),
-    "lost gradient of lse": ("none", "to.correction = -load(", "to.correction = 0 * load(", "d[qkv] (rms|row)"),
-    "lost low part of coordinates": (
+    "a stage's keys for all": (KEYS, "none", "&& key < stage.hi;", ";", "d[kv] (rms|row)"),
+    "lost low part of the queries' coordinates": (
+        KEYS,
         "quadratic",
-        "multiply_add(root[n], x_high, y[2], y[3], Bfloat16{});",
+        "multiply_add(root[n], high, x[2], x[3], Bfloat16{});",
         "",
         "map",
     ),
-    "lost low part of the state": (
-        "quadratic",
-        "multiply_add(sum[n], high, of_state.at[2], of_state.at[3], Bfloat16{});",
-        "",
-        "map",
-    ),
-    "lost low part of a product's gradient": (
-        "quadratic",
-        "multiply_add(dx[c], d_low, high[2 * c], high[2 * c + 1], Bfloat16{});",
-        "",
-        "map",
-    ),
-    "what is taken back is not": ("quadratic", "of.removed_value += held * of_value", "(void)of_value", "map"),
-    "clusters of both halves": ("centroid", "cluster % 2 != lane / kTile", "false", "race"),
+    "what is taken back is not": (QUERIES, "quadratic", "of.removed_value += held * of_value", "(void)of_value", "map"),
+    "clusters of both halves": (QUERIES, "centroid", "cluster % 2 != lane / kTile", "false", "race"),
 }
 
 
@@ -290,8 +299,13 @@ def first_complaint(emulator: Emulator, kind: str) -> str:
     try:
         if kind == "quadratic":
             error = error_of_maps(emulator, torch.bfloat16)
-            return f"map: {error:.1e}" if error > 1e-4 else ""
-        return excess(emulator, given_of(torch.bfloat16), ragged(N, 2, 60, False, 1), LOW_RANKS[kind])
+            return f"map: {error:.1e}" if error > 2.5e-4 else ""
+        given = given_of(torch.bfloat16)
+        for support in (sb.Window(32, 16, sinks=9), ragged(N, 2, 60, False, 1)):
+            wrong = excess(emulator, given, support, LOW_RANKS[kind])
+            if wrong:
+                return wrong
+        return ""
     except RuntimeError as error:
         return str(error)
 
@@ -313,8 +327,8 @@ def test_the_kernel_without_a_fault_raises_no_complaint(emulator: Emulator, kind
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught_by_name(kernels: Path, fault: str) -> None:
-    kind, old, new, name = FAULTS[fault]
-    path = kernels / "cuda" / "attention_backward_tile.cuh"
+    file, kind, old, new, name = FAULTS[fault]
+    path = kernels / "cuda" / file
     text = path.read_text()
     assert text.count(old) == 1, "the fault no longer fits the source"
     path.write_text(text.replace(old, new))

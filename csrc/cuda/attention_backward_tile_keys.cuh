@@ -1,0 +1,492 @@
+// Backward pass of keys on tensor cores: a warp computes a tile of 16 keys, its pairs with query slots whose window or
+// sinks they are, and what reaches them through the state; bidirectional, for bfloat16 and float16. Pairs of listed
+// blocks are left to attention_backward_keys.cuh, which adds to these sums.
+//
+// Query slots come in stages of 16, in the order of heads and slots. Keys are the rows of all products, so that
+// gradients of scores are left operands as they come. dk with the gradient of the map, and dv, are tasks of their own:
+// the sums of both would not fit into registers.
+#pragma once
+#include "attention_backward.cuh"
+#include "naming_blocks.cuh"
+#include "tile_memory.cuh"
+
+namespace sb::cuda {
+
+inline constexpr int kTileKeysThreads = 128;
+
+// Shared memory of a warp, in bytes: K and V of its keys, then two stages of q and dO with the coordinates of queries.
+// Before the first stage F(y) or dH v passes through them. `small`: y and its gradients.
+template <int D, bool kHasQuadratic>
+struct TileKeysLayout {
+  static constexpr int64_t kMatrix = kTile * D * 2, kCoordinates = kHasQuadratic ? kTile * 64 : 0, kValues = kMatrix,
+                           kStages = 2 * kMatrix, kStageBytes = 2 * kMatrix + kCoordinates,
+                           kTokens = kStages + 2 * kStageBytes, kOwnCoordinates = kTokens + kTile * 4,
+                           kWidth = kTileFeatures + 1, kRowWidth = 17,
+                           kSmall = kHasQuadratic ? 2 * kTile * kRowWidth * 4 : 0,
+                           kBytes = kOwnCoordinates + kCoordinates + kSmall;
+  static_assert(!kHasQuadratic || kTile * kWidth * 4 <= 2 * kStageBytes);
+};
+
+template <class E, int D, bool kHasQuadratic, bool kOfValues>
+class TileKeys {
+  typedef TileKeysLayout<D, kHasQuadratic> Layout;
+  static constexpr bool kIsHalf = std::is_same_v<E, Half>;
+  static constexpr int kChunks = D / 8, kSteps = D / 16, kSlotTiles = kTile / 8, kWidth = Layout::kWidth,
+                       kRowWidth = Layout::kRowWidth;
+
+ public:
+  SB_DEVICE TileKeys(const BackwardTileKeysParams& p, int64_t base, int64_t head, int64_t first)
+      : p(p),
+        base(int32_t(base)),
+        b(int32_t(head / p.kv_heads)),
+        kv(int32_t(head % p.kv_heads)),
+        head(head),
+        first(int32_t(first)),
+        lane(lane_index()),
+        g(lane / 4),
+        t(lane % 4),
+        y(shared_array<float>(base + Layout::kOwnCoordinates + Layout::kCoordinates)),
+        dy(shared_array<float>(base + Layout::kOwnCoordinates + Layout::kCoordinates + Layout::kSmall / 2)) {}
+
+  SB_DEVICE void run() {
+    range = load(p.rows + b);
+    if (!find_keys()) return;
+    read_keys();
+    SB_UNROLL
+    for (int c = 0; c < kChunks; ++c) SB_UNROLL
+    for (int i = 0; i < 4; ++i) sum[c][i] = 0;
+    SB_UNROLL
+    for (int c = 0; c < 2; ++c) SB_UNROLL
+    for (int i = 0; i < 4; ++i) d_pairs[c][i] = 0;
+    if (kHasQuadratic) add_state();
+    if (p.span) {
+      const int64_t group = p.q_heads / p.kv_heads;
+      for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+        for (int64_t level = 0; level < p.of_span.levels; ++level) go_through(h, level);
+    }
+    finish();
+  }
+
+ private:
+  // -------------------- the tile's keys
+
+  // Whether there are any. Keys count from the row's first one; -1 is none.
+  SB_DEVICE bool find_keys() {
+    const int64_t j = range.k_first + first + lane;
+    const bool is_valid = lane < kTile && j < range.k_end && !(p.k_mask && load(p.k_mask + b * p.k_tokens + j));
+    keys = ballot(is_valid);
+    return keys != 0;
+  }
+  SB_DEVICE bool is_key(int row) const { return keys >> row & 1; }
+  SB_DEVICE int64_t token(int64_t row) const { return int64_t(range.k_first) + first + row; }
+
+  SB_DEVICE void read_keys() {
+    sync_warp();  // the last tile is done with them
+    for (int i = lane; i < kTile * kChunks; i += kWarp) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      const int64_t j = is_key(row) ? token(row) : 0;
+      const bool in_key = is_key(row) && chunk * 8 < p.head_dim, in_value = is_key(row) && chunk * 8 < p.value_pad;
+      copy_async(base + swizzled<2 * D>(row, chunk), p.k.at<const E>(b, kv, j) + (in_key ? chunk * 8 : 0), in_key);
+      copy_async(base + Layout::kValues + swizzled<2 * D>(row, chunk),
+                 p.v.at<const E>(b, kv, j) + (in_value ? chunk * 8 : 0), in_value);
+    }
+    if (kHasQuadratic) {
+      for (int i = lane; i < kTile * 4; i += kWarp) {
+        const int row = i / 4, chunk = i % 4;
+        const int64_t j = is_key(row) ? token(row) : 0;
+        copy_async(base + Layout::kOwnCoordinates + swizzled<64>(row, chunk),
+                   p.key_coordinates + (head * p.k_tokens + j) * 32 + chunk * 8, is_key(row));
+      }
+      for (int i = lane; i < kTile * kRowWidth; i += kWarp) {
+        const int row = i / kRowWidth, a = i % kRowWidth;
+        y.set(i, is_key(row) && a < p.rank ? MapRow<float, float>(p.y_map, b, kv, token(row))(a) : 0.0f);
+        dy.set(i, 0.0f);
+      }
+    }
+    commit_copies(), wait_copies<0>();
+    sync_warp();
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int row = g + 8 * r;
+      share[r] = 0;
+      if (kHasQuadratic && is_key(row)) share[r] = exp2_of(load(p.key_log + head * p.k_tokens + token(row)));
+    }
+  }
+
+  // -------------------- the state
+
+  // b dH^T F(y) of values, and b F'(y)^T (dH v + dhz) of the map, with b = exp(kappa - kappa_ref).
+  SB_DEVICE void add_state() {
+    const auto of_features = shared_array<float>(base + Layout::kStages);
+    if (!kOfValues) {
+      float of_feature[kTileFeatures / 8][4];
+      SB_UNROLL
+      for (int n = 0; n < kTileFeatures / 8; ++n) SB_UNROLL
+      for (int i = 0; i < 4; ++i) of_feature[n][i] = 0;
+      const int64_t columns = p.features_padded / 8;
+      add_product_of_tokens<E, D>(base + Layout::kValues, p.value_steps,
+                                  p.state_by_value + head * p.value_steps * columns * kWarp, columns, 0, of_feature);
+      const int64_t group = p.q_heads / p.kv_heads;
+      const float* d_state =
+          static_cast<const float*>(p.d_kv_state) + (b * p.q_heads + kv * group) * p.query_segments * p.slot_size;
+      SB_UNROLL
+      for (int n = 0; n < kTileFeatures / 8; ++n) SB_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int64_t f = 8 * n + 2 * t + i;
+        const float of_hz = f < p.features ? load(d_state + f * (p.value_pad + 1) + p.value_pad) : 0.0f;
+        SB_UNROLL
+        for (int r = 0; r < 2; ++r) of_features.set((g + 8 * r) * kWidth + f, of_feature[n][2 * r + i] + of_hz);
+      }
+    } else {
+      for (int64_t i = lane; i < kTile * kWidth; i += kWarp) of_features.set(i, 0.0f);
+    }
+    const float own[2] = {shuffle_from(share[0], lane % 8 * 4), shuffle_from(share[1], lane % 8 * 4)};
+    sync_warp();
+    if (lane < kTile) {
+      const int64_t row = lane * kRowWidth, at = lane * kWidth;
+      const float weight = lane < 8 ? own[0] : own[1];
+      const auto coordinate = [&](int64_t a) { return y.get(row + a); };
+      if (kOfValues)
+        QuadraticKernel::expand(p.rank, weight, coordinate,
+                                [&](int64_t f, float value) { of_features.set(at + f, value); });
+      else
+        QuadraticKernel::chain(
+            p.rank, weight, coordinate, [&](int64_t f) { return of_features.get(at + f); },
+            [&](int64_t a) { return dy.get(row + a); }, [&](int64_t a, float value) { dy.set(row + a, value); });
+    }
+    sync_warp();
+    for (int64_t step = 0; kOfValues && step < p.features_padded / 16; ++step)
+      add_product_of_numbers(of_features, kWidth, step, 1.0f,
+                             p.state_by_feature + head * (p.features_padded / 16) * (p.value_pad / 8) * kWarp,
+                             p.value_pad / 8, sum);
+    if (kOfValues && kIsHalf) {  // with the weights that follow, which are at most about one
+      SB_UNROLL
+      for (int r = 0; r < 2; ++r) scales[r] = Scale::of(0.75f);
+      SB_UNROLL
+      for (int c = 0; c < kChunks; ++c) SB_UNROLL
+      for (int i = 0; i < 4; ++i) sum[c][i] *= scales[i / 2];
+    }
+    sync_warp();  // the stages' place is free
+  }
+
+  // -------------------- pairs
+
+  // A stage of query slots of head h: with the first level of the transposed lists those that see sinks, 16 by 16; then
+  // those of the blocks whose window touches the tile. [lo, hi) are the keys that all of them have.
+  struct Stage {
+    int32_t slot = 0, lo = 0, hi = 0;
+  };
+  struct Walk {
+    int64_t h;
+    int32_t slots, of_sinks, of_block, stages;
+    const int32_t* blocks;
+    SB_DEVICE Walk(const TileKeys& tile, int64_t h, int64_t level)
+        : h(h), slots(int32_t(slots_of_row(tile.p, tile.range))) {
+      const NamingBlocks naming(tile.p, tile.p.of_span, tile.b, h, tile.first, level);
+      const int64_t longest = tile.p.block_q < slots ? tile.p.block_q : slots;
+      of_sinks = level == 0 && tile.first < tile.p.span_sinks ? int32_t(ceil_div(slots, kTile)) : 0;
+      of_block = int32_t(ceil_div(longest, kTile));
+      stages = of_sinks + int32_t(naming.count) * of_block, blocks = naming.blocks;
+    }
+  };
+  SB_DEVICE Stage stage_of(const Walk& walk, int32_t i) const {
+    const int32_t length = range.k_end - range.k_first, sinks = p.span_sinks < length ? int32_t(p.span_sinks) : length;
+    if (i < walk.of_sinks) return {i * kTile, 0, sinks};
+    i -= walk.of_sinks;
+    const int64_t block = load(walk.blocks + i / walk.of_block);
+    if (block < 0 || block >= p.blocks) return {};
+    const Span span(p, range, b, block);
+    const int64_t hi = span.hi < 0 ? 0 : span.hi;
+    return {int32_t(block * p.block_q) + i % walk.of_block * kTile, span.lo < sinks ? sinks : int32_t(span.lo),
+            hi > length ? length : int32_t(hi)};
+  }
+  // The first stage from i on with keys of the tile.
+  SB_DEVICE int32_t next_stage(const Walk& walk, int32_t i, Stage& stage) const {
+    for (; i < walk.stages; ++i) {
+      stage = stage_of(walk, i);
+      if (stage.lo < first + kTile && stage.hi > first && stage.lo < stage.hi && stage.slot < walk.slots) break;
+    }
+    return i;
+  }
+
+  // This lane's slot of a stage, lane % 16.
+  struct Fetched {
+    int32_t query;
+    float log, inverse, state_weight, shift;
+  };
+
+  SB_DEVICE Fetched fetch(const Walk& walk, const Stage& stage, int buffer) const {
+    const int32_t slot = stage.slot + lane % kTile;
+    Fetched of_lane{-1, 0, 0, 0, 0};
+    if (slot < walk.slots && kind_of(p, b, walk.h, slot) != SlotKind::kNone) {
+      const auto record = load(record_of<float>(p, b, walk.h, slot));
+      of_lane.query = int32_t(query_of_slot(p, range, b, walk.h, slot));
+      of_lane.log = record.log, of_lane.inverse = record.inverse, of_lane.state_weight = record.state_weight;
+      of_lane.shift = record.delta + record.correction;
+    }
+    const int64_t to = base + Layout::kStages + buffer * Layout::kStageBytes;
+    SB_UNROLL_BY_2
+    for (int j = 0; j < kTile * kChunks / kWarp; ++j) {
+      const int i = lane + j * kWarp, row = i / kChunks, chunk = i % kChunks;
+      const int32_t query = shuffle_from(of_lane.query, row);
+      const int64_t at = query < 0 ? 0 : query;
+      const bool in_query = query >= 0 && chunk * 8 < p.head_dim, in_value = query >= 0 && chunk * 8 < p.value_pad;
+      copy_async(to + swizzled<2 * D>(row, chunk), p.q.at<const E>(b, walk.h, at) + (in_query ? chunk * 8 : 0),
+                 in_query);
+      copy_async(to + Layout::kMatrix + swizzled<2 * D>(row, chunk),
+                 p.d_out.at<const E>(b, walk.h, at) + (in_value ? chunk * 8 : 0), in_value);
+    }
+    if (kHasQuadratic) SB_UNROLL
+    for (int j = 0; j < kTile * 4 / kWarp; ++j) {
+      const int i = lane + j * kWarp, row = i / 4, chunk = i % 4;
+      const int32_t query = shuffle_from(of_lane.query, row);
+      copy_async(
+          to + 2 * Layout::kMatrix + swizzled<64>(row, chunk),
+          p.query_coordinates + ((b * p.q_heads + walk.h) * p.q_tokens + (query < 0 ? 0 : query)) * 32 + chunk * 8,
+          query >= 0);
+    }
+    return of_lane;
+  }
+
+  SB_DEVICE void go_through(int64_t h, int64_t level) {
+    const Walk walk(*this, h, level);
+    Stage next_place;
+    int32_t i = next_stage(walk, 0, next_place);
+    Fetched next{-1, 0, 0, 0, 0};
+    if (i < walk.stages) next = fetch(walk, next_place, 0);
+    commit_copies();
+    int buffer = 0;
+    while (i < walk.stages) {
+      const Stage place = next_place;
+      const Fetched of_lane = next;
+      i = next_stage(walk, i + 1, next_place);
+      if (i < walk.stages) next = fetch(walk, next_place, 1 - buffer);
+      commit_copies();
+      wait_copies<1>();
+      sync_warp();
+      add_stage(of_lane, place, base + Layout::kStages + buffer * Layout::kStageBytes);
+      sync_warp();  // before the buffer is filled again
+      buffer = 1 - buffer;
+    }
+    wait_copies<0>();
+  }
+
+  SB_DEVICE void add_stage(const Fetched& of_lane, const Stage& stage, int64_t from) {
+    const uint32_t valid = ballot(of_lane.query >= 0);                      // of the slots twice
+    float score[kSlotTiles][4], value[kSlotTiles][4], root[kSlotTiles][4];  // q.k; dO.v; 1 + x.y / 2
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 4; ++i) score[n][i] = value[n][i] = root[n][i] = 0;
+    SB_UNROLL
+    for (int k = 0; k < kSteps; ++k) {
+      const int64_t place = swizzled<2 * D>(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
+      uint32_t rows[4], slots[4];
+      if (k < p.head_steps) {
+        load_left<2 * D>(base, k, rows), load_matrices(from + place, slots);
+        multiply_add(score[0], rows, slots[0], slots[1], E{});
+        multiply_add(score[1], rows, slots[2], slots[3], E{});
+      }
+      if (!kOfValues && k < p.value_steps) {
+        load_left<2 * D>(base + Layout::kValues, k, rows), load_matrices(from + Layout::kMatrix + place, slots);
+        multiply_add(value[0], rows, slots[0], slots[1], E{});
+        multiply_add(value[1], rows, slots[2], slots[3], E{});
+      }
+    }
+    if (kHasQuadratic) {
+      uint32_t high[4], low[4];
+      load_left<64>(base + Layout::kOwnCoordinates, 0, high), load_left<64>(base + Layout::kOwnCoordinates, 1, low);
+      SB_UNROLL
+      for (int n = 0; n < kSlotTiles; ++n) {
+        uint32_t x[4];  // the two halves of the first part, then of the second
+        load_matrices(from + 2 * Layout::kMatrix + swizzled<64>(n * 8 + lane % 8, lane / 8), x);
+        multiply_add(root[n], low, x[0], x[1], Bfloat16{});
+        multiply_add(root[n], high, x[2], x[3], Bfloat16{});
+        multiply_add(root[n], high, x[0], x[1], Bfloat16{});
+      }
+    }
+
+    // In place of products: the gradient of a score, the weight, and the gradient of x.y.
+    const float scale = float(p.scale * kLog2e);
+    bool has_row[2];
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int32_t key = first + g + 8 * r;
+      has_row[r] = is_key(g + 8 * r) && key >= stage.lo && key < stage.hi;
+    }
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int column = 8 * n + 2 * t + i;
+      const bool has_slot = valid >> column & 1;
+      const float log = shuffle_from(of_lane.log, column), inverse = shuffle_from(of_lane.inverse, column),
+                  shift = kOfValues ? 0.0f : shuffle_from(of_lane.shift, column),
+                  state_weight = kHasQuadratic ? shuffle_from(of_lane.state_weight, column) : 0.0f;
+      SB_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const int at = 2 * r + i;
+        const bool is_listed = has_slot && has_row[r];
+        const float gradient = value[n][at] - shift;
+        float weight = is_listed ? exp2_of(score[n][at] * scale - log) * inverse : 0.0f;
+        score[n][at] = is_listed ? weight * gradient : 0.0f;
+        if (kHasQuadratic) {
+          const float held = is_listed ? state_weight * share[r] * root[n][at] : 0.0f;
+          weight -= held * root[n][at];
+          root[n][at] = is_listed ? -held * gradient : 0.0f;
+        }
+        value[n][at] = weight;
+      }
+    }
+    uint32_t parts[kNumberParts][4];
+    split_rows(kOfValues ? value : score, parts);
+    add_rows(parts, kOfValues ? from + Layout::kMatrix : from, kOfValues ? p.value_pad : p.head_dim);
+    if (!kHasQuadratic || kOfValues) return;
+    uint32_t high[4], low[4], first_part[4], second_part[4];
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t of_pair[2];
+      split(root[n][2 * r], root[n][2 * r + 1], of_pair, Bfloat16{});
+      high[2 * n + r] = of_pair[0], low[2 * n + r] = of_pair[1];
+    }
+    load_transposed(from + 2 * Layout::kMatrix + swizzled<64>(lane % 16, lane / 16), first_part);
+    load_transposed(from + 2 * Layout::kMatrix + swizzled<64>(lane % 16, 2 + lane / 16), second_part);
+    SB_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      multiply_add(d_pairs[c], low, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
+      multiply_add(d_pairs[c], high, second_part[2 * c], second_part[2 * c + 1], Bfloat16{});
+      multiply_add(d_pairs[c], high, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
+    }
+  }
+
+  // Numbers of float16 are in two parts, and with their row's sums over the same power of two: so that they stay inside
+  // of it, and no small row is lost.
+  static constexpr int kNumberParts = kIsHalf ? 2 : 1;
+  SB_DEVICE void split_rows(float (&numbers)[kSlotTiles][4], uint32_t (&to)[kNumberParts][4]) {
+    if (kIsHalf) SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float largest = 0;
+      SB_UNROLL
+      for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+      for (int i = 2 * r; i < 2 * r + 2; ++i)
+        largest = larger(largest, numbers[n][i] < 0.0f ? -numbers[n][i] : numbers[n][i]);
+      largest = larger(largest, shuffle_xor(largest, 1));
+      largest = larger(largest, shuffle_xor(largest, 2));
+      if (largest * scales[r] > 0x1p14f) {
+        const float wider = Scale::of(largest), ratio = wider * Scale::inverse(scales[r]);
+        SB_UNROLL
+        for (int c = 0; c < kChunks; ++c) sum[c][2 * r] *= ratio, sum[c][2 * r + 1] *= ratio;
+        scales[r] = wider;
+      }
+      SB_UNROLL
+      for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+      for (int i = 2 * r; i < 2 * r + 2; ++i) numbers[n][i] *= scales[r];
+    }
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t parts[kNumberParts];
+      split(numbers[n][2 * r], numbers[n][2 * r + 1], parts, E{});
+      SB_UNROLL
+      for (int i = 0; i < kNumberParts; ++i) to[i][2 * n + r] = parts[i];
+    }
+  }
+  // sum += numbers by slot times the slots' rows at `from`, `width` wide.
+  SB_DEVICE void add_rows(const uint32_t (&numbers)[kNumberParts][4], int64_t from, int64_t width) {
+    SB_UNROLL
+    for (int c = 0; c < kChunks; c += 2) {
+      if (c * 8 >= width) continue;
+      uint32_t rows[4];
+      load_transposed(from + swizzled<2 * D>(lane % 16, c + lane / 16), rows);
+      SB_UNROLL
+      for (int i = kNumberParts - 1; i >= 0; --i) {
+        multiply_add(sum[c], numbers[i], rows[0], rows[1], E{});
+        multiply_add(sum[c + 1], numbers[i], rows[2], rows[3], E{});
+      }
+    }
+  }
+
+  // -------------------- results
+
+  SB_DEVICE void finish() {
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int row = g + 8 * r;
+      if (!is_key(row)) continue;
+      const float scale = (kOfValues ? 1.0f : float(p.scale)) * (kIsHalf ? Scale::inverse(scales[r]) : 1.0f);
+      const int64_t width = kOfValues ? p.value_pad : p.head_dim;
+      float* to = static_cast<float*>(kOfValues ? p.dv_sum : p.dk_sum) + (head * p.k_tokens + token(row)) * width;
+      SB_UNROLL
+      for (int c = 0; c < kChunks; ++c) SB_UNROLL
+      for (int i = 0; i < 2; ++i)
+        if (8 * c < width) store(to + 8 * c + 2 * t + i, sum[c][2 * r + i] * scale);
+    }
+    if (kHasQuadratic && !kOfValues) finish_map();
+  }
+
+  // Pairs were multiplied by half of the queries' coordinates, but for the 1 behind them.
+  SB_DEVICE void finish_map() {
+    SB_UNROLL
+    for (int c = 0; c < 2; ++c) SB_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int a = 8 * c + 2 * t + i % 2, at = (g + i / 2 * 8) * kRowWidth + a;
+      dy.set(at, dy.get(at) + (a < p.rank ? 2.0f : 1.0f) * d_pairs[c][i]);
+    }
+    sync_warp();
+    if (lane < kTile) {
+      float product = 0;
+      for (int64_t a = 0; a < p.rank; ++a) product += y.get(lane * kRowWidth + a) * dy.get(lane * kRowWidth + a);
+      const int64_t last = lane * kRowWidth + p.rank;
+      dy.set(last, QuadraticKernel::log_gradient(product, dy.get(last)));
+    }
+    sync_warp();
+    float* to = static_cast<float*>(p.dy_sum) + head * p.k_tokens * (p.rank + 1);
+    for (int64_t i = lane; i < kTile * (p.rank + 1); i += kWarp) {
+      const int64_t row = i / (p.rank + 1), a = i % (p.rank + 1);
+      if (is_key(int(row))) store(to + token(row) * (p.rank + 1) + a, dy.get(row * kRowWidth + a));
+    }
+  }
+
+  const BackwardTileKeysParams& p;
+  const int32_t base, b, kv;
+  const int64_t head;
+  const int32_t first;
+  const int lane, g, t;
+  const Shared<float> y, dy;
+  RowRange range;
+  uint32_t keys = 0;                       // of the tile, those that count
+  float share[2];                          // exp(kappa - kappa_ref)
+  float scales[2] = {0x1p125f, 0x1p125f};  // of rows of sums, in float16
+  float sum[kChunks][4], d_pairs[2][4];
+};
+
+template <class E, int D, bool kHasQuadratic>
+SB_KERNEL SB_THREADS_AT_MOST(kTileKeysThreads) attention_backward_tile_keys(BackwardTileKeysParams p) {
+  const int64_t tiles = ceil_div(p.k_tokens, kTile), all = p.batch * p.kv_heads * tiles,
+                warps = block_threads() / kWarp;
+  const int64_t base = warp_index() * TileKeysLayout<D, kHasQuadratic>::kBytes;
+  for_each_task(ceil_div(2 * all, warps), [&](int64_t task) {
+    const int64_t at = task * warps + warp_index(), tile = at % all;
+    if (at >= 2 * all) return;
+    if (at < all)
+      TileKeys<E, D, kHasQuadratic, false>(p, base, tile / tiles, tile % tiles * kTile).run();
+    else
+      TileKeys<E, D, kHasQuadratic, true>(p, base, tile / tiles, tile % tiles * kTile).run();
+  });
+}
+
+// Half of a query's coordinates, then 1, as rows of 16 in two parts.
+SB_KERNEL tile_queries(BackwardTileKeysParams p) {
+  for_each_element(p.batch * p.q_heads * p.q_tokens, [&](int64_t at) {
+    const int64_t row = at / p.q_tokens;
+    const MapRow<float, float> x(p.x_map, row / p.q_heads, row % p.q_heads, at % p.q_tokens);
+    auto* to = reinterpret_cast<uint32_t*>(p.query_coordinates + at * 32);
+    for (int64_t a = 0; a < 16; a += 2) {
+      const auto coordinate = [&](int64_t i) { return i < p.rank ? 0.5f * x(i) : i == p.rank ? 1.0f : 0.0f; };
+      uint32_t parts[2];
+      split(coordinate(a), coordinate(a + 1), parts, Bfloat16{});
+      store(to + a / 2, parts[0]), store(to + 8 + a / 2, parts[1]);
+    }
+  });
+}
+
+}  // namespace sb::cuda
