@@ -109,7 +109,9 @@ class TileKeys {
     for (int r = 0; r < 2; ++r) {
       const int row = g + 8 * r;
       share[r] = 0;
-      if (kHasQuadratic && is_key(row)) share[r] = exp2_of(load(p.key_log + head * p.k_tokens + token(row)));
+      if (!kHasQuadratic || !is_key(row)) continue;
+      const float of_state = load(static_cast<const float*>(p.state_log) + head * p.slots + p.slots - 1);
+      share[r] = exp2_of(load(p.key_log + head * p.k_tokens + token(row)) - of_state);
     }
   }
 

@@ -40,8 +40,11 @@ void launch_tiles(const BackwardTileKeysParams& p, Stream stream) {
 template <class E, bool kHasQuadratic>
 void launch_kind(const BackwardTileKeysParams& p, Stream stream) {
   if constexpr (kHasQuadratic) launch_operands(p, stream);
-  p.head_dim <= 64 && p.value_pad <= 64 ? launch_tiles<E, 64, kHasQuadratic>(p, stream)
-                                        : launch_tiles<E, 128, kHasQuadratic>(p, stream);
+  if constexpr (kHasQuadratic)
+    launch_tiles<E, 64, true>(p, stream);
+  else
+    p.head_dim <= 64 && p.value_pad <= 64 ? launch_tiles<E, 64, false>(p, stream)
+                                          : launch_tiles<E, 128, false>(p, stream);
 }
 
 }  // namespace
