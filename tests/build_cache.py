@@ -28,7 +28,7 @@ def read_by(source: Path, seen: set[Path]) -> set[Path]:
 
 
 def contents(source: Path) -> list[bytes]:
-    """Of the source and of every header of ours that it includes, in an order that does not depend on where they lie."""
+    """Of the source and of every header of ours that it includes, in an order that is the same wherever they lie."""
     return sorted(path.read_bytes() for path in read_by(source.resolve(), set()))
 
 
