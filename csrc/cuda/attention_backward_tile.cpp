@@ -1,23 +1,11 @@
 #include "attention_backward_tile.h"
 
-#include "../math/low_rank_kernels.h"
+#include "attention_tile.h"
 
 namespace sb::cuda {
 
 bool fits_backward_tiles(const AttentionArguments& a) {
-  const ScalarType dtype = a.query.scalar_type();
-  const int64_t head_dim = a.query.size(3), value_dim = a.value.size(3);
-  if ((dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) || a.is_causal || a.block_q % 16 != 0) return false;
-  if (head_dim % 8 != 0 || head_dim < kNarrowHead || head_dim > kWidestTile) return false;
-  if (value_dim % 8 != 0 || value_dim == 0 || value_dim > kWidestTile) return false;
-  switch (static_cast<LowRank>(a.low_rank)) {
-    case LowRank::kNone: return true;
-    case LowRank::kQuadratic:
-      return feature_count(LowRank::kQuadratic, a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1) <=
-             kTileFeatures;
-    case LowRank::kCentroid: return a.representatives->size(2) <= kMostTileClusters;
-    default: return false;
-  }
+  return !a.is_causal && a.block_q % 16 == 0 && fits_tiles(a);
 }
 
 BackwardTileParams backward_tile_params(const BackwardParams& of_call, const TileParams& operands, Call& call) {

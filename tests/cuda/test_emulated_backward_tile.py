@@ -4,16 +4,15 @@ padding, layouts and repetition, without bank conflicts in its loops; and faults
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-from emulated import CSRC, Emulator, build
+from emulated import Emulator, build
 from operator_cases import operator_arguments
 from oracle import row_error
+from planted import BFLOAT16, Kernels
 from testkit import assert_same_bits, rand
 from tiles import ragged, rms, statistics_of
 from torch import Tensor
@@ -310,30 +309,14 @@ def first_complaint(emulator: Emulator, kind: str) -> str:
         return str(error)
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("planted") / "csrc"
-    for folder in (".", "math", "cuda", "emulator"):
-        for path in (CSRC / folder).glob("*.*"):
-            (copy / folder).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy / folder / path.name)
-    return copy
-
-
 @pytest.mark.parametrize("kind", LOW_RANKS)
 def test_the_kernel_without_a_fault_raises_no_complaint(emulator: Emulator, kind: str) -> None:
     assert first_complaint(emulator, kind) == ""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught_by_name(kernels: Path, fault: str) -> None:
+def test_a_planted_fault_is_caught_by_name(kernels: Kernels, fault: str) -> None:
     file, kind, old, new, name = FAULTS[fault]
-    path = kernels / "cuda" / file
-    text = path.read_text()
-    assert text.count(old) == 1, "the fault no longer fits the source"
-    path.write_text(text.replace(old, new))
-    try:
-        complaint = first_complaint(Emulator(build(kernels, ["-DSB_ONLY_BFLOAT16", "-O1", "-Wno-error"])), kind)
-    finally:
-        path.write_text(text)
+    with kernels.planted(file, old, new):
+        complaint = first_complaint(Emulator(build(kernels.csrc, BFLOAT16)), kind)
     assert re.match(name, complaint), complaint or "nothing was noticed"

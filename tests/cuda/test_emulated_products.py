@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from emulated import CSRC, Emulator, Observed, build
+from emulated import Emulator, Observed, build
 from operator_cases import operator_arguments
+from planted import BFLOAT16, Kernels
 from testkit import assert_same_bits, rand
 from torch import Tensor
 from torch.nn.functional import pad
@@ -411,29 +410,13 @@ def first_complaint(emulator: Emulator) -> str:
         return str(error_of_kernel)
 
 
-@pytest.fixture(scope="module")
-def kernels(emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("planted") / "csrc"
-    for folder in (".", "math", "cuda", "emulator"):
-        for path in (CSRC / folder).glob("*.*"):
-            (copy / folder).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy / folder / path.name)
-    return copy
-
-
 def test_the_kernels_without_a_fault_raise_no_complaint(emulator: Emulator) -> None:
     assert first_complaint(emulator) == ""
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, *FAULTS_OF_PROJECTIONS])
-def test_a_planted_fault_is_caught_by_name(kernels: Path, fault: str) -> None:
+def test_a_planted_fault_is_caught_by_name(kernels: Kernels, fault: str) -> None:
     old, new, name = (FAULTS | FAULTS_OF_PROJECTIONS)[fault]
-    path = kernels / "cuda" / ("feature_products.cuh" if fault in FAULTS else "project_products.cuh")
-    text = path.read_text()
-    assert text.count(old) == 1, "the fault no longer fits the source"
-    path.write_text(text.replace(old, new))
-    try:
-        complaint = first_complaint(Emulator(build(kernels, ["-DSB_ONLY_BFLOAT16", "-O1", "-Wno-error"])))
-    finally:
-        path.write_text(text)
+    with kernels.planted("feature_products.cuh" if fault in FAULTS else "project_products.cuh", old, new):
+        complaint = first_complaint(Emulator(build(kernels.csrc, BFLOAT16)))
     assert re.match(name, complaint), complaint or "nothing was noticed"

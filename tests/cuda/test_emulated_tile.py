@@ -5,15 +5,14 @@ share a list, or are ragged: with lists of fewer queries, or causal."""
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-from emulated import CSRC, Emulator, build
+from emulated import Emulator, build
 from oracle import row_error
+from planted import BFLOAT16, Kernels
 from testkit import assert_same_bits, rand
 from tiles import ragged, rms, statistics_of
 from torch import Tensor
@@ -363,16 +362,6 @@ def first_complaint(emulator: Emulator) -> str:
         return str(error)
 
 
-@pytest.fixture(scope="module")
-def kernels(emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("planted") / "csrc"
-    for folder in (".", "math", "cuda", "emulator"):
-        for path in (CSRC / folder).glob("*.*"):
-            (copy / folder).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy / folder / path.name)
-    return copy
-
-
 def test_the_kernel_without_a_fault_raises_no_complaint(emulator: Emulator) -> None:
     assert first_complaint(emulator) == ""
 
@@ -419,16 +408,11 @@ def test_ragged_tiles_without_a_fault_raise_no_complaint(emulator: Emulator) -> 
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, *RAGGED_FAULTS])
-def test_a_planted_fault_is_caught_by_name(kernels: Path, fault: str) -> None:
+def test_a_planted_fault_is_caught_by_name(kernels: Kernels, fault: str) -> None:
     old, new, name = (FAULTS | RAGGED_FAULTS)[fault]
     ask = first_complaint if fault in FAULTS else first_complaint_of_ragged_tiles
-    files = [kernels / "cuda" / f"{name}.cuh" for name in ("attention_tile", "attention_tile_rows", "tile_memory")]
-    path = next((path for path in files if old in path.read_text()), files[0])
-    text = path.read_text()
-    assert text.count(old) == 1, "the fault no longer fits the source"
-    path.write_text(text.replace(old, new))
-    try:
-        complaint = ask(Emulator(build(kernels, ["-DSB_ONLY_BFLOAT16", "-O1", "-Wno-error"])))
-    finally:
-        path.write_text(text)
+    files = ("attention_tile.cuh", "attention_tile_rows.cuh", "tile_memory.cuh")
+    file = next((file for file in files if old in (kernels.csrc / "cuda" / file).read_text()), files[0])
+    with kernels.planted(file, old, new):
+        complaint = ask(Emulator(build(kernels.csrc, BFLOAT16)))
     assert re.match(name, complaint), complaint or "nothing was noticed"

@@ -4,18 +4,17 @@ leave every access legal must show in the parity with the definition."""
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from cluster_cases import assert_agree, tokens_of
 from cuda_calls import excess
-from emulated import CSRC, Emulator, build
+from emulated import Emulator, build
 from heavy_keys import RANK, Call, late_call
 from oracle import assert_parity, draw, row_error
+from planted import FLOAT, Kernels
 from supports.test_route import PER_QUERY, POOLED, TWO_POOLS, Inputs, assert_as_defined, random_mask
 from testkit import rand
 
@@ -24,8 +23,6 @@ import scatterbrain as sb
 # Windows, lists with a causal edge, causal states, lists of single queries; without a kernel, quadratic and features;
 # several chunks.
 SEEDS = (2, 18, 35, 98, 39, 49, 10, 11, 12, 13, 20, 29, 34, 36, 37, 42, 44, 50, 58, 61, 66, 68, 76, 83, 92, 100)
-
-FLAGS = ["-DSB_ONLY_FLOAT", "-O1", "-Wno-error"]  # for compilers in a hurry
 
 
 class Fault(NamedTuple):
@@ -265,44 +262,23 @@ def first_complaint(emulator: Emulator, checks: Sequence[Callable[[Emulator], st
     return ""
 
 
-@pytest.fixture(scope="module")
-def kernels(emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("planted") / "csrc"
-    for folder in (".", "math", "cuda", "emulator"):
-        for path in (CSRC / folder).glob("*.*"):
-            (copy / folder).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy / folder / path.name)
-    return copy
-
-
 def test_kernels_without_a_fault_raise_no_complaint(emulator: Emulator) -> None:
     assert first_complaint(emulator, (*CHECKS, wrong_gradients)) == ""
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, *FAULTS_OF_GRADIENTS])
-def test_a_planted_fault_is_caught_by_name(kernels: Path, fault: str) -> None:
+def test_a_planted_fault_is_caught_by_name(kernels: Kernels, fault: str) -> None:
     file, old, new, name = (FAULTS | FAULTS_OF_GRADIENTS)[fault]
     checks = CHECKS if fault in FAULTS else (wrong_gradients,)
-    path = kernels / "cuda" / file
-    text = path.read_text()
-    assert text.count(old) == 1, "the fault no longer fits the source"
-    path.write_text(text.replace(old, new))
-    try:
-        complaint = first_complaint(Emulator(build(kernels, FLAGS)), checks)
-    finally:
-        path.write_text(text)
+    with kernels.planted(file, old, new):
+        complaint = first_complaint(Emulator(build(kernels.csrc, FLOAT)), checks)
     assert re.match(name, complaint), complaint or "nothing was noticed"
 
 
-def test_a_fault_has_a_place(kernels: Path) -> None:
-    path = kernels / "cuda" / "attention_forward.cuh"
-    text = path.read_text()
+def test_a_fault_has_a_place(kernels: Kernels) -> None:
     bad = "      if (e < p.value_pad) store(out + e + 1000000"
-    path.write_text(text.replace("      if (e < p.value_pad) store(out + e", bad))
-    line = path.read_text().split(bad)[0].count("\n") + 1
-    try:
-        complaint = first_complaint(Emulator(build(kernels, FLAGS)), CHECKS)
-    finally:
-        path.write_text(text)
+    with kernels.planted("attention_forward.cuh", "      if (e < p.value_pad) store(out + e", bad) as path:
+        line = path.read_text().split(bad)[0].count("\n") + 1
+        complaint = first_complaint(Emulator(build(kernels.csrc, FLOAT)), CHECKS)
     place = rf"in kernel attention_forward, block \d+, thread \d+, at attention_forward.cuh:{line}$"
     assert re.match(f"out of bounds: a write of 4 bytes .*{place}", complaint), complaint

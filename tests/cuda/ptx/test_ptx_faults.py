@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from cuda_compiler import TARGETS
-from emulated import CSRC
+from planted import Kernels
 from ptx_machine import PtxFault
 from ptx_replay import Library, Recorded, replay
 
@@ -137,16 +135,6 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("planted") / "csrc"
-    for folder in (".", "math", "cuda"):
-        (copy / folder).mkdir(parents=True, exist_ok=True)
-        for path in (CSRC / folder).glob("*.*"):
-            shutil.copy(path, copy / folder / path.name)
-    return copy
-
-
 def first_complaint(launches: list[Recorded], library: Library) -> str:
     for launch in launches:
         if launch.kernel in library.names():
@@ -159,17 +147,11 @@ def first_complaint(launches: list[Recorded], library: Library) -> str:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught_by_name(
-    kernels: Path, launches: Launches, libraries: dict[str, Library], name: str
+    kernels: Kernels, launches: Launches, libraries: dict[str, Library], name: str
 ) -> None:
     fault = FAULTS[name]
-    path = kernels / "cuda" / fault.file
-    text = path.read_text()
-    assert text.count(fault.old) == 1, "the fault no longer fits the source"
-    path.write_text(text.replace(fault.old, fault.new))
-    try:
-        library = Library(TARGETS[0], [kernels / "cuda" / fault.source])
-    finally:
-        path.write_text(text)
+    with kernels.planted(fault.file, fault.old, fault.new):
+        library = Library(TARGETS[0], [kernels.csrc / "cuda" / fault.source])
     complaint = first_complaint(launches(fault.call, fault.dtype), library)
     assert re.match(fault.name, complaint), complaint or "nothing was noticed"
     if not complaint.startswith(("parity", "rounding")):
