@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,19 +16,25 @@ from ptx_replay import WORKING_MEMORY, Library, Recorded, difference, replay
 
 Launches = Callable[[str, torch.dtype], list[Recorded]]
 LEAST_COVERAGE = 0.1
+LAUNCHES_OF_OTHER_TARGETS = 3
 
 
 @pytest.fixture(scope="module")
 def replayed(libraries: dict[str, Library], launches: Launches) -> object:
-    """Replays the launches of a call on a target, once."""
+    """Replays the launches of a call on a target, once: all of them on the first one, and on the others, whose PTX
+    differs in little, some of every kernel."""
     done: set[tuple[str, str]] = set()
+    times: Counter[tuple[str, str]] = Counter()
 
     def of(target: str, call: str) -> None:
-        if (target, call) not in done:
-            for dtype in DTYPES:
-                for launch in launches(call, dtype):
+        if (target, call) in done:
+            return
+        for dtype in DTYPES:
+            for launch in launches(call, dtype):
+                times[target, launch.kernel] += 1
+                if target == TARGETS[0] or times[target, launch.kernel] <= LAUNCHES_OF_OTHER_TARGETS:
                     replay(launch, libraries[target])
-            done.add((target, call))
+        done.add((target, call))
 
     return of
 
@@ -45,13 +52,13 @@ def test_ptx_writes_what_the_host_writes(target: str, call: str, replayed: objec
     replayed(target, call)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_calls_execute_much_of_every_kernel(target: str, libraries: dict[str, Library], replayed: object) -> None:
+def test_calls_execute_much_of_every_kernel(libraries: dict[str, Library], replayed: object) -> None:
     """What is left are mostly divisions of numbers beyond 32 bits and copies of loops for other lengths; kernels in
     float64 for float32 tokens that few calls flag have the least."""
     for call in CALLS:
-        replayed(target, call)
-    shares = {kernel_name(name): libraries[target].kernel(name).coverage() for name in libraries[target].names()}
+        replayed(TARGETS[0], call)
+    library = libraries[TARGETS[0]]
+    shares = {kernel_name(name): library.kernel(name).coverage() for name in library.names()}
     assert not {name: share for name, share in shares.items() if share < LEAST_COVERAGE}
 
 
