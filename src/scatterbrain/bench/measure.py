@@ -163,7 +163,7 @@ class Measurement:
                     once = max(self.clock.seconds(on_sets[:1]), 1e-7)
                     found[name, direction] = on_sets, max(1, round(SAMPLE_SECONDS / once))
                     self.rows[name, direction].error = error
-            except (RuntimeError, ValueError, TypeError, MemoryError, NotImplementedError) as failure:
+            except (RuntimeError, ValueError, TypeError, MemoryError) as failure:
                 reason, found = describe_failure(failure), {}
         for direction in config.directions:
             self.rows[name, direction].note = reason or ""
