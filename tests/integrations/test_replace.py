@@ -201,6 +201,23 @@ def test_causal_calls_have_their_own_support_and_the_report_says_it():
         sb.replace_attention(model, causal_support="window")
 
 
+def test_short_calls_of_a_model_are_exact_where_that_is_asked_for():
+    exact = encoder().eval()
+    model = copy.deepcopy(exact)
+    report = sb.replace_attention(model, **SETTINGS, exact_below=L + 1)
+    assert f"bidirectional calls with fewer than {L + 1} keys run exact attention" in str(report)
+    with torch.no_grad():
+        for n, is_exact in ((L, True), (L + 1, False)):
+            x = torch.randn(2, n, E)
+            error = float((model(x) - exact(x)).abs().max())
+            assert (error < 1e-5) == is_exact, error
+    report.restore()
+    for wrong in (-1, 2.0, "auto"):
+        with pytest.raises(ValueError, match="replace_attention: exact_below must be an int of at least 0, got"):
+            sb.replace_attention(model, exact_below=wrong)
+    assert "run exact attention" not in str(sb.replace_attention(model, **SETTINGS))
+
+
 def test_cross_attention_has_no_causal_support():
     model = nn.TransformerDecoderLayer(32, 2, 64, 0.0, batch_first=True)
     sb.replace_attention(model)

@@ -259,6 +259,55 @@ def test_exact_queries_must_be_a_count(wrong: object) -> None:
         sb.ScatterbrainAttention(4, 16, exact_queries=wrong)
 
 
+# -------------------- short calls
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_bidirectional_calls_with_fewer_keys_than_said_are_exact_and_others_as_without(grad: bool) -> None:
+    settings = {"support": sb.Window(16), "low_rank": sb.Centroid(4)}
+    plain, core = (sb.ScatterbrainAttention(4, 16, exact_below=keys, **settings) for keys in (0, 61))
+    for n, is_exact in ((60, True), (61, False)):
+        q, k, v = (t[:, :, :n] for t in (leaves(qkv()) if grad else qkv()))
+        out, without = core(q, k, v), plain(q, k, v)
+        assert torch.equal(out, F.scaled_dot_product_attention(q, k, v) if is_exact else without)
+        assert not is_exact or not torch.allclose(without, out, rtol=1e-2, atol=1e-2)
+        # Keys count, queries do not.
+        assert torch.equal(core(q[:, :, :9], k, v), plain(q[:, :, :9], k, v)) != is_exact
+
+
+def test_short_calls_are_exact_with_masks_and_without_statistics() -> None:
+    q, k, v = qkv()
+    mask = padding(80, (20, 30))
+    core = sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=sb.Quadratic(4), exact_below=100)
+    out, lse = core(q, k, v, mask, return_lse=True)
+    valid = ~mask
+    for b in range(2):
+        want = sb.reference.attention(*(t[b : b + 1, :, valid[b]] for t in (q, k, v)), sb.Full(), None)
+        torch.testing.assert_close(out[b : b + 1, :, valid[b]], want.float())
+    with pytest.raises(ValueError, match="is not calibrated"):
+        core(*(torch.cat([t, t], 2) for t in (q, k, v)))
+
+
+def test_causal_calls_are_never_exact_for_their_length_whose_first_tokens_would_see_the_last() -> None:
+    plain, core = (calibrated(True, **QUADRATIC) for _ in range(2))
+    core.exact_below = 1000
+    inputs = qkv(seed=3)
+    assert torch.equal(core(*inputs, is_causal=True), plain(*inputs, is_causal=True))
+
+
+def test_a_compiled_module_is_exact_on_short_calls_of_its_length() -> None:
+    core = sb.ScatterbrainAttention(4, 16, exact_below=100, support=sb.Window(16), low_rank=sb.Centroid(4))
+    compiled = torch.compile(core, backend="aot_eager", dynamic=False)
+    inputs = qkv()
+    torch.testing.assert_close(compiled(*inputs), F.scaled_dot_product_attention(*inputs))
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.0, True, None])
+def test_exact_below_must_be_a_count(wrong: object) -> None:
+    with pytest.raises(ValueError, match="exact_below must be an int of at least 0"):
+        sb.ScatterbrainAttention(4, 16, exact_below=wrong)
+
+
 # -------------------- causal calls
 
 

@@ -20,7 +20,7 @@ from scatterbrain.integrations.vision import (
     exact_class_tokens,
 )
 from scatterbrain.low_rank import check_low_rank
-from scatterbrain.nn.attention import ScatterbrainAttention, join_layers
+from scatterbrain.nn.attention import ScatterbrainAttention, check_count, join_layers
 from scatterbrain.nn.host_module import HostModule
 from scatterbrain.nn.multihead import MultiheadAttention
 from scatterbrain.nn.pairs import Choice, Pairs
@@ -35,6 +35,7 @@ def replace_attention(
     token_order: str | None = "auto",
     causal_support: Support | None = None,
     causal_low_rank: Choice = ...,
+    exact_below: int = 0,
 ) -> Report:
     """Replaces the attention modules of ``model`` in place and reports each of them.
 
@@ -79,6 +80,8 @@ def replace_attention(
         causal_support: the support of calls that are causal (nn.MultiheadAttention with the causal mask, decoders of
             transformers); default ``support`` where that is given. Cross-attention is never causal.
         causal_low_rank: the kernel of causal calls; default ``low_rank`` where that is given.
+        exact_below: bidirectional calls with fewer keys than this run exact attention, as
+            :class:`ScatterbrainAttention` says; default 0, never.
 
     Returns:
         :class:`Report`: a table of every module that looks like attention, with what it is now or why it was left, and
@@ -87,13 +90,14 @@ def replace_attention(
     Raises:
         TypeError: model, support or low_rank of a wrong type, or a ``where`` that cannot be called with one path. What
             ``where`` itself raises passes through. The model is then as it was.
-        ValueError: two different kernels with state; "learned" for a model that is in DistributedDataParallel or FSDP
-            already.
+        ValueError: two different kernels with state; an exact_below that is no count; "learned" for a model that is in
+            DistributedDataParallel or FSDP already.
         ValueError: token_order="hilbert" for a model without a vision transformer that can be ordered.
     """
     pairs = Pairs.chosen(support, low_rank, causal_support, causal_low_rank)
     _check_arguments(model, pairs, token_order)
     _check_where(where)
+    check_count("replace_attention: exact_below", exact_below)
     prepare_replacers(model)
     modules = list(_attention_modules(model))
     left_out = {path for path, _ in modules if where is not None and not where(path)}
@@ -118,11 +122,21 @@ def replace_attention(
     if token_order == "auto" and report.replaced:
         report._add(*apply_order_where_possible(model))
     report.notes += exact_class_tokens(model, {entry.path for entry in report.replaced}.__contains__)
+    if exact_below > 0 and (cores := _cores(model, report)):
+        for core in cores:
+            core.exact_below = exact_below
+        report.notes.append(f"bidirectional calls with fewer than {exact_below} keys run exact attention")
     _stop_nested_tensors(model, report)
     join_layers(model)
     if not report.replaced:
         warnings.warn(f"replace_attention changed nothing: {report}", stacklevel=2)
     return report
+
+
+def _cores(model: nn.Module, report: Report) -> list[ScatterbrainAttention]:
+    """The attention of every module that was replaced."""
+    replaced = (model.get_submodule(entry.path) for entry in report.replaced)
+    return [core for host in replaced for core in host.modules() if isinstance(core, ScatterbrainAttention)]
 
 
 def _settings(pairs: Pairs) -> str:

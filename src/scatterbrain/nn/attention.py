@@ -16,7 +16,7 @@ from scatterbrain.nn.kernel_state import RECORD, KernelState
 from scatterbrain.nn.observed import Observed
 from scatterbrain.nn.pairs import CAUSAL_LOW_RANK, Choice, Pairs
 from scatterbrain.nn.warn import warn_once
-from scatterbrain.operators.tracing import NOT_IN_TORCHSCRIPT, is_transformed
+from scatterbrain.operators.tracing import NOT_IN_TORCHSCRIPT, is_known, is_transformed
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
 from scatterbrain.supports import Full, Support
@@ -72,6 +72,10 @@ class ScatterbrainAttention(KernelState):
         exact_queries: this many first queries attend to every key exactly, in bidirectional calls. For class and
             register tokens, whose attention is spread over the whole image: the cost is that of as many rows of exact
             attention.
+        exact_below: bidirectional calls with fewer keys than this, padding included, run exact attention by torch's
+            kernel, which nothing beats on few tokens. Default 0, never: from there on results are another function of
+            the tokens, and a row's depend on how far its batch was padded. Causal calls never do, since results of the
+            first tokens would depend on how many follow; nor do lengths that a trace leaves open.
 
     Raises:
         TypeError, ValueError: naming the argument; a support that does not fit the kernel, or causal calls.
@@ -82,6 +86,7 @@ class ScatterbrainAttention(KernelState):
     # Of modules that were pickled without them: as for bidirectional calls.
     causal_support: Support | None = None
     _causal_low_rank: Choice = ...
+    exact_below: int = 0
 
     def __init__(
         self,
@@ -93,6 +98,7 @@ class ScatterbrainAttention(KernelState):
         exact_queries: int = 0,
         causal_support: Support | None = None,
         causal_low_rank: Choice = ...,
+        exact_below: int = 0,
     ) -> None:
         super().__init__()
         pairs = Pairs.chosen(support, low_rank, causal_support, causal_low_rank)
@@ -106,10 +112,8 @@ class ScatterbrainAttention(KernelState):
                 f"ScatterbrainAttention: num_heads must be a multiple of num_kv_heads, got {num_heads} and "
                 f"{num_kv_heads}"
             )
-        if isinstance(exact_queries, bool) or not isinstance(exact_queries, int) or exact_queries < 0:
-            raise ValueError(
-                f"ScatterbrainAttention: exact_queries must be an int of at least 0, got {exact_queries!r}"
-            )
+        check_count("ScatterbrainAttention: exact_queries", exact_queries)
+        check_count("ScatterbrainAttention: exact_below", exact_below)
         pairs.check()
         if pairs.causal_low_rank is CAUSAL_LOW_RANK and pairs.low_rank != CAUSAL_LOW_RANK:
             pairs = pairs._replace(causal_low_rank=Quadratic(min(CAUSAL_LOW_RANK.rank, head_dim)))
@@ -122,7 +126,7 @@ class ScatterbrainAttention(KernelState):
                 )
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, num_kv_heads
         self.pairs = pairs
-        self.exact_queries = exact_queries
+        self.exact_queries, self.exact_below = exact_queries, exact_below
         self.is_collecting = False
         # Of all layers of a model together (join_layers): what was warned of, and how their paths end.
         self.said: set[str] = set()
@@ -155,7 +159,7 @@ class ScatterbrainAttention(KernelState):
             query, key, value = functional.cast_for_autocast(query, key, value)
             checks.check_tensors(query, key, value)
             self._gather(query, key, key_padding_mask, query_padding_mask, functional.default_scale(query, scale))
-        if collects:
+        if collects or (not is_causal and is_known(key.shape[2] < self.exact_below)):
             support, low_rank = Full(), None
         elif self.is_collecting:
             self.observed.add_other_call()
@@ -387,6 +391,12 @@ class ScatterbrainAttention(KernelState):
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}, "
             f"support={self.support}, {causal}low_rank={self.low_rank}{kernel}"
         )
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises ValueError, with ``name``, for anything but an int of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an int of at least 0, got {value!r}")
 
 
 def _replace_first(rows: Tensor, first: Tensor) -> Tensor:
