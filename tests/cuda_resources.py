@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from cuda_compiler import ARCHITECTURES, NEEDS_NVCC, ROOT, Needs, kernel_names, needs_by_symbol, nvcc, of_all_sources
 from emulated import Emulator, Observed, build
+from marked import Marked
 from supports.test_route import PER_QUERY, POOLED, Inputs
 from testkit import rand
 
 import scatterbrain as sb
 
-DOCUMENT = ROOT / "docs" / "gpu.md"
-BEGIN, END = "<!-- table of resources -->", "<!-- end of the table -->"
+TABLE = Marked(ROOT / "docs" / "gpu.md", "table of resources")
 OPERATORS = torch.ops.scatterbrain
 STATISTICS = {d: sb.fit_statistics(rand(1, 2, 99, d), rand(1, 2, 99, d, seed=1), min(9, d)) for d in (8, 20, 64, 128)}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -124,16 +124,7 @@ def table(emulator: Emulator) -> list[str]:
     return lines
 
 
-def parts(text: str) -> tuple[str, str, str]:
-    """The document before its table, the table, and behind it."""
-    before, _, rest = text.partition(BEGIN)
-    listed, _, after = rest.partition(END)
-    return before, listed.strip(), after
-
-
 if __name__ == "__main__":
     if nvcc() is None:
         sys.exit(f"cuda_resources.py {NEEDS_NVCC}; install one.")
-    before, _, after = parts(DOCUMENT.read_text())
-    text = "\n".join(table(Emulator(build())))
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    TABLE.write(table(Emulator(build())))
