@@ -16,6 +16,8 @@ import scatterbrain as sb
 from scatterbrain import checks, fields, prepared
 from scatterbrain.low_rank import centroid, moments, quadratic_projection
 from scatterbrain.supports import blocks
+from scatterbrain.training.config import ModelConfig
+from scatterbrain.training.model import Decoder
 
 WAITING = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
 WAITING |= {"scatterbrain::equal_bytes", "aten::masked_select", "aten::unique_consecutive", "aten::_unique2"}
@@ -110,6 +112,24 @@ def test_modules_read_nothing_on_the_host(
 
     def run() -> None:
         torch.autograd.grad(module(*tokens, is_causal=is_causal).sum(), tokens)
+
+    assert waited_for(run) == set()
+
+
+def test_a_training_step_of_the_example_model_reads_nothing_on_the_host(device: None) -> None:
+    """So that it can be captured in a CUDA graph, with an optimizer that can be."""
+
+    def attention(heads: int, kv_heads: int, head_dim: int) -> torch.nn.Module:
+        support, low_rank = sb.presets.train(32)
+        return sb.ScatterbrainAttention(heads, head_dim, num_kv_heads=kv_heads, support=support, low_rank=low_rank)
+
+    model = Decoder(ModelConfig(width=32, layers=2, heads=2), 8, attention)
+    text = torch.arange(98).repeat(2, 1) % 8
+
+    def run() -> None:
+        logits = model(text[:, :-1])
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
     assert waited_for(run) == set()
 

@@ -518,6 +518,67 @@ def test_a_decoder_learns(machine: Machine) -> None:
     assert all(0 < step.attention_seconds < step.seconds for step in losses)
 
 
+def captured(machine: Machine, step: Callable[[], Any]) -> Callable[[], Any]:
+    """``step`` as a CUDA graph, after three runs on a stream of its own; the emulator runs the step itself."""
+    if not ON_GPU:
+        for _ in range(3):
+            step()
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_whole_training_step_can_be_captured_in_a_graph(machine: Machine, dtype: torch.dtype) -> None:
+    """The example model: forward, backward, clipping and AdamW. Replayed on new batches it gives the parameters of the
+    same steps without a graph."""
+    from scatterbrain.training.config import ModelConfig
+    from scatterbrain.training.model import Decoder
+
+    length = 130 if ON_GPU else 34
+
+    def attention(heads: int, kv_heads: int, head_dim: int) -> nn.Module:
+        support, low_rank = sb.presets.train(32)
+        return sb.ScatterbrainAttention(heads, head_dim, num_kv_heads=kv_heads, support=support, low_rank=low_rank)
+
+    def twin(device: torch.device) -> tuple[nn.Module, Tensor, Callable[[], None]]:
+        torch.manual_seed(0)
+        model = Decoder(ModelConfig(width=32, layers=2, heads=2), 8, attention).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, capturable=ON_GPU)
+        text = torch.zeros(2, length, dtype=torch.int64, device=device)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+                logits = model(text[:, :-1])
+            nn.functional.cross_entropy(logits.float().flatten(0, 1), text[:, 1:].flatten()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        return model, text, step
+
+    texts = [torch.randint(0, 8, (2, length), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    with on_device(machine) as device:
+        (model, text, step), (other, other_text, other_step) = twin(device), twin(device)
+        text.copy_(texts[0])
+        replay = captured(machine, step)
+        other_text.copy_(texts[0])
+        for _ in range(3):
+            other_step()
+        for batch in texts:
+            text.copy_(batch), other_text.copy_(batch)
+            replay(), other_step()
+    assert_same_bits([p.cpu() for p in model.parameters()], [p.cpu() for p in other.parameters()])
+
+
 def test_clusters_have_the_same_bits_every_time(machine: Machine) -> None:
     query, key, _ = placed(tuple(tokens()), machine.device)
     with machine.installed():

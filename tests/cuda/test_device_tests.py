@@ -26,6 +26,7 @@ SOME = (
     "a_transformers_model_gives_the_results_of_the_cpu",
     "the_default_pair_runs_in_an_encoder",
     "a_decoder_learns",
+    "a_whole_training_step_can_be_captured_in_a_graph[torch.bfloat16]",
     "clusters_have_the_same_bits_every_time",
     "empty_inputs_are_fine",
 )
