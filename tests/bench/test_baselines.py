@@ -10,9 +10,10 @@ import testkit
 import torch
 from testkit import assert_all_close, out_and_gradients, rand
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 import scatterbrain as sb
-from scatterbrain.bench import baselines
+from scatterbrain.bench import baselines, flex
 from scatterbrain.bench.methods import parse_method
 from scatterbrain.low_rank.favor import seeded_projection
 
@@ -51,6 +52,51 @@ def test_the_performer_is_attention_with_its_features_alone(features: int, is_ca
         lambda *t: sb.reference.attention(*t, sb.Empty(), low_rank, is_causal=is_causal, statistics=statistics),
         qkv(),
     )
+
+
+# ---------------------------------------------------------------------------------------- flex_attention
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("tokens, keys", [(32, 8), (48, 1), (48, 100), (130, 7), (130, 64), (131, 97), (256, 100)])
+def test_the_mask_of_blocks_is_the_one_that_torch_finds_by_looking_at_every_pair(
+    tokens: int, keys: int, is_causal: bool
+) -> None:
+    """Blocks that are looked at, blocks that need no look inside, and the pairs."""
+    cpu = torch.device("cpu")
+    ours = flex.window_mask(tokens, keys, is_causal, cpu)
+    theirs = create_block_mask(ours.mask_mod, None, None, tokens, tokens, device="cpu", BLOCK_SIZE=flex.BLOCK["cpu"])
+
+    def blocks(number: torch.Tensor, index: torch.Tensor) -> list[list[int]]:
+        return [sorted(row[:n].tolist()) for row, n in zip(index[0, 0], number[0, 0])]
+
+    assert blocks(ours.kv_num_blocks, ours.kv_indices) == blocks(theirs.kv_num_blocks, theirs.kv_indices)
+    assert blocks(ours.full_kv_num_blocks, ours.full_kv_indices) == blocks(
+        theirs.full_kv_num_blocks, theirs.full_kv_indices
+    )
+    at = torch.arange(tokens)
+    pairs = ours.mask_mod(torch.tensor(0), torch.tensor(0), at[:, None], at)
+    tensors = rand(1, 1, tokens, D), rand(1, 1, tokens, D)
+    support = sb.Window(keys, block_q=1)
+    assert torch.equal(pairs, sb.reference.mask(support, *tensors, is_causal=is_causal)[0, 0])
+
+
+def test_flex_attention_says_that_it_has_no_backward_pass_on_the_cpu() -> None:
+    leaves = [t.requires_grad_() for t in qkv()]
+    with pytest.raises(NotImplementedError, match="no backward pass on the CPU; measure --directions F"):
+        flex.flex_window(*leaves, keys=8)
+
+
+def test_a_compiler_that_fails_is_a_reason_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*tokens: Tensor, **settings: object) -> Tensor:
+        raise KeyError("\n no compiler\nat all")
+
+    monkeypatch.setattr(flex, "_compiled", lambda: fail)
+    with pytest.raises(RuntimeError, match="^flex_attention cannot be compiled or run here: .*no compiler"):
+        flex.flex_window(*qkv(), keys=9)
+
+
+# ---------------------------------------------------------------------------------------- clusters
 
 
 def cluster_mask(orders: tuple[Tensor, Tensor], size: int) -> Tensor:
@@ -107,6 +153,8 @@ def test_clusters_refuse_lengths_that_do_not_divide() -> None:
         ("causal-0", "at least 1"),
         ("lsh-63", "divide by rounds"),
         ("torch-window-0", "at least 1"),
+        ("torch-flex-0", "at least 1"),
+        ("torch-flex", "torch-flex-64"),
         ("empty+none", "nothing would be left"),
     ],
 )
@@ -119,10 +167,11 @@ def test_names_of_no_method_are_explained(name: str, message: str) -> None:
     "name",
     ["sdpa", "full", "window-8", "window-8+none", "window-8+input", "routed-16+favor", "per-query-24", "lsh-8", "empty"]
     + ["causal-16"]
-    + ["torch-window-8", "torch-performer-8", "torch-clusters-8"],
+    + ["torch-window-8", "torch-performer-8", "torch-clusters-8", "torch-flex-8"],
 )
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
-def test_every_method_runs_with_grouped_heads(name: str, is_causal: bool) -> None:
+def test_every_method_runs_with_grouped_heads(name: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
     method = parse_method(name)
     if method.refusal(is_causal):
         assert is_causal and ("lsh" in name or "clusters" in name or "input" in name)

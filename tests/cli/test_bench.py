@@ -82,6 +82,19 @@ def test_the_error_is_that_of_the_method_on_these_inputs(results: tuple[str, Pat
     assert row["error"] == pytest.approx(float((out - exact).norm() / exact.norm()), rel=1e-3)
 
 
+@pytest.mark.slow
+def test_flex_attention_is_compiled_and_what_has_no_backward_pass_is_measured_forward(tmp_path: Path) -> None:
+    path, before = tmp_path / "out.json", torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    methods = ["--methods", "torch-window-20", "torch-flex-20", "--directions", "F+B", "F"]
+    assert main(["bench", "--lengths", "48", *methods, "--causal", "no", *SMALL, "--json", str(path)]) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    found = rows(path)
+    forward, backward = (found["torch-flex-20", 48, direction, False, "float32"] for direction in ("F", "F+B"))
+    assert forward["seconds"] > 0 and forward["note"] == ""
+    assert forward["error"] == pytest.approx(found["torch-window-20", 48, "F", False, "float32"]["error"], rel=1e-4)
+    assert backward["seconds"] is None and "no backward pass on the CPU" in backward["note"]
+
+
 def test_the_picture_is_a_png(results: tuple[str, Path]) -> None:
     image = (results[1] / "out.png").read_bytes()
     assert image[:8] == b"\x89PNG\r\n\x1a\n" and len(image) > 10_000

@@ -16,6 +16,7 @@ from scatterbrain.bench.inputs import Inputs, file_inputs, random_inputs
 from scatterbrain.bench.methods import Attention, Method, exact_attention, parse_method
 
 SAMPLE_SECONDS = 0.005  # a sample is repeated calls of at least this long, so that the clock does not count
+FAILURES = (RuntimeError, ValueError, TypeError, MemoryError)  # of a method that cannot run, which the table notes
 
 
 @dataclass
@@ -149,24 +150,31 @@ class Measurement:
                 self._fill(key)
 
     def _prepare(self, name: str, exact: Tensor, norm: Tensor) -> dict[tuple[str, str], tuple[list[Callable], int]]:
-        """Error and first calls of one method; none of its steps, which are on one set of inputs each, where it cannot
-        run."""
+        """Error and first calls of one method; none of its steps, which are on one set of inputs each, in a direction
+        in which it cannot run: what has no backward pass still has a forward pass."""
         method, config, inputs = parse_method(name), self.config, self.inputs
-        reason, found = refusal(method, self.setting, config.on()), {}
+        reason = refusal(method, self.setting, config.on())
         if reason is None:
             try:
                 attention = method.build(inputs.statistics, config.rank, self.setting.is_causal)
                 runs = [steps(attention, some) for some in self.sets]
                 error = float((runs[0]["F"]().double() - exact.double()).norm() / norm)
-                for direction in config.directions:
+            except FAILURES as failure:
+                reason = describe_failure(failure)
+        found = {}
+        for direction in config.directions:
+            row = self.rows[name, direction]
+            row.note = reason or ""
+            if reason is None:
+                try:
+                    if method.is_compiled:
+                        runs[0][direction]()
                     on_sets = [run[direction] for run in runs]
                     once = max(self.clock.seconds(on_sets[:1]), 1e-7)
                     found[name, direction] = on_sets, max(1, round(SAMPLE_SECONDS / once))
-                    self.rows[name, direction].error = error
-            except (RuntimeError, ValueError, TypeError, MemoryError) as failure:
-                reason, found = describe_failure(failure), {}
-        for direction in config.directions:
-            self.rows[name, direction].note = reason or ""
+                    row.error = error
+                except FAILURES as failure:
+                    row.note = describe_failure(failure)
         return found
 
     def _fill(self, key: tuple[str, str]) -> None:

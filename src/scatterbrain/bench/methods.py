@@ -14,6 +14,7 @@ kind-64, kind           an own support that was registered, with that many keys 
 empty                   the low-rank kernel alone
 torch-window-64,        the same ideas written in plain torch (scatterbrain.bench.baselines)
   torch-performer-64, torch-clusters-64
+torch-flex-64           torch's flex_attention, compiled, with a block mask of the same window; forward only on the CPU
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 
 import scatterbrain as sb
 from scatterbrain.bench import baselines
+from scatterbrain.bench.flex import flex_window
 from scatterbrain.checks import check_pair
 from scatterbrain.low_rank import LOW_RANK_KERNELS, LowRank
 from scatterbrain.supports import SUPPORTS, Support, takes_keys
@@ -36,7 +38,7 @@ from scatterbrain.supports import SUPPORTS, Support, takes_keys
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _NAME = re.compile(r"(?P<kind>[a-z_]+(?:-[a-z_]+)*)(?:-(?P<keys>\d+))?(?:\+(?P<kernel>[a-z_]+))?")
-_BASELINES = ("sdpa", "torch-window", "torch-performer", "torch-clusters")
+_BASELINES = ("sdpa", "torch-window", "torch-performer", "torch-clusters", "torch-flex")
 _PRESETS = ("drop_in", "quality", "fast", "quadratic")
 _BUILT_IN = ("full", "empty", "window", "routed", "per-query", "causal", "lsh", *_PRESETS)
 
@@ -102,6 +104,11 @@ class Method:
             return "bidirectional only"
         return None
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the first call in each direction compiles."""
+        return self.kind == "torch-flex"
+
     def pair(self, rank: int = 9) -> tuple[Support, LowRank]:
         """The support and the low-rank kernel that the name stands for."""
         return _supports()[self.kind](self.keys), _low_rank(self.kernel, rank)
@@ -121,6 +128,8 @@ class Method:
             return partial(_repeated, baselines.performer, features=self.keys, is_causal=is_causal)
         if self.kind == "torch-clusters":
             return partial(_repeated, baselines.clusters, keys=self.keys)
+        if self.kind == "torch-flex":
+            return partial(flex_window, keys=self.keys, is_causal=is_causal)
         support, low_rank = self.pair(rank)
         is_fitted = low_rank is not None and low_rank.is_calibrated_from_data
         return partial(
@@ -158,7 +167,8 @@ def parse_method(name: str) -> Method:
         raise ValueError(
             f"unknown method {name!r}: expected sdpa, drop_in-KEYS, fast-KEYS, quality-KEYS, quadratic-KEYS, empty, "
             f"full, window-KEYS, routed-KEYS, per-query-KEYS, causal-KEYS or lsh-KEYS{own}, each also with +none, "
-            "+centroid, +favor or +input, or torch-window-KEYS, torch-performer-FEATURES, torch-clusters-KEYS"
+            "+centroid, +favor or +input, or torch-window-KEYS, torch-performer-FEATURES, torch-clusters-KEYS or "
+            "torch-flex-KEYS"
         )
     kind, keys, kernel = match["kind"], match["keys"], match["kernel"]
     if (keys is None) == _takes_keys(kind):
