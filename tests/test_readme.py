@@ -12,7 +12,9 @@ from scatterbrain.supports import SUPPORTS
 
 
 @pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="needs the source tree, not only the installed package")
-@pytest.mark.parametrize(("document", "blocks"), [("README.md", 3), ("docs/architecture.md", 1)])
+@pytest.mark.parametrize(
+    ("document", "blocks"), [("README.md", 3), ("docs/architecture.md", 1), ("docs/own_parts.md", 4)]
+)
 def test_the_code_of_the_documents_runs(document: str, blocks: int) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -4,7 +4,16 @@ from scatterbrain import presets, reference
 from scatterbrain.functional import attention, cluster, fit_statistics, route
 from scatterbrain.integrations.dropout import set_attention_dropout
 from scatterbrain.integrations.replace import replace_attention
-from scatterbrain.low_rank import Centroid, Clusters, Favor, Projections, Quadratic, RandomFeatures, Statistics
+from scatterbrain.low_rank import (
+    Centroid,
+    Clusters,
+    Favor,
+    Features,
+    Projections,
+    Quadratic,
+    RandomFeatures,
+    Statistics,
+)
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.calibration import calibrate, update_statistics
 from scatterbrain.nn.multihead import MultiheadAttention
@@ -27,6 +36,7 @@ __all__ = [
     "Blocks",
     "Quadratic",
     "Favor",
+    "Features",
     "Centroid",
     "Statistics",
     "Projections",

@@ -18,7 +18,7 @@ PAGES = sorted(FOLDER.rglob("*.py"))
 DATA_CLASSES = {
     "scatterbrain.supports": {"Full", "Empty", "Window", "Routed", "LSH", "Blocks"},
     "scatterbrain.low_rank": {
-        *("Quadratic", "Favor", "Centroid"),
+        *("Quadratic", "Favor", "Centroid", "Features"),
         *("Statistics", "Projections", "RandomFeatures", "Clusters"),
     },
 }
@@ -66,7 +66,7 @@ supports.Window = dataclasses.make_dataclass("Window", ["keys", ("block_q", int,
 low_rank = module("scatterbrain.low_rank", Favor="features orthogonal hyperbolic redraw seed",
                   Statistics="query_projection query_mean key_projection key_mean scale",
                   Projections="query_projection query_bias query_log_scale key_projection key_bias",
-                  RandomFeatures="projection", Centroid="clusters",
+                  RandomFeatures="projection", Centroid="clusters", Features="query_features key_features",
                   Clusters="index representatives log_mass query_mean scale")
 low_rank.Quadratic = dataclasses.make_dataclass("Quadratic", [("rank", int, 9), ("statistics", str, "stored")])
 
@@ -85,7 +85,10 @@ for support in (supports.Full(), supports.Empty(), supports.Window(16), supports
     for kernel, statistics in ((low_rank.Quadratic(3), stored), (low_rank.Quadratic(3, "input"), None),
                                (low_rank.Favor(16, True, False, None, 0), None),
                                (low_rank.Favor(16, True, False, None, 0), drawn), (low_rank.Centroid(8), None),
-                               (low_rank.Centroid(8), clusters), (None, None)):
+                               (low_rank.Centroid(8), clusters), (low_rank.Features(torch.exp, None), None),
+                               (lambda q, k: torch.exp(q @ k.transpose(-1, -2)), None), (None, None)):
+        if isinstance(kernel, types.FunctionType) and isinstance(support, supports.Routed):
+            continue  # a dense kernel has no coordinates to route by
         out = reference.attention(query, key, value, support, kernel, mask, statistics=statistics)
         assert out.shape == value.shape and out.isfinite().all()
         assert kernel is None or out[~mask[:, None].expand(2, 2, 60)].ne(0).all()
@@ -104,7 +107,7 @@ def test_it_runs_where_nothing_else_of_the_package_exists() -> None:
     program = ALONE.format(folder=str(FOLDER.parent))
     result = run_python("-c", program)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "49\n"
+    assert result.stdout == "61\n"
 
 
 class NoOperators(TorchDispatchMode):

@@ -4,7 +4,8 @@ file each.
 ``query_map`` and ``key_map`` hold the coordinates x, y and, in their last column, the log scales rho, kappa.
 
 An own kernel is a frozen dataclass derived from :class:`LowRankKernel` that defines ``kind`` and ``coordinates``:
-non-negative features and a log scale per token. It works in every function and module; :func:`register` lets
+non-negative features and a log scale per token. (Where two functions say it all, :class:`Features` takes them, without
+a class.) It works in every function and module; :func:`register` lets
 configuration files and the benchmark find it by its kind.
 """
 
@@ -22,6 +23,7 @@ from scatterbrain.low_rank.base import (
 )
 from scatterbrain.low_rank.centroid import Centroid, Clusters
 from scatterbrain.low_rank.favor import Favor, RandomFeatures
+from scatterbrain.low_rank.features import Features
 from scatterbrain.low_rank.quadratic import Quadratic
 from scatterbrain.low_rank.quadratic_coefficients import Projections, Statistics
 
@@ -45,6 +47,7 @@ __all__ = [
     "Centroid",
     "Clusters",
     "Favor",
+    "Features",
     "Projections",
     "Quadratic",
     "RandomFeatures",

@@ -241,7 +241,14 @@ register = LOW_RANK_KERNELS.register
 def check_low_rank(low_rank: object, name: str = "low_rank") -> None:
     """Raises TypeError for anything but a low-rank kernel or None. ``name``: of the argument."""
     if low_rank is not None and not isinstance(low_rank, LowRankKernel):
-        raise TypeError(f"{name} must be {LOW_RANK_KERNELS.names()} or None, got {type(low_rank).__name__}")
+        cure = (
+            "; a function that makes features goes into sb.Features, a dense one (q, k) -> L into "
+            "sb.reference.attention alone"
+        )
+        raise TypeError(
+            f"{name} must be {LOW_RANK_KERNELS.names()}, Features or None, got {type(low_rank).__name__}"
+            f"{cure if callable(low_rank) else ''}"
+        )
 
 
 def check_kind_of_coefficients(statistics: object) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scatterbrain.low_rank import Favor, Projections, Quadratic, Statistics
+from scatterbrain.low_rank import Favor, Features, Projections, Quadratic, Statistics
 from scatterbrain.reference.inputs import Inputs
 
 STORED_FLOOR = 1e-4  # eigenvalues of a covariance are at least this much of their mean
@@ -267,3 +267,62 @@ def drawn_projection(low_rank: Favor, head_dim: int, draw: int = 0) -> Tensor:
             pieces.append((q * r.diagonal().sign()).T)
         gaussian = torch.cat(pieces)[:rows] * gaussian.norm(dim=1, keepdim=True)
     return gaussian.float()
+
+
+# -------------------- the caller's own
+
+
+@log_kernel.register
+def _(low_rank: Features, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return coordinates(low_rank, inputs).log_kernel()
+
+
+@coordinates.register
+def _(low_rank: Features, inputs: Inputs) -> Coordinates:
+    """What the functions make of t = sqrt(scale) q and of t = sqrt(scale) k, where a negative scale goes to q as its
+    sign: features, or features and log scales. A token's largest feature goes into its log scale, so that the features
+    lie in [0, 1]; it is a constant of the backward pass."""
+
+    def made(function: Callable, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        features = function(tokens)
+        features, log_scale = features if isinstance(features, tuple) else (features, None)
+        if bool((features < 0).any()):
+            raise ValueError(f"Features: features must be non-negative, got {float(features.min()):.4g}")
+        peak = features.detach().amax(-1)
+        peak = torch.where(peak > 0, peak, 1)
+        return features / peak[..., None], torch.log(peak) + (0 if log_scale is None else log_scale)
+
+    of_keys = low_rank.query_features if low_rank.key_features is None else low_rank.key_features
+    query, key = _halves(inputs)
+    return Coordinates(*made(low_rank.query_features, query), *made(of_keys, key), is_quadratic=False)
+
+
+@log_kernel.register(Callable)
+def _(low_rank: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """A dense kernel: L (B, Hq, N, M) as a function of t = sqrt(scale) q (B, Hq, N, d) and t = sqrt(scale) k (B, Hq, M,
+    d), the keys of every query head."""
+    if isinstance(low_rank, type):
+        raise TypeError(f"low_rank must be a low-rank kernel, got the class {low_rank.__name__}; make one of it")
+    query, key = _halves(inputs)
+    weights = low_rank(query, key.repeat_interleave(inputs.group, 1))
+    expected = (*query.shape[:3], key.shape[2])
+    if not isinstance(weights, Tensor) or tuple(weights.shape) != expected:
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"low_rank(q, k) must be a tensor of weights (B, Hq, N, M) = {expected}, got {got}")
+    if bool((weights < 0).any()):
+        raise ValueError(f"low_rank(q, k) must be non-negative, got {float(weights.min()):.4g}; take its exp or square")
+    return torch.zeros_like(weights), weights
+
+
+@coordinates.register(Callable)
+def _(low_rank: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Coordinates:
+    raise TypeError(
+        "a dense function has no coordinates, which Routed scores with; pass sb.Features of functions that make "
+        "features, or use another support"
+    )
+
+
+def _halves(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """sqrt(scale) q and sqrt(scale) k."""
+    size = math.sqrt(abs(inputs.scale))
+    return inputs.query * math.copysign(size, inputs.scale), inputs.key * size

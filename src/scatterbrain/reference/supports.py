@@ -78,13 +78,16 @@ def _(support: LSH, inputs: Inputs) -> Tensor:
 @support_mask.register
 def _(support: Blocks, inputs: Inputs) -> Tensor:
     batch, heads, n, _ = inputs.query.shape
-    shape, lists = tuple(support.index.shape[:3]), -(-n // support.block_q)
-    if shape not in ((batch, heads, lists), (batch, inputs.key.shape[1], lists)):
+    (rows, list_heads, blocks), lists = tuple(support.index.shape[:3]), -(-n // support.block_q)
+    if rows not in (batch, 1) or list_heads not in (heads, inputs.key.shape[1], 1) or blocks != lists:
         raise ValueError(
             f"Blocks: index must lead with (batch, heads, lists) = {(batch, heads, lists)}, or as many heads as key, "
-            f"got {shape}"
+            f"or 1 for every row or head, got {(rows, list_heads, blocks)}"
         )
-    return _listed(inputs, support.index, support.count, support.block_q, support.block_k, support.query_order)
+    index, count, order = support.index, support.count, support.query_order
+    index, count = index.expand(batch, -1, -1, -1), count.expand(batch, -1, -1)
+    order = None if order is None else order.expand(batch, -1, -1)
+    return _listed(inputs, index, count, support.block_q, support.block_k, order)
 
 
 @computed_queries.register
@@ -94,7 +97,7 @@ def _(support: Blocks, inputs: Inputs) -> Tensor:
     order = support.query_order
     if order is None:
         return torch.ones(batch, heads, n, dtype=torch.bool, device=inputs.query.device)
-    named = (order[..., None, :] == torch.arange(n, device=order.device)[:, None]).any(-1)
+    named = (order[..., None, :] == torch.arange(n, device=order.device)[:, None]).any(-1).expand(batch, -1, -1)
     return named.repeat_interleave(heads // order.shape[1], 1)
 
 

@@ -12,6 +12,7 @@ from scatterbrain.call import Call
 from scatterbrain.fields import check_int
 from scatterbrain.operators.tracing import is_readable
 from scatterbrain.supports.base import BlockLists, Support
+from scatterbrain.supports.mask_blocks import lists_of_mask
 
 if TYPE_CHECKING:
     from scatterbrain.low_rank import LowRankKernel
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Blocks(Support):
-    """Lists given by the caller, or by :func:`scatterbrain.route`.
+    """Lists given by the caller, by a mask (:meth:`from_mask`), or by :func:`scatterbrain.route`.
 
     Block b of a row holds queries ``first + b * block_q ...`` where ``first`` is the row's first query that is not
     padding, and entry e of its list stands for keys ``first + e * block_k ...`` counted from the row's first key that
@@ -27,7 +28,7 @@ class Blocks(Support):
 
     Args:
         index: int32 (batch, heads of query or of key, ceil(queries / block_q), capacity); each list strictly ascending,
-            unused slots -1 at its end.
+            unused slots -1 at its end. A batch or heads of 1 stand for every row and every head.
         count: int32, the shape of ``index`` without its last dimension: entries in use.
         block_q: queries that share a list, at least 1.
         block_k: consecutive keys of an entry, at least 1.
@@ -57,6 +58,35 @@ class Blocks(Support):
         for name in ("index", "count", "block_q", "block_k", "query_order"):
             object.__setattr__(blocks, name, getattr(lists, name))
         return blocks
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Tensor,
+        block_q: int | None = None,
+        block_k: int | None = None,
+        is_causal: bool = False,
+        query_offset: int = 0,
+    ) -> Blocks:
+        """The lists of a mask. Exact weights where it is True; the low-rank kernel has the rest.
+
+        Queries and keys count from each row's first token that is not padding. Reads the mask, which on a GPU waits for
+        it. A list takes memory by the longest: a mask with a full row makes lists as long as the row.
+
+        Args:
+            mask: bool (queries, keys), for every batch row and head, or (batch, heads, queries, keys) with the heads of
+                query or of key, and 1 for every row or every head. True: exact.
+            block_q, block_k: size of the blocks of queries and of keys, each of which must be all True or all False.
+                None: the largest that the mask allows. Sizes of 1 fit any mask; larger blocks are faster.
+            is_causal: whether the lists are for causal calls: pairs after the causal edge, key > query +
+                ``query_offset``, then count neither for nor against a block, and no list names them.
+            query_offset: position of the first query among the keys, as in :func:`scatterbrain.attention`.
+
+        Raises:
+            TypeError, ValueError: for anything but such a mask, and for blocks that are neither all True nor all False,
+                with the first of them.
+        """
+        return cls(*lists_of_mask(mask, block_q, block_k, is_causal, query_offset))
 
     def __post_init__(self) -> None:
         for name, dim in (("index", 4), ("count", 3), ("query_order", 3)):
@@ -124,7 +154,15 @@ class Blocks(Support):
 
     def lists(self, call: Call, query_map: Tensor | None, key_map: Tensor | None) -> BlockLists:
         self.check_fit(call)
-        return BlockLists(self.index, self.count, None, self.query_order, self.block_q, self.block_k)
+        index, count, order = self.index, self.count, self.query_order
+        batch, heads = call.query.shape[0], index.shape[1]
+        if index.shape[0] != batch or heads not in (call.query.shape[1], call.key.shape[1]):  # 1: for all of them
+            heads = call.key.shape[1] if heads == 1 else heads
+            index = index.expand(batch, heads, -1, -1).contiguous()
+            count = count.expand(batch, heads, -1).contiguous()
+        if order is not None and order.shape[0] != batch:
+            order = order.expand(batch, -1, -1).contiguous()
+        return BlockLists(index, count, None, order, self.block_q, self.block_k)
 
     def check_fit(self, call: Call) -> None:
         """Raises where the lists do not have the shapes of the call or, on the CPU and with SCATTERBRAIN_CHECK=1, name
@@ -136,10 +174,10 @@ class Blocks(Support):
                 f"Blocks: lists must be on the device of query, {call.query.device}, got {self.index.device}; move "
                 "index, count and query_order there"
             )
-        if self.index.shape[0] != batch or self.index.shape[1] not in (q_heads, kv_heads):
+        if self.index.shape[0] not in (batch, 1) or self.index.shape[1] not in (q_heads, kv_heads, 1):
             raise ValueError(
                 f"Blocks: index must lead with (batch, heads) = ({batch}, {q_heads}) or ({batch}, "
-                f"{kv_heads}), got {tuple(self.index.shape[:2])}"
+                f"{kv_heads}), or 1 for all of them, got {tuple(self.index.shape[:2])}"
             )
         expected = -(-q_tokens // self.block_q)
         if self.index.shape[2] != expected:
@@ -148,7 +186,9 @@ class Blocks(Support):
                 f"with {self.index.shape[2]}"
             )
         order = self.query_order
-        if order is not None and (order.shape[0] != batch or q_heads % order.shape[1] or order.shape[2] != q_tokens):
+        if order is not None and (
+            order.shape[0] not in (batch, 1) or q_heads % order.shape[1] or order.shape[2] != q_tokens
+        ):
             raise ValueError(
                 f"Blocks: query_order must be (batch, heads, queries) = ({batch}, {q_heads}, {q_tokens}), "
                 f"got {tuple(order.shape)}"

@@ -1,0 +1,264 @@
+"""Low-rank kernels made of the caller's functions: features for the operator, dense ones for the definition."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bad_calls import assert_refused
+from testkit import assert_all_close, out_and_gradients, padding, rand
+from torch import Tensor
+
+import scatterbrain as sb
+
+N, D = 75, 16
+MASK = padding(N, (0, 20))
+
+
+def elu(tokens: Tensor) -> Tensor:
+    return F.elu(tokens) + 1
+
+
+def second_order(tokens: Tensor) -> Tensor:
+    """1 + t + t^2 / 2 of q.k (Based, Arora et al. 2024) where coordinates are not negative."""
+    t = tokens.abs()
+    pairs = (t[..., :, None] * t[..., None, :]).flatten(-2)
+    return torch.cat([torch.ones_like(t[..., :1]), t, pairs / 2**0.5], -1)
+
+
+def far(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Features that no float holds without their log scale."""
+    exponent = 40 * tokens[..., :7]
+    peak = exponent.amax(-1, keepdim=True)
+    return torch.exp(exponent - peak), peak.squeeze(-1)
+
+
+def huge(tokens: Tensor) -> Tensor:
+    """Within a float, beyond what the operator takes as coordinates."""
+    return torch.exp(tokens[..., :7] + 45)
+
+
+def half_zero(tokens: Tensor) -> Tensor:
+    """Tokens without any feature among them."""
+    return F.relu(tokens[..., :2] - 0.2)
+
+
+PAIRS = {
+    "elu": sb.Features(elu),
+    "second order": sb.Features(second_order),
+    "log scales": sb.Features(far),
+    "log scales of queries alone": sb.Features(far, lambda k: torch.exp(k[..., :7])),
+    "huge": sb.Features(huge),
+    "nothing for some": sb.Features(half_zero),
+    "other functions": sb.Features(lambda q: torch.exp(q[..., :5]), lambda k: torch.softmax(k[..., 3:8], -1)),
+}
+tokens = [rand(2, h, N, D, seed=i) for i, h in enumerate((4, 2, 2))]
+
+
+def both(support: object, low_rank: object, defined: object = None, **arguments: object) -> tuple[list, list]:
+    return tuple(
+        [
+            t.double()
+            for t in out_and_gradients(
+                lambda *t: function(*t, support, kernel, **arguments),
+                [t.to(dtype) for t in tokens],
+                d_out=rand(2, 4, N, D, seed=9, dtype=dtype),
+            )
+        ]
+        for function, kernel, dtype in (
+            (sb.attention, low_rank, torch.float32),
+            (sb.reference.attention, low_rank if defined is None else defined, torch.float64),
+        )
+    )
+
+
+@pytest.mark.parametrize("mask", [None, MASK, MASK.flip(1)], ids=["everything", "right", "left"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_functions_of_features_run_as_the_definition_reads_them(
+    name: str, is_causal: bool, mask: Tensor | None
+) -> None:
+    arguments = dict(is_causal=is_causal, key_padding_mask=mask, scale=-0.3 if name == "elu" else None)
+    assert_all_close(*both(sb.Window(16), PAIRS[name], **arguments), rtol=2e-4)
+
+
+def test_a_dense_function_defines_the_same_kernel() -> None:
+    def dense(q: Tensor, k: Tensor) -> Tensor:
+        return elu(q) @ elu(k).transpose(-1, -2)
+
+    for support in (sb.Window(16), sb.Empty(), sb.LSH(16)):
+        assert_all_close(*both(support, sb.Features(elu), dense))
+
+
+def test_a_dense_exponential_is_exact_attention() -> None:
+    """What the definition gives the function: q and k whose product is the score."""
+    want = F.scaled_dot_product_attention(*(t.double() for t in tokens), enable_gqa=True, scale=-0.7)
+    kernel = lambda q, k: torch.exp(q @ k.transpose(-1, -2))  # noqa: E731
+    torch.testing.assert_close(sb.reference.attention(*tokens, sb.Window(8), kernel, scale=-0.7), want)
+
+
+def test_routing_chooses_by_what_the_features_leave() -> None:
+    query, key, _ = tokens
+    low_rank = PAIRS["second order"]
+    lists = sb.route(query, key, sb.Routed(24), low_rank)
+    want = sb.reference.mask(sb.Routed(24), query, key, low_rank)
+    assert float((sb.reference.mask(lists, query, key, None) != want).float().mean()) < 1e-3  # but for equal scores
+    other = sb.reference.mask(sb.Routed(24), query, key, None)
+    assert float((other != want).float().mean()) > 0.01
+
+
+def test_gradients_reach_what_the_functions_read() -> None:
+    """A learned feature map (Performer-ReLU): the gradient of its weight is that of the definition."""
+    draw = rand(5, D, seed=7)
+    got = []
+    for function, dtype in ((sb.attention, torch.float32), (sb.reference.attention, torch.float64)):
+        weight = draw.to(dtype).requires_grad_()
+        low_rank = sb.Features(lambda t, weight=weight: F.softplus(t @ weight.T))
+        out = function(*(t.to(dtype) for t in tokens), sb.Window(16), low_rank)
+        (gradient,) = torch.autograd.grad(out.square().sum(), weight)
+        got.append(gradient.double())
+    assert float(got[1].norm()) > 1e-3
+    assert_all_close(got[:1], got[1:])
+
+
+def test_a_module_trains_with_functions_that_are_modules() -> None:
+    torch.manual_seed(0)
+    features = torch.nn.Sequential(torch.nn.Linear(D, 8), torch.nn.Softplus())
+    attention = sb.ScatterbrainAttention(4, D, 2, sb.Window(16), sb.Features(features))
+    out = attention(*tokens, is_causal=True)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in features.parameters())
+    assert torch.equal(copy.deepcopy(attention)(*tokens, is_causal=True), out)
+
+
+def test_the_same_function_is_called_for_a_layer_that_is_replaced() -> None:
+    layer = torch.nn.MultiheadAttention(4 * D, 4, batch_first=True)
+    report = sb.replace_attention(layer, sb.Window(8), sb.Features(elu))
+    x = rand(2, N, 4 * D)
+    assert len(report.replaced) == 1 and layer(x, x, x, need_weights=False)[0].isfinite().all()
+
+
+def test_half_types_get_features_in_float32() -> None:
+    seen = []
+
+    def watched(t: Tensor) -> Tensor:
+        seen.append(t.dtype)
+        return elu(t)
+
+    out = sb.attention(*(t.bfloat16() for t in tokens), sb.Window(16), sb.Features(watched))
+    with torch.autocast("cpu", torch.bfloat16):
+        sb.attention(*tokens, sb.Window(16), sb.Features(watched))
+    sb.attention(*(t.double() for t in tokens), sb.Window(16), sb.Features(watched))
+    assert out.dtype == torch.bfloat16 and seen == 4 * [torch.float32] + 2 * [torch.float64]
+
+
+def test_padding_and_the_future_change_no_bit() -> None:
+    query, key, value = (t.clone() for t in tokens)
+    low_rank = sb.Features(far)
+    padded = sb.attention(query, key, value, sb.Window(16), low_rank, MASK)
+    causal = sb.attention(query, key, value, sb.Window(16), low_rank, is_causal=True)
+    for t in (query, key, value):
+        t[1, :, -20:] = torch.nan
+    assert torch.equal(sb.attention(query, key, value, sb.Window(16), low_rank, MASK), padded)
+    for t in (query, key, value):
+        t[1, :, -20:] = 3.0
+    assert torch.equal(sb.attention(query, key, value, sb.Window(16), low_rank, is_causal=True)[:, :, :-20],
+                       causal[:, :, :-20])  # fmt: skip
+
+
+def test_they_are_compiled_and_mapped() -> None:
+    low_rank = sb.Features(elu)
+    want = sb.attention(*tokens, sb.Window(16), low_rank)
+    compiled = torch.compile(lambda *t: sb.attention(*t, sb.Window(16), low_rank), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tokens), want)
+    mapped = torch.vmap(lambda *t: sb.attention(*(x[None] for x in t), sb.Window(16), low_rank)[0])
+    torch.testing.assert_close(mapped(*tokens), want)
+
+
+def attend(*functions: object, **arguments: object) -> Tensor:
+    return sb.attention(*tokens, sb.Window(16), sb.Features(*functions), **arguments)
+
+
+# id: (call, error, words that the message holds, in this order)
+CALLS = {
+    "no function": (
+        lambda: sb.Features(64),
+        TypeError,
+        "Features: query_features must be a function of tokens.*returns features.*got int",
+    ),
+    "keys without one": (lambda: sb.Features(elu, 3.0), TypeError, "Features: key_features must be a function.*float"),
+    "negative features": (
+        lambda: attend(lambda t: t),
+        ValueError,
+        "Features: query_features must return non-negative features, got -.*; weights are their products: let the",
+    ),
+    "negative features of keys": (lambda: attend(elu, torch.sin), ValueError, "Features: key_features must return non"),
+    "nothing": (
+        lambda: attend(lambda t: None),
+        TypeError,
+        r"query_features must return features \(batch, heads, tokens, m\), or a pair.*got NoneType",
+    ),
+    "three tensors": (lambda: attend(lambda t: (t, t, t)), TypeError, "or a pair of these.*got a tuple of 3"),
+    "a list as log scale": (lambda: attend(lambda t: (elu(t), [0.0])), TypeError, "or a pair of these.*got list"),
+    "flat features": (
+        lambda: attend(lambda t: elu(t).flatten(2)),
+        ValueError,
+        r"with \(batch, heads, tokens\) = \(2, 4, 75\) and m at least 1, got shape \(2, 4, 1200\)",
+    ),
+    "no features": (lambda: attend(lambda t: elu(t)[..., :0]), ValueError, r"m at least 1, got shape \(2, 4, 75, 0\)"),
+    "a log scale with a dimension too many": (
+        lambda: attend(lambda t: (elu(t), t[..., :1])),
+        ValueError,
+        r"the log scale that query_features returns must be \(batch, heads, tokens\) = \(2, 4, 75\), got shape \(2, 4, "
+        r"75, 1\)",
+    ),
+    "counts": (lambda: attend(lambda t: elu(t).long()), TypeError, "as floating-point numbers, got torch.int64"),
+    "features elsewhere": (
+        lambda: attend(lambda t: elu(t).to("meta")),
+        ValueError,
+        "on the device of the tokens, cpu, got meta; move what it reads there",
+    ),
+    "two numbers of features": (
+        lambda: attend(elu, lambda k: elu(k)[..., :3]),
+        ValueError,
+        "query_features and key_features must return the same number of features, got 16 and 3",
+    ),
+    "a bare function": (
+        lambda: sb.attention(*tokens, sb.Window(16), elu),
+        TypeError,
+        r"low_rank must be Quadratic, Favor, Centroid, Features or None, got function; a function that makes features "
+        r"goes into sb.Features, a dense one \(q, k\) -> L into sb.reference.attention alone",
+    ),
+    "statistics": (
+        lambda: attend(elu, statistics=sb.RandomFeatures(rand(4, D))),
+        TypeError,
+        "low_rank=Features takes no statistics, got RandomFeatures",
+    ),
+    "a dense function of another shape": (
+        lambda: sb.reference.attention(*tokens, sb.Window(16), lambda q, k: q),
+        ValueError,
+        r"low_rank\(q, k\) must be a tensor of weights \(B, Hq, N, M\) = \(2, 4, 75, 75\), got \(2, 4, 75, 16\)",
+    ),
+    "a dense function below zero": (
+        lambda: sb.reference.attention(*tokens, sb.Window(16), lambda q, k: q @ k.transpose(-1, -2)),
+        ValueError,
+        r"low_rank\(q, k\) must be non-negative, got -.*; take its exp or square",
+    ),
+    "features below zero by the definition": (
+        lambda: sb.reference.attention(*tokens, sb.Window(16), sb.Features(torch.sin)),
+        ValueError,
+        "Features: features must be non-negative, got -",
+    ),
+    "a class": (
+        lambda: sb.reference.attention(*tokens, sb.Window(16), sb.Favor),
+        TypeError,
+        "low_rank must be a low-rank kernel, got the class Favor; make one of it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_no_positive_feature_map_is_refused(name: str) -> None:
+    assert_refused(*CALLS[name])
