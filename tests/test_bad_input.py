@@ -152,7 +152,7 @@ CALLS = {
     "low_rank is a number": (
         lambda: attend(low_rank=9),
         TypeError,
-        "low_rank must be Quadratic, Favor, Centroid or None, got int",
+        "low_rank must be Quadratic, Favor, Centroid, Features or None, got int",
     ),
     "nothing left": (lambda: attend(support=sb.Empty()), ValueError, r"Empty\(\) with low_rank=None"),
     "causal LSH": (

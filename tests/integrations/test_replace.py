@@ -169,7 +169,7 @@ def test_replacing_nothing_warns(model: nn.Module):
     [
         ({"model": "encoder"}, "model must be an nn.Module, got str"),
         ({"support": 64}, "support must be one of Full, .*, got int"),
-        ({"low_rank": 9}, "low_rank must be Quadratic, Favor, Centroid or None, got int"),
+        ({"low_rank": 9}, "low_rank must be Quadratic, Favor, Centroid, Features or None, got int"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_changes(arguments: dict, message: str):

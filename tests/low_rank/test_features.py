@@ -77,9 +77,7 @@ def both(support: object, low_rank: object, defined: object = None, **arguments:
 @pytest.mark.parametrize("mask", [None, MASK, MASK.flip(1)], ids=["everything", "right", "left"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
 @pytest.mark.parametrize("name", PAIRS)
-def test_functions_of_features_run_as_the_definition_reads_them(
-    name: str, is_causal: bool, mask: Tensor | None
-) -> None:
+def test_functions_run_as_the_definition_reads_them(name: str, is_causal: bool, mask: Tensor | None) -> None:
     arguments = dict(is_causal=is_causal, key_padding_mask=mask, scale=-0.3 if name == "elu" else None)
     assert_all_close(*both(sb.Window(16), PAIRS[name], **arguments), rtol=2e-4)
 

@@ -25,11 +25,11 @@ class Features(LowRankKernel):
     al., ICLR 2021), runs on the operator for general features, in linear time.
 
     A function is given the tokens of one side, (batch, heads, tokens, head_dim), in float32 (float64 for float64
-    inputs) and multiplied by the square root of ``scale``, so that phi(q).psi(k) stands for exp(q.k) of what the functions see;
-    a negative scale gives its sign to the queries. Padded tokens hold zeros. It returns the non-negative features
-    (batch, heads, tokens, m) or, where they may be too large or too small for a float, a pair of the features and the
-    log scale (batch, heads, tokens) that multiplies them as exp(log scale). Queries have the heads of query, keys those
-    of key; heads may differ in their features, and both sides have the same m.
+    inputs) and multiplied by the square root of ``scale``, so that phi(q).psi(k) stands for exp(q.k) of what the
+    functions see; a negative scale gives its sign to the queries. Padded tokens hold zeros. It returns the non-negative
+    features (batch, heads, tokens, m) or, where they may be too large or too small for a float, a pair of the features
+    and the log scale (batch, heads, tokens) that multiplies them as exp(log scale). Queries have the heads of query,
+    keys those of key; heads may differ in their features, and both sides have the same m.
 
     A token's features may depend on this token alone: a function that looks at its neighbours would let padding and, in
     causal attention, later tokens in, which nothing here can see. Gradients reach the tokens and whatever the functions
