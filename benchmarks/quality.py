@@ -6,6 +6,8 @@ layers.
     python benchmarks/quality.py FILE               the table
     python benchmarks/quality.py FILE --captured    and what the staged search of the routing operator costs against
     scoring every key
+    python benchmarks/quality.py FILE --equal-cost  support and kernel together, each alone, and the paper's estimator,
+    each as large as the same multiply-adds per query allow; src/scatterbrain/analysis/cost.py has the formula
 
 FILE is a safetensors file of (heads, tokens, head_dim) tensors named `<model>.N<tokens>.layer<l>.{q,k,v}` to measure on
 and `<model>.cal.layer<l>.{q,k}` to calibrate on; attention is softmax(q k^T / sqrt(head_dim)) v. Models named lm* are
@@ -19,7 +21,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -27,6 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import scatterbrain as sb
+from scatterbrain.analysis.cost import Shape, cost, with_keys_for, with_size_for
 from scatterbrain.hilbert import hilbert_order
 
 
@@ -167,6 +170,70 @@ def print_table(models: dict[str, list[Layer]], rows: Iterable[tuple[str, bool |
         print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
 
+# -------------------- equal cost
+
+
+def together() -> Iterator[tuple[sb.Routed, sb.Centroid]]:
+    """Pairs that set the cost: the default, ``quality``, and less error at a higher cost."""
+    yield sb.presets.drop_in()
+    yield sb.presets.quality()
+    yield sb.Routed(160, block_q=8, pools=2), sb.Centroid(96)
+
+
+def counterparts(support: sb.Routed, budget: float, shape: Shape, rank: int) -> Iterator[tuple[str, object, object]]:
+    """(name, support, kernel) within the budget: sparse alone, low-rank alone, and the paper's estimator, which shares
+    it out between 64 features and as many keys as the rest pays for. The support is None where nothing fits."""
+    for name, of in (("window", sb.Window(1)), ("LSH", sb.LSH(2)), ("routed", replace(support, pools=1))):
+        yield f"sparse only: {name}", with_keys_for(budget, of, None, shape), None
+    for name, of in (
+        ("centroid", sb.Centroid()),
+        ("quadratic, statistics of the input", sb.Quadratic(rank, "input")),
+        ("FAVOR+ (Performer)", sb.Favor()),
+    ):
+        kernel = with_size_for(budget, of, shape)
+        yield f"low-rank only: {name}", sb.Empty() if kernel else None, kernel
+    lsh, favor = sb.presets.paper()
+    yield "the paper's: LSH + FAVOR+", with_keys_for(budget, lsh, favor, shape), favor
+
+
+def size_of(support: object, low_rank: object, spent: float) -> str:
+    """Keys, and clusters, features or rank; how much of the budget is left unused, where that is more than a tenth."""
+    parts = [f"{support.keys} keys"] if hasattr(support, "keys") else []
+    parts += [f"{getattr(low_rank, name)} {name}" for name in ("clusters", "features") if hasattr(low_rank, name)]
+    parts += [f"rank {low_rank.rank}"] if hasattr(low_rank, "rank") else []
+    return ", ".join(parts) + (f" ({spent:.0%} of the cost)" if spent < 0.9 else "")
+
+
+def print_equal_cost(models: dict[str, list[Layer]], rank: int) -> None:
+    """A table for each pair: how large every method is and its error, and how many times the pair's error that is."""
+    models = {name: layers for name, layers in models.items() if not layers[0].is_causal}
+    if not models:
+        raise SystemExit("--equal-cost: expected a bidirectional model in the file; its models are all causal (lm*)")
+
+    def mean_error(layers: list[Layer], support: object, low_rank: object) -> float:
+        return sum(layer.error(approximate(layer, support, low_rank)) for layer in layers) / len(layers)
+
+    for support, low_rank in together():
+        heading, table = [], {}
+        for model, layers in models.items():
+            (_, _, tokens, d), dv = layers[0].q.shape, layers[0].v.shape[-1]
+            shape = Shape(tokens, tokens, d, dv)
+            budget, error = cost(support, low_rank, shape).total, mean_error(layers, support, low_rank)
+            heading += [f"{model}, {tokens} tokens: {budget:,.0f} multiply-adds", "error"]
+            table.setdefault("both", []).append(f"{size_of(support, low_rank, 1)} | **{error:.4f}**")
+            for name, other, kernel in counterparts(support, budget, shape, rank):
+                cell = "- | -"
+                if other is not None:
+                    theirs, spent = mean_error(layers, other, kernel), cost(other, kernel, shape).total / budget
+                    cell = f"{size_of(other, kernel, spent)} | {theirs:.4f}, {theirs / error:.1f} times"
+                table.setdefault(name, []).append(cell)
+        print("| " + " | ".join([f"{support} + {low_rank}", *heading]) + " |")
+        print("| --- |" + " --- |" * len(heading))
+        for name, cells in table.items():
+            print("| " + " | ".join([name, *cells]) + " |", flush=True)
+        print()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="safetensors file of queries, keys and values")
@@ -175,9 +242,12 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, help="of the calibration inputs (default all)")
     parser.add_argument("--only", default="", help="only rows whose name holds this text, such as centroid")
     parser.add_argument("--captured", action="store_true", help="also compare the staged search with scoring every key")
+    parser.add_argument("--equal-cost", action="store_true", help="only compare methods of equal cost")
     options = parser.parse_args()
     models = load(options.file, options.rank, options.calibration_tokens)
     with torch.inference_mode():
+        if options.equal_cost:
+            return print_equal_cost(models, options.rank)
         rows = [row for row in methods(options.keys, options.rank) if options.only in row[0]]
         if not rows:
             names = ", ".join(row[0] for row in methods(options.keys, options.rank))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -17,15 +19,36 @@ from scatterbrain.operators.fakes import list_capacity
 _OPS = torch.ops.scatterbrain
 
 
-def _listed_rank_and_features(a: AttentionArguments) -> tuple[int, int, int]:
-    """Listed keys of a query at most, dimensions of the coordinates, features; tensors are given as their shapes."""
+class _Counts(NamedTuple):
+    """Multiply-adds of the low-rank part of attention, besides those of the values.
+
+    Args:
+        listed: keys of a query at most.
+        rank: of a listed pair's low-rank weight.
+        features: rows of a state, each of which a query meets.
+        exponents: of a query with all clusters.
+        rows_per_key: rows of the state that a key adds to.
+    """
+
+    listed: int
+    rank: int
+    features: int
+    exponents: int
+    rows_per_key: int
+
+
+def _counts(a: AttentionArguments) -> _Counts:
+    """Tensors are given as their shapes."""
     listed = 0 if a.span is None else a.span_keys + a.span_sinks
     listed += a.index[-1] * a.block_k if a.index is not None else 0
+    _, _, keys, d = a.key
+    listed = min(listed, keys)
+    if a.representatives is not None:  # a key belongs to one cluster, and its weight is looked up
+        clusters = a.representatives[2]
+        return _Counts(listed, 0, clusters, clusters * d, 1)
     rank = a.packed_rank or (0 if a.query_map is None else a.query_map[-1] - 1)
-    clusters = 0 if a.representatives is None else a.representatives[2]
-    features = {0: 0, 1: (rank + 1) * (rank + 2) // 2, 2: rank, 3: clusters}[a.low_rank]
-    _, _, keys, _ = a.key
-    return min(listed, keys), rank, features
+    features = {0: 0, 1: (rank + 1) * (rank + 2) // 2, 2: rank}[a.low_rank]
+    return _Counts(listed, rank, features, 0, features)
 
 
 @register_flop_formula([_OPS.attention, _OPS.attention_with_state])
@@ -34,24 +57,25 @@ def attention_flops(*arguments, out_shape=None, **kwargs) -> int:
     a = AttentionArguments(*arguments)
     batch, heads, tokens, d = a.query
     _, kv_heads, keys, dv = a.value
-    listed, rank, features = _listed_rank_and_features(a)
-    queries = heads * tokens * (listed * (d + dv + rank) + features * (dv + 1))
-    return 2 * batch * (queries + kv_heads * keys * features * (dv + 1))
+    n = _counts(a)
+    queries = heads * tokens * (n.listed * (d + dv + n.rank) + n.features * (dv + 1) + n.exponents)
+    return 2 * batch * (queries + kv_heads * keys * n.rows_per_key * (dv + 1))
 
 
 @register_flop_formula(_OPS.attention_backward)
 def attention_backward_flops(*arguments, state=None, scores=None, query_weight=None, key_weight=None,
                              out_shape=None, **kwargs) -> int:  # fmt: skip
     """S and dP again, dq, dk and dv of listed pairs, x.y and both its gradients; states again, their gradient and both
-    uses of it."""
+    uses of it; exponents of clusters again, and their gradients by queries and representatives."""
     _, a, kept = backward_arguments(arguments)
     batch, heads, tokens, d = a.query
     _, kv_heads, keys, dv = a.value
-    listed, rank, features = _listed_rank_and_features(a)
-    queries = heads * tokens * (listed * (3 * d + 2 * dv + 3 * rank) + 2 * features * (dv + 1))
+    n = _counts(a)
+    listed = n.listed * (3 * d + 2 * dv + 3 * n.rank)
+    queries = heads * tokens * (listed + 2 * n.features * (dv + 1) + 3 * n.exponents)
     weights = ((a.query, kept.query_weight or query_weight), (a.key, kept.key_weight or key_weight))
     through_maps = sum(project_flops(of, weight, None) for of, weight in weights if weight)
-    return 2 * batch * (queries + kv_heads * keys * 3 * features * (dv + 1)) + through_maps
+    return 2 * batch * (queries + kv_heads * keys * 3 * n.rows_per_key * (dv + 1)) + through_maps
 
 
 @register_flop_formula([_OPS.project, _OPS.project_packed])

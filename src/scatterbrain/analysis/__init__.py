@@ -1,0 +1,1 @@
+"""What approximation does to a model, and why."""
