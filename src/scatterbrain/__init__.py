@@ -1,6 +1,7 @@
 """Sparse + low-rank attention: an exact sparse part and a positive low-rank part under one normaliser."""
 
 from scatterbrain import presets, reference
+from scatterbrain.analysis import capture, compare
 from scatterbrain.functional import attention, cluster, fit_statistics, route
 from scatterbrain.integrations.dropout import set_attention_dropout
 from scatterbrain.integrations.replace import replace_attention
@@ -49,6 +50,8 @@ __all__ = [
     "replace_attention",
     "set_attention_dropout",
     "profile",
+    "capture",
+    "compare",
     "__version__",
 ]
 

@@ -35,6 +35,7 @@ WORDS = {
     ("info",): ["instruction set"],
     ("train",): [f"--{name}.{key.name}" for name, section in SECTIONS.items() for key in dataclasses.fields(section)]
     + ["--output", "--resume", "--config", "2000)", "Peak of AdamW's"],
+    ("compare",): ["--inputs FILE", "a Hugging Face folder", "How to read it", "--png FILE", "Ctrl-C"],
     ("bench",): ["\n  sdpa  ", "\n  torch-window-64, ", "--suite {quick", "--resume", "default: [F, F+B]", "Ctrl-C"],
 }
 

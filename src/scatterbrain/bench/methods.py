@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import scatterbrain as sb
+from scatterbrain import functional, presets
 from scatterbrain.bench import baselines
 from scatterbrain.bench.flex import flex_window
 from scatterbrain.checks import check_pair
-from scatterbrain.low_rank import LOW_RANK_KERNELS, LowRank
-from scatterbrain.supports import SUPPORTS, Support, takes_keys
+from scatterbrain.low_rank import LOW_RANK_KERNELS, LowRank, Quadratic, Statistics
+from scatterbrain.supports import SUPPORTS, Routed, Support, takes_keys
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -44,7 +44,7 @@ _BUILT_IN = ("full", "empty", "window", "routed", "per-query", "causal", "lsh", 
 
 
 def _per_query(keys: int) -> Support:
-    return sb.Routed(keys, block_q=1, block_k=8, window=16)
+    return Routed(keys, block_q=1, block_k=8, window=16)
 
 
 def _supports() -> dict[str, Callable[[int], Support]]:
@@ -55,16 +55,16 @@ def _supports() -> dict[str, Callable[[int], Support]]:
 
 
 def _support_of(preset: str, keys: int) -> Support:
-    return getattr(sb.presets, preset)(keys)[0]
+    return getattr(presets, preset)(keys)[0]
 
 
 def _low_rank(kernel: str, rank: int) -> LowRank:
     if kernel in _PRESETS and kernel != "quadratic":
-        return getattr(sb.presets, kernel)()[1]
+        return getattr(presets, kernel)()[1]
     if kernel == "none":
         return None
     if kernel in ("quadratic", "input"):
-        return sb.Quadratic(rank, "input" if kernel == "input" else "stored")
+        return Quadratic(rank, "input" if kernel == "input" else "stored")
     return LOW_RANK_KERNELS[kernel]()
 
 
@@ -92,6 +92,11 @@ class Method:
     keys: int
     kernel: str
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is torch's kernel or plain torch, without a support and a low-rank kernel."""
+        return self.kind in _BASELINES
+
     def refusal(self, is_causal: bool) -> str | None:
         """Why it cannot be run so; None if it can."""
         if is_causal and self.kind == "torch-clusters":
@@ -118,7 +123,7 @@ class Method:
         wide = self.kind == "torch-window" or (self.kind == "torch-performer" and is_causal)
         return 5 * 4 * batch * heads * tokens * self.keys * head_dim if wide else 0
 
-    def build(self, statistics: sb.Statistics, rank: int, is_causal: bool) -> Attention:
+    def build(self, statistics: Statistics, rank: int, is_causal: bool) -> Attention:
         """The function of query, key and value that is timed."""
         if self.kind == "sdpa":
             return partial(_sdpa, is_causal=is_causal)
@@ -133,7 +138,7 @@ class Method:
         support, low_rank = self.pair(rank)
         is_fitted = low_rank is not None and low_rank.is_calibrated_from_data
         return partial(
-            sb.attention,
+            functional.attention,
             support=support,
             low_rank=low_rank,
             is_causal=is_causal,

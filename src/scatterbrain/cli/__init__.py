@@ -17,6 +17,7 @@ from scatterbrain.version import __version__
 COMMANDS = {
     "info": "versions, instruction set in use, compiled architectures and devices",
     "train": "train a byte-level language model",
+    "compare": "error, time and entropy of a model's own attention layers, by configuration",
     "bench": "time, error and memory of attention over sequence lengths, against exact attention and plain torch",
 }
 

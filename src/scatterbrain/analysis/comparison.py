@@ -1,0 +1,366 @@
+"""How a model's attention looks, and what configurations make of it: layer by layer, head group by head group."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scatterbrain import functional, presets
+from scatterbrain.analysis.captured import Batch, LayerCall, calls_of
+from scatterbrain.analysis.exact import Exact, by_torch, exact
+from scatterbrain.checks import check_pair
+from scatterbrain.integrations.restrictions import NotReplaceable, query_by_query
+from scatterbrain.low_rank import LowRank
+from scatterbrain.nn.pairs import Pairs
+from scatterbrain.supports import Empty, Support, Window
+from scatterbrain.version import __version__
+
+Pair = tuple[Support, LowRank]
+Configurations = Mapping[str, Pair] | Sequence[str]
+"""Pairs of a support and a low-rank kernel by name, or names of methods of ``scatterbrain bench``."""
+
+BIDIRECTIONAL: dict[str, Pair] = {
+    "drop_in": presets.drop_in(),
+    "quality": presets.quality(),
+    "fast": presets.fast(),
+    "window alone": (Window(64), None),
+    "low rank alone": (Empty(), presets.drop_in()[1]),
+}
+CAUSAL: dict[str, Pair] = {
+    "causal": presets.causal(),
+    "window 64 + quadratic": (Window(64), presets.causal()[1]),
+    "window alone": (presets.causal()[0], None),
+    "low rank alone": (Empty(), presets.causal()[1]),
+}
+
+
+# -------------------- results
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one configuration in one layer; lists are by head group, the query heads that share a key/value head.
+
+    Args:
+        error: ||o - o*|| / ||o*|| against exact attention, mean over heads and batch rows.
+        in_lists: share of the softmax weights that lies in the lists, mean over queries.
+        low_rank: share of the weight of a query that the low-rank part carries, mean over queries.
+        seconds: median of one forward call.
+        note: why there are no figures; "" where there are.
+    """
+
+    error: list[float] = field(default_factory=list)
+    in_lists: list[float] = field(default_factory=list)
+    low_rank: list[float] = field(default_factory=list)
+    seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """One call of one layer.
+
+    Args:
+        path: of the layer in the model.
+        is_causal: whether the call was causal.
+        batch, queries, keys, heads, kv_heads, head_dim: sizes of the call.
+        entropy: of the softmax weights in nats by head group, mean over queries; exp(entropy) keys would share the
+            weight evenly.
+        exact_seconds: median of torch's exact attention.
+        figures: by configuration.
+    """
+
+    path: str
+    is_causal: bool
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    entropy: list[float]
+    exact_seconds: float
+    figures: dict[str, Figures]
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` found. ``print(comparison)`` shows tables; ``write_json`` and ``draw`` write files.
+
+    Args:
+        model: the model's class.
+        fitted_on: what statistics were fitted on.
+        total: calls to compare.
+        layers: those that are compared, in the order of their calls.
+    """
+
+    model: str
+    fitted_on: str
+    total: int
+    layers: list[LayerComparison] = field(default_factory=list)
+
+    def configurations(self) -> list[str]:
+        """Names, in the order given."""
+        return list(dict.fromkeys(name for layer in self.layers for name in layer.figures))
+
+    def error(self, name: str) -> float | None:
+        """Mean error of a configuration over the layers that ran with it; None without any."""
+        errors = [_mean(layer.figures[name].error) for layer in self._measured(name)]
+        return _mean(errors) if errors else None
+
+    def times_faster(self, name: str) -> float | None:
+        """Exact attention's time over that of a configuration, over the layers that ran with it."""
+        layers = self._measured(name)
+        if not layers:
+            return None
+        return sum(layer.exact_seconds for layer in layers) / sum(layer.figures[name].seconds for layer in layers)
+
+    def _measured(self, name: str) -> list[LayerComparison]:
+        return [layer for layer in self.layers if name in layer.figures and not layer.figures[name].note]
+
+    def facts(self) -> dict[str, object]:
+        """What the figures depend on."""
+        return {
+            "scatterbrain": __version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "model": self.model,
+            "statistics": self.fitted_on,
+            "error": "||o - o*|| / ||o*|| of a head against exact attention, mean over heads and batch rows",
+        }
+
+    def write_json(self, file: str | os.PathLike[str]) -> None:
+        """Every figure of every head group."""
+        content = {"facts": self.facts(), "layers": [asdict(layer) for layer in self.layers]}
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+    def draw(self, file: str | os.PathLike[str]) -> None:
+        """A picture: error, where the weight lies and entropy by layer. Needs matplotlib."""
+        from scatterbrain.analysis.pictures import draw_comparison
+
+        draw_comparison(self, Path(file))
+
+    def __str__(self) -> str:
+        from scatterbrain.analysis.tables import comparison_tables
+
+        return comparison_tables(self)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# -------------------- measuring
+
+
+def compare(
+    model: nn.Module,
+    batch: Batch,
+    configurations: Configurations | None = None,
+    calibration: Batch | None = None,
+    repeats: int = 3,
+) -> Comparison:
+    """Looks at a model's attention on real inputs, and at what configurations make of it.
+
+    The model runs once with exact attention. Then every layer's own queries, keys and values are put through exact
+    attention and through every configuration: how spread the softmax weights are (entropy), how much of them lies in
+    the lists, how much of a query's weight the low-rank part carries, the error, and the time of a forward call, taken
+    in turn. A layer whose entropy is low needs the right keys; one whose entropy is high needs a good low-rank part.
+
+    Args:
+        model: any model that :func:`scatterbrain.replace_attention` takes, or has replaced. It is left as it was.
+        batch: a tensor (``model(batch)``), a mapping (``model(**batch)``), a tuple or list (``model(*batch)``), or a
+            function of the model that runs it. Attention is measured on its tokens, so give real ones.
+        configurations: pairs (support, low-rank kernel) by name, or names of methods of ``scatterbrain bench``, such
+            as "routed-64+centroid". Default the presets, a window alone and the low-rank part alone.
+        calibration: another batch, to fit statistics of ``Quadratic`` on; without one they are fitted on ``batch``
+            itself, which flatters them.
+        repeats: timed calls of each, of which the median counts.
+
+    Returns:
+        :class:`Comparison`. Calls of queries to other tokens (cross-attention) run with lists of single queries, as
+        :func:`scatterbrain.replace_attention` runs them.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a model without attention that is known: what was looked at.
+    """
+    comparison = None
+    for comparison in comparing(model, batch, configurations, calibration, repeats):
+        pass
+    return comparison
+
+
+def comparing(
+    model: nn.Module,
+    batch: Batch,
+    configurations: Configurations | None = None,
+    calibration: Batch | None = None,
+    repeats: int = 3,
+) -> Iterator[Comparison]:
+    """:func:`compare` step by step: the comparison so far, once the model has run and after every layer."""
+    chosen = None if configurations is None else checked_configurations(configurations)
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"compare: repeats must be an int of at least 1, got {repeats!r}")
+    calls = calls_of(model, batch)
+    others = calls if calibration is None else calls_of(model, calibration)
+    fitted_on = "the measured tokens themselves: errors are flattered" if calibration is None else "another batch"
+    comparison = Comparison(type(model).__name__, fitted_on, len(calls))
+    yield comparison
+    for number, call in enumerate(calls):
+        fit_on = others[number] if number < len(others) and others[number].path == call.path else call
+        of_call = (CAUSAL if call.is_causal else BIDIRECTIONAL) if chosen is None else chosen
+        comparison.layers.append(compare_call(call, of_call, fit_on, repeats))
+        yield comparison
+
+
+def checked_configurations(configurations: Configurations) -> dict[str, Pair]:
+    """Pairs by name.
+
+    Raises:
+        TypeError, ValueError: neither pairs nor names of methods.
+    """
+    if isinstance(configurations, str) or not isinstance(configurations, (Mapping, Sequence)) or not configurations:
+        raise TypeError(
+            "configurations must be pairs (support, low-rank kernel) by name, or names of methods such as "
+            f"'routed-64+centroid', got {configurations!r}"
+        )
+    if isinstance(configurations, Mapping):
+        for name, pair in configurations.items():
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+                raise TypeError(f"configurations[{name!r}] must be a pair (support, low-rank kernel), got {pair!r}")
+            check_pair(*pair, is_causal=False)
+        return {str(name): (pair[0], pair[1]) for name, pair in configurations.items()}
+    from scatterbrain.bench.methods import parse_method
+
+    found = {}
+    for name in configurations:
+        method = parse_method(name)
+        if method.is_baseline:
+            raise ValueError(f"configurations: expected a support and a low-rank kernel, got the baseline {name!r}")
+        found[name] = method.pair()
+    return found
+
+
+def compare_call(call: LayerCall, configurations: dict[str, Pair], fit_on: LayerCall, repeats: int) -> LayerComparison:
+    """Figures of one call. ``fit_on``: the call that statistics are fitted on."""
+    target = exact(call)
+    valid = call.valid_queries() & torch.isfinite(target.lse).any(1)
+    figures: dict[str, Figures] = {}
+    timed: dict[str, Callable[[], object]] = {"": by_torch(call)}
+    for name, pair in configurations.items():
+        try:
+            run = attention_of(call, pair, fit_on)
+            figures[name], timed[name] = figures_of(call, run, target, valid), run.out
+        except (ValueError, NotReplaceable, RuntimeError) as refusal:
+            figures[name] = Figures(note=" ".join(str(refusal).split()))
+    seconds = medians(timed, repeats)
+    batch, heads, queries, head_dim = call.query.shape
+    return LayerComparison(
+        call.path,
+        call.is_causal,
+        batch,
+        queries,
+        call.key.shape[2],
+        heads,
+        call.key.shape[1],
+        head_dim,
+        by_group(call, mean_over_queries(target.entropy, valid)),
+        seconds.pop(""),
+        {name: Figures(**asdict(f) | {"seconds": seconds.get(name)}) for name, f in figures.items()},
+    )
+
+
+class Run:
+    """A configuration on a captured call: what it computes, and with which lists."""
+
+    def __init__(self, call: LayerCall, support: Support, low_rank: LowRank, statistics: object) -> None:
+        self.call, self.support, self.low_rank, self.statistics = call, support, low_rank, statistics
+        self.out = partial(call.attention, support, low_rank, statistics=statistics)
+
+    def lists_keys(self) -> bool:
+        """Whether anything is left without the low-rank part."""
+        try:
+            check_pair(self.support, None, self.call.is_causal)
+        except ValueError:
+            return False
+        return True
+
+    def lists(self) -> Support:
+        """A support with the lists that the call uses."""
+        if not self.support.depends_on_content:
+            return self.support
+        arguments = self.call.masks() | {"statistics": self.statistics}
+        return functional.route(self.call.query, self.call.key, self.support, self.low_rank, **arguments)
+
+
+def attention_of(call: LayerCall, pair: Pair, fit_on: LayerCall) -> Run:
+    """The call with a configuration. Raises ValueError or NotReplaceable where it cannot run so."""
+    support, low_rank = pair
+    if call.query.shape[2] != call.key.shape[2] and not call.is_causal:
+        pairs, _ = query_by_query(Pairs(support, low_rank, causal_low_rank=presets.causal()[1]))
+        support, low_rank = pairs.support, pairs.low_rank
+    check_pair(support, low_rank, call.is_causal)
+    fitted = None
+    if low_rank is not None and low_rank.is_calibrated_from_data:
+        fitted = functional.fit_statistics(
+            fit_on.query, fit_on.key, low_rank.rank, fit_on.key_padding_mask, fit_on.scale
+        )
+    return Run(call, support, low_rank, fitted)
+
+
+def figures_of(call: LayerCall, run: Run, target: Exact, valid: Tensor) -> Figures:
+    """All but the time."""
+    out, lse = (t.to(target.out.dtype) for t in run.out(return_lse=True))
+    listed = torch.full_like(lse, -torch.inf)
+    if run.lists_keys():
+        listed = call.attention(run.lists(), None, return_lse=True)[1].to(lse.dtype)
+    if call.exact_queries:
+        first = slice(call.exact_queries)
+        out[:, :, first], listed[:, :, first] = target.out[:, :, first], target.lse[:, :, first]
+        lse[:, :, first] = target.lse[:, :, first]
+    rows = valid[:, None, :, None]
+    lost = ((out - target.out) * rows).nan_to_num(0.0).flatten(2).norm(dim=-1)
+    error = lost / (target.out * rows).nan_to_num(0.0).flatten(2).norm(dim=-1).clamp(min=1e-30)
+    in_lists = mean_over_queries((listed - target.lse).exp().clamp(max=1.0), valid)
+    low_rank = mean_over_queries((1 - (listed - lse).exp()).clamp(min=0.0), valid)
+    return Figures(*(by_group(call, t) for t in (error, in_lists, low_rank)))
+
+
+def mean_over_queries(values: Tensor, valid: Tensor) -> Tensor:
+    """(B, Hq) of (B, Hq, N)."""
+    weights = valid[:, None].to(values.dtype)
+    return (values.nan_to_num(0.0) * weights).sum(-1) / weights.sum(-1).clamp(min=1)
+
+
+def by_group(call: LayerCall, values: Tensor) -> list[float]:
+    """Means over batch rows and the query heads of each key/value head, of (B, Hq)."""
+    return values.double().mean(0).unflatten(0, (call.key.shape[1], -1)).mean(1).tolist()
+
+
+@torch.no_grad()
+def medians(timed: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of each, after a first call that does not count, in another order every time. CPU time of one thread,
+    wall time of several, events on a GPU."""
+    from scatterbrain.bench.clock import clock_of
+
+    samples: dict[str, list[float]] = {name: [] for name in timed}
+    clock = None
+    for function in timed.values():
+        out = function()
+        clock = clock or clock_of(out.device, torch.get_num_threads())
+    for repeat in range(repeats):
+        for name in random.Random(repeat).sample(list(timed), len(timed)):
+            samples[name].append(clock.seconds([timed[name]]))
+    return {name: statistics.median(some) for name, some in samples.items()}

@@ -1,0 +1,92 @@
+"""Comparisons as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scatterbrain.analysis.comparison import Comparison, Figures, LayerComparison
+
+
+def comparison_tables(comparison: Comparison) -> str:
+    """A table of the layers and one of each configuration."""
+    layers, names = comparison.layers, comparison.configurations()
+    labels = short_labels([layer.path for layer in layers])
+    lines = [
+        f"{comparison.model}: {len(layers)} attention calls; statistics fitted on {comparison.fitted_on}",
+        "error against exact attention, its times faster beside it; lowest to highest head group in brackets",
+        "",
+    ]
+    rows = [["layer", "tokens", "entropy", *names]]
+    for label, layer in zip(labels, layers):
+        rows.append([label, tokens_of(layer), spread(layer.entropy, ".1f"), *(result(layer, n) for n in names)])
+    rows.append(["all", "", "", *(total(comparison, name) for name in names)])
+    lines += aligned(rows)
+    lines += [
+        "",
+        "share of the softmax weights in the lists, and share of the weight that the low-rank part carries",
+        "",
+    ]
+    rows = [["layer", *names]]
+    for label, layer in zip(labels, layers):
+        rows.append([label, *(shares(layer.figures.get(name)) for name in names)])
+    lines += aligned(rows)
+    notes = {f"{name}: {f.note}" for layer in layers for name, f in layer.figures.items() if f.note}
+    return "\n".join([*lines, *([""] + [f"not measured: {note}" for note in sorted(notes)] if notes else [])])
+
+
+def tokens_of(layer: LayerComparison) -> str:
+    kind = "causal" if layer.is_causal else ""
+    count = str(layer.queries) if layer.queries == layer.keys else f"{layer.queries} to {layer.keys}"
+    return f"{count} {kind}".strip()
+
+
+def result(layer: LayerComparison, name: str) -> str:
+    figures = layer.figures.get(name)
+    if figures is None or figures.note:
+        return "-"
+    return f"{spread(figures.error, '.3f')} {layer.exact_seconds / figures.seconds:.1f}x"
+
+
+def total(comparison: Comparison, name: str) -> str:
+    error = comparison.error(name)
+    return "-" if error is None else f"{error:.3f} {comparison.times_faster(name):.1f}x"
+
+
+def shares(figures: Figures | None) -> str:
+    if figures is None or figures.note:
+        return "-"
+    return f"{spread(figures.in_lists, '.2f')} {spread(figures.low_rank, '.2f')}"
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean, with lowest and highest where they differ as shown."""
+    mean, low, high = (f"{v:{form}}" for v in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} [{low} {high}]"
+
+
+def short_labels(paths: Sequence[str]) -> list[str]:
+    """Paths without what all of them begin and end with; calls of one layer are numbered."""
+    parts = [path.split(".") for path in paths]
+    begin = end = 0
+    if len(set(paths)) > 1:
+        while len({tuple(p[: begin + 1]) for p in parts}) == 1:
+            begin += 1
+        while len({tuple(p[len(p) - end - 1 :]) for p in parts}) == 1:
+            end += 1
+    labels = [".".join(p[begin : len(p) - end]) or path for p, path in zip(parts, paths)]
+    seen: dict[str, int] = {}
+    for i, label in enumerate(labels):
+        seen[label] = seen.get(label, 0) + 1
+        labels[i] = label if labels.count(label) == 1 and seen[label] == 1 else f"{label} call {seen[label]}"
+    return labels
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Columns as wide as they need; the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,157 @@
+"""sb.capture and what it stands on: the calls of a model's attention layers, and the file that they are written to."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import testkit
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from testkit import ROOT, padding, randomized, run_python
+from torch import Tensor, nn
+
+import scatterbrain as sb
+from scatterbrain.analysis import calls_of
+from scatterbrain.analysis.exact import exact
+
+E, H, L = 48, 4, 60
+
+
+def encoder() -> nn.TransformerEncoder:
+    return randomized(testkit.encoder(E, H)).eval()
+
+
+def llama(**more: object) -> nn.Module:
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
+    return hf.LlamaModel(hf.LlamaConfig(**sizes, num_key_value_heads=2, **more)).eval()
+
+
+def test_calls_are_those_of_the_layers_and_the_model_is_as_before() -> None:
+    model, x = encoder().train(), torch.randn(2, L, E)
+    names, before = [type(m) for m in model.modules()], model.eval()(x)
+    model.train()
+    calls = calls_of(model, x)
+    assert [call.path for call in calls] == ["layers.0.self_attn", "layers.1.self_attn"]
+    attention = model.layers[0].self_attn
+    projected = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
+    for got, want in zip((calls[0].query, calls[0].key, calls[0].value), projected):
+        torch.testing.assert_close(got, want.unflatten(-1, (H, -1)).transpose(1, 2))
+    assert (
+        calls[0].scale == pytest.approx((E // H) ** -0.5)
+        and not calls[0].is_causal
+        and calls[0].key_padding_mask is None
+    )
+    assert model.training and [type(m) for m in model.modules()] == names and torch.equal(model.eval()(x), before)
+
+
+def test_a_batch_may_be_arguments_in_every_form() -> None:
+    model, x = encoder(), torch.randn(2, L, E)
+    mask = padding(L, (0, 20))
+    want = calls_of(model, {"src": x, "src_key_padding_mask": mask})
+    for batch in ((x, None, mask), [x, None, mask], lambda m: m(x, src_key_padding_mask=mask)):
+        got = calls_of(model, batch)
+        assert torch.equal(got[1].query, want[1].query) and torch.equal(got[1].valid_queries(), ~mask)
+    with pytest.raises(TypeError, match="batch must be a tensor, a mapping .* got int"):
+        calls_of(model, 5)
+
+
+def test_a_model_that_is_swapped_already_keeps_its_attention() -> None:
+    model, x = encoder(), torch.randn(1, L, E)
+    want = calls_of(model, x)
+    report = sb.replace_attention(model, sb.Window(8), sb.Quadratic(4))  # not calibrated: nothing of it runs
+    got = calls_of(model, x)
+    assert all(torch.equal(a.query, b.query) and a.path == b.path for a, b in zip(got, want))
+    assert len(report.replaced) == 2 and model.layers[0].self_attn.attention.support == sb.Window(8)
+    assert "forward" not in vars(model.layers[0].self_attn.attention)
+
+
+def test_an_error_inside_the_model_leaves_it_as_it_was() -> None:
+    model = encoder()
+    with pytest.raises((RuntimeError, AssertionError)):
+        calls_of(model, torch.randn(2, L, E + 1))
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+
+
+class OwnAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(E, 3 * E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+
+
+def test_a_model_without_known_attention_says_what_was_looked_at_and_what_is_needed() -> None:
+    model = nn.Sequential(nn.Linear(E, E), OwnAttention())
+    with pytest.raises(ValueError, match=r"(?s)got Sequential.*1: .*OwnAttention: .*register_replacer") as error:
+        calls_of(model, torch.randn(1, L, E))
+    assert "layers of torch, transformers, timm and diffusers are known" in str(error.value)
+    with pytest.raises(ValueError, match=r"(?s)got Linear.*look like attention:\n  none"):
+        sb.compare(nn.Linear(3, 3), torch.randn(1, 3))
+    with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
+        sb.compare("model", torch.randn(1, 3))
+
+
+def test_a_batch_that_reaches_no_attention_is_named() -> None:
+    model = encoder()
+    with pytest.raises(ValueError, match="none of them computed attention"):
+        calls_of(model, lambda m: m.layers[0].linear1(torch.randn(1, L, E)))
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_a_file_holds_what_plain_softmax_attention_computes_with(tmp_path: Path, scale: float | None) -> None:
+    """Grouped heads, padding, causal, the scale: exact attention on the file's tensors is the layer's own."""
+    model = llama()
+    if scale is not None:
+        for layer in model.layers:
+            layer.self_attn.scaling = scale
+    words = torch.randint(1, 60, (2, 70), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(words)
+    mask[1, :9] = 0
+    batch = {"input_ids": words, "attention_mask": mask}
+    entries = sb.capture(model, batch, tmp_path / "new" / "qkv.safetensors", name="tiny")
+    assert entries == [f"lm_tiny{row}.N{n}.layer{layer}" for layer in range(2) for row, n in (("", 70), ("_1", 61))]
+    tensors = load_file(tmp_path / "new" / "qkv.safetensors")
+    call = calls_of(model, batch)[1]
+    assert call.is_causal and (scale is None or call.scale == scale)
+    target = exact(call).out
+    for row, name in ((0, "lm_tiny.N70.layer1"), (1, "lm_tiny_1.N61.layer1")):
+        q, k, v = (tensors[f"{name}.{part}"] for part in "qkv")
+        assert q.shape == k.shape == (4, int(name.split(".N")[1].split(".")[0]), 16)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.testing.assert_close(out, target[row, :, call.valid_queries()[row]], rtol=1e-4, atol=1e-5)
+    assert tensors["lm_tiny.cal.layer0.q"].shape == (4, 70 + 61, 16)
+
+
+def test_the_benchmarks_read_the_file(tmp_path: Path) -> None:
+    file, x = tmp_path / "qkv.safetensors", torch.randn(1, 90, E)
+    sb.capture(encoder(), x, file, calibration=torch.randn(1, 300, E))
+    run = run_python(ROOT / "benchmarks" / "quality.py", file, "--keys", "32", "--only", "window 32 + centroid 64")
+    assert run.returncode == 0 and "| window 32 + centroid 64 | 0." in run.stdout, run.stderr
+    run = run_python(
+        *("-m", "scatterbrain", "bench", "--inputs", file, "--lengths", "64", "--heads", "4", "--repeats", "1"),
+        *("--methods", "sdpa", "window-16", "--memory", "false", "--rank", "4"),
+    )
+    assert run.returncode == 0 and "fitted on entry model.cal.layer0" in run.stdout + run.stderr, run.stderr
+
+
+def test_a_name_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name must be letters, digits and underscores, got 'a.b'"):
+        sb.capture(encoder(), torch.randn(1, L, E), tmp_path / "f", name="a.b")
+
+
+def test_padding_holds_anything() -> None:
+    model, x = encoder(), torch.randn(2, L, E)
+    mask = padding(L, (0, 25))
+    run = partial(calls_of, model)
+    want = exact(run({"src": x, "src_key_padding_mask": mask})[0])
+    x[1, L - 25 :] = torch.nan
+    got = exact(run({"src": x, "src_key_padding_mask": mask})[0])
+    valid = ~mask
+    for a, b in zip(got, want):
+        assert torch.equal(a.transpose(1, 2)[valid], b.transpose(1, 2)[valid])

@@ -1,0 +1,168 @@
+"""scatterbrain compare: the models and inputs that it takes, its files, interruption, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from scatterbrain.analysis import models
+from scatterbrain.cli import main
+
+MODULE = """
+import torch
+from torch import nn
+
+def encoder():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 40, 0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+def with_batch():
+    return encoder(), torch.randn(1, 90, 32)
+
+def with_batches():
+    return encoder(), [(torch.randn(1, 90, 32),), (torch.randn(1, 300, 32),)]
+
+def number():
+    return 5
+"""
+FEW = ("--configurations", "window-16+centroid", "routed-32", "--repeats", "1")
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(MODULE)
+    return path
+
+
+def test_a_function_of_a_file_and_every_output(module: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    files = [tmp_path / name for name in ("c.json", "c.png", "qkv.safetensors")]
+    options = [x for name, file in zip(("--json", "--png", "--capture"), files) for x in (name, str(file))]
+    assert main(["compare", f"{module}:with_batches", *FEW, *options]) == 0
+    out = capsys.readouterr().out
+    for word in (*map(str, files), "TransformerEncoder: 2 attention calls", "fitted on another batch", "entropy"):
+        assert word in out, out
+    assert json.loads(files[0].read_text())["layers"][1]["path"] == "layers.1.self_attn"
+    assert main(["compare", f"{module}:with_batch", *FEW]) == 0
+    assert "flattered" in capsys.readouterr().out
+
+
+def test_arguments_by_name(module: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "batch.safetensors"
+    save_file({"src": torch.randn(4, 90, 32)}, file)
+    assert main(["compare", f"{module}:encoder", "--inputs", str(file), "--rows", "2", *FEW]) == 0
+    assert "fitted on another batch" in capsys.readouterr().out
+    assert main(["compare", f"{module}:encoder", "--inputs", str(file), "--rows", "5", *FEW]) == 1
+    assert "expected at least 5 rows, got 4; lower --rows" in capsys.readouterr().err
+
+
+def test_a_text_model_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    hf, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    sizes = dict(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40)
+    hf.BertModel(hf.BertConfig(**sizes, max_position_embeddings=64)).save_pretrained(tmp_path / "bert")
+    words = {word: i for i, word in enumerate(["[UNK]", *"abcdefgh"])}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    hf.PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(tmp_path / "bert")
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h " * 40)
+    arguments = ["compare", str(tmp_path / "bert"), "--inputs", str(text), "--tokens", "60", *FEW]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert f"rows of 60 tokens of {text}" in out and "another batch" in out
+    assert main([*arguments[:-5], "--rows", "9", *FEW]) == 1
+    assert "expected at least 9 rows of 60 tokens, got 5" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "bert"), "--tokens", "65"]) == 1
+    assert "--tokens: the model takes at most 64, got 65" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "bert"), "--tokens", "40", *FEW]) == 0
+    assert "RANDOM tokens" in capsys.readouterr().out
+
+
+def test_a_vision_model_of_a_folder_on_an_array_and_on_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    hf, image = pytest.importorskip("transformers"), pytest.importorskip("PIL.Image")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, patch_size=4)
+    hf.ViTModel(hf.ViTConfig(**sizes, image_size=32)).save_pretrained(tmp_path / "vit")
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 20, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", labels=np.arange(5), x=pixels)
+    (tmp_path / "images").mkdir()
+    for i, some in enumerate(pixels):
+        image.fromarray(some).save(tmp_path / "images" / f"{i}.png")
+    for inputs in ("images.npz", "images"):
+        arguments = ["compare", str(tmp_path / "vit"), "--inputs", str(tmp_path / inputs), "--size", "40", *FEW]
+        assert main(arguments) == 0
+        assert " 101 " in capsys.readouterr().out  # 10 x 10 patches and a class token
+    chosen = models._images(tmp_path / "images", 3, 16), models._images(tmp_path / "images.npz", 3, 16)
+    assert torch.equal(*chosen) and chosen[0].shape == (3, 3, 16, 16) and 0 <= chosen[0].min() < chosen[0].max() <= 1
+    np.save(tmp_path / "floats.npy", np.zeros((2, 3)))
+    assert main(["compare", str(tmp_path / "vit"), "--inputs", str(tmp_path / "floats.npy")]) == 1
+    assert "expected an array of images, uint8 (count, height, width, 3)" in capsys.readouterr().err
+
+
+def test_a_timm_model_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    timm = pytest.importorskip("timm")
+    name = "vit_tiny_patch16_224"
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "vit.pth")
+    assert main(["compare", name, "--checkpoint", str(tmp_path / "vit.pth"), *FEW]) == 0
+    out = capsys.readouterr().out
+    assert "VisionTransformer: 12 attention calls" in out and "RANDOM pixels" in out
+
+
+def test_a_run_folder_of_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(32, 120)) * 60)
+    sizes = {"model.layers": 1, "model.width": 32, "model.heads": 2, "train.context": 100, "train.steps": 2}
+    sizes |= {"data.path": text, "data.glob": "*", "sample.length": 0, "output": tmp_path / "run"}
+    assert main(["train", *(str(x) for name, value in sizes.items() for x in (f"--{name}", value))]) == 0
+    capsys.readouterr()
+    few = ("--configurations", "window-16", "--repeats", "1")
+    assert main(["compare", str(tmp_path / "run"), *few]) == 0
+    out = capsys.readouterr().out
+    assert "rows of 100 bytes of its validation text" in out and "causal" in out
+    assert main(["compare", str(tmp_path / "run"), "--inputs", str(text), "--tokens", "80", *few]) == 0
+    assert f"rows of 80 bytes of {text}" in capsys.readouterr().out
+
+
+def test_what_is_no_model_or_no_input_says_what_was_expected(
+    module: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
+    for arguments, words in (
+        (["no_such_model"], ["no_such_model: expected one of", "a Hugging Face folder", "module:function"]),
+        ([str(tmp_path)], ["expected a folder with config.json or checkpoint.safetensors"]),
+        ([f"{module}:nothing"], ["has no function 'nothing'"]),
+        ([f"{module}:number"], ["expected a model or (model, batch), got int"]),
+        ([f"{module}:encoder"], ["returns a model without a batch", "--inputs FILE.safetensors"]),
+        (["no_such_module:f"], ["no_such_module: no such module"]),
+        (["gone.py:f"], ["gone.py: expected a Python file"]),
+        ([f"{module}:with_batch", "--inputs", "gone.txt"], ["--inputs: expected a file or folder, got gone.txt"]),
+        ([f"{module}:with_batch", "--rows", "0"], ["--rows must be at least 1, got 0"]),
+        ([f"{module}:with_batch", "--configurations", "windw-3"], ["unknown method 'windw-3'"]),
+    ):
+        assert main(["compare", *arguments]) == 1, arguments
+        errors = capsys.readouterr().err
+        assert all(word in errors for word in words) and "Traceback" not in errors, errors
+
+
+def test_ctrl_c_shows_the_layers_so_far(module: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from scatterbrain.analysis import comparison
+
+    calls, of_call = [], comparison.compare_call
+
+    def stopping(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return of_call(*arguments)
+
+    monkeypatch.setattr(comparison, "compare_call", stopping)
+    assert main(["compare", f"{module}:with_batch", *FEW]) == 130
+    shown = capsys.readouterr()
+    assert "1 attention calls" in shown.out and "stopped before the end" in shown.err
+    assert main(["compare", f"{module}:with_batch", *FEW]) == 0
