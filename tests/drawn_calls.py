@@ -261,7 +261,10 @@ def _supports(draw: st.DrawFn) -> dict[str, Any]:
         return dict(kind="routed", keys=8 * keys, block_q=1, block_k=8, **always)
     if kind == "lsh":
         rounds = draw(st.integers(1, 4))
-        return dict(kind="lsh", keys=rounds * draw(st.integers(1, 20)), rounds=rounds, seed=draw(st.integers(0, 9)))
+        budget = dict(keys=rounds * draw(st.integers(1, 20)), rounds=rounds)
+        return dict(
+            kind="lsh", **budget, hash=draw(st.sampled_from(("e2lsh", "angular"))), seed=draw(st.integers(0, 9))
+        )
     if kind == "blocks":
         sizes = dict(
             block_q=draw(st.integers(1, 40)), block_k=draw(st.integers(1, 16)), capacity=draw(st.integers(0, 20))

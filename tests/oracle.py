@@ -213,7 +213,7 @@ SUPPORTS = [
     lambda r: r.choice([sb.Window(16), sb.Window(33, sinks=4), sb.Window(64, sinks=17)]),
     lambda r: pooled(r.choice([32, 48]), r.choice([8, 16, 32])),
     lambda r: per_query(r.choice([24, 32, 40]), r.choice([0, 8, 16])),
-    lambda r: sb.LSH(r.choice([8, 32]), rounds=r.choice([1, 2, 4]), seed=r.randrange(100)),
+    lambda r: sb.LSH(r.choice([8, 32]), r.choice([1, 2, 4]), r.choice(["e2lsh", "angular"]), seed=r.randrange(100)),
     lambda r: "blocks",
 ]
 LOW_RANKS = [

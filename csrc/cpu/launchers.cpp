@@ -25,9 +25,15 @@ std::string instruction_set_name() { return instruction_set().name; }
 
 SB_REGISTER_DEVICE(CPU, table)
 
-STABLE_TORCH_LIBRARY_FRAGMENT(scatterbrain, library) { library.def("instruction_set() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(scatterbrain, library) {
+  library.def("instruction_set() -> str");
+  library.def(
+      "cluster_lists(Tensor query_cluster, Tensor key_cluster, Tensor? query_range, Tensor? key_range, int clusters, "
+      "int capacity) -> (Tensor index, Tensor count)");
+}
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, library) {
   library.impl("instruction_set", TORCH_BOX(&instruction_set_name));
 }
+STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CPU, library) { library.impl("cluster_lists", TORCH_BOX(&cluster_lists)); }
 
 }  // namespace sb::cpu

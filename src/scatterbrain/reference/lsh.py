@@ -1,5 +1,5 @@
-"""LSH: equal-size clusters of queries and keys by the order of their hashes (E2LSH on the XBOX+ transform, as in SMYRF,
-Daras et al. 2020, section 3)."""
+"""LSH: equal-size clusters of keys by the order of their hashes, which are E2LSH on the XBOX+ transform, as in SMYRF
+(Daras et al. 2020, section 3), or cross-polytopes, as in Reformer (Kitaev et al. 2020, section 2)."""
 
 from __future__ import annotations
 
@@ -33,10 +33,17 @@ def clusters(support: LSH, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Cluster of each query, (B, Hq, rounds, N), and of each key, (B, Hq, rounds, M); padded queries are in -1, padded
     keys in -2.
 
-    A round hashes a transformed token to its inner product with the round's direction. Tokens are ranked by hash,
-    equal ones in their order. A row with n queries and m keys that are not padding has C = ceil(m / (keys / rounds))
-    clusters: the query of rank r is in cluster r C // n, cluster c holds the keys of ranks c m // C to
-    (c + 1) m // C - 1. Hashes are those of float32 copies of the tokens.
+    A row with n queries and m keys that are not padding has C = ceil(m / (keys / rounds)) clusters. Keys are ranked by
+    hash, equal ones in their order, and cluster c holds the keys of ranks c m // C to (c + 1) m // C - 1. Hashes are
+    those of float32 copies of the tokens.
+
+    "e2lsh": a round hashes a transformed token to its inner product with the round's direction. Queries are ranked in
+    the same way, and the query of rank r is in cluster r C // n.
+
+    "angular": a round multiplies a token with R = ceil(C / 2) directions, at most head_dim. Its hash, one of 2 R
+    buckets, is r for the largest magnitude if that product is not negative, else R + r. Query t of the n' in its bucket
+    goes with key t m' // n' of the m' there, into the same cluster; without keys in its bucket, with the first key of
+    the next bucket that has one, or the last of all.
     """
     if inputs.is_causal:
         raise ValueError(
@@ -48,8 +55,14 @@ def clusters(support: LSH, inputs: Inputs) -> tuple[Tensor, Tensor]:
     of_key = torch.full((batch, heads, support.rounds, m), -2, device=inputs.query.device)
     if n == 0 or m == 0:
         return of_query, of_key
-    drawn = directions(support.rounds, d, support.seed).to(inputs.query)
-    q_hash, k_hash = ((t @ drawn.T).transpose(-1, -2) for t in transformed(inputs))  # (B, Hq, rounds, tokens)
+    is_angular = support.hash == "angular"
+    drawn = directions(support.rounds * (d if is_angular else 1), d, support.seed).to(inputs.query)
+    if is_angular:
+        tokens = inputs.query, inputs.key.repeat_interleave(inputs.group, 1)
+        of_round = drawn[:, :d].reshape(support.rounds, 1, 1, d, d)
+        products = [(t @ of_round.transpose(-1, -2)).movedim(0, 2) for t in tokens]  # (B, Hq, rounds, tokens, d)
+    else:
+        q_hash, k_hash = ((t @ drawn.T).transpose(-1, -2) for t in transformed(inputs))  # (B, Hq, rounds, tokens)
     for b in range(batch):
         q_valid, k_valid = ~inputs.query_padding[b], ~inputs.key_padding[b]
         n_valid, m_valid = int(q_valid.sum()), int(k_valid.sum())
@@ -59,9 +72,34 @@ def clusters(support: LSH, inputs: Inputs) -> tuple[Tensor, Tensor]:
         of_rank = torch.empty(m_valid, dtype=torch.long, device=of_key.device)
         for c in range(count):
             of_rank[c * m_valid // count : (c + 1) * m_valid // count] = c
-        of_query[b, :, :, q_valid] = _rank(q_hash[b, :, :, q_valid]) * count // n_valid
-        of_key[b, :, :, k_valid] = of_rank[_rank(k_hash[b, :, :, k_valid])]
+        if not is_angular:
+            of_query[b, :, :, q_valid] = _rank(q_hash[b, :, :, q_valid]) * count // n_valid
+            of_key[b, :, :, k_valid] = of_rank[_rank(k_hash[b, :, :, k_valid])]
+            continue
+        q_bucket, k_bucket = (
+            _bucket(t[b][..., valid, :], min(-(-count // 2), d)) for t, valid in zip(products, (q_valid, k_valid))
+        )
+        of_key[b, :, :, k_valid] = of_rank[_rank(k_bucket)]
+        for h in range(heads):
+            for r in range(support.rounds):
+                of_query[b, h, r, q_valid] = of_rank[_partners(q_bucket[h, r].tolist(), k_bucket[h, r].tolist())]
     return of_query, of_key
+
+
+def _bucket(products: Tensor, rows: int) -> Tensor:
+    """The vertex of the cross-polytope that is nearest to ``products`` (..., d) with the first ``rows`` directions."""
+    vertices = torch.cat([products[..., :rows], -products[..., :rows]], -1)
+    return vertices.argmax(-1)
+
+
+def _partners(queries: list[int], keys: list[int]) -> list[int]:
+    """The rank of the key that each query goes with, from the buckets of both."""
+    ranks = []
+    for i, bucket in enumerate(queries):
+        before, inside = sum(k < bucket for k in keys), keys.count(bucket)
+        turn = queries[:i].count(bucket) * inside // queries.count(bucket)
+        ranks.append(min(before + turn, len(keys) - 1))
+    return ranks
 
 
 def _rank(hashes: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Equal-size clusters of queries and keys by locality-sensitive hashing (E2LSH on the XBOX+ transform, as in SMYRF,
-Daras et al. 2020, section 3)."""
+"""Equal-size clusters of keys by locality-sensitive hashing: E2LSH on the XBOX+ transform, as in SMYRF (Daras et al.
+2020, section 3), or cross-polytopes, as in Reformer (Kitaev et al. 2020, section 2)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from scatterbrain.call import Call
 from scatterbrain.fields import INT64_MAX, check_int, check_str
 from scatterbrain.numerics import squared_norm
-from scatterbrain.operators import library  # noqa: F401  (loads the operators)
 from scatterbrain.operators.device_constants import kept
 from scatterbrain.operators.tracing import is_known
 from scatterbrain.supports.base import BlockLists, Support
+from scatterbrain.supports.cluster_lists import cluster_lists
 
 if TYPE_CHECKING:
     from scatterbrain.low_rank import LowRankKernel
@@ -32,7 +32,10 @@ class LSH(Support):
     Args:
         keys: keys per query over all rounds; each round's clusters hold ``keys / rounds`` keys.
         rounds: independent hash rounds.
-        hash: "e2lsh" on the asymmetric XBOX+ transform, the paper's.
+        hash: "e2lsh": a projection on a random direction after the asymmetric XBOX+ transform, the paper's; near are
+            queries and keys of large products. "angular": the nearest vertex of a randomly turned cross-polytope
+            (Andoni et al. 2015; Reformer, Kitaev et al. 2020); near are queries and keys of a small angle, whatever
+            their norms.
         seed: seed of the hash directions. The same seed gives the same clusters for the same input.
     """
 
@@ -50,8 +53,8 @@ class LSH(Support):
         check_int("LSH", "rounds", self.rounds, 1)
         check_int("LSH", "seed", self.seed, 0, INT64_MAX)
         check_str("LSH", "hash", self.hash)
-        if self.hash != "e2lsh":
-            raise ValueError(f"LSH: expected hash='e2lsh', got {self.hash!r}")
+        if self.hash not in ("e2lsh", "angular"):
+            raise ValueError(f"LSH: expected hash='e2lsh' or 'angular', got {self.hash!r}")
         if self.keys % self.rounds:
             raise ValueError(
                 f"LSH: keys is the total over rounds and must divide by rounds={self.rounds}, got {self.keys}"
@@ -98,102 +101,120 @@ def _(rounds: int, head_dim: int, seed: int, device: torch.device | None = None)
     return torch.empty(rounds, head_dim + 2, device=device or "cpu")
 
 
-def hash_tokens(
+def e2lsh_order(
     query: Tensor, key: Tensor, directions: Tensor, query_mask: Tensor | None, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(B, Hq, rounds, N) and (B, Hq, rounds, M) hashes. XBOX+ appends sqrt(R - |q|^2), 0 to queries and 0, sqrt(R -
     |k|^2) to keys with R = max|q|^2 + max|k|^2 over valid tokens, so that the nearest key is the one of largest inner
     product; the hash is a projection, whose order is all that is used. ``directions`` (rounds, head_dim + 2). Masked
     tokens hash to infinity."""
-
-    def norms(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        if mask is not None:
-            tokens = tokens.masked_fill(mask[:, None, :, None], 0)
-        return tokens, squared_norm(tokens).squeeze(-1)
-
-    query, query_norm = norms(query.detach().float(), query_mask)
-    key, key_norm = norms(key.detach().float(), key_mask)
+    query_norm, key_norm = squared_norm(query).squeeze(-1), squared_norm(key).squeeze(-1)
     heads = query.shape[1] // key.shape[1]
     key, key_norm = key.repeat_interleave(heads, 1), key_norm.repeat_interleave(heads, 1)
     radius = query_norm.amax(-1, keepdim=True) + key_norm.amax(-1, keepdim=True)
     plain, extra_query, extra_key = directions[:, :-2], directions[:, -2], directions[:, -1]
 
     def project(tokens: Tensor, norm: Tensor, extra: Tensor, mask: Tensor | None) -> Tensor:
-        # The package's own projection: a hash does not depend on the other tokens' number or on threads, as a matrix
-        # product's last bit may.
-        h = (
-            torch.ops.scatterbrain.project(tokens, plain[None, None], None).transpose(-1, -2)
-            + (radius - norm).clamp(min=0).sqrt()[:, :, None] * extra[:, None]
-        )
+        h = _projected(tokens, plain) + (radius - norm).clamp(min=0).sqrt()[:, :, None] * extra[:, None]
         return h if mask is None else h.masked_fill(mask[:, None, None], torch.inf)
 
     return project(query, query_norm, extra_query, query_mask), project(key, key_norm, extra_key, key_mask)
 
 
-def _union(member: Tensor, m: int) -> Tensor:
-    """Sorted along the last dimension, duplicates and empty slots (``m``) moved to the end."""
-    member = member.sort(-1).values
-    repeated = torch.zeros_like(member, dtype=torch.bool)
-    repeated[..., 1:] = member[..., 1:] == member[..., :-1]
-    return member.masked_fill(repeated, m).sort(-1).values
+def _projected(tokens: Tensor, directions: Tensor) -> Tensor:
+    """(B, H, rows, tokens) products with ``directions`` (rows, d), by the package's own projection: a hash does not
+    depend on the other tokens' number or on threads, as a matrix product's last bit may."""
+    return torch.ops.scatterbrain.project(tokens, directions[None, None], None).transpose(-1, -2)
+
+
+def angular_buckets(tokens: Tensor, directions: Tensor, used: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, H, rounds, tokens): which of the vertices +-e_r of a cross-polytope is nearest to a token's products with the
+    first ``used`` (B, 1, 1, 1) rows r of ``directions`` (rounds, rows, d), as ``r`` or ``used + r``. Masked tokens are
+    behind all others."""
+    rounds, rows, _ = directions.shape
+    products = _projected(tokens, directions.flatten(0, 1)).unflatten(2, (rounds, rows))  # (B, H, rounds, rows, tokens)
+    is_used = torch.arange(rows, device=tokens.device)[:, None] < used[..., None]
+    largest = products.abs().masked_fill(~is_used, -1).argmax(3, keepdim=True)
+    is_negative = torch.gather(products, 3, largest).squeeze(3) < 0
+    bucket = largest.squeeze(3) + torch.where(is_negative, used, 0)
+    return bucket if mask is None else bucket.masked_fill(mask[:, None, None], 2 * rows)
+
+
+def _ranks(order: Tensor) -> Tensor:
+    """The inverse of a permutation (last dimension)."""
+    position = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(-1, order, position)
+
+
+def lsh_clusters(support: LSH, call: Call, rounds: int) -> tuple[Tensor, Tensor]:
+    """Cluster of each query (B, Hq, rounds, N) and of each key (B, Hq, rounds, M), int64, -1 for padded tokens.
+
+    A row with m valid keys has C = ceil(m / (keys / rounds)) clusters, and cluster c holds the keys of ranks c m // C
+    .. (c + 1) m // C - 1 in the order of their hashes. "e2lsh": a query of rank r among n belongs to cluster r C // n.
+    "angular": the keys of each bucket are in the order of the tokens, and query r of the n in a bucket goes with key r
+    m // n of the m there; where there is none, with the first of the next bucket.
+    """
+    padding, head_dim = call.padding, call.query.shape[3]
+    query, key = (
+        t if mask is None else t.masked_fill(mask[:, None, :, None], 0)
+        for t, mask in (
+            (call.query.detach().float(), padding.query_mask),
+            (call.key.detach().float(), padding.key_mask),
+        )
+    )
+    (batch, heads, n, _), m, device = query.shape, key.shape[2], query.device
+
+    def count(mask: Tensor | None, tokens: int) -> Tensor:
+        valid = torch.full((batch,), tokens, device=device) if mask is None else (~mask).sum(1)
+        return valid[:, None, None, None]
+
+    n_valid, m_valid = count(padding.query_mask, n), count(padding.key_mask, m)
+    per_round = support.keys // support.rounds
+    clusters = (-(-m_valid // per_round)).clamp(min=1)
+
+    def cluster_of_key(rank: Tensor) -> Tensor:
+        return ((rank + 1) * clusters - 1) // m_valid.clamp(min=1)
+
+    if support.hash == "e2lsh":
+        directions = hash_directions(support.rounds, head_dim, support.seed, device)[:rounds]
+        query_hash, key_hash = e2lsh_order(query, key, directions, padding.query_mask, padding.key_mask)
+        # A stable sort: equal hashes keep the order of the tokens.
+        query_rank, key_rank = (_ranks(t.argsort(dim=-1, stable=True)) for t in (query_hash, key_hash))
+        of_query = (query_rank * clusters // n_valid.clamp(min=1)).clamp(max=clusters - 1)
+    else:
+        rows = torch.sym_min((-(-m // per_round) + 1) // 2, head_dim)
+        directions = hash_directions(support.rounds * head_dim, head_dim, support.seed, device)
+        directions = directions.unflatten(0, (support.rounds, head_dim))[:rounds, :rows, :head_dim].contiguous()
+        used = ((clusters + 1) // 2).clamp(max=head_dim)
+        query_bucket = angular_buckets(query, directions, used, padding.query_mask)
+        key_bucket = angular_buckets(key, directions, used, padding.key_mask)
+        key_bucket = key_bucket.repeat_interleave(heads // key.shape[1], 1)
+        (query_sorted, query_order), (key_sorted, key_order) = (
+            t.sort(dim=-1, stable=True) for t in (query_bucket, key_bucket)
+        )
+        query_rank, key_rank = _ranks(query_order), _ranks(key_order)
+
+        def first_and_count(tokens: Tensor) -> tuple[Tensor, Tensor]:
+            first = torch.searchsorted(tokens, query_bucket)
+            return first, torch.searchsorted(tokens, query_bucket, right=True) - first
+
+        (first_query, queries), (first_key, keys) = first_and_count(query_sorted), first_and_count(key_sorted)
+        place = first_key + (query_rank - first_query) * keys // queries
+        of_query = cluster_of_key(torch.minimum(place, (m_valid - 1).clamp(min=0)))
+    of_key = cluster_of_key(key_rank)
+    if padding.query_mask is not None:
+        of_query = of_query.masked_fill(padding.query_mask[:, None, None], -1)
+    if padding.key_mask is not None:
+        of_key = of_key.masked_fill(padding.key_mask[:, None, None], -1)
+    return of_query, of_key
 
 
 def lsh_lists(support: LSH, call: Call) -> BlockLists:
-    """Per-query lists (block_q = block_k = 1): the sorted union over rounds of the keys in the query's cluster. Memory
-    is linear in the tokens.
-
-    A row with n valid queries and m valid keys has ceil(m / (keys / rounds)) clusters; query of rank r in hash order
-    belongs to cluster r clusters // n, and cluster c holds the keys of ranks c m // clusters .. (c + 1) m // clusters -
-    1.
-    """
-    query, key, padding = call.query, call.key, call.padding
-    query_mask, key_mask = padding.query_mask, padding.key_mask
-    batch, heads, n, d = query.shape
-    m = key.shape[2]
-    per_round = support.keys // support.rounds
-    device = query.device
+    """The sorted union over rounds of the keys in each query's cluster."""
+    (batch, heads, n, _), m = call.query.shape, call.key.shape[2]
+    per_round, device = support.keys // support.rounds, call.query.device
     if n == 0 or m == 0:
         index = torch.full((batch, heads, n, 0), -1, dtype=torch.int32, device=device)
         return BlockLists(index, torch.zeros(batch, heads, n, dtype=torch.int32, device=device), block_q=1)
     rounds = 1 if per_round >= m else support.rounds  # a cluster of every key is the same in every round
-    directions = hash_directions(support.rounds, d, support.seed, device)[:rounds]
-    query_hash, key_hash = hash_tokens(query, key, directions, query_mask, key_mask)
-
-    def count(mask: Tensor | None, tokens: int) -> Tensor:
-        return torch.full((batch,), tokens, device=device) if mask is None else (~mask).sum(1)
-
-    n_valid, m_valid = (c[:, None, None, None] for c in (count(query_mask, n), count(key_mask, m)))
-    clusters = (-(-m_valid // per_round)).clamp(min=1)
-
-    # A stable sort: equal hashes keep the order of the tokens.
-    rank = torch.argsort(torch.argsort(query_hash, dim=-1, stable=True), dim=-1)  # argsort of a permutation: no ties
-    cluster = (rank * clusters // n_valid.clamp(min=1)).clamp(max=clusters - 1)
-    begin, end = cluster * m_valid // clusters, (cluster + 1) * m_valid // clusters  # (B, H, rounds, N)
-    key_order = torch.argsort(key_hash, dim=-1, stable=True)
-    width = min(per_round, m)
-
-    def members(rounds: slice) -> Tensor:
-        """(B, H, N, keys): the keys of the query's clusters in some rounds; m: no key."""
-        position = begin[:, :, rounds, :, None] + torch.arange(width, device=device)
-        order = key_order[:, :, rounds, None].expand(-1, -1, -1, n, -1)
-        keys = torch.gather(order, -1, position.clamp(max=m - 1)).masked_fill(position >= end[:, :, rounds, :, None], m)
-        return keys.transpose(2, 3).flatten(3)
-
-    # The union is made of so many rounds at a time that memory follows the keys that there are, whatever the budget.
-    if rounds * width <= m:
-        member = _union(members(slice(rounds)), m)
-    else:
-        member, at_once = torch.empty(batch, heads, n, 0, dtype=torch.int64, device=device), max(1, m // width)
-        for first in range(0, rounds, at_once):
-            member = _union(torch.cat([member, members(slice(first, first + at_once))], -1), m)[..., :m]
-    if query_mask is not None:
-        member = member.masked_fill(query_mask[:, None, :, None], m)
-    if padding.query_range is not None:  # lists count from the row's first valid query
-        slot = torch.arange(n, device=device) + padding.query_range[:, :1].long()
-        member = torch.gather(member, 2, slot.clamp(max=n - 1)[:, None, :, None].expand_as(member)).masked_fill(
-            (slot >= n)[:, None, :, None], m
-        )
-    used = member < m
-    first = 0 if padding.key_range is None else padding.key_range[:, 0].long()[:, None, None, None]
-    index = torch.where(used, member - first, -1).to(torch.int32)
-    return BlockLists(index, used.sum(-1, dtype=torch.int32), block_q=1)
+    return cluster_lists(*lsh_clusters(support, call, rounds), call.padding, -(-m // per_round), per_round)
