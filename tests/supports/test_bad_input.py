@@ -54,7 +54,7 @@ CALLS = {
     "no keys": (lambda: sb.Routed(-64), ValueError, "Routed: keys must be at least 1, got -64"),
     "LSH rounds": (lambda: sb.LSH(64, rounds=3), ValueError, "LSH: keys.*divide by rounds=3, got 64"),
     "LSH no rounds": (lambda: sb.LSH(64, rounds=0), ValueError, "LSH: rounds must be at least 1"),
-    "LSH hash": (lambda: sb.LSH(64, hash="simhash"), ValueError, "LSH: expected hash='e2lsh' or 'angular', got 'simhash'"),
+    "LSH hash": (lambda: sb.LSH(64, hash="sim"), ValueError, "LSH: expected hash='e2lsh' or 'angular', got 'sim'"),
     # sizes that the kernels cannot count to
     "causal window past 32 bits": (
         lambda: attend(support=sb.Window(2**31), is_causal=True),
