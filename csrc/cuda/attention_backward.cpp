@@ -80,12 +80,14 @@ class Backward : AttentionCall {
             room({p.batch, p.q_heads, ceil_div(p.q_tokens, kSegment), p.rank, p.head_dim}, dtype);
       }
     }
+    of.slots_per_state = by_tiles && !in_double ? kTile : 1;
     make_states(of, in_double);
     TileParams operands{};
     if (by_tiles && !in_double) {
       operands = tile_params(of, a, call);
       launch_tile_operands(operands, element(), call.stream());
-      launch_attention_backward_tile(backward_tile_params(of, operands, call), element(), call.stream());
+      (of.is_ragged() ? launch_ragged_attention_backward_tile : launch_attention_backward_tile)(
+          backward_tile_params(of, operands, call), element(), call.stream());
     } else {
       launch_attention_forward(of, element(), in_double, call.stream());
       launch_backward_queries(of, element(), in_double, call.stream());

@@ -13,6 +13,14 @@ SB_DEVICE SlotKind kind_of(const BackwardParams& p, int64_t b, int64_t h, int64_
   return load(p.kinds + (b * p.q_heads + h) * p.q_tokens + slot);
 }
 
+// The state slot that a query slot reads, and the first slot that reads `state_slot` or a later one.
+SB_DEVICE int64_t state_of_slot(const BackwardParams& p, const RowRange& range, int64_t slot) {
+  return kv_state_of_edge(p, edge_of_slot(p, range, slot - slot % p.slots_per_state));
+}
+SB_DEVICE int64_t first_slot_reading(const BackwardParams& p, const RowRange& range, int64_t state_slot) {
+  return pad_to(first_slot_seeing(p, range, state_slot * kChunk), p.slots_per_state);
+}
+
 // A query slot and a key that it sees. `is_in_state`: the state holds the key, so a list takes its L back.
 template <class T>
 struct Pair {

@@ -98,7 +98,8 @@ class BackwardKey {
       if (of == PairOf::kSinks && !(p.span && key < p.span_sinks)) return;
       if (of == PairOf::kOutside) {
         if (!p.has_low_rank() || (!p.is_causal && entry_slot != kNeverEnters)) return;
-        if (p.is_causal && entry_slot != kNeverEnters) end = first_slot_seeing(p, range, entry_slot * kChunk);
+        if (p.is_causal && entry_slot != kNeverEnters) end = first_slot_reading(p, range, entry_slot);
+        if (end > slots) end = slots;
       }
       count = end - first;
     }
@@ -158,7 +159,7 @@ class BackwardKey {
 
     Pair<T> pair;
     pair.is_listed = of != PairOf::kOutside && of != PairOf::kByKey;
-    const int64_t state_slot = kv_state_of_edge(p, edge);
+    const int64_t state_slot = state_of_slot(p, range, slot);
     if (pair.is_listed && kind == SlotKind::kState) {
       pair.is_in_state = (!p.is_causal || key < state_slot * kChunk) && !is_held_out(p, head, j, state_slot);
       pair.kappa_ref = load(static_cast<const T*>(p.state_log) + head * p.slots + state_slot);

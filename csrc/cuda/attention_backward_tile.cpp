@@ -4,9 +4,7 @@
 
 namespace sb::cuda {
 
-bool fits_backward_tiles(const AttentionArguments& a) {
-  return !a.is_causal && a.block_q % 16 == 0 && fits_tiles(a);
-}
+bool fits_backward_tiles(const AttentionArguments& a) { return fits_tiles(a); }
 
 BackwardTileParams backward_tile_params(const BackwardParams& of_call, const TileParams& operands, Call& call) {
   BackwardTileParams p{};
@@ -15,11 +13,12 @@ BackwardTileParams backward_tile_params(const BackwardParams& of_call, const Til
   p.features_padded = operands.features_padded;
   p.cluster_operand = operands.cluster_operand, p.state_sums = operands.state_sums, p.key_log = operands.key_log;
   p.key_coordinates = operands.key_coordinates;
+  p.by_groups = operands.by_groups, p.longest_list = operands.longest_list;
   if (!p.has_low_rank()) return p;
   const auto words = [&](std::initializer_list<int64_t> sizes) {
     return static_cast<FourWords*>(call.write(call.empty(sizes, ScalarType::Int)));
   };
-  p.state_operand = words({p.batch, p.kv_heads, p.value_steps, p.features_padded / 8, 32, 4});
+  p.state_operand = words({p.batch, p.kv_heads, p.operand_slots(), p.value_steps, p.features_padded / 8, 32, 4});
   if (p.has_clusters())
     p.map_operand = words({p.batch, p.kv_heads, p.features_padded / 16, p.head_dim / 8, 32, 4});
   else if (p.query_weight.data)
@@ -30,7 +29,8 @@ BackwardTileParams backward_tile_params(const BackwardParams& of_call, const Til
 bool fits_backward_tiles_of_keys(const AttentionArguments& a) {
   const auto kind = static_cast<LowRank>(a.low_rank);
   const bool is_narrow = a.query.size(3) <= 64 && a.value.size(3) <= 64;
-  return fits_backward_tiles(a) && ((kind == LowRank::kQuadratic && is_narrow) || (kind == LowRank::kNone && a.span));
+  return !a.is_causal && a.block_q % kTile == 0 && fits_backward_tiles(a) &&
+         ((kind == LowRank::kQuadratic && is_narrow) || (kind == LowRank::kNone && a.span));
 }
 
 BackwardTileKeysParams backward_tile_keys_params(const BackwardParams& of_call, const TileParams& operands,

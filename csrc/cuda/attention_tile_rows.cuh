@@ -37,7 +37,7 @@ struct TileEdges {
   TileEdges() = default;
 
   // By positions and shapes alone, and no later row has a say. Early tiles read no state: their complements are small.
-  SB_DEVICE TileEdges(const TileParams& p, const RowRange& range, int64_t first_slot) {
+  SB_DEVICE TileEdges(const ForwardParams& p, const RowRange& range, int64_t first_slot) {
     const int64_t last = int64_t(range.k_end) - range.k_first - 1;
     int64_t edge = p.is_causal ? int64_t(range.q_first) + first_slot + range.offset - range.k_first : last;
     edge = edge < -kTile ? -kTile : edge > last ? last : edge;
@@ -70,7 +70,7 @@ struct StageKeys {
 class TileRows {
  public:
   // `has_query`: whether this lane's row has one.
-  SB_DEVICE TileRows(const TileParams& p, const TileEdges& edges, const RowRange& range, int32_t b, int32_t h,
+  SB_DEVICE TileRows(const ForwardParams& p, const TileEdges& edges, const RowRange& range, int32_t b, int32_t h,
                      int32_t first_slot, bool has_query)
       : p(p),
         edges(edges),
@@ -231,7 +231,7 @@ class TileRows {
   static constexpr int32_t kNoGroup = INT32_MAX;
   static constexpr int kSinks = 0, kSpans = 1, kLists = 2;
 
-  const TileParams& p;
+  const ForwardParams& p;
   const TileEdges& edges;
   const int row;
   const int32_t first_slot, slots;

@@ -46,6 +46,9 @@ void launch_backward_queries(const BackwardParams& p, Element element, bool is_w
 // Queries on tensor cores, in place of launch_attention_forward and launch_backward_queries; after
 // launch_tile_operands.
 void launch_attention_backward_tile(const BackwardTileParams& p, Element element, Stream stream);
+void launch_ragged_attention_backward_tile(const BackwardTileParams& p, Element element, Stream stream);
+// The state, and what carries gradients of coordinates to dq, as either reads them.
+void launch_backward_tile_operands(const BackwardTileParams& p, Stream stream);
 // What a product of tokens or of numbers with a matrix reads (tile_memory.cuh).
 void launch_right_operand(const OperandParams& p, Stream stream);
 void launch_state_gradients(const BackwardParams& p, Element element, bool is_wide, Stream stream);

@@ -6,11 +6,10 @@
 namespace sb::cuda {
 
 // The slots that read state slot `segment`, or kSegment of them without a causal edge.
-SB_DEVICE void segment_of_slots(const ForwardParams& p, const RowRange& range, int64_t segment, int64_t& begin,
+SB_DEVICE void segment_of_slots(const BackwardParams& p, const RowRange& range, int64_t segment, int64_t& begin,
                                 int64_t& end) {
   begin = segment * kSegment, end = begin + kSegment;
-  if (p.is_causal)
-    begin = first_slot_seeing(p, range, segment * kChunk), end = first_slot_seeing(p, range, (segment + 1) * kChunk);
+  if (p.is_causal) begin = first_slot_reading(p, range, segment), end = first_slot_reading(p, range, segment + 1);
   const int64_t slots = slots_of_row(p, range);
   end = end > slots ? slots : end;
 }

@@ -34,6 +34,8 @@ inline constexpr double kTermsBoundOfPlainStates = 128;
 inline constexpr int64_t kByKeyQueries = 16;
 // Keys of a partial state without a causal edge; kChunk with one.
 inline constexpr int64_t kSegment = 512;
+// Query slots of a tile.
+inline constexpr int kTile = 16;
 // Features that one block sums.
 inline constexpr int64_t kFeatureTile = 64;
 // Most coordinates of the quadratic kernel whose states are made on tensor cores.
@@ -142,7 +144,15 @@ struct ForwardParams : AttentionParams {
   int32_t *held_keys, *held_counts;  // (B, Hkv, held_slots(), most_held), (B, Hkv, held_slots())
   int32_t *late_keys, *late_counts;  // with a causal edge (B, Hkv, slots, most_held + kChunk), (B, Hkv, slots)
 
+  // Of ragged tiles (attention_tile_rows.cuh): whether the rows' lists are merged by groups of keys, else one list
+  // follows the other; and a bound of the keys of a list.
+  bool by_groups;
+  int64_t longest_list;
+
+  // Whether the queries of a tile have several lists or edges.
+  SB_HD bool is_ragged() const { return is_causal || block_q % kTile != 0; }
   SB_HD int64_t held_slots() const { return is_causal ? slots : 1; }
+  SB_HD int64_t operand_slots() const { return is_causal ? slots : 1; }
   SB_HD int64_t logs_of_state() const { return has_clusters() ? rank : 1; }
   // Whether states in float32, and their gradients, are sums on tensor cores where tokens have 16 bits. Decided by
   // widths alone, so that padding changes no bit. Rows of v and of d_out then begin at multiples of 16 bytes.
@@ -188,6 +198,7 @@ struct BackwardParams : ForwardParams {
   // (.., 1), that by the log mass; and (B, Hkv, clusters, head_dim) of AttentionParams.d_representatives.
   void *dk_sum, *dv_sum, *dy_sum;
   const void* query_mean;   // (B, Hkv, head_dim)
+  int64_t slots_per_state;  // neighbouring query slots that read the state of the first of them
   bool adds_listed_blocks;  // keys' sums are there but for pairs of listed blocks
 };
 
@@ -204,14 +215,6 @@ struct TileParams : ForwardParams {
   FourWords* cluster_operand;  // (B, Hkv, features_padded / 8, head_steps, 32, 2)
   float* key_log;              // (B, Hkv, M): the log scale of a key, with clusters over that of its own
   Bfloat16* key_coordinates;   // (B, Hkv, M, 2, 16), of the quadratic kernel
-  // Of ragged tiles: whether the rows' lists are merged by groups of keys, else one list follows the other; and a bound
-  // of the keys of a list.
-  bool by_groups;
-  int64_t longest_list;
-
-  SB_HD int64_t operand_slots() const { return is_causal ? slots : 1; }
-  // Whether the queries of a tile have several lists or edges.
-  SB_HD bool is_ragged() const { return is_causal || block_q % 16 != 0; }
 };
 // Widest head and value of a tile, features of the quadratic kernel, and threads of a block.
 inline constexpr int64_t kWidestTile = 128, kTileFeatures = 64, kMostTileClusters = 256;
@@ -230,8 +233,9 @@ struct OperandParams {
 // The backward pass of queries by tiles (attention_backward_tile.cuh).
 struct BackwardTileParams : BackwardParams {
   int64_t features_padded, head_steps, value_steps;  // features to 16s, head_dim and value_pad in 16s
-  // The state with its features as columns; and what carries gradients of coordinates to dq: the projection's rows, of
-  // q_heads, or without a projection null, or the representatives. OperandParams.operand of either.
+  // The state with its features as columns, of operand_slots(); and what carries gradients of coordinates to dq: the
+  // projection's rows, of q_heads, or without a projection null, or the representatives. OperandParams.operand of
+  // either.
   FourWords *state_operand, *map_operand;
   const FourWords* cluster_operand;  // these four as in TileParams
   const float *state_sums, *key_log;

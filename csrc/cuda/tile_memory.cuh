@@ -7,7 +7,6 @@
 
 namespace sb::cuda {
 
-inline constexpr int kTile = 16;   // query slots of a tile
 inline constexpr int kStage = 16;  // keys of a stage
 
 // Byte of the chunk of 16 bytes `chunk` in row `row` of a matrix in shared memory. Eight rows of one chunk lie in eight
