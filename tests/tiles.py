@@ -37,3 +37,26 @@ def ragged(n: int, heads: int, most: int, ordered: bool, batch: int = 2) -> sb.B
         )
     shape = (batch, heads, blocks)
     return sb.Blocks(index.view(*shape, most).int(), count.view(shape).int(), block_q=16, block_k=1, query_order=order)
+
+
+def lists(
+    n: int,
+    block_q: int,
+    block_k: int,
+    most: int,
+    is_causal: bool = False,
+    is_ordered: bool = False,
+    batch: int = 2,
+) -> sb.Blocks:
+    """Lists of 0 to `most` entries, by head; the rest of an index names no key."""
+    generator, blocks, entries = torch.Generator().manual_seed(block_q), -(-n // block_q), -(-n // block_k)
+    index = torch.full((batch, 2, blocks, most), entries, dtype=torch.int32)
+    count = torch.randint(0, most + 1, (batch, 2, blocks), generator=generator, dtype=torch.int32)
+    count[:, :, ::5] = most
+    for row in range(2 * batch * blocks):
+        visible = min(entries, row % blocks * block_q // block_k + 1) if is_causal else entries
+        count.view(-1)[row].clamp_(max=visible)
+        used = int(count.view(-1)[row])
+        index.view(-1, most)[row, :used] = torch.randperm(visible, generator=generator)[:used].sort().values.int()
+    order = torch.stack([torch.randperm(n, generator=generator) for _ in range(2 * batch)]).view(batch, 2, n).int()
+    return sb.Blocks(index, count, block_q, block_k, order if is_ordered else None)

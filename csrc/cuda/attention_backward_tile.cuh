@@ -21,6 +21,8 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   typedef typename Base::Sums Sums;
   typedef typename Base::Slot Slot;
   using Base::kappa_ref, Base::sums, Base::slot, Base::log_state, Base::correction, Base::squares_of_state;
+  // Of SB_UNROLL_COPIES and SB_UNROLL_STEPS: wide ragged tiles need registers.
+  static constexpr int kCopiesAtOnce = kIsRagged && D > 64 ? 1 : 2, kStepsAtOnce = kIsRagged && D > 64 ? 2 : D / 16;
   using Base::kChunks, Base::kSteps, Base::kKeyTiles;
   using Base::kHasQuadratic, Base::kHasClusters, Base::kHasLowRank, Base::kIsHalf;
   using Base::p, Base::base, Base::b, Base::h, Base::kv, Base::head, Base::first_slot, Base::lane, Base::g, Base::t;
@@ -75,7 +77,7 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
       if (kHasClusters) of_lane.cluster = int32_t(cluster_of(p, head, first_key + of_lane.key));
     }
     const int64_t to = stage(buffer);
-    SB_UNROLL_BY_2
+    SB_UNROLL_COPIES
     for (int j = 0; j < kStage * kChunks / kWarp; ++j) {
       const int i = lane + j * kWarp, row = i / kChunks, chunk = i % kChunks;
       const int32_t key = shuffle_from(of_lane.key, row);
@@ -153,7 +155,7 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
     SB_UNROLL
     for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
     for (int i = 0; i < 4; ++i) score[n][i] = value[n][i] = root[n][i] = 0;
-    SB_UNROLL
+    SB_UNROLL_STEPS
     for (int k = 0; k < kSteps; ++k) {
       const int64_t place = swizzled<2 * D>(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
       uint32_t rows[4], keys[4];
@@ -223,13 +225,15 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
           }
         }
       }
-      if (kIsRagged && is_careful) set_aside<kIsBehind>(d_score, d_high, d_low, listed, others, from);
+      // As in the forward pass, where the CPU's kernel does not round gradients of scores to bfloat16.
+      const bool has_rest = kIsHalf || (kIsRagged && p.by_groups);
+      if (kIsRagged && is_careful) clear_what_is_no_number(from);
       SB_UNROLL
       for (int c = 0; c < kChunks; c += 2) {
         if (c * 8 >= p.head_dim) continue;
         uint32_t keys[4];
         load_transposed(from + swizzled<2 * D>(lane % 16, c + lane / 16), keys);
-        if (kIsHalf) {
+        if (has_rest) {
           multiply_add(dq[c], d_rest, keys[0], keys[1], E{});
           multiply_add(dq[c + 1], d_rest, keys[2], keys[3], E{});
         }
@@ -298,70 +302,20 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   // The log scale of a slot's query.
   SB_DEVICE float rho_of(int r) const { return x.get(row_of(r) * kRowWidth + kLastColumn); }
 
-  // Keys that are no numbers must not meet the zeros of slots that do not see them: what they give is added to those
-  // that do alone, and zeros take their place.
-  template <bool kIsBehind>
-  SB_DEVICE void set_aside(const uint32_t (&d_score)[4], const uint32_t (&d_high)[4], const uint32_t (&d_low)[4],
-                           const uint32_t (&listed)[2], const uint32_t (&others)[2], int64_t from) {
-    const auto key_at = [&](int key, int word) {
-      return shared_array<uint32_t>(from + swizzled<2 * D>(key, word / 4) + word % 4 * 4);
+  // Keys that are no numbers must not meet the zeros of slots that do not see them: zeros take their place. Slots that
+  // do see them have gradients of scores that are no numbers.
+  SB_DEVICE void clear_what_is_no_number(int64_t from) {
+    const auto clear = [](const Shared<uint32_t>& at, auto e) {
+      const uint32_t pair = at.get(0);
+      const bool has_low = low_of(pair, e) * 0.0f == 0.0f, has_high = high_of(pair, e) * 0.0f == 0.0f;
+      if (!has_low || !has_high) at.set(0, pair & ((has_low ? 0xffffu : 0u) | (has_high ? 0xffff0000u : 0u)));
     };
-    // Words 0 to 7: the first part; 8 to 15: the second.
-    const auto coordinate_at = [&](int key, int word) {
-      return shared_array<uint32_t>(from + 2 * Layout::kMatrix + swizzled<64>(key, word / 4) + word % 4 * 4);
-    };
-    const auto is_number = [](uint32_t pair, auto e) {
-      return low_of(pair, e) * 0.0f == 0.0f && high_of(pair, e) * 0.0f == 0.0f;
-    };
-    uint32_t bad = 0;  // keys
-    SB_NO_UNROLL
-    for (int key = 0; key < kStage; ++key) {
-      bool are_numbers = true;
-      SB_NO_UNROLL
-      for (int word = lane; word < D / 2; word += kWarp)
-        are_numbers = are_numbers && is_number(key_at(key, word).get(0), E{});
-      if (kHasQuadratic && lane < 16)
-        are_numbers = are_numbers && is_number(coordinate_at(key, lane).get(0), Bfloat16{});
-      if (ballot(!are_numbers) != 0) bad |= 1u << key;
-    }
-    if (bad == 0) return;
-    // The number of a row and key in a left operand.
-    const auto number_of = [&](const uint32_t (&left)[4], int r, int key, auto e) {
-      const uint32_t pair = shuffle_from(key < 8 ? left[r] : left[2 + r], lane / 4 * 4 + key % 8 / 2);
-      return key % 2 == 0 ? low_of(pair, e) : high_of(pair, e);
-    };
-    SB_NO_UNROLL
-    for (int key = 0; key < kStage; ++key) {
-      if (!(bad >> key & 1)) continue;
-      SB_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const float of_score = number_of(d_score, r, key, E{});
-        SB_UNROLL
-        for (int c = 0; c < kChunks; ++c) {
-          const uint32_t pair = key_at(key, 4 * c + t).get(0);
-          if (listed[r] >> key & 1)
-            dq[c][2 * r] += of_score * low_of(pair, E{}), dq[c][2 * r + 1] += of_score * high_of(pair, E{});
-        }
-        if (!kHasQuadratic) continue;
-        const float of_product = number_of(d_high, r, key, Bfloat16{}) + number_of(d_low, r, key, Bfloat16{});
-        SB_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          const uint32_t high = coordinate_at(key, 4 * c + t).get(0), low = coordinate_at(key, 8 + 4 * c + t).get(0);
-          if ((kIsBehind ? others[r] : listed[r]) >> key & 1) {
-            dx[c][2 * r] += of_product * (low_of(high, Bfloat16{}) + low_of(low, Bfloat16{}));
-            dx[c][2 * r + 1] += of_product * (high_of(high, Bfloat16{}) + high_of(low, Bfloat16{}));
-          }
-        }
-      }
-    }
     sync_warp();
     SB_NO_UNROLL
-    for (int key = 0; key < kStage; ++key) {
-      if (!(bad >> key & 1)) continue;
-      SB_NO_UNROLL
-      for (int word = lane; word < D / 2; word += kWarp) key_at(key, word).set(0, 0u);
-      if (kHasQuadratic && lane < 16) coordinate_at(key, lane).set(0, 0u);
-    }
+    for (int i = lane; i < kStage * D / 2; i += kWarp) clear(shared_array<uint32_t>(from + i * 4), E{});
+    SB_NO_UNROLL
+    for (int i = lane; kHasQuadratic && i < kStage * 16; i += kWarp)
+      clear(shared_array<uint32_t>(from + 2 * Layout::kMatrix + i * 4), Bfloat16{});
     sync_warp();
   }
   // Whether gradients that are no numbers ask for a second, careful walk.

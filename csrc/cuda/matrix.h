@@ -13,12 +13,14 @@
 #define SB_UNROLL
 #define SB_UNROLL_BY_2
 #define SB_UNROLL_COPIES
+#define SB_UNROLL_STEPS
 #define SB_THREADS_AT_MOST(threads)
 #else
 // Of the loop behind it, whose arrays then lie in registers.
 #define SB_UNROLL _Pragma("unroll")
 #define SB_UNROLL_BY_2 _Pragma("unroll 2")
 #define SB_UNROLL_COPIES _Pragma("unroll kCopiesAtOnce")
+#define SB_UNROLL_STEPS _Pragma("unroll kStepsAtOnce")
 // With a least number of blocks, or the compiler guesses one, and spills registers for it.
 #define SB_THREADS_AT_MOST(threads) __launch_bounds__(threads, 1)
 #endif

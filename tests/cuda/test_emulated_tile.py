@@ -14,7 +14,7 @@ from emulated import Emulator, build
 from oracle import row_error
 from planted import BFLOAT16, Kernels
 from testkit import assert_same_bits, rand
-from tiles import ragged, rms, statistics_of
+from tiles import lists, ragged, rms, statistics_of
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -100,26 +100,11 @@ def test_what_does_not_fit_runs_without_tensor_cores(emulator: Emulator, kind: s
     tokens = tokens_of(torch.bfloat16)
     statistics = statistics_of(LOW_RANKS[kind], tokens)
     with on_tensor_cores(emulator, expected=False):
-        sb.attention(*tokens, lists(1, 1, 9), LOW_RANKS[kind], statistics=statistics)
+        sb.attention(*tokens, lists(N, 1, 1, 9), LOW_RANKS[kind], statistics=statistics)
         sb.attention(*(t.float() for t in tokens), sb.Window(16), LOW_RANKS[kind], statistics=statistics)
 
 
 # -------------------- ragged tiles
-
-
-def lists(block_q: int, block_k: int, most: int, is_causal: bool = False, is_ordered: bool = False) -> sb.Blocks:
-    """Lists of 0 to `most` entries, by head; the rest of an index names no key."""
-    generator, blocks, entries = torch.Generator().manual_seed(block_q), -(-N // block_q), -(-N // block_k)
-    index = torch.full((2, 2, blocks, most), entries, dtype=torch.int32)
-    count = torch.randint(0, most + 1, (2, 2, blocks), generator=generator, dtype=torch.int32)
-    count[:, :, ::5] = most
-    for row in range(4 * blocks):
-        visible = min(entries, row % blocks * block_q // block_k + 1) if is_causal else entries
-        count.view(-1)[row].clamp_(max=visible)
-        used = int(count.view(-1)[row])
-        index.view(-1, most)[row, :used] = torch.randperm(visible, generator=generator)[:used].sort().values.int()
-    order = torch.stack([torch.randperm(N, generator=generator) for _ in range(4)]).view(2, 2, N).int()
-    return sb.Blocks(index, count, block_q, block_k, order if is_ordered else None)
 
 
 # Lists one after the other, merged, and more of a tile than one block of queries; long ones.
@@ -134,7 +119,7 @@ def test_errors_of_ragged_lists_are_those_of_the_cpu_kernel(
     emulator: Emulator, form: str, is_causal: bool, kind: str
 ) -> None:
     dtype = HALF[list(FORMS).index(form) % 2]
-    support = lists(*FORMS[form], is_causal, is_ordered=not is_causal and form == "8 queries")
+    support = lists(N, *FORMS[form], is_causal, is_ordered=not is_causal and form == "8 queries")
     assert not excess(emulator, tokens_of(dtype), support, LOW_RANKS[kind], is_causal=is_causal)
 
 
@@ -166,7 +151,7 @@ def test_errors_of_causal_windows_are_those_of_the_cpu_kernel(
 def test_every_width_of_ragged_tiles_fits(emulator: Emulator, head_dim: int, value_dim: int) -> None:
     tokens = tokens_of(torch.bfloat16, head_dim, value_dim, heads=2)
     for low_rank, is_causal in ((None, True), (sb.Quadratic(9), True), (sb.Centroid(70), False)):
-        assert not excess(emulator, tokens, lists(8, 1, 40, is_causal), low_rank, is_causal=is_causal)
+        assert not excess(emulator, tokens, lists(N, 8, 1, 40, is_causal), low_rank, is_causal=is_causal)
 
 
 @pytest.mark.parametrize(("support", "kind"), CAUSAL)
@@ -200,7 +185,7 @@ def test_no_bit_of_ragged_tiles_depends_on_padding(emulator: Emulator, support: 
 
 @pytest.mark.parametrize("form", ["8 queries", "single queries"])
 def test_values_that_are_no_numbers_reach_those_who_list_them_alone(emulator: Emulator, form: str) -> None:
-    tokens, support = tokens_of(torch.bfloat16), lists(*FORMS[form])
+    tokens, support = tokens_of(torch.bfloat16), lists(N, *FORMS[form])
     base = attend(emulator, tokens, support, None)[0]
     one_hot = torch.eye(N)[40:42].T.expand(2, 1, N, 2)
     lists_it = sb.reference.attention(*tokens[:2], one_hot, support, low_rank=None) > 0
@@ -297,8 +282,8 @@ def test_loops_of_ragged_tiles_have_no_bank_conflicts(emulator: Emulator) -> Non
     """Without a kernel nothing but the loops and the queries is in shared memory."""
     before = emulator.statistics()["bank_conflicts"]
     attend(emulator, tokens_of(torch.bfloat16), sb.Window(96), None, is_causal=True)
-    attend(emulator, tokens_of(torch.bfloat16), lists(8, 1, 40), None)
-    attend(emulator, tokens_of(torch.bfloat16), lists(1, 8, 6), None)
+    attend(emulator, tokens_of(torch.bfloat16), lists(N, 8, 1, 40), None)
+    attend(emulator, tokens_of(torch.bfloat16), lists(N, 1, 8, 6), None)
     assert emulator.statistics()["bank_conflicts"] == before
 
 
@@ -392,7 +377,7 @@ def first_complaint_of_ragged_tiles(emulator: Emulator) -> str:
     try:
         for is_causal, form in ((False, (8, 1, 60)), (False, (1, 8, 6)), (True, (8, 1, 60)), (True, (16, 1, 40))):
             low_rank = LOW_RANKS["quadratic" if is_causal else "none"]
-            wrong = excess(emulator, tokens, lists(*form, is_causal), low_rank, is_causal=is_causal)
+            wrong = excess(emulator, tokens, lists(N, *form, is_causal), low_rank, is_causal=is_causal)
             if wrong:
                 return wrong
         base = attend(emulator, tokens, sb.Window(64), None, is_causal=True)[0]

@@ -169,6 +169,24 @@ def _gradients_of_tiles(dtype: torch.dtype) -> None:
     attend(dtype, ragged_lists(), None, 24, 16, key_padding_mask=mask_of(slice(3, 40, 4)), wants_gradients=True)
 
 
+@call("gradients of ragged tiles")
+def _gradients_of_ragged_tiles(dtype: torch.dtype) -> None:
+    """On tensor cores: causal edges, with a state and without, lists of few queries and of one, keys that are no
+    numbers."""
+    if dtype.itemsize != 2:
+        return
+    more = dict(queries=20, wants_gradients=True)
+    for low_rank in (None, sb.Quadratic(5)):
+        for widths in ((48, 64), (128, 104)):
+            attend(dtype, sb.Window(24), low_rank, *widths, keys=140, is_causal=True, query_offset=115, **more)
+    for widths in ((24, 16), (72, 16)):
+        attend(dtype, sb.Window(24, 8), sb.Centroid(5), *widths, **more)
+    attend(dtype, sb.Window(9, 1), None, 24, 16, **more)
+    query, key, value = (rand(1, 1, N, 64, seed=i, dtype=dtype) for i in range(3))
+    key[:, :, 60:] = torch.nan
+    sb.attention(query.requires_grad_(), key, value, sb.Window(24), None, is_causal=True)[:, :, :60].sum().backward()
+
+
 @call("sums on tensor cores")
 def _sums(dtype: torch.dtype) -> None:
     """States and their gradients, with and without a causal edge, in one piece of columns and in several."""
