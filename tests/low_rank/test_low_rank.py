@@ -13,7 +13,6 @@ from testkit import padding, qkv
 import scatterbrain as sb
 from scatterbrain.low_rank.favor import draw_projection
 from scatterbrain.low_rank.moments import moments
-from scatterbrain.low_rank.quadratic_coefficients import statistics_from_moments
 from scatterbrain.reference import Inputs, log_kernel
 
 draw = partial(qkv, batch=1, kv_heads=2)
@@ -94,20 +93,6 @@ def test_moments_merge_by_tokens() -> None:
     parts = [moments(q[i : i + 1], k[i : i + 1], 0.3) for i in range(3)]
     merged = parts[0].merge(parts[1]).merge(parts[2])
     assert torch.allclose(merged.query_mean, moments(q, k, 0.3).query_mean, atol=1e-12) and merged.tokens.eq(180).all()
-
-
-def test_input_statistics_are_those_of_each_row() -> None:
-    q, k, v = draw(64, batch=2)
-    got = sb.attention(q, k, v, sb.Window(16), sb.Quadratic(4, "input"))
-    for row in range(2):
-        one = [t[row : row + 1] for t in (q, k, v)]
-        want = sb.attention(
-            *one,
-            sb.Window(16),
-            sb.Quadratic(4),
-            statistics=statistics_from_moments(moments(*one[:2], 8**-0.5), 4, 8**-0.5),
-        )
-        assert torch.allclose(got[row : row + 1], want, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,16 @@ def no_default(padding_info: Callable, query: Tensor, key: Tensor, key_mask: Ten
 
 def half_key_mean(moments: Callable, *args: object, **kwargs: object) -> object:
     result = moments(*args, **kwargs)
-    return replace(result, key_mean=result.key_mean * 0.5)
+    halved = {"key_mean": result.key_mean * 0.5}
+    return result._replace(**halved) if isinstance(result, tuple) else replace(result, **halved)
+
+
+def upside_down(start: Callable, *args: object) -> Tensor:
+    return start(*args).flip(0)
+
+
+def without_mask(samples: Callable, tokens: Tensor, mask: Tensor | None) -> tuple:
+    return samples(tokens, None if mask is None else torch.zeros_like(mask))
 
 
 def later_first_key(span: Tensor) -> Tensor:
@@ -116,8 +125,23 @@ MUTATIONS = {
     ),
     "key mean x 0.5, of the input": Mutation(
         lambda c: is_fitted(c) and c.low_rank.statistics == "input" and min(c.queries, c.keys) > 2,
-        "moments",
+        "sampled_moments",
         half_key_mean,
+    ),
+    "subspace iteration starts elsewhere": Mutation(
+        lambda c: is_fitted(c) and c.low_rank.statistics == "input" and min(c.queries, c.keys) > 2,
+        "_start",
+        upside_down,
+    ),
+    "samples of the padding": Mutation(
+        lambda c: (
+            is_fitted(c)
+            and c.low_rank.statistics == "input"
+            and c.padding not in ("none", "all")
+            and min(c.queries, c.keys) > 2
+        ),
+        "_samples",
+        without_mask,
     ),
     "window starts one key later": Mutation(
         lambda c: isinstance(c.support, sb.Window) and c.keys > c.support.keys and c.queries > 0,

@@ -58,9 +58,8 @@ def moments(
     scale: float,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
-    per_row: bool = False,
 ) -> Moments:
-    """Moments of one batch, pooled over its rows unless ``per_row``. query (B, Hq, N, d), key (B, Hkv, M, d), masks
+    """Moments of one batch, pooled over its rows. query (B, Hq, N, d), key (B, Hkv, M, d), masks
     bool (B, tokens), True = ignore."""
     heads = key.shape[1]
 
@@ -74,8 +73,6 @@ def moments(
         )  # tokens of a key/value head; written out, since a batch of 0 leaves none to infer
         tokens = tokens.reshape(batch, heads, shared, d)
         valid = valid[:, None, None, :].expand(batch, heads, all_heads // heads, n).reshape(batch, heads, shared)
-        if per_row:
-            return tokens, valid
         pooled = batch * shared
         return tokens.transpose(0, 1).reshape(heads, pooled, d), valid.transpose(0, 1).reshape(heads, pooled)
 
@@ -93,10 +90,9 @@ def moments(
     return Moments(count, a, q_second, b, k_second)
 
 
-def check_finite_moments(m: Moments, owner: str, cure: str) -> None:
+def check_finite_moments(moments: tuple[Tensor, ...], owner: str, cure: str) -> None:
     """Raises ValueError for moments of tokens that hold NaN or infinity, where values can be looked at."""
-    tensors = m.query_second, m.key_second, m.key_mean
-    if is_readable(*tensors) and not all(bool(torch.isfinite(t).all()) for t in tensors):
+    if is_readable(*moments) and not all(math.isfinite(float(t.sum(dtype=torch.float64))) for t in moments):
         raise ValueError(
             f"{owner}: query or key holds NaN or infinity among the valid tokens (or is too large to square); {cure}, "
             "mask bad tokens"
@@ -111,7 +107,7 @@ def checked_moments(query: Tensor, key: Tensor, scale: float, padding: PaddingIn
             "first, and calibrate on real inputs"
         )
     m = moments(query, key, scale, padding.key_mask, padding.query_mask)
-    check_finite_moments(m, "calibration", "calibrate on clean inputs")
+    check_finite_moments((m.query_second, m.key_second, m.key_mean), "calibration", "calibrate on clean inputs")
     keys = key.shape[0] * key.shape[2] if padding.key_mask is None else int((~padding.key_mask).sum())
     if keys == 0 or not bool((m.tokens > 0).all()):
         raise ValueError(

@@ -13,7 +13,8 @@ from torch import Tensor
 from scatterbrain.call import Call
 from scatterbrain.fields import check_int, check_str
 from scatterbrain.low_rank.base import Coefficients, Heads, LowRankKernel, State, StateOwner
-from scatterbrain.low_rank.moments import MOMENTS, Moments, check_finite_moments, moment_shapes, moments
+from scatterbrain.low_rank.input_statistics import statistics_of_input
+from scatterbrain.low_rank.moments import MOMENTS, Moments, moment_shapes
 from scatterbrain.low_rank.quadratic_coefficients import (
     EMA_FLOOR,
     STORED_FLOOR,
@@ -24,6 +25,7 @@ from scatterbrain.low_rank.quadratic_coefficients import (
 from scatterbrain.low_rank.quadratic_projection import (
     ConstantProjection,
     constant_projection,
+    input_projection,
     learned_projection,
     stored_projection,
 )
@@ -50,9 +52,9 @@ class Quadratic(LowRankKernel):
         rank: dimension r of the coordinates; (r + 1)(r + 2) / 2 features. 9 keeps them at 55; 16 (153 features) helps
             some tasks.
         statistics: where means and projections come from. "stored": calibrated once (:func:`scatterbrain.calibrate`, or
-            ``statistics=`` of :func:`scatterbrain.attention`). "input": from the sequence itself, bidirectional only.
-            "ema": a moving average over training steps, committed by :func:`scatterbrain.update_statistics`. "learned":
-            projections are parameters.
+            ``statistics=`` of :func:`scatterbrain.attention`). "input": from the sequence itself, bidirectional only:
+            its means, and covariances of up to 256 tokens of each head. "ema": a moving average over training steps,
+            committed by :func:`scatterbrain.update_statistics`. "learned": projections are parameters.
     """
 
     kind: ClassVar[str] = "quadratic"
@@ -173,9 +175,7 @@ class Quadratic(LowRankKernel):
         if isinstance(coefficients, Projections):
             return learned_projection(coefficients, scale, dtype, device)
         if coefficients is None:
-            m = moments(call.query, call.key, scale, call.padding.key_mask, call.padding.query_mask, per_row=True)
-            check_finite_moments(m, "Quadratic(statistics='input')", "use stored statistics, which let NaN through")
-            coefficients = statistics_from_moments(m, self.rank, scale)
+            return input_projection(statistics_of_input(call, self.rank), scale, dtype, device)
         return stored_projection(coefficients, scale, dtype, device)
 
     def constant_projection(self, call: Call) -> ConstantProjection | None:

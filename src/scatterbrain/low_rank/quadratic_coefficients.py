@@ -188,7 +188,7 @@ def _root(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor, T
 
 
 @contextmanager
-def _on_one_thread() -> Iterator[None]:
+def on_one_thread() -> Iterator[None]:
     """LAPACK's decompositions differ in the last bits between numbers of threads, and small matrices gain nothing from
     them. A trace cannot hold the change."""
     if torch.compiler.is_compiling():
@@ -209,7 +209,7 @@ def statistics_from_moments(m: Moments, rank: int, scale: float, floor: float = 
     d = m.query_mean.shape[-1]
     if rank > d:
         raise ValueError(f"rank must be at most head_dim={d}, got {rank}")
-    with _on_one_thread():
+    with on_one_thread():
         q_root, q_inverse, q_lowest = _root(m.query_second, m.query_mean, floor)
         k_root, k_inverse, k_lowest = _root(m.key_second, m.key_mean, floor)
         u, s, vt = torch.linalg.svd(q_root @ k_root)

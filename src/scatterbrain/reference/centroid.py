@@ -14,9 +14,8 @@ from torch import Tensor
 
 from scatterbrain.low_rank import Centroid, Clusters
 from scatterbrain.reference.inputs import Inputs
-from scatterbrain.reference.low_rank import Coordinates, coordinates, log_kernel
+from scatterbrain.reference.low_rank import SAMPLES, Coordinates, coordinates, log_kernel, spread
 
-SAMPLES = 256  # keys that directions and centres are taken from
 DIRECTIONS = 16  # dimensions in which keys are near or far
 VANISHING = 1e-5  # a column with no more than this share of its length off the others adds no direction
 
@@ -81,11 +80,6 @@ def cluster_head(queries: Tensor, keys: Tensor, clusters: int) -> OfHead:
     for c in index.unique().tolist():
         b[c] = torch.softmax(log_weight[index == c], 0) @ keys[index == c]
     return OfHead(index, b, ((keys - b[index]) * a).sum(-1), a)
-
-
-def spread(count: int, length: int) -> list[int]:
-    """``count`` positions from the first to the last of ``length``, evenly; halves go to the even one."""
-    return [round(t * (length - 1) / max(count - 1, 1)) for t in range(count)]
 
 
 def directions(centred: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from scatterbrain.reference.inputs import Inputs
 
 STORED_FLOOR = 1e-4  # eigenvalues of a covariance are at least this much of their mean
 EMA_FLOOR = 1e-3  # the same for moving averages, which see few tokens at first
+SAMPLES = 256  # tokens of a head that are looked at where all would take too long
+STEPS = 3  # of the subspace iteration on samples
 
 
 class Coordinates(NamedTuple):
@@ -78,14 +80,14 @@ def _(low_rank: Quadratic, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 @coordinates.register
 def _(low_rank: Quadratic, inputs: Inputs) -> Coordinates:
-    """``statistics="input"`` fits every batch row to itself; the others are given what they use."""
+    """``statistics="input"`` fits every batch row to samples of itself; the others are given what they use."""
     statistics = inputs.statistics
     if low_rank.statistics == "input":
         if inputs.is_causal:
             raise ValueError("statistics='input' would leak the future in causal attention; pass stored statistics")
         if statistics is not None:
             raise ValueError("statistics= was given with statistics='input', which fits its own; pass None")
-        rows = [_fit(inputs, [b], low_rank.rank) for b in range(inputs.query.shape[0])]
+        rows = [_fit_to_samples(inputs, b, low_rank.rank) for b in range(inputs.query.shape[0])]
         statistics = Statistics(*(torch.stack(t) for t in zip(*rows)), inputs.scale)
     return _quadratic(statistics, inputs)
 
@@ -180,10 +182,14 @@ def moments(queries: Tensor, keys: Tensor) -> Moments:
     """First and second moments of scaled queries (n, d), all alike, and of keys (m, d), weighted by exp(a.k) with a the
     queries' mean: where queries attend if each were the mean one."""
     share = torch.full_like(queries[:, 0], 1 / max(len(queries), 1))
-    a = share @ queries
-    weight = torch.softmax(keys @ a, 0)
-    b = weight @ keys
-    return Moments(a, (share[:, None] * queries).T @ queries, b, (weight[:, None] * keys).T @ keys)
+    return _moments(queries, share, keys, torch.softmax(keys @ (share @ queries), 0))
+
+
+def _moments(queries: Tensor, share: Tensor, keys: Tensor, weight: Tensor) -> Moments:
+    return Moments(
+        *(share @ queries, (share[:, None] * queries).T @ queries),
+        *(weight @ keys, (weight[:, None] * keys).T @ keys),
+    )
 
 
 def projections(m: Moments, rank: int, floor: float = STORED_FLOOR) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -209,6 +215,51 @@ def _roots(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor, 
     root = torch.maximum(values, floor * average).sqrt()
     least = (floor * average).sqrt()
     return vectors @ torch.diag(root) @ vectors.T, vectors @ torch.diag(1 / root) @ vectors.T, least
+
+
+def _fit_to_samples(inputs: Inputs, row: int, rank: int) -> list[Tensor]:
+    """Pq, a, Pk, b of every key/value head of a batch row: a and b of all its valid tokens, and covariances of up
+    to SAMPLES of the keys, which keep those weights, and of the queries of each head, spread evenly."""
+    of_query, of_key, heads = ~inputs.query_padding[row], ~inputs.key_padding[row], []
+    for head in range(inputs.key.shape[1]):
+        of_head = slice(head * inputs.group, (head + 1) * inputs.group)
+        queries = inputs.query[row, of_head, of_query].detach().double() * inputs.scale  # (group, n, d)
+        keys = inputs.key[row, head, of_key].detach().double()
+        means = moments(queries.flatten(0, 1), keys)
+        n, m = queries.shape[1], len(keys)
+        queries, keys = queries[:, spread(min(SAMPLES, n), n)].flatten(0, 1), keys[spread(min(SAMPLES, m), m)]
+        share = torch.full_like(queries[:, 0], 1 / max(len(queries), 1))
+        weight = torch.softmax(keys @ means.query_mean, 0)
+        pq, pk = sampled_projections(_moments(queries, share, keys, weight), rank)
+        heads.append((pq, means.query_mean, pk, means.key_mean))
+    return [torch.stack(t).float() for t in zip(*heads)]
+
+
+def spread(count: int, length: int) -> list[int]:
+    """``count`` positions from the first to the last of ``length``, evenly; halves go to the even one."""
+    return [round(t * (length - 1) / max(count - 1, 1)) for t in range(count)]
+
+
+def sampled_projections(m: Moments, rank: int) -> tuple[Tensor, Tensor]:
+    """(Pq, Pk) without a decomposition of the covariances Cq and Ck, each over the mean of its eigenvalues and with
+    STORED_FLOOR added to them. W is an orthonormal basis near the ``rank`` principal directions of Ck Cq: STEPS steps
+    of subspace iteration from cos(t^2), t = 0, 1, ... along the rows of W. With W^T Cq W = R R^T, Pq = R^-1 W^T and
+    Pk = R^-1 W^T Cq: x.y = (q - a).z, where z is the projection of k - b for which (q - a).(k - b - z) is least in the
+    mean square over queries, of those along W. Zeros where either covariance is zero up to rounding."""
+    d = len(m.query_mean)
+    covariances = []
+    for second, mean in ((m.query_second, m.query_mean), (m.key_second, m.key_mean)):
+        covariance = second - torch.outer(mean, mean)
+        average = covariance.diagonal().mean()
+        if average <= 1e-13 * second.diagonal().mean():
+            return second.new_zeros(rank, d), second.new_zeros(rank, d)
+        covariances.append(covariance / average + STORED_FLOOR * torch.eye(d).to(second))
+    cq, ck = covariances
+    w = torch.arange(d * rank).to(cq).square().cos().reshape(d, rank)
+    for _ in range(STEPS):
+        w = torch.linalg.qr(ck @ cq @ w).Q
+    root = torch.linalg.cholesky(w.T @ cq @ w)
+    return torch.linalg.solve(root, w.T), torch.linalg.solve(root, w.T @ cq)
 
 
 # -------------------- FAVOR+

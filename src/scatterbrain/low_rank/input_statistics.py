@@ -1,0 +1,151 @@
+"""Statistics of the quadratic kernel from a call's own tokens: means of all of them, covariances of a few, and the
+directions in which both vary most by subspace iteration. A decomposition of both covariances in full takes several
+times as long as the call."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scatterbrain.call import Call
+from scatterbrain.low_rank.moments import check_finite_moments
+from scatterbrain.low_rank.quadratic_coefficients import STORED_FLOOR, Statistics, on_one_thread
+from scatterbrain.operators.device_constants import kept
+from scatterbrain.operators.fakes import accumulation_dtype
+from scatterbrain.operators.tracing import is_untraced
+
+SAMPLES = 256  # tokens of a head that covariances are taken from
+STEPS = 3  # of subspace iteration
+
+
+class SampledMoments(NamedTuple):
+    """Of every batch row and key/value head, its query heads together: means of all valid tokens, of the scaled queries
+    and of the keys weighted by exp(a.k), and covariances of samples of both."""
+
+    query_mean: Tensor  # a (B, Hkv, d)
+    key_mean: Tensor  # b (B, Hkv, d)
+    covariances: Tensor  # (2, B, Hkv, d, d) float64, of queries and of keys
+
+
+def statistics_of_input(call: Call, rank: int) -> Statistics:
+    """Constants of the backward pass, per batch row and key/value head."""
+    query, key = call.query.detach(), call.key.detach()
+    with torch.no_grad():
+        m = sampled_moments(query, key, call.scale, call.padding.key_mask, call.padding.query_mask)
+        check_finite_moments(m, "Quadratic(statistics='input')", "use stored statistics, which let NaN through")
+        return statistics_from_samples(m, rank, call.scale)
+
+
+def sampled_moments(
+    query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None, query_mask: Tensor | None
+) -> SampledMoments:
+    """query (B, Hq, N, d), key (B, Hkv, M, d), masks bool (B, tokens), True = ignore."""
+    query, key = _valid_tokens(query, query_mask), _valid_tokens(key, key_mask)
+    (batch, q_heads, queries, d), (_, heads, keys, _) = query.shape, key.shape
+    group = q_heads // heads
+    # Sums over tokens go element by element, not by matrix products: their bits are the same for any number of threads.
+    total = query.sum(2) if group == 1 else query.sum(2).unflatten(1, (heads, group)).sum(2)
+    if query_mask is None:
+        a = total * (scale / (group * max(queries, 1)))
+    else:
+        a = total * (scale / group) / (~query_mask).sum(1).clamp(min=1)[:, None, None]
+    weight = _softmax((key * a[:, :, None]).sum(-1), None if key_mask is None else ~key_mask[:, None])
+    b = (weight[..., None] * key).sum(2)
+    if queries == 0 or keys == 0:
+        return SampledMoments(a, b, torch.zeros(2, batch, heads, d, d, dtype=torch.float64, device=a.device))
+
+    sampled_queries, is_query = _samples(query, query_mask)
+    sampled_keys, is_key = _samples(key, key_mask)
+    with on_one_thread():
+        sampled_queries = sampled_queries.reshape(batch, heads, -1, d) * scale
+        if is_query is None:
+            share = torch.full_like(sampled_queries[..., 0], 1 / sampled_queries.shape[2])
+        else:
+            is_query = is_query.repeat(1, group)[:, None]
+            share = is_query / is_query.sum(-1, keepdim=True).clamp(min=1)
+        weight = _softmax(
+            (sampled_keys @ a.double()[..., None]).squeeze(-1), None if is_key is None else is_key[:, None]
+        )
+        covariances = _covariance(sampled_queries, share), _covariance(sampled_keys, weight)
+    return SampledMoments(a, b, torch.stack(covariances))
+
+
+def _valid_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """In the dtype that sums are formed in, zeros for those that are ignored; contiguous, since sums over memory of
+    another layout would round in another order."""
+    if mask is not None:
+        tokens = torch.where(mask[:, None, :, None], 0, tokens)
+    return tokens.to(accumulation_dtype(tokens.dtype)).contiguous()
+
+
+def _softmax(logits: Tensor, takes_part: Tensor | None) -> Tensor:
+    """Over those that take part, None for all; zeros for the others, also where there are no others."""
+    if takes_part is None:
+        return torch.softmax(logits, -1)
+    return torch.softmax(logits.masked_fill(~takes_part, -math.inf), -1).masked_fill(~takes_part, 0)
+
+
+def _samples(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(B, heads, samples, d) float64, up to SAMPLES of the valid tokens of each row, spread evenly from the first to
+    the last, and bool (B, samples): which of them the row has; None for all."""
+    length, device = tokens.shape[2], tokens.device
+    if mask is None and is_untraced():
+        return tokens.index_select(2, kept(_spread, device, length)).double(), None
+    # A graph serves any length, so its number of samples does not depend on it.
+    slot = torch.arange(min(SAMPLES, length) if is_untraced() else SAMPLES, device=device)
+    valid = torch.ones_like(tokens[:, 0, :, 0], dtype=torch.bool) if mask is None else ~mask
+    tokens_of_row = valid.sum(1, keepdim=True)
+    samples_of_row = tokens_of_row.clamp(max=SAMPLES)
+    place = torch.round(slot * (tokens_of_row - 1).double() / (samples_of_row - 1).clamp(min=1)).long()
+    index = torch.searchsorted(valid.cumsum(1), place + 1).clamp(max=length - 1)
+    index = index[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
+    return tokens.gather(2, index).double(), slot < samples_of_row
+
+
+def _spread(length: int, device: torch.device) -> Tensor:
+    count = min(SAMPLES, length)
+    slot = torch.arange(count, device=device, dtype=torch.float64)
+    return torch.round(slot * (length - 1) / max(count - 1, 1)).long()
+
+
+def _covariance(samples: Tensor, share: Tensor) -> Tensor:
+    """Of samples (B, heads, n, d) that count by their share (B, heads or 1, n)."""
+    share = share[..., None]
+    centred = samples - (share * samples).sum(2, keepdim=True)
+    return (share * centred).transpose(-1, -2) @ centred
+
+
+def statistics_from_samples(m: SampledMoments, rank: int, scale: float) -> Statistics:
+    """Pq, a, Pk, b in float32: W, a basis of the ``rank`` directions of largest Ck Cq, and the products along it,
+    x.y = (q - a).W (W^T Cq W)^-1 W^T Cq (k - b), which of all functions of W^T (q - a) is the nearest to
+    (q - a).(k - b)."""
+    with on_one_thread():
+        (cq, ck), varies = _floored(m)
+        make = kept if is_untraced() else lambda make, device, *sizes: make(*sizes, device)
+        w = make(_start, cq.device, cq.shape[-1], rank)
+        for _ in range(STEPS):
+            w = torch.linalg.qr(ck @ (cq @ w)).Q
+        v = cq @ w
+        root = torch.linalg.cholesky_ex(w.transpose(-1, -2) @ v).L
+        both = torch.linalg.solve_triangular(root, torch.cat([w, v], -2).transpose(-1, -2), upper=False)
+        pq, pk = both.where(varies[..., None, None], 0).float().split(cq.shape[-1], -1)
+    return Statistics.unchecked(pq, m.query_mean.float(), pk, m.key_mean.float(), float(scale))
+
+
+def _floored(m: SampledMoments) -> tuple[Tensor, Tensor]:
+    """Covariances over the mean of their eigenvalues, with the floor added to all of them: what follows is then well
+    conditioned. And whether both are more than rounding: one token, or equal ones, have no direction."""
+    average = m.covariances.diagonal(dim1=-2, dim2=-1).mean(-1)
+    means = torch.stack([m.query_mean, m.key_mean]).double()
+    varies = average > 1e-13 * (average + means.square().mean(-1))
+    scaled = m.covariances / torch.where(varies, average, 1)[..., None, None]
+    floor = STORED_FLOOR * torch.eye(scaled.shape[-1], dtype=torch.float64, device=scaled.device)
+    return scaled + floor, varies.all(0)
+
+
+def _start(head_dim: int, rank: int, device: torch.device) -> Tensor:
+    """Where subspace iteration starts: numbers without a pattern."""
+    return torch.arange(head_dim * rank, dtype=torch.float64, device=device).square().cos().reshape(head_dim, rank)
