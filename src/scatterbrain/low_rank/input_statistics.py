@@ -1,6 +1,6 @@
 """Statistics of the quadratic kernel from a call's own tokens: means of all of them, covariances of a few, and the
-directions in which both vary most by subspace iteration. A decomposition of both covariances in full takes several
-times as long as the call."""
+directions in which both vary most by subspace iteration. A decomposition of both covariances in full would take
+several times as long."""
 
 from __future__ import annotations
 
