@@ -1,10 +1,11 @@
 """Sparse + low-rank attention: an exact sparse part and a positive low-rank part under one normaliser."""
 
 from scatterbrain import presets, reference
-from scatterbrain.analysis import capture, compare
+from scatterbrain.analysis import capture, compare, tune
 from scatterbrain.functional import attention, cluster, fit_statistics, route
 from scatterbrain.integrations.dropout import set_attention_dropout
 from scatterbrain.integrations.replace import replace_attention
+from scatterbrain.layer_settings import LayerSettings
 from scatterbrain.low_rank import (
     Centroid,
     Clusters,
@@ -52,6 +53,8 @@ __all__ = [
     "profile",
     "capture",
     "compare",
+    "tune",
+    "LayerSettings",
     "__version__",
 ]
 

@@ -2,10 +2,12 @@
 
 * :func:`scatterbrain.capture`: what the attention layers of a model compute with (``captured.py``).
 * :func:`scatterbrain.compare`: entropy, shares of weight, error and time by layer (``comparison.py``).
+* :func:`scatterbrain.tune`: the cheapest settings layer by layer that keep a bound (``tuning.py``).
 * What supports and kernels cost in multiply-adds per query (``cost.py``).
 """
 
 from scatterbrain.analysis.captured import LayerCall, calls_of, capture
 from scatterbrain.analysis.comparison import Comparison, compare
+from scatterbrain.analysis.tuning import Tuning, tune
 
-__all__ = ["Comparison", "LayerCall", "calls_of", "capture", "compare"]
+__all__ = ["Comparison", "LayerCall", "Tuning", "calls_of", "capture", "compare", "tune"]

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class LayerCall:
             mask = self.key_padding_mask
         batch, _, queries, _ = self.query.shape
         return torch.ones(batch, queries, dtype=torch.bool, device=self.query.device) if mask is None else ~mask
+
+    def first_queries(self, count: int) -> LayerCall:
+        """The call of its first queries alone."""
+        valid = self.valid_queries()[:, :count]
+        return replace(self, query=self.query[:, :, :count], query_padding_mask=~valid)
 
     def attention(self, support: object, low_rank: object, **arguments: Any) -> Any:
         """:func:`scatterbrain.attention` of these tokens."""
@@ -132,6 +137,21 @@ def recording(
     model: nn.Module, keep: Callable[[LayerCall], None], token_order: str | None = "auto"
 ) -> Iterator[Report | None]:
     """Inside, the model's attention runs exactly, and ``keep`` gets every call."""
+
+    def attend(call: LayerCall, return_lse: bool) -> Any:
+        keep(call)
+        return call.attention(Full(), None, return_lse=return_lse)
+
+    with stand_in(model, attend, token_order) as report:
+        yield report
+
+
+@contextmanager
+def stand_in(
+    model: nn.Module, attend: Callable[[LayerCall, bool], Any], token_order: str | None = "auto"
+) -> Iterator[Report | None]:
+    """Inside, ``attend(call, return_lse)`` computes the model's attention: what :func:`scatterbrain.attention` would
+    return. Yields what was replaced; None in a model that was swapped before."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     report = None
@@ -140,7 +160,7 @@ def recording(
     cores = {path: m for path, m in model.named_modules() if isinstance(m, ScatterbrainAttention)}
     try:
         for path, core in cores.items():
-            core.forward = _Recorder(path.rpartition(".")[0] or path, core, keep)
+            core.forward = _StandIn(path.rpartition(".")[0] or path, core, attend)
         yield report
     finally:
         for core in cores.values():
@@ -165,11 +185,11 @@ def _replaced(model: nn.Module, token_order: str | None) -> Report:
     )
 
 
-class _Recorder:
+class _StandIn:
     """Stands in for the forward of a :class:`ScatterbrainAttention`."""
 
-    def __init__(self, path: str, core: ScatterbrainAttention, keep: Callable[[LayerCall], None]) -> None:
-        self.path, self.core, self.keep = path, core, keep
+    def __init__(self, path: str, core: ScatterbrainAttention, attend: Callable[[LayerCall, bool], Any]) -> None:
+        self.path, self.core, self.attend = path, core, attend
 
     def __call__(
         self,
@@ -186,10 +206,9 @@ class _Recorder:
         scale = functional.default_scale(query, scale)
         masks = key_padding_mask, query_padding_mask
         tokens = (t.detach() for t in functional.cast_for_autocast(query, key, value))
-        first = 0 if is_causal else self.core.exact_queries
-        self.keep(LayerCall(self.path, *tokens, *masks, is_causal, scale, query_offset, first))
-        arguments = key_padding_mask, is_causal, scale, None, query_padding_mask, query_offset, return_lse
-        return functional.attention(query, key, value, Full(), None, *arguments)
+        first = 0 if is_causal else min(self.core.exact_queries, query.shape[2])
+        call = LayerCall(self.path, *tokens, *masks, is_causal, scale, query_offset, first)
+        return self.attend(call, return_lse)
 
 
 # -------------------- to a file

@@ -328,14 +328,18 @@ def figures_of(call: LayerCall, run: Run, target: Exact, valid: Tensor) -> Figur
         listed = call.attention(run.lists(), None, return_lse=True)[1].to(lse.dtype)
     if call.exact_queries:
         first = slice(call.exact_queries)
-        out[:, :, first], listed[:, :, first] = target.out[:, :, first], target.lse[:, :, first]
-        lse[:, :, first] = target.lse[:, :, first]
-    rows = valid[:, None, :, None]
-    lost = ((out - target.out) * rows).nan_to_num(0.0).flatten(2).norm(dim=-1)
-    error = lost / (target.out * rows).nan_to_num(0.0).flatten(2).norm(dim=-1).clamp(min=1e-30)
+        listed[:, :, first] = lse[:, :, first] = target.lse[:, :, first]
     in_lists = mean_over_queries((listed - target.lse).exp().clamp(max=1.0), valid)
     low_rank = mean_over_queries((1 - (listed - lse).exp()).clamp(min=0.0), valid)
-    return Figures(*(by_group(call, t) for t in (error, in_lists, low_rank)))
+    return Figures(*(by_group(call, t) for t in (errors_of(call, out, target, valid), in_lists, low_rank)))
+
+
+def errors_of(call: LayerCall, out: Tensor, target: Exact, valid: Tensor) -> Tensor:
+    """||o - o*|| / ||o*|| over the queries that count, (B, Hq)."""
+    lost = (out.to(target.out.dtype) - target.out) * valid[:, None, :, None]
+    lost[:, :, : call.exact_queries] = 0
+    norm = (target.out * valid[:, None, :, None]).nan_to_num(0.0).flatten(2).norm(dim=-1)
+    return lost.nan_to_num(0.0).flatten(2).norm(dim=-1) / norm.clamp(min=1e-30)
 
 
 def mean_over_queries(values: Tensor, valid: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from scatterbrain.analysis.tables import short_labels
 
 if TYPE_CHECKING:
     from scatterbrain.analysis.comparison import Comparison, LayerComparison
+    from scatterbrain.analysis.tuning import Tuning
 
 LEAST = 1e-4  # errors below are those of rounding
 
@@ -59,6 +60,32 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.legend(*_once(error), fontsize=8, ncols=2, loc="outside lower center")
     entropy.legend(*_once(entropy), fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
+def draw_tuning(tuning: Tuning, path: Path) -> None:
+    """Error of the model's output over the time of its attention, along the path from exact attention on."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    steps = tuning.steps[1:]
+    share = [step.seconds / tuning.exact_seconds for step in steps]
+    axis.plot(share, [step.error for step in steps], ".-", color="C0", label="layer by layer")
+    chosen = tuning.chosen
+    if chosen.error > 0:
+        axis.plot(chosen.seconds / tuning.exact_seconds, chosen.error, "o", color="C3", ms=9, label="chosen")
+    if tuning.uniform is not None and tuning.uniform.error > 0:
+        where = tuning.uniform.seconds / tuning.exact_seconds, tuning.uniform.error
+        axis.plot(*where, "s", color="black", label="best pair for all layers")
+    axis.set(yscale="log", xlabel="time of attention, share of exact attention's", ylabel="error of the output")
+    axis.set_title(f"{tuning.model}: {tuning.bound}", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)

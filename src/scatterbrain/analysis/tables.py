@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from scatterbrain.analysis.comparison import Comparison, Figures, LayerComparison
+    from scatterbrain.analysis.tuning import Tuning
 
 
 def comparison_tables(comparison: Comparison) -> str:
@@ -34,6 +35,28 @@ def comparison_tables(comparison: Comparison) -> str:
     lines += aligned(rows)
     notes = {f"{name}: {f.note}" for layer in layers for name, f in layer.figures.items() if f.note}
     return "\n".join([*lines, *([""] + [f"not measured: {note}" for note in sorted(notes)] if notes else [])])
+
+
+def tuning_table(tuning: Tuning) -> str:
+    """The decisions, layer by layer, and what they come to beside exact attention and the best single pair."""
+    chosen = tuning.chosen
+    lines = [f"{tuning.model}: {tuning.bound}", ""]
+    rows = [["layer", "support", "low-rank part"]]
+    for label, (support, low_rank) in zip(short_labels(list(chosen.pairs)), chosen.pairs.values()):
+        rows.append([label, "exact" if support.is_full else str(support), "" if support.is_full else str(low_rank)])
+    lines += [*aligned(rows), ""]
+    rows = [["", "error", "on held-out batches", "attention, ms", "times faster"]]
+    for name, step in (("exact", tuning.steps[0]), ("layer by layer", chosen), ("one pair for all", tuning.uniform)):
+        if step is None:
+            rows.append([f"{name}: none keeps the bound", "-", "-", "-", "-"])
+            continue
+        faster = tuning.exact_seconds / step.seconds
+        rows.append([name, f"{step.error:.4f}", f"{step.held_out:.4f}", f"{1e3 * step.seconds:.2f}", f"{faster:.2f}"])
+    lines += aligned(rows)
+    if tuning.uniform is not None:
+        pair = next(iter(tuning.uniform.pairs.values()))
+        lines.append(f"the one pair: {'exact attention' if pair[0].is_full else f'{pair[0]}, {pair[1]}'}")
+    return "\n".join(lines)
 
 
 def tokens_of(layer: LayerComparison) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -19,6 +21,7 @@ from scatterbrain.integrations.vision import (
     check_token_order,
     exact_class_tokens,
 )
+from scatterbrain.layer_settings import LayerSettings
 from scatterbrain.low_rank import check_low_rank
 from scatterbrain.nn.attention import ScatterbrainAttention, check_count, join_layers
 from scatterbrain.nn.host_module import HostModule
@@ -36,6 +39,7 @@ def replace_attention(
     causal_support: Support | None = None,
     causal_low_rank: Choice = ...,
     exact_below: int = 0,
+    layers: LayerSettings | Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> Report:
     """Replaces the attention modules of ``model`` in place and reports each of them.
 
@@ -82,6 +86,9 @@ def replace_attention(
         causal_low_rank: the kernel of causal calls; default ``low_rank`` where that is given.
         exact_below: bidirectional calls with fewer keys than this run exact attention, as
             :class:`ScatterbrainAttention` says; default 0, never.
+        layers: a pair of a support and a kernel for every layer, in place of one for all: what
+            :func:`scatterbrain.tune` returns as ``settings``, the YAML file of it, or a mapping from paths to pairs.
+            Layers that it does not name, or names with ``Full()``, stay as they are.
 
     Returns:
         :class:`Report`: a table of every module that looks like attention, with what it is now or why it was left, and
@@ -94,6 +101,10 @@ def replace_attention(
             DistributedDataParallel or FSDP already.
         ValueError: token_order="hilbert" for a model without a vision transformer that can be ordered.
     """
+    if layers is not None:
+        layers = LayerSettings.of(layers)
+        if (support, low_rank, causal_support, causal_low_rank) != (None, ..., None, ...):
+            raise ValueError("replace_attention: layers has a support and a kernel for every layer; give no others")
     pairs = Pairs.chosen(support, low_rank, causal_support, causal_low_rank)
     _check_arguments(model, pairs, token_order)
     _check_where(where)
@@ -101,7 +112,7 @@ def replace_attention(
     prepare_replacers(model)
     modules = list(_attention_modules(model))
     left_out = {path for path, _ in modules if where is not None and not where(path)}
-    report = Report(_settings(pairs))
+    report = Report(_settings(pairs) if layers is None else f"layer by layer, {len(layers)} of them")
     cross_attention = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
     if token_order == "hilbert":
         report._add(*apply_order(model))
@@ -116,7 +127,10 @@ def replace_attention(
         if path in left_out:
             entry.note = "left out by where="
             continue
-        undo = _replace(module, entry, pairs, module in cross_attention)
+        of_layer = pairs if layers is None else _pairs_of_layer(layers, path, entry)
+        if of_layer is None:
+            continue
+        undo = _replace(module, entry, of_layer, module in cross_attention)
         if undo is not None:
             report._undo.append(undo)
     if token_order == "auto" and report.replaced:
@@ -131,6 +145,15 @@ def replace_attention(
     if not report.replaced:
         warnings.warn(f"replace_attention changed nothing: {report}", stacklevel=2)
     return report
+
+
+def _pairs_of_layer(layers: LayerSettings, path: str, entry: Entry) -> Pairs | None:
+    """What a layer runs with; None, with a note, where it stays as it is."""
+    pair = layers.pair_of(path)
+    if pair is None or pair[0].is_full:
+        entry.note = "layers= does not name it" if pair is None else "layers= keeps it exact"
+        return None
+    return Pairs(*pair)
 
 
 def _cores(model: nn.Module, report: Report) -> list[ScatterbrainAttention]:

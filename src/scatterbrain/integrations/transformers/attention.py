@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scatterbrain.functional import cast_for_autocast
 from scatterbrain.integrations.transformers import layers
 from scatterbrain.integrations.transformers.masks import Visible, compacted, dense_mask, is_compact, read_mask
-from scatterbrain.integrations.transformers.registry import PER_LAYER, SETTINGS
+from scatterbrain.integrations.transformers.registry import PER_LAYER, SETTINGS, settings_of_layer
 from scatterbrain.low_rank import Heads
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.warn import warn
@@ -92,7 +92,8 @@ def _attach(module: nn.Module, name: str, query: Tensor, key: Tensor) -> Scatter
             f"with model.set_attn_implementation({name!r}) before torch.compile"
         )
     heads = Heads(query.shape[1], query.shape[3], key.shape[1])
-    core = layers.attach(module, SETTINGS[name], heads=heads, is_causal=layers.causality(module))
+    settings = settings_of_layer(name, module.config, "")
+    core = layers.attach(module, settings, heads=heads, is_causal=layers.causality(module))
     core.registered = name, SETTINGS[name]
     return core
 

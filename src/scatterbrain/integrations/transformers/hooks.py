@@ -22,7 +22,13 @@ from scatterbrain.integrations.transformers.layers import (
     implementation,
     park,
 )
-from scatterbrain.integrations.transformers.registry import PER_LAYER, PREFIX, SETTINGS, check_registered
+from scatterbrain.integrations.transformers.registry import (
+    PER_LAYER,
+    PREFIX,
+    SETTINGS,
+    check_registered,
+    settings_of_layer,
+)
 from scatterbrain.integrations.transformers.token_order import declare, follow_configuration
 from scatterbrain.integrations.vision import exact_class_tokens
 from scatterbrain.nn.attention import join_layers
@@ -34,7 +40,8 @@ def adopt(model: nn.Module) -> None:
     for seed, (path, module) in enumerate(attention_layers(model)):
         name = implementation(module)
         if name in SETTINGS:
-            core = attach(module, SETTINGS[name], path, seed=seed, is_causal=causality(module, model, path))
+            settings = settings_of_layer(name, module.config, path)
+            core = attach(module, settings, path, seed=seed, is_causal=causality(module, model, path))
             core.registered = name, SETTINGS[name]
         elif name != PER_LAYER:
             park(module)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from scatterbrain.integrations.restrictions import NotReplaceable, query_by_query
 from scatterbrain.integrations.transformers.masks import is_silent
 from scatterbrain.integrations.transformers.registry import SETTINGS, Settings, add
+from scatterbrain.layer_settings import LayerSettings
 from scatterbrain.low_rank import Heads
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.distributed import fill
@@ -118,7 +119,7 @@ class LayerAttention(ScatterbrainAttention):
     is_self = True
     is_guess = False
     seed = 0
-    registered: tuple[str, Settings] | None = None
+    registered: tuple[str, Settings | LayerSettings] | None = None
 
     @torch.no_grad()
     def restart(self) -> None:

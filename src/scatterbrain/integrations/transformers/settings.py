@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -10,6 +13,7 @@ from scatterbrain import presets
 from scatterbrain.integrations.transformers.attention import attention_forward
 from scatterbrain.integrations.transformers.masks import compact_mask
 from scatterbrain.integrations.transformers.registry import PER_LAYER, PUBLISHERS, add
+from scatterbrain.layer_settings import LayerSettings
 from scatterbrain.nn.pairs import CAUSAL_SUPPORT, Choice, Pairs
 from scatterbrain.supports import Full, Support
 
@@ -36,6 +40,7 @@ def register(
     low_rank: Choice = ...,
     causal_support: Support | None = None,
     causal_low_rank: Choice = ...,
+    layers: LayerSettings | Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> str:
     """Makes ``name`` a value of ``attn_implementation=`` and ``set_attn_implementation``.
 
@@ -57,6 +62,9 @@ def register(
             given.
         causal_low_rank: their kernel, and that of a decoder's cross-attention where ``low_rank`` would read all target
             tokens; default ``low_rank`` where that is given.
+        layers: a pair for every layer in place of one for all, as :func:`scatterbrain.replace_attention`; layers that
+            it does not name are exact. Saving a model that runs under such a name writes them into its configuration
+            (``scatterbrain_layers``), and "scatterbrain" runs a model with them wherever they are there.
 
     Returns:
         The name.
@@ -75,6 +83,11 @@ def register(
     for word in TAKEN:
         if word in name:
             raise ValueError(f"register: transformers takes a name with {word!r} for its own, got {name!r}; rename it")
+    if layers is not None:
+        if (support, low_rank, causal_support, causal_low_rank) != (None, ..., None, ...):
+            raise ValueError("register: layers has a support and a kernel for every layer; give no others")
+        add(name, LayerSettings.of(layers))
+        return name
     pairs = Pairs.chosen(support, low_rank, causal_support, causal_low_rank)
     pairs.check()
     add(name, pairs)

@@ -1,0 +1,163 @@
+"""sb.tune: the bound holds, looser bounds cost no more, the same inputs give the same settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import testkit
+import torch
+from testkit import randomized
+from torch import Tensor, nn
+
+import scatterbrain as sb
+from scatterbrain.analysis import tuning
+from scatterbrain.analysis.tuning import Tuning
+
+E, H, L = 64, 4, 120
+EXACT = tuning.EXACT
+# From the slowest and most accurate on.
+CANDIDATES = [(sb.Routed(48, block_q=16), sb.Centroid(32)), (sb.Window(16), sb.Centroid(8)), (sb.Window(16), None)]
+
+
+def encoder() -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    return randomized(testkit.encoder(E, H)).eval()
+
+
+def batches(count: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, L, E, generator=generator) for _ in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def _times_as_on_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact attention is the fastest of all on these few tokens."""
+    seconds = {str(pair): 1.0 - 0.2 * i for i, pair in enumerate(CANDIDATES, 1)}
+    monkeypatch.setattr(
+        tuning, "medians", lambda timed, repeats: {name: seconds.get(name, 0.9) for name in timed} | {str(EXACT): 1.0}
+    )
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Callable[..., Tuning]:
+    def tune(**arguments: object) -> Tuning:
+        arguments = {"candidates": CANDIDATES, "times": tmp_path / "times.json"} | arguments
+        return sb.tune(encoder(), batches(), **arguments)
+
+    return tune
+
+
+def error_with(model: nn.Module, settings: object, some: list[Tensor]) -> float:
+    """Of the model's output with the settings, by replace_attention."""
+    with torch.no_grad():
+        exact = [model(x) for x in some]
+        report = sb.replace_attention(model, layers=settings)
+        out = [model(x) for x in some]
+    report.restore()
+    return sum(float((a - b).norm() / b.norm()) for a, b in zip(out, exact)) / len(some)
+
+
+def test_the_bound_holds_in_the_model_that_takes_the_settings(tuned: Callable[..., Tuning], tmp_path: Path) -> None:
+    loose = tuned(max_error=1.0)
+    bound = sorted(step.error for step in loose.steps)[len(loose.steps) // 2] * 1.0001
+    found = tuned(max_error=bound)
+    assert 0 < found.chosen.error <= bound and found.chosen.seconds < found.exact_seconds
+    model = encoder()
+    assert error_with(model, found.settings, batches()[2:]) == pytest.approx(found.chosen.held_out, rel=1e-3)
+    assert error_with(model, found.settings, batches()[:2]) <= bound * 1.001
+    found.save(tmp_path / "new" / "tuned.yaml")
+    assert error_with(model, tmp_path / "new" / "tuned.yaml", batches()[2:]) == pytest.approx(
+        found.chosen.held_out, rel=1e-3
+    )
+
+
+def test_a_looser_bound_never_costs_more(tuned: Callable[..., Tuning]) -> None:
+    steps = tuned(max_error=1.0).steps
+    assert steps[0].error == 0 and all(pair == EXACT for pair in steps[0].pairs.values())
+    assert all(a.seconds > b.seconds for a, b in zip(steps, steps[1:]))
+    bounds = sorted({step.error for step in steps} | {1e-9, 0.5})
+    chosen = [tuning._chosen(steps, bound, None, 1.0) for bound in bounds[1:]]
+    assert all(a.seconds >= b.seconds for a, b in zip(chosen, chosen[1:]))
+    assert all(step.error <= bound for step, bound in zip(chosen, bounds[1:]))
+    shares = (0.2, 0.5, 0.9)
+    kept = [tuning._chosen(steps, None, share, steps[0].seconds) for share in shares]
+    assert all(a.seconds <= b.seconds for a, b in zip(kept, kept[1:]))
+
+
+def test_the_same_inputs_give_the_same_file(tuned: Callable[..., Tuning], tmp_path: Path) -> None:
+    files = [tmp_path / f"{i}.yaml" for i in range(2)]
+    for file in files:
+        tuned(max_error=0.2).save(file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert all(second > 0 for second in json.loads((tmp_path / "times.json").read_text()).values())
+
+
+def test_a_budget_is_kept_and_both_are_refused(tuned: Callable[..., Tuning]) -> None:
+    loose = tuned(max_error=10.0)
+    share = loose.steps[-2].seconds / loose.exact_seconds
+    found = tuned(budget=share)
+    assert found.chosen.seconds <= share * found.exact_seconds
+    for arguments in ({}, {"max_error": 0.1, "budget": 0.5}):
+        with pytest.raises(ValueError, match="give either max_error or budget"):
+            tuned(**arguments)
+
+
+def test_what_is_printed_and_drawn(tuned: Callable[..., Tuning], tmp_path: Path) -> None:
+    found = tuned(max_error=1.0)
+    text = str(found)
+    for word in ("TransformerEncoder", "error at most 1", "exact", "layer by layer", "one pair for all", "held-out"):
+        assert word in text
+    assert found.uniform is not None and found.uniform.error <= 1.0
+    pytest.importorskip("matplotlib")
+    found.draw(tmp_path / "t.png")
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_stay_exact_where_nothing_else_keeps_the_bound(tuned: Callable[..., Tuning]) -> None:
+    found = tuned(max_error=1e-12)
+    assert set(found.settings.values()) == {EXACT} and found.chosen.error == 0
+    assert "exact" in str(found)
+
+
+def test_causal_models_get_causal_pairs(tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
+    model = hf.LlamaModel(hf.LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+    words = torch.randint(1, 60, (3, 1, 150), generator=torch.Generator().manual_seed(1))
+    found = sb.tune(model, [{"input_ids": w} for w in words], max_error=1.0, times=tmp_path / "times.json")
+    assert any(not pair[0].is_full for pair in found.settings.values())
+    assert all(pair[1] is None or pair[1].is_calibrated_from_data for pair in found.settings.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_error": 0}, "max_error must be a positive number, got 0"),
+        ({"budget": True}, "budget must be a positive number, got True"),
+        ({"max_error": 0.1, "output": lambda out: 5}, "output must return a tensor"),
+    ],
+)
+def test_wrong_arguments_are_named(tuned: Callable[..., Tuning], arguments: dict, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        tuned(**arguments)
+
+
+def test_too_few_batches_and_a_file_that_is_none(tmp_path: Path) -> None:
+    for wrong in (batches(1), batches(1)[0], "text"):
+        with pytest.raises(ValueError, match="batches must be a list of two or more"):
+            sb.tune(encoder(), wrong, max_error=0.1)
+    (tmp_path / "times.json").write_text("nothing")
+    with pytest.raises(ValueError, match="is not a file of times"):
+        sb.tune(encoder(), batches(), max_error=0.1, times=tmp_path / "times.json")
+
+
+def test_the_front_and_the_hull_keep_what_nothing_beats() -> None:
+    names = [EXACT, *((sb.Window(keys), None) for keys in (1, 2, 3, 4))]
+    seconds = dict(zip(names, (10.0, 8.0, 4.0, 3.0, 5.0)))
+    errors = dict(zip(names, (0.0, 0.29, 0.3, 0.5, 0.4)))
+    assert tuning._front(seconds, errors) == [names[0], names[1], names[2], names[3]]
+    assert tuning._hull(seconds, errors) == [names[0], names[2], names[3]]
