@@ -51,7 +51,7 @@ def run_usual_calls(dtype: torch.dtype) -> None:
     for low_rank in (None, sb.Quadratic(9), sb.Centroid(64)):
         for head_dim in (64, 128):
             differentiate(head_dim, sb.Window(64, 8), low_rank)
-    differentiate(64, sb.Routed(64), sb.Centroid(64))
+            differentiate(head_dim, sb.Routed(64), low_rank)
     for low_rank, form in ((0, POOLED[1]), (2, POOLED[1]), (1, PER_QUERY[2])):  # supports route float64 as float32
         given = Inputs(150, low_rank=low_rank, d=64)
         given.query, given.key = given.query.to(dtype), given.key.to(dtype)

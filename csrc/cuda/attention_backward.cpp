@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../error.h"
+#include "attention_backward_shares.h"
 #include "attention_backward_tile.h"
 #include "attention_call.h"
 #include "attention_tile.h"
@@ -17,6 +18,7 @@ class Backward : AttentionCall {
       : AttentionCall(a),
         by_tiles(fits_backward_tiles(a)),
         keys_by_tiles(fits_backward_tiles_of_keys(a)),
+        by_shares(fits_backward_shares(a)),
         dq(gradient_of(a.query)),
         dk(gradient_of(a.key)),
         dv(gradient_of(a.value)),
@@ -96,10 +98,21 @@ class Backward : AttentionCall {
       launch_collect_by_key(of, call.stream());
       launch_state_gradients(of, element(), in_double, call.stream());
     }
+    compute_keys(of, operands, in_double);
+  }
+
+  // Those of windows and of the state, then pairs of listed blocks.
+  void compute_keys(BackwardParams of, const TileParams& operands, bool in_double) {
     of.adds_listed_blocks = keys_by_tiles && !in_double;
+    of.leaves_listed_blocks = by_shares && !in_double;
     if (of.adds_listed_blocks)
       launch_attention_backward_tile_keys(backward_tile_keys_params(of, operands, call), element(), call.stream());
-    if (!of.adds_listed_blocks || of.index) launch_backward_keys(of, element(), in_double, call.stream());
+    const bool has_others = of.adds_listed_blocks ? of.index && !of.leaves_listed_blocks
+                                                  : of.has_low_rank() || of.span || !of.leaves_listed_blocks;
+    if (has_others) launch_backward_keys(of, element(), in_double, call.stream());
+    if (!of.leaves_listed_blocks) return;
+    const bool has_sums = of.adds_listed_blocks || has_others;
+    launch_attention_backward_shares(backward_shares_params(of, operands, has_sums, call), element(), call.stream());
   }
 
   Tensor gradient_of(const Tensor& tokens) const { return call.empty_like_tokens(tokens, tokens.size(3)); }
@@ -121,27 +134,28 @@ class Backward : AttentionCall {
       while (int64_t(1) << t.levels <= touched) ++t.levels;
       while (t.first * kChunk < p.k_tokens) t.first *= 2;
       t.entries = p.k_tokens ? 2 * t.first : 0;
-      params.of_span = with_room(t, std::min(touched, 2 * t.levels));
+      params.of_span = with_room(t, std::min(touched, 2 * t.levels), false);
     }
     if (p.index) {
       TransposedLists t{};
       t.heads = p.list_heads, t.levels = 1, t.width = p.block_k, t.entries = ceil_div(p.k_tokens, p.block_k);
-      params.of_index = with_room(t, p.capacity);
+      params.of_index = with_room(t, p.capacity, by_shares);
     }
   }
   // Of lists that have at most `capacity` entries. Parts of the blocks are walked at once, as many as cursors stay no
   // more than entries.
-  TransposedLists with_room(TransposedLists t, int64_t capacity) {
+  TransposedLists with_room(TransposedLists t, int64_t capacity, bool has_positions) {
     t.room = p.blocks * capacity;
     if (t.entries == 0) return t;
     t.part = ceil_div(std::max<int64_t>(p.blocks, 1), std::clamp<int64_t>(t.room / t.entries, 1, 32));
     t.parts = std::max<int64_t>(1, ceil_div(p.blocks, t.part));
     t.cursor = static_cast<int32_t*>(room({p.batch, t.heads, t.entries, t.parts}, ScalarType::Int));
     t.blocks = static_cast<int32_t*>(room({p.batch, t.heads, t.room}, ScalarType::Int));
+    if (has_positions) t.positions = static_cast<int32_t*>(room({p.batch, t.heads, t.room}, ScalarType::Int));
     return t;
   }
 
-  const bool by_tiles, keys_by_tiles;  // queries, and keys, on tensor cores
+  const bool by_tiles, keys_by_tiles, by_shares;  // queries, keys, and pairs of listed blocks, on tensor cores
   const Tensor dq, dk, dv, d_query_map, d_key_map;
   BackwardParams params{};
 };

@@ -49,7 +49,7 @@ class BackwardKey {
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (const PairOf of : {PairOf::kSinks, PairOf::kSpan, PairOf::kIndex, PairOf::kOutside, PairOf::kByKey})
         for (int64_t level = 0; level < (of == PairOf::kSpan ? p.of_span.levels : 1); ++level)
-          if (!p.adds_listed_blocks || of == PairOf::kIndex) add_pairs(of, h, level);
+          if (of == PairOf::kIndex ? !p.leaves_listed_blocks : !p.adds_listed_blocks) add_pairs(of, h, level);
     if (p.has_low_rank() && !p.adds_listed_blocks) add_state();
     finish();
   }

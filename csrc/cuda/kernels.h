@@ -55,6 +55,8 @@ void launch_state_gradients(const BackwardParams& p, Element element, bool is_wi
 // Keys on tensor cores, but for pairs of listed blocks; launch_backward_keys adds those.
 void launch_attention_backward_tile_keys(const BackwardTileKeysParams& p, Element element, Stream stream);
 void launch_backward_keys(const BackwardParams& p, Element element, bool is_wide, Stream stream);
+// Pairs of listed blocks, on tensor cores; adds to what the others have left, if that is any.
+void launch_attention_backward_shares(const BackwardSharesParams& p, Element element, Stream stream);
 void launch_share_representatives(const BackwardParams& p, Element element, bool is_wide, Stream stream);
 void launch_finish_keys(const BackwardParams& p, Element element, bool is_wide, Stream stream);
 

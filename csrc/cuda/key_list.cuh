@@ -96,14 +96,19 @@ struct KeyList {
     }
   }
 
-  SB_DEVICE int64_t positions() const { return sinks + (hi - lo) + count * keys_of_entry(); }
+  SB_DEVICE int64_t positions() const { return sinks + (hi - lo) + block_positions(); }
 
   // The key at a position; -1 where there is none, it is ignored, or another position has it.
   SB_DEVICE int64_t key_at(int64_t position) const {
     if (position < sinks) return valid_or_none(position);
     position -= sinks;
     if (position < hi - lo) return valid_or_none(lo + position);
-    position -= hi - lo;
+    return key_of_blocks(position - (hi - lo));
+  }
+
+  // The same of the listed blocks alone.
+  SB_DEVICE int64_t block_positions() const { return count * keys_of_entry(); }
+  SB_DEVICE int64_t key_of_blocks(int64_t position) const {
     const int64_t keys = keys_of_entry();
     if (position >= count * keys) return -1;
     const int64_t i = position / keys, entry = load(entries + i), key = entry * block_k + position % keys;

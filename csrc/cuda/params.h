@@ -182,9 +182,10 @@ struct SlotRecord {
 // e parts - 1.
 struct TransposedLists {
   int64_t heads, width, levels, first, entries, parts, part;
-  int64_t room;     // for the blocks of all entries
-  int32_t* cursor;  // (B, heads, entries, parts)
-  int32_t* blocks;  // (B, heads, room)
+  int64_t room;        // for the blocks of all entries
+  int32_t* cursor;     // (B, heads, entries, parts)
+  int32_t* blocks;     // (B, heads, room)
+  int32_t* positions;  // (B, heads, room): of the entries in the blocks' lists, or null
 };
 
 struct BackwardParams : ForwardParams {
@@ -197,9 +198,10 @@ struct BackwardParams : ForwardParams {
   // Sums over queries, in the type of maps: (B, Hkv, M, head_dim), (.., value_pad), and (.., rank + 1) of maps or
   // (.., 1), that by the log mass; and (B, Hkv, clusters, head_dim) of AttentionParams.d_representatives.
   void *dk_sum, *dv_sum, *dy_sum;
-  const void* query_mean;   // (B, Hkv, head_dim)
-  int64_t slots_per_state;  // neighbouring query slots that read the state of the first of them
-  bool adds_listed_blocks;  // keys' sums are there but for pairs of listed blocks
+  const void* query_mean;     // (B, Hkv, head_dim)
+  int64_t slots_per_state;    // neighbouring query slots that read the state of the first of them
+  bool adds_listed_blocks;    // keys' sums are there but for pairs of listed blocks
+  bool leaves_listed_blocks;  // these come later, by shares
 };
 
 // Four registers of 32 bits, read and written together.
@@ -250,6 +252,24 @@ struct BackwardTileKeysParams : BackwardParams {
   const Bfloat16* key_coordinates;
   Bfloat16* query_coordinates;  // (B, Hq, N, 2, 16)
 };
+
+// That of listed blocks' keys by shares (attention_backward_shares.cuh), in rounds of tiles of 16 query slots: those of
+// all heads in turn, [first_tile, end_tile). A share is what a tile adds to the gradients of a key of its list.
+struct BackwardSharesParams : BackwardParams {
+  int64_t head_steps, value_steps;  // these, key_log and key_coordinates as in BackwardTileParams
+  const float* key_log;
+  const Bfloat16* key_coordinates;
+  int64_t longest_list;  // keys of listed blocks, at most
+  int64_t share_words, numbers;
+  uint32_t* shares;      // (tiles of a round, longest_list, share_words): dk, then dv, in pairs of 16 bits
+  float* share_numbers;  // (.., numbers): factors of the two; then dy of maps, or what is by the log mass
+  int64_t round_tiles, first_tile, end_tile;
+  bool has_sums;  // keys' sums are there but for pairs of listed blocks
+
+  SB_HD int64_t tiles() const { return ceil_div(q_tokens, 16); }  // of a head
+};
+// Of a row of 16-bit numbers in a share: pairs of columns, of which 16 pairs go together.
+SB_HD int64_t share_words(int64_t width) { return ceil_div(width, 32) * 16; }
 
 // Below every exponent.
 inline constexpr double kLowestLog = -1e30;

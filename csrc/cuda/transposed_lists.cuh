@@ -20,7 +20,7 @@ struct Entries {
   const RowRange range;
   const int64_t b, head;
 
-  // Calls visit(entry) once for every entry of a block that names keys, each by another lane.
+  // Calls visit(entry, position in the list) once for every entry of a block that names keys, each by another lane.
   template <class Visit>
   SB_DEVICE void visit(int64_t block, const Visit& visit) const {
     const TransposedLists& to = p.result();
@@ -28,7 +28,7 @@ struct Entries {
     const BlockList list(p, b, head, block);
     for (int64_t i = lane_index(); i < list.count; i += kWarp) {
       const int64_t entry = list.entry(i);
-      if (entry >= 0 && entry < to.entries) visit(entry);
+      if (entry >= 0 && entry < to.entries) visit(entry, i);
     }
   }
   // Of every level the first and the last run that the span covers where the next level's do not hold them: the first
@@ -43,7 +43,7 @@ struct Entries {
       const int64_t level = i / 2, first = (begin + (int64_t(1) << level) - 1) >> level, behind = end >> level;
       const bool is_last = i % 2 == 1;
       if (first < behind && (is_last ? behind : first) % 2 == 1)
-        visit((to.first >> level) + (is_last ? behind - 1 : first));
+        visit((to.first >> level) + (is_last ? behind - 1 : first), i);
     }
   }
 };
@@ -69,7 +69,7 @@ SB_KERNEL transpose_count(TransposeParams p) {
     for (int64_t e = lane_index(); e < to.entries; e += kWarp) store(cursor + e * to.parts, 0);
     sync_warp();
     for (int64_t block = part * to.part; block < (part + 1) * to.part && block < p.blocks; ++block) {
-      entries.visit(block, [&](int64_t e) { store(cursor + e * to.parts, load(cursor + e * to.parts) + 1); });
+      entries.visit(block, [&](int64_t e, int64_t) { store(cursor + e * to.parts, load(cursor + e * to.parts) + 1); });
       sync_warp();
     }
   });
@@ -104,10 +104,12 @@ SB_KERNEL transpose_place(TransposeParams p) {
   const TransposedLists& to = p.result();
   for_each_part(p, [&](const Entries& entries, int64_t part, int32_t* cursor, int32_t* blocks) {
     for (int64_t block = part * to.part; block < (part + 1) * to.part && block < p.blocks; ++block) {
-      entries.visit(block, [&](int64_t e) {
+      entries.visit(block, [&](int64_t e, int64_t position) {
         const int32_t at = load(cursor + e * to.parts);
         store(cursor + e * to.parts, at + 1);
-        if (at < to.room) store(blocks + at, int32_t(block));  // lists that do not ascend may count too few
+        if (at >= to.room) return;  // lists that do not ascend may count too few
+        store(blocks + at, int32_t(block));
+        if (to.positions) store(to.positions + (blocks - to.blocks) + at, int32_t(position));
       });
       sync_warp();
     }

@@ -187,6 +187,18 @@ def _gradients_of_ragged_tiles(dtype: torch.dtype) -> None:
     sb.attention(query.requires_grad_(), key, value, sb.Window(24), None, is_causal=True)[:, :, :60].sum().backward()
 
 
+@call("shares of keys")
+def _shares(dtype: torch.dtype) -> None:
+    """On tensor cores: both widths, every kind, lists of several stages."""
+    if dtype.itemsize != 2:
+        return
+    index = torch.arange(0, 100, 5, dtype=torch.int32).expand(1, 2, 1, 20).contiguous()
+    support = sb.Blocks(index, torch.tensor([[[20], [17]]], dtype=torch.int32), block_q=16, block_k=1)
+    for low_rank in (None, sb.Quadratic(5), sb.Centroid(5)):
+        for widths in ((24, 32), (128, 104)):
+            attend(dtype, support, low_rank, *widths, queries=16, keys=100, wants_gradients=True)
+
+
 @call("sums on tensor cores")
 def _sums(dtype: torch.dtype) -> None:
     """States and their gradients, with and without a causal edge, in one piece of columns and in several."""

@@ -23,9 +23,10 @@ TYPES |= {1: torch.int8, 2: torch.int16, 11: torch.bool, 15: torch.bfloat16}
 WORKING_MEMORY = torch.int8
 # How far the executors may differ, as a share of the number and of the usual size of the buffer's numbers: they round
 # some sums in different places.
-TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 1e-5, torch.bfloat16: 1e-5}
-# Numbers of 16 bits that lie between two steps may fall to either side, in few places.
-STEPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 1e-5, torch.bfloat16: 1e-5, torch.int16: 1e-5}
+# Numbers of 16 bits that lie between two steps may fall to either side, in few places. Whole ones of 16 bits are
+# multiples of a row's unit, rounded from products of such numbers, and may lie one unit apart anywhere.
+STEPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.int16: 2.0**-7}
 SHARE_OF_OTHER_STEPS = 0.02
 
 
@@ -127,15 +128,15 @@ def _numbers(memory: dict[int, bytes], begin: int, end: int, dtype: torch.dtype)
 def difference(want: torch.Tensor, got: torch.Tensor) -> str:
     """What differs by more than rounding, or nothing."""
     dtype = want.dtype
-    if not dtype.is_floating_point:
+    if dtype not in TOLERANCES:
         wrong = want != got
         steps = None
     else:
         a, b = want.double(), got.double()
-        same = (a == b) | (a.isnan() & b.isnan())
+        far = (a - b).abs()
+        same = (a == b) | (a.isnan() & b.isnan()) | ((far <= 1) & (dtype == torch.int16))
         usual = a[a.isfinite() & (a.abs() < 1e20)]
         size = float(usual.square().mean().sqrt()) if usual.numel() else 0.0
-        far = (a - b).abs()
         near = far <= TOLERANCES[dtype] * (a.abs() + size)
         if dtype in STEPS:
             steps = ~same & (far <= STEPS[dtype] * (a.abs() + size / 2))  # those of weights show in small sums

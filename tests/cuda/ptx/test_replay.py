@@ -98,6 +98,15 @@ def test_differences_beyond_rounding_are_seen(dtype: torch.dtype) -> None:
         assert difference(want, steps.view(dtype)).startswith("rounding: 63 of 64")
 
 
+def test_whole_numbers_of_16_bits_may_be_a_unit_apart() -> None:
+    want = torch.arange(-500, 500, dtype=torch.int16)
+    assert not difference(want, want + 1)
+    assert difference(want, want + 2).startswith("rounding: ")
+    got = want.clone()
+    got[3] += 100
+    assert difference(want, got).startswith("parity: 1 of 1000")
+
+
 def test_whole_numbers_must_be_equal() -> None:
     want = torch.arange(8, dtype=torch.int32)
     got = want.clone()

@@ -1,0 +1,553 @@
+// Backward pass of listed blocks' keys on tensor cores, bidirectional, for bfloat16 and float16. A warp takes a tile of
+// 16 query slots that share a list and writes, for every key of the list, what the tile adds to its gradients: a share.
+// Then a warp per key adds up its shares in the order of heads and tiles, found by the transposed lists.
+//
+// Keys are the rows of all products, so that gradients of scores are left operands as they come. A share's dk and dv
+// are whole numbers of 16 bits times a factor of their own: half of the bytes of float32, and rounded far below what
+// results of 16 bits are. Gradients of maps, few numbers, are float32.
+#pragma once
+#include "attention_backward.cuh"
+#include "naming_blocks.cuh"
+#include "tile_memory.cuh"
+
+namespace sb::cuda {
+
+inline constexpr int kSharesThreads = 128;
+
+// A pair of whole numbers of 16 bits, which are `low` and `high` times a factor that brings them below 2^15.
+SB_DEVICE uint32_t fixed_pair(float low, float high, float factor) {
+  constexpr float kUnit = 0x1.8p23f;  // a float there ends at the units
+  return (same_bits<uint32_t>(low * factor + kUnit) & 0xffff) | same_bits<uint32_t>(high * factor + kUnit) << 16;
+}
+SB_DEVICE float from_fixed(uint32_t number) {  // of the lower 16 bits, others are 0
+  return same_bits<float>(number ^ 0x4b008000u) - 0x1.01p23f;
+}
+
+// Shared memory of a warp, in bytes: q and dO of its slots, then two stages of K and V with the coordinates of keys.
+// Behind them the coordinates of queries, or the exponents of clusters by slot.
+template <int D, LowRank kKind>
+struct SharesLayout {
+  static constexpr int64_t kMatrix = kTile * D * 2, kGradients = kMatrix, kStages = 2 * kMatrix,
+                           kCoordinates = kKind == LowRank::kQuadratic ? kStage * 64 : 0,
+                           kStageBytes = 2 * kMatrix + kCoordinates, kOfQueries = kStages + 2 * kStageBytes,
+                           kQueries = kOfQueries + kCoordinates, kExponents = kQueries + kTile * 4;
+  static SB_HD int32_t width(const ForwardParams& p) { return int32_t(p.rank) | 1; }  // of a slot's exponents
+  static SB_HD int64_t bytes(const ForwardParams& p) {
+    return kKind == LowRank::kCentroid ? pad_to(kExponents + width(p) * kTile * 4, 16) : kExponents;
+  }
+};
+
+template <class E, int D, LowRank kKind>
+class TileShares {
+  typedef SharesLayout<D, kKind> Layout;
+  static constexpr bool kHasQuadratic = kKind == LowRank::kQuadratic, kHasClusters = kKind == LowRank::kCentroid,
+                        kHasLowRank = kKind != LowRank::kNone, kIsHalf = std::is_same_v<E, Half>;
+  static constexpr int kChunks = D / 8, kSteps = D / 16, kSlotTiles = kTile / 8;
+
+ public:
+  SB_DEVICE TileShares(const BackwardSharesParams& p, int64_t base, int64_t b, int64_t h, int64_t tile)
+      : p(p),
+        base(int32_t(base)),
+        b(int32_t(b)),
+        h(int32_t(h)),
+        kv(int32_t(p.kv_head(h))),
+        head(b * p.kv_heads + kv),
+        first_slot(int32_t(tile * kTile)),
+        first_row(((b * p.q_heads + h) * p.tiles() + tile - p.first_tile) * p.longest_list),
+        lane(lane_index()),
+        g(lane / 4),
+        t(lane % 4),
+        queries(shared_array<int32_t>(base + Layout::kQueries)),
+        exponents(shared_array<float>(base + Layout::kExponents)) {}
+
+  SB_DEVICE void run() {
+    const RowRange range = load(p.rows + b);
+    if (first_slot >= slots_of_row(p, range)) return;
+    first_key = range.k_first;
+    find_queries(range);
+    read_queries();
+    const KeyList list(p, range, b, h, first_slot, edge_of_slot(p, range, first_slot));
+    go_through(list);
+  }
+
+ private:
+  // -------------------- the tile's queries
+
+  // Of slots without a record none: they have weight 0.
+  SB_DEVICE void find_queries(const RowRange& range) {
+    int32_t query = -1;
+    const int64_t slot = first_slot + lane;
+    if (lane < kTile && slot < slots_of_row(p, range) && kind_of(p, b, h, slot) != SlotKind::kNone)
+      query = int32_t(query_of_slot(p, range, b, h, slot));
+    sync_warp();  // the last tile is done with them
+    if (lane < kTile) queries.set(lane, query);
+    has_queries = ballot(query >= 0) != 0;
+    sync_warp();
+  }
+
+  SB_DEVICE void read_queries() {
+    for (int i = lane; i < kTile * kChunks; i += kWarp) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      const int64_t query = queries.get(row), from = query < 0 ? 0 : query;
+      const bool in_query = query >= 0 && chunk * 8 < p.head_dim, in_value = query >= 0 && chunk * 8 < p.value_pad;
+      copy_async(base + swizzled<2 * D>(row, chunk), p.q.at<const E>(b, h, from) + (in_query ? chunk * 8 : 0),
+                 in_query);
+      copy_async(base + Layout::kGradients + swizzled<2 * D>(row, chunk),
+                 p.d_out.at<const E>(b, h, from) + (in_value ? chunk * 8 : 0), in_value);
+    }
+    commit_copies();
+    if (kHasQuadratic) write_coordinates();
+    if (kHasClusters) {
+      const int32_t width = Layout::width(p);
+      for (int64_t i = lane; i < kTile * p.rank; i += kWarp) {
+        const int64_t row = i / p.rank, c = i % p.rank, query = queries.get(row);
+        const float largest = load(static_cast<const float*>(p.cluster_log) + head * p.rank + c);
+        float exponent = float(kLowestLog);
+        if (query >= 0 && largest > float(kNoKeyLog)) {
+          const float product = load(p.cluster_scores + ((b * p.q_heads + h) * p.q_tokens + query) * p.rank + c);
+          exponent = product * float(p.scale * kLog2e) + largest;
+        }
+        exponents.set(row * width + c, exponent);
+      }
+    }
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int column = 8 * n + 2 * t + i;
+      log[n][i] = inverse[n][i] = shift[n][i] = state_weight[n][i] = 0;
+      if (queries.get(column) < 0) continue;
+      const auto record = load(record_of<float>(p, b, h, first_slot + column));
+      log[n][i] = record.log, inverse[n][i] = record.inverse, shift[n][i] = record.delta + record.correction;
+      state_weight[n][i] = record.state_weight;
+    }
+    wait_copies<0>();
+    sync_warp();
+  }
+
+  // Half of a query's coordinates, then 1, as rows of 16 in two parts: a lane has half of a row.
+  SB_DEVICE void write_coordinates() {
+    const int row = lane % kTile, half = lane / kTile;
+    const int64_t query = queries.get(row);
+    const MapRow<float, float> x(p.x_map, b, h, query < 0 ? 0 : query);
+    const auto to = shared_array<uint32_t>(base + Layout::kOfQueries);
+    for (int a = 8 * half; a < 8 * half + 8; a += 2) {
+      const auto coordinate = [&](int64_t i) {
+        return query < 0 || i > p.rank ? 0.0f : i < p.rank ? 0.5f * x(i) : 1.0f;
+      };
+      uint32_t parts[2];
+      split(coordinate(a), coordinate(a + 1), parts, Bfloat16{});
+      SB_UNROLL
+      for (int i = 0; i < 2; ++i) to.set(swizzled<64>(row, 2 * i + half) / 4 + a % 8 / 2, parts[i]);
+    }
+  }
+
+  // -------------------- the list's keys
+
+  // This lane's key of a stage, lane % kStage; -1: none.
+  struct Fetched {
+    int32_t key, cluster;
+    float log;  // of what the state holds of the key, without the query's share
+  };
+
+  // `position` of the listed blocks' keys.
+  SB_DEVICE Fetched fetch(const KeyList& list, int64_t position, int buffer) const {
+    Fetched of_lane{-1, 0, 0};
+    if (has_queries && position < list.block_positions()) of_lane.key = int32_t(list.key_of_blocks(position));
+    if (kHasLowRank && of_lane.key >= 0) {
+      of_lane.log = load(p.key_log + head * p.k_tokens + first_key + of_lane.key);
+      if (kHasQuadratic) of_lane.log -= load(static_cast<const float*>(p.state_log) + head * p.slots + p.slots - 1);
+      if (kHasClusters) of_lane.cluster = int32_t(cluster_of(p, head, first_key + of_lane.key));
+    }
+    const int64_t to = stage(buffer);
+    SB_UNROLL_BY_2
+    for (int j = 0; j < kStage * kChunks / kWarp; ++j) {
+      const int i = lane + j * kWarp, row = i / kChunks, chunk = i % kChunks;
+      const int32_t key = shuffle_from(of_lane.key, row);
+      const int64_t at = first_key + (key < 0 ? 0 : key);
+      const bool in_key = key >= 0 && chunk * 8 < p.head_dim, in_value = key >= 0 && chunk * 8 < p.value_pad;
+      copy_async(to + swizzled<2 * D>(row, chunk), p.k.at<const E>(b, kv, at) + (in_key ? chunk * 8 : 0), in_key);
+      copy_async(to + Layout::kMatrix + swizzled<2 * D>(row, chunk),
+                 p.v.at<const E>(b, kv, at) + (in_value ? chunk * 8 : 0), in_value);
+    }
+    if (kHasQuadratic) SB_UNROLL
+    for (int j = 0; j < kStage * 4 / kWarp; ++j) {
+      const int i = lane + j * kWarp, row = i / 4, chunk = i % 4;
+      const int32_t key = shuffle_from(of_lane.key, row);
+      copy_async(to + 2 * Layout::kMatrix + swizzled<64>(row, chunk),
+                 p.key_coordinates + (head * p.k_tokens + first_key + (key < 0 ? 0 : key)) * 32 + chunk * 8, key >= 0);
+    }
+    return of_lane;
+  }
+  SB_DEVICE int64_t stage(int buffer) const { return base + Layout::kStages + buffer * Layout::kStageBytes; }
+
+  SB_DEVICE void go_through(const KeyList& list) {
+    const int64_t positions = list.block_positions();
+    Fetched next = fetch(list, lane % kStage, 0);
+    commit_copies();
+    int buffer = 0;
+    for (int64_t begin = 0; begin < positions; begin += kStage) {
+      const Fetched of_lane = next;
+      if (begin + kStage < positions) next = fetch(list, begin + kStage + lane % kStage, 1 - buffer);
+      commit_copies();
+      wait_copies<1>();
+      sync_warp();
+      add_stage(of_lane, stage(buffer), begin, positions);
+      sync_warp();  // before the buffer is filled again
+      buffer = 1 - buffer;
+    }
+    wait_copies<0>();
+  }
+
+  // -------------------- shares
+
+  SB_DEVICE void add_stage(const Fetched& of_lane, int64_t from, int64_t begin, int64_t positions) const {
+    const uint32_t valid = ballot(of_lane.key >= 0);                        // of the keys twice
+    float score[kSlotTiles][4], value[kSlotTiles][4], root[kSlotTiles][4];  // q.k; dO.v; 1 + x.y / 2
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 4; ++i) score[n][i] = value[n][i] = root[n][i] = 0;
+    SB_UNROLL
+    for (int k = 0; k < kSteps; ++k) {
+      const int64_t place = swizzled<2 * D>(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
+      uint32_t rows[4], slots[4];
+      if (k < p.head_steps) {
+        load_left<2 * D>(from, k, rows), load_matrices(base + place, slots);
+        multiply_add(score[0], rows, slots[0], slots[1], E{});
+        multiply_add(score[1], rows, slots[2], slots[3], E{});
+      }
+      if (k < p.value_steps) {
+        load_left<2 * D>(from + Layout::kMatrix, k, rows), load_matrices(base + Layout::kGradients + place, slots);
+        multiply_add(value[0], rows, slots[0], slots[1], E{});
+        multiply_add(value[1], rows, slots[2], slots[3], E{});
+      }
+    }
+    if (kHasQuadratic) {
+      uint32_t high[4], low[4];
+      load_left<64>(from + 2 * Layout::kMatrix, 0, high), load_left<64>(from + 2 * Layout::kMatrix, 1, low);
+      SB_UNROLL
+      for (int n = 0; n < kSlotTiles; ++n) {
+        uint32_t x[4];  // the two halves of the first part, then of the second
+        load_matrices(base + Layout::kOfQueries + swizzled<64>(n * 8 + lane % 8, lane / 8), x);
+        multiply_add(root[n], low, x[0], x[1], Bfloat16{});
+        multiply_add(root[n], high, x[2], x[3], Bfloat16{});
+        multiply_add(root[n], high, x[0], x[1], Bfloat16{});
+      }
+    }
+
+    // In place of products: the gradient of a score, the weight, and the gradient of x.y. By a key's log scale that is
+    // what the state holds of a pair.
+    float by_log[2] = {0, 0};
+    const float scale = float(p.scale * kLog2e), own_share = kHasLowRank ? exp2_of(of_lane.log) : 0.0f;
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int row = g + 8 * r;
+      const bool is_listed = valid >> row & 1;
+      const float share = kHasLowRank ? shuffle_from(own_share, row) : 0.0f;
+      const int32_t cluster = kHasClusters ? shuffle_from(of_lane.cluster, row) : 0;
+      SB_UNROLL
+      for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int at = 2 * r + i;
+        const float gradient = value[n][at] - shift[n][i];
+        float weight = is_listed ? exp2_of(score[n][at] * scale - log[n][i]) * inverse[n][i] : 0.0f;
+        score[n][at] = is_listed ? weight * gradient : 0.0f;
+        if (kHasQuadratic) {
+          const float held = is_listed ? state_weight[n][i] * share * root[n][at] : 0.0f;
+          weight -= held * root[n][at];
+          by_log[r] += is_listed ? -held * gradient * root[n][at] : 0.0f;
+          root[n][at] = is_listed ? -held * gradient : 0.0f;
+        }
+        if (kHasClusters) {
+          const float exponent = exponents.get((8 * n + 2 * t + i) * Layout::width(p) + cluster);
+          const float held = is_listed ? share * exp2_of(exponent - log[n][i]) * inverse[n][i] : 0.0f;
+          weight -= held;
+          by_log[r] += is_listed ? -held * gradient : 0.0f;
+        }
+        value[n][at] = weight;
+      }
+    }
+    const bool is_there[2] = {begin + g < positions, begin + g + 8 < positions};
+    const int64_t row = first_row + begin + g;
+    write_rows<0>(score, row, is_there);
+    write_rows<1>(value, row, is_there);
+    if (kHasQuadratic) write_coordinates_of(root, row, is_there);
+    if (kHasLowRank) SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float sum = by_log[r];
+      sum += shuffle_xor(sum, 1), sum += shuffle_xor(sum, 2);
+      if (t == 0 && is_there[r]) store(p.share_numbers + (row + 8 * r + 1) * p.numbers - 1, sum);
+    }
+  }
+
+  // Of every key the slots' q, or dO, each times its number. A lane has pairs of neighbouring columns, and those of
+  // four chunks stand side by side (ShareColumn).
+  template <int kPart>
+  SB_DEVICE void write_rows(float (&numbers)[kSlotTiles][4], int64_t row, const bool (&is_there)[2]) const {
+    const int64_t width = kPart == 0 ? p.head_dim : p.value_pad, from = base + kPart * Layout::kGradients;
+    float back[2] = {1, 1};
+    if (kIsHalf) SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float largest = 0;
+      SB_UNROLL
+      for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+      for (int i = 2 * r; i < 2 * r + 2; ++i)
+        largest = larger(largest, numbers[n][i] < 0.0f ? -numbers[n][i] : numbers[n][i]);
+      largest = larger(largest, shuffle_xor(largest, 1));
+      largest = larger(largest, shuffle_xor(largest, 2));
+      const float factor = Scale::of(largest);
+      back[r] = Scale::inverse(factor);
+      SB_UNROLL
+      for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+      for (int i = 2 * r; i < 2 * r + 2; ++i) numbers[n][i] *= factor;
+    }
+    constexpr int kParts = kIsHalf || kPart == 0 ? 2 : 1;  // gradients of scores are what cancels
+    uint32_t left[kParts][4];
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t parts[kParts];
+      split(numbers[n][2 * r], numbers[n][2 * r + 1], parts, E{});
+      SB_UNROLL
+      for (int i = 0; i < kParts; ++i) left[i][2 * n + r] = parts[i];
+    }
+    float sum[kChunks][4];
+    uint32_t largest[2] = {0, 0};  // bits of the largest number of a row; behind those of all numbers if it is none
+    SB_UNROLL
+    for (int c = 0; c < kChunks; c += 2) {
+      SB_UNROLL
+      for (int i = 0; i < 4; ++i) sum[c][i] = sum[c + 1][i] = 0;
+      if (c * 8 >= width) continue;
+      uint32_t rows[4];
+      load_transposed(from + swizzled<2 * D>(lane % 16, c + lane / 16), rows);
+      SB_UNROLL
+      for (int i = kParts - 1; i >= 0; --i) {
+        multiply_add(sum[c], left[i], rows[0], rows[1], E{});
+        multiply_add(sum[c + 1], left[i], rows[2], rows[3], E{});
+      }
+      SB_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t bits = same_bits<uint32_t>(sum[c + i / 4][i % 4]) & 0x7fffffffu;
+        uint32_t& most = largest[i % 4 / 2];
+        most = bits > most ? bits : most;
+      }
+    }
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t most = largest[r];
+      SB_UNROLL
+      for (int mask = 1; mask <= 2; ++mask) {
+        const uint32_t other = shuffle_xor(most, mask);
+        most = other > most ? other : most;
+      }
+      // What would be rounded to 2^15 counts as that.
+      float of_units;
+      const float factor = scale_to_half(same_bits<float>(most + 0x100u), of_units);
+      const bool is_finite = most < 0x7f800000u;
+      if (!is_there[r]) continue;
+      auto* to = reinterpret_cast<FourWords*>(p.shares + (row + 8 * r) * p.share_words) +
+                 (kPart == 0 ? 0 : share_words(p.head_dim) / 4) + t;
+      SB_UNROLL
+      for (int c = 0; c < kChunks; c += 4) {
+        if (c * 8 >= width) continue;
+        FourWords words;
+        SB_UNROLL
+        for (int i = 0; i < 4; ++i) words.at[i] = fixed_pair(sum[c + i][2 * r], sum[c + i][2 * r + 1], factor);
+        store(to + c, words);
+      }
+      if (t != 0) continue;
+      const float whole = of_units * back[r] * (kPart == 0 ? float(p.scale) : 1.0f);
+      store(p.share_numbers + (row + 8 * r) * p.numbers + kPart, is_finite ? whole : same_bits<float>(0x7fffffffu));
+    }
+  }
+
+  // Gradients by y, from half of the queries' coordinates.
+  SB_DEVICE void write_coordinates_of(const float (&root)[kSlotTiles][4], int64_t row,
+                                      const bool (&is_there)[2]) const {
+    uint32_t high[4], low[4], first_part[4], second_part[4];
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t of_pair[2];
+      split(root[n][2 * r], root[n][2 * r + 1], of_pair, Bfloat16{});
+      high[2 * n + r] = of_pair[0], low[2 * n + r] = of_pair[1];
+    }
+    load_transposed(base + Layout::kOfQueries + swizzled<64>(lane % 16, lane / 16), first_part);
+    load_transposed(base + Layout::kOfQueries + swizzled<64>(lane % 16, 2 + lane / 16), second_part);
+    SB_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      float sum[4] = {0, 0, 0, 0};
+      multiply_add(sum, low, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
+      multiply_add(sum, high, second_part[2 * c], second_part[2 * c + 1], Bfloat16{});
+      multiply_add(sum, high, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
+      SB_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int a = 8 * c + 2 * t + i % 2, r = i / 2;
+        if (a < p.rank && is_there[r]) store(p.share_numbers + (row + 8 * r) * p.numbers + 2 + a, 2.0f * sum[i]);
+      }
+    }
+  }
+
+  const BackwardSharesParams& p;
+  const int32_t base, b, h, kv;
+  const int64_t head;
+  const int32_t first_slot;
+  const int64_t first_row;  // of the tile's shares
+  const int lane, g, t;
+  const Shared<int32_t> queries;
+  const Shared<float> exponents;
+  int32_t first_key = 0;
+  bool has_queries = false;
+  float log[kSlotTiles][2], inverse[kSlotTiles][2], shift[kSlotTiles][2], state_weight[kSlotTiles][2];
+};
+
+template <class E, int D, LowRank kKind>
+SB_KERNEL SB_THREADS_AT_MOST(kSharesThreads) attention_backward_shares(BackwardSharesParams p) {
+  const int64_t all = p.end_tile - p.first_tile, warps = block_threads() / kWarp;
+  const int64_t base = warp_index() * SharesLayout<D, kKind>::bytes(p);
+  for_each_task(ceil_div(all, warps), [&](int64_t task) {
+    const int64_t at = task * warps + warp_index(), tile = p.first_tile + at, row = tile / p.tiles();
+    if (at < all) TileShares<E, D, kKind>(p, base, row / p.q_heads, row % p.q_heads, tile % p.tiles()).run();
+  });
+}
+
+// The columns of a word of a share: they are two, of dk or of dv.
+struct ShareColumn {
+  bool is_there, is_value;
+  int32_t first;
+  SB_DEVICE ShareColumn(const BackwardSharesParams& p, int word) {
+    const auto of_keys = int(share_words(p.head_dim));
+    is_value = word >= of_keys;
+    word -= is_value ? of_keys : 0;
+    first = (word / 16 * 4 + word % 4) * 8 + word % 16 / 4 * 2;
+    is_there = first < (is_value ? p.value_pad : p.head_dim);
+  }
+};
+
+// Adds up the shares of a key, by a warp: lanes are words of a share, kWords each.
+template <int kWords>
+class KeyShares {
+ public:
+  SB_DEVICE KeyShares(const BackwardSharesParams& p, int64_t head, int64_t j)
+      : p(p), b(head / p.kv_heads), kv(head % p.kv_heads), head(head), j(j), lane(lane_index()) {}
+
+  SB_DEVICE void run() {
+    range = load(p.rows + b);
+    if (j < range.k_first || j >= range.k_end || (p.k_mask && load(p.k_mask + b * p.k_tokens + j))) return;
+    key = j - range.k_first;
+    const int64_t group = p.q_heads / p.kv_heads, tiles = p.tiles(), first = head * group * tiles;
+    has_sums = p.has_sums || p.first_tile > first;
+    read_sums();
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) add_head(h);
+    write_sums();
+  }
+
+ private:
+  SB_DEVICE float* sum_at(const ShareColumn& column) const {
+    const int64_t width = column.is_value ? p.value_pad : p.head_dim;
+    return static_cast<float*>(column.is_value ? p.dv_sum : p.dk_sum) + (head * p.k_tokens + j) * width + column.first;
+  }
+  // Lanes behind the factors have the numbers of maps or of the log mass.
+  SB_DEVICE bool has_number() const { return lane >= 2 && lane < p.numbers; }
+  SB_DEVICE float* number_at() const {
+    return static_cast<float*>(p.dy_sum) + (head * p.k_tokens + j) * (p.numbers - 2) + lane - 2;
+  }
+  SB_DEVICE void read_sums() {
+    SB_UNROLL
+    for (int w = 0; w < kWords; ++w) {
+      const ShareColumn column(p, lane + w * kWarp);
+      SB_UNROLL
+      for (int i = 0; i < 2; ++i) sum[w][i] = has_sums && column.is_there ? load(sum_at(column) + i) : 0.0f;
+    }
+    of_map = has_sums && has_number() ? load(number_at()) : 0.0f;
+  }
+
+  // The shares of the tiles that are in this round.
+  SB_DEVICE void add_head(int64_t h) {
+    const int64_t tiles = p.tiles(), before = (b * p.q_heads + h) * tiles, slots = slots_of_row(p, range),
+                  used = ceil_div(slots, kTile), of_block = p.block_q / kTile;
+    int64_t first = p.first_tile - before, end = p.end_tile - before;
+    first = first < 0 ? 0 : first, end = end < used ? end : used;
+    if (first >= end) return;
+    const NamingBlocks naming(p, p.of_index, b, h, key, 0);
+    const int64_t first_block = first > 0 ? lower_bound(naming.blocks, naming.count, first / of_block) : 0,
+                  blocks = naming.count - first_block, at_once = of_block < used ? of_block : used;
+    const int64_t length = int64_t(range.k_end) - range.k_first, keys = p.block_k < length ? p.block_k : length;
+    for (int64_t begin = 0; begin < blocks * at_once; begin += kWarp) {
+      const int64_t i = begin + lane, named = first_block + i / at_once;
+      int64_t row = -1;
+      bool is_behind = false;
+      if (i < blocks * at_once) {
+        const int64_t tile = int64_t(load(naming.blocks + named)) * of_block + i % at_once;
+        is_behind = tile >= end;
+        const int32_t position = load(naming.positions + named);
+        if (tile >= first && tile < end && position >= 0 && position < p.capacity)
+          row = (before + tile - p.first_tile) * p.longest_list + position * keys + key % p.block_k;
+      }
+      SB_UNROLL_BY_2
+      for (int k = 0; k < kWarp; k += kAtOnce) add_rows(row, k);
+      if (ballot(is_behind) != 0) return;  // tiles ascend
+    }
+  }
+
+  // The shares of kAtOnce lanes, whose loads are under way together.
+  SB_DEVICE void add_rows(int64_t row, int k) {
+    uint32_t words[kAtOnce][kWords];
+    float number[kAtOnce];
+    int64_t rows[kAtOnce];
+    SB_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      rows[i] = shuffle_from(row, k + i);
+      number[i] = rows[i] >= 0 && lane < p.numbers ? load(p.share_numbers + rows[i] * p.numbers + lane) : 0.0f;
+      SB_UNROLL
+      for (int w = 0; w < kWords; ++w)
+        words[i][w] = rows[i] >= 0 && lane + w * kWarp < p.share_words
+                          ? load(p.shares + rows[i] * p.share_words + lane + w * kWarp)
+                          : 0;
+    }
+    SB_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (rows[i] < 0) continue;
+      has_any = true;
+      of_map += number[i];
+      const float of_key = shuffle_from(number[i], 0), of_value = shuffle_from(number[i], 1);
+      SB_UNROLL
+      for (int w = 0; w < kWords; ++w) {
+        const float factor = lane + w * kWarp < share_words(p.head_dim) ? of_key : of_value;
+        sum[w][0] += factor * from_fixed(words[i][w] & 0xffff), sum[w][1] += factor * from_fixed(words[i][w] >> 16);
+      }
+    }
+  }
+
+  SB_DEVICE void write_sums() {
+    if (has_sums && !has_any) return;
+    SB_UNROLL
+    for (int w = 0; w < kWords; ++w) {
+      const ShareColumn column(p, lane + w * kWarp);
+      SB_UNROLL
+      for (int i = 0; i < 2; ++i)
+        if (column.is_there) store(sum_at(column) + i, sum[w][i]);
+    }
+    if (has_number()) store(number_at(), of_map);
+  }
+
+  static constexpr int kAtOnce = 4;
+  const BackwardSharesParams& p;
+  const int64_t b, kv, head, j;
+  const int lane;
+  RowRange range;
+  int64_t key = 0;
+  bool has_sums = false, has_any = false;
+  float sum[kWords][2], of_map = 0;
+};
+
+template <int kWords>
+SB_KERNEL sum_shares(BackwardSharesParams p) {
+  const int64_t of_head = p.q_heads / p.kv_heads * p.tiles(), first = p.first_tile / of_head,
+                keys = (ceil_div(p.end_tile, of_head) - first) * p.k_tokens, warps = block_threads() / kWarp;
+  for_each_task(ceil_div(keys, warps), [&](int64_t task) {
+    const int64_t at = task * warps + warp_index();
+    if (at < keys) KeyShares<kWords>(p, first + at / p.k_tokens, at % p.k_tokens).run();
+  });
+}
+
+}  // namespace sb::cuda
