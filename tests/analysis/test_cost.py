@@ -61,7 +61,10 @@ def test_the_search_of_lists_for_single_queries_by_hand() -> None:
 def test_hashing_clustering_and_moments_by_hand() -> None:
     shape = Shape(512, 1024, 64, 32)
     assert cost(sb.LSH(64, rounds=4), None, shape).search == 4 * 66 * 3
-    assert cost(sb.Empty(), sb.Quadratic(9, "input"), shape).search == 64 * 64 * 3
+    angular = sb.LSH(64, rounds=4, hash="angular")  # 64 clusters of 16 keys: 32 directions
+    assert cost(angular, None, shape).search == 4 * 32 * 64 * 3
+    assert cost(sb.LSH(4, rounds=4, hash="angular"), None, shape).search == 4 * 64 * 64 * 3  # no more than d of them
+    assert cost(sb.Empty(), sb.Quadratic(9, "input"), shape).search == (256 + 256) * 64 * 64 / 512 + 2 * 64 * 2
     assert cost(sb.Empty(), sb.Quadratic(9), shape).search == 0
     each_key, samples = 16 * 64 + 16 * 50 + 2 * 64, 256 * 16 * (5 * 64 + 50)
     assert cost(sb.Empty(), sb.Centroid(50), shape).search == samples / 512 + 2 * each_key

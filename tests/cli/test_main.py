@@ -36,6 +36,14 @@ WORDS = {
     ("train",): [f"--{name}.{key.name}" for name, section in SECTIONS.items() for key in dataclasses.fields(section)]
     + ["--output", "--resume", "--config", "2000)", "Peak of AdamW's"],
     ("compare",): ["--inputs FILE", "a Hugging Face folder", "How to read it", "--png FILE", "Ctrl-C"],
+    ("analyze",): [
+        "--temperatures T [T ...]",
+        "--support KIND",
+        "default: 128)",
+        "How to read it",
+        "--resume",
+        "--config",
+    ],
     ("bench",): ["\n  sdpa  ", "\n  torch-window-64, ", "--suite {quick", "--resume", "default: [F, F+B]", "Ctrl-C"],
 }
 

@@ -4,6 +4,7 @@
 * :func:`scatterbrain.compare`: entropy, shares of weight, error and time by layer (``comparison.py``).
 * :func:`scatterbrain.tune`: the cheapest settings layer by layer that keep a bound (``tuning.py``).
 * What supports and kernels cost in multiply-adds per query (``cost.py``).
+* Where sparse, low-rank and both together are near to exact attention (``regimes/``).
 """
 
 from scatterbrain.analysis.captured import LayerCall, calls_of, capture

@@ -35,7 +35,7 @@ from typing import NamedTuple, TypeVar
 from scatterbrain.low_rank import Centroid, Favor, LowRank, LowRankKernel, Quadratic
 from scatterbrain.supports import LSH, Blocks, Empty, Routed, Support, Window
 
-# csrc/math/routing.h and csrc/math/clustering.h; docs/algorithm.md, sections 2 and 3.
+# csrc/math/routing.h, csrc/math/clustering.h and low_rank/input_statistics.py; docs/algorithm.md, sections 2 and 3.
 RUN, SUPER, LONG_ROW = 32, 16, 16384
 DIRECTIONS, SAMPLES = 16, 256
 
@@ -111,8 +111,13 @@ def _(support: Blocks, low_rank: LowRank, shape: Shape) -> tuple[float, float]:
 
 @support_cost.register
 def _(support: LSH, low_rank: LowRank, shape: Shape) -> tuple[float, float]:
-    """At most: a key that several rounds find counts once. Every token is projected once a round."""
-    hashing = support.rounds * (shape.head_dim + 2) * (1 + shape.keys_per_query)
+    """At most: a key that several rounds find counts once. A round multiplies every token with one direction, of
+    d + 2, or with as many as half of the clusters, if it is angular."""
+    directions, width = 1, shape.head_dim + 2
+    if support.hash == "angular":
+        clusters = math.ceil(shape.keys / (support.keys / support.rounds))
+        directions, width = min(math.ceil(clusters / 2), shape.head_dim), shape.head_dim
+    hashing = support.rounds * directions * width * (1 + shape.keys_per_query)
     return min(support.keys, shape.keys), hashing
 
 
@@ -156,12 +161,15 @@ def low_rank_cost(low_rank: LowRankKernel, listed: float, shape: Shape) -> tuple
 
 @low_rank_cost.register
 def _(low_rank: Quadratic, listed: float, shape: Shape) -> tuple[float, float]:
-    """Statistics of the input are moments of all tokens, d^2 products each; decompositions of d x d matrices, once a
-    head, are left out."""
-    features = (low_rank.rank + 1) * (low_rank.rank + 2) // 2
-    attention = _of_features(features, (low_rank.rank + 1) * shape.head_dim, shape) + listed * low_rank.rank
-    moments = shape.head_dim**2 * (1 + shape.keys_per_query) if low_rank.reads_input else 0
-    return attention, moments
+    """Statistics of the input: every key's product with the mean query and its share of the mean key, and d^2 products
+    of each sample of queries and of keys. What is done with d x d matrices, once a head, is left out."""
+    attention = (
+        _of_features(feature_count(low_rank), (low_rank.rank + 1) * shape.head_dim, shape) + listed * low_rank.rank
+    )
+    if not low_rank.reads_input:
+        return attention, 0
+    samples = min(SAMPLES, shape.queries) + min(SAMPLES, shape.keys)
+    return attention, samples * shape.head_dim**2 / shape.queries + 2 * shape.head_dim * shape.keys_per_query
 
 
 @low_rank_cost.register
@@ -185,6 +193,30 @@ def _(low_rank: Centroid, listed: float, shape: Shape) -> tuple[float, float]:
 def _of_features(features: int, projection: int, shape: Shape) -> float:
     """Coordinates of every token, states of the keys and their product with the queries."""
     return (projection + features * (shape.value_dim + 1)) * (1 + shape.keys_per_query)
+
+
+@functools.singledispatch
+def feature_count(low_rank: LowRankKernel) -> int:
+    """Features m of the kernel, the rank of its matrix of weights."""
+    raise TypeError(
+        f"feature_count: {type(low_rank).__name__} has no registered number of features; write a function of the "
+        "kernel that returns it, under @scatterbrain.analysis.cost.feature_count.register"
+    )
+
+
+@feature_count.register
+def _(low_rank: Quadratic) -> int:
+    return (low_rank.rank + 1) * (low_rank.rank + 2) // 2
+
+
+@feature_count.register
+def _(low_rank: Favor) -> int:
+    return low_rank.features
+
+
+@feature_count.register
+def _(low_rank: Centroid) -> int:
+    return low_rank.clusters
 
 
 # -------------------- pooled routing: multiply-adds for a kernel, of a scored pair, of a pool and of a key

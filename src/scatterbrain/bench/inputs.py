@@ -109,12 +109,12 @@ def file_inputs(path: Path, entry: str | None, tokens: int, heads: int | None, r
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        query, key, value = (_four_dimensional(file.get_tensor(f"{entry}.{part}")) for part in "qkv")
-        calibration = _calibration_entry(entry)
+        query, key, value = (four_dimensional(file.get_tensor(f"{entry}.{part}")) for part in "qkv")
+        calibration = calibration_entry(entry)
         names = set(file.keys())
         pair = [f"{calibration}.{part}" for part in "qk"]
         others = (
-            [_four_dimensional(file.get_tensor(name)) for name in pair]
+            [four_dimensional(file.get_tensor(name)) for name in pair]
             if calibration != entry and names.issuperset(pair)
             else None
         )
@@ -166,11 +166,11 @@ def tokens_in(path: Path, entry: str) -> int:
         return file.get_slice(f"{entry}.q").get_shape()[-2]
 
 
-def _calibration_entry(entry: str) -> str:
+def calibration_entry(entry: str) -> str:
     return ".".join("cal" if part[:1] == "N" and part[1:].isdigit() else part for part in entry.split("."))
 
 
-def _four_dimensional(tokens: Tensor) -> Tensor:
+def four_dimensional(tokens: Tensor) -> Tensor:
     if tokens.dim() not in (3, 4):
         raise ValueError(
             f"expected tensors (heads, tokens, head_dim) or (batch, heads, tokens, head_dim), got {tuple(tokens.shape)}"

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a byte-level language model",
     "compare": "error, time and entropy of a model's own attention layers, by configuration",
     "bench": "time, error and memory of attention over sequence lengths, against exact attention and plain torch",
+    "analyze": "error against softmax temperature and entropy: sparse, low-rank and both at equal cost, with an oracle",
 }
 
 

@@ -1,0 +1,84 @@
+"""Measures every head at every temperature, keeps the files up to date, and survives an interruption."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+from scatterbrain.analysis.regimes.config import AnalyzeConfig
+from scatterbrain.analysis.regimes.figure import draw
+from scatterbrain.analysis.regimes.inputs import Head
+from scatterbrain.analysis.regimes.measure import Row, measure, shape_of
+from scatterbrain.analysis.regimes.table import read_csv, summary, write_csv
+
+INTERRUPTED = 130  # 128 and the number of SIGINT
+
+
+def run(config: AnalyzeConfig) -> int:
+    """Measures, prints the table and writes the files.
+
+    Returns:
+        0; 130 after Ctrl-C, with what was measured until then printed and written.
+
+    Raises:
+        ValueError, OSError: ``--resume`` with a file of other options; a file that cannot be read or written.
+        ModuleNotFoundError: matplotlib is missing and a picture was asked for.
+    """
+    if config.png is not None:
+        import matplotlib  # noqa: F401  (before minutes of measuring, not after)
+    heads = list(config.all_heads())
+    rows = _rows_so_far(config, heads) if config.resume else []
+    if config.csv is not None:
+        write_csv(config.csv, rows)
+    rows, is_complete = _measure_all(config, heads, rows)
+    print(summary(rows, config.error, config.enough))
+    if config.csv is not None:
+        print(f"written: {config.csv}")
+    if config.png is not None and rows:
+        draw(config.png, rows, config.error, config.enough)
+        print(f"written: {config.png}")
+    if not is_complete:
+        print("stopped before the end: these are the results so far", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _measure_all(config: AnalyzeConfig, heads: list[Head], rows: list[Row]) -> tuple[list[Row], bool]:
+    done = {(row.inputs, row.head, row.temperature) for row in rows}
+    grid = [(head, temperature) for temperature in config.temperatures for head in heads]
+    with tqdm(total=len(grid), unit="point", dynamic_ncols=True, leave=False, disable=None) as bar:
+        try:
+            for head, temperature in grid:
+                bar.set_description(f"temperature {temperature:g}, {head.name}")
+                if (head.source, head.name, temperature) not in done:
+                    rows = [*rows, *measure(head, temperature, config)]
+                    if config.csv is not None:
+                        write_csv(config.csv, rows)
+                bar.update()
+        except KeyboardInterrupt:
+            return rows, False
+    return rows, True
+
+
+def _rows_so_far(config: AnalyzeConfig, heads: list[Head]) -> list[Row]:
+    """Those of an interrupted run with the same heads and methods; a point that lacks a method is measured again.
+
+    Raises:
+        ValueError: not such a file, or one of other inputs or methods.
+    """
+    rows = read_csv(config.csv)
+    wanted = {
+        (head.source, head.name): {(m.name, m.settings, m.multiply_adds) for m in config.methods(shape_of(head))}
+        for head in heads
+    }
+    found: dict[tuple[str, str, float], set[tuple[str, str, float | None]]] = {}
+    for row in rows:
+        methods, method = wanted.get((row.inputs, row.head)), (row.method, row.settings, row.multiply_adds)
+        if methods is None or method not in methods or row.temperature not in config.temperatures:
+            raise ValueError(
+                f"--resume: {config.csv} was measured with other options: it has {row.method} ({row.settings}) on "
+                f"{row.inputs}, {row.head}, at temperature {row.temperature:g}; use the same options, or another file"
+            )
+        found.setdefault((row.inputs, row.head, row.temperature), set()).add(method)
+    return [row for row in rows if found[row.inputs, row.head, row.temperature] == wanted[row.inputs, row.head]]

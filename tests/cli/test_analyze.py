@@ -1,0 +1,275 @@
+"""scatterbrain analyze: regimes, files, resumption, captured inputs, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from testkit import rand
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+
+import scatterbrain as sb
+from scatterbrain.analysis.cost import Shape, cost
+from scatterbrain.analysis.regimes import runner
+from scatterbrain.analysis.regimes.config import AnalyzeConfig
+from scatterbrain.analysis.regimes.inputs import Clustered, captured_heads
+from scatterbrain.cli import main
+from scatterbrain.hilbert import hilbert_order
+
+TINY = ["--tokens", "320", "--head_dim", "32", "--clusters", "20", "--keys", "48", "--size", "16", "--draws", "1"]
+TEMPERATURES = [0.2, 1.0, 3.0, 20.0]
+GRID = ["--temperatures", *map(str, TEMPERATURES)]
+
+
+def files(folder: Path) -> list[str]:
+    return ["--csv", str(folder / "out.csv"), "--png", str(folder / "out.png")]
+
+
+def table(folder: Path) -> dict[tuple[str, float, str], dict[str, str]]:
+    with (folder / "out.csv").open(newline="") as file:
+        return {(row["head"], float(row["temperature"]), row["method"]): row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One run that most tests look at: its folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("analyze")
+    with pytest.MonkeyPatch.context() as patch:
+        printed: list[str] = []
+        patch.setattr("builtins.print", lambda *a, **k: printed.append(" ".join(map(str, a))))
+        assert main(["analyze", *TINY, *GRID, *files(folder)]) == 0
+    return folder, "\n".join(printed)
+
+
+def test_sparse_wins_at_low_temperature_low_rank_at_high_and_both_together_everywhere(
+    results: tuple[Path, str],
+) -> None:
+    found = table(results[0])
+    error = lambda temperature, method: float(found["seed 0", temperature, method]["matrix_error"])
+    assert error(0.2, "sparse") < 0.05 < 0.5 < error(0.2, "low-rank")
+    assert error(20.0, "low-rank") < 0.1 < 0.5 < error(20.0, "sparse")
+    assert min(error(3.0, "sparse"), error(3.0, "low-rank")) > 1.5 * error(3.0, "combined")
+    for temperature in TEMPERATURES:
+        better = min(error(temperature, "sparse"), error(temperature, "low-rank"))
+        assert error(temperature, "oracle") - 1e-6 <= error(temperature, "combined") <= better + 0.006
+    entropies = [float(found["seed 0", temperature, "sparse"]["entropy"]) for temperature in TEMPERATURES]
+    assert entropies == sorted(entropies)
+
+
+def test_all_methods_cost_the_same_and_none_more_than_the_pair(results: tuple[Path, str]) -> None:
+    found, shape = table(results[0]), Shape(320, 320, 32, 32)
+    pair = sb.Routed(48, block_q=8, pools=2), sb.Centroid(16)
+    budget = cost(*pair, shape).total
+    for (_, _, method), row in found.items():
+        if method == "oracle":
+            assert row["multiply_adds"] == "" and row["settings"].startswith("48 entries a row and rank 16")
+            continue
+        assert 0.9 * budget < float(row["multiply_adds"]) <= budget
+        if method == "combined":
+            assert float(row["multiply_adds"]) == budget and row["settings"] == f"{pair[0]} + {pair[1]}"
+
+
+def test_errors_and_entropy_are_those_of_the_definition(results: tuple[Path, str]) -> None:
+    head = Clustered(320, 32, 20, 0.5, 1.0, 16).head(0)
+    scale = 1 / (3.0 * 32**0.5)
+    weights = torch.softmax(scale * head.query.double() @ head.key.double().mT, -1)
+    entropy = -(weights * weights.log()).sum(-1).mean()
+    units = torch.eye(320, dtype=torch.float64)[None, None]
+    for method, support, kernel in (
+        ("combined", sb.Routed(48, block_q=8, pools=2), sb.Centroid(16)),
+        ("low-rank", sb.Empty(), None),
+    ):
+        row = table(results[0])["seed 0", 3.0, method]
+        assert float(row["entropy"]) == pytest.approx(float(entropy), rel=1e-6)
+        if kernel is None:
+            kernel = sb.Centroid(int(row["settings"].split("=")[1].rstrip(")")))
+        clusters = sb.cluster(head.query, head.key, kernel.clusters, scale=scale)
+        lists = support
+        if method == "combined":
+            lists = sb.route(head.query, head.key, support, kernel, scale=scale, statistics=clusters)
+        ours = sb.reference.attention(
+            *(t.double() for t in (head.query, head.key)), units, lists, kernel, scale=scale, statistics=clusters
+        )
+        error = float((ours - weights).norm() / weights.norm())
+        assert float(row["matrix_error"]) == pytest.approx(error, rel=1e-3)
+        want = weights @ head.value.double()
+        error = float((ours @ head.value.double() - want).norm() / want.norm())
+        assert float(row["output_error"]) == pytest.approx(error, rel=1e-3)
+
+
+def test_the_summary_says_where_each_part_is_enough(results: tuple[Path, str]) -> None:
+    text = results[1]
+    assert "sparse only errs by at most 0.1 at temperatures of 0.2 to" in text
+    assert "to 20" in text.split("low-rank only errs by at most 0.1 at temperatures of")[1].split("\n")[0]
+    assert "both together: Routed(keys=48, block_q=8" in text and "multiply-adds per query" in text
+
+
+def test_the_picture_is_a_png(results: tuple[Path, str]) -> None:
+    image = (results[0] / "out.png").read_bytes()
+    assert image[:8] == b"\x89PNG\r\n\x1a\n" and len(image) > 20_000
+
+
+def test_the_clustered_inputs_have_their_spread_and_scale() -> None:
+    tight, wide = (Clustered(400, 16, 4, spread, 3.0, 20).head(5) for spread in (0.0, 2.0))
+    assert len(torch.unique(tight.query[0, 0], dim=0)) == len(torch.unique(tight.key[0, 0], dim=0)) <= 4
+    assert torch.equal(tight.query, tight.key) and not torch.equal(wide.query, wide.key)
+    runs = tight.query[0, 0].unflatten(0, (20, 20))
+    assert torch.equal(runs, runs[:, :1].expand_as(runs))
+    within = (wide.query - wide.key)[0, 0].std()  # of two noises
+    assert float(within) == pytest.approx(3.0 * 2.0 * 2**0.5, rel=0.1)
+    assert torch.equal(wide.query, Clustered(400, 16, 4, 2.0, 3.0, 20).head(5).query)
+
+
+# ---------------------------------------------------------------------------------------- resumption
+
+
+def test_ctrl_c_keeps_what_there_is_and_resume_goes_on_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, results: tuple[Path, str]
+) -> None:
+    measure, measured = runner.measure, []
+
+    def stop_at(temperature: float | None) -> None:
+        def stopping(head: object, at: float, config: object) -> object:
+            if at == temperature:
+                raise KeyboardInterrupt
+            measured.append(at)
+            return measure(head, at, config)
+
+        monkeypatch.setattr(runner, "measure", stopping)
+
+    stop_at(3.0)
+    command = ["analyze", *TINY, *GRID, "--oracle", "false", *files(tmp_path)]
+    assert main(command) == runner.INTERRUPTED
+    assert "stopped before the end" in capsys.readouterr().err
+    assert {key[1] for key in table(tmp_path)} == {0.2, 1.0} and (tmp_path / "out.png").exists()
+    stop_at(None)
+    assert main([*command, "--resume"]) == 0
+    assert measured == TEMPERATURES
+    whole = {key: row for key, row in table(results[0]).items() if key[2] != "oracle"}
+    assert table(tmp_path) == whole
+    assert main([*command, "--resume", "--keys", "40"]) == 1
+    assert "was measured with other options" in capsys.readouterr().err
+    (tmp_path / "out.csv").write_text("a,b\n1,2\n")
+    assert main([*command, "--resume"]) == 1
+    assert "is not a file that scatterbrain analyze wrote" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- captured inputs
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path, tensors = tmp_path_factory.mktemp("captured") / "qkv.safetensors", {}
+    for layer, heads in ((0, 4), (1, 2)):
+        for part, kv_heads in (("q", heads), ("k", 2), ("v", 2)):
+            tensors[f"m.N200.layer{layer}.{part}"] = 2 * rand(kv_heads, 200, 16, seed=ord(part) + layer).half()
+    for part in "qk":
+        tensors[f"m.cal.layer0.{part}"] = rand(4 if part == "q" else 2, 90, 16, seed=9)
+    save_file(tensors, path)
+    return path
+
+
+def test_heads_of_a_file_are_measured_each_with_its_keys(captured: Path, tmp_path: Path) -> None:
+    heads = {head.name: head for head in captured_heads(captured, None, 150, None, "natural")}
+    assert list(heads) == [f"m.N200.layer0 head {h}" for h in range(4)] + [f"m.N200.layer1 head {h}" for h in range(2)]
+    last, shared = heads["m.N200.layer0 head 3"], heads["m.N200.layer0 head 2"]
+    assert last.query.shape == (1, 1, 150, 16) and torch.equal(last.key, shared.key)
+    assert last.fitted_on[0].shape == (1, 1, 90, 16) and heads["m.N200.layer1 head 0"].fitted_on[0].shape[2] == 200
+    command = ["analyze", "--inputs", str(captured), "--heads", "1", "--keys", "16", "--temperatures", "1"]
+    command += ["--size", "8", "--oracle", "false", "--error", "output", *files(tmp_path)]
+    assert main(command) == 0
+    found = table(tmp_path)
+    assert {key[0] for key in found} == {"m.N200.layer0 head 0", "m.N200.layer1 head 0"}
+    q, k, v = (2 * rand(n, 200, 16, seed=ord(p)).half().float()[None, :1] for n, p in ((4, "q"), (2, "k"), (2, "v")))
+    out = sb.attention(q, k, v, sb.Routed(16, block_q=8, pools=2), sb.Centroid(8))
+    exact = torch.softmax(q @ k.mT / 4, -1) @ v
+    error = float((out - exact).norm() / exact.norm())
+    assert float(found["m.N200.layer0 head 0", 1.0, "combined"]["output_error"]) == pytest.approx(error, rel=1e-3)
+
+
+def test_images_are_put_in_hilbert_order_with_the_class_token_last(captured: Path) -> None:
+    plain, ordered = (
+        next(captured_heads(captured, ["m.N200.layer0"], None, 1, order)) for order in ("natural", "hilbert")
+    )  # 200 tokens: 14 x 14 patches behind 4 others
+    assert torch.equal(ordered.query[0, 0, -4:], plain.query[0, 0, :4])
+    assert torch.equal(ordered.query[0, 0, :-4], plain.query[0, 0, 4 + hilbert_order(14, 14)])
+
+
+def test_causal_heads_are_compared_with_causal_attention(captured: Path, tmp_path: Path) -> None:
+    command = ["analyze", "--inputs", str(captured), "--heads", "1", "--causal", "true", "--support", "window"]
+    command += ["--keys", "32", "--low_rank", "quadratic", "--size", "3", "--temperatures", "1", "--oracle", "false"]
+    assert main([*command, "--entries", "m.N200.layer0", *files(tmp_path)]) == 0
+    q, k, v = (2 * rand(n, 200, 16, seed=ord(p)).half().float()[None, :1] for n, p in ((4, "q"), (2, "k"), (2, "v")))
+    statistics = sb.fit_statistics(*(rand(n, 90, 16, seed=9)[None, :1] for n in (4, 2)), 3)
+    out = sb.attention(q, k, v, sb.Window(32), sb.Quadratic(3), is_causal=True, statistics=statistics)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    row = table(tmp_path)["m.N200.layer0 head 0", 1.0, "combined"]
+    assert float(row["output_error"]) == pytest.approx(float((out - exact).norm() / exact.norm()), rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+def test_options_come_from_a_yaml_file_and_the_command_line_counts_first(tmp_path: Path) -> None:
+    from scatterbrain.cli.analyze import parse_analyze_config
+
+    path = tmp_path / "options.yaml"
+    path.write_text("keys: 24\nsize: 12\ntemperatures: [2, 0.5]\nsupport: window\n")
+    config = parse_analyze_config(["--config", str(path), "--size", "10"])
+    assert (config.keys, config.size, config.temperatures, config.support) == (24, 10, [0.5, 2.0], "window")
+
+
+def test_the_paper_s_estimator_and_lists_of_single_queries_are_chosen_by_options() -> None:
+    shape = Shape(1024, 1024, 64, 64)
+    *_, combined, _ = AnalyzeConfig(support="lsh", keys=64, low_rank="favor").methods(shape)
+    assert (combined.support, combined.low_rank) == sb.presets.paper()
+    *_, combined, _ = AnalyzeConfig(block_q=1, keys=64, low_rank="quadratic").methods(shape)
+    assert combined.support == sb.Routed(64, block_q=1, block_k=8) and combined.low_rank == sb.Quadratic(9, "input")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--support", "star"], "--support must be one of window, routed"),
+        (["--low_rank", "star"], "--low_rank must be one of "),
+        (["--error", "x"], "error"),
+        (["--keys", "0"], "--keys must be at least 1, got 0"),
+        (["--temperatures", "0"], "--temperatures must be one or more positive numbers"),
+        (["--spread", "-1"], "--spread must be at least 0"),
+        (["--scale", "0"], "--scale must be positive"),
+        (["--entries", "a"], "--entries chooses from a file"),
+        (["--token_order", "hilbert"], "--token_order is for images in a file"),
+        (["--support", "window", "--pools", "2"], "--pools: window has none"),
+        (["--causal", "true"], "causal"),
+        (["--low_rank", "quadratic", "--size", "80"], "rank must be at most head_dim=64, got 80"),
+        (["--tokens", "128"], "choose fewer --keys, a smaller --size or more --tokens"),
+        (["--tokens", "9000"], "expected at most 8192 tokens, got 9000"),
+        (["--csv", "null", "--resume"], "--resume goes on with the rows in a file"),
+    ],
+)
+def test_bad_options_are_explained_in_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    try:
+        code = main(["analyze", *options])
+    except SystemExit as stopped:
+        code = stopped.code
+    errors = capsys.readouterr().err
+    assert code in (1, 2) and message in errors and errors.count("\n") == 1
+
+
+def test_entries_are_chosen_by_name_or_by_how_names_begin(captured: Path) -> None:
+    names = ["m.N200.layer0", "m.N200.layer1"]
+    assert AnalyzeConfig(inputs=captured, entries=["m.N200"]).entries == names
+    assert AnalyzeConfig(inputs=captured, entries=[names[1], "m"]).entries == names[::-1]
+    with pytest.raises(ValueError, match="m.N20 is not in"):
+        AnalyzeConfig(inputs=captured, entries=["m.N20"])
+
+
+def test_an_entry_that_the_file_lacks_is_named_with_those_it_has(captured: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["analyze", "--inputs", str(captured), "--entries", "m.N200.layer7"]) == 1
+    assert "m.N200.layer7 is not in" in (errors := capsys.readouterr().err) and "m.N200.layer0, m.N200.layer1" in errors
