@@ -253,13 +253,17 @@ def test_the_paper_s_estimator_and_lists_of_single_queries_are_chosen_by_options
         (["--csv", "null", "--resume"], "--resume goes on with the rows in a file"),
     ],
 )
-def test_bad_options_are_explained_in_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+def test_bad_options_are_explained_in_one_line(
+    options: list[str], message: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     try:
         code = main(["analyze", *options])
     except SystemExit as stopped:
         code = stopped.code
     errors = capsys.readouterr().err
     assert code in (1, 2) and message in errors and errors.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_entries_are_chosen_by_name_or_by_how_names_begin(captured: Path) -> None:
