@@ -221,9 +221,17 @@ LOW_RANKS = [
     lambda r, d: sb.Quadratic(min(d, r.choice([1, 4, 9, 16])), "stored"),
     lambda r, d: sb.Quadratic(min(d, r.choice([3, 9])), "learned"),
     lambda r, d: sb.Quadratic(min(d, 9), "input"),
-    lambda r, d: sb.Favor(r.choice([8, 17, 64]), hyperbolic=False, seed=r.randrange(100)),
-    lambda r, d: sb.Favor(r.choice([8, 32]), hyperbolic=True, orthogonal=False),
+    lambda r, d: of_features(r.choice([8, 17, 64]), r.randrange(100)),
+    lambda r, d: of_pairs(r.choice([8, 32])),
 ]
+
+
+def of_features(features: int, seed: int) -> sb.Favor:
+    return sb.Favor(features, seed=seed, centred=seed % 3 == 0)
+
+
+def of_pairs(features: int) -> sb.Favor:
+    return sb.Favor(features, hyperbolic=True, orthogonal=False, centred=features == 32)
 
 
 def of_clusters(r: random.Random) -> sb.Centroid:

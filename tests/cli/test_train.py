@@ -260,10 +260,11 @@ def test_what_the_help_offers_trains_or_is_refused_by_name(config, tmp_path, cap
 
 
 def test_a_field_that_a_kernel_does_not_have_is_named_with_those_it_has(config, capsys):
-    low_rank = ["--attention.support", "window", "--attention.low_rank", "{kind: favor, centred: false}"]
+    low_rank = ["--attention.support", "window", "--attention.low_rank", "{kind: favor, balanced: false}"]
     assert main(["train", str(config), "--train.steps", "1", *low_rank]) == 1
     expected = (
-        "attention.low_rank.centred: favor has no such field; it has features, orthogonal, hyperbolic, redraw, seed"
+        "attention.low_rank.balanced: favor has no such field; it has features, orthogonal, hyperbolic, redraw, seed, "
+        "centred"
     )
     assert expected in capsys.readouterr().err
 

@@ -30,7 +30,18 @@ CALLS = {
     ),
     "no features": (lambda: sb.Favor(0), ValueError, "Favor: features must be at least 1"),
     "odd hyperbolic": (lambda: sb.Favor(7, hyperbolic=True), ValueError, "Favor: hyperbolic.*even number.*7"),
-    "centred": (lambda: sb.Favor(centred=True), TypeError, "unexpected keyword argument 'centred'"),
+    "centred by a number": (lambda: sb.Favor(centred=1), TypeError, "Favor: centred must be a bool, got 1"),
+    "causal centred features": (
+        lambda: attend(low_rank=sb.Favor(8, centred=True), is_causal=True),
+        ValueError,
+        r"Favor\(centred=True\) takes the means of the whole sequence, so causal attention would see the future; use "
+        "centred=False or low_rank=Quadratic, or is_causal=False",
+    ),
+    "centred features of NaN": (
+        lambda: attend(torch.full((B, H, N, D), math.nan), *qkv()[1:], low_rank=sb.Favor(8, centred=True)),
+        ValueError,
+        r"Favor\(centred=True\): query or key holds NaN or infinity among the valid tokens.*use centred=False, which",
+    ),
     "redraw 0": (lambda: sb.Favor(redraw=0), ValueError, "Favor: redraw must be at least 1"),
     "no clusters": (lambda: sb.Centroid(0), ValueError, "Centroid: clusters must be at least 1, got 0"),
     "more clusters than samples": (lambda: sb.Centroid(257), ValueError, "Centroid: clusters must be at most 256"),

@@ -63,7 +63,7 @@ supports = module("scatterbrain.supports", Full="", Empty="", Window="keys",
                   Routed="keys block_q block_k window sinks pools",
                   LSH="keys rounds hash seed", Blocks="index count block_q block_k query_order")
 supports.Window = dataclasses.make_dataclass("Window", ["keys", ("block_q", int, 16), ("sinks", int, 0)])
-low_rank = module("scatterbrain.low_rank", Favor="features orthogonal hyperbolic redraw seed",
+low_rank = module("scatterbrain.low_rank", Favor="features orthogonal hyperbolic redraw seed centred",
                   Statistics="query_projection query_mean key_projection key_mean scale",
                   Projections="query_projection query_bias query_log_scale key_projection key_bias",
                   RandomFeatures="projection", Centroid="clusters", Features="query_features key_features",
@@ -83,8 +83,8 @@ checked = 0
 for support in (supports.Full(), supports.Empty(), supports.Window(16), supports.Routed(24, 16, 1, 0, 0, 1),
                 supports.Routed(24, 1, 8, 8, 0, 1), supports.LSH(16, 2, "e2lsh", 0), lists):
     for kernel, statistics in ((low_rank.Quadratic(3), stored), (low_rank.Quadratic(3, "input"), None),
-                               (low_rank.Favor(16, True, False, None, 0), None),
-                               (low_rank.Favor(16, True, False, None, 0), drawn), (low_rank.Centroid(8), None),
+                               (low_rank.Favor(16, True, False, None, 0, False), None),
+                               (low_rank.Favor(16, True, False, None, 0, True), drawn), (low_rank.Centroid(8), None),
                                (low_rank.Centroid(8), clusters), (low_rank.Features(torch.exp, None), None),
                                (lambda q, k: torch.exp(q @ k.transpose(-1, -2)), None), (None, None)):
         if isinstance(kernel, types.FunctionType) and isinstance(support, supports.Routed):

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from scatterbrain.call import Call
-from scatterbrain.fields import INT64_MAX, check_floats, check_int
+from scatterbrain.fields import INT64_MAX, check_floats, check_int, repr_of
 from scatterbrain.low_rank.base import Coefficients, Heads, LowRankKernel, State, StateOwner
+from scatterbrain.low_rank.input_statistics import balanced_statistics, sampled_moments
+from scatterbrain.low_rank.moments import check_finite_moments
 from scatterbrain.numerics import squared_norm
 from scatterbrain.operators.device_constants import kept
 from scatterbrain.operators.fakes import accumulation_dtype
@@ -41,7 +43,7 @@ class RandomFeatures(Coefficients):
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Favor(LowRankKernel):
     """Positive random features of FAVOR+ (Performer, Choromanski et al. 2021): ``E[L_ij] = exp(s_ij)``.
 
@@ -55,6 +57,10 @@ class Favor(LowRankKernel):
         redraw: optimizer steps between redraws of a module's projection by :func:`scatterbrain.update_statistics`;
             None: never.
         seed: seed of the projection that :func:`scatterbrain.attention` draws when it is given none, and of a module's.
+        centred: take the mean of the scaled queries and the weighted mean of the keys out of the score, exactly, and
+            balance what is left: linear maps that keep every product and make the tokens as short as they can be. The
+            weight stays unbiased and varies less, the less the shorter the tokens. Means and maps are those of the
+            call's own tokens, per batch row and key/value head; bidirectional only.
     """
 
     kind: ClassVar[str] = "favor"
@@ -64,19 +70,27 @@ class Favor(LowRankKernel):
     hyperbolic: bool = False
     redraw: int | None = None
     seed: int = 0
+    centred: bool = False
 
     def __post_init__(self) -> None:
         check_int("Favor", "features", self.features, 1)
         check_int("Favor", "seed", self.seed, 0, SEED_MAX)
         if self.redraw is not None:
             check_int("Favor", "redraw", self.redraw, 1)
-        for name in ("orthogonal", "hyperbolic"):
+        for name in ("orthogonal", "hyperbolic", "centred"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Favor: {name} must be a bool, got {getattr(self, name)!r}")
         if self.hyperbolic and self.features % 2:
             raise ValueError(
                 f"Favor: hyperbolic features come in pairs, expected an even number of features, got {self.features}"
             )
+
+    def __repr__(self) -> str:
+        return repr_of(self, if_set=("centred",))
+
+    @property
+    def reads_input(self) -> bool:
+        return self.centred
 
     @property
     def rows(self) -> int:
@@ -88,6 +102,20 @@ class Favor(LowRankKernel):
         return "steps", "draws"
 
     # -------------------- a call
+
+    def check(self, is_causal: bool) -> None:
+        if is_causal and self.centred:
+            raise ValueError(
+                "Favor(centred=True) takes the means of the whole sequence, so causal attention would see the future; "
+                "use centred=False or low_rank=Quadratic, or is_causal=False"
+            )
+
+    def check_from_scratch(self) -> None:
+        if self.centred:
+            raise ValueError(
+                "expected centred=False, got Favor(centred=True), whose means of the whole sequence would show a token "
+                "what follows it"
+            )
 
     def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:
         if coefficients is None:
@@ -114,11 +142,47 @@ class Favor(LowRankKernel):
             projection = random_projection(*settings, device)
         dtype = accumulation_dtype(call.query.dtype)
         projection = projection.detach().to(device=device, dtype=dtype)[None, None]
+        if self.centred:
+            return self._centred_coordinates(call, projection)
         query_size, key_size = favor_sizes(call.scale)
         return (
             self._map(call.query, call.padding.query_mask, query_size, projection),
             self._map(call.key, call.padding.key_mask, key_size, projection),
         )
+
+    def _centred_coordinates(self, call: Call, projection: Tensor) -> tuple[Tensor, Tensor]:
+        """exp(scale q.k) = exp(scale q.b) exp(a.(k - b)) exp(x.y) with x = Pq (scale q - a) and y = Pk (k - b): random
+        features of x and y, beside log scales that are exact."""
+        padding = call.padding
+        tokens = call.query.detach(), call.key.detach()
+        with torch.no_grad():
+            m = sampled_moments(*tokens, call.scale, padding.key_mask, padding.query_mask)
+            check_finite_moments(m, "Favor(centred=True)", "use centred=False, which lets NaN through")
+            balanced = balanced_statistics(m, call.scale)
+        pq, a, pk, b = balanced.tensors()
+        query_weight, key_weight = torch.cat([pq, b[..., None, :]], -2), torch.cat([pk, a[..., None, :]], -2)
+        group = call.query.shape[1] // call.key.shape[1]
+        query = self._centred_map(
+            call.query, call.scale, padding.query_mask, a.repeat_interleave(group, 1), query_weight, projection
+        )
+        key = self._centred_map(call.key, 1.0, padding.key_mask, b, key_weight, projection)
+        shared = (
+            (a * b).sum(-1).to(projection.dtype).repeat_interleave(group, 1)[..., None, None]
+        )  # q.b = (q - a).b + a.b
+        return torch.cat([query[..., :-1], query[..., -1:] + shared], -1), key
+
+    def _centred_map(
+        self, tokens: Tensor, size: float, mask: Tensor | None, mean: Tensor, weight: Tensor, projection: Tensor
+    ) -> Tensor:
+        """Features and log scales of one side. The mean is taken off before the map, whose rows for directions in which
+        little varies are large."""
+        dtype = projection.dtype
+        tokens = tokens if mask is None else tokens.masked_fill(mask[:, None, :, None], 0)
+        balanced = project(tokens.to(dtype) * size - mean.to(dtype)[..., None, :], weight.to(dtype), None)
+        coordinates, log_scale = balanced[..., :-1], balanced[..., -1:]
+        projected = project(coordinates, projection, None)
+        features, peak = favor_log_features(projected, coordinates, 1.0, self.hyperbolic)
+        return torch.cat([features, peak + log_scale], -1)
 
     def _map(self, tokens: Tensor, mask: Tensor | None, size: float, projection: Tensor) -> Tensor:
         # A node of its own without a mask too: gradients of the features are then always added up before they join that

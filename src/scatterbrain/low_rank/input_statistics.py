@@ -1,4 +1,4 @@
-"""Statistics of the quadratic kernel from a call's own tokens: means of all of them, covariances of a few, and the
+"""Statistics of a low-rank kernel from a call's own tokens: means of all of them, covariances of a few, and the
 directions in which both vary most by subspace iteration. A decomposition of both covariances in full would take
 several times as long."""
 
@@ -65,7 +65,7 @@ def sampled_moments(
             share = torch.full_like(sampled_queries[..., 0], 1 / sampled_queries.shape[2])
         else:
             is_query = is_query.repeat(1, group)[:, None]
-            share = is_query / is_query.sum(-1, keepdim=True).clamp(min=1)
+            share = is_query.double() / is_query.sum(-1, keepdim=True).clamp(min=1)
         weight = _softmax(
             (sampled_keys @ a.double()[..., None]).squeeze(-1), None if is_key is None else is_key[:, None]
         )
@@ -135,12 +135,38 @@ def statistics_from_samples(m: SampledMoments, rank: int, scale: float) -> Stati
     return Statistics.unchecked(pq, m.query_mean.float(), pk, m.key_mean.float(), float(scale))
 
 
-def _floored(m: SampledMoments) -> tuple[Tensor, Tensor]:
-    """Covariances over the mean of their eigenvalues, with the floor added to all of them: what follows is then well
-    conditioned. And whether both are more than rounding: one token, or equal ones, have no direction."""
+def balanced_statistics(m: SampledMoments, scale: float) -> Statistics:
+    """Pq, a, Pk, b at full rank, with Pq^T Pk = I whatever the tokens are, so that x.y = (scale q - a).(k - b): of all
+    such pairs one with the least mean |x|^2 + |y|^2 over the samples, turned so that it does not depend on which
+    singular vectors stand for directions that are alike. The identity stands for the covariance of samples that do not
+    vary, since the other tokens may."""
+    with on_one_thread():
+        average, varies = _sizes(m)
+        identity = torch.eye(m.covariances.shape[-1], dtype=torch.float64, device=average.device)
+        average, varies = average[..., None, None], varies[..., None, None]
+        floored = torch.where(varies, m.covariances + STORED_FLOOR * average * identity, identity)
+        values, vectors = torch.linalg.eigh(floored)
+        root = values.sqrt()[..., None]
+        rows = vectors.transpose(-1, -2)
+        (q_root, k_root), (q_inverse, k_inverse) = vectors @ (root * rows), vectors @ (rows / root)
+        u, s, vt = torch.linalg.svd(q_root @ k_root)
+        turned = u * s.sqrt()[..., None, :]
+        pq, pk = turned @ (u.transpose(-1, -2) @ q_inverse), turned @ (vt @ k_inverse)
+    return Statistics.unchecked(pq, m.query_mean, pk, m.key_mean, float(scale))
+
+
+def _sizes(m: SampledMoments) -> tuple[Tensor, Tensor]:
+    """Means of the covariances' eigenvalues (2, B, Hkv), and whether they are more than rounding: one token, or equal
+    ones, have no direction."""
     average = m.covariances.diagonal(dim1=-2, dim2=-1).mean(-1)
     means = torch.stack([m.query_mean, m.key_mean]).double()
-    varies = average > 1e-13 * (average + means.square().mean(-1))
+    return average, average > 1e-13 * (average + means.square().mean(-1))
+
+
+def _floored(m: SampledMoments) -> tuple[Tensor, Tensor]:
+    """Covariances over the mean of their eigenvalues, with the floor added to all of them: what follows is then well
+    conditioned. And whether both vary."""
+    average, varies = _sizes(m)
     scaled = m.covariances / torch.where(varies, average, 1)[..., None, None]
     floor = STORED_FLOOR * torch.eye(scaled.shape[-1], dtype=torch.float64, device=scaled.device)
     return scaled + floor, varies.all(0)

@@ -87,7 +87,9 @@ def _(low_rank: Quadratic, inputs: Inputs) -> Coordinates:
             raise ValueError("statistics='input' would leak the future in causal attention; pass stored statistics")
         if statistics is not None:
             raise ValueError("statistics= was given with statistics='input', which fits its own; pass None")
-        rows = [_fit_to_samples(inputs, b, low_rank.rank) for b in range(inputs.query.shape[0])]
+        project = functools.partial(sampled_projections, rank=low_rank.rank)
+        rows = [_fit_to_samples(inputs, b, project) for b in range(inputs.query.shape[0])]
+        rows = [[t.float() for t in row] for row in rows]
         statistics = Statistics(*(torch.stack(t) for t in zip(*rows)), inputs.scale)
     return _quadratic(statistics, inputs)
 
@@ -217,7 +219,7 @@ def _roots(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor, 
     return vectors @ torch.diag(root) @ vectors.T, vectors @ torch.diag(1 / root) @ vectors.T, least
 
 
-def _fit_to_samples(inputs: Inputs, row: int, rank: int) -> list[Tensor]:
+def _fit_to_samples(inputs: Inputs, row: int, project: Callable[[Moments], tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Pq, a, Pk, b of every key/value head of a batch row: a and b of all its valid tokens, and covariances of up
     to SAMPLES of the keys, which keep those weights, and of the queries of each head, spread evenly."""
     of_query, of_key, heads = ~inputs.query_padding[row], ~inputs.key_padding[row], []
@@ -230,9 +232,9 @@ def _fit_to_samples(inputs: Inputs, row: int, rank: int) -> list[Tensor]:
         queries, keys = queries[:, spread(min(SAMPLES, n), n)].flatten(0, 1), keys[spread(min(SAMPLES, m), m)]
         share = torch.full_like(queries[:, 0], 1 / max(len(queries), 1))
         weight = torch.softmax(keys @ means.query_mean, 0)
-        pq, pk = sampled_projections(_moments(queries, share, keys, weight), rank)
+        pq, pk = project(_moments(queries, share, keys, weight))
         heads.append((pq, means.query_mean, pk, means.key_mean))
-    return [torch.stack(t).float() for t in zip(*heads)]
+    return [torch.stack(t) for t in zip(*heads)]
 
 
 def spread(count: int, length: int) -> list[int]:
@@ -262,6 +264,25 @@ def sampled_projections(m: Moments, rank: int) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve(root, w.T), torch.linalg.solve(root, w.T @ cq)
 
 
+def balanced_projections(m: Moments) -> tuple[Tensor, Tensor]:
+    """(Pq, Pk) = (U S^(1/2) U^T Cq^(-1/2), U S^(1/2) V^T Ck^(-1/2)) with U S V^T = Cq^(1/2) Ck^(1/2): Pq^T Pk is the
+    identity for any tokens, so their products stay what they are. Of all such projections these make the mean of |x|^2
+    + |y|^2 least; U in front of both makes them functions of the covariances alone, whichever singular vectors stand
+    for equal singular values. Covariances have STORED_FLOOR times the mean of their eigenvalues added to all of them;
+    the identity stands for one that is zero up to rounding, since tokens that are no samples may vary."""
+    halves = []
+    for second, mean in ((m.query_second, m.query_mean), (m.key_second, m.key_mean)):
+        covariance, identity = second - torch.outer(mean, mean), torch.eye(len(mean)).to(second)
+        average = covariance.diagonal().mean()
+        varies = average > 1e-13 * second.diagonal().mean()
+        values, vectors = torch.linalg.eigh(covariance + STORED_FLOOR * average * identity if varies else identity)
+        halves.append([vectors @ torch.diag(values**power) @ vectors.T for power in (0.5, -0.5)])
+    (q_root, q_inverse), (k_root, k_inverse) = halves
+    u, s, vt = torch.linalg.svd(q_root @ k_root)
+    turned = u @ torch.diag(s.sqrt())
+    return turned @ u.T @ q_inverse, turned @ vt @ k_inverse
+
+
 # -------------------- FAVOR+
 
 
@@ -274,7 +295,10 @@ def _(low_rank: Favor, inputs: Inputs) -> tuple[Tensor, Tensor]:
 def _(low_rank: Favor, inputs: Inputs) -> Coordinates:
     """phi(t) = exp(W t - |t|^2 / 2) / sqrt(features), of t = sqrt(scale) q and t = sqrt(scale) k (a negative scale goes
     to q as its sign); hyperbolic features take exp(-W t - |t|^2 / 2) too. A token's log scale is its largest exponent,
-    so that features lie in (0, 1]; it is a constant of the backward pass."""
+    so that features lie in (0, 1]; it is a constant of the backward pass.
+
+    Centred: t = Pq (scale q - a) and t = Pk (k - b) with the balanced projections of every batch row and key/value
+    head, and log scales scale q.b and a.(k - b) besides: exp(scale q.k) is their exponential times exp(t.t')."""
     statistics, d = inputs.statistics, inputs.query.shape[3]
     projection = drawn_projection(low_rank, d) if statistics is None else statistics.projection
     rows = low_rank.features // 2 if low_rank.hyperbolic else low_rank.features
@@ -290,8 +314,24 @@ def _(low_rank: Favor, inputs: Inputs) -> Coordinates:
         peak = exponent.detach().amax(-1)
         return torch.exp(exponent - peak[..., None]), peak - math.log(low_rank.features) / 2
 
+    if not low_rank.centred:
+        query, key = features(inputs.query * math.copysign(size, inputs.scale)), features(inputs.key * size)
+        return Coordinates(*query, *key, is_quadratic=False)
+    if inputs.is_causal:
+        raise ValueError("Favor(centred=True) would leak the future in causal attention; use centred=False")
+    rows = [_fit_to_samples(inputs, b, balanced_projections) for b in range(inputs.query.shape[0])]
+    pq, a, pk, b = (torch.stack(t).to(inputs.query) for t in zip(*rows))
+    centred = inputs.key - b[..., None, :]
+    y, kappa = features(centred @ pk.transpose(-1, -2))
+    pq, of_queries, b = (t.repeat_interleave(inputs.group, 1) for t in (pq, a, b))
+    scaled = inputs.query * inputs.scale
+    x, rho = features((scaled - of_queries[..., None, :]) @ pq.transpose(-1, -2))
     return Coordinates(
-        *features(inputs.query * math.copysign(size, inputs.scale)), *features(inputs.key * size), is_quadratic=False
+        x,
+        rho + (scaled @ b[..., None]).squeeze(-1),
+        y,
+        kappa + (centred @ a[..., None]).squeeze(-1),
+        is_quadratic=False,
     )
 
 
