@@ -15,6 +15,7 @@ def planted(rank: int, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
     low_rank = rand(N, rank, dtype=torch.float64) @ rand(rank, M, seed=1, dtype=torch.float64)
     sparse = torch.zeros(N * M, dtype=torch.float64)
     sparse[torch.randperm(N * M, generator=torch.Generator().manual_seed(2))[:entries]] = 20.0
+    sparse[::2] *= -1
     return low_rank, sparse.view(N, M)
 
 

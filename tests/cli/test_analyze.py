@@ -179,7 +179,9 @@ def test_heads_of_a_file_are_measured_each_with_its_keys(captured: Path, tmp_pat
     heads = {head.name: head for head in captured_heads(captured, None, 150, None, "natural")}
     assert list(heads) == [f"m.N200.layer0 head {h}" for h in range(4)] + [f"m.N200.layer1 head {h}" for h in range(2)]
     last, shared = heads["m.N200.layer0 head 3"], heads["m.N200.layer0 head 2"]
-    assert last.query.shape == (1, 1, 150, 16) and torch.equal(last.key, shared.key)
+    assert all(t.shape == (1, 1, 150, 16) for head in heads.values() for t in (head.query, head.key, head.value))
+    assert not torch.equal(last.key, heads["m.N200.layer0 head 1"].key)
+    assert torch.equal(last.key, shared.key)
     assert last.fitted_on[0].shape == (1, 1, 90, 16) and heads["m.N200.layer1 head 0"].fitted_on[0].shape[2] == 200
     command = ["analyze", "--inputs", str(captured), "--heads", "1", "--keys", "16", "--temperatures", "1"]
     command += ["--size", "8", "--oracle", "false", "--error", "output", *files(tmp_path)]
