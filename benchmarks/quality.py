@@ -189,11 +189,13 @@ def counterparts(support: sb.Routed, budget: float, shape: Shape, rank: int) -> 
         ("centroid", sb.Centroid()),
         ("quadratic, statistics of the input", sb.Quadratic(rank, "input")),
         ("FAVOR+ (Performer)", sb.Favor()),
+        ("FAVOR+, centred and balanced", sb.Favor(centred=True)),
     ):
         kernel = with_size_for(budget, of, shape)
         yield f"low-rank only: {name}", sb.Empty() if kernel else None, kernel
     lsh, favor = sb.presets.paper()
-    yield "the paper's: LSH + FAVOR+", with_keys_for(budget, lsh, favor, shape), favor
+    for name, kernel in (("FAVOR+", favor), ("centred FAVOR+", replace(favor, centred=True))):
+        yield f"the paper's: LSH + {name}", with_keys_for(budget, lsh, kernel, shape), kernel
 
 
 def size_of(support: object, low_rank: object, spent: float) -> str:

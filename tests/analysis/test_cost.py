@@ -15,7 +15,14 @@ from scatterbrain.analysis.cost import Cost, Shape, cost, low_rank_cost, support
 
 HEADS, D, DV = 2, 16, 24
 SUPPORTS = [sb.Empty(), sb.Window(24), sb.Routed(48, block_q=16), sb.LSH(32)]
-KERNELS = [None, sb.Quadratic(5), sb.Favor(12), sb.Favor(12, hyperbolic=True), sb.Centroid(10)]
+KERNELS = [
+    None,
+    sb.Quadratic(5),
+    sb.Favor(12),
+    sb.Favor(12, hyperbolic=True),
+    sb.Favor(12, centred=True),
+    sb.Centroid(10),
+]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
@@ -65,7 +72,9 @@ def test_hashing_clustering_and_moments_by_hand() -> None:
     assert cost(angular, None, shape).search == 4 * 32 * 64 * 3
     assert cost(sb.LSH(4, rounds=4, hash="angular"), None, shape).search == 4 * 64 * 64 * 3  # no more than d of them
     assert cost(sb.Empty(), sb.Quadratic(9, "input"), shape).search == (256 + 256) * 64 * 64 / 512 + 2 * 64 * 2
-    assert cost(sb.Empty(), sb.Quadratic(9), shape).search == 0
+    of_input = cost(sb.Empty(), sb.Quadratic(9, "input"), shape).search
+    assert cost(sb.Empty(), sb.Favor(centred=True), shape).search == of_input
+    assert cost(sb.Empty(), sb.Quadratic(9), shape).search == cost(sb.Empty(), sb.Favor(), shape).search == 0
     each_key, samples = 16 * 64 + 16 * 50 + 2 * 64, 256 * 16 * (5 * 64 + 50)
     assert cost(sb.Empty(), sb.Centroid(50), shape).search == samples / 512 + 2 * each_key
     together = cost(sb.Routed(64, block_q=32), sb.Centroid(50), shape).search

@@ -240,6 +240,7 @@ def test_the_paper_s_estimator_and_lists_of_single_queries_are_chosen_by_options
     [
         (["--support", "star"], "--support must be one of window, routed"),
         (["--low_rank", "star"], "--low_rank must be one of "),
+        (["--low_rank", "features"], "--low_rank must be one of "),
         (["--error", "x"], "error"),
         (["--keys", "0"], "--keys must be at least 1, got 0"),
         (["--temperatures", "0"], "--temperatures must be one or more positive numbers"),

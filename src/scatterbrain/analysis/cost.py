@@ -8,9 +8,10 @@ once for each key is shared out over the queries. For N queries, M keys, head_di
 
     exact      n (d + dv)                                          scores and their weighted values
     low rank   Quadratic   n r + m (dv + 1) (1 + M/N) + (r + 1) d (1 + M/N)
-               Favor       n m + m (dv + 1) (1 + M/N) + m d (1 + M/N)             m / 2 rows if hyperbolic
+               Favor       n m + m (dv + 1) (1 + M/N) + m d (1 + M/N)             m / 2 rows if hyperbolic;
+                                                                                  (d + 1) d (1 + M/N) more if centred
                Centroid    C (d + dv + 1) + (dv + 1) M/N
-    search     Routed, LSH, Centroid and Quadratic("input"): the functions below state theirs
+    search     Routed, LSH, Centroid, Quadratic("input") and Favor(centred): the functions below state theirs
 
 The sum of exact and low rank is half of what ``torch.utils.flop_counter`` counts, which knows no search. A support or a
 kernel of your own is counted once it is registered::
@@ -161,21 +162,16 @@ def low_rank_cost(low_rank: LowRankKernel, listed: float, shape: Shape) -> tuple
 
 @low_rank_cost.register
 def _(low_rank: Quadratic, listed: float, shape: Shape) -> tuple[float, float]:
-    """Statistics of the input: every key's product with the mean query and its share of the mean key, and d^2 products
-    of each sample of queries and of keys. What is done with d x d matrices, once a head, is left out."""
-    attention = (
-        _of_features(feature_count(low_rank), (low_rank.rank + 1) * shape.head_dim, shape) + listed * low_rank.rank
-    )
-    if not low_rank.reads_input:
-        return attention, 0
-    samples = min(SAMPLES, shape.queries) + min(SAMPLES, shape.keys)
-    return attention, samples * shape.head_dim**2 / shape.queries + 2 * shape.head_dim * shape.keys_per_query
+    attention = _of_features(feature_count(low_rank), (low_rank.rank + 1) * shape.head_dim, shape)
+    return attention + listed * low_rank.rank, _statistics_of_input(shape) if low_rank.reads_input else 0
 
 
 @low_rank_cost.register
 def _(low_rank: Favor, listed: float, shape: Shape) -> tuple[float, float]:
-    rows = low_rank.features // 2 if low_rank.hyperbolic else low_rank.features
-    return _of_features(low_rank.features, rows * shape.head_dim, shape) + listed * low_rank.features, 0
+    """Centred, tokens are balanced before they are projected, by d x d maps and one more row."""
+    balancing = shape.head_dim * (shape.head_dim + 1) if low_rank.centred else 0
+    attention = _of_features(low_rank.features, low_rank.rows * shape.head_dim + balancing, shape)
+    return attention + listed * low_rank.features, _statistics_of_input(shape) if low_rank.centred else 0
 
 
 @low_rank_cost.register
@@ -188,6 +184,13 @@ def _(low_rank: Centroid, listed: float, shape: Shape) -> tuple[float, float]:
     samples = min(SAMPLES, shape.keys) * directions * (5 * d + clusters)
     each_key = directions * (d + clusters) + 2 * d
     return attention, samples / shape.queries + each_key * shape.keys_per_query
+
+
+def _statistics_of_input(shape: Shape) -> float:
+    """Every key's product with the mean query and its share of the mean key, and d^2 products of each sample of queries
+    and of keys. What is done with d x d matrices, once a head, is left out."""
+    samples = min(SAMPLES, shape.queries) + min(SAMPLES, shape.keys)
+    return samples * shape.head_dim**2 / shape.queries + 2 * shape.head_dim * shape.keys_per_query
 
 
 def _of_features(features: int, projection: int, shape: Shape) -> float:

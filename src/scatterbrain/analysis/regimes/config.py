@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from scatterbrain.analysis.cost import SIZES, Shape, cost, feature_count, with_keys_for, with_size_for
@@ -70,7 +70,7 @@ class AnalyzeConfig:
         configurable = [kind for kind, cls in SUPPORTS.items() if cls.is_configurable and "keys" in _names(cls)]
         for name, allowed in (
             ("support", configurable),
-            ("low_rank", list(LOW_RANK_KERNELS)),
+            ("low_rank", [kind for kind, cls in LOW_RANK_KERNELS.items() if _is_made_of_defaults(cls)]),
             ("error", ERRORS),
             ("token_order", TOKEN_ORDERS),
         ):
@@ -192,6 +192,11 @@ class AnalyzeConfig:
         if self.low_rank == "quadratic" and not self.causal:
             settings["statistics"] = "input"
         return cls(**settings)
+
+
+def _is_made_of_defaults(cls: type) -> bool:
+    """Kernels of functions, which no option names, are not."""
+    return all(field.default is not MISSING or field.default_factory is not MISSING for field in fields(cls))
 
 
 def _names(cls: type) -> set[str]:
