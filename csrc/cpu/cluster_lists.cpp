@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "../error.h"
+#include "../checks.h"
 #include "../profile.h"
 #include "../tensor_traits.h"
 #include "launchers.h"
@@ -44,26 +44,33 @@ struct Members {
   const int32_t* begin(int32_t c) const { return members + first[c]; }
 };
 
-void check_clusters(const char* name, const Tensor& t, int64_t clusters) {
+// Throws unless these are clusters, fewer than `most`. Returns how many there are.
+int64_t count_clusters(const char* name, const Tensor& t, int64_t most) {
   SB_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 4, "cluster_lists: ", name,
            " must be int32 (B, H, rounds, tokens)");
   SB_CHECK(t.is_contiguous(), "cluster_lists: ", name, " must be contiguous");
   const int32_t* const begin = static_cast<const int32_t*>(t.data_ptr());
-  SB_CHECK(std::all_of(begin, begin + t.numel(), [&](int32_t c) { return c < clusters; }), "cluster_lists: ", name,
-           " must name clusters 0 to ", clusters - 1, ", or -1 for ignored tokens");
+  const int64_t count = t.numel() ? int64_t(*std::max_element(begin, begin + t.numel())) + 1 : 0;
+  SB_CHECK(count <= most, "cluster_lists: ", name, " must name clusters 0 to ", most - 1,
+           ", no more than there are keys, or -1 for ignored tokens, got ", count - 1);
+  return count;
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> cluster_lists(const Tensor& query_cluster, const Tensor& key_cluster,
-                                         const MaybeTensor& query_range, const MaybeTensor& key_range, int64_t clusters,
-                                         int64_t capacity) {
-  check_clusters("query_cluster", query_cluster, clusters), check_clusters("key_cluster", key_cluster, clusters);
+                                         const MaybeTensor& query_range, const MaybeTensor& key_range,
+                                         int64_t largest) {
+  SB_CHECK(query_cluster.dim() == 4 && key_cluster.dim() == 4,
+           "cluster_lists: query_cluster and key_cluster must be int32 (B, H, rounds, tokens)");
   const int64_t batch = query_cluster.size(0), heads = query_cluster.size(1), rounds = query_cluster.size(2),
                 queries = query_cluster.size(3), keys = key_cluster.size(3);
   SB_CHECK(has_shape(key_cluster, {batch, heads, rounds, keys}) && rounds > 0,
            "cluster_lists: query_cluster and key_cluster must have the same batch, heads and rounds");
-  SB_CHECK(clusters > 0 && capacity >= 0, "cluster_lists: clusters must be at least 1 and capacity at least 0");
+  SB_CHECK(largest > 0 && largest < kInt32Limit, "cluster_lists: largest must be at least 1, got ", largest);
+  const int64_t clusters = std::max(count_clusters("query_cluster", query_cluster, keys),
+                                    count_clusters("key_cluster", key_cluster, keys)),
+                capacity = std::min(rounds * std::min(largest, keys), keys);
   for (const auto& [name, range] : {std::pair("query_range", &query_range), std::pair("key_range", &key_range)})
     SB_CHECK(!*range || ((*range)->scalar_type() == ScalarType::Int && has_shape(**range, {batch, 2})),
              "cluster_lists: ", name, " must be int32 of shape (", batch, ", 2)");
@@ -119,7 +126,7 @@ std::tuple<Tensor, Tensor> cluster_lists(const Tensor& query_cluster, const Tens
                      counts[slot] = int32_t(size);
                    }
                  });
-  SB_CHECK(!is_too_long, "cluster_lists: a query shares clusters with more than capacity = ", capacity, " keys");
+  SB_CHECK(!is_too_long, "cluster_lists: a cluster has more than largest = ", largest, " keys");
   return {index, count};
 }
 

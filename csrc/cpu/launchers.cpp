@@ -28,8 +28,8 @@ SB_REGISTER_DEVICE(CPU, table)
 STABLE_TORCH_LIBRARY_FRAGMENT(scatterbrain, library) {
   library.def("instruction_set() -> str");
   library.def(
-      "cluster_lists(Tensor query_cluster, Tensor key_cluster, Tensor? query_range, Tensor? key_range, int clusters, "
-      "int capacity) -> (Tensor index, Tensor count)");
+      "cluster_lists(Tensor query_cluster, Tensor key_cluster, Tensor? query_range, Tensor? key_range, int largest) -> "
+      "(Tensor index, Tensor count)");
 }
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, library) {
   library.impl("instruction_set", TORCH_BOX(&instruction_set_name));

@@ -16,9 +16,8 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Te
 // For supports that sort tokens into clusters; on other devices they make their lists of torch's own operations. index
 // and count, as attention takes them with block_q = block_k = 1, of queries and keys whose cluster in each round is
 // given, (B, H, rounds, tokens), -1 for ignored tokens: a query's list is the union over the rounds of the keys in its
-// cluster. Lists count from the start of query_range and key_range.
+// cluster. No cluster has more than `largest` keys. Lists count from the start of query_range and key_range.
 std::tuple<Tensor, Tensor> cluster_lists(const Tensor& query_cluster, const Tensor& key_cluster,
-                                         const MaybeTensor& query_range, const MaybeTensor& key_range, int64_t clusters,
-                                         int64_t capacity);
+                                         const MaybeTensor& query_range, const MaybeTensor& key_range, int64_t largest);
 
 }  // namespace sb::cpu

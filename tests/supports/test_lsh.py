@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from testkit import rand
@@ -133,8 +135,7 @@ def test_lists_of_torchs_own_operations_are_those_of_the_operator(hash: str, m: 
     call = Call(q, k, None, support, None, None, 0.25, padding_info(q, k, mask, None, 0), False)
     rounds, per_round = (1, 3) if m == 3 else (3, 8)
     clusters = lsh_clusters(support, call, rounds)
-    arguments = call.padding, -(-m // per_round), per_round
-    mine, composed = cluster_lists(*clusters, *arguments), composed_cluster_lists(*clusters, *arguments)
+    mine, composed = (make(*clusters, call.padding, per_round) for make in (cluster_lists, composed_cluster_lists))
     assert torch.equal(mine.index, composed.index) and torch.equal(mine.count, composed.count)
     assert mine.count.max() > per_round or m == 3
 
@@ -143,34 +144,47 @@ def test_lists_of_torchs_own_operations_are_those_of_the_operator(hash: str, m: 
     "clusters, words",
     [
         (lambda q, k: (q.long(), k), "query_cluster must be int32"),
-        (lambda q, k: (q + 3, k), "query_cluster must name clusters 0 to 3, or -1 for ignored tokens"),
+        (
+            lambda q, k: (q + 8, k),
+            "query_cluster must name clusters 0 to 8, no more than there.*got 9",
+        ),
         (lambda q, k: (q, k[:, :1]), "same batch, heads and rounds"),
         (lambda q, k: (q, k.mT.contiguous().mT), "key_cluster must be contiguous"),
-        (lambda q, k: (q, k * 0), "shares clusters with more than capacity = 6 keys"),
+        (lambda q, k: (q, k * 0), "a cluster has more than largest = 3 keys"),
     ],
 )
 def test_clusters_that_make_no_lists_are_refused(clusters, words: str) -> None:
     q, k = (torch.arange(12, dtype=torch.int32).view(1, 2, 2, 3) % 4 // f for f in (2, 1))
     k = torch.cat([k, k, k], -1)
     with pytest.raises(RuntimeError, match=words):
-        torch.ops.scatterbrain.cluster_lists(*clusters(q, k), None, None, 4, 6)
+        torch.ops.scatterbrain.cluster_lists(*clusters(q, k), None, None, 3)
 
 
 def test_opcheck_of_lists_of_clusters() -> None:
     q, k = (torch.arange(48, dtype=torch.int32).view(2, 2, 3, 4) % 5 // f - 1 for f in (1, 2))
     ranges = torch.tensor([[0, 4], [1, 3]], dtype=torch.int32)
-    torch.library.opcheck(torch.ops.scatterbrain.cluster_lists.default, (q, k, ranges, ranges.clone(), 4, 4))
+    torch.library.opcheck(torch.ops.scatterbrain.cluster_lists.default, (q, k, ranges, ranges.clone(), 3))
 
 
 @HASHES
-def test_they_are_compiled_and_mapped(hash: str) -> None:
-    q, k, v = (tokens(40, seed=i) for i in range(3))
-    support = sb.LSH(16, hash=hash)
-    want = sb.attention(q, k, v, support, None)
-    compiled = torch.compile(lambda *t: sb.attention(*t, support, None), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(q, k, v), want)
-    mapped = torch.vmap(lambda *t: sb.attention(*(x[None] for x in t), support, None)[0])
-    torch.testing.assert_close(mapped(q, k, v), want)
+def test_one_graph_serves_every_length_and_vmap_every_row(hash: str) -> None:
+    support, graphs = sb.LSH(16, hash=hash), []
+
+    def counted(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    def attend(*t: torch.Tensor) -> torch.Tensor:
+        return sb.attention(*t, support, sb.Favor(8))
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counted)
+    for n in (40, 56, 200):
+        given = [tokens(n, seed=i) for i in range(3)]
+        want = attend(*given)
+        torch.testing.assert_close(compiled(*given), want)
+        mapped = torch.vmap(lambda *t: attend(*(x[None] for x in t))[0])
+        torch.testing.assert_close(mapped(*given), want)
+    assert len(graphs) == 1
 
 
 @HASHES

@@ -11,25 +11,20 @@ from scatterbrain.padding import PaddingInfo
 from scatterbrain.supports.base import BlockLists
 
 
-def cluster_lists(
-    query_cluster: Tensor, key_cluster: Tensor, padding: PaddingInfo, clusters: int, largest: int
-) -> BlockLists:
+def cluster_lists(query_cluster: Tensor, key_cluster: Tensor, padding: PaddingInfo, largest: int) -> BlockLists:
     """Per-query lists (block_q = block_k = 1): the sorted union over the rounds of the keys in the query's cluster.
     Memory is linear in the tokens.
 
     Args:
         query_cluster: int64 (B, H, rounds, N), key_cluster: (B, H, rounds, M): cluster of each token in each round, -1
             for padded ones.
-        clusters: all are smaller.
         largest: keys of the largest cluster, or more.
     """
     if query_cluster.is_cpu and not is_transformed():
         of_query, of_key = (t.to(torch.int32).contiguous() for t in (query_cluster, key_cluster))
-        ranges, capacity = (padding.query_range, padding.key_range), _capacity(key_cluster, largest)
-        return BlockLists(
-            *torch.ops.scatterbrain.cluster_lists(of_query, of_key, *ranges, clusters, capacity), block_q=1
-        )
-    return composed_cluster_lists(query_cluster, key_cluster, padding, clusters, largest)
+        ranges = padding.query_range, padding.key_range
+        return BlockLists(*torch.ops.scatterbrain.cluster_lists(of_query, of_key, *ranges, largest), block_q=1)
+    return composed_cluster_lists(query_cluster, key_cluster, padding, largest)
 
 
 def _capacity(key_cluster: Tensor, largest: int) -> int:
@@ -43,21 +38,21 @@ def _(
     key_cluster: Tensor,
     query_range: Tensor | None,
     key_range: Tensor | None,
-    clusters: int,
-    capacity: int,
+    largest: int,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, _, n = query_cluster.shape
+    capacity = _capacity(key_cluster, largest)
     return query_cluster.new_empty((batch, heads, n, capacity)), query_cluster.new_empty((batch, heads, n))
 
 
 def composed_cluster_lists(
-    query_cluster: Tensor, key_cluster: Tensor, padding: PaddingInfo, clusters: int, largest: int
+    query_cluster: Tensor, key_cluster: Tensor, padding: PaddingInfo, largest: int
 ) -> BlockLists:
     """:func:`cluster_lists` of torch's own operations, for every device and transform."""
     (_, _, rounds, n), m = query_cluster.shape, key_cluster.shape[3]
     device = query_cluster.device
-    width, capacity = min(largest, m), _capacity(key_cluster, largest)
-    members, key_order = key_cluster.masked_fill(key_cluster < 0, clusters).sort(dim=-1, stable=True)
+    width, capacity = torch.sym_min(largest, m), _capacity(key_cluster, largest)
+    members, key_order = key_cluster.masked_fill(key_cluster < 0, m).sort(dim=-1, stable=True)
     begin = torch.searchsorted(members, query_cluster.contiguous())
     end = torch.searchsorted(members, query_cluster.contiguous(), right=True)
     begin, end = (torch.where(query_cluster < 0, 0, t) for t in (begin, end))

@@ -13,7 +13,7 @@ from scatterbrain.call import Call
 from scatterbrain.fields import INT64_MAX, check_int, check_str
 from scatterbrain.numerics import squared_norm
 from scatterbrain.operators.device_constants import kept
-from scatterbrain.operators.tracing import is_known
+from scatterbrain.operators.tracing import is_known, is_untraced
 from scatterbrain.supports.base import BlockLists, Support
 from scatterbrain.supports.cluster_lists import cluster_lists
 
@@ -182,7 +182,8 @@ def lsh_clusters(support: LSH, call: Call, rounds: int) -> tuple[Tensor, Tensor]
         query_rank, key_rank = (_ranks(t.argsort(dim=-1, stable=True)) for t in (query_hash, key_hash))
         of_query = (query_rank * clusters // n_valid.clamp(min=1)).clamp(max=clusters - 1)
     else:
-        rows = torch.sym_min((-(-m // per_round) + 1) // 2, head_dim)
+        # A graph serves any length, so it multiplies with all directions, of which fewer may be used.
+        rows = min((-(-m // per_round) + 1) // 2, head_dim) if is_untraced() else head_dim
         directions = hash_directions(support.rounds * head_dim, head_dim, support.seed, device)
         directions = directions.unflatten(0, (support.rounds, head_dim))[:rounds, :rows, :head_dim].contiguous()
         used = ((clusters + 1) // 2).clamp(max=head_dim)
@@ -217,4 +218,4 @@ def lsh_lists(support: LSH, call: Call) -> BlockLists:
         index = torch.full((batch, heads, n, 0), -1, dtype=torch.int32, device=device)
         return BlockLists(index, torch.zeros(batch, heads, n, dtype=torch.int32, device=device), block_q=1)
     rounds = 1 if per_round >= m else support.rounds  # a cluster of every key is the same in every round
-    return cluster_lists(*lsh_clusters(support, call, rounds), call.padding, -(-m // per_round), per_round)
+    return cluster_lists(*lsh_clusters(support, call, rounds), call.padding, per_round)
