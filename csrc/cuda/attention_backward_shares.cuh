@@ -428,7 +428,12 @@ template <int kWords>
 class KeyShares {
  public:
   SB_DEVICE KeyShares(const BackwardSharesParams& p, int64_t head, int64_t j)
-      : p(p), b(head / p.kv_heads), kv(head % p.kv_heads), head(head), j(j), lane(lane_index()) {}
+      : p(p),
+        b(uint32_t(head) / uint32_t(p.kv_heads)),
+        kv(head - b * p.kv_heads),
+        head(head),
+        j(j),
+        lane(lane_index()) {}
 
   SB_DEVICE void run() {
     range = load(p.rows + b);
@@ -463,28 +468,33 @@ class KeyShares {
 
   // The shares of the tiles that are in this round.
   SB_DEVICE void add_head(int64_t h) {
-    const int64_t tiles = p.tiles(), before = (b * p.q_heads + h) * tiles, slots = slots_of_row(p, range),
-                  used = ceil_div(slots, kTile), of_block = p.block_q / kTile;
+    const int64_t before = (b * p.q_heads + h) * p.tiles(), used = ceil_div(slots_of_row(p, range), kTile);
     int64_t first = p.first_tile - before, end = p.end_tile - before;
     first = first < 0 ? 0 : first, end = end < used ? end : used;
     if (first >= end) return;
     const NamingBlocks naming(p, p.of_index, b, h, key, 0);
-    const int64_t first_block = first > 0 ? lower_bound(naming.blocks, naming.count, first / of_block) : 0,
-                  blocks = naming.count - first_block, at_once = of_block < used ? of_block : used;
-    const int64_t length = int64_t(range.k_end) - range.k_first, keys = p.block_k < length ? p.block_k : length;
-    for (int64_t begin = 0; begin < blocks * at_once; begin += kWarp) {
-      const int64_t i = begin + lane, named = first_block + i / at_once;
+    const int64_t of_block = p.block_q / kTile,
+                  first_block = first > 0 ? lower_bound(naming.blocks, naming.count, first / of_block) : 0;
+    // Tiles of a head, and keys of a row, are fewer than 2^31.
+    const auto at_once = uint32_t(of_block < used ? of_block : used);
+    const uint32_t pairs = uint32_t(naming.count - first_block) * at_once;
+    const uint32_t length = uint32_t(range.k_end - range.k_first),
+                   keys = p.block_k < length ? uint32_t(p.block_k) : length,
+                   in_block = p.block_k < length ? uint32_t(key) % keys : uint32_t(key);
+    for (uint32_t begin = 0; begin < pairs; begin += kWarp) {
+      const uint32_t i = begin + uint32_t(lane), block = at_once == 1 ? i : i / at_once;
       int64_t row = -1;
       bool is_behind = false;
-      if (i < blocks * at_once) {
-        const int64_t tile = int64_t(load(naming.blocks + named)) * of_block + i % at_once;
+      if (i < pairs) {
+        const int64_t tile = load(naming.blocks + first_block + block) * of_block + (i - block * at_once);
+        const int32_t position = load(naming.positions + first_block + block);
         is_behind = tile >= end;
-        const int32_t position = load(naming.positions + named);
         if (tile >= first && tile < end && position >= 0 && position < p.capacity)
-          row = (before + tile - p.first_tile) * p.longest_list + position * keys + key % p.block_k;
+          row = (before + tile - p.first_tile) * p.longest_list + int64_t(position) * keys + in_block;
       }
-      SB_UNROLL_BY_2
-      for (int k = 0; k < kWarp; k += kAtOnce) add_rows(row, k);
+      const int count = pairs - begin < uint32_t(kWarp) ? int(pairs - begin) : kWarp;
+      SB_NO_UNROLL
+      for (int k = 0; k < count; k += kAtOnce) add_rows(row, k);
       if (ballot(is_behind) != 0) return;  // tiles ascend
     }
   }
