@@ -123,3 +123,19 @@ def test_transformers_take_them_by_name_and_save_them_with_the_model(tmp_path: P
     assert inside.bert.encoder.layer[0].attention.self.scatterbrain.support == sb.Window(16)
     with pytest.raises(ValueError, match="give no others"):
         register("scatterbrain:both", sb.Window(8), layers=pairs)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (sb.Window(8), sb.Features(torch.exp)),
+        (sb.Blocks.from_mask(torch.ones(8, 8, dtype=torch.bool)), None),
+    ],
+    ids=["functions", "lists"],
+)
+def test_parts_that_no_file_can_hold_are_refused_by_name(pair: tuple, tmp_path) -> None:
+    settings = sb.LayerSettings({"layer": pair})
+    with pytest.raises(
+        ValueError, match="got (Features|Blocks), which is made of tensors or functions; pass"
+    ):
+        settings.save(tmp_path / "layers.yaml")

@@ -140,6 +140,12 @@ class LayerSettings(Mapping[str, Pair]):
 
 def _as_dict(part: Any) -> dict[str, Any]:
     """A support or kernel by its kind and the fields that are not their defaults; the budget always."""
+    if not part.is_configurable:
+        raise ValueError(
+            "layers: a file holds supports and kernels that numbers and names make, got "
+            f"{type(part).__name__}, which is made of tensors or functions; pass "
+            "the pairs in Python, or register a class of your own that makes it"
+        )
     own = {f.name: getattr(part, f.name) for f in fields(part) if f.init}
     shown = {f.name: own[f.name] for f in fields(part) if f.init and (own[f.name] != f.default or f.name in _BUDGETS)}
     return {"kind": part.kind, **shown}

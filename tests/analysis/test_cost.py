@@ -21,6 +21,7 @@ KERNELS = [
     sb.Favor(12),
     sb.Favor(12, hyperbolic=True),
     sb.Favor(12, centred=True),
+    sb.Features(torch.exp),
     sb.Centroid(10),
 ]
 

@@ -10,6 +10,7 @@ once for each key is shared out over the queries. For N queries, M keys, head_di
     low rank   Quadratic   n r + m (dv + 1) (1 + M/N) + (r + 1) d (1 + M/N)
                Favor       n m + m (dv + 1) (1 + M/N) + m d (1 + M/N)             m / 2 rows if hyperbolic;
                                                                                   (d + 1) d (1 + M/N) more if centred
+               Features    n m + m (dv + 1) (1 + M/N)                             and what its functions do
                Centroid    C (d + dv + 1) + (dv + 1) M/N
     search     Routed, LSH, Centroid, Quadratic("input") and Favor(centred): the functions below state theirs
 
@@ -33,7 +34,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, TypeVar
 
-from scatterbrain.low_rank import Centroid, Favor, LowRank, LowRankKernel, Quadratic
+import torch
+
+from scatterbrain.low_rank import Centroid, Favor, Features, LowRank, LowRankKernel, Quadratic
 from scatterbrain.supports import LSH, Blocks, Empty, Routed, Support, Window
 
 # csrc/math/routing.h, csrc/math/clustering.h and low_rank/input_statistics.py; docs/algorithm.md, sections 2 and 3.
@@ -172,6 +175,14 @@ def _(low_rank: Favor, listed: float, shape: Shape) -> tuple[float, float]:
     balancing = shape.head_dim * (shape.head_dim + 1) if low_rank.centred else 0
     attention = _of_features(low_rank.features, low_rank.rows * shape.head_dim + balancing, shape)
     return attention + listed * low_rank.features, _statistics_of_input(shape) if low_rank.centred else 0
+
+
+@low_rank_cost.register
+def _(low_rank: Features, listed: float, shape: Shape) -> tuple[float, float]:
+    """With as many features as the functions make of a token. What they do to make them is not counted."""
+    made = low_rank.query_features(torch.zeros(1, 1, 1, shape.head_dim))
+    features = (made[0] if isinstance(made, tuple) else made).shape[-1]
+    return _of_features(features, 0, shape) + listed * features, 0
 
 
 @low_rank_cost.register

@@ -85,6 +85,7 @@ class LowRankKernel:
         takes: classes of coefficients that the kernel runs with.
         code: how the attention operator evaluates K. 2: ``x.y`` of non-negative features. 1: ``(1 + x.y / 2)^2``, the
             quadratic kernel's. 3: the centroid kernel's, from clusters.
+        is_configurable: numbers and names make it, so a configuration file can.
         can_be_prepared: the kernel has :meth:`constant_projection` or :meth:`own_clusters`.
         training_defaults: values of fields with which a model can be trained from scratch.
         reads_input: the kernel looks at the whole sequence, so causal attention would see the future.
@@ -100,6 +101,7 @@ class LowRankKernel:
     kind: ClassVar[str]
     takes: ClassVar[tuple[type[Coefficients], ...]] = ()
     code: ClassVar[int] = 2
+    is_configurable: ClassVar[bool] = True
     can_be_prepared: ClassVar[bool] = False
     training_defaults: ClassVar[dict[str, Any]] = {}
     # Properties where they depend on a field.

@@ -46,6 +46,7 @@ class Features(LowRankKernel):
     """
 
     kind: ClassVar[str] = "features"
+    is_configurable: ClassVar[bool] = False
 
     query_features: FeatureMap
     key_features: FeatureMap | None = None
