@@ -86,7 +86,7 @@ class Backward : AttentionCall {
     make_states(of, in_double);
     TileParams operands{};
     if (by_tiles && !in_double) {
-      operands = tile_params(of, a, call);
+      operands = tile_params(of, a, call, false);
       launch_tile_operands(operands, element(), call.stream());
       (of.is_ragged() ? launch_ragged_attention_backward_tile : launch_attention_backward_tile)(
           backward_tile_params(of, operands, call), element(), call.stream());

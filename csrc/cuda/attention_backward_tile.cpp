@@ -11,7 +11,7 @@ BackwardTileParams backward_tile_params(const BackwardParams& of_call, const Til
   static_cast<BackwardParams&>(p) = of_call;
   p.head_steps = ceil_div(p.head_dim, 16), p.value_steps = ceil_div(p.value_pad, 16);
   p.features_padded = operands.features_padded;
-  p.cluster_operand = operands.cluster_operand, p.state_sums = operands.state_sums, p.key_log = operands.key_log;
+  p.cluster_operand = operands.cluster_operand, p.key_log = operands.key_log;
   p.key_coordinates = operands.key_coordinates;
   p.by_groups = operands.by_groups, p.longest_list = operands.longest_list;
   if (!p.has_low_rank()) return p;

@@ -146,6 +146,11 @@ class BackwardTileState {
 
   SB_DEVICE int64_t operand_of_state() const { return p.is_causal ? head * p.slots + state_slot : head; }
 
+  SB_DEVICE float hz_of(int64_t f) const {
+    if (f >= p.features) return 0;
+    return load(state_of<float>(p, head, state_slot) + f * (p.value_pad + 1) + p.value_pad);
+  }
+
   // sum[n] += dO times columns [8 (first + n), 8 (first + n) + 8) of the state.
   template <int kCount>
   SB_DEVICE void multiply_state(int64_t first, float (&sum)[kCount][4]) const {
@@ -168,7 +173,7 @@ class BackwardTileState {
     for (int n = 0; n < kTileFeatures / 8; ++n) SB_UNROLL
     for (int i = 0; i < 4; ++i) gradients.set(row_of(i / 2) * kGradientRow + 8 * n + 2 * t + i % 2, of_feature[n][i]);
     for (int64_t f = lane; f < p.features_padded; f += kWarp) {
-      const float of_state = load(p.state_sums + operand_of_state() * p.features_padded + f);
+      const float of_state = hz_of(f);
       gradients.set(kTile * kGradientRow + f, of_state);
       squares_of_state += of_state * of_state;
     }
@@ -228,7 +233,7 @@ class BackwardTileState {
         const int64_t c = step * 16 + 8 * n + 2 * t + i;
         const float largest =
             c < p.rank ? load(static_cast<const float*>(p.cluster_log) + head * p.rank + c) : float(kLowestLog);
-        const float mass = load(p.state_sums + head * p.features_padded + c);
+        const float mass = hz_of(c);
         SB_UNROLL
         for (int r = 0; r < 2; ++r) {
           Sums& of = sums[r];
@@ -254,7 +259,7 @@ class BackwardTileState {
     for (int r = 0; r < 2; ++r) {
       const Slot& of = slot[r];
       const int64_t at = row_of(r) * width() + c + i;
-      const float mass = load(p.state_sums + head * p.features_padded + c + i);
+      const float mass = hz_of(c + i);
       d_exponents().set(at,
                         exp2_of(exponents().get(at) - of.log) * of.inverse * (d_exponents().get(at) - of.shift * mass));
     }

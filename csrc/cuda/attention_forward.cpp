@@ -41,7 +41,7 @@ class Forward : AttentionCall {
 
   void compute_by_tiles() {
     make_states(p, false);
-    const TileParams params = tile_params(p, a, call);
+    const TileParams params = tile_params(p, a, call, true);
     launch_tile_operands(params, element(), call.stream());
     (params.is_ragged() ? launch_ragged_attention_tile : launch_attention_tile)(params, element(), call.stream());
   }

@@ -33,7 +33,7 @@ bool fits_tiles(const AttentionArguments& a) {
   }
 }
 
-TileParams tile_params(const ForwardParams& of_call, const AttentionArguments& a, Call& call) {
+TileParams tile_params(const ForwardParams& of_call, const AttentionArguments& a, Call& call, bool has_state) {
   TileParams p{};
   static_cast<ForwardParams&>(p) = of_call;
   p.by_groups = merges(a);
@@ -48,8 +48,10 @@ TileParams tile_params(const ForwardParams& of_call, const AttentionArguments& a
     return static_cast<FourWords*>(call.write(call.empty(sizes, ScalarType::Int)));
   };
   const int64_t heads = p.batch * p.kv_heads;
-  p.state_operand = words({heads, p.operand_slots(), p.features_padded / 16, p.value_chunks, 32, 4});
-  p.state_sums = floats({heads, p.operand_slots(), p.features_padded});
+  if (has_state) {
+    p.state_operand = words({heads, p.operand_slots(), p.features_padded / 16, p.value_chunks, 32, 4});
+    p.state_sums = floats({heads, p.operand_slots(), p.features_padded});
+  }
   p.key_log = floats({heads, p.k_tokens});
   if (p.has_clusters())
     p.cluster_operand = words({heads, p.features_padded / 8, p.head_steps, 32, 8});

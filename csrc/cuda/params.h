@@ -239,8 +239,8 @@ struct BackwardTileParams : BackwardParams {
   // projection's rows, of q_heads, or without a projection null, or the representatives. OperandParams.operand of
   // either.
   FourWords *state_operand, *map_operand;
-  const FourWords* cluster_operand;  // these four as in TileParams
-  const float *state_sums, *key_log;
+  const FourWords* cluster_operand;  // these three as in TileParams
+  const float* key_log;
   const Bfloat16* key_coordinates;
 };
 
