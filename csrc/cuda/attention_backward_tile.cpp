@@ -29,8 +29,8 @@ BackwardTileParams backward_tile_params(const BackwardParams& of_call, const Til
 bool fits_backward_tiles_of_keys(const AttentionArguments& a) {
   const auto kind = static_cast<LowRank>(a.low_rank);
   const bool is_narrow = a.query.size(3) <= 64 && a.value.size(3) <= 64;
-  return !a.is_causal && a.block_q % kTile == 0 && fits_backward_tiles(a) &&
-         ((kind == LowRank::kQuadratic && is_narrow) || (kind == LowRank::kNone && a.span));
+  return a.block_q % kTile == 0 && fits_backward_tiles(a) &&
+         ((kind == LowRank::kQuadratic && is_narrow && !a.is_causal) || (kind == LowRank::kNone && a.span));
 }
 
 BackwardTileKeysParams backward_tile_keys_params(const BackwardParams& of_call, const TileParams& operands,

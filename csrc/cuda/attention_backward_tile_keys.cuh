@@ -1,14 +1,14 @@
 // Backward pass of keys on tensor cores: a warp computes a tile of 16 keys, its pairs with query slots whose window or
-// sinks they are, and what reaches them through the state; bidirectional, for bfloat16 and float16. Pairs of listed
-// blocks are left to attention_backward_keys.cuh, which adds to these sums.
+// sinks they are, and what reaches them through the state, which is bidirectional; for bfloat16 and float16. Pairs of
+// listed blocks are left to attention_backward_keys.cuh, which adds to these sums.
 //
 // Query slots come in stages of 16, in the order of heads and slots. Keys are the rows of all products, so that
 // gradients of scores are left operands as they come. dk with the gradient of the map, and dv, are tasks of their own:
 // the sums of both would not fit into registers.
 #pragma once
 #include "attention_backward.cuh"
+#include "attention_tile_rows.cuh"
 #include "naming_blocks.cuh"
-#include "tile_memory.cuh"
 
 namespace sb::cuda {
 
@@ -52,18 +52,22 @@ class TileKeys {
     range = load(p.rows + b);
     if (!find_keys()) return;
     read_keys();
-    SB_UNROLL
-    for (int c = 0; c < kChunks; ++c) SB_UNROLL
-    for (int i = 0; i < 4; ++i) sum[c][i] = 0;
-    SB_UNROLL
-    for (int c = 0; c < 2; ++c) SB_UNROLL
-    for (int i = 0; i < 4; ++i) d_pairs[c][i] = 0;
-    if (kHasQuadratic) add_state();
-    if (p.span) {
-      const int64_t group = p.q_heads / p.kv_heads;
-      for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
-        for (int64_t level = 0; level < p.of_span.levels; ++level) go_through(h, level);
-    }
+    do {
+      SB_UNROLL
+      for (int c = 0; c < kChunks; ++c) SB_UNROLL
+      for (int i = 0; i < 4; ++i) sum[c][i] = 0;
+      SB_UNROLL
+      for (int c = 0; c < 2; ++c) SB_UNROLL
+      for (int i = 0; i < 4; ++i) d_pairs[c][i] = 0;
+      SB_UNROLL
+      for (int r = 0; r < 2; ++r) scales[r] = 0x1p125f;
+      if (kHasQuadratic) add_state();
+      if (p.span) {
+        const int64_t group = p.q_heads / p.kv_heads;
+        for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+          for (int64_t level = 0; level < p.of_span.levels; ++level) go_through(h, level);
+      }
+    } while (has_to_be_careful());
     finish();
   }
 
@@ -174,9 +178,10 @@ class TileKeys {
   // -------------------- pairs
 
   // A stage of query slots of head h: with the first level of the transposed lists those that see sinks, 16 by 16; then
-  // those of the blocks whose window touches the tile. [lo, hi) are the keys that all of them have.
+  // those of the blocks whose window touches the tile. [lo, hi) are the keys that all of them have, of those up to
+  // edge + i that slot i sees.
   struct Stage {
-    int32_t slot = 0, lo = 0, hi = 0;
+    int32_t slot = 0, lo = 0, hi = 0, edge = 0;
   };
   struct Walk {
     int64_t h;
@@ -206,7 +211,9 @@ class TileKeys {
   SB_DEVICE int32_t next_stage(const Walk& walk, int32_t i, Stage& stage) const {
     for (; i < walk.stages; ++i) {
       stage = stage_of(walk, i);
-      if (stage.lo < first + kTile && stage.hi > first && stage.lo < stage.hi && stage.slot < walk.slots) break;
+      if (!(stage.lo < first + kTile && stage.hi > first && stage.lo < stage.hi && stage.slot < walk.slots)) continue;
+      stage.edge = TileEdges(p, range, stage.slot).first;
+      if (first < stage.edge + kTile) break;
     }
     return i;
   }
@@ -309,24 +316,24 @@ class TileKeys {
 
     // In place of products: the gradient of a score, the weight, and the gradient of x.y.
     const float scale = float(p.scale * kLog2e);
-    bool has_row[2];
+    uint32_t listing[2];  // which slots list the key of a row
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int32_t key = first + g + 8 * r;
-      has_row[r] = is_key(g + 8 * r) && key >= stage.lo && key < stage.hi;
+      const bool has_row = is_key(g + 8 * r) && key >= stage.lo && key < stage.hi;
+      listing[r] = has_row ? valid & bits_between(key - stage.edge, kTile) : 0;
     }
     SB_UNROLL
     for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int column = 8 * n + 2 * t + i;
-      const bool has_slot = valid >> column & 1;
       const float log = shuffle_from(of_lane.log, column), inverse = shuffle_from(of_lane.inverse, column),
                   shift = kOfValues ? 0.0f : shuffle_from(of_lane.shift, column),
                   state_weight = kHasQuadratic ? shuffle_from(of_lane.state_weight, column) : 0.0f;
       SB_UNROLL
       for (int r = 0; r < 2; ++r) {
         const int at = 2 * r + i;
-        const bool is_listed = has_slot && has_row[r];
+        const bool is_listed = listing[r] >> column & 1;
         const float gradient = value[n][at] - shift;
         float weight = is_listed ? exp2_of(score[n][at] * scale - log) * inverse : 0.0f;
         score[n][at] = is_listed ? weight * gradient : 0.0f;
@@ -338,6 +345,7 @@ class TileKeys {
         value[n][at] = weight;
       }
     }
+    if (kIsCareful && is_careful) clear_what_is_no_number(from, listing, kOfValues ? value : score);
     uint32_t parts[kNumberParts][4];
     split_rows(kOfValues ? value : score, parts);
     add_rows(parts, kOfValues ? from + Layout::kMatrix : from, kOfValues ? p.value_pad : p.head_dim);
@@ -358,6 +366,47 @@ class TileKeys {
       multiply_add(d_pairs[c], high, second_part[2 * c], second_part[2 * c + 1], Bfloat16{});
       multiply_add(d_pairs[c], high, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
     }
+  }
+
+  // Queries and gradients that are no numbers must not meet the zeros of keys that they do not see: zeros take their
+  // place, and what their keys have of them is no number. States pass them on to all keys.
+  static constexpr bool kIsCareful = !kHasQuadratic;
+  SB_DEVICE void clear_what_is_no_number(int64_t from, const uint32_t (&listing)[2],
+                                         float (&numbers)[kSlotTiles][4]) const {
+    uint32_t bad = 0;  // slots
+    sync_warp();
+    SB_NO_UNROLL
+    for (int slot = 0; slot < kTile; ++slot) {
+      bool are_numbers = true;
+      SB_NO_UNROLL
+      for (int i = lane; i < D; i += kWarp) {  // words of the query, then of its gradient
+        const auto at = shared_array<uint32_t>(from + i * 2 / D * Layout::kMatrix + slot * D * 2 + i % (D / 2) * 4);
+        const uint32_t pair = at.get(0);
+        if (low_of(pair, E{}) * 0.0f == 0.0f && high_of(pair, E{}) * 0.0f == 0.0f) continue;
+        at.set(0, 0u);
+        are_numbers = false;
+      }
+      if (ballot(!are_numbers) != 0) bad |= 1u << slot;
+    }
+    sync_warp();
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 4; ++i)
+      if (listing[i / 2] & bad & 1u << (8 * n + 2 * t + i % 2)) numbers[n][i] = float(NAN);
+  }
+  // Whether sums that are no numbers ask for a second, careful walk.
+  SB_DEVICE bool has_to_be_careful() {
+    if (!kIsCareful || is_careful) return false;
+    bool are_numbers = true;
+    SB_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      float zero = 0;
+      SB_UNROLL
+      for (int c = 0; c < kChunks; ++c) zero += sum[c][i] * 0.0f;
+      are_numbers = are_numbers && zero == 0.0f;
+    }
+    is_careful = ballot(!are_numbers) != 0;
+    return is_careful;
   }
 
   // Numbers of float16 are in two parts, and with their row's sums over the same power of two: so that they stay inside
@@ -455,9 +504,10 @@ class TileKeys {
   const int lane, g, t;
   const Shared<float> y, dy;
   RowRange range;
-  uint32_t keys = 0;                       // of the tile, those that count
-  float share[2];                          // exp(kappa - kappa_ref)
-  float scales[2] = {0x1p125f, 0x1p125f};  // of rows of sums, in float16
+  uint32_t keys = 0;        // of the tile, those that count
+  float share[2];           // exp(kappa - kappa_ref)
+  bool is_careful = false;  // some query or gradient is no number
+  float scales[2];          // of rows of sums, in float16
   float sum[kChunks][4], d_pairs[2][4];
 };
 

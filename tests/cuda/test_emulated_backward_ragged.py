@@ -11,7 +11,7 @@ from emulated import Emulator, build
 from planted import BFLOAT16, Kernels
 from testkit import assert_same_bits, rand
 from tile_gradients import HALF, LOW_RANKS, NAMES, excess, given_of, gradients, on_tensor_cores
-from tiles import lists, rms
+from tiles import lists, rms, statistics_of
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -170,6 +170,40 @@ def test_keys_that_are_no_numbers_reach_those_who_list_them_alone(emulator: Emul
         assert_same_bits([dq[~lists_it]], [base[~lists_it]], ("dq",))
 
 
+def reached_by_no_number(emulator: Emulator) -> str:
+    """Whether dk or dv has one beyond the keys that a query lists which has, or whose gradient has."""
+    base = bits(emulator, given_of(torch.bfloat16, n=N), sb.Window(20), "none", is_causal=True)
+    one_hot = torch.eye(N)[None, None]
+    probability = sb.reference.attention(
+        *given_of(torch.bfloat16, n=N)[:2], one_hot, sb.Window(20), low_rank=None, is_causal=True
+    )
+    listed = probability[0, 0, 70] > 0
+    assert 0 < listed.sum() < 71
+    for which in (0, 3):
+        given = given_of(torch.bfloat16, n=N)
+        given[which][:, 0, 70, 3] = torch.nan
+        got = bits(emulator, given, sb.Window(20), "none", is_causal=True)
+        for name, a, b in list(zip(NAMES, got, base))[1:]:
+            if not a[0, 0, listed].isnan().any(-1).all():
+                return f"{name}: numbers"
+            if not torch.equal(a[:, :, ~listed], b[:, :, ~listed]):
+                return f"{name}: keys that are not listed"
+    return ""
+
+
+def test_queries_that_are_no_numbers_reach_the_keys_that_they_list_alone(emulator: Emulator) -> None:
+    assert reached_by_no_number(emulator) == ""
+
+
+@pytest.mark.parametrize("kind", ["none", "quadratic"])
+def test_keys_of_causal_windows_go_by_tiles_without_a_state(emulator: Emulator, kind: str) -> None:
+    started, given = [], given_of(torch.bfloat16, n=40)
+    statistics = statistics_of(LOW_RANKS[kind], given)
+    with emulator.installed(), emulator.observed(lambda launch, is_after: started.append(launch.kernel)):
+        gradients(given, sb.Window(20), LOW_RANKS[kind], statistics=statistics, is_causal=True)
+    assert (b"attention_backward_tile_keys" in started) == (kind == "none")
+
+
 # -------------------- flags and conflicts
 
 
@@ -209,7 +243,7 @@ def test_loops_of_ragged_tiles_have_no_bank_conflicts(emulator: Emulator) -> Non
 
 # -------------------- planted faults
 
-TILE, ROWS = "attention_backward_tile.cuh", "attention_tile_rows.cuh"
+TILE, KEYS = "attention_backward_tile.cuh", "attention_backward_tile_keys.cuh"
 FAULTS = {
     "stale mask per query": (TILE, "valid & shuffle_from(of_lane.pattern, row_of(r))", "valid", "dq|d[qkv] (rms|row)"),
     "lost low part": (
@@ -225,18 +259,25 @@ FAULTS = {
         "d[qkv] (rms|row)",
     ),
     "wrong chunk edge": (
-        "attention_backward.cuh",
-        "pad_to(first_slot_seeing(p, range, state_slot * kChunk), p.slots_per_state)",
-        "first_slot_seeing(p, range, state_slot * kChunk)",
-        "d[kv] (rms|row)",
+        TILE,
+        "state_slot = kIsRagged ? edges.state_slot :",
+        "state_slot = kIsRagged ? int32_t(kv_state_of_edge(p, edge_of_slot(p, range, first_slot + kTile - 1))) :",
+        "d[qkv] (rms|row)",
     ),
+    "a query before the key": (
+        KEYS,
+        "valid & bits_between(key - stage.edge, kTile)",
+        "valid",
+        "gradients of the past|d[kv]",
+    ),
+    "zeros of keys that meet what is no number": (KEYS, "kIsCareful && is_careful)", "false)", "d[kv]: keys"),
     "zeros that meet what is no number": (TILE, "if (kIsRagged && is_careful)", "if (false)", "dq of the past"),
 }
 
 
 def first_complaint(emulator: Emulator) -> str:
     try:
-        changed = changed_by_the_future(emulator, sb.Window(20), "none")
+        changed = changed_by_the_future(emulator, sb.Window(20), "none") or reached_by_no_number(emulator)
         if changed:
             return changed
         quadratic = LOW_RANKS["quadratic"]
