@@ -64,6 +64,9 @@ class TileShares {
     const RowRange range = load(p.rows + b);
     if (first_slot >= slots_of_row(p, range)) return;
     first_key = range.k_first;
+    const int column = lane % kChunks * 8;
+    keys_from = p.k.at<const E>(b, kv, first_key) + (column < p.head_dim ? column : 0);
+    values_from = p.v.at<const E>(b, kv, first_key) + (column < p.value_pad ? column : 0);
     find_queries(range);
     read_queries();
     const KeyList list(p, range, b, h, first_slot, edge_of_slot(p, range, first_slot));
@@ -161,13 +164,12 @@ class TileShares {
     const int64_t to = stage(buffer);
     SB_UNROLL_BY_2
     for (int j = 0; j < kStage * kChunks / kWarp; ++j) {
-      const int i = lane + j * kWarp, row = i / kChunks, chunk = i % kChunks;
+      const int row = lane / kChunks + j * (kWarp / kChunks), chunk = lane % kChunks;
       const int32_t key = shuffle_from(of_lane.key, row);
-      const int64_t at = first_key + (key < 0 ? 0 : key);
-      const bool in_key = key >= 0 && chunk * 8 < p.head_dim, in_value = key >= 0 && chunk * 8 < p.value_pad;
-      copy_async(to + swizzled<2 * D>(row, chunk), p.k.at<const E>(b, kv, at) + (in_key ? chunk * 8 : 0), in_key);
-      copy_async(to + Layout::kMatrix + swizzled<2 * D>(row, chunk),
-                 p.v.at<const E>(b, kv, at) + (in_value ? chunk * 8 : 0), in_value);
+      const int64_t at = key < 0 ? 0 : key;
+      copy_async(to + swizzled<2 * D>(row, chunk), keys_from + at * p.k.row, key >= 0 && chunk * 8 < p.head_dim);
+      copy_async(to + Layout::kMatrix + swizzled<2 * D>(row, chunk), values_from + at * p.v.row,
+                 key >= 0 && chunk * 8 < p.value_pad);
     }
     if (kHasQuadratic) SB_UNROLL
     for (int j = 0; j < kStage * 4 / kWarp; ++j) {
@@ -396,6 +398,7 @@ class TileShares {
   const Shared<int32_t> queries;
   const Shared<float> exponents;
   int32_t first_key = 0;
+  const E *keys_from = nullptr, *values_from = nullptr;  // this lane's chunk of the row's first key
   bool has_queries = false;
   float log[kSlotTiles][2], inverse[kSlotTiles][2], shift[kSlotTiles][2], state_weight[kSlotTiles][2];
 };
