@@ -44,6 +44,7 @@ WORDS = {
         "--resume",
         "--config",
     ],
+    ("tune",): ["--max-error E", "--budget SHARE", "a Hugging Face folder", "layers=", "--png FILE", "--times FILE"],
     ("bench",): ["\n  sdpa  ", "\n  torch-window-64, ", "--suite {quick", "--resume", "default: [F, F+B]", "Ctrl-C"],
 }
 

@@ -164,7 +164,7 @@ def tune(
     if not isinstance(batches, Sequence) or isinstance(batches, (str, bytes)) or len(batches) < 2:
         raise ValueError("tune: batches must be a list of two or more, of which the second half judges the choice")
     half = (len(batches) + 1) // 2
-    search = _Search(model, batches[:half], batches[half:], output or _output, candidates, _Times(times), progress)
+    search = _Search(model, batches[:half], batches[half:], output or output_of, candidates, _Times(times), progress)
     steps = search.path()
     bound = f"error at most {max_error:g}" if budget is None else f"at most {budget:g} of exact attention's time"
     chosen = _chosen(steps, max_error, budget, search.exact_seconds)
@@ -343,7 +343,8 @@ def _by_path(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:
     return found
 
 
-def _output(returned: Any) -> Tensor:
+def output_of(returned: Any) -> Tensor:
+    """What a model computes: ``last_hidden_state``, ``logits``, the first of a sequence, or the tensor itself."""
     for name in ("last_hidden_state", "logits"):
         if isinstance(getattr(returned, name, None), Tensor):
             return getattr(returned, name)

@@ -18,6 +18,7 @@ COMMANDS = {
     "info": "versions, instruction set in use, compiled architectures and devices",
     "train": "train a byte-level language model",
     "compare": "error, time and entropy of a model's own attention layers, by configuration",
+    "tune": "the cheapest setting for every layer of a model that keeps an error or a time",
     "bench": "time, error and memory of attention over sequence lengths, against exact attention and plain torch",
     "analyze": "error against softmax temperature and entropy: sparse, low-rank and both at equal cost, with an oracle",
 }

@@ -1,0 +1,132 @@
+"""``scatterbrain tune MODEL [options]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scatterbrain.cli.command import CommandError, readable_errors
+from scatterbrain.cli.compare import add_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DESCRIPTION = """\
+Chooses for every attention layer of a model the cheapest of exact attention, windows and routed lists with a low-rank
+kernel, such that the model's output stays within a bound, and writes the choice to a YAML file. Half of the inputs are
+held out to judge it. Nothing is trained.
+
+  scatterbrain tune FOLDER --inputs text.txt --max-error .05 --yaml tuned.yaml
+  scatterbrain tune FOLDER --inputs text.txt --max-error .05 --of mean         errors of the mean over tokens
+  scatterbrain tune FOLDER --inputs images/ --budget .2 --png tuned.png        a fifth of exact attention's time
+  scatterbrain tune mine.py:model_and_batches --max-error .02
+
+then, in Python:
+
+  sb.replace_attention(model, layers="tuned.yaml")
+
+MODEL is
+{ways}
+
+Errors are ||y - y*|| / ||y*|| of the model's output against that with exact attention, the mean over batch rows. Times
+are measured once for every shape and kept (--times), so that the same machine decides the same again. A looser bound
+never costs more."""
+
+
+def tune(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        CommandError: with exit code 1, for bad input or a file that cannot be written, 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(list(arguments))
+    with readable_errors():
+        import torch
+
+        from scatterbrain.analysis.models import Source
+        from scatterbrain.analysis.tuning import tune as choose
+
+        if options.png is not None:
+            import matplotlib  # noqa: F401  (before minutes of measuring, not after)
+        if options.yaml is not None:
+            import yaml  # noqa: F401
+        source = Source(
+            options.model,
+            options.inputs,
+            options.checkpoint,
+            options.tokens,
+            options.size,
+            options.rows,
+            options.batches,
+            options.seed,
+        )
+        torch.set_num_threads(options.threads)
+        loaded = source.load()
+        print(loaded.about, flush=True)
+        bounds = {"max_error": options.max_error, "budget": options.budget}
+        try:
+            tuning = choose(
+                loaded.model, loaded.batches, output=_output(options.of), times=options.times, progress=_show, **bounds
+            )
+        except KeyboardInterrupt:
+            raise CommandError(
+                "stopped before a choice was made; the times measured so far are kept, and the next run goes on with "
+                "them",
+                130,
+            ) from None
+        _show("")
+        print(tuning)
+        if options.yaml is not None:
+            tuning.save(options.yaml)
+            print(f'written: {options.yaml}, for sb.replace_attention(model, layers="{options.yaml}")')
+        if options.png is not None:
+            tuning.draw(options.png)
+            print(f"written: {options.png}")
+    return 0
+
+
+def _show(what: str) -> None:
+    """One line on a terminal that the next one takes the place of."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
+
+
+def _output(of: str) -> Callable[[Any], Tensor]:
+    from scatterbrain.analysis.tuning import output_of
+
+    take = {"output": lambda out: out, "mean": lambda out: out.mean(1), "first": lambda out: out[:, 0]}[of]
+    return lambda returned: take(output_of(returned))
+
+
+def _parser() -> argparse.ArgumentParser:
+    from scatterbrain.analysis.models import WAYS
+
+    ways = "\n".join(f"  {line}" for line in WAYS.splitlines())
+    parser = argparse.ArgumentParser(
+        "scatterbrain tune",
+        "scatterbrain tune MODEL --inputs FILE (--max-error E | --budget SHARE) [options]",
+        DESCRIPTION.format(ways=ways),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder, a timm name, or module:function")
+    add("--max-error", type=float, metavar="E", help="largest error of the model's output, such as .05")
+    add("--budget", type=float, metavar="SHARE", help="largest share of exact attention's time, such as .2")
+    add(
+        "--of",
+        default="output",
+        choices=["output", "mean", "first"],
+        help="what errors are of: the whole output (default), its mean over tokens, or its first token",
+    )
+    add_inputs(parser)
+    add("--batches", type=int, default=8, metavar="N", help="batches, of which the second half judges (default 8)")
+    add("--yaml", type=Path, metavar="FILE", help="write the settings there")
+    add("--png", type=Path, metavar="FILE", help="draw error against time")
+    add("--times", type=Path, metavar="FILE", help="JSON file of measured times (default: in the user's cache)")
+    return parser
