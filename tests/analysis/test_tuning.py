@@ -82,6 +82,8 @@ def test_a_looser_bound_never_costs_more(tuned: Callable[..., Tuning]) -> None:
     chosen = [tuning._chosen(steps, bound, None, 1.0) for bound in bounds[1:]]
     assert all(a.seconds >= b.seconds for a, b in zip(chosen, chosen[1:]))
     assert all(step.error <= bound for step, bound in zip(chosen, bounds[1:]))
+    short = tuned(max_error=steps[2].error).steps
+    assert short == steps[: len(short)] and len(short) > 2
     shares = (0.2, 0.5, 0.9)
     kept = [tuning._chosen(steps, None, share, steps[0].seconds) for share in shares]
     assert all(a.seconds <= b.seconds for a, b in zip(kept, kept[1:]))

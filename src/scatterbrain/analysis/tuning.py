@@ -27,6 +27,7 @@ from scatterbrain.version import __version__
 
 EXACT: Pair = (Full(), None)
 FEW = 2  # batches that single layers are measured on
+BEYOND = 1.5  # the path is followed up to so many times the largest error, to show where it goes
 KEYS, CLUSTERS = (48, 64, 96, 128, 192), (32, 64, 96, 128)
 
 
@@ -79,7 +80,8 @@ class Tuning:
     Args:
         model: its class.
         chosen: the step that was taken.
-        steps: the whole path from exact attention to the cheapest pairs; a looser bound goes further on it.
+        steps: the path from exact attention towards the cheapest pairs, up to somewhat behind the bound; a looser bound
+            goes further on it.
         uniform: the fastest single pair for all layers that keeps the bound, if one does.
         exact_seconds: of all attention, exact.
         bound: in words.
@@ -165,7 +167,8 @@ def tune(
         raise ValueError("tune: batches must be a list of two or more, of which the second half judges the choice")
     half = (len(batches) + 1) // 2
     search = _Search(model, batches[:half], batches[half:], output or output_of, candidates, _Times(times), progress)
-    steps = search.path()
+    seconds = None if budget is None else budget * search.exact_seconds
+    steps = search.path(lambda step: step.error > BEYOND * max_error if seconds is None else step.seconds <= seconds)
     bound = f"error at most {max_error:g}" if budget is None else f"at most {budget:g} of exact attention's time"
     chosen = _chosen(steps, max_error, budget, search.exact_seconds)
     uniform = search.best_uniform(max_error if budget is None else chosen.error)
@@ -260,8 +263,8 @@ class _Search:
 
     # -------------------- the path
 
-    def path(self) -> list[Step]:
-        """From exact attention to the cheapest pairs."""
+    def path(self, is_far: Callable[[Step], bool]) -> list[Step]:
+        """From exact attention towards the cheapest pairs, up to the first step that ``is_far``."""
         squares: dict[str, dict[Pair, float]] = {}
         for path in self.layers:
             self.progress(f"{path}: {len(self.fronts[path]) - 1} pairs in the model")
@@ -272,7 +275,7 @@ class _Search:
             }
         pairs = dict.fromkeys(self.layers, EXACT)
         steps = [self._step(pairs)]
-        while moves := list(self._moves(pairs, squares)):
+        while not is_far(steps[-1]) and (moves := list(self._moves(pairs, squares))):
             _, path, pair = max(moves, key=lambda move: (move[0], -self.layers.index(move[1])))
             pairs = pairs | {path: pair}
             self.progress(f"step {len(steps)}: {path}")
