@@ -27,6 +27,7 @@ from scatterbrain.version import __version__
 
 EXACT: Pair = (Full(), None)
 FEW = 2  # batches that single layers are measured on
+TRIED = 3  # of the best moves that are measured with all layers together before one is made
 BEYOND = 1.5  # the path is followed up to so many times the largest error, to show where it goes
 KEYS, CLUSTERS = (48, 64, 96, 128, 192), (32, 64, 96, 128)
 
@@ -133,10 +134,10 @@ def tune(
     kernel, such that the model's output stays within ``max_error``, or attention within ``budget``.
 
     Error and time of every candidate are measured in every layer, on the first batches. Those on the lower convex hull
-    of squared error over time then run in the model, one layer at a time, and from exact attention on the step with the
-    most time saved per squared error added is taken again and again. That gives one path from exact to cheapest, whose
-    errors are measured with all layers together, on all batches. The bound only says where on the path to stop, so a
-    looser one never costs more.
+    of squared error over time then run in the model, one layer at a time, and from exact attention on the move with the
+    most time saved per squared error added is made again and again; of the three that look best the one that is, with
+    all layers together. That gives one path from exact to cheapest, whose errors are measured on all batches. The bound
+    only says where on the path to stop, so a looser one never costs more.
 
     Args:
         model: any model that :func:`scatterbrain.replace_attention` takes. It is left as it was.
@@ -275,22 +276,36 @@ class _Search:
             }
         pairs = dict.fromkeys(self.layers, EXACT)
         steps = [self._step(pairs)]
-        while not is_far(steps[-1]) and (moves := list(self._moves(pairs, squares))):
-            _, path, pair = max(moves, key=lambda move: (move[0], -self.layers.index(move[1])))
-            pairs = pairs | {path: pair}
-            self.progress(f"step {len(steps)}: {path}")
+        while not is_far(steps[-1]) and (moves := self._moves(pairs, squares)):
+            self.progress(f"step {len(steps)}, {steps[-1].error:.4f}")
+            pairs = self._best(pairs, moves[:TRIED])
             steps.append(self._step(pairs))
         return steps
 
-    def _moves(
-        self, pairs: dict[str, Pair], squares: dict[str, dict[Pair, float]]
-    ) -> Iterator[tuple[float, str, Pair]]:
-        """(seconds saved per squared error added, layer, pair)."""
+    def _best(self, pairs: dict[str, Pair], moves: list[tuple[float, str, Pair]]) -> dict[str, Pair]:
+        """Of some moves the one with the most time saved per squared error that it adds with all layers together: the
+        errors of two layers may add up or cancel."""
+        if len(moves) == 1:
+            return pairs | {moves[0][1]: moves[0][2]}
+        now = self._error(pairs, self.batches[:FEW]) ** 2
+        rates = []
+        for _, path, pair in moves:
+            added = self._error(pairs | {path: pair}, self.batches[:FEW]) ** 2 - now
+            rates.append((self.seconds[path][pairs[path]] - self.seconds[path][pair]) / max(added, 1e-12))
+        _, path, pair = moves[rates.index(max(rates))]
+        return pairs | {path: pair}
+
+    def _moves(self, pairs: dict[str, Pair], squares: dict[str, dict[Pair, float]]) -> list[tuple[float, str, Pair]]:
+        """(seconds saved per squared error that the layer adds alone, layer, pair), the best first; one of a layer."""
+        best = []
         for path, now in pairs.items():
-            for pair, square in squares[path].items():
-                saved = self.seconds[path][now] - self.seconds[path][pair]
-                if saved > 0:
-                    yield saved / max(square - squares[path][now], 1e-12), path, pair
+            of_layer = [
+                (saved / max(square - squares[path][now], 1e-12), path, pair)
+                for pair, square in squares[path].items()
+                if (saved := self.seconds[path][now] - self.seconds[path][pair]) > 0
+            ]
+            best += [max(of_layer, key=lambda move: move[0])] if of_layer else []
+        return sorted(best, key=lambda move: (-move[0], self.layers.index(move[1])))
 
     def _step(self, pairs: dict[str, Pair]) -> Step:
         seconds = sum(self.seconds[path][pair] for path, pair in pairs.items())
