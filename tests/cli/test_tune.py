@@ -58,6 +58,6 @@ def test_ctrl_c_keeps_the_times(model: str, monkeypatch: pytest.MonkeyPatch, cap
     def stopping(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuning._Search, "path", stopping)
+    monkeypatch.setattr(tuning._Search, "keeping", stopping)
     assert main(["tune", model, "--max-error", "1"]) == 130
     assert "the next run goes on with them" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def draw_tuning(tuning: Tuning, path: Path) -> None:
-    """Error of the model's output over the time of its attention, along the path from exact attention on."""
+    """Error of the model's output over the time of its attention, of what was measured on all batches."""
     import matplotlib
 
     matplotlib.use("Agg")

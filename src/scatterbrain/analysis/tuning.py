@@ -27,8 +27,10 @@ from scatterbrain.version import __version__
 
 EXACT: Pair = (Full(), None)
 FEW = 2  # batches that single layers are measured on
-TRIED = 3  # of the best moves that are measured with all layers together before one is made
-BEYOND = 1.5  # the path is followed up to so many times the largest error, to show where it goes
+SLACK = 1.5  # combinations are tried from this many times the bound on, as the layers' own errors predict it
+NEAR = 1.2  # times the bound on a few batches, and all batches are asked
+APART = 0.004  # of exact attention's time: a step of the time of combinations
+KEPT, UNSURE = 4, 1.2  # combinations of a step that are tried, and by how much predicted squared errors may be wrong
 KEYS, CLUSTERS = (48, 64, 96, 128, 192), (32, 64, 96, 128)
 
 
@@ -81,8 +83,7 @@ class Tuning:
     Args:
         model: its class.
         chosen: the step that was taken.
-        steps: the path from exact attention towards the cheapest pairs, up to somewhat behind the bound; a looser bound
-            goes further on it.
+        steps: exact attention and the combinations that were measured on all batches, the slowest first.
         uniform: the fastest single pair for all layers that keeps the bound, if one does.
         exact_seconds: of all attention, exact.
         bound: in words.
@@ -134,10 +135,10 @@ def tune(
     kernel, such that the model's output stays within ``max_error``, or attention within ``budget``.
 
     Error and time of every candidate are measured in every layer, on the first batches. Those on the lower convex hull
-    of squared error over time then run in the model, one layer at a time, and from exact attention on the move with the
-    most time saved per squared error added is made again and again; of the three that look best the one that is, with
-    all layers together. That gives one path from exact to cheapest, whose errors are measured on all batches. The bound
-    only says where on the path to stop, so a looser one never costs more.
+    of squared error over time then run in the model, one layer at a time. Layers' squared errors of the output are
+    taken to add up, which gives a list of combinations, a few that are predicted to err least for every step of time.
+    From its fast end on they run in the model, and the first that keeps the bound is chosen, on the batches held out
+    too. The list is the same for every bound, so a looser one never costs more.
 
     Args:
         model: any model that :func:`scatterbrain.replace_attention` takes. It is left as it was.
@@ -168,10 +169,9 @@ def tune(
         raise ValueError("tune: batches must be a list of two or more, of which the second half judges the choice")
     half = (len(batches) + 1) // 2
     search = _Search(model, batches[:half], batches[half:], output or output_of, candidates, _Times(times), progress)
-    seconds = None if budget is None else budget * search.exact_seconds
-    steps = search.path(lambda step: step.error > BEYOND * max_error if seconds is None else step.seconds <= seconds)
+    chosen = search.within(budget) if max_error is None else search.keeping(max_error)
+    steps = sorted([search.first, *search.measured], key=lambda step: -step.seconds)
     bound = f"error at most {max_error:g}" if budget is None else f"at most {budget:g} of exact attention's time"
-    chosen = _chosen(steps, max_error, budget, search.exact_seconds)
     uniform = search.best_uniform(max_error if budget is None else chosen.error)
     about = {
         "scatterbrain": __version__,
@@ -180,18 +180,6 @@ def tune(
         "error": float(f"{chosen.error:.3g}"),
     }
     return Tuning(type(model).__name__, chosen, steps, uniform, search.exact_seconds, bound, about)
-
-
-def _chosen(steps: list[Step], max_error: float | None, budget: float | None, exact_seconds: float) -> Step:
-    """The last step before the first that breaks the bound on errors; the first within the budget."""
-    if budget is not None:
-        return next((step for step in steps if step.seconds <= budget * exact_seconds), steps[-1])
-    kept = steps[0]
-    for step in steps:
-        if step.error > max_error:
-            break
-        kept = step
-    return kept
 
 
 class _Search:
@@ -219,6 +207,8 @@ class _Search:
             progress(f"{path}: candidates")
             self._measure(path, candidates)
         self.exact_seconds = sum(self.seconds[path][EXACT] for path in self.layers)
+        self.first = Step(dict.fromkeys(self.layers, EXACT), self.exact_seconds, 0.0, 0.0)
+        self.measured: list[Step] = []
 
     # -------------------- measuring
 
@@ -262,53 +252,66 @@ class _Search:
             errors.append(lost / target.flatten(1).norm(dim=1).clamp(min=1e-300))
         return float(torch.cat(errors).mean())
 
-    # -------------------- the path
+    # -------------------- combinations
 
-    def path(self, is_far: Callable[[Step], bool]) -> list[Step]:
-        """From exact attention towards the cheapest pairs, up to the first step that ``is_far``."""
+    def keeping(self, max_error: float) -> Step:
+        """The first combination from the fast end on whose output errs at most that much."""
+        for number, (pairs, square) in enumerate(self.combinations()):
+            if square > (SLACK * max_error) ** 2:
+                continue
+            error = self._error(pairs, self.batches[:FEW])
+            self.progress(f"combination {number + 1}: {self._share(pairs):.3f} of the time, error {error:.4f}")
+            if error <= NEAR * max_error:
+                step = self._measured_step(pairs)
+                if step.error <= max_error:
+                    return step
+        return self.first
+
+    def within(self, budget: float) -> Step:
+        """What is predicted to err least within that share of exact attention's time, or the fastest."""
+        combinations = self.combinations()
+        fitting = [(square, pairs) for pairs, square in combinations if self._share(pairs) <= budget]
+        best = min(fitting, key=lambda found: found[0])[1] if fitting else combinations[0][0]
+        return self._measured_step(best)
+
+    def combinations(self) -> list[tuple[dict[str, Pair], float]]:
+        """Pairs of all layers and their predicted squared error, from the fastest on: of every step of time some of the
+        best, since predictions err, as far as nothing faster is predicted to err less by more than they do."""
+        squares = self._squares()
+        kept: list[_Combination] = [(0.0, 0.0, ())]
+        for path in self.layers:
+            grown = [
+                (seconds + self.seconds[path][pair], square + own, (*pairs, pair))
+                for seconds, square, pairs in kept
+                for pair, own in squares[path].items()
+            ]
+            kept = _best_of_every_step(grown, APART * self.exact_seconds / len(self.layers))
+        kept = _best_of_every_step(kept, APART * self.exact_seconds)
+        return [(dict(zip(self.layers, pairs)), square) for _, square, pairs in kept]
+
+    def _squares(self) -> dict[str, dict[Pair, float]]:
+        """Squared error of the model's output with one layer's pair alone."""
         squares: dict[str, dict[Pair, float]] = {}
         for path in self.layers:
             self.progress(f"{path}: {len(self.fronts[path]) - 1} pairs in the model")
-            squares[path] = {EXACT: 0.0} | {
-                pair: self._error({path: pair}, self.batches[:FEW]) ** 2
+            squares[path] = {
+                pair: 0.0 if pair is EXACT else self._error({path: pair}, self.batches[:FEW]) ** 2
                 for pair in self.fronts[path]
-                if pair is not EXACT
             }
-        pairs = dict.fromkeys(self.layers, EXACT)
-        steps = [self._step(pairs)]
-        while not is_far(steps[-1]) and (moves := self._moves(pairs, squares)):
-            self.progress(f"step {len(steps)}, {steps[-1].error:.4f}")
-            pairs = self._best(pairs, moves[:TRIED])
-            steps.append(self._step(pairs))
-        return steps
+        return squares
 
-    def _best(self, pairs: dict[str, Pair], moves: list[tuple[float, str, Pair]]) -> dict[str, Pair]:
-        """Of some moves the one with the most time saved per squared error that it adds with all layers together: the
-        errors of two layers may add up or cancel."""
-        if len(moves) == 1:
-            return pairs | {moves[0][1]: moves[0][2]}
-        now = self._error(pairs, self.batches[:FEW]) ** 2
-        rates = []
-        for _, path, pair in moves:
-            added = self._error(pairs | {path: pair}, self.batches[:FEW]) ** 2 - now
-            rates.append((self.seconds[path][pairs[path]] - self.seconds[path][pair]) / max(added, 1e-12))
-        _, path, pair = moves[rates.index(max(rates))]
-        return pairs | {path: pair}
+    def _share(self, pairs: Mapping[str, Pair]) -> float:
+        return self._seconds_of(pairs) / self.exact_seconds
 
-    def _moves(self, pairs: dict[str, Pair], squares: dict[str, dict[Pair, float]]) -> list[tuple[float, str, Pair]]:
-        """(seconds saved per squared error that the layer adds alone, layer, pair), the best first; one of a layer."""
-        best = []
-        for path, now in pairs.items():
-            of_layer = [
-                (saved / max(square - squares[path][now], 1e-12), path, pair)
-                for pair, square in squares[path].items()
-                if (saved := self.seconds[path][now] - self.seconds[path][pair]) > 0
-            ]
-            best += [max(of_layer, key=lambda move: move[0])] if of_layer else []
-        return sorted(best, key=lambda move: (-move[0], self.layers.index(move[1])))
+    def _measured_step(self, pairs: dict[str, Pair]) -> Step:
+        self.measured.append(self._step(pairs))
+        return self.measured[-1]
+
+    def _seconds_of(self, pairs: Mapping[str, Pair]) -> float:
+        return sum(self.seconds[path][pair] for path, pair in pairs.items())
 
     def _step(self, pairs: dict[str, Pair]) -> Step:
-        seconds = sum(self.seconds[path][pair] for path, pair in pairs.items())
+        seconds = self._seconds_of(pairs)
         judged, held_out = (self._error(pairs, some) for some in (self.batches, self.held_out))
         return Step(dict(pairs), seconds, max(judged, held_out), held_out)
 
@@ -325,6 +328,22 @@ class _Search:
             if step.error <= max_error:
                 return step
         return None
+
+
+_Combination = tuple[float, float, tuple[Pair, ...]]  # seconds, squared error, pairs
+
+
+def _best_of_every_step(combinations: list[_Combination], width: float) -> list[_Combination]:
+    """The few that err least of each step of time, none much more than a faster one, from the fastest on."""
+    found: list[_Combination] = []
+    least, step, count = float("inf"), -1, 0
+    for combination in sorted(combinations, key=lambda c: (int(c[0] / width), c[1], c[0])):
+        if int(combination[0] / width) != step:
+            step, count = int(combination[0] / width), 0
+        if count < KEPT and combination[1] < UNSURE * least:
+            found.append(combination)
+            least, count = min(least, combination[1]), count + 1
+    return found
 
 
 def _front(seconds: Mapping[Pair, float], errors: Mapping[Pair, float]) -> list[Pair]:
