@@ -139,6 +139,8 @@ def methods(keys: int, rank: int) -> Iterator[tuple[str, bool | None, Method]]:
         ("routed per query, only", None, sb.Routed(keys, **PER_QUERY), None),
         (f"window {keys} + FAVOR+ 64", None, sb.Window(keys), sb.Favor(64)),
         ("LSH + FAVOR+ 64 (the paper's)", False, *sb.presets.paper(keys)),
+        ("LSH + centred FAVOR+ 64", False, sb.LSH(keys), sb.Favor(64, centred=True)),
+        ("LSH, angular + centred FAVOR+ 64", False, sb.LSH(keys, hash="angular"), sb.Favor(64, centred=True)),
     ]
     for name, causal, support, low_rank in rows:
         yield name, causal, partial(approximate, support=support, low_rank=low_rank)

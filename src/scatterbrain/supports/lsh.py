@@ -127,16 +127,20 @@ def _projected(tokens: Tensor, directions: Tensor) -> Tensor:
     return torch.ops.scatterbrain.project(tokens, directions[None, None], None).transpose(-1, -2)
 
 
-def angular_buckets(tokens: Tensor, directions: Tensor, used: Tensor, mask: Tensor | None) -> Tensor:
+def angular_buckets(tokens: Tensor, directions: Tensor, used: Tensor | None, mask: Tensor | None) -> Tensor:
     """(B, H, rounds, tokens): which of the vertices +-e_r of a cross-polytope is nearest to a token's products with the
-    first ``used`` (B, 1, 1, 1) rows r of ``directions`` (rounds, rows, d), as ``r`` or ``used + r``. Masked tokens are
-    behind all others."""
+    first ``used`` (B, 1, 1, 1) rows r of ``directions`` (rounds, rows, d), as ``r`` or ``used + r``; None: all rows.
+    Masked tokens are behind all others."""
     rounds, rows, _ = directions.shape
-    products = _projected(tokens, directions.flatten(0, 1)).unflatten(2, (rounds, rows))  # (B, H, rounds, rows, tokens)
-    is_used = torch.arange(rows, device=tokens.device)[:, None] < used[..., None]
-    largest = products.abs().masked_fill(~is_used, -1).argmax(3, keepdim=True)
-    is_negative = torch.gather(products, 3, largest).squeeze(3) < 0
-    bucket = largest.squeeze(3) + torch.where(is_negative, used, 0)
+    products = torch.ops.scatterbrain.project(tokens, directions.flatten(0, 1)[None, None], None)
+    products = products.unflatten(3, (rounds, rows))  # (B, H, tokens, rounds, rows)
+    sizes = products.abs()
+    if used is not None:
+        sizes = sizes.masked_fill(torch.arange(rows, device=tokens.device) >= used[..., None], -1)
+    largest = sizes.argmax(4, keepdim=True)
+    is_negative = torch.gather(products, 4, largest).squeeze(4) < 0
+    bucket = largest.squeeze(4) + torch.where(is_negative, rows if used is None else used, 0)
+    bucket = bucket.transpose(2, 3).contiguous()
     return bucket if mask is None else bucket.masked_fill(mask[:, None, None], 2 * rows)
 
 
@@ -187,6 +191,8 @@ def lsh_clusters(support: LSH, call: Call, rounds: int) -> tuple[Tensor, Tensor]
         directions = hash_directions(support.rounds * head_dim, head_dim, support.seed, device)
         directions = directions.unflatten(0, (support.rounds, head_dim))[:rounds, :rows, :head_dim].contiguous()
         used = ((clusters + 1) // 2).clamp(max=head_dim)
+        if padding.key_mask is None and is_untraced():
+            used = None  # all of them
         query_bucket = angular_buckets(query, directions, used, padding.query_mask)
         key_bucket = angular_buckets(key, directions, used, padding.key_mask)
         key_bucket = key_bucket.repeat_interleave(heads // key.shape[1], 1)
