@@ -288,11 +288,18 @@ def spread(values: Tensor) -> float:
 
 
 def table(
-    trained: Features, features: Features, labels: dict[str, Tensor], settings: list[str], k: int, tokens: int
+    trained: Features,
+    features: Features,
+    labels: dict[str, Tensor],
+    settings: list[str],
+    k: int,
+    tokens: int,
+    most: tuple[int, int],
 ) -> tuple[int, list[Figures]]:
-    """The number of training images, and a line for exact attention and each setting, on the images that all have."""
-    train = trained.of("train", EXACT)
-    test = {name: features.of("test", named(name)) for name in (EXACT, *settings)}
+    """The number of training images, and a line for exact attention and each setting, on the images that all have, of
+    the first ``most`` for training and for testing."""
+    train = trained.of("train", EXACT)[: most[0]]
+    test = {name: features.of("test", named(name))[: most[1]] for name in (EXACT, *settings)}
     count = min(map(len, test.values()))
     if not train or not count:
         file = features.file if train else trained.file
@@ -447,7 +454,7 @@ def main(arguments: list[str] | None = None) -> None:
                 finally:
                     own.save()
         labels = {part: found.labels for part, found in images.items()}
-        tables[pixels] = table(seen, features, labels, options.settings, options.k, tokens)
+        tables[pixels] = table(seen, features, labels, options.settings, options.k, tokens, (train, test))
         print_table(pixels, tokens, probe_pixels, *tables[pixels])
     if options.picture:
         draw(tables, options.picture)
