@@ -8,6 +8,7 @@
 // stage before is computed, without a barrier of the block. Weights and values meet in 16 bits; exponents, the two
 // sides of the low-rank part and the state are exact to float32, in two or three parts of 16 bits each.
 #pragma once
+#include "attention_tile_list.cuh"
 #include "attention_tile_rows.cuh"
 #include "low_rank.cuh"
 
@@ -15,26 +16,35 @@ namespace sb::cuda {
 
 // Columns of a query's row of coordinates in shared memory: up to 15 of them, then 1 behind them, and the log scale.
 inline constexpr int kRowOfX = 17, kLogOfX = 16;
+// Of a cluster's row of exponents there: one of every query.
+inline constexpr int kRowOfExponents = 17;
 
 // Shared memory of a warp, in bytes. Queries pass through the first stage's keys, or stay where ragged tiles need
 // registers.
 template <int D, LowRank kKind, bool kIsRagged>
 struct TileLayout {
-  static constexpr bool kKeepsQueries = kIsRagged && D > 64;
+  static constexpr bool kKeepsQueries = (kIsRagged && D > 64) || kKind != LowRank::kNone;
   static constexpr int kMatrix = kStage * D * 2, kCoordinates = kKind == LowRank::kQuadratic ? kStage * 64 : 0,
                        kStageBytes = 2 * kMatrix + kCoordinates, kOperand = kKeepsQueries ? 2 * kStageBytes : 0,
-                       kQueries = 2 * kStageBytes + (kKeepsQueries ? kMatrix : 0), kTask = kQueries + kTile * 4,
-                       kX = kTask + kWarp * 4, kExponents = kX;
+                       kQueries = 2 * kStageBytes + (kKeepsQueries ? kMatrix : 0), kTask = kQueries + (kTile + 4) * 4,
+                       kList = kTask + kWarp * 4, kX = kList + TileList::kBytes, kExponents = kX;
   // Numbers of every lane in the place of x, once the state is added.
-  static constexpr int kParked = 13;
-  static SB_HD int64_t exponent_row(const TileParams& p) { return pad_to(p.rank, 16) + 1; }
+  static constexpr int kParked = 12;
   static SB_HD int64_t bytes(const TileParams& p) {
-    const int64_t floats = kKind == LowRank::kQuadratic  ? (kKeepsQueries ? kParked * kWarp : kTile * kRowOfX)
-                           : kKind == LowRank::kCentroid ? kTile * exponent_row(p)
+    const int64_t floats = kKind == LowRank::kQuadratic  ? kParked * kWarp
+                           : kKind == LowRank::kCentroid ? kRowOfExponents * pad_to(p.rank, 16)
                                                          : 0;
-    return pad_to(kX + floats * 4, 16);
+    return pad_to(kX + floats * 4, 128);
   }
 };
+// Threads of a block, and how many blocks a multiprocessor runs at once as far as registers go: of 65536.
+template <int D>
+inline constexpr int kTileThreads = D > 64 ? 64 : 128;
+template <int D, LowRank kKind, bool kIsRagged>
+inline constexpr int kTileBlocks = 65536 / kTileThreads<D> /
+                                   (kIsRagged ? D == 64 && kKind == LowRank::kNone ? 168 : 255
+                                    : D == 64 && kKind != LowRank::kCentroid ? 128
+                                                                             : 168);
 // Of a block: which coordinates a feature multiplies, and by what.
 inline constexpr int64_t kFeatureTable = kTileFeatures * 8;
 
@@ -43,8 +53,6 @@ class Tile {
   typedef TileLayout<D, kKind, kIsRagged> Layout;
   static constexpr bool kHasQuadratic = kKind == LowRank::kQuadratic, kHasClusters = kKind == LowRank::kCentroid,
                         kHasLowRank = kKind != LowRank::kNone;
-  static constexpr int kCopiesAtOnce = Layout::kKeepsQueries ? 1 : 2;  // of SB_UNROLL_COPIES
-  static constexpr bool kParks = Layout::kKeepsQueries && kHasQuadratic;
   static constexpr int kChunks = D / 8, kSteps = D / 16, kKeyTiles = kStage / 8;
 
  public:
@@ -58,15 +66,32 @@ class Tile {
         first_slot(first_slot),
         lane(lane_index()),
         g(lane / 4),
-        t(lane % 4) {}
+        t(lane % 4),
+        scale(larger(float((p.scale < 0 ? -p.scale : p.scale) * kLog2e), 0x1p-126f)) {}
+
+  // Of a warp's shared memory, once: no copy fills columns of keys and values that there are not.
+  SB_DEVICE static void clear_columns(const TileParams& p, int base) {
+    if (p.head_dim == D && p.value_pad == D) return;
+    SB_NO_UNROLL
+    for (int i = lane_index(); i < 2 * Layout::kStageBytes / kCopyBytes; i += kWarp)
+      shared_array<FourWords>(base).set(i, FourWords{});
+    sync_warp();
+  }
 
   SB_DEVICE void run() {
     const RowRange range = load(p.rows + b);
     if (!find_queries(range)) return;
     first_key = range.k_first;
+    const int64_t first = head * p.k_tokens + first_key;
+    keys_of_lane = reinterpret_cast<const char*>(p.k.at<const E>(b, kv, first_key)) + lane % 8 * kCopyBytes;
+    values_of_lane = reinterpret_cast<const char*>(p.v.at<const E>(b, kv, first_key)) + lane % 8 * kCopyBytes;
+    coordinates_of_lane = reinterpret_cast<const char*>(p.key_coordinates + first * 32) + lane % 4 * kCopyBytes;
+    key_log = p.key_log + first, clusters = p.cluster + first;
     if constexpr (kIsRagged) {
       edges = TileEdges(p, range, first_slot);
       state_slot = edges.state_slot;
+      if (lane == 0) queries().set(kSlotOfState, state_slot);
+      sync_warp();
       do {
         begin();
         TileRows rows(p, edges, range, b, h, first_slot, queries().get(lane % kTile) >= 0);
@@ -80,15 +105,9 @@ class Tile {
     } else {
       state_slot = int32_t(p.slots - 1);
       begin();
-      const KeyList list(p, range, b, h, first_slot, edge_of_slot(p, range, first_slot));
-      int64_t position = 0;
-      add_stages<false>([&](StageKeys& keys) {
-        if (position >= list.positions()) return false;
-        const int64_t here = position + lane % kStage;
-        keys.key = here < list.positions() ? int32_t(list.key_at(here)) : -1;
-        position += kStage;
-        return true;
-      });
+      TileList list(KeyList(p, range, b, h, first_slot, edge_of_slot(p, range, first_slot)), base + Layout::kList,
+                    key_of_lane());
+      add_stages<false>([&](StageKeys& keys) { return list.next(keys.key); });
       finish();
     }
   }
@@ -97,6 +116,7 @@ class Tile {
   // -------------------- the tile's queries
 
   // Whether there are any.
+  static constexpr int kRowOfHeads = kTile, kSlotOfState = kTile + 1;  // behind the queries, for the end
   SB_DEVICE bool find_queries(const RowRange& range) {
     int32_t query = -1;
     if (lane < kTile && first_slot + lane < slots_of_row(p, range)) {
@@ -106,7 +126,7 @@ class Tile {
       if (at >= 0 && at < p.q_tokens && !(p.q_mask && load(p.q_mask + b * p.q_tokens + at))) query = int32_t(at);
     }
     sync_warp();  // the last tile is done with them
-    if (lane < kTile) queries().set(lane, query);
+    if (lane <= kTile) queries().set(lane, lane < kTile ? query : b * int32_t(p.q_heads) + h);
     sync_warp();
     return ballot(query >= 0) != 0;
   }
@@ -120,47 +140,59 @@ class Tile {
     squares_of_state = 0;
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
-      top[r] = log_state[r] = float(kLowestLog), correction[r] = 1;
+      // Above kLowestLog, so that what has this exponent weighs nothing.
+      top[r] = float(kNoKeyLog), of_state[r] = kHasQuadratic ? 0.0f : 1.0f;
       exact[r] = removed[r] = total[r] = squares[r] = 0, listed_before[r] = 0;
     }
     if (kHasQuadratic) {
       kappa_ref = load(static_cast<const float*>(p.state_log) + head * p.slots + state_slot);
-      read_coordinates();
+      SB_UNROLL
+      for (int r = 0; r < 2; ++r) rho[r] = x().get(row_of(r) * kRowOfX + kLogOfX);
       if (kappa_ref > float(kNoKeyLog)) add_state_of_features();
     }
     if (kHasClusters) add_state_of_clusters();
     sync_warp();  // the queries' place is free, and that of their coordinates
-    if (kParks) park();
+    if (kHasQuadratic) park();
   }
 
-  // Wide ragged tiles need registers: x as an operand, and sums over the state, wait in shared memory.
+  // What the state leaves waits in shared memory, since tiles need registers: x as an operand, half of the coordinates,
+  // then 1, in two parts; sums of the state; and log scales.
   SB_DEVICE void park() {
+    FourWords high, low;
     SB_UNROLL
-    for (int i = 0; i < 4; ++i)
-      x().set(i * kWarp + lane, same_bits<float>(x_high[i])),
-          x().set((4 + i) * kWarp + lane, same_bits<float>(x_low[i]));
+    for (int e = 0; e < 2; ++e) SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float pair[2];
+      SB_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int column = 2 * t + 8 * e + i;
+        const float value = x().get(row_of(r) * kRowOfX + column);
+        pair[i] = column < p.rank ? 0.5f * value : value;
+      }
+      uint32_t parts[2];
+      split(pair[0], pair[1], parts, Bfloat16{});
+      high.at[2 * e + r] = parts[0], low.at[2 * e + r] = parts[1];
+    }
     // Lane t of four holds the sum of one kind over them.
     const float sums[4] = {quad_sum(total[0]), quad_sum(total[1]), quad_sum(squares[0]), quad_sum(squares[1])};
-    x().set(8 * kWarp + lane, t == 0 ? sums[0] : t == 1 ? sums[1] : t == 2 ? sums[2] : sums[3]);
-    x().set(9 * kWarp + lane, squares_of_state), x().set(12 * kWarp + lane, kappa_ref);
+    const float of_lane[4] = {t == 0   ? sums[0]
+                              : t == 1 ? sums[1]
+                              : t == 2 ? sums[2]
+                                       : sums[3],
+                              squares_of_state, rho[0], rho[1]};
+    FourWords numbers;
     SB_UNROLL
-    for (int r = 0; r < 2; ++r) x().set((10 + r) * kWarp + lane, rho[r]);
+    for (int i = 0; i < 4; ++i) numbers.at[i] = same_bits<uint32_t>(of_lane[i]);
+    sync_warp();  // x is read
+    parked().set(lane, high), parked().set(kWarp + lane, low), parked().set(2 * kWarp + lane, numbers);
   }
-  SB_DEVICE void read_parked_coordinates() {
-    SB_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      x_high[i] = same_bits<uint32_t>(x().get(i * kWarp + lane));
-      x_low[i] = same_bits<uint32_t>(x().get((4 + i) * kWarp + lane));
-    }
-    SB_UNROLL
-    for (int r = 0; r < 2; ++r) rho[r] = x().get((10 + r) * kWarp + lane);
-    kappa_ref = x().get(12 * kWarp + lane);
-  }
+  SB_DEVICE Shared<FourWords> parked() const { return shared_array<FourWords>(base + Layout::kX); }
+  SB_DEVICE float parked_number(int i) const { return same_bits<float>(parked().get(2 * kWarp + lane).at[i]); }
   SB_DEVICE void read_parked_sums() {
-    const float sum_of_lane = x().get(8 * kWarp + lane);
+    const float sum_of_lane = parked_number(0);
     SB_UNROLL
     for (int r = 0; r < 2; ++r) total[r] = t == r ? sum_of_lane : 0.0f, squares[r] = t == 2 + r ? sum_of_lane : 0.0f;
-    squares_of_state = x().get(9 * kWarp + lane);
+    squares_of_state = parked_number(1);
   }
 
   SB_DEVICE void read_queries() {
@@ -173,6 +205,7 @@ class Tile {
     }
     commit_copies();
     if (kHasQuadratic) {
+      SB_NO_UNROLL
       for (int i = lane; i < kTile * kRowOfX; i += kWarp) {
         const int row = i / kRowOfX, column = i % kRowOfX;
         const int64_t query = queries().get(row);
@@ -185,13 +218,24 @@ class Tile {
       }
     }
     wait_copies<0>();
+    if (p.scale < 0) {
+      SB_NO_UNROLL
+      for (int i = lane; i < kTile * kChunks; i += kWarp) {
+        const auto of_lane =
+            shared_array<FourWords>(base + Layout::kOperand + swizzled<2 * D>(i / kChunks, i % kChunks));
+        FourWords words = of_lane.get(0);
+        SB_UNROLL
+        for (int word = 0; word < 4; ++word) words.at[word] ^= 0x80008000u;
+        of_lane.set(0, words);
+      }
+    }
     sync_warp();
     if (Layout::kKeepsQueries) return;
     SB_UNROLL
     for (int k = 0; k < kSteps; ++k) load_queries(k, q_operand[k]);
   }
   SB_DEVICE void load_queries(int k, uint32_t (&to)[4]) const {
-    load_matrices(base + Layout::kOperand + swizzled<2 * D>(lane % 16, 2 * k + lane / 16), to);
+    load_matrices(further_chunk(base + Layout::kOperand + swizzled<2 * D>(lane % 16, lane / 16), 2 * k), to);
   }
   // Columns [16 k, 16 k + 16) of the tile's queries.
   SB_DEVICE void queries_of_step(int k, uint32_t (&to)[4]) const {
@@ -222,8 +266,8 @@ class Tile {
         p.state_operand + ((operand_of_state() * (p.features_padded / 16) + step) * p.value_chunks) * kWarp + lane;
     SB_UNROLL
     for (int c = 0; c < kChunks; ++c) {
-      if (c >= p.value_chunks) continue;
-      if (c % (D > 64 ? 2 : 4) == 0) sync_warp();  // or the compiler has all of them in registers at once
+      if (c >= int32_t(p.value_chunks)) continue;
+      if (c % 2 == 0) sync_warp();  // or the compiler has all of them in registers at once
       const FourWords of_state = load(state + c * kWarp);
       multiply_add(sum[c], low, of_state.at[0], of_state.at[1], Bfloat16{});
       multiply_add(sum[c], high, of_state.at[2], of_state.at[3], Bfloat16{});
@@ -231,41 +275,20 @@ class Tile {
     }
   }
 
-  // x as an operand: half of the coordinates, then 1.
-  SB_DEVICE void read_coordinates() {
-    SB_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      rho[r] = x().get(row_of(r) * kRowOfX + kLogOfX);
-      SB_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        float pair[2];
-        SB_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int column = 2 * t + 8 * e + i;
-          const float value = x().get(row_of(r) * kRowOfX + column);
-          pair[i] = column < p.rank ? 0.5f * value : value;
-        }
-        uint32_t parts[2];
-        split(pair[0], pair[1], parts, Bfloat16{});
-        x_high[2 * e + r] = parts[0], x_low[2 * e + r] = parts[1];
-      }
-    }
-  }
-
   // F(x) H and F(x).hz, over exp(rho + kappa_ref).
   SB_DEVICE void add_state_of_features() {
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
-      log_state[r] = top[r] = rho[r] + kappa_ref;
+      top[r] = rho[r] + kappa_ref;
       const float back = top[r] - rho[r];
       // What the sum lost to rounding.
-      correction[r] = exp2_of((rho[r] - (top[r] - back)) + (kappa_ref - back));
+      of_state[r] = exp2_of((rho[r] - (top[r] - back)) + (kappa_ref - back));
     }
     const auto table = shared_array<uint32_t>(0);
     const auto factors = shared_array<float>(kTileFeatures * 4);
     const float* hz = p.state_sums + operand_of_state() * p.features_padded;
-    for (int step = 0; step < kTileFeatures / 16; ++step) {
-      if (step * 16 >= p.features_padded) break;
+    SB_NO_UNROLL
+    for (int step = 0; step < int32_t(p.features_padded / 16); ++step) {
       uint32_t high[4], low[4];
       SB_UNROLL
       for (int e = 0; e < 2; ++e) {
@@ -295,17 +318,14 @@ class Tile {
     }
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
-      total[r] *= correction[r];
       SB_UNROLL
-      for (int c = 0; c < kChunks; ++c) sum[c][2 * r] *= correction[r], sum[c][2 * r + 1] *= correction[r];
+      for (int c = 0; c < kChunks; ++c) sum[c][2 * r] *= of_state[r], sum[c][2 * r + 1] *= of_state[r];
     }
   }
 
   // Exact attention to the clusters, 16 at a time; exponents stay in shared memory for the listed keys.
   SB_DEVICE void add_state_of_clusters() {
     const auto exponents = shared_array<float>(base + Layout::kExponents);
-    const int64_t width = Layout::exponent_row(p);
-    const float scale = float(p.scale * kLog2e);
     for (int64_t step = 0; step < p.features_padded / 16; ++step) {
       float exponent[2][4];
       SB_UNROLL
@@ -339,7 +359,7 @@ class Tile {
         for (int r = 0; r < 2; ++r) {
           float& of_pair = exponent[n][2 * r + i];
           of_pair = largest > float(kNoKeyLog) ? of_pair * scale + largest : float(kLowestLog);
-          exponents.set(row_of(r) * width + c, of_pair);
+          exponents.set(c * kRowOfExponents + row_of(r), of_pair);
           step_top[r] = larger(step_top[r], of_pair);
         }
       }
@@ -366,45 +386,65 @@ class Tile {
 
   // All sums of row r relative to the larger exponent `to`.
   SB_DEVICE void raise(int r, float to) {
-    const float scale = exp2_of(top[r] - to);
+    const float by = exp2_of(top[r] - to);
     top[r] = to;
-    if (ballot(!(scale == 1.0f)) == 0) return;
-    exact[r] *= scale;
-    if (kHasClusters) total[r] *= scale, removed[r] *= scale;
+    exact[r] *= by;
+    if (kHasQuadratic) of_state[r] *= by;
+    if (kHasClusters) total[r] *= by, removed[r] *= by;
     SB_UNROLL
-    for (int c = 0; c < kChunks; ++c) sum[c][2 * r] *= scale, sum[c][2 * r + 1] *= scale;
+    for (int c = 0; c < kChunks; ++c) sum[c][2 * r] *= by, sum[c][2 * r + 1] *= by;
   }
 
   // -------------------- listed keys
 
-  // This lane's key of a stage is that at lane % kStage.
+  // Where a stage has this lane's key, and the lane that has a key: the keys of rows that a lane copies are those of
+  // its eight lanes.
+  SB_DEVICE int key_of_lane() const { return lane / 8 + lane % 4 * 4; }
+  SB_DEVICE static int lane_of_key(int key) { return key % 4 * 8 + key / 4; }
+
   struct Fetched : StageKeys {
-    int32_t cluster = 0;
+    uint32_t valid = 0;     // bit l: whether lane l has a key
+    uint32_t in_order = 0;  // ragged: bit i: whether the stage has key i
+    int32_t cluster = 0;    // where its row of exponents begins, in bytes
     float log = 0;  // log scale of what a state holds of the key; relative to that of its cluster, if it has one
   };
 
   SB_DEVICE void fetch(Fetched& of_lane, int buffer) {
+    if (kIsRagged) {
+      of_lane.in_order = ballot(of_lane.key >= 0) & ((1u << kStage) - 1);
+      of_lane.key = shuffle_from(of_lane.key, key_of_lane());
+    }
+    of_lane.valid = ballot(of_lane.key >= 0);
+    of_lane.log = float(kLowestLog);
     if (kHasLowRank && of_lane.key >= 0) {
-      of_lane.log = load(p.key_log + head * p.k_tokens + first_key + of_lane.key);
-      if (kHasClusters) of_lane.cluster = int32_t(cluster_of(p, head, first_key + of_lane.key));
+      of_lane.log = load(key_log + of_lane.key);
+      if (kHasClusters) {
+        const int32_t cluster = load(clusters + of_lane.key), last = int32_t(p.rank) - 1;
+        of_lane.cluster = (cluster < 0 ? 0 : cluster > last ? last : cluster) * kRowOfExponents * 4;
+      }
     }
-    const int to = base + buffer * Layout::kStageBytes;
-    SB_UNROLL_COPIES
-    for (int j = 0; j < kStage * kChunks / kWarp; ++j) {
-      const int i = lane + j * kWarp, row = i / kChunks, chunk = i % kChunks;
-      const int32_t key = shuffle_from(of_lane.key, row);
-      const int64_t at = first_key + (key < 0 ? 0 : key);
-      const bool in_key = key >= 0 && chunk * 8 < p.head_dim, in_value = key >= 0 && chunk < p.value_chunks;
-      copy_async(to + swizzled<2 * D>(row, chunk), p.k.at<const E>(b, kv, at) + (in_key ? chunk * 8 : 0), in_key);
-      copy_async(to + Layout::kMatrix + swizzled<2 * D>(row, chunk),
-                 p.v.at<const E>(b, kv, at) + (in_value ? chunk * 8 : 0), in_value);
+    const int32_t key = of_lane.key < 0 ? 0 : of_lane.key;
+    const uint32_t to = shared_address(base + buffer * Layout::kStageBytes), is_there = of_lane.valid >> lane / 8 * 8,
+                   // Rows eight further are as these two.
+        places[2] = {to + swizzled<2 * D>(lane / 8, lane % 8), to + swizzled<2 * D>(lane / 8 + 4, lane % 8)};
+    SB_UNROLL
+    for (int j = 0; j < kStage / 4; ++j) {
+      const auto from = uint64_t(uint32_t(shuffle_in_eight(key, j)));
+      const char *of_key = keys_of_lane + from * p.key_row_bytes, *of_value = values_of_lane + from * p.value_row_bytes;
+      SB_UNROLL
+      for (int half = 0; half < D / 64; ++half) {
+        const uint32_t at = places[j % 2] + j / 2 * 16 * D + half * 128;
+        const int column = lane % 8 * 8 + half * 64;
+        copy_async_if(column < int32_t(p.head_dim), at, of_key + half * 128, is_there & 1u << j);
+        copy_async_if(column < int32_t(p.value_pad), at + Layout::kMatrix, of_value + half * 128, is_there & 1u << j);
+      }
     }
-    if (kHasQuadratic) SB_UNROLL_COPIES
-    for (int j = 0; j < kStage * 4 / kWarp; ++j) {
-      const int i = lane + j * kWarp, row = i / 4, chunk = i % 4;
-      const int32_t key = shuffle_from(of_lane.key, row);
-      copy_async(to + 2 * Layout::kMatrix + swizzled<64>(row, chunk),
-                 p.key_coordinates + (head * p.k_tokens + first_key + (key < 0 ? 0 : key)) * 32 + chunk * 8, key >= 0);
+    if (kHasQuadratic) SB_UNROLL
+    for (int j = 0; j < kStage / 8; ++j) {
+      const int row = lane / 4 + 8 * j, lane_of_row = lane_of_key(lane / 4) + 2 * j;
+      const auto from = uint64_t(uint32_t(shuffle_from(key, lane_of_row)));
+      copy_async_if(true, to + 2 * Layout::kMatrix + swizzled<64>(row, lane % 4), coordinates_of_lane + from * 64,
+                    of_lane.valid & 1u << lane_of_row);
     }
   }
 
@@ -431,100 +471,13 @@ class Tile {
 
   template <bool kIsBehind>
   SB_DEVICE void add_stage(const Fetched& of_lane, int from) {
-    const uint32_t valid = ballot(of_lane.key >= 0);  // of the keys twice
-    // Of rows g and g + 8: keys that they list, and keys that they see and do not list.
-    uint32_t listed[2], others[2];
-    SB_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      listed[r] = kIsRagged ? valid & shuffle_from(of_lane.pattern, row_of(r)) : valid, others[r] = 0;
-      if (kIsBehind && kHasQuadratic) others[r] = valid & edges.seen_by(row_of(r), of_lane.begin) & ~listed[r];
-      if (!kIsBehind) listed_before[r] += bits_set(listed[r] & ((1u << kStage) - 1));
-    }
     float weight[kKeyTiles][4], root[kKeyTiles][4];
-    SB_UNROLL
-    for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
-    for (int i = 0; i < 4; ++i) weight[n][i] = root[n][i] = 0;
-    SB_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      if (k >= p.head_steps) continue;
-      uint32_t keys[4], of_queries[4];
-      queries_of_step(k, of_queries);
-      load_matrices(from + swizzled<2 * D>(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2), keys);
-      multiply_add(weight[0], of_queries, keys[0], keys[1], E{});
-      multiply_add(weight[1], of_queries, keys[2], keys[3], E{});
-    }
-    if (kHasQuadratic) {
-      if (kParks) read_parked_coordinates();
-      SB_UNROLL
-      for (int n = 0; n < kKeyTiles; ++n) {
-        uint32_t y[4];  // the two halves of the first part, then of the second
-        load_matrices(from + 2 * Layout::kMatrix + swizzled<64>(n * 8 + lane % 8, lane / 8), y);
-        multiply_add(root[n], x_low, y[0], y[1], Bfloat16{});
-        multiply_add(root[n], x_high, y[2], y[3], Bfloat16{});
-        multiply_add(root[n], x_high, y[0], y[1], Bfloat16{});
-      }
-    }
-
-    // Scores in base 2, and what the state holds of a pair, or behind it the factor of exp(score).
-    const float scale = float(p.scale * kLog2e);
-    const float of_key = !kHasLowRank ? 0.0f : kIsBehind ? of_lane.log : exp2_of(of_lane.log - kappa_ref);
-    int32_t clusters[kKeyTiles][2];
-    float stage_top[2] = {top[0], top[1]};
-    SB_UNROLL
-    for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int column = 8 * n + 2 * t + i;
-      const float of_column = kHasLowRank ? shuffle_from(of_key, column) : 0.0f;
-      if (kHasClusters) clusters[n][i] = shuffle_from(of_lane.cluster, column);
-      SB_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const bool is_listed = listed[r] >> column & 1;
-        float &score = weight[n][2 * r + i], &held = root[n][2 * r + i];
-        score = is_listed ? score * scale : float(kLowestLog);
-        if (kIsBehind && kHasQuadratic && (others[r] >> column & 1)) {
-          held *= held;
-          // Weights must fit into float16 too.
-          const float most = kIsHalf ? larger(0.0f, log2_of(held)) : 0.0f;
-          stage_top[r] = larger(stage_top[r], rho[r] + of_column + most);
-        }
-        stage_top[r] = larger(stage_top[r], score);
-        if (!kIsBehind && kHasQuadratic) held = is_listed ? of_column * held * held : 0.0f;
-        if (kHasClusters) held = is_listed ? of_column : 0.0f;
-      }
-    }
-    SB_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      float to = quad_max(stage_top[r]);
-      if (kHasQuadratic && kIsHalf && !kIsBehind) {
-        // Weights that are taken back must fit into float16 too.
-        float most = 0;
-        SB_UNROLL
-        for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
-        for (int i = 0; i < 2; ++i) most = larger(most, root[n][2 * r + i]);
-        most = quad_max(most);
-        if (most > 0) to = larger(to, log_state[r] + log2_of(most));
-      }
-      raise(r, to);
-      const float of_state = kHasQuadratic ? correction[r] * exp2_of(log_state[r] - to) : 1.0f;
-      SB_UNROLL
-      for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int column = 8 * n + 2 * t + i;
-        float &of_pair = weight[n][2 * r + i], held = root[n][2 * r + i];
-        of_pair = exp2_of(of_pair - to);
-        if (!(listed[r] >> column & 1)) of_pair = 0;  // all scores of a row may be the lowest
-        if (kIsBehind && kHasQuadratic) {
-          const float of_column = shuffle_from(of_key, column);
-          if (others[r] >> column & 1) of_pair = exp2_of((rho[r] - to) + of_column) * held;
-        }
-        exact[r] += of_pair;
-        if (kHasQuadratic && !kIsBehind) removed[r] += held, of_pair -= of_state * held;
-        if (kHasClusters) {
-          held *= exp2_of(exponent_of(row_of(r), clusters[n][i]) - to);
-          removed[r] += held, of_pair -= held;
-        }
-      }
-    }
+    multiply_keys(from, weight, root);
+    uint32_t seen[2] = {0, 0};
+    if constexpr (kIsRagged)
+      weigh_ragged<kIsBehind>(of_lane, weight, root, seen);
+    else
+      weigh(of_lane, weight, root);
     // In two parts where the CPU's kernel does not round weights to bfloat16: in float16, and for lists of few queries.
     const bool has_low = kIsHalf || (kIsRagged && p.by_groups);
     uint32_t left[4], low[4];
@@ -535,18 +488,196 @@ class Tile {
       split(weight[n][2 * r], weight[n][2 * r + 1], parts, E{});
       left[2 * n + r] = parts[0], low[2 * n + r] = parts[1];
     }
-    if (kIsRagged && is_careful) set_aside(left, listed[0] | others[0], listed[1] | others[1], from);
+    if (kIsRagged && is_careful) set_aside(left, seen[0], seen[1], from);
+    const int place = from + Layout::kMatrix + swizzled<2 * D>(lane % 16, lane / 16);
     SB_UNROLL
-    for (int c = 0; c < kChunks; c += 2) {
-      if (c >= p.value_chunks) continue;
-      uint32_t values[4];
-      load_transposed(from + Layout::kMatrix + swizzled<2 * D>(lane % 16, c + lane / 16), values);
-      if (has_low) {
-        multiply_add(sum[c], low, values[0], values[1], E{});
-        multiply_add(sum[c + 1], low, values[2], values[3], E{});
+    for (int four = 0; four < kChunks; four += 4) {
+      if (four > 0 && int32_t(p.value_chunks) <= four) break;
+      SB_UNROLL
+      for (int c = four; c < four + 4; c += 2) {
+        uint32_t values[4];
+        load_transposed(further_chunk(place, c), values);
+        if (has_low) {
+          multiply_add(sum[c], low, values[0], values[1], E{});
+          multiply_add(sum[c + 1], low, values[2], values[3], E{});
+        }
+        multiply_add(sum[c], left, values[0], values[1], E{});
+        multiply_add(sum[c + 1], left, values[2], values[3], E{});
       }
-      multiply_add(sum[c], left, values[0], values[1], E{});
-      multiply_add(sum[c + 1], left, values[2], values[3], E{});
+    }
+  }
+
+  // Products of queries and of coordinates with those of the keys.
+  SB_DEVICE void multiply_keys(int from, float (&weight)[kKeyTiles][4], float (&root)[kKeyTiles][4]) {
+    SB_UNROLL
+    for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 4; ++i) weight[n][i] = root[n][i] = 0;
+    const int place = from + swizzled<2 * D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    SB_UNROLL
+    for (int two = 0; two < kSteps; two += 2) {
+      if (two > 0 && int32_t(p.head_steps) <= two) break;
+      SB_UNROLL
+      for (int k = two; k < two + 2; ++k) {
+        uint32_t keys[4], of_queries[4];
+        queries_of_step(k, of_queries);
+        load_matrices(further_chunk(place, 2 * k), keys);
+        multiply_add(weight[0], of_queries, keys[0], keys[1], E{});
+        multiply_add(weight[1], of_queries, keys[2], keys[3], E{});
+      }
+    }
+    if (!kHasQuadratic) return;
+    const FourWords high = parked().get(lane), low = parked().get(kWarp + lane);
+    SB_UNROLL
+    for (int n = 0; n < kKeyTiles; ++n) {
+      uint32_t y[4];  // the two halves of the first part, then of the second
+      load_matrices(from + 2 * Layout::kMatrix + swizzled<64>(lane % 8, lane / 8) + n * 512, y);
+      multiply_add(root[n], low.at, y[0], y[1], Bfloat16{});
+      multiply_add(root[n], high.at, y[2], y[3], Bfloat16{});
+      multiply_add(root[n], high.at, y[0], y[1], Bfloat16{});
+    }
+  }
+
+  // From products to weights, without what the state holds of the keys, where all rows list what a lane fetched.
+  SB_DEVICE void weigh(const Fetched& of_lane, float (&weight)[kKeyTiles][4], const float (&root)[kKeyTiles][4]) {
+    const int first = lane_of_key(2 * t % 4) + t / 2;  // has key 2 t; that of key 2 t + 8 n + i is 2 n + 8 i further
+    if (of_lane.valid != ~0u) {
+      SB_UNROLL
+      for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
+      for (int i = 0; i < 2; ++i)
+        if (!(of_lane.valid >> (first + 2 * n + 8 * i) & 1)) weight[n][i] = weight[n][2 + i] = -float(INFINITY);
+    }
+    listed_before[0] += bits_set(of_lane.valid);  // of the keys twice
+    float most[2], most_held[2] = {0, 0};
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r)
+      most[r] = larger(larger(weight[0][2 * r], weight[0][2 * r + 1]), larger(weight[1][2 * r], weight[1][2 * r + 1]));
+    float held[kKeyTiles][4];
+    if (kHasQuadratic) {
+      const float of_key = exp2_of(of_lane.log - kappa_ref);
+      SB_UNROLL
+      for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float of_column = shuffle_from(of_key, first + 2 * n + 8 * i);
+        SB_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          const float of_pair = root[n][2 * r + i];
+          held[n][2 * r + i] = of_column * of_pair * of_pair;
+          if (kIsHalf) most_held[r] = larger(most_held[r], held[n][2 * r + i]);
+        }
+      }
+    }
+    const float above[2] = {fmaf(most[0], scale, -top[0]), fmaf(most[1], scale, -top[1])};
+    raise_if_needed(above, most_held, [&](int r) { return most[r] * scale; });
+    const float mass = kHasClusters ? exp2_of(of_lane.log) : 0.0f;
+    SB_UNROLL
+    for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const float of_column = kHasClusters ? shuffle_from(mass, first + 2 * n + 8 * i) : 0.0f;
+      const int32_t cluster = kHasClusters ? shuffle_from(of_lane.cluster, first + 2 * n + 8 * i) : 0;
+      SB_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        float& of_pair = weight[n][2 * r + i];
+        of_pair = exp2_of(fmaf(of_pair, scale, -top[r]));
+        exact[r] += of_pair;
+        if (kHasQuadratic) removed[r] += held[n][2 * r + i], of_pair -= of_state[r] * held[n][2 * r + i];
+        if (kHasClusters) {
+          const float of_cluster = exp2_of(exponent_of(r, cluster) - top[r]);
+          removed[r] += of_cluster * of_column, of_pair -= of_cluster * of_column;
+        }
+      }
+    }
+  }
+
+  // Raises the exponents of rows to those of their largest weights, exponent(r) or `above` as much, whose rounding to
+  // 16 bits then loses nothing, and for float16 to the largest that the state takes back, `held`, which must fit into
+  // it.
+  template <class Exponent>
+  SB_DEVICE void raise_if_needed(const float (&above)[2], const float (&held)[2], const Exponent& exponent) {
+    constexpr bool kLimitsHeld = kHasQuadratic && kIsHalf;
+    bool is_high = above[0] > 0 || above[1] > 0;
+    if (kLimitsHeld) is_high = is_high || of_state[0] * held[0] > 1 || of_state[1] * held[1] > 1;
+    if (ballot(is_high) == 0) return;
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float to = larger(top[r], quad_max(exponent(r)));
+      if (kLimitsHeld) {
+        const float of_row = of_state[r] * quad_max(held[r]);
+        if (of_row > 1) to = larger(to, top[r] + exponent_above(of_row));
+      }
+      raise(r, to);
+    }
+  }
+
+  // The same where every row has its own list. `seen`: keys of rows g and g + 8 that have a weight.
+  template <bool kIsBehind>
+  SB_DEVICE void weigh_ragged(const Fetched& of_lane, float (&weight)[kKeyTiles][4], float (&root)[kKeyTiles][4],
+                              uint32_t (&seen)[2]) {
+    uint32_t listed[2], others[2];  // others: keys that the row sees and does not list
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      listed[r] = of_lane.in_order & shuffle_from(of_lane.pattern, row_of(r)), others[r] = 0;
+      if (kIsBehind && kHasQuadratic)
+        others[r] = of_lane.in_order & edges.seen_by(row_of(r), of_lane.begin) & ~listed[r];
+      if (!kIsBehind) listed_before[r] += bits_set(listed[r]);
+      seen[r] = listed[r] | others[r];
+    }
+    if (kIsBehind && kHasQuadratic) SB_UNROLL
+    for (int r = 0; r < 2; ++r) rho[r] = parked_number(2 + r);
+    // Scores, and what the state holds of a pair, or behind it the factor of exp(score).
+    const int first = lane_of_key(2 * t % 4) + t / 2;
+    const float of_key = kIsBehind ? of_lane.log : exp2_of(kHasQuadratic ? of_lane.log - kappa_ref : of_lane.log);
+    float of_columns[kKeyTiles][2], most[2], most_of_others[2], most_held[2] = {0, 0};
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) most[r] = -float(INFINITY), most_of_others[r] = float(kLowestLog);
+    SB_UNROLL
+    for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int column = 8 * n + 2 * t + i;
+      const float of_column = kHasLowRank ? shuffle_from(of_key, first + 2 * n + 8 * i) : 0.0f;
+      of_columns[n][i] = of_column;
+      SB_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const bool is_listed = listed[r] >> column & 1;
+        float &score = weight[n][2 * r + i], &held = root[n][2 * r + i];
+        if (!is_listed) score = -float(INFINITY);
+        most[r] = larger(most[r], score);
+        if (kIsBehind && kHasQuadratic && (others[r] >> column & 1)) {
+          held *= held;
+          // Weights must fit into float16 too.
+          const float of_held = kIsHalf ? larger(0.0f, exponent_above(held)) : 0.0f;
+          most_of_others[r] = larger(most_of_others[r], rho[r] + of_column + of_held);
+        }
+        if (kHasQuadratic && !kIsBehind) {
+          held = is_listed ? of_column * held * held : 0.0f;
+          if (kIsHalf) most_held[r] = larger(most_held[r], held);
+        }
+      }
+    }
+    float above[2];
+    const auto exponent = [&](int r) {
+      return kIsBehind && kHasQuadratic ? larger(most[r] * scale, most_of_others[r]) : most[r] * scale;
+    };
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) above[r] = exponent(r) - top[r];
+    raise_if_needed(above, most_held, exponent);
+    SB_UNROLL
+    for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int column = 8 * n + 2 * t + i;
+      const int32_t cluster = kHasClusters ? shuffle_from(of_lane.cluster, first + 2 * n + 8 * i) : 0;
+      SB_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        float &of_pair = weight[n][2 * r + i], held = root[n][2 * r + i];
+        of_pair = exp2_of(fmaf(of_pair, scale, -top[r]));
+        if (kIsBehind && kHasQuadratic && (others[r] >> column & 1))
+          of_pair = exp2_of((rho[r] - top[r]) + of_columns[n][i]) * held;
+        exact[r] += of_pair;
+        if (kHasQuadratic && !kIsBehind) removed[r] += held, of_pair -= of_state[r] * held;
+        if (kHasClusters && (listed[r] >> column & 1)) {
+          const float of_cluster = exp2_of(exponent_of(r, cluster) - top[r]);
+          removed[r] += of_cluster * of_columns[n][i], of_pair -= of_cluster * of_columns[n][i];
+        }
+      }
     }
   }
 
@@ -593,14 +724,17 @@ class Tile {
     }
     sync_warp();
   }
-  SB_DEVICE float exponent_of(int row, int32_t cluster) const {
-    return shared_array<float>(base + Layout::kExponents).get(row * Layout::exponent_row(p) + cluster);
+  // `cluster`: where its exponents begin.
+  SB_DEVICE float exponent_of(int r, int32_t cluster) const {
+    return shared_array<float>(base + Layout::kExponents + cluster).get(row_of(r));
   }
 
   // -------------------- results
 
   // False where it has to be done again, carefully.
   SB_DEVICE bool finish() {
+    const int32_t of_tile = queries().get(kRowOfHeads), heads = int32_t(p.q_heads), b = of_tile / heads,
+                  h = of_tile % heads, head = int32_t(b * p.kv_heads + p.kv_head(h));
     if (kIsRagged && !is_careful) {
       bool is_number = true;
       SB_UNROLL
@@ -613,15 +747,16 @@ class Tile {
       is_careful = ballot(!is_number) != 0;
       if (is_careful) return false;
     }
-    if (kParks) read_parked_sums();
-    const int32_t in_state = kHasLowRank ? load(p.valid_before + b * p.slots + state_slot) : 0;
+    if (kHasQuadratic) read_parked_sums();
+    if (!kIsRagged) listed_before[0] = listed_before[1] = listed_before[0] / 2;
+    const int64_t slot = kIsRagged ? queries().get(kSlotOfState) : p.slots - 1;
+    const int32_t in_state = kHasLowRank ? load(p.valid_before + b * p.slots + slot) : 0;
     const float of_hz = kHasQuadratic ? quad_sum(squares_of_state) : 0.0f;
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
       const float all_exact = quad_sum(exact[r]), all_removed = quad_sum(removed[r]), all_total = quad_sum(total[r]),
                   all_squares = quad_sum(squares[r]);
-      const float a = kHasQuadratic ? exp2_of(log_state[r] - top[r]) : 1.0f,
-                  lost = kHasQuadratic ? a * correction[r] * all_removed : all_removed, left = a * all_total - lost;
+      const float lost = of_state[r] * all_removed, left = of_state[r] * all_total - lost;
       const int32_t unlisted = in_state - listed_before[r];
       const float den = all_exact + (left < 0.0f || (kIsRagged && unlisted == 0) ? 0.0f : left);
       bool is_flagged = false;
@@ -629,7 +764,7 @@ class Tile {
         is_flagged =
             (!p.is_causal && unlisted <= kByKeyLimit) || !(lost <= float(p.fallback_bound) * den) || lost > 1e37f;
         if (kHasQuadratic) {
-          const double terms = double(a) * double(a) * double(all_squares) * double(of_hz);
+          const double terms = double(of_state[r]) * double(of_state[r]) * double(all_squares) * double(of_hz);
           is_flagged =
               is_flagged || !(terms <= kTermsBoundOfPlainStates * kTermsBoundOfPlainStates * double(den) * double(den));
         }
@@ -645,13 +780,13 @@ class Tile {
       const float inverse = den == 0.0f ? 0.0f : 1.0f / den;
       if (t == 0)
         store(static_cast<float*>(p.lse) + at, den == 0.0f ? -float(INFINITY) : float(kLn2) * (top[r] + log2_of(den)));
-      auto* out = reinterpret_cast<uint32_t*>(p.out.at<E>(b, h, query));
+      auto* out = reinterpret_cast<uint32_t*>(p.out.at<E>(b, h, query)) + t;
       SB_UNROLL
       for (int c = 0; c < kChunks; ++c) {
-        if (c >= p.value_chunks) continue;
+        if (c >= int32_t(p.value_chunks)) continue;
         const float low = den == 0.0f ? 0.0f : sum[c][2 * r] * inverse,
                     high = den == 0.0f ? 0.0f : sum[c][2 * r + 1] * inverse;
-        store(out + c * 4 + t, packed(low, high, E{}));
+        store(out + c * 4, packed(low, high, E{}));
       }
     }
     return true;
@@ -663,14 +798,18 @@ class Tile {
   const int base;  // of the warp's shared memory
   const int32_t b, h, kv, head, first_slot;
   const int lane, g, t;
+  const float scale;  // of scores in base 2, not negative
   int32_t first_key = 0, state_slot = 0;
+  const char *keys_of_lane, *values_of_lane, *coordinates_of_lane;  // of the first key
+  const float* key_log;
+  const int32_t* clusters;
   TileEdges edges;
   bool is_careful = false;                                    // ragged: some value is no number
   int32_t listed_before[2];                                   // keys of the state
   uint32_t q_operand[Layout::kKeepsQueries ? 1 : kSteps][4];  // of the tile's queries
-  uint32_t x_high[4], x_low[4];
-  // By row g and g + 8. Sums are relative to exp(top), of the state of features to exp(log_state) times the correction.
-  float sum[kChunks][4], top[2], exact[2], removed[2], total[2], squares[2], log_state[2], correction[2], rho[2];
+  // By row g and g + 8. Sums are relative to exp(top); total, removed and squares of features to the state, and
+  // `of_state` is the factor between the two.
+  float sum[kChunks][4], top[2], exact[2], removed[2], total[2], squares[2], of_state[2], rho[2];
   float squares_of_state, kappa_ref = 0;
 };
 
@@ -697,7 +836,7 @@ SB_DEVICE void write_feature_table(const TileParams& p) {
 }
 
 template <class E, int D, LowRank kKind, bool kIsRagged>
-SB_KERNEL SB_THREADS_AT_MOST(kMostTileThreads) attention_tile(TileParams p) {
+SB_KERNEL SB_THREADS_AND_BLOCKS(kTileThreads<D>, (kTileBlocks<D, kKind, kIsRagged>)) attention_tile(TileParams p) {
   if (kKind == LowRank::kQuadratic) write_feature_table(p);
   // Of 16 queries each, so that 32 bits count them.
   const auto tiles = [&] { return uint32_t(ceil_div(p.q_tokens, kTile)); };
@@ -708,6 +847,7 @@ SB_KERNEL SB_THREADS_AT_MOST(kMostTileThreads) attention_tile(TileParams p) {
   const auto kept = [&] {
     return shared_array<uint32_t>(base() + TileLayout<D, kKind, kIsRagged>::kTask + lane_index() * 4);
   };
+  Tile<E, D, kKind, kIsRagged>::clear_columns(p, base());
   SB_NO_UNROLL
   for (auto task = uint32_t(block_index()); first_of_block(task) < all();
        task = kept().get(0) + uint32_t(grid_blocks())) {

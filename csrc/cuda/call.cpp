@@ -68,6 +68,7 @@ StridedTensor Call::read_aligned_rows(const Tensor& t) {
   const auto is_aligned = [&](int64_t bytes) { return bytes % 16 == 0; };
   bool in_place = t.stride(3) == 1 && is_aligned(int64_t(reinterpret_cast<uintptr_t>(t.data_ptr())));
   for (int d = 0; d < 3; ++d) in_place = in_place && is_aligned(t.stride(d) * int64_t(t.element_size()));
+  in_place = in_place && t.stride(2) * int64_t(t.element_size()) <= int64_t(UINT32_MAX);
   if (in_place) return read_rows(t);
   Tensor copy = empty({t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type());
   torch::stable::copy_(copy, t);

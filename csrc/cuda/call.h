@@ -36,7 +36,8 @@ class Call {
   void* write(const Tensor& t);
   // The same of rows (B, heads, tokens, width), in place where elements of a row are neighbours, else a copy.
   StridedTensor read_rows(const Tensor& t);
-  // Such rows too, and every one begins at a multiple of 16 bytes; for widths that are multiples of it.
+  // Such rows too, and every one begins at a multiple of 16 bytes; for widths that are multiples of it. From one row to
+  // the next it is less than 4 GB.
   StridedTensor read_aligned_rows(const Tensor& t);
   StridedTensor write_rows(const Tensor& t);
   template <class T>

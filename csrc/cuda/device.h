@@ -45,6 +45,11 @@ template <class V>
 SB_DEVICE V shuffle_from(V value, int lane SB_PLACE) {
   return emulator::exchanged_from(value, lane, place);
 }
+// Of lane i of this lane's eight.
+template <class V>
+SB_DEVICE V shuffle_in_eight(V value, int i SB_PLACE) {
+  return emulator::exchanged_from(value, emulator::thread_index() % kWarp / 8 * 8 + i, place);
+}
 // Bit l: whether lane l says yes.
 SB_DEVICE uint32_t ballot(bool yes SB_PLACE) { return emulator::ballot(yes, place); }
 SB_DEVICE int bits_set(uint32_t bits) { return __builtin_popcount(bits); }
@@ -62,6 +67,10 @@ SB_DEVICE V shuffle_xor(V value, int mask) {
 template <class V>
 SB_DEVICE V shuffle_from(V value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
+}
+template <class V>
+SB_DEVICE V shuffle_in_eight(V value, int i) {
+  return __shfl_sync(0xffffffffu, value, i, 8);
 }
 SB_DEVICE uint32_t ballot(bool yes) { return __ballot_sync(0xffffffffu, yes); }
 SB_DEVICE int bits_set(uint32_t bits) { return __popc(bits); }
@@ -151,7 +160,7 @@ Shared<V> shared_array(int64_t offset) {
   return {offset};
 }
 #else
-extern __shared__ __align__(16) unsigned char sb_shared_memory[];
+extern __shared__ __align__(128) unsigned char sb_shared_memory[];
 template <class V>
 struct Shared {
   V* data;

@@ -11,7 +11,7 @@ inline constexpr int64_t kMostShared = 96 << 10;
 template <class E, int D, LowRank kKind, bool kIsRagged>
 void launch_tiles(const TileParams& p, Stream stream) {
   const int64_t bytes = TileLayout<D, kKind, kIsRagged>::bytes(p);
-  int warps = kMostTileThreads / kWarp;
+  int warps = kTileThreads<D> / kWarp;
   while (warps > 1 && kFeatureTable + warps * bytes > kMostShared) warps /= 2;
   launch(stream, "attention_tile", ceil_div(p.batch * p.q_heads * ceil_div(p.q_tokens, kTile), warps), warps * kWarp,
          kFeatureTable + warps * bytes, attention_tile<E, D, kKind, kIsRagged>, p);

@@ -15,6 +15,7 @@
 #define SB_UNROLL_COPIES
 #define SB_UNROLL_STEPS
 #define SB_THREADS_AT_MOST(threads)
+#define SB_THREADS_AND_BLOCKS(threads, blocks)
 #else
 // Of the loop behind it, whose arrays then lie in registers.
 #define SB_UNROLL _Pragma("unroll")
@@ -23,6 +24,8 @@
 #define SB_UNROLL_STEPS _Pragma("unroll kStepsAtOnce")
 // With a least number of blocks, or the compiler guesses one, and spills registers for it.
 #define SB_THREADS_AT_MOST(threads) __launch_bounds__(threads, 1)
+// For kernels whose registers suffice for more blocks on a multiprocessor.
+#define SB_THREADS_AND_BLOCKS(threads, blocks) __launch_bounds__(threads, blocks)
 #endif
 
 namespace sb::cuda {
@@ -31,10 +34,16 @@ namespace sb::cuda {
 inline constexpr int64_t kCopyBytes = 16;
 
 #if defined(SB_EMULATOR)
+// Where copies go that are named by their address; addresses differ as offsets do.
+SB_DEVICE uint32_t shared_address(int64_t offset) { return uint32_t(offset); }
 // Copies kCopyBytes to shared memory from byte `offset` on, or zeros; they are there once a wait is over, for other
 // threads behind a barrier.
 SB_DEVICE void copy_async(int64_t offset, const void* from, bool is_there SB_PLACE) {
   emulator::copy_async(offset, from, is_there, place);
+}
+// The same to an address, if `is_wanted`; zeros if no bit of `is_there` is set.
+SB_DEVICE void copy_async_if(bool is_wanted, uint32_t address, const void* from, uint32_t is_there SB_PLACE) {
+  if (is_wanted) emulator::copy_async(address, from, is_there != 0, place);
 }
 // Closes a group of copies.
 SB_DEVICE void commit_copies() { emulator::commit_copies(); }
@@ -69,9 +78,25 @@ SB_DEVICE uint32_t shared_address(int64_t offset) {
   return uint32_t(__cvta_generic_to_shared(sb_shared_memory)) + uint32_t(offset);
 }
 SB_DEVICE void copy_async(int64_t offset, const void* from, bool is_there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(offset)),
-               "l"(__cvta_generic_to_global(from)), "r"(is_there ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .pred is_ignored;\n"
+      "setp.eq.u32 is_ignored, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, is_ignored;\n"
+      "}" ::"r"(shared_address(offset)),
+      "l"(__cvta_generic_to_global(from)), "r"(uint32_t(is_there))
+      : "memory");
+}
+SB_DEVICE void copy_async_if(bool is_wanted, uint32_t address, const void* from, uint32_t is_there) {
+  asm volatile(
+      "{\n"
+      ".reg .pred is_wanted, is_ignored;\n"
+      "setp.ne.u32 is_wanted, %3, 0;\n"
+      "setp.eq.u32 is_ignored, %2, 0;\n"
+      "@is_wanted cp.async.cg.shared.global [%0], [%1], 16, is_ignored;\n"
+      "}" ::"r"(address),
+      "l"(__cvta_generic_to_global(from)), "r"(is_there), "r"(uint32_t(is_wanted))
+      : "memory");
 }
 SB_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kOpen>

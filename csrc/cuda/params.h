@@ -217,10 +217,10 @@ struct TileParams : ForwardParams {
   FourWords* cluster_operand;  // (B, Hkv, features_padded / 8, head_steps, 32, 2)
   float* key_log;              // (B, Hkv, M): the log scale of a key, with clusters over that of its own
   Bfloat16* key_coordinates;   // (B, Hkv, M, 2, 16), of the quadratic kernel
+  uint32_t key_row_bytes, value_row_bytes;  // strides
 };
-// Widest head and value of a tile, features of the quadratic kernel, and threads of a block.
+// Widest head and value of a tile, and features of the quadratic kernel.
 inline constexpr int64_t kWidestTile = 128, kTileFeatures = 64, kMostTileClusters = 256;
-inline constexpr int kMostTileThreads = 256;
 
 // A matrix of every head as the right operand of products: rows in 16s, columns in 8s, in two parts of bfloat16.
 struct OperandParams {

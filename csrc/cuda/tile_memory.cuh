@@ -18,6 +18,13 @@ SB_HD int swizzled(int row, int chunk) {
   return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
 }
 
+// The chunk `chunks` further, where the number of that at `byte` has none of its bits, of a matrix that begins at a
+// multiple of 128 bytes and has rows of as many.
+SB_HD int further_chunk(int byte, int chunks) { return (byte ^ chunks % 8 << 4) + chunks / 8 * 128; }
+
+// The least whole number above the exponent to base 2 of a positive number; very low for 0.
+SB_DEVICE float exponent_above(float v) { return float(int32_t(same_bits<uint32_t>(v) >> 23) - 126); }
+
 // Powers of two that keep numbers inside of float16.
 struct Scale {
   // Puts numbers up to `largest` just below 2^12.

@@ -90,6 +90,35 @@ def test_long_ragged_lists_and_orders(emulator: Emulator, kind: str, ordered: bo
     assert not excess(emulator, tokens_of(dtype), ragged(N, 2, 100, ordered), LOW_RANKS[kind])
 
 
+@pytest.mark.parametrize("form", [(16, 3, 40), (16, 24, 5), (32, 40, 3)], ids=str)
+def test_entries_of_any_number_of_keys_are_listed(emulator: Emulator, form: tuple[int, int, int]) -> None:
+    holes = torch.zeros(2, N, dtype=torch.bool)
+    holes[1, 5::7] = True
+    assert not excess(emulator, tokens_of(torch.bfloat16), lists(*form), None, key_padding_mask=holes)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_scores_may_rise_from_stage_to_stage(emulator: Emulator, dtype: torch.dtype, is_causal: bool) -> None:
+    for bits in (3, 12):
+        query, key, value = tokens_of(dtype, 16, 16)
+        key = (key.float() / 64 + ((torch.arange(N) // 16 - 6) * bits * 0.6931 / 16)[:, None]).to(dtype)
+        tokens = [torch.ones_like(query), key, value]
+        given = {"support": sb.Window(64), "low_rank": None, "scale": 1.0, "is_causal": is_causal, "return_lse": True}
+        with on_tensor_cores(emulator):
+            out, lse = sb.attention(*tokens, **given)
+        exact, exact_lse = sb.reference.attention(*tokens, **given, dtype=torch.float64)
+        assert rms(out, exact) <= torch.finfo(dtype).eps / 2 and float((lse - exact_lse).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(-0.3, "none"), (-0.3, "centroid"), (0.0, "none")])
+def test_a_scale_may_be_negative_or_zero(emulator: Emulator, scale: float, kind: str) -> None:
+    tokens, more = tokens_of(torch.bfloat16), {}
+    if kind == "centroid":
+        more["statistics"] = sb.reference.cluster(*(t.float() for t in tokens[:2]), 20, scale=scale)
+    assert not excess(emulator, tokens, SUPPORTS["window"], LOW_RANKS[kind], scale=scale, **more)
+
+
 @pytest.mark.parametrize("kind", LOW_RANKS)
 def test_what_does_not_fit_runs_without_tensor_cores(emulator: Emulator, kind: str) -> None:
     for change in ({"head_dim": 20}, {"value_dim": 20}, {"head_dim": 136}):
@@ -323,11 +352,14 @@ FAULTS = {
     ),
     "lost swizzle": ("((chunk ^ (row & 7)) << 4)", "(chunk << 4)", "conflicts"),
     "lost swizzle of coordinates": ("(chunk ^ (row >> 1 & 3)) << 4", "chunk << 4", "conflicts"),
-    "lost low part": ("multiply_add(root[n], x_high, y[2], y[3], Bfloat16{});", "", "lse"),
-    "missing rescale": ("    exact[r] *= scale;\n", "", "lse"),
+    "lost low part": ("multiply_add(root[n], high.at, y[2], y[3], Bfloat16{});", "", "lse"),
+    "missing rescale": ("    exact[r] *= by;\n", "", "lse"),
+    "an exponent that stays behind": ("above[0] > 0 ||", "above[0] > 200 ||", "lse|rms"),
     "swapped operand": ("keys[2], keys[3], E{});", "keys[3], keys[2], E{});", "lse"),
     "lost group offset": ("kv(int32_t(p.kv_head(h)))", "kv(int32_t(h % p.kv_heads))", "lse"),
     "holes count": ("ballot(of_lane.key >= 0);", "ballot(true);", "lse|rms|row"),
+    "lost carry of a block": ("offset -= steps.at[0], ++entry;", "offset -= steps.at[0];", "lse|rms|row"),
+    "lost second row of a copy": ("shuffle_in_eight(key, j)", "shuffle_in_eight(key, j / 2)", "lse|rms|row"),
 }
 
 
@@ -339,9 +371,10 @@ def first_complaint(emulator: Emulator) -> str:
     try:
         for low_rank in LOW_RANKS.values():
             more = {} if low_rank is not None else {"key_padding_mask": holes}
-            wrong = excess(emulator, tokens, ragged(N, 4, 70, False), low_rank, **more)
-            if wrong:
-                return wrong
+            for support in (ragged(N, 4, 70, False), sb.Window(64)):
+                wrong = excess(emulator, tokens, support, low_rank, **more)
+                if wrong:
+                    return wrong
         return "conflicts" if any(conflicts_of_the_loop(emulator)) else ""
     except RuntimeError as error:
         return str(error)
@@ -396,7 +429,7 @@ def test_ragged_tiles_without_a_fault_raise_no_complaint(emulator: Emulator) -> 
 def test_a_planted_fault_is_caught_by_name(kernels: Kernels, fault: str) -> None:
     old, new, name = (FAULTS | RAGGED_FAULTS)[fault]
     ask = first_complaint if fault in FAULTS else first_complaint_of_ragged_tiles
-    files = ("attention_tile.cuh", "attention_tile_rows.cuh", "tile_memory.cuh")
+    files = ("attention_tile.cuh", "attention_tile_list.cuh", "attention_tile_rows.cuh", "tile_memory.cuh")
     file = next((file for file in files if old in (kernels.csrc / "cuda" / file).read_text()), files[0])
     with kernels.planted(file, old, new):
         complaint = ask(Emulator(build(kernels.csrc, BFLOAT16)))
