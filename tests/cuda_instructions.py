@@ -102,22 +102,25 @@ def _shortest_way(code: list[Instruction], first: int, last: int) -> tuple[int, 
     raise AssertionError("the loop's end is not reached from its beginning")
 
 
+def stages_of(body: str) -> Stage:
+    """Of a kernel: the shortest of its loops with products and copies."""
+    code = _instructions(body)
+
+    def count(loop: tuple[int, int], name: str) -> int:
+        return sum(one.name == name for one in code[loop[0] : loop[1] + 1])
+
+    loops = [(one.target, at) for at, one in enumerate(code) if one.target is not None and one.target <= at]
+    over_stages = [loop for loop in loops if count(loop, PRODUCT) >= 8 and count(loop, COPY) > 0]
+    first, last = min(over_stages, key=lambda loop: loop[1] - loop[0])
+    _, usual = _shortest_way(code, first, last)
+    return Stage(last - first + 1, usual, count((first, last), PRODUCT))
+
+
 def stages(source: Path, architecture: str) -> dict[str, Stage]:
-    """Of every kernel of a source. Of its loops with products and copies, the innermost; of several, the first."""
-    found = {}
-    for section in machine_code(source, architecture).split("\t.section\t.text.")[1:]:
-        name, _, body = section.partition(",")
-        code = _instructions(body)
-        loops = [(one.target, at) for at, one in enumerate(code) if one.target is not None and one.target <= at]
-
-        def count(loop: tuple[int, int], name: str, code: list[Instruction] = code) -> int:
-            return sum(one.name == name for one in code[loop[0] : loop[1] + 1])
-
-        over_stages = [loop for loop in loops if count(loop, PRODUCT) >= 8 and count(loop, COPY) > 0]
-        first, last = min(over_stages, key=lambda loop: loop[1] - loop[0])
-        _, usual = _shortest_way(code, first, last)
-        found[kernel_names([name])[0]] = Stage(last - first + 1, usual, count((first, last), PRODUCT))
-    return found
+    """By kernel of a source."""
+    sections = machine_code(source, architecture).split("\t.section\t.text.")[1:]
+    names = kernel_names([section.partition(",")[0] for section in sections])
+    return {name: stages_of(section) for name, section in zip(names, sections)}
 
 
 def table(architecture: str = "90") -> list[str]:

@@ -80,9 +80,9 @@ SB_DEVICE uint32_t shared_address(int64_t offset) {
 SB_DEVICE void copy_async(int64_t offset, const void* from, bool is_there) {
   asm volatile(
       "{\n"
-      ".reg .pred is_ignored;\n"
-      "setp.eq.u32 is_ignored, %2, 0;\n"
-      "cp.async.cg.shared.global [%0], [%1], 16, is_ignored;\n"
+      ".reg .pred %%is_ignored;\n"
+      "setp.eq.u32 %%is_ignored, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, %%is_ignored;\n"
       "}" ::"r"(shared_address(offset)),
       "l"(__cvta_generic_to_global(from)), "r"(uint32_t(is_there))
       : "memory");
@@ -90,10 +90,10 @@ SB_DEVICE void copy_async(int64_t offset, const void* from, bool is_there) {
 SB_DEVICE void copy_async_if(bool is_wanted, uint32_t address, const void* from, uint32_t is_there) {
   asm volatile(
       "{\n"
-      ".reg .pred is_wanted, is_ignored;\n"
-      "setp.ne.u32 is_wanted, %3, 0;\n"
-      "setp.eq.u32 is_ignored, %2, 0;\n"
-      "@is_wanted cp.async.cg.shared.global [%0], [%1], 16, is_ignored;\n"
+      ".reg .pred %%is_wanted, %%is_ignored;\n"
+      "setp.ne.u32 %%is_wanted, %3, 0;\n"
+      "setp.eq.u32 %%is_ignored, %2, 0;\n"
+      "@%%is_wanted cp.async.cg.shared.global [%0], [%1], 16, %%is_ignored;\n"
       "}" ::"r"(address),
       "l"(__cvta_generic_to_global(from)), "r"(is_there), "r"(uint32_t(is_wanted))
       : "memory");

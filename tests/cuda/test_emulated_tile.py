@@ -94,7 +94,7 @@ def test_long_ragged_lists_and_orders(emulator: Emulator, kind: str, ordered: bo
 def test_entries_of_any_number_of_keys_are_listed(emulator: Emulator, form: tuple[int, int, int]) -> None:
     holes = torch.zeros(2, N, dtype=torch.bool)
     holes[1, 5::7] = True
-    assert not excess(emulator, tokens_of(torch.bfloat16), lists(*form), None, key_padding_mask=holes)
+    assert not excess(emulator, tokens_of(torch.bfloat16), lists(N, *form), None, key_padding_mask=holes)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -1,0 +1,57 @@
+"""Instructions per stage of keys of the forward pass on tensor cores stay as few as they are."""
+
+from __future__ import annotations
+
+import pytest
+from cuda_compiler import NEEDS_NVCC, SOURCES, kernel_names, needs_by_symbol, nvcc, release
+from cuda_instructions import NEEDS_DISASSEMBLER, Stage, disassembler, stages, stages_of
+from cuda_instructions import SOURCES as OF_TILES
+
+pytestmark = pytest.mark.skipif(not SOURCES, reason="needs the source tree, not only the installed package")
+
+# With nvcc 13.0 for sm_90, bfloat16: instructions of the loop over stages, all of them; and registers.
+MOST = {
+    ("64", "none"): (290, 128),
+    ("64", "quadratic"): (395, 128),
+    ("64", "centroid"): (405, 168),
+    ("128", "none"): (355, 168),
+    ("128", "quadratic"): (490, 168),
+    ("128", "centroid"): (485, 168),
+}
+
+
+@pytest.mark.skipif(nvcc() is None, reason=NEEDS_NVCC)
+@pytest.mark.skipif(disassembler() is None, reason=NEEDS_DISASSEMBLER)
+def test_a_stage_takes_few_instructions_and_registers() -> None:
+    if release() != "13.0":
+        pytest.skip("another compiler makes other instructions")
+    needs = needs_by_symbol(OF_TILES[0], "90")
+    registers = dict(zip(kernel_names(list(needs)), (of.registers for of in needs.values())))
+    found = stages(OF_TILES[0], "90")
+    for (width, kind), (instructions, of_thread) in MOST.items():
+        name = f"attention_tile<bfloat16, {width}, {kind}, false>"
+        assert found[name].all <= instructions, f"{name}: {found[name]}"
+        assert registers[name] <= of_thread, f"{name}: {registers[name]} registers"
+
+
+def test_the_usual_way_through_a_loop_has_all_products_and_no_rare_case() -> None:
+    lines = [
+        "MOV R0, R1",
+        "LOOP",
+        *["LDGSTS.E [R1], desc[UR4][R2.64], P1"] * 2,
+        "@!P1 BRA `(.L_x_2)",
+        "FMUL R3, R3, R4",
+    ]
+    lines += [
+        "BRA `(.L_x_2)",
+        "FADD R1, R1, R1",
+        "END",
+        *["HMMA.16816.F32.BF16 R4, R8, R12, R4"] * 8,
+        "BRA.DIV UR4, `(.L_x_9)",
+    ]
+    lines += ["@P0 BRA `(.L_x_1)", "EXIT"]
+    labels, body, at = {"LOOP": ".L_x_1:", "END": ".L_x_2:"}, [], 0
+    for line in lines:
+        body.append(labels.get(line) or f"        /*{at:04x}*/                   {line} ;")
+        at += 16 * (line not in labels)
+    assert stages_of("\n".join(body)) == Stage(all=16, usual=13, products=8)
