@@ -112,6 +112,15 @@ SB_DEVICE V warp_max(V value SB_PLACE) {
   return value;
 }
 
+// warp_sum of integers, by one instruction.
+SB_DEVICE int32_t warp_total(int32_t value SB_PLACE) {
+#if defined(SB_EMULATOR)
+  return warp_sum(value, place);
+#else
+  return __reduce_add_sync(0xffffffffu, value);
+#endif
+}
+
 // Calls body(i) for the tasks of this block. Grids are as large as the device allows, tasks may be more.
 template <class Body>
 SB_DEVICE void for_each_task(int64_t tasks, const Body& body) {

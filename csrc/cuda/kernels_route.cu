@@ -1,8 +1,25 @@
 #include "launch.h"
 #include "route_per_query.cuh"
 #include "route_pooled.cuh"
+#include "route_pooled_tile.cuh"
 
 namespace sb::cuda {
+namespace {
+
+template <class E>
+void launch_tiles(const RoutingParams& p, Stream stream) {
+  const int64_t heads = p.batch * p.kv_heads,
+                rows = p.fine_runs + (p.run_parts[1] ? p.coarse_runs : 0) + (p.has_clusters() ? p.rank : 0);
+  launch(stream, "route_key_numbers", ceil_div(heads * p.fine_runs, kRouteWarps), kRouteThreads, 0,
+         route_key_numbers<E>, p);
+  launch(stream, "route_parts", ceil_div(heads * rows, kRouteWarps), kRouteThreads, 0, route_parts, p);
+  launch(stream, "route_pooled_tile", p.scratch_blocks, kRouteThreads, PooledTileMemory<E>::bytes(p),
+         p.tile_rows <= kMostRouteRows / 2 ? route_pooled_tile<E, int(kMostRouteRows / 2)>
+                                           : route_pooled_tile<E, int(kMostRouteRows)>,
+         p);
+}
+
+}  // namespace
 
 void launch_route(const RoutingParams& p, Element element, Stream stream) {
   with_element(element, [&](auto* e) {
@@ -18,6 +35,8 @@ void launch_route(const RoutingParams& p, Element element, Stream stream) {
            p);
     launch(stream, "route_coarse_runs", ceil_div(heads * p.coarse_runs, kRouteWarps), kRouteThreads, 0,
            route_coarse_runs, p);
+    if constexpr (sizeof(E) == 2)
+      if (p.tile_rows > 0) return launch_tiles<E>(p, stream);
     if (p.block_k == 1)
       launch(stream, "route_pooled", p.scratch_blocks, kRouteThreads, PooledMemory::bytes(p), route_pooled<E>, p);
     else

@@ -108,12 +108,25 @@ struct RoutingParams : RouteParams {
   int64_t fine_keys, coarse_keys;    // keys of a run, and of a run of runs
   int64_t fine_runs, coarse_runs;    // of a head
   int64_t run_width;
+  int64_t groups;        // of pools, in a head
   float *fine, *coarse;  // (B, Hkv, runs, run_width)
   // What a block needs for the lists that it makes: 4 byte words. `units`: the most keys or runs that it scores at
   // once.
   int64_t units, scratch_words, scratch_blocks;
   int32_t* scratch;  // (scratch_blocks, scratch_words)
+
+  // On tensor cores (route_tile.cuh): the most rows of 32 keys or runs that a group of pools scores at once. Else 0.
+  int64_t tile_rows;
+  float* key_numbers;       // (B, Hkv, fine_runs, key_columns(), 32)
+  float* run_numbers[2];    // of fine and of coarse runs (B, Hkv, ceil(runs / 32), run_columns(), 32)
+  Bfloat16* run_parts[2];   // (B, Hkv, runs, 3, head_dim)
+  Bfloat16* cluster_parts;  // (B, Hkv, clusters, 3, head_dim)
+  SB_HD int64_t key_columns() const { return 2 + (has_clusters() ? 1 : has_low_rank() ? rank : 0); }
+  SB_HD int64_t run_columns() const { return 3 + (has_low_rank() ? rank : 0); }
 };
+// The most of those rows that there are kernels for.
+inline constexpr int64_t kMostRouteRows = 64;
+
 // How a query slot is computed: from its list alone, key by key, or with a state. kNone: not here.
 enum class SlotKind : int32_t { kNone, kListed, kByKey, kState };
 

@@ -7,47 +7,52 @@ namespace sb::cuda {
 
 static_assert(kRouteWarps == kGroup);  // a warp forms each pool
 
-struct PooledMemory {
-  static SB_HD int64_t bytes(const RoutingParams& p) {
-    return (kGroup * (p.head_dim + 1) + kGroup * (p.rank + 1) + 4 * kGroup) * int64_t(sizeof(float)) +
-           6 * kGroup * int64_t(sizeof(int32_t)) + RouteBlock::bytes();
+// What is as large in every call comes first: its places are constants.
+class PooledMemory {
+  static constexpr int64_t kArray = kGroup * int64_t(sizeof(float)), kArrays = 10;
+  static SB_HD int64_t first() { return RouteBlock::bytes() + kArrays * kArray; }
+  template <class V>
+  static SB_DEVICE Shared<V> small(int i) {
+    return shared_array<V>(RouteBlock::bytes() + i * kArray);
   }
-  // Pools in base 2, and the factor of |k|^2; their x; their log scales; their variances over coordinates.
-  Shared<float> pool, x, rho, variance;
-  Shared<float> top, inverse;         // of pools that are added: the largest exponent, and 1 / weight^2
-  Shared<int32_t> is_pool, is_block;  // whether they have a valid query
-  Shared<int32_t> sinks, near_begin, near_end, limit;  // of query blocks
-  RouteBlock block;
-  SB_DEVICE explicit PooledMemory(const RoutingParams& p) : block(bytes(p) - RouteBlock::bytes()) {
-    int64_t at = 0;
-    const auto floats = [&](int64_t count) {
-      const auto array = shared_array<float>(at);
-      at += count * int64_t(sizeof(float));
-      return array;
-    };
-    const auto integers = [&] {
-      const auto array = shared_array<int32_t>(at);
-      at += kGroup * int64_t(sizeof(int32_t));
-      return array;
-    };
-    pool = floats(kGroup * (p.head_dim + 1)), x = floats(kGroup * (p.rank + 1));
-    rho = floats(kGroup), variance = floats(kGroup), top = floats(kGroup), inverse = floats(kGroup);
-    is_pool = integers(), is_block = integers();
-    sinks = integers(), near_begin = integers(), near_end = integers(), limit = integers();
-  }
+  static SB_HD int64_t pools(const RoutingParams& p) { return kArray * (p.head_dim + 1); }
+
+ public:
+  static SB_HD int64_t bytes(const RoutingParams& p) { return first() + pools(p) + kArray * p.rank; }
+  const RouteBlock block{0};
+  // Log scales of pools; their variances over coordinates; of pools that are added the largest exponent and 1 /
+  // weight^2; whether they have a valid query. The same of query blocks, and their keys.
+  const Shared<float> rho = small<float>(0), variance = small<float>(1), top = small<float>(2),
+                      inverse = small<float>(3);
+  const Shared<int32_t> is_pool = small<int32_t>(4), is_block = small<int32_t>(5);
+  const Shared<int32_t> sinks = small<int32_t>(6), near_begin = small<int32_t>(7), near_end = small<int32_t>(8),
+                        limit = small<int32_t>(9);
+  // Pools in base 2, and the factor of |k|^2; their x, that of four pools side by side.
+  const Shared<float> pool = shared_array<float>(first()), x;
+  SB_DEVICE explicit PooledMemory(const RoutingParams& p) : x(shared_array<float>(x_at(p))) {}
+  static SB_HD int64_t x_at(const RoutingParams& p) { return first() + pools(p); }
 };
 
 // In global memory: what a block scores, by unit, which is a key or a run.
-struct PooledScratch {
+class PooledScratch {
+ public:
   static SB_HD int64_t words(int64_t units) { return (2 * kGroup + 6) * units; }
-  float *s, *t;                       // (kGroup, units)
-  float *kappa, *apart;               // of keys; apart: squared distances to the representatives
-  int32_t *key, *run, *taken, *next;  // sortable scores; candidates; what was taken of them
-  SB_DEVICE PooledScratch(const RoutingParams& p) {
-    int32_t* at = p.scratch + block_index() * p.scratch_words;
-    s = reinterpret_cast<float*>(at), t = s + kGroup * p.units, kappa = t + kGroup * p.units, apart = kappa + p.units;
-    key = at + (2 * kGroup + 2) * p.units, run = key + p.units, taken = run + p.units, next = taken + p.units;
-  }
+  SB_DEVICE PooledScratch(const RoutingParams& p)
+      : begin(p.scratch + block_index() * p.scratch_words), units(p.units) {}
+  SB_DEVICE float* s(int g) const { return floats(g); }  // of pool g
+  SB_DEVICE float* t(int g) const { return floats(kGroup + g); }
+  SB_DEVICE float* kappa() const { return floats(2 * kGroup); }      // of keys
+  SB_DEVICE float* apart() const { return floats(2 * kGroup + 1); }  // squared distances to the representatives
+  // Sortable scores; candidates; what was taken of them; what comes next.
+  SB_DEVICE int32_t* key() const { return begin + (2 * kGroup + 2) * units; }
+  SB_DEVICE int32_t* run() const { return begin + (2 * kGroup + 3) * units; }
+  SB_DEVICE int32_t* taken() const { return begin + (2 * kGroup + 4) * units; }
+  SB_DEVICE int32_t* next() const { return begin + (2 * kGroup + 5) * units; }
+
+ private:
+  SB_DEVICE float* floats(int i) const { return reinterpret_cast<float*>(begin + i * units); }
+  int32_t* const begin;
+  const int64_t& units;
 };
 
 template <class E>
@@ -58,25 +63,21 @@ class PooledGroup {
       : p(p),
         m(memory),
         w(scratch),
-        b(b),
-        h(h),
+        b(int(b)),
+        h(int(h)),
         row(p, b * p.kv_heads + h / (p.q_heads / p.kv_heads)),
         range(load(p.rows + b)),
-        blocks_here(int(kGroup / p.pools)),
-        first_block(group * blocks_here),
+        first_block(int(group) * blocks_here()),
         shift((p.is_causal ? range.offset : 0) - int64_t(range.k_first)) {}
 
   SB_DEVICE void run() {
     make_pool(warp_index());
+    if (p.has_clusters()) weigh_clusters(warp_index());
     sync_block();
-    if (thread < blocks_here) place_window(thread);
+    if (thread < blocks_here()) place_window(thread);
     sync_block();
     int first_live = -1, last_live = -1;
-    for (int t = 0; t < blocks_here; ++t) {
-      if (!m.is_block.get(t)) continue;
-      if (first_live < 0) first_live = t;
-      last_live = t;
-    }
+    find_live(first_live, last_live);
     if (first_live >= 0) {
       const int64_t candidates = choose_runs(last_live);
       score_keys(candidates);
@@ -86,8 +87,18 @@ class PooledGroup {
     sync_block();
   }
 
- private:
+ protected:
   // -------------------- pools and windows
+
+  SB_DEVICE int blocks_here() const { return kGroup / int(p.pools); }
+  // The first and the last block of the group that has a query; stay as they are if none has.
+  SB_DEVICE void find_live(int& first, int& last) const {
+    for (int t = 0; t < blocks_here(); ++t) {
+      if (!m.is_block.get(t)) continue;
+      if (first < 0) first = t;
+      last = t;
+    }
+  }
 
   SB_DEVICE bool is_valid_query(int64_t i) const { return !(p.q_mask && load(p.q_mask + b * p.q_tokens + i)); }
   SB_DEVICE int64_t slot_of(int t) const { return range.q_first + (first_block + t) * p.block_q; }
@@ -132,37 +143,43 @@ class PooledGroup {
     if (!p.has_low_rank()) return;
     float rho = 0;
     if (n == 0)
-      for (int64_t a = lane; a < p.rank; a += kWarp) m.x.set(g * (p.rank + 1) + a, 0.0f);
-    else
-      rho = p.has_clusters() ? x_of_clusters(g) : x_of_maps(g, from, to, share);
+      for (int64_t a = lane; a < p.rank; a += kWarp) m.x.set(a * kGroup + g, 0.0f);
+    else if (!p.has_clusters())
+      rho = x_of_maps(g, from, to, share);
     if (lane == 0) m.rho.set(g, rho);
+    sync_warp();
   }
-  // The weights of clusters at the mean query, relative to the largest, whose exponent is the log scale.
-  SB_DEVICE float x_of_clusters(int g) const {
+  // By a warp. The weights of clusters at the mean query, relative to the largest, whose exponent is the log scale.
+  SB_DEVICE void weigh_clusters(int g) const {
     const float* representatives = static_cast<const float*>(p.given_representatives) + row.head * p.rank * p.head_dim;
+    weigh_clusters(g, [&](int64_t c) {
+      float product = 0;
+      for (int64_t e = 0; e < p.head_dim; ++e)
+        product += m.pool.get(g * (p.head_dim + 1) + e) * load(representatives + c * p.head_dim + e);
+      return product;
+    });
+  }
+  // product(c): of the pool with the representative of c.
+  template <class Product>
+  SB_DEVICE void weigh_clusters(int g, const Product& product) const {
+    if (!m.is_pool.get(g)) return;
     float peak = float(kLowestLog);
     for (int64_t c = lane; c < p.rank; c += kWarp) {
       const float top = load(p.cluster_top + row.head * p.rank + c);
-      float exponent = float(kLowestLog);
-      if (top > float(kNoKeyLog)) {
-        exponent = top;
-        for (int64_t e = 0; e < p.head_dim; ++e)
-          exponent += m.pool.get(g * (p.head_dim + 1) + e) * load(representatives + c * p.head_dim + e);
-      }
-      m.x.set(g * (p.rank + 1) + c, exponent);
+      const float exponent = top > float(kNoKeyLog) ? top + product(c) : float(kLowestLog);
+      m.x.set(c * kGroup + g, exponent);
       peak = larger(peak, exponent);
     }
     peak = warp_max(peak);
-    for (int64_t c = lane; c < p.rank; c += kWarp)
-      m.x.set(g * (p.rank + 1) + c, exp2_of(m.x.get(g * (p.rank + 1) + c) - peak));
-    return peak;
+    for (int64_t c = lane; c < p.rank; c += kWarp) m.x.set(c * kGroup + g, exp2_of(m.x.get(c * kGroup + g) - peak));
+    if (lane == 0) m.rho.set(g, peak);
   }
   SB_DEVICE float x_of_maps(int g, int64_t from, int64_t to, float share) const {
     for (int64_t a = lane; a < p.rank; a += kWarp) {
       float sum = 0;
       for (int64_t i = from; i < to; ++i)
         if (is_valid_query(i)) sum += MapRow<float, float>(p.x_map, b, h, i)(a);
-      m.x.set(g * (p.rank + 1) + a, sum * share);
+      m.x.set(a * kGroup + g, sum * share);
     }
     float rho = 0;
     for (int64_t i = from; i < to; ++i)
@@ -205,7 +222,7 @@ class PooledGroup {
 
   // -------------------- candidate runs
 
-  // Writes the candidates of the group to w.run, ascending, and returns how many they are: the best of the runs that
+  // Writes the candidates of the group to w.run(), ascending, and returns how many they are: the best of the runs that
   // are complete before the window of its first block (of all, without a causal edge), and all later ones that it may
   // see.
   SB_DEVICE int64_t choose_runs(int last_live) {
@@ -220,50 +237,58 @@ class PooledGroup {
                     supers = p.is_causal ? group_end / in_super : ceil_div(row.length, in_super);
       int64_t best = best_runs(p.coarse + row.head * p.coarse_runs * p.run_width, list_all(supers), supers, 2 * kept);
       if (supers * kSuper < complete) {
-        if (thread == 0) store(w.run + best, int32_t(supers));
+        if (thread == 0) store(w.run() + best, int32_t(supers));
         sync_block();
         ++best;
       }
-      for (int64_t i = thread; i < best * kSuper; i += kRouteThreads)
-        store(w.next + i, int32_t(load(w.run + i / kSuper) * kSuper + i % kSuper));
-      sync_block();
-      for (int64_t i = thread; i < best * kSuper; i += kRouteThreads) store(w.run + i, load(w.next + i));
-      sync_block();
+      expand_supers(best);
       runs = best_runs(fine(), best * kSuper, complete, kept);
     } else {
       runs = best_runs(fine(), list_all(complete), complete, kept);
     }
+    return add_rest(runs, complete, last_live);
+  }
+  // In place of the superblocks in w.run() their leaves.
+  SB_DEVICE void expand_supers(int64_t supers) const {
+    for (int64_t i = thread; i < supers * kSuper; i += kRouteThreads)
+      store(w.next() + i, int32_t(load(w.run() + i / kSuper) * kSuper + i % kSuper));
+    sync_block();
+    for (int64_t i = thread; i < supers * kSuper; i += kRouteThreads) store(w.run() + i, load(w.next() + i));
+    sync_block();
+  }
+  // Adds the runs from `complete` on that the last block may see.
+  SB_DEVICE int64_t add_rest(int64_t runs, int64_t complete, int last_live) const {
     const int64_t limit = ceil_div(int64_t(m.limit.get(last_live)), kLeaf),
                   rest = limit > complete ? limit - complete : 0;
-    for (int64_t i = thread; i < rest; i += kRouteThreads) store(w.run + runs + i, int32_t(complete + i));
+    for (int64_t i = thread; i < rest; i += kRouteThreads) store(w.run() + runs + i, int32_t(complete + i));
     sync_block();
     return runs + rest;
   }
   SB_DEVICE const float* fine() const { return p.fine + row.head * p.fine_runs * p.run_width; }
   SB_DEVICE int64_t list_all(int64_t runs) const {
-    for (int64_t i = thread; i < runs; i += kRouteThreads) store(w.run + i, int32_t(i));
+    for (int64_t i = thread; i < runs; i += kRouteThreads) store(w.run() + i, int32_t(i));
     sync_block();
     return runs;
   }
 
-  // Replaces the `count` runs in w.run by the n best of those before `limit`. A run's score is the largest over the
+  // Replaces the `count` runs in w.run() by the n best of those before `limit`. A run's score is the largest over the
   // pools, each relative to the pool's own largest; the causal form asks those of the first block only.
   SB_DEVICE int64_t best_runs(const float* level, int64_t count, int64_t limit, int64_t n) {
     const RunColumns at(p);
-    const auto row_of = [&](int64_t i) { return level + load(w.run + i) * p.run_width; };
-    const auto is_eligible = [&](int64_t i) { return load(w.run + i) < limit && load(row_of(i) + at.count) > 0.0f; };
+    const auto row_of = [&](int64_t i) { return level + load(w.run() + i) * p.run_width; };
+    const auto is_eligible = [&](int64_t i) { return load(w.run() + i) < limit && load(row_of(i) + at.count) > 0.0f; };
     for (int64_t i = thread; i < count; i += kRouteThreads) {
-      store(w.key + i, kNever);
+      store(w.key() + i, kNever);
       if (!is_eligible(i)) continue;
       const float* run = row_of(i);
       for (int g = 0; g < kGroup; ++g) {
         float s = 0, t = 0;
         for (int64_t e = 0; e <= p.head_dim; ++e) s += m.pool.get(g * (p.head_dim + 1) + e) * load(run + e);
         if (p.has_low_rank())
-          for (int64_t a = 0; a < p.rank; ++a) t += m.x.get(g * (p.rank + 1) + a) * load(run + at.y + a);
-        store(w.s + g * p.units + i, s), store(w.t + g * p.units + i, t);
+          for (int64_t a = 0; a < p.rank; ++a) t += m.x.get(a * kGroup + g) * load(run + at.y + a);
+        store(w.s(g) + i, s), store(w.t(g) + i, t);
       }
-      if (p.has_low_rank()) store(w.kappa + i, load(run + at.kappa));
+      if (p.has_low_rank()) store(w.kappa() + i, load(run + at.kappa));
     }
     const auto each = [&](const auto& visit) {
       for (int64_t i = thread; i < count; i += kRouteThreads)
@@ -278,21 +303,21 @@ class PooledGroup {
       float best = 0;
       each([&](int64_t i) {
         const float score = residual(g, i, top);
-        store(w.s + g * p.units + i, score);
+        store(w.s(g) + i, score);
         best = larger(best, score);
       });
       best = p.has_low_rank() ? m.block.maximum(best) : 0.0f;
       const float inverse = best > 0.0f ? 1.0f / best : 1.0f;
       each([&](int64_t i) {
-        const int32_t score = sortable(load(w.s + g * p.units + i) * inverse), before = load(w.key + i);
-        store(w.key + i, is_first || score > before ? score : before);
+        const int32_t score = sortable(load(w.s(g) + i) * inverse), before = load(w.key() + i);
+        store(w.key() + i, is_first || score > before ? score : before);
       });
     }
     sync_block();
-    const int64_t taken = m.block.take_top(w.key, count, n, w.taken);
-    for (int64_t i = thread; i < taken; i += kRouteThreads) store(w.next + i, load(w.run + load(w.taken + i)));
+    const int64_t taken = m.block.take_top(w.key(), count, n, w.taken());
+    for (int64_t i = thread; i < taken; i += kRouteThreads) store(w.next() + i, load(w.run() + load(w.taken() + i)));
     sync_block();
-    for (int64_t i = thread; i < taken; i += kRouteThreads) store(w.run + i, load(w.next + i));
+    for (int64_t i = thread; i < taken; i += kRouteThreads) store(w.run() + i, load(w.next() + i));
     sync_block();
     return taken;
   }
@@ -303,33 +328,45 @@ class PooledGroup {
   SB_DEVICE float largest_exponent(int g, const Each& each) const {
     float top = float(kLowestLog);
     each([&](int64_t i) {
-      top = larger(top, load(w.s + g * p.units + i));
-      if (p.has_low_rank()) top = larger(top, load(w.kappa + i) + m.rho.get(g));
+      top = larger(top, load(w.s(g) + i));
+      if (p.has_low_rank()) top = larger(top, load(w.kappa() + i) + m.rho.get(g));
     });
     return m.block.maximum(top);
   }
   // exp(s) - L over exp(top).
-  SB_DEVICE float difference(int g, int64_t i, float top) const {
-    const float e = exp2_of(load(w.s + g * p.units + i) - top);
+  template <class T, class Kappa>
+  SB_DEVICE float difference(int g, float s, const T& t, const Kappa& kappa, float top) const {
+    const float e = exp2_of(s - top);
     if (!p.has_low_rank()) return e;
-    const float t = load(w.t + g * p.units + i);
-    const float value = p.low_rank == LowRank::kQuadratic ? QuadraticKernel::value(t) : t;
-    return e - exp2_of(load(w.kappa + i) + (m.rho.get(g) - top)) * value;
+    const float product = t(), value = p.low_rank == LowRank::kQuadratic ? QuadraticKernel::value(product) : product;
+    return e - exp2_of(kappa() + (m.rho.get(g) - top)) * value;
   }
-  SB_DEVICE float residual(int g, int64_t i, float top) const {
-    if (!p.has_low_rank()) return load(w.s + g * p.units + i) - top;
-    const float rest = difference(g, i, top);
+  template <class T, class Kappa>
+  SB_DEVICE float residual(int g, float s, const T& t, const Kappa& kappa, float top) const {
+    if (!p.has_low_rank()) return s - top;
+    const float rest = difference(g, s, t, kappa, top);
     return rest < 0.0f ? -rest : rest;
   }
   // The expected squared residual over the pool's queries.
-  SB_DEVICE float squared_residual(int g, int64_t i, float top) const {
-    const float rest = difference(g, i, top);
+  template <class T, class Kappa, class Apart>
+  SB_DEVICE float squared_residual(int g, float s, const T& t, const Kappa& kappa, const Apart& apart,
+                                   float top) const {
+    const float rest = difference(g, s, t, kappa, top);
     if (!p.has_clusters()) return rest * rest;
-    const float e = exp2_of(load(w.s + g * p.units + i) - top);
-    return rest * rest + e * e * (m.variance.get(g) * load(w.apart + i));
+    const float e = exp2_of(s - top);
+    return rest * rest + e * e * (m.variance.get(g) * apart());
+  }
+  // The same of what is in global memory.
+  SB_DEVICE float residual(int g, int64_t i, float top) const {
+    return residual(g, load(w.s(g) + i), [&] { return load(w.t(g) + i); }, [&] { return load(w.kappa() + i); }, top);
+  }
+  SB_DEVICE float squared_residual(int g, int64_t i, float top) const {
+    return squared_residual(
+        g, load(w.s(g) + i), [&] { return load(w.t(g) + i); }, [&] { return load(w.kappa() + i); },
+        [&] { return load(w.apart() + i); }, top);
   }
 
-  SB_DEVICE int64_t key_at(int64_t i) const { return load(w.run + i / kLeaf) * int64_t(kLeaf) + i % kLeaf; }
+  SB_DEVICE int64_t key_at(int64_t i) const { return load(w.run() + i / kLeaf) * int64_t(kLeaf) + i % kLeaf; }
 
   // The products of all pools with the keys of the candidate runs.
   SB_DEVICE void score_keys(int64_t runs) const {
@@ -352,17 +389,17 @@ class PooledGroup {
       }
       for (int g = 0; g < kGroup; ++g) s[g] += m.pool.get(g * (p.head_dim + 1) + p.head_dim) * square;
       if (p.has_clusters()) {
-        for (int g = 0; g < kGroup; ++g) t[g] = m.x.get(g * (p.rank + 1) + cluster);
+        for (int g = 0; g < kGroup; ++g) t[g] = m.x.get(cluster * kGroup + g);
       } else if (p.has_low_rank()) {
         const MapRow<float, float> y(p.y_map, b, row.kv, j);
         for (int64_t a = 0; a < p.rank; ++a) {
           const float value = y(a);
-          for (int g = 0; g < kGroup; ++g) t[g] += m.x.get(g * (p.rank + 1) + a) * value;
+          for (int g = 0; g < kGroup; ++g) t[g] += m.x.get(a * kGroup + g) * value;
         }
       }
-      for (int g = 0; g < kGroup; ++g) store(w.s + g * p.units + i, s[g]), store(w.t + g * p.units + i, t[g]);
-      if (p.has_low_rank()) store(w.kappa + i, routed_kappa(p, row, j));
-      store(w.apart + i, apart);
+      for (int g = 0; g < kGroup; ++g) store(w.s(g) + i, s[g]), store(w.t(g) + i, t[g]);
+      if (p.has_low_rank()) store(w.kappa() + i, routed_kappa(p, row, j));
+      store(w.apart() + i, apart);
     }
     sync_block();
   }
@@ -379,11 +416,11 @@ class PooledGroup {
       for (int64_t i = thread; i < units; i += kRouteThreads)
         if (is_eligible(key_at(i))) visit(i);
     };
-    for (int64_t i = thread; i < units; i += kRouteThreads) store(w.key + i, kNever);
+    for (int64_t i = thread; i < units; i += kRouteThreads) store(w.key() + i, kNever);
     if (p.pools == 1) {
       const float top = largest_exponent(t, each);
       each([&](int64_t i) {
-        store(w.key + i, sortable(p.has_clusters() ? squared_residual(t, i, top) : residual(t, i, top)));
+        store(w.key() + i, sortable(p.has_clusters() ? squared_residual(t, i, top) : residual(t, i, top)));
       });
     } else {
       add_pools(t, units, limit, each);
@@ -395,8 +432,8 @@ class PooledGroup {
     for (int64_t key = thread; key < sinks; key += kRouteThreads) always += is_valid(key) ? 1 : 0;
     for (int64_t key = near_begin + thread; key < near_end; key += kRouteThreads) always += is_valid(key) ? 1 : 0;
     always = m.block.sum(always);
-    const int64_t taken = m.block.take_top(w.key, units, p.keys - always, w.taken);
-    const auto taken_key = [&](int64_t i) { return key_at(load(w.taken + i)); };
+    const int64_t taken = m.block.take_top(w.key(), units, p.keys - always, w.taken());
+    const auto taken_key = [&](int64_t i) { return key_at(load(w.taken() + i)); };
 
     // Ascending: the sinks, then the window between what was taken before and after it.
     const int64_t list = (b * p.q_heads + h) * p.blocks + first_block + t;
@@ -426,7 +463,7 @@ class PooledGroup {
       if (!m.is_pool.get(g)) continue;
       const float largest = largest_exponent(g, seen);
       float weight = 0;
-      seen([&](int64_t i) { weight += exp2_of(load(w.s + g * p.units + i) - largest); });
+      seen([&](int64_t i) { weight += exp2_of(load(w.s(g) + i) - largest); });
       weight = m.block.sum(weight);
       if (thread == 0) m.top.set(g, largest), m.inverse.set(g, weight > 0.0f ? 1.0f / (weight * weight) : 0.0f);
     }
@@ -435,18 +472,18 @@ class PooledGroup {
       float sum = 0;
       for (int g = first; g < end; ++g)
         if (m.is_pool.get(g)) sum += squared_residual(g, i, m.top.get(g)) * m.inverse.get(g);
-      store(w.key + i, sortable(sum));
+      store(w.key() + i, sortable(sum));
     });
   }
 
   const RoutingParams& p;
   const PooledMemory& m;
   const PooledScratch& w;
-  const int64_t b, h;
+  const int b, h;
   const RouteRow row;
   const RowRange range;
-  const int blocks_here;
-  const int64_t first_block, shift;
+  const int first_block;
+  const int64_t shift;
   const int thread = thread_index(), lane = lane_index();
 };
 
@@ -454,10 +491,9 @@ template <class E>
 SB_KERNEL route_pooled(RoutingParams p) {
   const PooledMemory memory(p);
   const PooledScratch scratch(p);
-  const int64_t groups = ceil_div(p.blocks, kGroup / p.pools);
-  for_each_task(p.batch * p.q_heads * groups, [&](int64_t task) {
-    const int64_t head = task / groups;
-    PooledGroup<E>(p, memory, scratch, head / p.q_heads, head % p.q_heads, task % groups).run();
+  for_each_task(p.batch * p.q_heads * p.groups, [&](int64_t task) {
+    const int64_t head = task / p.groups;
+    PooledGroup<E>(p, memory, scratch, head / p.q_heads, head % p.q_heads, task % p.groups).run();
   });
 }
 

@@ -10,11 +10,12 @@ inline constexpr int64_t kTopSegment = 512;  // keys whose largest log masses ar
 
 // Keys of a row that count from its first one, and which of them are not ignored.
 struct RouteRow {
-  int64_t b, kv, head, first, length;
+  int32_t b, kv, head, first, length;
   const uint8_t* mask;
-  SB_DEVICE RouteRow(const RoutingParams& p, int64_t head) : b(head / p.kv_heads), kv(head % p.kv_heads), head(head) {
+  SB_DEVICE RouteRow(const RoutingParams& p, int64_t head)
+      : b(int32_t(head / p.kv_heads)), kv(int32_t(head % p.kv_heads)), head(int32_t(head)) {
     const RowRange range = load(p.rows + b);
-    first = range.k_first, length = int64_t(range.k_end) - range.k_first;
+    first = range.k_first, length = range.k_end - range.k_first;
     mask = p.k_mask ? p.k_mask + b * p.k_tokens + first : nullptr;
   }
   SB_DEVICE bool is_valid(int64_t key) const { return key < length && !(mask && load(mask + key)); }

@@ -95,6 +95,21 @@ def _routes(dtype: torch.dtype) -> None:
         given.route(**form)
 
 
+@call("routes on tensor cores")
+def _routes_on_tensor_cores(dtype: torch.dtype) -> None:
+    """More leaves than are kept, and more candidates than lists of 64 keys have; and a width that scalars take."""
+    if dtype.itemsize != 2:
+        return
+    wide = {"keys": 200, "block_q": 32, "window": 40, "sinks": 3, "pools": 2}
+    for form, shape in ((POOLED[1], (20, 600)), (wide, (40, 80))):
+        given = Inputs(*shape, low_rank=2, d=40, batch=1)
+        given.query, given.key = given.query.to(dtype), given.key.to(dtype)
+        given.route(**form)
+    given = Inputs(45, d=20, batch=1)
+    given.query, given.key = given.query.to(dtype), given.key.to(dtype)
+    given.route(**POOLED[1])
+
+
 @call("drawn")
 def _drawn(dtype: torch.dtype) -> None:
     """Some of the parity table's cases: lists, orders, masks, offsets, lengths and widths that nobody chose."""
