@@ -53,8 +53,15 @@ def run_usual_calls(dtype: torch.dtype) -> None:
             differentiate(head_dim, sb.Window(64, 8), low_rank)
             differentiate(head_dim, sb.Routed(64), low_rank)
     wide = {"keys": 200, "block_q": 32}
+    per_query = PER_QUERY[2]
     # Supports route float64 as float32.
-    for low_rank, form, d in ((0, POOLED[1], 20), (2, POOLED[1], 64), (1, wide, 64), (1, PER_QUERY[2], 64)):
+    for low_rank, form, d in (
+        (0, POOLED[1], 20),
+        (2, POOLED[1], 64),
+        (1, wide, 64),
+        (1, per_query, 20),
+        (1, per_query, 64),
+    ):
         given = Inputs(150, low_rank=low_rank, d=d)
         given.query, given.key = given.query.to(dtype), given.key.to(dtype)
         given.route(**form)

@@ -1,5 +1,6 @@
 #include "launch.h"
 #include "route_per_query.cuh"
+#include "route_per_query_tile.cuh"
 #include "route_pooled.cuh"
 #include "route_pooled_tile.cuh"
 
@@ -10,13 +11,18 @@ template <class E>
 void launch_tiles(const RoutingParams& p, Stream stream) {
   const int64_t heads = p.batch * p.kv_heads,
                 rows = p.fine_runs + (p.run_parts[1] ? p.coarse_runs : 0) + (p.has_clusters() ? p.rank : 0);
-  launch(stream, "route_key_numbers", ceil_div(heads * p.fine_runs, kRouteWarps), kRouteThreads, 0,
-         route_key_numbers<E>, p);
+  if (p.block_k == 1)
+    launch(stream, "route_key_numbers", ceil_div(heads * p.fine_runs, kRouteWarps), kRouteThreads, 0,
+           route_key_numbers<E>, p);
   launch(stream, "route_parts", ceil_div(heads * rows, kRouteWarps), kRouteThreads, 0, route_parts, p);
-  launch(stream, "route_pooled_tile", p.scratch_blocks, kRouteThreads, PooledTileMemory<E>::bytes(p),
-         p.tile_rows <= kMostRouteRows / 2 ? route_pooled_tile<E, int(kMostRouteRows / 2)>
-                                           : route_pooled_tile<E, int(kMostRouteRows)>,
-         p);
+  if (p.block_k > 1)
+    launch(stream, "route_per_query_tile", p.scratch_blocks, kRouteThreads, QueryTileMemory::bytes(p),
+           route_per_query_tile<E>, p);
+  else
+    launch(stream, "route_pooled_tile", p.scratch_blocks, kRouteThreads, PooledTileMemory<E>::bytes(p),
+           p.tile_rows <= kMostRouteRows / 2 ? route_pooled_tile<E, int(kMostRouteRows / 2)>
+                                             : route_pooled_tile<E, int(kMostRouteRows)>,
+           p);
 }
 
 }  // namespace
@@ -46,7 +52,8 @@ void launch_route(const RoutingParams& p, Element element, Stream stream) {
 }
 
 int64_t route_scratch_words(const RoutingParams& p) {
-  return p.block_k == 1 ? PooledScratch::words(p.units) : PerQueryScratch::words(p.units);
+  if (p.block_k == 1) return PooledScratch::words(p);
+  return p.tile_rows > 0 ? QueryTileScratch::words(p.units) : PerQueryScratch::words(p.units);
 }
 
 }  // namespace sb::cuda

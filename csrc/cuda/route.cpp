@@ -102,14 +102,14 @@ class Route {
     int64_t tasks = p.batch * p.q_heads;
     if (p.block_k == 1) {
       const int64_t kept = candidate_blocks(p.keys), leaves = std::min(p.fine_runs, kLongRow / kLeaf),
-                    tail = kGroup * p.block_q / kLeaf + 2, of_supers = p.k_tokens < kLongRow ? 0 : 2 * kept + 2;
-      // On tensor cores keys are scored in shared memory.
-      p.units = std::max(
-          {p.coarse_runs + 1, leaves, of_supers * kSuper, (kept + tail) * (p.tile_rows > 0 ? int64_t(1) : kLeaf)});
+                    tail = kGroup * p.block_q / kLeaf + 2;
+      p.units = std::max({p.coarse_runs + 1, leaves, (2 * kept + 2) * kSuper,
+                          // On tensor cores keys are scored in shared memory.
+                          (kept + tail) * (p.tile_rows > 0 ? int64_t(1) : kLeaf)});
       p.groups = ceil_div(p.blocks, kGroup / p.pools), tasks *= p.groups;
     } else {
       p.units = std::max(p.coarse_runs + 1, (candidate_superblocks(p.keys, p.window) + 2) * kBranch);
-      tasks *= p.q_tokens;
+      tasks *= p.tile_rows > 0 ? ceil_div(p.q_tokens, kGroup) : p.q_tokens;
     }
     p.scratch_words = route_scratch_words(p);
     p.scratch_blocks = std::min(tasks, std::clamp(kScratchWords / p.scratch_words, kFewestBlocks, kMostBlocks));
@@ -121,20 +121,25 @@ class Route {
   // On tensor cores: decided by types, widths and what lists hold, never by the number of tokens, so that padding
   // changes no bit.
   void set_tile() {
-    if (p.block_k > 1 || query.element_size() > 2 || p.head_dim % 8 || p.head_dim == 0 || p.head_dim > kWidest) return;
-    // Leaves of a row that is not long, or of the kept superblocks and one more; kept leaves and those of the group.
-    const int64_t kept = candidate_blocks(a.keys), tail = p.is_causal ? kGroup * p.block_q / kLeaf + 2 : 0,
-                  rows = std::max({kLongRow / kLeaf / 32, ceil_div((2 * kept + 1) * kSuper, 32), kept + tail});
-    if (rows > kMostRouteRows || (p.has_clusters() && p.rank > 32 * rows)) return;
-    // Kernels reach the 32 keys of a leaf by offsets of 32 bits.
-    p.tile_rows = rows, p.k = call.read_aligned_rows(key.stride(2) < int64_t(1) << 30 ? key : Call::contiguous(key));
-    p.key_numbers = floats({p.batch, p.kv_heads, p.fine_runs, p.key_columns(), 32});
-    for (int level = 0; level < (p.k_tokens < kLongRow ? 1 : 2); ++level) {
+    if (query.element_size() > 2 || p.head_dim % 8 || p.head_dim == 0 || p.head_dim > kWidest) return;
+    if (p.block_k == 1) {
+      // Leaves of a row that is not long, or of the kept superblocks and one more; kept leaves and those of the group.
+      const int64_t kept = candidate_blocks(a.keys), tail = p.is_causal ? kGroup * p.block_q / kLeaf + 2 : 0,
+                    rows = std::max({kLongRow / kLeaf / 32, ceil_div((2 * kept + 1) * kSuper, 32), kept + tail});
+      if (rows > kMostRouteRows || (p.has_clusters() && p.rank > 32 * rows)) return;
+      p.tile_rows = rows;
+      // Kernels reach the 32 keys of a leaf by offsets of 32 bits.
+      p.k = call.read_aligned_rows(key.stride(2) < int64_t(1) << 30 ? key : Call::contiguous(key));
+      p.key_numbers = floats({p.batch, p.kv_heads, p.fine_runs, p.key_columns(), 32});
+      if (p.has_clusters()) p.cluster_parts = parts({p.batch, p.kv_heads, p.rank, 3, p.head_dim});
+    } else {
+      p.tile_rows = kMostRouteRows;
+    }
+    for (int level = 0; level < (p.block_k == 1 && p.k_tokens < kLongRow ? 1 : 2); ++level) {
       const int64_t runs = level ? p.coarse_runs : p.fine_runs;
       p.run_numbers[level] = floats({p.batch, p.kv_heads, ceil_div(runs, 32), p.run_columns(), 32});
       p.run_parts[level] = parts({p.batch, p.kv_heads, runs, 3, p.head_dim});
     }
-    if (p.has_clusters()) p.cluster_parts = parts({p.batch, p.kv_heads, p.rank, 3, p.head_dim});
   }
 
   Bfloat16* parts(std::initializer_list<int64_t> sizes) {

@@ -23,6 +23,38 @@ struct PerQueryScratch {
   }
 };
 
+// In blocks of keys: the window [low, high) of a query, `first`, before which are the sinks, and how many to choose.
+struct QueryWindow {
+  int64_t low, high, first, wanted;
+  // position: of the query, in the keys of its row.
+  SB_DEVICE QueryWindow(const RoutingParams& p, int64_t length, int64_t position) {
+    const int64_t sinks = ceil_div(p.sinks, kBranch), blocks = ceil_div(length, kBranch);
+    if (p.is_causal) {
+      const int64_t start = position - p.window + 1;
+      low = (start > 0 ? start : 0) / kBranch, high = position / kBranch + 1;
+    } else {
+      const int64_t start = position - p.window / 2, end = position + p.window / 2;
+      low = (start > 0 ? start : 0) / kBranch;
+      // Without a window no block is forced into the list.
+      high = p.window < 2 ? low : ceil_div(end < length ? end : length, kBranch);
+    }
+    low = clamped(low, 0, blocks), high = clamped(high, low, blocks);
+    first = clamped(sinks, 0, p.is_causal ? high : blocks);
+    wanted = (p.keys - p.window) / kBranch - sinks;
+  }
+
+ private:
+  static SB_DEVICE int64_t clamped(int64_t value, int64_t low, int64_t high) {
+    return value < low ? low : value > high ? high : value;
+  }
+};
+// Of the query i at a slot of its row, in the keys of the row; a causal one before them all sees none.
+SB_DEVICE int64_t position_of(const RoutingParams& p, const RouteRow& row, const RowRange& range, int64_t i,
+                              int64_t slot) {
+  if (!p.is_causal && p.q_tokens != p.k_tokens) return slot * row.length / (int64_t(range.q_end) - range.q_first);
+  return i + (p.is_causal ? range.offset : 0) - range.k_first;
+}
+
 template <class E>
 class RoutedQuery {
  public:
@@ -41,34 +73,16 @@ class RoutedQuery {
   SB_DEVICE void run() {
     const int64_t i = range.q_first + slot;
     if (i >= range.q_end || (p.q_mask && load(p.q_mask + b * p.q_tokens + i))) return;
-    int64_t position = i + (p.is_causal ? range.offset : 0) - range.k_first;
+    const int64_t position = position_of(p, row, range, i, slot);
     if (p.is_causal && position < 0) return;
-    if (!p.is_causal && p.q_tokens != p.k_tokens) position = slot * row.length / (int64_t(range.q_end) - range.q_first);
-    place_window(position);
+    const QueryWindow window(p, row.length, position);
+    low = window.low, high = window.high, first = window.first, wanted = window.wanted;
     read_query(i);
     const int64_t supers = choose_supers(), taken = take_blocks(supers);
     write_list(taken);
   }
 
  private:
-  static SB_DEVICE int64_t clamped(int64_t value, int64_t low, int64_t high) {
-    return value < low ? low : value > high ? high : value;
-  }
-  SB_DEVICE void place_window(int64_t position) {
-    const int64_t sinks = ceil_div(p.sinks, kBranch);
-    if (p.is_causal) {
-      const int64_t start = position - p.window + 1;
-      low = (start > 0 ? start : 0) / kBranch, high = position / kBranch + 1;
-    } else {
-      const int64_t start = position - p.window / 2, end = position + p.window / 2;
-      low = (start > 0 ? start : 0) / kBranch;
-      // Without a window no block is forced into the list.
-      high = p.window < 2 ? low : ceil_div(end < row.length ? end : row.length, kBranch);
-    }
-    low = clamped(low, 0, blocks), high = clamped(high, low, blocks);
-    first = clamped(sinks, 0, p.is_causal ? high : blocks);
-    wanted = (p.keys - p.window) / kBranch - sinks;
-  }
   SB_DEVICE void read_query(int64_t i) const {
     const E* q = p.q.at<const E>(b, h, i);
     float square = 0;

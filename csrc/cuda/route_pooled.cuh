@@ -36,18 +36,22 @@ class PooledMemory {
 // In global memory: what a block scores, by unit, which is a key or a run.
 class PooledScratch {
  public:
-  static SB_HD int64_t words(int64_t units) { return (2 * kGroup + 6) * units; }
+  // Behind what tensor cores need, and t without a low-rank kernel, there is nothing where they are used.
+  static SB_HD int64_t words(const RoutingParams& p) {
+    const int arrays = p.tile_rows == 0 ? 2 * kGroup + 6 : p.has_low_rank() ? 2 * kGroup + 4 : kGroup + 4;
+    return arrays * p.units;
+  }
   SB_DEVICE PooledScratch(const RoutingParams& p)
       : begin(p.scratch + block_index() * p.scratch_words), units(p.units) {}
-  SB_DEVICE float* s(int g) const { return floats(g); }  // of pool g
-  SB_DEVICE float* t(int g) const { return floats(kGroup + g); }
-  SB_DEVICE float* kappa() const { return floats(2 * kGroup); }      // of keys
-  SB_DEVICE float* apart() const { return floats(2 * kGroup + 1); }  // squared distances to the representatives
   // Sortable scores; candidates; what was taken of them; what comes next.
-  SB_DEVICE int32_t* key() const { return begin + (2 * kGroup + 2) * units; }
-  SB_DEVICE int32_t* run() const { return begin + (2 * kGroup + 3) * units; }
-  SB_DEVICE int32_t* taken() const { return begin + (2 * kGroup + 4) * units; }
-  SB_DEVICE int32_t* next() const { return begin + (2 * kGroup + 5) * units; }
+  SB_DEVICE int32_t* key() const { return begin; }
+  SB_DEVICE int32_t* run() const { return begin + units; }
+  SB_DEVICE int32_t* taken() const { return begin + 2 * units; }
+  SB_DEVICE int32_t* next() const { return begin + 3 * units; }
+  SB_DEVICE float* s(int g) const { return floats(4 + g); }  // of pool g
+  SB_DEVICE float* t(int g) const { return floats(4 + kGroup + g); }
+  SB_DEVICE float* kappa() const { return floats(4 + 2 * kGroup); }  // of keys
+  SB_DEVICE float* apart() const { return floats(5 + 2 * kGroup); }  // squared distances to the representatives
 
  private:
   SB_DEVICE float* floats(int i) const { return reinterpret_cast<float*>(begin + i * units); }
@@ -222,7 +226,7 @@ class PooledGroup {
 
   // -------------------- candidate runs
 
-  // Writes the candidates of the group to w.run(), ascending, and returns how many they are: the best of the runs that
+  // Writes the candidates of the group to w.run, ascending, and returns how many they are: the best of the runs that
   // are complete before the window of its first block (of all, without a causal edge), and all later ones that it may
   // see.
   SB_DEVICE int64_t choose_runs(int last_live) {
@@ -248,7 +252,7 @@ class PooledGroup {
     }
     return add_rest(runs, complete, last_live);
   }
-  // In place of the superblocks in w.run() their leaves.
+  // In place of the superblocks in w.run their leaves.
   SB_DEVICE void expand_supers(int64_t supers) const {
     for (int64_t i = thread; i < supers * kSuper; i += kRouteThreads)
       store(w.next() + i, int32_t(load(w.run() + i / kSuper) * kSuper + i % kSuper));
@@ -271,7 +275,7 @@ class PooledGroup {
     return runs;
   }
 
-  // Replaces the `count` runs in w.run() by the n best of those before `limit`. A run's score is the largest over the
+  // Replaces the `count` runs in w.run by the n best of those before `limit`. A run's score is the largest over the
   // pools, each relative to the pool's own largest; the causal form asks those of the first block only.
   SB_DEVICE int64_t best_runs(const float* level, int64_t count, int64_t limit, int64_t n) {
     const RunColumns at(p);

@@ -175,7 +175,10 @@ class PooledTiles : public PooledGroup<E> {
       store(w.key() + unit, key);
     }
     sync_block();
-    if (warp == 0) take_runs(int(count), n);
+    if (warp == 0) {
+      const int32_t found = take_in_turn<kRows>(w.key(), w.run(), int(count), n, w.taken(), w.next());
+      if (lane == 0) tile.found.set(0, found);
+    }
     sync_block();
     return tile.found.get(0);
   }
@@ -189,7 +192,7 @@ class PooledTiles : public PooledGroup<E> {
     return m.is_pool.get(g) != 0 && (!p.is_causal || g / pools() == asked);
   }
 
-  // Products of the pools with the runs in w.run(), in global memory; w.next() gets those before `limit` that have
+  // Products of the pools with the runs in w.run, in global memory; w.next gets those before `limit` that have
   // keys, -1 in place of the others.
   SB_DEVICE void score_runs(int level, int count, int limit) const {
     const RowNumbers numbers = RowNumbers::of_runs(p, level, row.head);
@@ -247,30 +250,6 @@ class PooledTiles : public PooledGroup<E> {
     best = p.has_low_rank() ? warp_max(best) : 0.0f;
     const float inverse = best > 0.0f ? 1.0f / best : 1.0f;
     each([&](int unit, int) { store(s + unit, load(s + unit) * inverse); });
-  }
-
-  // By a warp: in place of w.run() the n of its runs with the largest w.key(). What does not fit into registers comes
-  // in turn, behind the best of what came before, which take the first places.
-  SB_DEVICE void take_runs(int count, int64_t n) const {
-    int begin = 0, taken = 0;
-    SB_NO_UNROLL
-    do {
-      const int room = kRows * kWarp - taken, more = count - begin < room ? count - begin : room, all = taken + more,
-                skipped = begin - taken;
-      const auto place = [&](int i) { return i * kWarp + lane + (i * kWarp + lane < taken ? 0 : skipped); };
-      int32_t key[kRows];
-      SB_UNROLL
-      for (int i = 0; i < kRows; ++i) key[i] = i * kWarp + lane < all ? load(w.key() + place(i)) : kNever;
-      taken = take_top_of_warp(key, int(ceil_div(all, kWarp)), n, [&](int32_t order, int i, int32_t of) {
-        store(w.taken() + order, of), store(w.next() + order, load(w.run() + place(i)));
-      });
-      sync_warp();
-      for (int i = lane; i < taken; i += kWarp)
-        store(w.key() + i, load(w.taken() + i)), store(w.run() + i, load(w.next() + i));
-      sync_warp();
-      begin += more;
-    } while (begin < count);
-    if (lane == 0) tile.found.set(0, taken);
   }
 
   // What goes with |k|^2.

@@ -96,7 +96,7 @@ SB_DEVICE void write_parts(const float* from, int64_t width, Bfloat16* to) {
 SB_DEVICE void write_run_parts(const RoutingParams& p, int level, int64_t at) {
   const int64_t runs = level ? p.coarse_runs : p.fine_runs, run = at % runs;
   const RouteRow row(p, at / runs);
-  const bool is_wanted = level == 0 || row.length >= kLongRow;
+  const bool is_wanted = level == 0 || p.block_k > 1 || row.length >= kLongRow;
   if (!is_wanted || run * (level ? p.coarse_keys : p.fine_keys) >= row.length || !needs_runs(p, row.length)) return;
   const RunColumns from(p);
   const RowNumbers numbers = RowNumbers::of_runs(p, level, row.head);
@@ -114,7 +114,7 @@ SB_DEVICE void write_run_parts(const RoutingParams& p, int level, int64_t at) {
     numbers.set(uint32_t(run), RowNumbers::kRest + a, load(mean + from.y + a));
 }
 
-// Means of runs, those of long rows also of coarse ones, and representatives; a warp each.
+// Means of runs, those of long rows and per query also of coarse ones, and representatives; a warp each.
 SB_KERNEL route_parts(RoutingParams p) {
   const int64_t heads = p.batch * p.kv_heads, fine = heads * p.fine_runs,
                 runs = fine + (p.run_parts[1] ? heads * p.coarse_runs : 0),
@@ -246,6 +246,33 @@ SB_DEVICE int32_t take_top_of_warp(const int32_t (&key)[kRows], int rows, int64_
     if (is_taken) take(taken + bits_set(all & before), i, key[i]);
     taken += bits_set(all), ties -= bits_set(equal);
   }
+  return taken;
+}
+
+// By a warp: in place of `count` keys and their names in global memory the n largest, in their order, ties to the
+// first; returns how many they are. What does not fit into registers comes in turn, behind the best of what came
+// before, which take the first places. next_key and next_name: working memory for n of each.
+template <int kRows>
+SB_DEVICE int32_t take_in_turn(int32_t* key, int32_t* name, int count, int64_t n, int32_t* next_key,
+                               int32_t* next_name) {
+  const int lane = lane_index();
+  int begin = 0, taken = 0;
+  SB_NO_UNROLL
+  do {
+    const int room = kRows * kWarp - taken, more = count - begin < room ? count - begin : room, all = taken + more,
+              skipped = begin - taken;
+    const auto place = [&](int i) { return i * kWarp + lane + (i * kWarp + lane < taken ? 0 : skipped); };
+    int32_t own[kRows];
+    SB_UNROLL
+    for (int i = 0; i < kRows; ++i) own[i] = i * kWarp + lane < all ? load(key + place(i)) : kNever;
+    taken = take_top_of_warp(own, int(ceil_div(all, kWarp)), n, [&](int32_t order, int i, int32_t of) {
+      store(next_key + order, of), store(next_name + order, load(name + place(i)));
+    });
+    sync_warp();
+    for (int i = lane; i < taken; i += kWarp) store(key + i, load(next_key + i)), store(name + i, load(next_name + i));
+    sync_warp();
+    begin += more;
+  } while (begin < count);
   return taken;
 }
 

@@ -1,4 +1,4 @@
-"""Pooled routing on tensor cores, in the emulator: the lists of the definition in bfloat16 and float16, by bits under
+"""Routing on tensor cores, in the emulator: the lists of the definition in bfloat16 and float16, by bits under
 padding, causality and repetition, without bank conflicts; and faults that are planted into it."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import torch
 from emulated import Emulator, build
 from planted import BFLOAT16, Kernels
-from supports.test_route import ALWAYS, POOLED, TWO_POOLS, Inputs, assert_near, ids, padded, random_mask
+from supports.test_route import ALWAYS, PER_QUERY, POOLED, TWO_POOLS, Inputs, assert_near, ids, padded, random_mask
 from testkit import rand
 from torch import Tensor
 
@@ -20,16 +20,19 @@ import scatterbrain as sb
 
 HALF = [torch.bfloat16, torch.float16]
 FORMS = [POOLED[1], TWO_POOLS[1], ALWAYS[2]]
+OF_QUERIES = [*PER_QUERY, ALWAYS[5], ALWAYS[6]]
 WIDE = {"keys": 200, "block_q": 32, "window": 40, "sinks": 3, "pools": 2}  # more candidates than most lists need
 
 
 @contextmanager
 def on_tensor_cores(emulator: Emulator, expected: bool = True) -> Iterator[None]:
-    """Operators run in the emulator, and the kernel on tensor cores is started or not, as expected."""
+    """Operators run in the emulator, and a kernel on tensor cores is started or not, as expected."""
     started = []
     with emulator.installed(), emulator.observed(lambda launch, is_after: started.append(launch.kernel)):
         yield
-    assert (b"route_pooled_tile" in started, b"route_pooled" in started) == (expected, not expected)
+    on_scalars = {b"route_pooled", b"route_per_query"} & set(started)
+    on_tiles = {b"route_pooled_tile", b"route_per_query_tile"} & set(started)
+    assert (len(on_tiles), len(on_scalars)) == ((1, 0) if expected else (0, 1))
 
 
 def inputs_of(dtype: torch.dtype, *shape: int, **more: int) -> Inputs:
@@ -48,7 +51,7 @@ def assert_as_defined(emulator: Emulator, inputs: Inputs, form: dict) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("form", [*POOLED, *TWO_POOLS, ALWAYS[2], ALWAYS[4], WIDE], ids=ids)
+@pytest.mark.parametrize("form", [*POOLED, *TWO_POOLS, ALWAYS[2], ALWAYS[4], WIDE, *OF_QUERIES], ids=ids)
 def test_lists_are_those_of_the_definition(emulator: Emulator, form: dict, dtype: torch.dtype) -> None:
     """Both ways and causal, with every low-rank kernel, holes, and keys that some stages drop."""
     for low_rank, (n, m, d) in enumerate([(70, 640, 40), (40, 130, 64), (77, 77, 24)]):
@@ -69,6 +72,13 @@ def test_clusters_serve_keys_as_in_the_definition(emulator: Emulator, form: dict
         found = sb.route(query, key, sb.Routed(**form), low_rank, **arguments)
     definition = sb.reference.Inputs.of(query, key, low_rank, **arguments)
     assert_near((found.index, found.count), sb.Routed(**form), definition)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+def test_queries_choose_among_the_best_superblocks(emulator: Emulator, is_causal: bool, dtype: torch.dtype) -> None:
+    inputs = inputs_of(dtype, 7, 1400, batch=1, low_rank=0)
+    assert_as_defined(emulator, inputs.causal([1390]) if is_causal else inputs, PER_QUERY[1])
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
@@ -117,7 +127,7 @@ def test_equal_scores_go_to_the_lowest_keys(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
-@pytest.mark.parametrize("form", FORMS, ids=ids)
+@pytest.mark.parametrize("form", [*FORMS, PER_QUERY[2]], ids=ids)
 def test_padding_changes_no_list(emulator: Emulator, form: dict, is_causal: bool) -> None:
     mask = torch.rand(1, 70, generator=torch.Generator().manual_seed(0)) < 0.1
     mask[:, 0] = mask[:, -1] = False
@@ -132,7 +142,7 @@ def test_padding_changes_no_list(emulator: Emulator, form: dict, is_causal: bool
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("form", FORMS, ids=ids)
+@pytest.mark.parametrize("form", [*FORMS, PER_QUERY[2]], ids=ids)
 def test_lists_read_nothing_after_the_first_query(emulator: Emulator, form: dict, dtype: torch.dtype) -> None:
     """Not even where later tokens are no numbers."""
     before = inputs_of(dtype, 101, heads=1, batch=1).causal()
@@ -157,6 +167,8 @@ def test_two_runs_give_the_same_lists(emulator: Emulator) -> None:
 def test_other_types_and_widths_are_routed_by_scalars(emulator: Emulator, dtype: torch.dtype, d: int) -> None:
     with on_tensor_cores(emulator, expected=False):
         inputs_of(dtype, 20, batch=1, d=d).route(**POOLED[1])
+    with on_tensor_cores(emulator, expected=False):
+        inputs_of(dtype, 20, batch=1, d=d).route(**PER_QUERY[1])
 
 
 def test_keys_that_do_not_begin_at_16_bytes_are_copied(emulator: Emulator) -> None:
@@ -194,6 +206,9 @@ FAULTS = {
     "ties to the highest": Fault(
         "route_tile.cuh", "bits_set(equal & before) < ties", "bits_set(equal & ~before) <= ties", "ties"
     ),
+    "another query's scores": Fault(
+        "route_per_query_tile.cuh", "if (query == warp)", "if (query == 0)", "queries|race"
+    ),
     "missing barrier before lists": Fault(
         "route_pooled_tile.cuh", "weigh(warp, runs);\n      sync_block();", "weigh(warp, runs);", "race"
     ),
@@ -212,6 +227,10 @@ def complaint(emulator: Emulator) -> str:
                     assert_as_defined(emulator, inputs.causal([500]) if name == "causal" else inputs, form)
                 except (AssertionError, IndexError, ValueError):
                     return name
+        try:
+            assert_as_defined(emulator, inputs_of(torch.bfloat16, 20, 300, batch=1, low_rank=0), PER_QUERY[1])
+        except (AssertionError, IndexError, ValueError):
+            return "queries"
         try:
             test_equal_scores_go_to_the_lowest_keys(emulator)
         except AssertionError:
@@ -235,6 +254,7 @@ def test_a_planted_fault_is_caught_by_name(kernels: Kernels, fault: str) -> None
 
 def test_runs_that_do_not_fit_into_registers_come_in_turn(kernels: Kernels) -> None:
     """As where a row has more superblocks than a warp holds: here registers for 64 of them."""
-    with kernels.planted("route_pooled_tile.cuh", "room = kRows * kWarp - taken", "room = 2 * kWarp - taken"):
+    with kernels.planted("route_tile.cuh", "room = kRows * kWarp - taken", "room = 2 * kWarp - taken"):
         few = Emulator(build(kernels.csrc, BFLOAT16))
     assert_as_defined(few, inputs_of(torch.bfloat16, 75, 3500, batch=1, d=8), POOLED[1])
+    assert_as_defined(few, inputs_of(torch.bfloat16, 6, 6000, batch=1, d=8, low_rank=0), PER_QUERY[1])

@@ -105,9 +105,10 @@ def _routes_on_tensor_cores(dtype: torch.dtype) -> None:
         given = Inputs(*shape, low_rank=2, d=40, batch=1)
         given.query, given.key = given.query.to(dtype), given.key.to(dtype)
         given.route(**form)
-    given = Inputs(45, d=20, batch=1)
-    given.query, given.key = given.query.to(dtype), given.key.to(dtype)
-    given.route(**POOLED[1])
+    for form, n, m, d in ((POOLED[1], 45, 45, 20), (PER_QUERY[2], 9, 45, 20), (PER_QUERY[0], 9, 1300, 40)):
+        given = Inputs(n, m, low_rank=0, d=d, batch=1)
+        given.query, given.key = given.query.to(dtype), given.key.to(dtype)
+        given.route(**form)
 
 
 @call("drawn")
