@@ -11,7 +11,8 @@ namespace {
 
 class Forward : AttentionCall {
  public:
-  explicit Forward(const AttentionArguments& a) : AttentionCall(a), by_tiles(fits_tiles(a)) {
+  explicit Forward(const AttentionArguments& a)
+      : AttentionCall(a), is_float(fits_float_tiles(a)), by_tiles(is_float || fits_tiles(a)) {
     if (!by_tiles) return;
     p.q = call.read_aligned_rows(a.query), p.k = call.read_aligned_rows(a.key), p.v = call.read_aligned_rows(a.value);
   }
@@ -43,10 +44,13 @@ class Forward : AttentionCall {
     make_states(p, false);
     const TileParams params = tile_params(p, a, call, true);
     launch_tile_operands(params, element(), call.stream());
-    (params.is_ragged() ? launch_ragged_attention_tile : launch_attention_tile)(params, element(), call.stream());
+    if (is_float)
+      (params.is_ragged() ? launch_ragged_float_attention_tile : launch_float_attention_tile)(params, call.stream());
+    else
+      (params.is_ragged() ? launch_ragged_attention_tile : launch_attention_tile)(params, element(), call.stream());
   }
 
-  const bool by_tiles;  // on tensor cores
+  const bool is_float, by_tiles;  // on tensor cores
 };
 
 }  // namespace

@@ -14,12 +14,9 @@ bool merges(const AttentionArguments& a) { return a.block_q % 16 != 0 && (!a.ind
 // A list of a single key per entry has a stage for itself.
 constexpr int64_t kFewestQueries = 4;
 
-}  // namespace
-
-bool fits_tiles(const AttentionArguments& a) {
-  const ScalarType dtype = a.query.scalar_type();
+// Whether there is a kernel, but for the type of the tokens.
+bool has_tiles(const AttentionArguments& a) {
   const int64_t head_dim = a.query.size(3), value_dim = a.value.size(3);
-  if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) return false;
   if (!merges(a) && a.block_q < kFewestQueries) return false;
   if (head_dim % 8 != 0 || head_dim < kNarrowHead || head_dim > kWidestTile) return false;
   if (value_dim % 8 != 0 || value_dim == 0 || value_dim > kWidestTile) return false;
@@ -31,6 +28,13 @@ bool fits_tiles(const AttentionArguments& a) {
     case LowRank::kCentroid: return a.representatives->size(2) <= kMostTileClusters;
     default: return false;
   }
+}
+
+}  // namespace
+
+bool fits_tiles(const AttentionArguments& a) { return a.query.element_size() == 2 && has_tiles(a); }
+bool fits_float_tiles(const AttentionArguments& a) {
+  return a.query.scalar_type() == ScalarType::Float && has_tiles(a);
 }
 
 TileParams tile_params(const ForwardParams& of_call, const AttentionArguments& a, Call& call, bool has_state) {
@@ -49,11 +53,15 @@ TileParams tile_params(const ForwardParams& of_call, const AttentionArguments& a
     return static_cast<FourWords*>(call.write(call.empty(sizes, ScalarType::Int)));
   };
   const int64_t heads = p.batch * p.kv_heads;
+  p.key_log = floats({heads, p.k_tokens});
+  if (a.query.scalar_type() == ScalarType::Float) {
+    if (!p.has_clusters()) p.key_rows = floats({heads, p.k_tokens, 16});
+    return p;
+  }
   if (has_state) {
     p.state_operand = words({heads, p.operand_slots(), p.features_padded / 16, p.value_chunks, 32, 4});
     p.state_sums = floats({heads, p.operand_slots(), p.features_padded});
   }
-  p.key_log = floats({heads, p.k_tokens});
   if (p.has_clusters())
     p.cluster_operand = words({heads, p.features_padded / 8, p.head_steps, 32, 8});
   else

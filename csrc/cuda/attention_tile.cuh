@@ -10,13 +10,11 @@
 #pragma once
 #include "attention_tile_list.cuh"
 #include "attention_tile_rows.cuh"
-#include "low_rank.cuh"
+#include "feature_table.cuh"
 
 namespace sb::cuda {
 
-// Columns of a query's row of coordinates in shared memory: up to 15 of them, then 1 behind them, and the log scale.
-inline constexpr int kRowOfX = 17, kLogOfX = 16;
-// Of a cluster's row of exponents there: one of every query.
+// Of a cluster's row of exponents in shared memory: one of every query.
 inline constexpr int kRowOfExponents = 17;
 
 // Shared memory of a warp, in bytes. Queries pass through the first stage's keys, or stay where ragged tiles need
@@ -45,8 +43,6 @@ inline constexpr int kTileBlocks = 65536 / kTileThreads<D> /
                                    (kIsRagged ? D == 64 && kKind == LowRank::kNone ? 168 : 255
                                     : D == 64 && kKind != LowRank::kCentroid ? 128
                                                                              : 168);
-// Of a block: which coordinates a feature multiplies, and by what.
-inline constexpr int64_t kFeatureTable = kTileFeatures * 8;
 
 template <class E, int D, LowRank kKind, bool kIsRagged>
 class Tile {
@@ -812,28 +808,6 @@ class Tile {
   float sum[kChunks][4], top[2], exact[2], removed[2], total[2], squares[2], of_state[2], rho[2];
   float squares_of_state, kappa_ref = 0;
 };
-
-// Rows of features in the order of QuadraticKernel::expand: the two coordinates that make one, and its factor;
-// coordinate `rank` is 1.
-SB_DEVICE void write_feature_table(const TileParams& p) {
-  const auto table = shared_array<uint32_t>(0);
-  const auto factors = shared_array<float>(kTileFeatures * 4);
-  const auto rank = uint32_t(p.rank);
-  for (int f = thread_index(); f < kTileFeatures; f += block_threads()) {
-    uint32_t a = rank, other = rank;
-    float factor = f < p.features ? 1.0f : 0.0f;
-    if (f > 0 && f <= p.rank) a = uint32_t(f - 1);
-    if (f > p.rank && f < p.features) {
-      int64_t pair = f - p.rank - 1;
-      a = 0;
-      while (pair >= p.rank - int64_t(a)) pair -= p.rank - int64_t(a), ++a;
-      other = a + uint32_t(pair);
-      factor = pair == 0 ? 0.5f : 0.70710678118654752440f;
-    }
-    table.set(f, a | other << 8), factors.set(f, factor);
-  }
-  sync_block();
-}
 
 template <class E, int D, LowRank kKind, bool kIsRagged>
 SB_KERNEL SB_THREADS_AND_BLOCKS(kTileThreads<D>, (kTileBlocks<D, kKind, kIsRagged>)) attention_tile(TileParams p) {

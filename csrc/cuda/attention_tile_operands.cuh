@@ -58,6 +58,16 @@ SB_KERNEL tile_keys(TileParams p) {
   });
 }
 
+// The same for float32 tokens, whose products split float32 rows.
+SB_KERNEL tile_key_rows(TileParams p) {
+  for_each_element(p.batch * p.kv_heads * p.k_tokens, [&](int64_t at) {
+    const int64_t head = at / p.k_tokens, j = at % p.k_tokens;
+    const MapRow<float, float> y(p.y_map, head / p.kv_heads, head % p.kv_heads, j);
+    store(p.key_log + at, y.log());
+    for (int64_t a = 0; a < 16; ++a) store(p.key_rows + at * 16 + a, a < p.rank ? y(a) : a == p.rank ? 1.0f : 0.0f);
+  });
+}
+
 // Representatives by columns of 8 clusters and rows of 16 of their entries, as the right operand, in three parts.
 template <class E>
 SB_KERNEL tile_clusters(TileParams p) {

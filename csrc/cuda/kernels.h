@@ -32,12 +32,13 @@ void launch_query_products(const BackwardParams& p, Element element, Stream stre
 void launch_representative_products(const BackwardParams& p, Element element, Stream stream);
 void launch_project_parts(const ProjectParams& p, Element element, Stream stream);
 void launch_attention_forward(const ForwardParams& p, Element element, bool is_wide, Stream stream);
-// What both passes on tensor cores read of keys and clusters, and where there is room of states in float32. Elements
-// of 16 bits.
+// What both passes on tensor cores read of keys and clusters, and where there is room of states in float32.
 void launch_tile_operands(const TileParams& p, Element element, Stream stream);
-// Then launch_attention_forward by tiles of queries, which share a list, or are ragged.
+// Then launch_attention_forward by tiles of queries, which share a list, or are ragged. Elements of 16 bits; and float32.
 void launch_attention_tile(const TileParams& p, Element element, Stream stream);
 void launch_ragged_attention_tile(const TileParams& p, Element element, Stream stream);
+void launch_float_attention_tile(const TileParams& p, Stream stream);
+void launch_ragged_float_attention_tile(const TileParams& p, Stream stream);
 
 // The backward pass, in the order of its steps, after a forward pass that writes records. Lists are transposed once for
 // both passes; representatives are shared, and keys finished, after the last.

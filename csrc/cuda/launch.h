@@ -49,6 +49,9 @@ void launch(Stream stream, const char* name, int64_t blocks, int threads, int64_
 // Enough blocks for one thread per element.
 inline int64_t blocks_for(int64_t elements, int threads) { return ceil_div(elements, threads); }
 
+// What a block of tiles may have on every device.
+inline constexpr int64_t kMostShared = 96 << 10;
+
 // Warps of a block whose every warp takes `bytes` of shared memory: few enough that no device is asked for more than it
 // has without.
 inline int warps_for(int64_t bytes) { return bytes <= 12 << 10 ? 4 : bytes <= 24 << 10 ? 2 : 1; }

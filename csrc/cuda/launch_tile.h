@@ -5,9 +5,6 @@
 
 namespace sb::cuda {
 
-// What a block may have on every device.
-inline constexpr int64_t kMostShared = 96 << 10;
-
 template <class E, int D, LowRank kKind, bool kIsRagged>
 void launch_tiles(const TileParams& p, Stream stream) {
   const int64_t bytes = TileLayout<D, kKind, kIsRagged>::bytes(p);

@@ -5,6 +5,9 @@
 // Lane l of a warp holds, with g = l / 4 and t = l % 4: of the left operand the pairs at (row, column) (g, 2t),
 // (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); of the right one those at (rows 2t and 2t + 1, column g) and (rows 2t + 8
 // and 2t + 9, column g); of the sums those at (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+//
+// Of float32 a product has a depth of 8, and takes the upper 19 bits of a number (TF32). Of the left operand a lane
+// holds the numbers at (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), of the right one those at (t, g), (t + 4, g).
 #pragma once
 #include "device.h"
 
@@ -32,6 +35,8 @@ namespace sb::cuda {
 
 // Bytes of one asynchronous copy, and of a row of a matrix in shared memory.
 inline constexpr int64_t kCopyBytes = 16;
+
+struct Tf32 {};
 
 #if defined(SB_EMULATOR)
 // Where copies go that are named by their address; addresses differ as offsets do.
@@ -68,6 +73,10 @@ SB_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t
 SB_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right_0, uint32_t right_1,
                             Half SB_PLACE) {
   emulator::multiply_add(sum, left, right_0, right_1, false, place);
+}
+SB_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right_0, uint32_t right_1,
+                            Tf32 SB_PLACE) {
+  emulator::multiply_add_tf32(sum, left, right_0, right_1, place);
 }
 template <class E>
 SB_DEVICE uint32_t packed(float low, float high, E) {
@@ -129,6 +138,13 @@ SB_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_0), "r"(right_1));
 }
+SB_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right_0, uint32_t right_1, Tf32) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_0), "r"(right_1));
+}
 // Two numbers rounded to 16 bits, the first in the lower half.
 SB_DEVICE uint32_t packed(float low, float high, Bfloat16) {
   uint32_t both;
@@ -160,6 +176,15 @@ SB_DEVICE void split(float low, float high, uint32_t (&parts)[kParts], E e) {
     parts[i] = packed(low, high, e);
     low -= low_of(parts[i], e), high -= high_of(parts[i], e);
   }
+}
+
+// Two parts of a float32 for products of TF32: the first is rounded, halves away from zero, and what the device reads
+// of both is the number to 2^-23. Not by cvt.rna, which takes four instructions to leave what is infinite as it is:
+// here its second part is no number.
+SB_DEVICE void split(float v, uint32_t& high, uint32_t& low) {
+  constexpr uint32_t kLost = 13;
+  high = (same_bits<uint32_t>(v) + (1u << (kLost - 1))) & ~((1u << kLost) - 1);
+  low = same_bits<uint32_t>(v - same_bits<float>(high));
 }
 
 // The power of two that brings `most`, the largest of some numbers, near the largest float16: of the numbers times it,

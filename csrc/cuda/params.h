@@ -231,9 +231,11 @@ struct TileParams : ForwardParams {
   float* key_log;              // (B, Hkv, M): the log scale of a key, with clusters over that of its own
   Bfloat16* key_coordinates;   // (B, Hkv, M, 2, 16), of the quadratic kernel
   uint32_t key_row_bytes, value_row_bytes;  // strides
+  float* key_rows;             // with float32 tokens in its place (B, Hkv, M, 16): coordinates, then 1
 };
 // Widest head and value of a tile, and features of the quadratic kernel.
 inline constexpr int64_t kWidestTile = 128, kTileFeatures = 64, kMostTileClusters = 256;
+inline constexpr int kMostFloatTileThreads = 128;  // of a block
 
 // A matrix of every head as the right operand of products: rows in 16s, columns in 8s, in two parts of bfloat16.
 struct OperandParams {

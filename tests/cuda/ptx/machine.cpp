@@ -756,21 +756,31 @@ class Machine {
     }
     for (int lane = 0; lane < kWarp; ++lane) put(0, lane, matrix.pair(lane, true));
   }
-  // mma.row.col with 16 rows, 8 columns and `depth` products for each. Products are exact, and what is added to the sum
-  // is rounded to float32, in the order of the products; devices do not say theirs.
+  // mma.row.col with 16 rows, 8 columns and `depth` products for each, of pairs of 16-bit numbers or of TF32. Products
+  // are exact, and what is added to the sum is rounded to float32, in the order of the products; devices do not say
+  // theirs.
   void multiply_add() {
-    const int depth = int(i->offset), lefts = depth / 4, rights = depth / 8;
+    const bool is_tf32 = i->type == ty::f32;
+    const int depth = int(i->offset), lefts = is_tf32 ? 4 : depth / 4, rights = is_tf32 ? 2 : depth / 8,
+              of_register = is_tf32 ? 1 : 2;  // numbers; a lane's neighbours are 4 registers on
     double left[16][16], right[16][8];
     float sums[16][8];
     const auto number = [&](int operand, int lane, int half) {
-      const auto bits = uint16_t(get<uint32_t>(operand, lane) >> 16 * half);
+      const auto word = get<uint32_t>(operand, lane);
+      if (is_tf32) {
+        float upper;
+        const uint32_t read = word & 0xffffe000u;
+        std::memcpy(&upper, &read, sizeof upper);
+        return double(upper);
+      }
+      const auto bits = uint16_t(word >> 16 * half);
       return i->type == ty::f16 ? wide(F16{bits}) : wide(B16{bits});
     };
     for (int lane = 0; lane < kWarp; ++lane) {
-      const int row = lane / 4, pair = lane % 4 * 2;
-      for (int half = 0; half < 2; ++half) {
-        for (int k = 0; k < lefts; ++k) left[row + k % 2 * 8][pair + half + k / 2 * 8] = number(k, lane, half);
-        for (int k = 0; k < rights; ++k) right[pair + half + k * 8][row] = number(lefts + k, lane, half);
+      const int row = lane / 4, first = lane % 4 * of_register, next = 4 * of_register, pair = lane % 4 * 2;
+      for (int half = 0; half < of_register; ++half) {
+        for (int k = 0; k < lefts; ++k) left[row + k % 2 * 8][first + half + k / 2 * next] = number(k, lane, half);
+        for (int k = 0; k < rights; ++k) right[first + half + k * next][row] = number(lefts + k, lane, half);
       }
       for (int k = 0; k < 4; ++k) sums[row + k / 2 * 8][pair + k % 2] = get<float>(lefts + rights + k, lane);
     }

@@ -243,6 +243,23 @@ def _ragged_tiles(dtype: torch.dtype) -> None:
     )
 
 
+@call("tiles of float32")
+def _tiles_of_float32(dtype: torch.dtype) -> None:
+    """On tensor cores: every kernel once, a list of several stages and of none, holes, values that are no numbers."""
+    if dtype != torch.float32:
+        return
+    for low_rank in (None, sb.Quadratic(5), sb.Centroid(18)):
+        attend(dtype, sb.Window(40), low_rank, 48, 64, queries=20, keys=130)
+        attend(dtype, ragged_lists(), low_rank, 128, 104, key_padding_mask=mask_of(slice(3, 40, 4)))
+        attend(dtype, sb.Window(24, 8, sinks=3), low_rank, 64, 48, queries=20)
+        attend(dtype, sb.Routed(24, 8), low_rank, 72, 128, queries=20)
+    attend(dtype, sb.Window(20, 8), None, 128, 104, queries=40, is_causal=True)
+    attend(dtype, sb.Window(24), sb.Quadratic(5), 64, 48, queries=20, keys=250, is_causal=True, query_offset=230)
+    value = torch.cat([torch.zeros(1, 1, 60, 64), torch.full((1, 1, 10, 64), torch.inf)], 2)
+    for is_causal in (False, True):
+        sb.attention(*(rand(1, 1, N, 64, seed=i) for i in range(2)), value, sb.Window(24), None, is_causal=is_causal)
+
+
 def ragged_lists() -> sb.Blocks:
     """Lists of 0 to 70 of the keys for every 16 queries of every head."""
     draw_one, shape = torch.Generator().manual_seed(0), (1, 2, -(-N // 16))

@@ -785,12 +785,14 @@ def _mma(body: Body, name: str, modifiers: Modifiers, operands: list[str]) -> In
     depth = int(modifiers.need("m16n8k16", "m16n8k8")[len("m16n8k") :])
     for word in ("row", "col", "f32"):
         modifiers.need(word)
-    type = modifiers.need("f16", "bf16")
+    type = modifiers.need("f16", "bf16", *["tf32"] * (depth == 8))
     modifiers.need(type)
     modifiers.need("f32")
+    lefts, rights = (4, 2) if type == "tf32" else (depth // 4, depth // 8)
     results = [body.result(text, 32) for text in vector(operands[0], 4)]
-    sources = [body.source(text, 32) for text in vector(operands[1], depth // 4) + vector(operands[2], depth // 8)]
+    sources = [body.source(text, 32) for text in vector(operands[1], lefts) + vector(operands[2], rights)]
     sources += [body.source(text, 32, True) for text in vector(operands[3], 4)]
+    type = "f32" if type == "tf32" else type  # of which the upper 19 bits are read
     return Instruction(name, type, "f32", results=results, operands=[*sources, all_lanes(body)], offset=depth)
 
 

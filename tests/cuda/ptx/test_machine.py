@@ -505,17 +505,18 @@ def test_a_matrix_is_transposed_between_lanes() -> None:
 
 def multiplied(left: torch.Tensor, right: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     """By mma: 16 rows of 16 or 8 numbers times 16 or 8 rows of 8 numbers, each laid out as the manual's figures say."""
-    depth, kind = left.shape[1], {torch.bfloat16: "bf16", torch.float16: "f16"}[left.dtype]
+    depth, kind = left.shape[1], {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "tf32"}[left.dtype]
+    width = 1 if kind == "tf32" else 2  # numbers of a register
     given = b""
     for lane in range(32):
-        row, pair = lane // 4, lane % 4 * 2
-        parts = [left[row + down, pair + along :][:2] for along in range(0, depth, 8) for down in (0, 8)]
-        parts += [right[pair + down :, row][:2] for down in range(0, depth, 8)]
+        row, first, pair = lane // 4, lane % 4 * width, lane % 4 * 2
+        parts = [left[row + down, first + on :][:width] for on in range(0, depth, 4 * width) for down in (0, 8)]
+        parts += [right[first + down :, row][:width] for down in range(0, depth, 4 * width)]
         parts += [sums[row + down, pair:][:2] for down in (0, 8)]
-        given += b"".join(bytes(part.contiguous().view(torch.uint8).tolist()) for part in parts)
-    count = len(given) // 128 - 4
-    lefts = ", ".join(f"%r{10 + i}" for i in range(depth // 4))
-    rights = ", ".join(f"%r{10 + i}" for i in range(depth // 4, count))
+        given += b"".join(bytes(torch.stack([*part]).view(torch.uint8).tolist()) for part in parts)
+    count, of_left = len(given) // 128 - 4, depth // 2 // width
+    lefts = ", ".join(f"%r{10 + i}" for i in range(of_left))
+    rights = ", ".join(f"%r{10 + i}" for i in range(of_left, count))
     body = f"mul.wide.u32 %d5, %r1, {4 * count + 16}; add.s64 %d6, %d1, %d5;"
     body += "".join(f"ld.global.b32 %r{10 + i}, [%d6+{4 * i}];" for i in range(count))
     body += "".join(f"ld.global.f32 %f{i}, [%d6+{4 * (count + i)}];" for i in range(4))
@@ -538,6 +539,18 @@ def test_products_of_matrices_are_exact_and_summed_in_float32(dtype: torch.dtype
     assert torch.equal(multiplied(left, right, sums), want)
     # Whole numbers have no rounding at all, so that every element must be in its place.
     left, right = (torch.randint(-99, 100, t.shape, generator=generator).to(dtype) for t in (left, right))
+    assert torch.equal(multiplied(left, right, sums.round()), (left.double() @ right.double() + sums.round()).float())
+
+
+def test_products_of_tf32_read_the_upper_19_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right, sums = (torch.randn(*shape, generator=generator) for shape in ((16, 8), (8, 8), (16, 8)))
+    upper = [(t.view(torch.int32) & -(1 << 13)).view(torch.float32) for t in (left, right)]
+    want = sums
+    for k in range(8):
+        want = want + upper[0][:, k, None] * upper[1][k]  # exact
+    assert torch.equal(multiplied(left, right, sums), want) and not torch.equal(upper[0], left)
+    left, right = (torch.randint(-999, 1000, t.shape, generator=generator).float() for t in (left, right))
     assert torch.equal(multiplied(left, right, sums.round()), (left.double() @ right.double() + sums.round()).float())
 
 
@@ -650,6 +663,9 @@ UNKNOWN = {
     "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 %r1, %r1, %r1, %r1;": "expected one of .f32, got .f16",
     "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f0, %f1, %f2, %f3}, {%r1, %r2, %r3, %r4}, {%r5}, "
     "{%f0, %f1, %f2, %f3};": "expected 2 registers",
+    "mma.sync.aligned.m16n8k16.row.col.f32.tf32.tf32.f32 %f1, %r1, %r1, %f1;": "expected one of .f16, .bf16, got .tf32",
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f0, %f1, %f2, %f3}, {%r1, %r2}, {%r3}, "
+    "{%f0, %f1, %f2, %f3};": "expected 4 registers",
     "ldmatrix.sync.aligned.m8n8.x3.shared.b16 {%r2, %r3, %r4}, [%r1];": "expected one of .x1, .x2, .x4, got .x3",
     "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r2}, [%r1];": "expected 2 registers",
     "ldmatrix.sync.m8n8.x1.shared.b16 {%r2}, [%r1];": "expected one of .aligned, got .m8n8",

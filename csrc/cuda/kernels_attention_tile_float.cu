@@ -1,0 +1,7 @@
+#include "launch_tile_float.h"
+
+namespace sb::cuda {
+
+void launch_float_attention_tile(const TileParams& p, Stream stream) { launch_float_tile_kernel<false>(p, stream); }
+
+}  // namespace sb::cuda
