@@ -392,16 +392,20 @@ class FloatTile {
     float log = 0;  // log scale of what a state holds of the key; relative to that of its cluster, if it has one
   };
 
-  // Rows of a stage's keys, of which `width` numbers are there, from byte `to` of the warp's memory on.
-  template <class Place>
-  SB_DEVICE void copy_rows(const StridedTensor& rows, int32_t of_lane, int64_t width, int to, const Place& place) {
-    SB_UNROLL_COPIES
-    for (int j = 0; j < kStage * D / 4 / kWarp; ++j) {
-      const int i = lane + j * kWarp, row = i / (D / 4), chunk = i % (D / 4);
-      const int32_t key = shuffle_from(of_lane, row);
-      const bool is_there = key >= 0 && chunk * 4 < width;
-      copy_async(base + to + place(row, chunk),
-                 rows.at<const float>(b, kv, first_key + (key < 0 ? 0 : key)) + (is_there ? chunk * 4 : 0), is_there);
+  // Rows of a stage's keys, of `width` numbers, whose chunks a swizzle leaves within 128 bytes: that of row r is the
+  // chunk's byte with those of parity(r) exchanged. A lane copies one chunk of every kLanes-th row.
+  template <class Parity>
+  SB_DEVICE void copy_rows(const StridedTensor& rows, int32_t of_lane, int64_t width, int to, const Parity& parity) {
+    constexpr int kLanes = D / 4, kRowsAtOnce = kWarp / kLanes;
+    const int row = lane / kLanes, chunk = lane % kLanes;
+    const bool in_row = chunk * 4 < width;
+    const float* from = rows.at<const float>(b, kv, first_key) + (in_row ? chunk * 4 : 0);
+    const int place = (chunk << 4) ^ parity(row);
+    to += base + row * D * 4;
+    SB_UNROLL
+    for (int j = 0; j < kStage; j += kRowsAtOnce) {
+      const int32_t key = shuffle_from(of_lane, row + j);
+      copy_async(to + j * D * 4 + (place ^ parity(j)), from + (key < 0 ? 0 : key) * rows.row, in_row && key >= 0);
     }
   }
   SB_DEVICE void fetch_keys(Fetched& of_lane) {
@@ -409,7 +413,7 @@ class FloatTile {
       of_lane.log = load(p.key_log + head * p.k_tokens + first_key + of_lane.key);
       if (kHasClusters) of_lane.cluster = int32_t(cluster_of(p, head, first_key + of_lane.key));
     }
-    copy_rows(p.k, of_lane.key, p.head_dim, 0, [](int row, int chunk) { return swizzled_by_parity<D>(row, chunk); });
+    copy_rows(p.k, of_lane.key, p.head_dim, 0, [](int row) { return (row & 1) << 6; });
     if (kHasQuadratic) SB_UNROLL
     for (int j = 0; j < kStage * 4 / kWarp; ++j) {
       const int i = lane + j * kWarp, row = i / 4, chunk = i % 4;
@@ -420,8 +424,7 @@ class FloatTile {
     commit_copies();
   }
   SB_DEVICE void fetch_values(const Fetched& of_lane) {
-    copy_rows(p.v, of_lane.key, p.value_pad, Layout::kValues,
-              [](int row, int chunk) { return swizzled<4 * D>(row, chunk); });
+    copy_rows(p.v, of_lane.key, p.value_pad, Layout::kValues, [](int row) { return (row & 7) << 4; });
     commit_copies();
   }
 
