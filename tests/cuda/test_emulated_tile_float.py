@@ -211,7 +211,7 @@ def test_neither_a_complaint_nor_a_bank_conflict_without_a_fault(emulator: Emula
 
 FAULTS = {
     "lost low part of a right operand": ("  multiply_add(small, left.high, low[0], low[1], Tf32{});\n", "", "rms"),
-    "lost swizzle of keys": ("(chunk ^ (row & 1) << 2) << 4", "chunk << 4", "conflicts"),
+    "swizzle of keys lost where they are read": ("(chunk ^ (row & 1) << 2) << 4", "chunk << 4", "rms"),
     "missing wait for values": (
         "      wait_copies<1>();\n      sync_warp();\n      if (is_careful)",
         "      if (is_careful)",
