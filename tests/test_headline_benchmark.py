@@ -44,7 +44,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     labels = {f"y_{part}": np.arange(n, dtype=np.uint8) // (n // 3) for part, n in (("train", 9), ("test", 6))}
     np.savez(folder / "images.npz", **arrays, **labels)
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "initializer_range": 0.3}
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
+    size["initializer_range"] = 0.3
     Dinov2Model(Dinov2Config(image_size=60, patch_size=4, **size)).save_pretrained(folder / "model")
     pixels = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
     (folder / "model" / "preprocessor_config.json").write_text(json.dumps(pixels))

@@ -30,14 +30,9 @@ bool has_tiles(const AttentionArguments& a) {
   }
 }
 
-// Tiles of 16-bit tokens keep the bytes between two rows in 32 bits.
-bool has_near_rows(const Tensor& tokens) { return tokens.stride(2) < int64_t(1) << 31; }
-
 }  // namespace
 
-bool fits_tiles(const AttentionArguments& a) {
-  return a.query.element_size() == 2 && has_tiles(a) && has_near_rows(a.key) && has_near_rows(a.value);
-}
+bool fits_tiles(const AttentionArguments& a) { return a.query.element_size() == 2 && has_tiles(a); }
 bool fits_float_tiles(const AttentionArguments& a) {
   return a.query.scalar_type() == ScalarType::Float && has_tiles(a);
 }

@@ -69,8 +69,7 @@ class Maps:
 
     def arguments(self, dtype: torch.dtype, is_causal: bool = False) -> tuple[list[Tensor], AttentionArguments]:
         tokens = [t.detach().to(dtype).requires_grad_() for t in (self.query, self.key, self.value)]
-        blocks = -(-self.queries // 8)  # whose queries are computed one by one
-        index = torch.zeros(1, 1, blocks, 1, dtype=torch.int32)
+        index = torch.zeros(1, 1, self.queries, 1, dtype=torch.int32)  # of single queries: computed one by one
         return tokens, operator_arguments(
             AttentionArguments,
             query=tokens[0],
@@ -79,11 +78,11 @@ class Maps:
             query_map=self.x,
             key_map=self.y,
             index=index,
-            count=torch.zeros(1, 1, blocks, dtype=torch.int32),
+            count=torch.zeros(1, 1, self.queries, dtype=torch.int32),
             query_offset=torch.tensor([self.keys - self.queries], dtype=torch.int32) if is_causal else None,
             low_rank=self.kind,
             is_causal=is_causal,
-            block_q=8,
+            block_q=1,
         )
 
     def sums(self, emulator: Emulator, dtype: torch.dtype, is_causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -291,6 +290,8 @@ def test_gradients_of_clusters_are_as_exact_as_in_float32(emulator: Emulator, dt
         sb.reference.cluster(*(t.float() for t in given[:2]), clusters),
     )
     sizes = {"state": 2 * clusters * (width + 1), "representatives": 2 * clusters * d}
+    own = torch.arange(n, dtype=torch.int32).view(1, 1, n, 1)
+    one_by_one = sb.Blocks(own, torch.ones(1, 1, n, dtype=torch.int32), 1, 1)
 
     def sums(of: torch.dtype) -> dict[str, Tensor]:
         found, number = {}, {torch.float64: (7, 8)}.get(of, (6, 4))
@@ -312,7 +313,7 @@ def test_gradients_of_clusters_are_as_exact_as_in_float32(emulator: Emulator, dt
         others = (getattr(statistics, name).to(kind) for name in ("representatives", "log_mass", "query_mean"))
         more = sb.Clusters(statistics.index, *others, statistics.scale)
         with emulator.installed(), emulator.observed(observe):
-            out = sb.attention(*leaves, sb.Window(16, 8), sb.Centroid(clusters), statistics=more)
+            out = sb.attention(*leaves, one_by_one, sb.Centroid(clusters), statistics=more)
             torch.autograd.grad(out, leaves, d_out.to(of))
         return found
 
