@@ -75,14 +75,16 @@ def draw_tuning(tuning: Tuning, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     steps = tuning.steps[1:]
     share = [step.seconds / tuning.exact_seconds for step in steps]
-    axis.plot(share, [step.error for step in steps], ".-", color="C0", label="layer by layer")
+    axis.plot(share, [step.error for step in steps], ".", color="C0", label="layer by layer, all that was measured")
     chosen = tuning.chosen
     if chosen.error > 0:
         axis.plot(chosen.seconds / tuning.exact_seconds, chosen.error, "o", color="C3", ms=9, label="chosen")
     if tuning.uniform is not None and tuning.uniform.error > 0:
         where = tuning.uniform.seconds / tuning.exact_seconds, tuning.uniform.error
         axis.plot(*where, "s", color="black", label="best pair for all layers")
-    axis.set(yscale="log", xlabel="time of attention, share of exact attention's", ylabel="error of the output")
+    if tuning.max_error is not None:
+        axis.axhline(tuning.max_error, color="grey", lw=0.8, ls=":", label="the bound")
+    axis.set(xlabel="time of attention, share of exact attention's", ylabel="error of the output", ylim=(0, None))
     axis.set_title(f"{tuning.model}: {tuning.bound}", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -87,6 +87,8 @@ class Tuning:
         uniform: the fastest single pair for all layers that keeps the bound, if one does.
         exact_seconds: of all attention, exact.
         bound: in words.
+        max_error: the bound on errors; None where it is on time.
+        about: facts that are saved with the settings.
     """
 
     model: str
@@ -95,6 +97,7 @@ class Tuning:
     uniform: Step | None
     exact_seconds: float
     bound: str
+    max_error: float | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -179,7 +182,7 @@ def tune(
         "bound": bound,
         "error": float(f"{chosen.error:.3g}"),
     }
-    return Tuning(type(model).__name__, chosen, steps, uniform, search.exact_seconds, bound, about)
+    return Tuning(type(model).__name__, chosen, steps, uniform, search.exact_seconds, bound, max_error, about)
 
 
 class _Search:
