@@ -122,7 +122,7 @@ def test_the_layout_changes_no_bit_with_projections() -> None:
 def test_the_layout_changes_no_bit_of_moments(layout: str) -> None:
     """Statistics are fitted from them, also those of the input within a call."""
     plain = testkit.qkv(77, batch=2, heads=2, kv_heads=2, head_dim=96)[:2]
-    got, want = (moments(*tokens, 0.1, per_row=True) for tokens in ([LAYOUTS[layout](t) for t in plain], plain))
+    got, want = (moments(*tokens, 0.1) for tokens in ([LAYOUTS[layout](t) for t in plain], plain))
     assert_same_bits(list(vars(got).values()), list(vars(want).values()), tuple(vars(want)))
 
 

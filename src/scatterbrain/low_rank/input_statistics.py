@@ -60,7 +60,7 @@ def sampled_moments(
     sampled_queries, is_query = _samples(query, query_mask)
     sampled_keys, is_key = _samples(key, key_mask)
     with on_one_thread():
-        sampled_queries = sampled_queries.reshape(batch, heads, -1, d) * scale
+        sampled_queries = sampled_queries.reshape(batch, heads, group * sampled_queries.shape[2], d) * scale
         if is_query is None:
             share = torch.full_like(sampled_queries[..., 0], 1 / sampled_queries.shape[2])
         else:

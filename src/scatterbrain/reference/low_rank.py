@@ -87,6 +87,7 @@ def _(low_rank: Quadratic, inputs: Inputs) -> Coordinates:
             raise ValueError("statistics='input' would leak the future in causal attention; pass stored statistics")
         if statistics is not None:
             raise ValueError("statistics= was given with statistics='input', which fits its own; pass None")
+        _check_rank(low_rank.rank, inputs)
         project = functools.partial(sampled_projections, rank=low_rank.rank)
         rows = [_fit_to_samples(inputs, b, project) for b in range(inputs.query.shape[0])]
         rows = [[t.float() for t in row] for row in rows]
@@ -158,16 +159,20 @@ def fit_statistics(
 
 def _fit(inputs: Inputs, rows: list[int], rank: int) -> list[Tensor]:
     """Pq, a, Pk, b of every key/value head, fitted to the valid tokens of some batch rows."""
-    d = inputs.query.shape[3]
-    if rank > d:
-        raise ValueError(f"rank must be at most head_dim={d}, got {rank}")
-    heads = []
+    _check_rank(rank, inputs)
+    d, heads = inputs.query.shape[3], []
     for head in range(inputs.key.shape[1]):
         of_head = slice(head * inputs.group, (head + 1) * inputs.group)
         queries = torch.cat([inputs.query[b, of_head, ~inputs.query_padding[b]].reshape(-1, d) for b in rows])
         keys = torch.cat([inputs.key[b, head, ~inputs.key_padding[b]] for b in rows])
         heads.append(projections(moments(queries.detach().double() * inputs.scale, keys.detach().double()), rank))
     return [torch.stack(t).float() for t in zip(*heads)]
+
+
+def _check_rank(rank: int, inputs: Inputs) -> None:
+    d = inputs.query.shape[3]
+    if rank > d:
+        raise ValueError(f"rank must be at most head_dim={d}, got {rank}")
 
 
 class Moments(NamedTuple):
