@@ -84,14 +84,15 @@ class Checked:
             )
 
     def defined(self, dtype: torch.dtype = torch.float64, order: int = 0) -> dict[str, Tensor]:
-        """The same by the definition, computed in ``dtype``; in another ``order`` of the head's dimensions, which
-        rounds otherwise."""
+        """The same by the definition, computed in ``dtype``; in another ``order`` of the head's dimensions, and with
+        columns of zeros behind the values, of which torch's products are summed otherwise: both round otherwise."""
         statistics, head_dim = self.arguments["statistics"], self.call.head_dim
         permutation = torch.arange(head_dim)
         if order:
             permutation = torch.randperm(head_dim, generator=torch.Generator().manual_seed(order))
         tokens = [t.to(self.call.precision).to(dtype) for t in self.tokens]
         tokens[:2] = [t[..., permutation] for t in tokens[:2]]
+        tokens[2], d_out = (pad(t, (0, 8 * order)) for t in (tokens[2], self.gradient_of_out))
         if isinstance(statistics, sb.Projections):
             statistics = statistics.to(torch.float64 if dtype == torch.float64 else torch.float32)
         if statistics is not None:
@@ -99,7 +100,8 @@ class Checked:
             statistics = replace(statistics, **by_dimension)
         function = partial(sb.reference.attention, return_lse=True, dtype=dtype)
         arguments = self.definition | {"statistics": statistics}
-        results = self._run(function, tokens, arguments, self.gradient_of_out, self.gradient_of_lse)
+        results = self._run(function, tokens, arguments, d_out, self.gradient_of_lse)
+        results |= {n: results[n][..., : self.call.value_dim] for n in ("out", "dv") if n in results}
         back = permutation.argsort()
         return {n: t if n in ("out", "lse", "dv", "dc") else t[..., back] for n, t in results.items()}
 
