@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import testkit
@@ -12,6 +14,7 @@ from torch import nn
 
 import scatterbrain as sb
 from scatterbrain.layer_settings import LayerSettings
+from scatterbrain.supports import SUPPORTS
 
 PAIRS = {
     "layers.0.self_attn": (sb.Routed(64, block_q=32, pools=2), sb.Centroid(96)),
@@ -54,6 +57,16 @@ def test_paths_are_found_inside_of_other_models() -> None:
         ("layers: {x: {support: {kind: window, kyes: 8}, low_rank: none}}", "x.support.kyes: window has no such field"),
         ("layers: {x: {support: {kind: window, keys: 0}, low_rank: none}}", "x.support: .*keys must be at least"),
         ("layers: {x: {support: empty, low_rank: none}}", "x: .*leaves no attention at all"),
+        (
+            "layers: {x: {support: {kind: blocks, index: [[0]]}, low_rank: none}}",
+            "x.support: expected one of full, .* got",
+        ),
+        ("layers: {x: {support: {keys: 8}, low_rank: none}}", r"x.support: expected one of full, .* got \{'keys': 8\}"),
+        (
+            "layers: {x: {support: full, low_rank: 'os:abc'}}",
+            "x.low_rank: expected one of quadratic, .* got 'os:abc'",
+        ),
+        ("layers: {x: {support: {kind: window, keys: many}, low_rank: none}}", "x.support: Window"),
         ("layers: [", "is no YAML file"),
     ],
 )
@@ -135,7 +148,29 @@ def test_transformers_take_them_by_name_and_save_them_with_the_model(tmp_path: P
 )
 def test_parts_that_no_file_can_hold_are_refused_by_name(pair: tuple, tmp_path) -> None:
     settings = sb.LayerSettings({"layer": pair})
-    with pytest.raises(
-        ValueError, match="got (Features|Blocks), which is made of tensors or functions; pass"
-    ):
+    with pytest.raises(ValueError, match="got (Features|Blocks), which is made of tensors or functions; pass"):
         settings.save(tmp_path / "layers.yaml")
+
+
+def test_a_class_that_no_file_could_name_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Wide(sb.Window):
+        kind: ClassVar[str] = "wide"
+
+    with pytest.raises(ValueError, match=r"layers: layer: .* got Wide, .*scatterbrain.supports.register\(Wide\)"):
+        sb.LayerSettings({"layer": (Wide(8), None)}).save(tmp_path / "layers.yaml")
+    assert not (tmp_path / "layers.yaml").exists()
+
+
+def test_a_field_without_a_default_is_asked_for() -> None:
+    @dataclass(frozen=True)
+    class Needy(sb.Window):
+        kind: ClassVar[str] = "needy"
+        keys: int = field()
+
+    try:
+        SUPPORTS.register(Needy)
+        with pytest.raises(ValueError, match="layers: x.support.keys: needy needs this field"):
+            LayerSettings.from_dict({"layers": {"x": {"support": "needy", "low_rank": "none"}}})
+    finally:
+        SUPPORTS.pop("needy", None)

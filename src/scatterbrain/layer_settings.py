@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from scatterbrain.checks import check_pair
 from scatterbrain.low_rank import LOW_RANK_KERNELS, LowRank
+from scatterbrain.registry import Registry, shown
 from scatterbrain.supports import SUPPORTS, Support
 
 Pair = tuple[Support, LowRank]
@@ -71,7 +71,10 @@ class LayerSettings(Mapping[str, Pair]):
     def as_dict(self) -> dict[str, Any]:
         """In the types of YAML and JSON."""
         layers = {
-            path: {"support": _as_dict(support), "low_rank": "none" if low_rank is None else _as_dict(low_rank)}
+            path: {
+                "support": _as_data(path, support, SUPPORTS),
+                "low_rank": "none" if low_rank is None else _as_data(path, low_rank, LOW_RANK_KERNELS),
+            }
             for path, (support, low_rank) in self._pairs.items()
         }
         return {**self.about, "layers": layers}
@@ -83,15 +86,20 @@ class LayerSettings(Mapping[str, Pair]):
             ValueError: naming the layer and the key.
         """
         if not isinstance(content, Mapping) or not isinstance(content.get("layers"), Mapping):
-            raise ValueError(f"{origin}: expected a mapping with the key 'layers', got {_shown(content)}")
+            raise ValueError(f"{origin}: expected a mapping with the key 'layers', got {shown(content)}")
         pairs = {}
         for path, given in content["layers"].items():
             where = f"{origin}: {path}"
             if not isinstance(given, Mapping) or set(given) != {"support", "low_rank"}:
-                raise ValueError(f"{where}: expected the keys support and low_rank, got {_shown(given)}")
-            low_rank = given["low_rank"]
-            kernel = None if low_rank in (None, "none") else _built(f"{where}.low_rank", low_rank, LOW_RANK_KERNELS)
-            pairs[path] = _built(f"{where}.support", given["support"], SUPPORTS), kernel
+                raise ValueError(f"{where}: expected the keys support and low_rank, got {shown(given)}")
+            try:
+                support = SUPPORTS.configurable().made(given["support"], f"{where}.support")
+                low_rank = None
+                if given["low_rank"] not in (None, "none"):
+                    low_rank = LOW_RANK_KERNELS.configurable().made(given["low_rank"], f"{where}.low_rank")
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+            pairs[path] = support, low_rank
         try:
             return cls(pairs, {key: value for key, value in content.items() if key != "layers"})
         except (TypeError, ValueError) as error:
@@ -138,38 +146,12 @@ class LayerSettings(Mapping[str, Pair]):
         )
 
 
-def _as_dict(part: Any) -> dict[str, Any]:
-    """A support or kernel by its kind and the fields that are not their defaults; the budget always."""
-    if not part.is_configurable:
-        raise ValueError(
-            "layers: a file holds supports and kernels that numbers and names make, got "
-            f"{type(part).__name__}, which is made of tensors or functions; pass "
-            "the pairs in Python, or register a class of your own that makes it"
-        )
-    own = {f.name: getattr(part, f.name) for f in fields(part) if f.init}
-    shown = {f.name: own[f.name] for f in fields(part) if f.init and (own[f.name] != f.default or f.name in _BUDGETS)}
-    return {"kind": part.kind, **shown}
+BUDGETS = ("keys", "clusters", "rank", "features")
 
 
-_BUDGETS = ("keys", "clusters", "rank", "features")
-
-
-def _built(where: str, given: Any, classes: Mapping[str, type]) -> Any:
-    options = {"kind": given} if isinstance(given, str) else given
-    if not isinstance(options, Mapping) or options.get("kind") not in classes:
-        raise ValueError(f"{where}: expected one of {', '.join(classes)} (as the kind), got {_shown(given)}")
-    cls = classes[options["kind"]]
-    own = {name: value for name, value in options.items() if name != "kind"}
-    known = [f.name for f in fields(cls) if f.init]
-    for name in own:
-        if name not in known:
-            raise ValueError(f"{where}.{name}: {cls.kind} has no such field; it has {', '.join(known) or 'none'}")
+def _as_data(path: str, part: Any, registry: Registry) -> dict[str, Any]:
+    """The budget always, so that a reader of the file need not know the defaults."""
     try:
-        return cls(**own)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        return registry.as_data(part, BUDGETS)
+    except ValueError as error:
+        raise ValueError(f"layers: {path}: {error}") from error

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +10,9 @@ from torch import nn
 
 import scatterbrain as sb
 from scatterbrain.checks import check_pair
-from scatterbrain.low_rank import LOW_RANK_KERNELS, LowRankKernel
-from scatterbrain.supports import SUPPORTS, Support
+from scatterbrain.low_rank import LOW_RANK_KERNELS
+from scatterbrain.registry import Registry
+from scatterbrain.supports import SUPPORTS
 from scatterbrain.training.config import AttentionConfig, WrongType
 
 
@@ -29,7 +28,8 @@ def build_support_and_low_rank(config: AttentionConfig) -> tuple[Any, Any]:
         with _naming("attention.keys"):
             support = preset(keys=config.keys)[0]
     else:
-        support = _build("attention.support", config.support, _supports(), Support, keys=config.keys)
+        causal = SUPPORTS.configurable(lambda cls: not cls.is_bidirectional_only)
+        support = _build("attention.support", config.support, causal, keys=config.keys)
     if config.low_rank is None:
         low_rank = None if support.is_full else preset()[1]
     else:
@@ -69,41 +69,18 @@ def describe_attention(config: AttentionConfig) -> str:
 def _build_low_rank(value: str | dict[str, Any]) -> Any:
     if value == "none":
         return None
-    return _build("attention.low_rank", value, LOW_RANK_KERNELS, LowRankKernel)
+    return _build("attention.low_rank", value, LOW_RANK_KERNELS.configurable())
 
 
-def _supports() -> dict[str, type[Support]]:
-    return {kind: cls for kind, cls in SUPPORTS.items() if cls.is_configurable and not cls.is_bidirectional_only}
-
-
-def _class_of(key: str, kind: object, classes: dict[str, type], base: type) -> type:
-    """A class by its kind, or an own one derived from ``base`` by "module:Class"."""
-    if isinstance(kind, str) and ":" in kind:
-        module, _, name = kind.partition(":")
-        try:
-            cls = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{key}: cannot import {kind!r}, expected module:Class: {error}") from error
-        if not (isinstance(cls, type) and issubclass(cls, base)):
-            raise ValueError(f"{key}: expected a class derived from {base.__name__}, got {kind!r}")
-        return cls
-    if not isinstance(kind, str) or kind not in classes:
-        error = ValueError if isinstance(kind, str) else WrongType
-        raise error(f"{key}: expected one of {', '.join(classes)} (as the kind), got {kind!r}")
-    return classes[kind]
-
-
-def _build(key: str, value: str | dict[str, Any], classes: dict[str, type], base: type, **defaults: Any) -> Any:
-    fields = {"kind": value} if isinstance(value, str) else dict(value)
-    kind = fields.pop("kind", None)
-    cls = _class_of(key, kind, classes, base)
+def _build(key: str, value: str | dict[str, Any], classes: Registry, **defaults: Any) -> Any:
+    """Classes of the user's own too, by "module:Class"."""
+    try:
+        cls = classes.class_of(value, key, imports=True)
+    except TypeError as error:
+        raise WrongType(str(error)) from error
     defaults |= getattr(cls, "training_defaults", {})
-    known = [field.name for field in dataclasses.fields(cls) if field.init]
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"{key}.{name}: {kind} has no such field; it has {', '.join(known) or 'none'}")
-    inherits_keys = "keys" in defaults and "keys" in known and "keys" not in fields
-    fields = {name: default for name, default in defaults.items() if name in known} | fields
+    fields = classes.fields_of(cls, value, key, **defaults)
+    inherits_keys = "keys" in defaults and "keys" in fields and not (isinstance(value, dict) and "keys" in value)
     with _naming(f"{key} with attention.keys {defaults['keys']}" if inherits_keys else key):
         return cls(**fields)
 
