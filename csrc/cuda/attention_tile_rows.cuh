@@ -28,7 +28,8 @@ SB_DEVICE uint32_t any_of_rows(uint32_t pattern) {
 }
 
 // Keys before state_end are in the state that the tile reads, or listed by rows that see them all; keys from there to
-// seen_end are weighed pair by pair. Without a causal edge all keys are of the first kind.
+// seen_end are weighed pair by pair. Without a causal edge all keys are of the first kind; with one state_end is a
+// multiple of kStage, so that no group of listed keys has keys of both.
 struct TileEdges {
   int32_t first;  // the edge of row 0: row r sees keys to first + r, of those before seen_end
   int32_t state_end, seen_end;
@@ -53,7 +54,7 @@ struct TileEdges {
       if (state_slot * kChunk <= kByKeyLimit + p.longest_list) state_slot = 0;
       state_end = state_slot * int32_t(kChunk);
     } else {
-      state_end = edge < 0 ? 0 : int32_t(edge);
+      state_end = edge < 0 ? 0 : int32_t(edge) / kStage * kStage;
     }
     seen_end = int32_t(seen);
   }

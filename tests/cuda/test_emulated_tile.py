@@ -175,6 +175,15 @@ def test_errors_of_causal_windows_are_those_of_the_cpu_kernel(
         assert not excess(emulator, tokens_of(dtype), *given, is_causal=True, query_offset=offset)
 
 
+@pytest.mark.parametrize("kind", ["none", "quadratic"])
+@pytest.mark.parametrize("form", ["single queries", "blocks of keys"])
+def test_edges_of_causal_tiles_may_lie_within_a_group_of_listed_keys(emulator: Emulator, form: str, kind: str) -> None:
+    """What such a group holds from the edge on is weighed after all groups."""
+    tokens = [t[:, :, :100] for t in tokens_of(torch.bfloat16)]
+    support = lists(100, *FORMS[form], is_causal=True)
+    assert not excess(emulator, tokens, support, LOW_RANKS[kind], is_causal=True, query_offset=5)
+
+
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (128, 56)])
 def test_every_width_of_ragged_tiles_fits(emulator: Emulator, head_dim: int, value_dim: int) -> None:
     tokens = tokens_of(torch.bfloat16, head_dim, value_dim, heads=2)
