@@ -252,7 +252,8 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
           multiply_add(dx[c], d_high, high[2 * c], high[2 * c + 1], Bfloat16{});
         }
       }
-      if (kHasClusters) add_to_clusters(of_lane, valid, d_product);
+      // Sums in shared memory are those of the first walk.
+      if (kHasClusters && !is_careful) add_to_clusters(of_lane, valid, d_product);
     } else {
       SB_UNROLL
       for (int r = 0; r < 2; ++r) {

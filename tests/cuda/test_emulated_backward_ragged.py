@@ -170,6 +170,18 @@ def test_keys_that_are_no_numbers_reach_those_who_list_them_alone(emulator: Emul
         assert_same_bits([dq[~lists_it]], [base[~lists_it]], ("dq",))
 
 
+@pytest.mark.parametrize("kind", LOW_RANKS)
+def test_a_gradient_that_is_no_number_leaves_those_of_other_queries_alone(emulator: Emulator, kind: str) -> None:
+    given, support = given_of(torch.bfloat16, n=N), lists(N, *FORMS["4 queries"], batch=1)
+    more = {"statistics": statistics_of(LOW_RANKS[kind], given)} if kind == "centroid" else {}
+    base = bits(emulator, given, support, kind, **more)[0]
+    given[3][0, 0, 17, 2] = torch.nan
+    got = bits(emulator, given, support, kind, **more)[0]
+    others = torch.ones(1, 2, N, dtype=torch.bool)
+    others[0, 0, 17] = False
+    assert got[0, 0, 17].isnan().all() and torch.equal(got[others], base[others])
+
+
 def reached_by_no_number(emulator: Emulator) -> str:
     """Whether dk or dv has one beyond the keys that a query lists which has, or whose gradient has."""
     base = bits(emulator, given_of(torch.bfloat16, n=N), sb.Window(20), "none", is_causal=True)
