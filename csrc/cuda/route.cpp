@@ -133,6 +133,8 @@ class Route {
       p.key_numbers = floats({p.batch, p.kv_heads, p.fine_runs, p.key_columns(), 32});
       if (p.has_clusters()) p.cluster_parts = parts({p.batch, p.kv_heads, p.rank, 3, p.head_dim});
     } else {
+      // A turn takes up as many superblocks or blocks as it keeps of those before, or more, so that turns are few.
+      if (candidate_superblocks(a.keys, a.window) > 32 * kMostRouteRows / 4) return;
       p.tile_rows = kMostRouteRows;
     }
     for (int level = 0; level < (p.block_k == 1 && p.k_tokens < kLongRow ? 1 : 2); ++level) {

@@ -251,7 +251,8 @@ SB_DEVICE int32_t take_top_of_warp(const int32_t (&key)[kRows], int rows, int64_
 
 // By a warp: in place of `count` keys and their names in global memory the n largest, in their order, ties to the
 // first; returns how many they are. What does not fit into registers comes in turn, behind the best of what came
-// before, which take the first places. next_key and next_name: working memory for n of each.
+// before, which take the first places. n is at most half of what registers hold. next_key and next_name: working memory
+// for n of each.
 template <int kRows>
 SB_DEVICE int32_t take_in_turn(int32_t* key, int32_t* name, int count, int64_t n, int32_t* next_key,
                                int32_t* next_name) {

@@ -81,6 +81,15 @@ def test_queries_choose_among_the_best_superblocks(emulator: Emulator, is_causal
     assert_as_defined(emulator, inputs.causal([1390]) if is_causal else inputs, PER_QUERY[1])
 
 
+@pytest.mark.parametrize(("keys", "has_tiles"), [(2048, True), (2056, False), (9000, False)])
+def test_lists_that_registers_cannot_hold_go_without_tensor_cores(
+    emulator: Emulator, keys: int, has_tiles: bool
+) -> None:
+    query, key = rand(1, 1, 20, 16).bfloat16(), rand(1, 1, 20, 16).bfloat16()
+    with on_tensor_cores(emulator, has_tiles):
+        sb.route(query, key, sb.Routed(16 + keys, block_q=1, block_k=8, window=16), None)
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
 def test_superblocks_of_long_rows_choose_as_the_definition(emulator: Emulator, is_causal: bool) -> None:
     inputs = inputs_of(torch.bfloat16, 20, 17000, heads=1, d=8, batch=1, seed=5)
