@@ -143,6 +143,8 @@ def test_what_is_no_model_or_no_input_says_what_was_expected(
         (["gone.py:f"], ["gone.py: expected a Python file"]),
         ([f"{module}:with_batch", "--inputs", "gone.txt"], ["--inputs: expected a file or folder, got gone.txt"]),
         ([f"{module}:with_batch", "--rows", "0"], ["--rows must be at least 1, got 0"]),
+        ([f"{module}:with_batch", "--threads", "0"], ["--threads must be at least 1, got 0"]),
+        ([f"{module}:with_batch", "--json", str(tmp_path)], ["--json: expected a file to write", "is a folder"]),
         ([f"{module}:with_batch", "--configurations", "windw-3"], ["unknown method 'windw-3'"]),
     ):
         assert main(["compare", *arguments]) == 1, arguments

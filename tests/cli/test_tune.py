@@ -18,6 +18,23 @@ def with_batches():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 2, 40, 0.0, batch_first=True)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), [torch.randn(1, 150, 32) for _ in range(3)]
+
+class Returning(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.encoder, self.batches = with_batches()
+        self.change = change
+
+    def forward(self, tokens):
+        return self.change(self.encoder(tokens))
+
+def of_classes():
+    model = Returning(lambda out: out[:, 0])
+    return model, model.batches
+
+def of_names():
+    model = Returning(lambda out: {"features": out})
+    return model, model.batches
 """
 
 
@@ -51,6 +68,25 @@ def test_a_bound_is_needed(model: str, tmp_path: Path, capsys: pytest.CaptureFix
         (("--max-error", "1", "--batches", "0"), "--batches must be at least 1"),
     ):
         assert main(["tune", model, *arguments, *times]) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_what_cannot_be_judged_or_written_is_refused_by_name(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = model.rpartition(":")[0]
+    for function, arguments, words in (
+        (
+            "of_classes",
+            ("--of", "mean"),
+            "--of mean: expected a model whose output is (rows, tokens, ...), got shape (1, 32)",
+        ),
+        ("of_names", (), "expected a model that returns a tensor, last_hidden_state or logits, got dict"),
+        ("with_batches", ("--yaml", str(tmp_path)), "--yaml: expected a file to write"),
+        ("with_batches", ("--threads", "0"), "--threads must be at least 1, got 0"),
+    ):
+        times = ("--times", str(tmp_path / "times.json"))
+        assert main(["tune", f"{file}:{function}", "--max-error", "1", *arguments, *times]) == 1
         assert words in capsys.readouterr().err
 
 

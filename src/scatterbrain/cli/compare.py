@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scatterbrain.cli.command import CommandError, readable_errors
+from scatterbrain.cli.on_model import check_outputs, load, parser_of
 
 DESCRIPTION = """\
 Shows how a model's attention looks on real inputs, and what configurations make of it, layer by layer: entropy of the
@@ -39,28 +40,12 @@ def compare(arguments: Sequence[str]) -> int:
     """
     options = _parser().parse_args(list(arguments))
     with readable_errors():
-        import torch
-
         from scatterbrain.analysis.captured import capture
         from scatterbrain.analysis.comparison import checked_configurations, comparing
-        from scatterbrain.analysis.models import Source
 
         chosen = None if options.configurations is None else checked_configurations(options.configurations)
-        if options.png is not None:
-            import matplotlib  # noqa: F401  (before minutes of measuring, not after)
-        source = Source(
-            options.model,
-            options.inputs,
-            options.checkpoint,
-            options.tokens,
-            options.size,
-            options.rows,
-            batches=1 if options.calibrate_on_itself else 2,
-            seed=options.seed,
-        )
-        torch.set_num_threads(options.threads)
-        loaded = source.load()
-        print(loaded.about, flush=True)
+        check_outputs(options, "json", "png", "capture")
+        loaded = load(options, batches=1 if options.calibrate_on_itself else 2)
         batch, calibration = loaded.batches[0], loaded.batches[1] if len(loaded.batches) > 1 else None
         if options.capture is not None:
             entries = capture(loaded.model, batch, options.capture, calibration)
@@ -89,18 +74,8 @@ def compare(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from scatterbrain.analysis.models import WAYS
-
-    ways = "\n".join(f"  {line}" for line in WAYS.splitlines())
-    parser = argparse.ArgumentParser(
-        "scatterbrain compare",
-        "scatterbrain compare MODEL [--inputs FILE] [options]",
-        DESCRIPTION.format(ways=ways),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("compare", "scatterbrain compare MODEL [--inputs FILE] [options]", DESCRIPTION)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder, a timm name, or module:function")
-    add_inputs(parser)
     add(
         "--configurations",
         nargs="+",
@@ -118,21 +93,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--png", type=Path, metavar="FILE", help="draw error, shares and entropy by layer")
     add("--capture", type=Path, metavar="FILE", help="also write the layers' queries, keys and values (safetensors)")
     return parser
-
-
-def add_inputs(parser: argparse.ArgumentParser) -> None:
-    """The options of what a model is run on."""
-    add = parser.add_argument
-    add(
-        "--inputs",
-        type=Path,
-        metavar="FILE",
-        help="text, images (a file, a folder, or an array in .npz or .npy), or the model's arguments by name "
-        "(.safetensors); a function may bring its own; default: random",
-    )
-    add("--checkpoint", type=Path, metavar="FILE", help="state dict of a timm model")
-    add("--tokens", type=int, metavar="N", help="tokens of a text (default: the model's most, at most 1024)")
-    add("--size", type=int, metavar="PIXELS", help="side of images (default: the model's)")
-    add("--rows", type=int, default=1, metavar="N", help="sequences or images of a batch (default 1)")
-    add("--threads", type=int, default=1, metavar="N", help="threads of torch (default 1)")
-    add("--seed", type=int, default=0, metavar="N", help="of random inputs (default 0)")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scatterbrain.cli.command import CommandError, readable_errors
-from scatterbrain.cli.compare import add_inputs
+from scatterbrain.cli.on_model import check_outputs, load, parser_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,28 +47,10 @@ def tune(arguments: Sequence[str]) -> int:
     """
     options = _parser().parse_args(list(arguments))
     with readable_errors():
-        import torch
-
-        from scatterbrain.analysis.models import Source
         from scatterbrain.analysis.tuning import tune as choose
 
-        if options.png is not None:
-            import matplotlib  # noqa: F401  (before minutes of measuring, not after)
-        if options.yaml is not None:
-            import yaml  # noqa: F401
-        source = Source(
-            options.model,
-            options.inputs,
-            options.checkpoint,
-            options.tokens,
-            options.size,
-            options.rows,
-            options.batches,
-            options.seed,
-        )
-        torch.set_num_threads(options.threads)
-        loaded = source.load()
-        print(loaded.about, flush=True)
+        check_outputs(options, "yaml", "png", "times")
+        loaded = load(options, options.batches)
         bounds = {"max_error": options.max_error, "budget": options.budget}
         try:
             tuning = choose(
@@ -98,24 +80,33 @@ def _show(what: str) -> None:
 
 
 def _output(of: str) -> Callable[[Any], Tensor]:
+    """Of what a model returns, the tensor that errors are of."""
     from scatterbrain.analysis.tuning import output_of
 
-    take = {"output": lambda out: out, "mean": lambda out: out.mean(1), "first": lambda out: out[:, 0]}[of]
-    return lambda returned: take(output_of(returned))
+    def take(returned: Any) -> Tensor:
+        try:
+            out = output_of(returned)
+        except TypeError as error:
+            raise CommandError(
+                f"expected a model that returns a tensor, last_hidden_state or logits, got {type(returned).__name__}; "
+                "let module:function return one that does, or call sb.tune with output="
+            ) from error
+        if of == "output":
+            return out
+        if out.dim() < 3:
+            raise CommandError(
+                f"--of {of}: expected a model whose output is (rows, tokens, ...), got shape {tuple(out.shape)}; "
+                "leave it out"
+            )
+        return out.mean(1) if of == "mean" else out[:, 0]
+
+    return take
 
 
 def _parser() -> argparse.ArgumentParser:
-    from scatterbrain.analysis.models import WAYS
-
-    ways = "\n".join(f"  {line}" for line in WAYS.splitlines())
-    parser = argparse.ArgumentParser(
-        "scatterbrain tune",
-        "scatterbrain tune MODEL --inputs FILE (--max-error E | --budget SHARE) [options]",
-        DESCRIPTION.format(ways=ways),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = "scatterbrain tune MODEL --inputs FILE (--max-error E | --budget SHARE) [options]"
+    parser = parser_of("tune", usage, DESCRIPTION)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder, a timm name, or module:function")
     add("--max-error", type=float, metavar="E", help="largest error of the model's output, such as .05")
     add("--budget", type=float, metavar="SHARE", help="largest share of exact attention's time, such as .2")
     add(
@@ -124,7 +115,6 @@ def _parser() -> argparse.ArgumentParser:
         choices=["output", "mean", "first"],
         help="what errors are of: the whole output (default), its mean over tokens, or its first token",
     )
-    add_inputs(parser)
     add("--batches", type=int, default=8, metavar="N", help="batches, of which the second half judges (default 8)")
     add("--yaml", type=Path, metavar="FILE", help="write the settings there")
     add("--png", type=Path, metavar="FILE", help="draw error against time")

@@ -1,0 +1,79 @@
+"""What commands that run a model share: their parser, and the model with its inputs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scatterbrain.cli.command import CommandError
+
+if TYPE_CHECKING:
+    from scatterbrain.analysis.models import Loaded
+
+
+def parser_of(command: str, usage: str, description: str) -> argparse.ArgumentParser:
+    """With the model and the options of what it is run on. ``{ways}`` in the description stands for what a model may
+    be."""
+    from scatterbrain.analysis.models import WAYS
+
+    ways = "\n".join(f"  {line}" for line in WAYS.splitlines())
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        f"scatterbrain {command}", usage, description.format(ways=ways), formatter_class=formatter
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder, a timm name, or module:function")
+    add(
+        "--inputs",
+        type=Path,
+        metavar="FILE",
+        help="text, images (a file, a folder, or an array in .npz or .npy), or the model's arguments by name "
+        "(.safetensors); a function may bring its own; default: random",
+    )
+    add("--checkpoint", type=Path, metavar="FILE", help="state dict of a timm model")
+    add("--tokens", type=int, metavar="N", help="tokens of a text (default: the model's most, at most 1024)")
+    add("--size", type=int, metavar="PIXELS", help="side of images (default: the model's)")
+    add("--rows", type=int, default=1, metavar="N", help="sequences or images of a batch (default 1)")
+    add("--threads", type=int, default=1, metavar="N", help="threads of torch (default 1)")
+    add("--seed", type=int, default=0, metavar="N", help="of random inputs (default 0)")
+    return parser
+
+
+def check_outputs(options: argparse.Namespace, *names: str) -> None:
+    """Before minutes of measuring, not after: whether files can be written and drawn.
+
+    Raises:
+        CommandError: naming the option.
+        ModuleNotFoundError: a package that writes them.
+    """
+    for name in names:
+        file = getattr(options, name)
+        if file is None:
+            continue
+        if file.is_dir():
+            raise CommandError(f"--{name}: expected a file to write, got {file}, which is a folder")
+        if name == "png":
+            import matplotlib  # noqa: F401
+        if name == "yaml":
+            import yaml  # noqa: F401
+
+
+def load(options: argparse.Namespace, batches: int) -> Loaded:
+    """The model and at most so many batches. Prints what they are.
+
+    Raises:
+        ValueError: naming the option, or what the model was expected to be.
+    """
+    import torch
+
+    from scatterbrain.analysis.models import Source
+
+    if options.threads < 1:
+        raise CommandError(f"--threads must be at least 1, got {options.threads}")
+    named = options.inputs, options.checkpoint, options.tokens, options.size, options.rows
+    source = Source(options.model, *named, batches, options.seed)
+    torch.set_num_threads(options.threads)
+    loaded = source.load()
+    print(loaded.about, flush=True)
+    return loaded
