@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,35 @@ def test_calls_behind_a_prefix_and_first_exact_queries_count_as_they_run() -> No
         compare_call(call(False, False, exact_queries=n), {"w": PAIRS["sparse"]}, of, 1).figures["w"] for n in (0, 90)
     )
     assert max(with_first.error) == 0 and with_first.in_lists == pytest.approx([1, 1]) and min(plain.error) > 0.1
+
+
+def test_batch_rows_without_tokens_count_for_nothing() -> None:
+    one, two = call(False, False), call(False, False)
+    one = replace(one, query=one.query[:1], key=one.key[:1], value=one.value[:1])
+    two = replace(two, key_padding_mask=torch.tensor([[False], [True]]).expand(2, 90))
+    want, got = (compare_call(of, {"sparse": PAIRS["sparse"]}, of, 1) for of in (one, two))
+    assert got.entropy == pytest.approx(want.entropy, rel=1e-5)
+    for figures in ("error", "in_lists", "low_rank"):
+        of = getattr(want.figures["sparse"], figures)
+        assert getattr(got.figures["sparse"], figures) == pytest.approx(of, rel=1e-5, abs=1e-6)
+
+
+def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:
+    tokens = torch.randn(1, L, E)
+    tokens[:, 50] = torch.nan
+    comparison = sb.compare(encoder(), tokens, {"sparse": PAIRS["sparse"]}, repeats=1)
+    figures = comparison.layers[0].figures["sparse"]
+    assert all(math.isnan(value) for value in (*comparison.layers[0].entropy, *figures.error, *figures.in_lists))
+    assert "nan" in str(comparison)
+    comparison.write_json(tmp_path / "c.json")
+    content = json.loads((tmp_path / "c.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert content["layers"][0]["figures"]["sparse"]["error"] == [None] * H
+
+
+@pytest.mark.parametrize("shape", [(1, 0, E), (0, L, E)], ids=["tokens", "rows"])
+def test_a_batch_of_nothing_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least one row and one token, got queries .* in layers.0.self_attn"):
+        sb.compare(encoder(), torch.randn(shape), PAIRS)
 
 
 def test_cross_attention_runs_query_by_query() -> None:

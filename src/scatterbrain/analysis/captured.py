@@ -92,7 +92,7 @@ def calls_of(model: nn.Module, batch: Batch, token_order: str | None = "auto") -
 
     Raises:
         ValueError: no attention that is known: which modules were looked at, and what would be needed; or none of it
-            ran.
+            ran, or without tokens.
     """
     calls: list[LayerCall] = []
     with recording(model, calls.append, token_order):
@@ -102,6 +102,12 @@ def calls_of(model: nn.Module, batch: Batch, token_order: str | None = "auto") -
             "expected the batch to reach the model's attention layers, but none of them computed attention with it; "
             "give a batch of whole sequences, not single tokens behind a cache, without output_attentions"
         )
+    for call in calls:
+        if 0 in (*call.query.shape, *call.key.shape):
+            raise ValueError(
+                "expected a batch with at least one row and one token, got queries "
+                f"{tuple(call.query.shape)} and keys {tuple(call.key.shape)} in {call.path}"
+            )
     return calls
 
 

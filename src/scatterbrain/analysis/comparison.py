@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import statistics
@@ -144,7 +145,7 @@ class Comparison:
         content = {"facts": self.facts(), "layers": [asdict(layer) for layer in self.layers]}
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(json.dumps(_without_nan(content), indent=1) + "\n")
 
     def draw(self, file: str | os.PathLike[str]) -> None:
         """A picture: error, where the weight lies and entropy by layer. Needs matplotlib."""
@@ -156,6 +157,15 @@ class Comparison:
         from scatterbrain.analysis.tables import comparison_tables
 
         return comparison_tables(self)
+
+
+def _without_nan(content: Any) -> Any:
+    """None in place of what is no finite number, which JSON has no word for."""
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -256,7 +266,7 @@ def checked_configurations(configurations: Configurations) -> dict[str, Pair]:
 def compare_call(call: LayerCall, configurations: dict[str, Pair], fit_on: LayerCall, repeats: int) -> LayerComparison:
     """Figures of one call. ``fit_on``: the call that statistics are fitted on."""
     target = exact(call)
-    valid = call.valid_queries() & torch.isfinite(target.lse).any(1)
+    valid = call.valid_queries() & (target.lse != -torch.inf).any(1)
     figures: dict[str, Figures] = {}
     timed: dict[str, Callable[[], object]] = {"": by_torch(call)}
     for name, pair in configurations.items():
@@ -330,26 +340,29 @@ def figures_of(call: LayerCall, run: Run, target: Exact, valid: Tensor) -> Figur
         first = slice(call.exact_queries)
         listed[:, :, first] = lse[:, :, first] = target.lse[:, :, first]
     in_lists = mean_over_queries((listed - target.lse).exp().clamp(max=1.0), valid)
-    low_rank = mean_over_queries((1 - (listed - lse).exp()).clamp(min=0.0), valid)
+    others = torch.where(lse == -torch.inf, 0, (1 - (listed - lse).exp()).clamp(min=0.0))  # no weight, no share of it
+    low_rank = mean_over_queries(others, valid)
     return Figures(*(by_group(call, t) for t in (errors_of(call, out, target, valid), in_lists, low_rank)))
 
 
 def errors_of(call: LayerCall, out: Tensor, target: Exact, valid: Tensor) -> Tensor:
-    """||o - o*|| / ||o*|| over the queries that count, (B, Hq)."""
-    lost = (out.to(target.out.dtype) - target.out) * valid[:, None, :, None]
+    """||o - o*|| / ||o*|| over the queries that count, of every head in the batch rows that have any: (rows, Hq). What
+    is no number in one of these queries is none here."""
+    rows, ignored = valid.any(1), ~valid[:, None, :, None]
+    lost = (out.to(target.out.dtype) - target.out).masked_fill(ignored, 0)
     lost[:, :, : call.exact_queries] = 0
-    norm = (target.out * valid[:, None, :, None]).nan_to_num(0.0).flatten(2).norm(dim=-1)
-    return lost.nan_to_num(0.0).flatten(2).norm(dim=-1) / norm.clamp(min=1e-30)
+    norm = target.out.masked_fill(ignored, 0).flatten(2).norm(dim=-1)
+    return (lost.flatten(2).norm(dim=-1) / norm.clamp(min=1e-30))[rows]
 
 
 def mean_over_queries(values: Tensor, valid: Tensor) -> Tensor:
-    """(B, Hq) of (B, Hq, N)."""
-    weights = valid[:, None].to(values.dtype)
-    return (values.nan_to_num(0.0) * weights).sum(-1) / weights.sum(-1).clamp(min=1)
+    """(rows that have a query that counts, Hq) of (B, Hq, N)."""
+    rows, ignored = valid.any(1), ~valid[:, None]
+    return (values.masked_fill(ignored, 0).sum(-1) / (~ignored).sum(-1).clamp(min=1))[rows]
 
 
 def by_group(call: LayerCall, values: Tensor) -> list[float]:
-    """Means over batch rows and the query heads of each key/value head, of (B, Hq)."""
+    """Means over batch rows and the query heads of each key/value head, of (rows, Hq)."""
     return values.double().mean(0).unflatten(0, (call.key.shape[1], -1)).mean(1).tolist()
 
 
