@@ -7,10 +7,8 @@
 // Stages of keys come as in the forward pass. Gradients of scores meet keys in bfloat16, or in two parts of float16;
 // those of x.y meet coordinates in two parts of bfloat16. dO.v, exponents and the state are exact to float32.
 #pragma once
-#include "attention_backward.cuh"
-#include "tile_memory.cuh"
-
 #include "attention_backward_tile_state.cuh"
+#include "attention_tile_stages.cuh"
 
 namespace sb::cuda {
 
@@ -27,7 +25,7 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   using Base::kHasQuadratic, Base::kHasClusters, Base::kHasLowRank, Base::kIsHalf;
   using Base::p, Base::base, Base::b, Base::h, Base::kv, Base::head, Base::first_slot, Base::lane, Base::g, Base::t;
   using Base::queries, Base::x, Base::d_x, Base::of_hz, Base::x_high, Base::x_low, Base::first_key, Base::state_slot;
-  using Base::row_of, Base::quad_sum, Base::quad_max, Base::raise;
+  using Base::row_of, Base::raise;
   using Base::width, Base::exponents, Base::d_exponents, Base::pairs;
 
  public:
@@ -36,7 +34,7 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
 
   SB_DEVICE void run() {
     const RowRange range = load(p.rows + b);
-    if (!this->find_queries(range)) return;
+    if (!find_queries(p, range, b, h, first_slot, queries)) return;
     first_key = range.k_first;
     if (kIsRagged) edges = TileEdges(p, range, first_slot);
     state_slot = kIsRagged ? edges.state_slot : int32_t(p.slots - 1);
@@ -102,43 +100,20 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   SB_DEVICE void go_through(const RowRange& range) {
     if constexpr (kIsRagged) {
       TileRows rows(p, edges, range, b, h, first_slot, has_query);
-      add_stages<kForGradients, false>([&](StageKeys& keys) { return rows.next_listed(keys); });
-      if constexpr (!kHasClusters) {
-        rows.enter_seen();
-        add_stages<kForGradients, true>([&](StageKeys& keys) { return rows.next_seen(keys); });
-      }
+      go_through_rows<kKind>(
+          rows, [&](auto is_behind, const auto& next) { add_stages<kForGradients, is_behind.value>(next); });
     } else {
-      const KeyList list(p, range, b, h, first_slot, edge_of_slot(p, range, first_slot));
-      int64_t position = 0;
-      add_stages<kForGradients, false>([&](StageKeys& keys) {
-        if (position >= list.positions()) return false;
-        const int64_t here = position + lane % kStage;
-        keys.key = here < list.positions() ? int32_t(list.key_at(here)) : -1;
-        position += kStage;
-        return true;
-      });
+      StagesOfList list(p, range, b, h, first_slot);
+      add_stages<kForGradients, false>([&](StageKeys& keys) { return list.next(keys); });
     }
   }
 
-  // next_stage(keys) gives the next one, or false behind the last. `kIsBehind`: keys behind the tile's state.
+  // `kIsBehind`: keys behind the tile's state.
   template <bool kForGradients, bool kIsBehind, class Next>
   SB_DEVICE void add_stages(const Next& next_stage) {
-    Fetched next;
-    bool has_next = next_stage(next);
-    if (!has_next) return;
-    fetch(next, 0);
-    commit_copies();
-    for (int buffer = 0; has_next; buffer = 1 - buffer) {
-      const Fetched of_lane = next;
-      has_next = next_stage(next);
-      if (has_next) fetch(next, 1 - buffer);
-      commit_copies();
-      wait_copies<1>();
-      sync_warp();
-      add_stage<kForGradients, kIsBehind>(of_lane, stage(buffer));
-      sync_warp();  // before the buffer is filled again
-    }
-    wait_copies<0>();
+    for_each_stage<Fetched>(
+        next_stage, [&](Fetched& of_lane, int buffer) { fetch(of_lane, buffer); },
+        [&](const Fetched& of_lane, int buffer) { add_stage<kForGradients, kIsBehind>(of_lane, stage(buffer)); });
   }
 
   template <bool kForGradients, bool kIsBehind>
@@ -171,14 +146,7 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
       }
     }
     if (kHasQuadratic) {
-      SB_UNROLL
-      for (int n = 0; n < kKeyTiles; ++n) {
-        uint32_t y[4];  // the two halves of the first part, then of the second
-        load_matrices(from + 2 * Layout::kMatrix + swizzled<64>(n * 8 + lane % 8, lane / 8), y);
-        multiply_add(root[n], x_low, y[0], y[1], Bfloat16{});
-        multiply_add(root[n], x_high, y[2], y[3], Bfloat16{});
-        multiply_add(root[n], x_high, y[0], y[1], Bfloat16{});
-      }
+      add_product_of_coordinates(x_high, x_low, int(from + 2 * Layout::kMatrix), root);
     }
 
     const float scale = float(p.scale * kLog2e);

@@ -2,12 +2,12 @@
 // what the state gives to its records and to the gradients of maps, or of clusters' exponents.
 #pragma once
 #include "attention_backward.cuh"
-#include "attention_tile_rows.cuh"
+#include "attention_tile_queries.cuh"
 
 namespace sb::cuda {
 
-// Columns of a slot's rows in shared memory: up to 15 numbers, and one more at kLastColumn.
-inline constexpr int kRowWidth = 17, kLastColumn = 16;
+// Columns of a slot's rows in shared memory, x and what belongs to its entries.
+inline constexpr int kRowWidth = kRowOfX, kLastColumn = kLogOfX;
 inline constexpr int kBackwardTileThreads = 128;
 
 // Shared memory of a warp, in bytes. `rows`: by slot, x with its log scale and the gradients by x that come from dO H
@@ -66,19 +66,6 @@ class BackwardTileState {
 
   // -------------------- the tile's queries
 
-  // Whether there are any.
-  SB_DEVICE bool find_queries(const RowRange& range) {
-    int32_t query = -1;
-    if (lane < kTile && first_slot + lane < slots_of_row(p, range)) {
-      const int64_t at = query_of_slot(p, range, b, h, first_slot + lane);
-      if (at >= 0 && at < p.q_tokens && !(p.q_mask && load(p.q_mask + b * p.q_tokens + at))) query = int32_t(at);
-    }
-    sync_warp();  // the last tile is done with them
-    if (lane < kTile) queries.set(lane, query);
-    sync_warp();
-    return ballot(query >= 0) != 0;
-  }
-
   SB_DEVICE void read_queries() {
     for (int i = lane; i < kTile * kChunks; i += kWarp) {
       const int row = i / kChunks, chunk = i % kChunks;
@@ -93,37 +80,13 @@ class BackwardTileState {
     if (kHasQuadratic) {
       kappa_ref = load(static_cast<const float*>(p.state_log) + head * p.slots + state_slot);
       for (int i = lane; i < kTile * kRowWidth; i += kWarp) {
-        const int row = i / kRowWidth, column = i % kRowWidth;
-        const int64_t query = queries.get(row);
-        float value = 0;
-        if (query >= 0 && (column <= p.rank || column == kLastColumn)) {
-          const MapRow<float, float> of_query(p.x_map, b, h, query);
-          value = column == kLastColumn ? of_query.log() : column == p.rank ? 1.0f : of_query(column);
-        }
-        x.set(i, value), d_x.set(i, 0.0f), of_hz.set(i, 0.0f);
+        x.set(i, coordinate_of_query(p, b, h, queries.get(i / kRowWidth), i % kRowWidth)), d_x.set(i, 0.0f),
+            of_hz.set(i, 0.0f);
       }
     }
     wait_copies<0>();
     sync_warp();
-    if (kHasQuadratic) read_coordinates();
-  }
-
-  // x as an operand: half of the coordinates, then 1.
-  SB_DEVICE void read_coordinates() {
-    SB_UNROLL
-    for (int r = 0; r < 2; ++r) SB_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      float pair[2];
-      SB_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int column = 2 * t + 8 * e + i;
-        const float value = x.get(row_of(r) * kRowWidth + column);
-        pair[i] = column < p.rank ? 0.5f * value : value;
-      }
-      uint32_t parts[2];
-      split(pair[0], pair[1], parts, Bfloat16{});
-      x_high[2 * e + r] = parts[0], x_low[2 * e + r] = parts[1];
-    }
+    if (kHasQuadratic) split_coordinates(p, x, x_high, x_low);
   }
 
   SB_DEVICE void begin_sums() {
@@ -133,14 +96,6 @@ class BackwardTileState {
   }
 
   SB_DEVICE int row_of(int r) const { return g + 8 * r; }
-  SB_DEVICE static float quad_sum(float v) {
-    v += shuffle_xor(v, 1);
-    return v + shuffle_xor(v, 2);
-  }
-  SB_DEVICE static float quad_max(float v) {
-    v = larger(v, shuffle_xor(v, 1));
-    return larger(v, shuffle_xor(v, 2));
-  }
 
   // -------------------- the state
 
@@ -192,11 +147,8 @@ class BackwardTileState {
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int at = row_of(r) * kRowWidth;
-      const float rho = x.get(at + kLastColumn);
-      log_state[r] = rho + kappa_ref;
-      const float back = log_state[r] - rho;
-      // What the sum lost to rounding.
-      correction[r] = exp2_of((rho - (log_state[r] - back)) + (kappa_ref - back));
+      const LogOfState state(x.get(at + kLastColumn), kappa_ref);
+      log_state[r] = state.log, correction[r] = state.correction;
       sums[r].top = log_state[r];
       sums[r].total = of_hz.get(at + kLastColumn), sums[r].total_value = d_x.get(at + kLastColumn);
     }
@@ -231,17 +183,14 @@ class BackwardTileState {
       for (int n = 0; n < 2; ++n) SB_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int64_t c = step * 16 + 8 * n + 2 * t + i;
-        const float largest =
-            c < p.rank ? load(static_cast<const float*>(p.cluster_log) + head * p.rank + c) : float(kLowestLog);
-        const float mass = hz_of(c);
+        const float log = log_of_cluster(p, head, c), mass = hz_of(c);
         SB_UNROLL
         for (int r = 0; r < 2; ++r) {
           Sums& of = sums[r];
-          const float of_pair =
-              largest > float(kNoKeyLog) ? exponent[n][2 * r + i] * scale + largest : float(kLowestLog);
+          const float of_pair = exponent_of_cluster(exponent[n][2 * r + i] * scale, log);
           exponents().set(row_of(r) * width() + c, of_pair);
           d_exponents().set(row_of(r) * width() + c, of_state[n][2 * r + i]);
-          if (largest > float(kNoKeyLog)) {
+          if (log > float(kNoKeyLog)) {
             raise(of, of_pair);
             const float weight = exp2_of(of_pair - of.top);
             of.total += weight * mass, of.total_value += weight * of_state[n][2 * r + i];

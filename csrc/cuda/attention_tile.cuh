@@ -9,8 +9,8 @@
 // sides of the low-rank part and the state are exact to float32, in two or three parts of 16 bits each.
 #pragma once
 #include "attention_tile_list.cuh"
-#include "attention_tile_rows.cuh"
-#include "feature_table.cuh"
+#include "attention_tile_queries.cuh"
+#include "attention_tile_stages.cuh"
 
 namespace sb::cuda {
 
@@ -76,7 +76,8 @@ class Tile {
 
   SB_DEVICE void run() {
     const RowRange range = load(p.rows + b);
-    if (!find_queries(range)) return;
+    if (!find_queries(p, range, b, h, first_slot, queries())) return;
+    if (lane == 0) queries().set(kRowOfHeads, b * int32_t(p.q_heads) + h);
     first_key = range.k_first;
     const int64_t first = head * p.k_tokens + first_key;
     keys_of_lane = reinterpret_cast<const char*>(p.k.at<const E>(b, kv, first_key)) + lane % 8 * kCopyBytes;
@@ -91,11 +92,7 @@ class Tile {
       do {
         begin();
         TileRows rows(p, edges, range, b, h, first_slot, queries().get(lane % kTile) >= 0);
-        add_stages<false>([&](StageKeys& keys) { return rows.next_listed(keys); });
-        if constexpr (!kHasClusters) {
-          rows.enter_seen();
-          add_stages<true>([&](StageKeys& keys) { return rows.next_seen(keys); });
-        }
+        go_through_rows<kKind>(rows, [&](auto is_behind, const auto& next) { add_stages<is_behind.value>(next); });
         sync_warp();  // before a second time
       } while (!finish());
     } else {
@@ -111,21 +108,7 @@ class Tile {
  private:
   // -------------------- the tile's queries
 
-  // Whether there are any.
   static constexpr int kRowOfHeads = kTile, kSlotOfState = kTile + 1;  // behind the queries, for the end
-  SB_DEVICE bool find_queries(const RowRange& range) {
-    int32_t query = -1;
-    if (lane < kTile && first_slot + lane < slots_of_row(p, range)) {
-      int64_t at = range.q_first + first_slot + lane;
-      if (p.order)
-        at = load(p.order + (b * p.order_heads + h * p.order_heads / p.q_heads) * p.q_tokens + first_slot + lane);
-      if (at >= 0 && at < p.q_tokens && !(p.q_mask && load(p.q_mask + b * p.q_tokens + at))) query = int32_t(at);
-    }
-    sync_warp();  // the last tile is done with them
-    if (lane <= kTile) queries().set(lane, lane < kTile ? query : b * int32_t(p.q_heads) + h);
-    sync_warp();
-    return ballot(query >= 0) != 0;
-  }
 
   // Queries and the state.
   SB_DEVICE void begin() {
@@ -133,12 +116,12 @@ class Tile {
     SB_UNROLL
     for (int c = 0; c < kChunks; ++c) SB_UNROLL
     for (int i = 0; i < 4; ++i) sum[c][i] = 0;
-    squares_of_state = 0;
+    of_features = FeatureSums{};
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
       // Above kLowestLog, so that what has this exponent weighs nothing.
       top[r] = float(kNoKeyLog), of_state[r] = kHasQuadratic ? 0.0f : 1.0f;
-      exact[r] = removed[r] = total[r] = squares[r] = 0, listed_before[r] = 0;
+      exact[r] = removed[r] = 0, listed_before[r] = 0;
     }
     if (kHasQuadratic) {
       kappa_ref = load(static_cast<const float*>(p.state_log) + head * p.slots + state_slot);
@@ -155,27 +138,8 @@ class Tile {
   // then 1, in two parts; sums of the state; and log scales.
   SB_DEVICE void park() {
     FourWords high, low;
-    SB_UNROLL
-    for (int e = 0; e < 2; ++e) SB_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      float pair[2];
-      SB_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int column = 2 * t + 8 * e + i;
-        const float value = x().get(row_of(r) * kRowOfX + column);
-        pair[i] = column < p.rank ? 0.5f * value : value;
-      }
-      uint32_t parts[2];
-      split(pair[0], pair[1], parts, Bfloat16{});
-      high.at[2 * e + r] = parts[0], low.at[2 * e + r] = parts[1];
-    }
-    // Lane t of four holds the sum of one kind over them.
-    const float sums[4] = {quad_sum(total[0]), quad_sum(total[1]), quad_sum(squares[0]), quad_sum(squares[1])};
-    const float of_lane[4] = {t == 0   ? sums[0]
-                              : t == 1 ? sums[1]
-                              : t == 2 ? sums[2]
-                                       : sums[3],
-                              squares_of_state, rho[0], rho[1]};
+    split_coordinates(p, x(), high.at, low.at);
+    const float of_lane[4] = {of_features.of_lane(), of_features.squares_of_state, rho[0], rho[1]};
     FourWords numbers;
     SB_UNROLL
     for (int i = 0; i < 4; ++i) numbers.at[i] = same_bits<uint32_t>(of_lane[i]);
@@ -185,10 +149,8 @@ class Tile {
   SB_DEVICE Shared<FourWords> parked() const { return shared_array<FourWords>(base + Layout::kX); }
   SB_DEVICE float parked_number(int i) const { return same_bits<float>(parked().get(2 * kWarp + lane).at[i]); }
   SB_DEVICE void read_parked_sums() {
-    const float sum_of_lane = parked_number(0);
-    SB_UNROLL
-    for (int r = 0; r < 2; ++r) total[r] = t == r ? sum_of_lane : 0.0f, squares[r] = t == 2 + r ? sum_of_lane : 0.0f;
-    squares_of_state = parked_number(1);
+    of_features.set(parked_number(0));
+    of_features.squares_of_state = parked_number(1);
   }
 
   SB_DEVICE void read_queries() {
@@ -202,16 +164,8 @@ class Tile {
     commit_copies();
     if (kHasQuadratic) {
       SB_NO_UNROLL
-      for (int i = lane; i < kTile * kRowOfX; i += kWarp) {
-        const int row = i / kRowOfX, column = i % kRowOfX;
-        const int64_t query = queries().get(row);
-        float value = 0;
-        if (query >= 0 && (column <= p.rank || column == kLogOfX)) {
-          const MapRow<float, float> of_query(p.x_map, b, h, query);
-          value = column == kLogOfX ? of_query.log() : column == p.rank ? 1.0f : of_query(column);
-        }
-        x().set(i, value);
-      }
+      for (int i = lane; i < kTile * kRowOfX; i += kWarp)
+        x().set(i, coordinate_of_query(p, b, h, queries().get(i / kRowOfX), i % kRowOfX));
     }
     wait_copies<0>();
     if (p.scale < 0) {
@@ -243,14 +197,6 @@ class Tile {
   SB_DEVICE Shared<int32_t> queries() const { return shared_array<int32_t>(base + Layout::kQueries); }
   SB_DEVICE Shared<float> x() const { return shared_array<float>(base + Layout::kX); }
   SB_DEVICE int row_of(int r) const { return g + 8 * r; }
-  SB_DEVICE static float quad_sum(float v) {
-    v += shuffle_xor(v, 1);
-    return v + shuffle_xor(v, 2);
-  }
-  SB_DEVICE static float quad_max(float v) {
-    v = larger(v, shuffle_xor(v, 1));
-    return larger(v, shuffle_xor(v, 2));
-  }
 
   // -------------------- the state
 
@@ -275,13 +221,9 @@ class Tile {
   SB_DEVICE void add_state_of_features() {
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
-      top[r] = rho[r] + kappa_ref;
-      const float back = top[r] - rho[r];
-      // What the sum lost to rounding.
-      of_state[r] = exp2_of((rho[r] - (top[r] - back)) + (kappa_ref - back));
+      const LogOfState state(rho[r], kappa_ref);
+      top[r] = state.log, of_state[r] = state.correction;
     }
-    const auto table = shared_array<uint32_t>(0);
-    const auto factors = shared_array<float>(kTileFeatures * 4);
     const float* hz = p.state_sums + operand_of_state() * p.features_padded;
     SB_NO_UNROLL
     for (int step = 0; step < int32_t(p.features_padded / 16); ++step) {
@@ -292,16 +234,7 @@ class Tile {
         SB_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int column = step * 16 + 2 * t + 8 * e + i;
-          const uint32_t which = table.get(column);
-          const float factor = factors.get(column), of_state = load(hz + column);
-          squares_of_state += of_state * of_state;
-          SB_UNROLL
-          for (int r = 0; r < 2; ++r) {
-            const int row = row_of(r) * kRowOfX;
-            const float value = factor * x().get(row + int(which & 255)) * x().get(row + int(which >> 8));
-            feature[r][i] = value;
-            total[r] += value * of_state, squares[r] += value * value;
-          }
+          of_features.add(x(), column, load(hz + column), feature[0][i], feature[1][i]);
         }
         SB_UNROLL
         for (int r = 0; r < 2; ++r) {
@@ -348,13 +281,12 @@ class Tile {
       for (int n = 0; n < 2; ++n) SB_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int64_t c = step * 16 + 8 * n + 2 * t + i;
-        const float largest =
-            c < p.rank ? load(static_cast<const float*>(p.cluster_log) + head * p.rank + c) : float(kLowestLog);
+        const float log = log_of_cluster(p, head, c);
         mass[n][i] = load(p.state_sums + head * p.features_padded + c);
         SB_UNROLL
         for (int r = 0; r < 2; ++r) {
           float& of_pair = exponent[n][2 * r + i];
-          of_pair = largest > float(kNoKeyLog) ? of_pair * scale + largest : float(kLowestLog);
+          of_pair = exponent_of_cluster(of_pair * scale, log);
           exponents.set(c * kRowOfExponents + row_of(r), of_pair);
           step_top[r] = larger(step_top[r], of_pair);
         }
@@ -369,7 +301,7 @@ class Tile {
           SB_UNROLL
           for (int i = 0; i < 2; ++i) {
             weight[i] = exp2_of(exponent[n][2 * r + i] - top[r]);
-            total[r] += weight[i] * mass[n][i];
+            of_features.total[r] += weight[i] * mass[n][i];
           }
           uint32_t parts[2];
           split(weight[0], weight[1], parts, Bfloat16{});
@@ -386,7 +318,7 @@ class Tile {
     top[r] = to;
     exact[r] *= by;
     if (kHasQuadratic) of_state[r] *= by;
-    if (kHasClusters) total[r] *= by, removed[r] *= by;
+    if (kHasClusters) of_features.total[r] *= by, removed[r] *= by;
     SB_UNROLL
     for (int c = 0; c < kChunks; ++c) sum[c][2 * r] *= by, sum[c][2 * r + 1] *= by;
   }
@@ -444,25 +376,14 @@ class Tile {
     }
   }
 
-  // next(keys) gives the next stage, or false behind the last. `kIsBehind`: keys behind the tile's state.
+  // `kIsBehind`: keys behind the tile's state.
   template <bool kIsBehind, class Next>
   SB_DEVICE void add_stages(const Next& next_stage) {
-    Fetched next;
-    bool has_next = next_stage(next);
-    if (!has_next) return;
-    fetch(next, 0);
-    commit_copies();
-    for (int buffer = 0; has_next; buffer = 1 - buffer) {
-      const Fetched of_lane = next;
-      has_next = next_stage(next);
-      if (has_next) fetch(next, 1 - buffer);
-      commit_copies();
-      wait_copies<1>();
-      sync_warp();
-      add_stage<kIsBehind>(of_lane, base + buffer * Layout::kStageBytes);
-      sync_warp();  // before the buffer is filled again
-    }
-    wait_copies<0>();
+    for_each_stage<Fetched>(
+        next_stage, [&](Fetched& of_lane, int buffer) { fetch(of_lane, buffer); },
+        [&](const Fetched& of_lane, int buffer) {
+          add_stage<kIsBehind>(of_lane, base + buffer * Layout::kStageBytes);
+        });
   }
 
   template <bool kIsBehind>
@@ -523,14 +444,7 @@ class Tile {
     }
     if (!kHasQuadratic) return;
     const FourWords high = parked().get(lane), low = parked().get(kWarp + lane);
-    SB_UNROLL
-    for (int n = 0; n < kKeyTiles; ++n) {
-      uint32_t y[4];  // the two halves of the first part, then of the second
-      load_matrices(from + 2 * Layout::kMatrix + swizzled<64>(lane % 8, lane / 8) + n * 512, y);
-      multiply_add(root[n], low.at, y[0], y[1], Bfloat16{});
-      multiply_add(root[n], high.at, y[2], y[3], Bfloat16{});
-      multiply_add(root[n], high.at, y[0], y[1], Bfloat16{});
-    }
+    add_product_of_coordinates(high.at, low.at, from + 2 * Layout::kMatrix, root);
   }
 
   // From products to weights, without what the state holds of the keys, where all rows list what a lane fetched.
@@ -684,17 +598,10 @@ class Tile {
     const auto at = [&](int key, int word) {
       return shared_array<uint32_t>(from + Layout::kMatrix + swizzled<2 * D>(key, word / 4) + word % 4 * 4);
     };
-    uint32_t bad = 0;  // keys
-    SB_NO_UNROLL
-    for (int key = 0; key < kStage; ++key) {
-      bool is_number = true;
-      SB_NO_UNROLL
-      for (int word = lane; word < D / 2; word += kWarp) {
-        const uint32_t pair = at(key, word).get(0);
-        is_number = is_number && low_of(pair, E{}) * 0.0f == 0.0f && high_of(pair, E{}) * 0.0f == 0.0f;
-      }
-      if (ballot(!is_number) != 0) bad |= 1u << key;
-    }
+    const uint32_t bad = keys_without_numbers(D / 2, [&](int key, int word) {
+      const uint32_t pair = at(key, word).get(0);
+      return low_of(pair, E{}) * 0.0f == 0.0f && high_of(pair, E{}) * 0.0f == 0.0f;
+    });
     if (bad == 0) return;
     SB_UNROLL
     for (int c = 0; c < kChunks; ++c) {
@@ -711,14 +618,7 @@ class Tile {
         }
       }
     }
-    sync_warp();
-    SB_NO_UNROLL
-    for (int key = 0; key < kStage; ++key) {
-      SB_NO_UNROLL
-      for (int word = lane; word < D / 2; word += kWarp)
-        if (bad >> key & 1) at(key, word).set(0, 0u);
-    }
-    sync_warp();
+    clear_keys(bad, D / 2, [&](int key, int word) { at(key, word).set(0, 0u); });
   }
   // `cluster`: where its exponents begin.
   SB_DEVICE float exponent_of(int r, int32_t cluster) const {
@@ -732,57 +632,31 @@ class Tile {
     const int32_t of_tile = queries().get(kRowOfHeads), heads = int32_t(p.q_heads), b = of_tile / heads,
                   h = of_tile % heads, head = int32_t(b * p.kv_heads + p.kv_head(h));
     if (kIsRagged && !is_careful) {
-      bool is_number = true;
-      SB_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        float zero = 0;
-        SB_UNROLL
-        for (int c = 0; c < kChunks; ++c) zero += sum[c][2 * r] * 0.0f + sum[c][2 * r + 1] * 0.0f;
-        is_number = is_number && zero == 0.0f;
-      }
-      is_careful = ballot(!is_number) != 0;
+      is_careful = !are_numbers(sum);
       if (is_careful) return false;
     }
     if (kHasQuadratic) read_parked_sums();
     if (!kIsRagged) listed_before[0] = listed_before[1] = listed_before[0] / 2;
     const int64_t slot = kIsRagged ? queries().get(kSlotOfState) : p.slots - 1;
     const int32_t in_state = kHasLowRank ? load(p.valid_before + b * p.slots + slot) : 0;
-    const float of_hz = kHasQuadratic ? quad_sum(squares_of_state) : 0.0f;
+    const float of_hz = kHasQuadratic ? quad_sum(of_features.squares_of_state) : 0.0f;
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const float all_exact = quad_sum(exact[r]), all_removed = quad_sum(removed[r]), all_total = quad_sum(total[r]),
-                  all_squares = quad_sum(squares[r]);
+      const float all_exact = quad_sum(exact[r]), all_removed = quad_sum(removed[r]),
+                  all_total = quad_sum(of_features.total[r]), all_squares = quad_sum(of_features.squares[r]);
       const float lost = of_state[r] * all_removed, left = of_state[r] * all_total - lost;
-      const int32_t unlisted = in_state - listed_before[r];
-      const float den = all_exact + (left < 0.0f || (kIsRagged && unlisted == 0) ? 0.0f : left);
-      bool is_flagged = false;
-      if (kHasLowRank && in_state > 0) {
-        is_flagged =
-            (!p.is_causal && unlisted <= kByKeyLimit) || !(lost <= float(p.fallback_bound) * den) || lost > 1e37f;
-        if (kHasQuadratic) {
-          const double terms = double(of_state[r]) * double(of_state[r]) * double(all_squares) * double(of_hz);
-          is_flagged =
-              is_flagged || !(terms <= kTermsBoundOfPlainStates * kTermsBoundOfPlainStates * double(den) * double(den));
-        }
-      }
+      RowResult<kKind, kIsRagged> result(p, all_exact, lost, left, in_state, listed_before[r]);
+      if (kHasQuadratic && in_state > 0) result.flag_large_terms(of_state[r], all_squares, of_hz);
       const int64_t query = queries().get(row_of(r));
       if (query < 0) continue;
-      const int64_t at = (b * p.q_heads + h) * p.q_tokens + query;
-      if (kHasLowRank && t == 0) {
-        store(p.flags + at, uint8_t(is_flagged));
-        if (is_flagged) store(p.any_flagged + head, uint8_t(1));  // by whom does not matter
-      }
-      if (is_flagged) continue;
-      const float inverse = den == 0.0f ? 0.0f : 1.0f / den;
-      if (t == 0)
-        store(static_cast<float*>(p.lse) + at, den == 0.0f ? -float(INFINITY) : float(kLn2) * (top[r] + log2_of(den)));
+      if (t == 0) result.store_numbers(p, (b * p.q_heads + h) * p.q_tokens + query, head, top[r]);
+      if (result.is_flagged) continue;
+      const float inverse = result.inverse();
       auto* out = reinterpret_cast<uint32_t*>(p.out.at<E>(b, h, query)) + t;
       SB_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         if (c >= int32_t(p.value_chunks)) continue;
-        const float low = den == 0.0f ? 0.0f : sum[c][2 * r] * inverse,
-                    high = den == 0.0f ? 0.0f : sum[c][2 * r + 1] * inverse;
-        store(out + c * 4, packed(low, high, E{}));
+        store(out + c * 4, packed(result.mean(sum[c][2 * r], inverse), result.mean(sum[c][2 * r + 1], inverse), E{}));
       }
     }
     return true;
@@ -805,32 +679,18 @@ class Tile {
   uint32_t q_operand[Layout::kKeepsQueries ? 1 : kSteps][4];  // of the tile's queries
   // By row g and g + 8. Sums are relative to exp(top); total, removed and squares of features to the state, and
   // `of_state` is the factor between the two.
-  float sum[kChunks][4], top[2], exact[2], removed[2], total[2], squares[2], of_state[2], rho[2];
-  float squares_of_state, kappa_ref = 0;
+  float sum[kChunks][4], top[2], exact[2], removed[2], of_state[2], rho[2], kappa_ref = 0;
+  FeatureSums of_features;  // with clusters `total` is that of their masses
 };
 
 template <class E, int D, LowRank kKind, bool kIsRagged>
 SB_KERNEL SB_THREADS_AND_BLOCKS(kTileThreads<D>, (kTileBlocks<D, kKind, kIsRagged>)) attention_tile(TileParams p) {
   if (kKind == LowRank::kQuadratic) write_feature_table(p);
-  // Of 16 queries each, so that 32 bits count them.
-  const auto tiles = [&] { return uint32_t(ceil_div(p.q_tokens, kTile)); };
-  const auto all = [&] { return uint32_t(p.batch * p.q_heads) * tiles(); };
-  const auto first_of_block = [&](uint32_t task) { return task * uint32_t(block_threads() / kWarp); };
-  const auto base = [&] { return int(kFeatureTable + warp_index() * TileLayout<D, kKind, kIsRagged>::bytes(p)); };
-  // The number of a lane's task waits in shared memory: tiles need registers.
-  const auto kept = [&] {
-    return shared_array<uint32_t>(base() + TileLayout<D, kKind, kIsRagged>::kTask + lane_index() * 4);
-  };
-  Tile<E, D, kKind, kIsRagged>::clear_columns(p, base());
-  SB_NO_UNROLL
-  for (auto task = uint32_t(block_index()); first_of_block(task) < all();
-       task = kept().get(0) + uint32_t(grid_blocks())) {
-    kept().set(0, task);
-    const uint32_t at = first_of_block(task) + uint32_t(warp_index()), row = at / tiles(), heads = uint32_t(p.q_heads);
-    if (at < all())
-      Tile<E, D, kKind, kIsRagged>(p, base(), int32_t(row / heads), int32_t(row % heads), int32_t(at % tiles() * kTile))
-          .run();
-  }
+  typedef TileLayout<D, kKind, kIsRagged> Layout;
+  typedef Tile<E, D, kKind, kIsRagged> Tile;
+  Tile::clear_columns(p, int(kFeatureTable + warp_index() * Layout::bytes(p)));
+  for_each_tile<Layout>(
+      p, [&](int base, int32_t b, int32_t h, int32_t first_slot) { Tile(p, base, b, h, first_slot).run(); });
 }
 
 }  // namespace sb::cuda

@@ -8,8 +8,8 @@
 // scores are a left operand as they lie. Lane l = 4 g + t sums the columns [32 i + 8 t, 32 i + 8 t + 8) of rows g and
 // g + 8: its sum of chunk 4 i + j belongs to columns 32 i + 4 (2 t) + j and 32 i + 4 (2 t + 1) + j.
 #pragma once
-#include "attention_tile_rows.cuh"
-#include "feature_table.cuh"
+#include "attention_tile_queries.cuh"
+#include "attention_tile_stages.cuh"
 
 namespace sb::cuda {
 
@@ -88,7 +88,7 @@ class FloatTile {
 
   SB_DEVICE void run() {
     const RowRange range = load(p.rows + b);
-    if (!find_queries(range)) return;
+    if (!find_queries(p, range, b, h, first_slot, queries())) return;
     first_key = range.k_first;
     if constexpr (kIsRagged) {
       edges = TileEdges(p, range, first_slot);
@@ -100,21 +100,10 @@ class FloatTile {
       begin();
       if constexpr (kIsRagged) {
         TileRows rows(p, edges, range, b, h, first_slot, queries().get(lane % kTile) >= 0);
-        add_stages<false>([&](StageKeys& keys) { return rows.next_listed(keys); });
-        if constexpr (!kHasClusters) {
-          rows.enter_seen();
-          add_stages<true>([&](StageKeys& keys) { return rows.next_seen(keys); });
-        }
+        go_through_rows<kKind>(rows, [&](auto is_behind, const auto& next) { add_stages<is_behind.value>(next); });
       } else {
-        const KeyList list(p, range, b, h, first_slot, edge_of_slot(p, range, first_slot));
-        int64_t position = 0;
-        add_stages<false>([&](StageKeys& keys) {
-          if (position >= list.positions()) return false;
-          const int64_t here = position + lane % kStage;
-          keys.key = here < list.positions() ? int32_t(list.key_at(here)) : -1;
-          position += kStage;
-          return true;
-        });
+        StagesOfList list(p, range, b, h, first_slot);
+        add_stages<false>([&](StageKeys& keys) { return list.next(keys); });
       }
       sync_warp();  // before a second time
     } while (!finish());
@@ -123,32 +112,17 @@ class FloatTile {
  private:
   // -------------------- the tile's queries
 
-  // Whether there are any.
-  SB_DEVICE bool find_queries(const RowRange& range) {
-    int32_t query = -1;
-    if (lane < kTile && first_slot + lane < slots_of_row(p, range)) {
-      int64_t at = range.q_first + first_slot + lane;
-      if (p.order)
-        at = load(p.order + (b * p.order_heads + h * p.order_heads / p.q_heads) * p.q_tokens + first_slot + lane);
-      if (at >= 0 && at < p.q_tokens && !(p.q_mask && load(p.q_mask + b * p.q_tokens + at))) query = int32_t(at);
-    }
-    sync_warp();  // the last tile is done with them
-    if (lane < kTile) queries().set(lane, query);
-    sync_warp();
-    return ballot(query >= 0) != 0;
-  }
-
   // Queries and the state.
   SB_DEVICE void begin() {
     read_queries();
     SB_UNROLL
     for (int c = 0; c < kChunks; ++c) SB_UNROLL
     for (int i = 0; i < 4; ++i) sum[c][i] = 0;
-    squares_of_state = 0;
+    of_features = FeatureSums{};
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
       top[r] = log_state[r] = float(kLowestLog), correction[r] = 1;
-      exact[r] = removed[r] = total[r] = squares[r] = 0, listed_before[r] = 0;
+      exact[r] = removed[r] = 0, listed_before[r] = 0;
     }
     if (kHasQuadratic) {
       kappa_ref = load(static_cast<const float*>(p.state_log) + head * p.slots + state_slot);
@@ -171,16 +145,8 @@ class FloatTile {
     }
     commit_copies();
     if (kHasQuadratic) {
-      for (int i = lane; i < kTile * kRowOfX; i += kWarp) {
-        const int row = i / kRowOfX, column = i % kRowOfX;
-        const int64_t query = queries().get(row);
-        float value = 0;
-        if (query >= 0 && (column <= p.rank || column == kLogOfX)) {
-          const MapRow<float, float> of_query(p.x_map, b, h, query);
-          value = column == kLogOfX ? of_query.log() : column == p.rank ? 1.0f : of_query(column);
-        }
-        x().set(i, value);
-      }
+      for (int i = lane; i < kTile * kRowOfX; i += kWarp)
+        x().set(i, coordinate_of_query(p, b, h, queries().get(i / kRowOfX), i % kRowOfX));
     }
     wait_copies<0>();
     sync_warp();
@@ -201,14 +167,6 @@ class FloatTile {
   SB_DEVICE Shared<int32_t> queries() const { return shared_array<int32_t>(base + Layout::kQueries); }
   SB_DEVICE Shared<float> x() const { return shared_array<float>(base + Layout::kX); }
   SB_DEVICE int row_of(int r) const { return g + 8 * r; }
-  SB_DEVICE static float quad_sum(float v) {
-    v += shuffle_xor(v, 1);
-    return v + shuffle_xor(v, 2);
-  }
-  SB_DEVICE static float quad_max(float v) {
-    v = larger(v, shuffle_xor(v, 1));
-    return larger(v, shuffle_xor(v, 2));
-  }
 
   // -------------------- the state
 
@@ -252,14 +210,8 @@ class FloatTile {
     float x_rows[2][4];
     SB_UNROLL
     for (int r = 0; r < 2; ++r) SB_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int column = 4 * t + i;
-      const float value = x().get(row_of(r) * kRowOfX + column);
-      x_rows[r][i] = column < p.rank ? 0.5f * value : value;
-    }
-    // Lane t of four holds the sum of one kind over them.
-    const float sums[4] = {quad_sum(total[0]), quad_sum(total[1]), quad_sum(squares[0]), quad_sum(squares[1])};
-    const float of_hz = quad_sum(squares_of_state);
+    for (int i = 0; i < 4; ++i) x_rows[r][i] = half_coordinate(p, x(), row_of(r), 4 * t + i);
+    const float of_lane = of_features.of_lane(), of_hz = quad_sum(of_features.squares_of_state);
     sync_warp();
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -269,7 +221,7 @@ class FloatTile {
       shared_array<FourWords>(parked(4 * r)).set(lane, words);
       shared_array<float>(parked(10 + r)).set(lane, rho[r]);
     }
-    shared_array<float>(parked(8)).set(lane, t == 0 ? sums[0] : t == 1 ? sums[1] : t == 2 ? sums[2] : sums[3]);
+    shared_array<float>(parked(8)).set(lane, of_lane);
     shared_array<float>(parked(9)).set(lane, of_hz);
   }
   // Byte of the numbers from `which` on.
@@ -279,13 +231,9 @@ class FloatTile {
   SB_DEVICE void add_state_of_features() {
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
-      log_state[r] = top[r] = rho[r] + kappa_ref;
-      const float back = top[r] - rho[r];
-      // What the sum lost to rounding.
-      correction[r] = exp2_of((rho[r] - (top[r] - back)) + (kappa_ref - back));
+      const LogOfState state(rho[r], kappa_ref);
+      log_state[r] = top[r] = state.log, correction[r] = state.correction;
     }
-    const auto table = shared_array<uint32_t>(0);
-    const auto factors = shared_array<float>(kTileFeatures * 4);
     SB_NO_UNROLL
     for (int step = 0; step < kTileFeatures / 8; ++step) {
       if (step * 8 >= p.features) break;
@@ -293,23 +241,14 @@ class FloatTile {
       SB_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int column = step * 8 + 2 * t + i;
-        const uint32_t which = table.get(column);
-        const float factor = factors.get(column),
-                    of_state = column < p.features ? load(state() + column * (p.value_pad + 1) + p.value_pad) : 0.0f;
-        squares_of_state += of_state * of_state;
-        SB_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          const int row = row_of(r) * kRowOfX;
-          const float value = factor * x().get(row + int(which & 255)) * x().get(row + int(which >> 8));
-          feature[i][r] = value;
-          total[r] += value * of_state, squares[r] += value * value;
-        }
+        const float of_state = column < p.features ? load(state() + column * (p.value_pad + 1) + p.value_pad) : 0.0f;
+        of_features.add(x(), column, of_state, feature[i][0], feature[i][1]);
       }
       add_rows_of_state(step, LeftParts(feature[0][0], feature[0][1], feature[1][0], feature[1][1]));
     }
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
-      total[r] *= correction[r];
+      of_features.total[r] *= correction[r];
       SB_UNROLL
       for (int c = 0; c < kChunks; ++c) sum[c][2 * r] *= correction[r], sum[c][2 * r + 1] *= correction[r];
     }
@@ -348,14 +287,13 @@ class FloatTile {
       for (int i = 0; i < 2; ++i) {
         const int64_t c = step * 8 + 2 * t + i;
         const bool is_cluster = c < p.rank;
-        const float largest =
-            is_cluster ? load(static_cast<const float*>(p.cluster_log) + head * p.rank + c) : float(kLowestLog);
+        const float log = log_of_cluster(p, head, c);
         mass[i] = is_cluster ? load(state() + c * (p.value_pad + 1) + p.value_pad) : 0.0f;
         SB_UNROLL
         for (int r = 0; r < 2; ++r) {
           float& of_pair = exponent[2 * r + i];
           of_pair += small[2 * r + i];
-          of_pair = largest > float(kNoKeyLog) ? of_pair * scale + largest : float(kLowestLog);
+          of_pair = exponent_of_cluster(of_pair * scale, log);
           if (is_cluster) exponents.set(row_of(r) * width + c, of_pair);
           step_top[r] = larger(step_top[r], of_pair);
         }
@@ -366,7 +304,7 @@ class FloatTile {
         SB_UNROLL
         for (int i = 0; i < 2; ++i) {
           weight[i][r] = exp2_of(exponent[2 * r + i] - top[r]);
-          total[r] += weight[i][r] * mass[i];
+          of_features.total[r] += weight[i][r] * mass[i];
         }
       }
       add_rows_of_state(step, LeftParts(weight[0][0], weight[0][1], weight[1][0], weight[1][1]));
@@ -379,7 +317,7 @@ class FloatTile {
     top[r] = to;
     if (ballot(!(scale == 1.0f)) == 0) return;
     exact[r] *= scale;
-    if (kHasClusters) total[r] *= scale, removed[r] *= scale;
+    if (kHasClusters) of_features.total[r] *= scale, removed[r] *= scale;
     SB_UNROLL
     for (int c = 0; c < kChunks; ++c) sum[c][2 * r] *= scale, sum[c][2 * r + 1] *= scale;
   }
@@ -593,18 +531,11 @@ class FloatTile {
     const auto at = [&](int key, int column) {
       return shared_array<float>(base + Layout::kValues + swizzled<4 * D>(key, column / 4) + column % 4 * 4);
     };
-    uint32_t bad = 0;  // keys
-    SB_NO_UNROLL
-    for (int key = 0; key < kStage; ++key) {
-      bool is_number = true;
-      SB_NO_UNROLL
-      for (int column = lane; column < D; column += kWarp) {
-        uint32_t high, low;
-        split(at(key, column).get(0), high, low);
-        is_number = is_number && same_bits<float>(low) * 0.0f == 0.0f;
-      }
-      if (ballot(!is_number) != 0) bad |= 1u << key;
-    }
+    const uint32_t bad = keys_without_numbers(D, [&](int key, int column) {
+      uint32_t high, low;
+      split(at(key, column).get(0), high, low);
+      return same_bits<float>(low) * 0.0f == 0.0f;
+    });
     if (bad == 0) return;
     SB_NO_UNROLL
     for (int key = 0; key < kStage; ++key) {
@@ -630,14 +561,7 @@ class FloatTile {
         }
       }
     }
-    sync_warp();
-    SB_NO_UNROLL
-    for (int key = 0; key < kStage; ++key) {
-      SB_NO_UNROLL
-      for (int column = lane; column < D; column += kWarp)
-        if (bad >> key & 1) at(key, column).set(0, 0.0f);
-    }
-    sync_warp();
+    clear_keys(bad, D, [&](int key, int column) { at(key, column).set(0, 0.0f); });
   }
   // Of sum[c][i] and sum[c][2 + i].
   SB_DEVICE int column_of(int c, int i) const { return c / 4 * 32 + 4 * (2 * t + i) + c % 4; }
@@ -650,54 +574,28 @@ class FloatTile {
   // False where it has to be done again, carefully.
   SB_DEVICE bool finish() {
     if (!is_careful) {
-      bool is_number = true;
-      SB_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        float zero = 0;
-        SB_UNROLL
-        for (int c = 0; c < kChunks; ++c) zero += sum[c][2 * r] * 0.0f + sum[c][2 * r + 1] * 0.0f;
-        is_number = is_number && zero == 0.0f;
-      }
-      is_careful = ballot(!is_number) != 0;
+      is_careful = !are_numbers(sum);
       if (is_careful) return false;
     }
     const int32_t in_state = kHasLowRank ? load(p.valid_before + b * p.slots + state_slot) : 0;
     float of_hz = 0;
     if (kHasQuadratic) {
-      const float of_lane = shared_array<float>(parked(8)).get(lane);
-      SB_UNROLL
-      for (int r = 0; r < 2; ++r) total[r] = t == r ? of_lane : 0.0f, squares[r] = t == 2 + r ? of_lane : 0.0f;
+      of_features.set(shared_array<float>(parked(8)).get(lane));
       of_hz = shared_array<float>(parked(9)).get(lane);
     }
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const float all_exact = quad_sum(exact[r]), all_removed = quad_sum(removed[r]), all_total = quad_sum(total[r]),
-                  all_squares = quad_sum(squares[r]);
+      const float all_exact = quad_sum(exact[r]), all_removed = quad_sum(removed[r]),
+                  all_total = quad_sum(of_features.total[r]), all_squares = quad_sum(of_features.squares[r]);
       const float a = kHasQuadratic ? exp2_of(log_state[r] - top[r]) : 1.0f,
                   lost = kHasQuadratic ? a * correction[r] * all_removed : all_removed, left = a * all_total - lost;
-      const int32_t unlisted = in_state - listed_before[r];
-      const float den = all_exact + (left < 0.0f || (kIsRagged && unlisted == 0) ? 0.0f : left);
-      bool is_flagged = false;
-      if (kHasLowRank && in_state > 0) {
-        is_flagged =
-            (!p.is_causal && unlisted <= kByKeyLimit) || !(lost <= float(p.fallback_bound) * den) || lost > 1e37f;
-        if (kHasQuadratic) {
-          const double terms = double(a) * double(a) * double(all_squares) * double(of_hz);
-          is_flagged =
-              is_flagged || !(terms <= kTermsBoundOfPlainStates * kTermsBoundOfPlainStates * double(den) * double(den));
-        }
-      }
+      RowResult<kKind, kIsRagged> result(p, all_exact, lost, left, in_state, listed_before[r]);
+      if (kHasQuadratic && in_state > 0) result.flag_large_terms(a, all_squares, of_hz);
       const int64_t query = queries().get(row_of(r));
       if (query < 0) continue;
-      const int64_t at = (b * p.q_heads + h) * p.q_tokens + query;
-      if (kHasLowRank && t == 0) {
-        store(p.flags + at, uint8_t(is_flagged));
-        if (is_flagged) store(p.any_flagged + head, uint8_t(1));  // by whom does not matter
-      }
-      if (is_flagged) continue;
-      const float inverse = den == 0.0f ? 0.0f : 1.0f / den;
-      if (t == 0)
-        store(static_cast<float*>(p.lse) + at, den == 0.0f ? -float(INFINITY) : float(kLn2) * (top[r] + log2_of(den)));
+      if (t == 0) result.store_numbers(p, (b * p.q_heads + h) * p.q_tokens + query, head, top[r]);
+      if (result.is_flagged) continue;
+      const float inverse = result.inverse();
       float* out = p.out.at<float>(b, h, query);
       SB_UNROLL
       for (int span = 0; span < kSpans; ++span) SB_UNROLL
@@ -707,7 +605,7 @@ class FloatTile {
         FourWords words;
         SB_UNROLL
         for (int j = 0; j < 4; ++j)
-          words.at[j] = same_bits<uint32_t>(den == 0.0f ? 0.0f : sum[4 * span + j][2 * r + i] * inverse);
+          words.at[j] = same_bits<uint32_t>(result.mean(sum[4 * span + j][2 * r + i], inverse));
         store(reinterpret_cast<FourWords*>(out + column), words);
       }
     }
@@ -726,32 +624,16 @@ class FloatTile {
   bool is_careful = false;   // some value is no number
   int32_t listed_before[2];  // keys of the state
   // By row g and g + 8. Sums are relative to exp(top), of the state of features to exp(log_state) times the correction.
-  float sum[kChunks][4], top[2], exact[2], removed[2], total[2], squares[2], log_state[2], correction[2], rho[2];
-  float squares_of_state, kappa_ref = 0;
+  float sum[kChunks][4], top[2], exact[2], removed[2], log_state[2], correction[2], rho[2], kappa_ref = 0;
+  FeatureSums of_features;  // with clusters `total` is that of their masses
 };
 
 template <int D, LowRank kKind, bool kIsRagged>
 SB_KERNEL SB_THREADS_AT_MOST(kMostFloatTileThreads) attention_tile_float(TileParams p) {
   if (kKind == LowRank::kQuadratic) write_feature_table(p);
-  // Of 16 queries each, so that 32 bits count them.
-  const auto tiles = [&] { return uint32_t(ceil_div(p.q_tokens, kTile)); };
-  const auto all = [&] { return uint32_t(p.batch * p.q_heads) * tiles(); };
-  const auto first_of_block = [&](uint32_t task) { return task * uint32_t(block_threads() / kWarp); };
-  const auto base = [&] { return int(kFeatureTable + warp_index() * FloatTileLayout<D, kKind>::bytes(p)); };
-  // The number of a lane's task waits in shared memory: tiles need registers.
-  const auto kept = [&] {
-    return shared_array<uint32_t>(base() + FloatTileLayout<D, kKind>::kTask + lane_index() * 4);
-  };
-  SB_NO_UNROLL
-  for (auto task = uint32_t(block_index()); first_of_block(task) < all();
-       task = kept().get(0) + uint32_t(grid_blocks())) {
-    kept().set(0, task);
-    const uint32_t at = first_of_block(task) + uint32_t(warp_index()), row = at / tiles(), heads = uint32_t(p.q_heads);
-    if (at < all())
-      FloatTile<D, kKind, kIsRagged>(p, base(), int32_t(row / heads), int32_t(row % heads),
-                                     int32_t(at % tiles() * kTile))
-          .run();
-  }
+  for_each_tile<FloatTileLayout<D, kKind>>(p, [&](int base, int32_t b, int32_t h, int32_t first_slot) {
+    FloatTile<D, kKind, kIsRagged>(p, base, b, h, first_slot).run();
+  });
 }
 
 }  // namespace sb::cuda

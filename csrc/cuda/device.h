@@ -111,6 +111,15 @@ SB_DEVICE V warp_max(V value SB_PLACE) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) value = larger(value, shuffle_xor(value, mask SB_PASS_PLACE));
   return value;
 }
+// Over four neighbouring lanes, which have the parts of a row in a product on tensor cores.
+SB_DEVICE float quad_sum(float value SB_PLACE) {
+  value += shuffle_xor(value, 1 SB_PASS_PLACE);
+  return value + shuffle_xor(value, 2 SB_PASS_PLACE);
+}
+SB_DEVICE float quad_max(float value SB_PLACE) {
+  value = larger(value, shuffle_xor(value, 1 SB_PASS_PLACE));
+  return larger(value, shuffle_xor(value, 2 SB_PASS_PLACE));
+}
 
 // warp_sum of integers, by one instruction.
 SB_DEVICE int32_t warp_total(int32_t value SB_PLACE) {

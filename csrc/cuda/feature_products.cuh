@@ -138,14 +138,6 @@ class FeatureProducts {
 
  private:
   SB_DEVICE int64_t feature_of(int r) const { return first_feature + warp_index() * 16 + g + 8 * r; }
-  SB_DEVICE static float quad_sum(float v) {
-    v += shuffle_xor(v, 1);
-    return v + shuffle_xor(v, 2);
-  }
-  SB_DEVICE static float quad_max(float v) {
-    v = larger(v, shuffle_xor(v, 1));
-    return larger(v, shuffle_xor(v, 2));
-  }
 
   // -------------------- shared memory
 

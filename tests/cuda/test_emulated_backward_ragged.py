@@ -265,9 +265,9 @@ FAULTS = {
         "dq (rms|row)",
     ),
     "a list longer than two stages": (
-        TILE,
-        "      has_next = next_stage(next);\n",
-        "      has_next = buffer == 0 && next_stage(next);\n",
+        "attention_tile_stages.cuh",
+        "    has_next = next_stage(next);\n",
+        "    has_next = buffer == 0 && next_stage(next);\n",
         "d[qkv] (rms|row)",
     ),
     "wrong chunk edge": (

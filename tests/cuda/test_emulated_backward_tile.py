@@ -212,11 +212,12 @@ def test_the_loops_over_keys_have_no_bank_conflicts(emulator: Emulator, kind: st
 # -------------------- planted faults
 
 QUERIES, KEYS = "attention_backward_tile.cuh", "attention_backward_tile_keys.cuh"
-END_OF_LOOP = "      sync_warp();  // before the buffer is filled again\n"
+STAGES = "attention_tile_stages.cuh"
+END_OF_LOOP = "    sync_warp();  // before the buffer is filled again\n"
 # Where they are, and the kind of calls that show them.
 FAULTS = {
-    "missing barrier at the end of the loop": (QUERIES, "none", END_OF_LOOP, "", "race|asynchronous copy"),
-    "missing barrier at the end of the loop of keys": (KEYS, "none", END_OF_LOOP, "", "race|asynchronous copy"),
+    "missing barrier at the end of the loop": (STAGES, "none", END_OF_LOOP, "", "race|asynchronous copy"),
+    "missing barrier at the end of the loop of keys": (KEYS, "none", "  " + END_OF_LOOP, "", "race|asynchronous copy"),
     "stale mask of a stage": (QUERIES, "none", "ballot(of_lane.key >= 0)", "ballot(true)", "d[qkv] (rms|row)"),
     "swapped operand": (
         QUERIES,
@@ -226,7 +227,7 @@ FAULTS = {
         "dq (rms|row)",
     ),
     "lost last stage": (
-        QUERIES,
+        STAGES,
         "none",
         "if (position >= list.positions()) return false;",
         "if (position + kStage >= list.positions()) return false;",
