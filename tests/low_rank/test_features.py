@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -129,6 +130,62 @@ def test_a_module_trains_with_functions_that_are_modules() -> None:
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in features.parameters())
     assert torch.equal(copy.deepcopy(attention)(*tokens, is_causal=True), out)
+
+
+def softplus_of(features: int = 8) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(D, features), torch.nn.Softplus())
+
+
+def test_functions_that_are_modules_are_saved_loaded_and_moved_with_the_layer() -> None:
+    torch.manual_seed(0)
+    first, second = (
+        sb.ScatterbrainAttention(4, D, 2, sb.Window(16), sb.Features(softplus_of(), softplus_of())) for _ in range(2)
+    )
+    names = [f"{side}_features.0.{name}" for side in ("query", "key") for name in ("weight", "bias")]
+    assert list(first.state_dict()) == names == [name for name, _ in first.named_parameters()]
+    want = first(*tokens)
+    assert not torch.equal(second(*tokens), want)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second(*tokens), want)
+    assert torch.equal(copy.deepcopy(first)(*tokens), want)
+    assert torch.equal(pickle.loads(pickle.dumps(first))(*tokens), want)
+    assert {p.device.type for p in copy.deepcopy(first).to("meta").parameters()} == {"meta"}
+    with torch.no_grad():
+        for p in first.parameters():
+            p.zero_()
+    assert not torch.equal(first(*tokens), want) and torch.equal(second(*tokens), want)
+
+
+def test_functions_of_a_model_of_16_bits_stay_in_float32() -> None:
+    torch.manual_seed(0)
+    attention = sb.ScatterbrainAttention(4, D, 2, sb.Window(16), sb.Features(softplus_of()))
+    weight = attention.query_features[0].weight.detach().clone()
+    for dtype in (torch.bfloat16, torch.float16):
+        attention.to(dtype)
+        assert torch.equal(attention.query_features[0].weight, weight) and weight.dtype == torch.float32
+        assert attention(*(t.to(dtype) for t in tokens)).dtype == dtype
+    assert attention.double()(*(t.double() for t in tokens)).dtype == torch.float64
+    assert attention.query_features[0].weight.dtype == torch.float64
+
+
+def test_every_function_of_both_kinds_of_calls_is_the_layers() -> None:
+    both = softplus_of(), softplus_of(6)
+    attention = sb.ScatterbrainAttention(
+        4, D, 2, sb.Window(16), sb.Features(both[0]), causal_low_rank=sb.Features(both[1], both[0])
+    )
+    assert dict(attention.named_children()) == {"query_features": both[0], "causal_query_features": both[1]}
+    shared = sb.ScatterbrainAttention(4, D, 2, sb.Window(16), sb.Features(both[0], both[0]))
+    assert len(list(shared.parameters())) == 2
+
+
+def test_a_model_that_is_replaced_trains_the_functions() -> None:
+    torch.manual_seed(0)
+    features = softplus_of()
+    model = torch.nn.ModuleList(torch.nn.MultiheadAttention(4 * D, 4, batch_first=True) for _ in range(2))
+    sb.replace_attention(model, sb.Window(8), sb.Features(features))
+    assert all(any(p is own for own in model.parameters()) for p in features.parameters())
+    assert len(list(model.parameters())) == 2 * 4 + 2  # layers share them
+    assert sb.Features(features).adds_parameters and not sb.Features(elu).adds_parameters
 
 
 def test_the_same_function_is_called_for_a_layer_that_is_replaced() -> None:

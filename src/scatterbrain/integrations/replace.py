@@ -183,11 +183,11 @@ def _check_arguments(model: nn.Module, pairs: Pairs, token_order: str | None) ->
         raise type(error)(f"replace_attention: {error}") from error
     check_token_order(token_order, "replace_attention: token_order")
     kernels = () if pairs.is_exact else (pairs.low_rank, pairs.low_rank_of(True))
-    adds_parameters = any(kernel is not None and kernel.adds_parameters for kernel in kernels)
-    if adds_parameters and (wrapper := parallel_wrapper(model)):
+    adding = next((kernel for kernel in kernels if kernel is not None and kernel.adds_parameters), None)
+    if adding is not None and (wrapper := parallel_wrapper(model)):
         raise ValueError(
             f"replace_attention: expected a model that is not yet in {wrapper}, which would neither shard nor "
-            "synchronise the projections that statistics='learned' adds; replace attention first, then wrap the model"
+            f"synchronise the parameters that {adding} adds; replace attention first, then wrap the model"
         )
 
 

@@ -173,6 +173,11 @@ class LowRankKernel:
 
     # -------------------- the state of a module
 
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules of the caller's that the kernel computes with, by name. A module with this kernel has them as its
+        own: they are trained, saved and moved with it."""
+        return {}
+
     def initial_state(self, heads: Heads) -> State:
         """State of a new module."""
         return State({}, {})

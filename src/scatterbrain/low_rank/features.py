@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scatterbrain.call import Call
 from scatterbrain.low_rank.base import LowRankKernel
@@ -33,7 +33,9 @@ class Features(LowRankKernel):
 
     A token's features may depend on this token alone: a function that looks at its neighbours would let padding and, in
     causal attention, later tokens in, which nothing here can see. Gradients reach the tokens and whatever the functions
-    read; parameters of the functions belong to the caller, who gives them to the optimizer and saves them.
+    read. Functions that are modules are modules of a :class:`ScatterbrainAttention` too, ``query_features`` and
+    ``key_features``: its parameters, its state dict and ``.to()`` have theirs, which ``.half()`` and ``.bfloat16()``
+    leave in float32. Layers that are given the same kernel share them.
 
     ``sb.reference.attention`` takes the same kernel, and calls the functions with tokens of its own dtype, float64.
 
@@ -59,6 +61,14 @@ class Features(LowRankKernel):
                     f"Features: {name} must be a function of tokens (batch, heads, tokens, head_dim) that returns "
                     f"features (batch, heads, tokens, m), got {type(function).__name__}"
                 )
+
+    def modules(self) -> dict[str, nn.Module]:
+        of_both = {"query_features": self.query_features, "key_features": self.key_features}
+        return {name: function for name, function in of_both.items() if isinstance(function, nn.Module)}
+
+    @property
+    def adds_parameters(self) -> bool:
+        return any(True for function in self.modules().values() for _ in function.parameters())
 
     def coordinates(self, call: Call) -> tuple[Tensor, Tensor]:
         query_size, key_size = favor_sizes(call.scale)

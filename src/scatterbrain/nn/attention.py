@@ -246,6 +246,7 @@ class ScatterbrainAttention(KernelState):
         self.support, self.low_rank, self.causal_support, causal_low_rank = pairs
         self._causal_low_rank = ... if causal_low_rank == pairs.low_rank else causal_low_rank
         self.kernel_of_state = pairs.kernel_of_state()
+        self._register_modules()
 
     @property
     def causal_low_rank(self) -> LowRank:

@@ -49,6 +49,7 @@ class KernelState(nn.Module):
     causal_low_rank: LowRank
     kernel_of_state: LowRank
     is_exact: bool
+    _of_kernels: list[str] = []  # names of modules that the kernels compute with
 
     # -------------------- how it starts
 
@@ -60,6 +61,17 @@ class KernelState(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor))
         for name, tensor in state.buffers.items():
             self.register_buffer(name, tensor)
+
+    def _register_modules(self) -> None:
+        """For whenever kernels are set: the modules that they compute with are those of this one."""
+        for name in self._of_kernels:
+            del self._modules[name]
+        before = set(self._modules)
+        for prefix, kernel in (("", self.low_rank), ("causal_", self.causal_low_rank)):
+            for name, module in {} if kernel is None else kernel.modules().items():
+                if not any(module is own for own in self._modules.values()):
+                    self.add_module(prefix + name, module)
+        self._of_kernels = [name for name in self._modules if name not in before]
 
     def _initial_state(self) -> State:
         if self.kernel_of_state is None:
@@ -327,11 +339,24 @@ class KernelState(nn.Module):
         self._seen.clear()  # or it would keep the memory that the buffers leave
         kept = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         originals = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse=False)
+        for module in self.children() if recurse else ():
+            module._apply(_without_16_bits(fn))
         for name, dtype in kept.items():
             if self._buffers[name].dtype != dtype:
                 self._buffers[name] = originals[name].to(self._buffers[name].device)
         return self
+
+
+def _without_16_bits(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """For the modules that a kernel computes with: what they are given of tokens of 16 bits is float32."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        applied = fn(tensor)
+        is_narrower = applied.dtype in (torch.bfloat16, torch.float16) and applied.dtype != tensor.dtype
+        return tensor.to(applied.device) if is_narrower else applied
+
+    return apply
 
 
 def _unchanged(
