@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,8 @@ def test_the_paper_s_estimator_and_lists_of_single_queries_are_chosen_by_options
         (["--tokens", "128"], "choose fewer --keys, a smaller --size or more --tokens"),
         (["--tokens", "9000"], "expected at most 8192 tokens, got 9000"),
         (["--csv", "null", "--resume"], "--resume goes on with the rows in a file"),
+        (["--csv", "."], "--csv: expected a file to write, got ., which is a folder"),
+        (["--png", "."], "--png: expected a file to write, got ., which is a folder"),
     ],
 )
 def test_bad_options_are_explained_in_one_line(
@@ -275,6 +278,29 @@ def test_entries_are_chosen_by_name_or_by_how_names_begin(captured: Path) -> Non
     assert AnalyzeConfig(inputs=captured, entries=[names[1], "m"]).entries == names[::-1]
     with pytest.raises(ValueError, match="m.N20 is not in"):
         AnalyzeConfig(inputs=captured, entries=["m.N20"])
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("k", lambda t: t.index_fill(1, torch.tensor([3]), torch.nan), "a.N90.k: expected finite numbers, got NaN"),
+        ("v", lambda t: t[0], r"a.N90.v: expected a tensor (heads, tokens, head_dim) or"),
+        ("k", lambda t: t[..., :5], "a.N90: expected as many heads of keys as of values"),
+        ("q", lambda t: t[[0, 1, 1]], "got q, k and v of (3, 90, 8), (2, 90, 8), (2, 90, 8)"),
+    ],
+    ids=["no number", "dimensions", "widths", "heads"],
+)
+def test_an_entry_of_other_tensors_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture, part: str, change: Callable, message: str
+) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"a.N90.{name}": rand(2, 90, 8, seed=i) for i, name in enumerate("qkv")}
+    tensors[f"a.N90.{part}"] = change(tensors[f"a.N90.{part}"]).contiguous()
+    save_file(tensors, tmp_path / "qkv.safetensors")
+    few = ["--keys", "16", "--size", "4", "--temperatures", "1", "--oracle", "false", *files(tmp_path)]
+    assert main(["analyze", "--inputs", str(tmp_path / "qkv.safetensors"), *few]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_an_entry_that_the_file_lacks_is_named_with_those_it_has(captured: Path, capsys: pytest.CaptureFixture) -> None:

@@ -308,6 +308,7 @@ BAD = {
     "heads": (["--heads", "3", "--kv_heads", "2"], "multiple of --kv_heads"),
     "rank": (["--rank", "65"], "--rank must be at most --head_dim 64"),
     "resume": (["--resume"], "give it as --json FILE"),
+    "folder": (["--json", "."], "--json: expected a file to write, got ., which is a folder"),
     "entry": (["--entry", "a"], "give the file as --inputs FILE"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,12 +110,12 @@ def file_inputs(path: Path, entry: str | None, tokens: int, heads: int | None, r
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        query, key, value = (four_dimensional(file.get_tensor(f"{entry}.{part}")) for part in "qkv")
+        query, key, value = (read_tokens(file, path, f"{entry}.{part}") for part in "qkv")
         calibration = calibration_entry(entry)
         names = set(file.keys())
         pair = [f"{calibration}.{part}" for part in "qk"]
         others = (
-            [four_dimensional(file.get_tensor(name)) for name in pair]
+            [read_tokens(file, path, name) for name in pair]
             if calibration != entry and names.issuperset(pair)
             else None
         )
@@ -170,9 +171,19 @@ def calibration_entry(entry: str) -> str:
     return ".".join("cal" if part[:1] == "N" and part[1:].isdigit() else part for part in entry.split("."))
 
 
-def four_dimensional(tokens: Tensor) -> Tensor:
+def read_tokens(file: Any, path: Path, name: str) -> Tensor:
+    """A tensor of an open safetensors file, float32 (batch, heads, tokens, head_dim).
+
+    Raises:
+        ValueError: other dimensions, or what is no finite number.
+    """
+    tokens = file.get_tensor(name)
     if tokens.dim() not in (3, 4):
         raise ValueError(
-            f"expected tensors (heads, tokens, head_dim) or (batch, heads, tokens, head_dim), got {tuple(tokens.shape)}"
+            f"{path}: {name}: expected a tensor (heads, tokens, head_dim) or (batch, heads, tokens, head_dim), got "
+            f"{tuple(tokens.shape)}"
         )
-    return (tokens if tokens.dim() == 4 else tokens[None]).float()
+    tokens = (tokens if tokens.dim() == 4 else tokens[None]).float()
+    if not bool(tokens.isfinite().all()):
+        raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinity; capture other inputs")
+    return tokens

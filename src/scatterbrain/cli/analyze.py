@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scatterbrain.cli.command import HelpParser, asks_for_help, parse, readable_errors
+from scatterbrain.cli.command import HelpParser, asks_for_help, check_outputs, parse, readable_errors
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -53,6 +53,7 @@ def analyze(arguments: Sequence[str]) -> int:
     """
     with readable_errors():
         config = parse_analyze_config(arguments)
+        check_outputs(config, "csv", "png")
         from scatterbrain.analysis.regimes.runner import run
 
         return run(config)

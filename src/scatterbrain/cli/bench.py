@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scatterbrain.cli.command import HelpParser, asks_for_help, parse, readable_errors
+from scatterbrain.cli.command import HelpParser, asks_for_help, check_outputs, parse, readable_errors
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -58,6 +58,7 @@ def bench(arguments: Sequence[str]) -> int:
     """
     with readable_errors():
         config = parse_bench_config(arguments)
+        check_outputs(config, "json", "png")
         from scatterbrain.bench.runner import run
 
         return run(config)

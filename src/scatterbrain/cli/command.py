@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 if TYPE_CHECKING:
@@ -32,6 +33,25 @@ def readable_errors() -> Iterator[None]:
         raise CommandError(f"needs the package {error.name}: pip install 'scatterbrain[train]'") from error
     except (ValueError, OSError) as error:
         raise CommandError(one_line(error), getattr(error, "exit_code", 1)) from error
+
+
+def check_outputs(options: object, *names: str) -> None:
+    """Before minutes of measuring, not after: whether the files that options name can be written.
+
+    Raises:
+        CommandError: naming the option.
+        ModuleNotFoundError: a package that writes them.
+    """
+    for name in names:
+        file = getattr(options, name)
+        if file is None:
+            continue
+        if Path(file).is_dir():
+            raise CommandError(f"--{name}: expected a file to write, got {file}, which is a folder")
+        if name == "png":
+            import matplotlib  # noqa: F401
+        if name == "yaml":
+            import yaml  # noqa: F401
 
 
 def one_line(error: object) -> str:

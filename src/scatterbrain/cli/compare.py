@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scatterbrain.cli.command import CommandError, readable_errors
-from scatterbrain.cli.on_model import check_outputs, load, parser_of
+from scatterbrain.cli.command import CommandError, check_outputs, readable_errors
+from scatterbrain.cli.on_model import load, parser_of
 
 DESCRIPTION = """\
 Shows how a model's attention looks on real inputs, and what configurations make of it, layer by layer: entropy of the

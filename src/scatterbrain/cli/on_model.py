@@ -40,25 +40,6 @@ def parser_of(command: str, usage: str, description: str) -> argparse.ArgumentPa
     return parser
 
 
-def check_outputs(options: argparse.Namespace, *names: str) -> None:
-    """Before minutes of measuring, not after: whether files can be written and drawn.
-
-    Raises:
-        CommandError: naming the option.
-        ModuleNotFoundError: a package that writes them.
-    """
-    for name in names:
-        file = getattr(options, name)
-        if file is None:
-            continue
-        if file.is_dir():
-            raise CommandError(f"--{name}: expected a file to write, got {file}, which is a folder")
-        if name == "png":
-            import matplotlib  # noqa: F401
-        if name == "yaml":
-            import yaml  # noqa: F401
-
-
 def load(options: argparse.Namespace, batches: int) -> Loaded:
     """The model and at most so many batches. Prints what they are.
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scatterbrain.cli.command import CommandError, readable_errors
-from scatterbrain.cli.on_model import check_outputs, load, parser_of
+from scatterbrain.cli.command import CommandError, check_outputs, readable_errors
+from scatterbrain.cli.on_model import load, parser_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scatterbrain.bench.inputs import calibration_entry, entries, four_dimensional
+from scatterbrain.bench.inputs import calibration_entry, entries, read_tokens
 from scatterbrain.hilbert import hilbert_order
 
 
@@ -89,6 +89,12 @@ def captured_heads(
                 f"{path}: entry {name} has {query.shape[2]} queries and {key.shape[2]} keys; expected as many; "
                 "choose other entries with --entries"
             )
+        if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1] or query.shape[3] != key.shape[3]:
+            shapes = ", ".join(str(tuple(t.shape[1:])) for t in (query, key, value))
+            raise ValueError(
+                f"{path}: entry {name}: expected as many heads of keys as of values, a divisor of those of queries, "
+                f"and queries as wide as keys, got q, k and v of {shapes}"
+            )
         if token_order == "hilbert":
             order = _hilbert(query.shape[2], name)
             query, key, value = (t[:, :, order] for t in (query, key, value))
@@ -105,11 +111,11 @@ def _read(path: Path, name: str) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, 
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        query, key, value = (four_dimensional(file.get_tensor(f"{name}.{part}")) for part in "qkv")
+        query, key, value = (read_tokens(file, path, f"{name}.{part}") for part in "qkv")
         other = [f"{calibration_entry(name)}.{part}" for part in "qk"]
         if not set(other) <= set(file.keys()):
             return query, key, value, (query, key)
-        return query, key, value, tuple(four_dimensional(file.get_tensor(part)) for part in other)
+        return query, key, value, tuple(read_tokens(file, path, part) for part in other)
 
 
 def _hilbert(tokens: int, name: str) -> Tensor:
