@@ -30,6 +30,12 @@ def with_batches():
 
 def number():
     return 5
+
+def of_argument(width):
+    return encoder()
+
+def without_batches():
+    return encoder(), []
 """
 FEW = ("--configurations", "window-16+centroid", "routed-32", "--repeats", "1")
 
@@ -83,6 +89,9 @@ def test_a_text_model_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert "--tokens: the model takes at most 64, got 65" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "bert"), "--tokens", "40", *FEW]) == 0
     assert "RANDOM tokens" in capsys.readouterr().out
+    text.write_text("none of these is known " * 40)
+    assert main(arguments) == 1
+    assert "expected the model's tokenizer in the folder" in capsys.readouterr().err
 
 
 def test_a_vision_model_of_a_folder_on_an_array_and_on_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -112,6 +121,12 @@ def test_a_timm_model_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["compare", name, "--checkpoint", str(tmp_path / "vit.pth"), *FEW]) == 0
     out = capsys.readouterr().out
     assert "VisionTransformer: 12 attention calls" in out and "RANDOM pixels" in out
+    small = [name, "--checkpoint", str(tmp_path / "vit.pth"), "--size", "64"]
+    assert main(["compare", *small, "--configurations", "window-16", "--repeats", "1"]) == 0
+    assert " 17 " in capsys.readouterr().out  # 4 x 4 patches and a class token
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    assert main(["compare", name, "--checkpoint", str(tmp_path / "other.pth")]) == 1
+    assert "other.pth is no checkpoint of vit_tiny_patch16_224" in capsys.readouterr().err
 
 
 def test_a_run_folder_of_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -133,11 +148,21 @@ def test_what_is_no_model_or_no_input_says_what_was_expected(
     module: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
+    save_file({"src": torch.tensor(1.0)}, tmp_path / "b.safetensors")
+    importing = tmp_path / "importing.py"
+    importing.write_text("import no_such_package\n")
     for arguments, words in (
         (["no_such_model"], ["no_such_model: expected one of", "a Hugging Face folder", "module:function"]),
         ([str(tmp_path)], ["expected a folder with config.json or checkpoint.safetensors"]),
         ([f"{module}:nothing"], ["has no function 'nothing'"]),
         ([f"{module}:number"], ["expected a model or (model, batch), got int"]),
+        ([f"{module}:of_argument"], ["expected a function without arguments", "'width'"]),
+        ([f"{module}:without_batches"], ["expected a batch or a list of batches, got an empty list"]),
+        ([f"{importing}:f"], ["its import of no_such_package failed"]),
+        (
+            [f"{module}:encoder", "--inputs", str(tmp_path / "b.safetensors")],
+            ["b.safetensors: src: expected a tensor of"],
+        ),
         ([f"{module}:encoder"], ["returns a model without a batch", "--inputs FILE.safetensors"]),
         (["no_such_module:f"], ["no_such_module: no such module"]),
         (["gone.py:f"], ["gone.py: expected a Python file"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -103,12 +104,19 @@ class Source:
         function = getattr(_module(place), name, None)
         if not callable(function):
             raise ValueError(f"{self.model}: {place} has no function {name!r}")
+        try:
+            inspect.signature(function).bind()
+        except TypeError as error:
+            raise ValueError(f"{self.model}: expected a function without arguments, got one with {error}") from None
         found = function()
         model, batches = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
         if not isinstance(model, nn.Module):
             raise ValueError(f"{self.model}: expected a model or (model, batch), got {type(found).__name__}")
         if batches is not None and self.inputs is None:
-            return Loaded(model, batches if isinstance(batches, list) else [batches], f"inputs of {self.model}")
+            batches = batches if isinstance(batches, list) else [batches]
+            if not batches:
+                raise ValueError(f"{self.model}: expected a batch or a list of batches, got an empty list")
+            return Loaded(model, batches, f"inputs of {self.model}")
         if self.inputs is None or self.inputs.suffix == ".safetensors":
             return self._with_own_arguments(model, f"{self.model} returns a model without a batch")
         return self._with_images(model, self.size or 224, MEAN, DEVIATION)
@@ -138,7 +146,15 @@ class Source:
         if self.checkpoint is not None:
             from timm.models import load_checkpoint
 
-            load_checkpoint(model, str(self.checkpoint))
+            # Of the model's own module: it knows other names of weights, and positions of other sizes.
+            fitting = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+            try:
+                load_checkpoint(model, str(self.checkpoint), filter_fn=fitting)
+            except (RuntimeError, KeyError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"--checkpoint: {self.checkpoint} is no checkpoint of {self.model}: {reason}"
+                ) from error
         data = timm.data.resolve_model_data_config(model)
         return self._with_images(model, self.size or data["input_size"][1], data["mean"], data["std"])
 
@@ -153,6 +169,11 @@ class Source:
         from safetensors.torch import load_file
 
         arguments = load_file(self.inputs)
+        for name, tensor in arguments.items():
+            if tensor.dim() == 0:
+                raise ValueError(
+                    f"{self.inputs}: {name}: expected a tensor of rows, got a single number; give it a row"
+                )
         starts = self._starts(min(t.shape[0] for t in arguments.values()), "rows")
         batches = [{k: t[i : i + self.rows] for k, t in arguments.items()} for i in starts]
         return Loaded(model, batches, str(self.inputs))
@@ -190,6 +211,11 @@ class Source:
         logging.set_verbosity_error()  # that the text is longer than one input is meant
         tokenizer = AutoTokenizer.from_pretrained(self.model, local_files_only=True)
         ids = tokenizer(text[: 40 * tokens * count], add_special_tokens=False, truncation=False)["input_ids"]
+        if ids and len(set(ids)) == 1:
+            raise ValueError(
+                f"{self.model}: expected the model's tokenizer in the folder, got one that makes all of {self.inputs} "
+                "the same token; save it there (tokenizer.save_pretrained)"
+            )
         return _rows(torch.tensor(ids), tokens, count), f"rows of {tokens} tokens of {self.inputs}"
 
     def _of_run(self) -> Loaded:
@@ -246,8 +272,6 @@ def _random(what: str) -> str:
 
 
 def _takes(model: nn.Module, name: str) -> bool:
-    import inspect
-
     return name in inspect.signature(model.forward).parameters
 
 
@@ -260,7 +284,10 @@ def _module(place: str) -> Any:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{place}: its import of {error.name} failed: no such package") from error
         return module
     sys.path.insert(0, "")
     try:
@@ -268,7 +295,7 @@ def _module(place: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and place.split(".")[0] == error.name.split(".")[0]:
             raise ValueError(f"{place}: no such module; expected one of\n{WAYS}") from error
-        raise
+        raise ValueError(f"{place}: its import of {error.name} failed: no such package") from error
 
 
 def _normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     import jsonargparse
 
 
+# What to install for a package that a command imports, where that is not the package itself.
+INSTALLS = {name: f"'scatterbrain[{name}]'" for name in ("transformers", "timm", "diffusers")} | {"PIL": "pillow"}
+INSTALLS |= dict.fromkeys(
+    ("jsonargparse", "matplotlib", "numpy", "yaml", "safetensors", "tqdm"), "'scatterbrain[train]'"
+)
+
+
 class CommandError(Exception):
     """Ends a command; the message is printed without a traceback."""
 
@@ -30,7 +37,8 @@ def readable_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("scatterbrain"):
             raise
-        raise CommandError(f"needs the package {error.name}: pip install 'scatterbrain[train]'") from error
+        package = error.name.partition(".")[0]
+        raise CommandError(f"needs the package {package}: pip install {INSTALLS.get(package, package)}") from error
     except (ValueError, OSError) as error:
         raise CommandError(one_line(error), getattr(error, "exit_code", 1)) from error
 
