@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from pathlib import Path
 
@@ -68,6 +69,29 @@ def test_a_model_that_is_swapped_already_keeps_its_attention() -> None:
     assert all(torch.equal(a.query, b.query) and a.path == b.path for a, b in zip(got, want))
     assert len(report.replaced) == 2 and model.layers[0].self_attn.attention.support == sb.Window(8)
     assert "forward" not in vars(model.layers[0].self_attn.attention)
+
+
+def test_a_decoder_that_is_swapped_need_not_be_calibrated() -> None:
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40)
+    model, words = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).eval(), {"input_ids": torch.arange(50)[None]}
+    want = calls_of(model, words)
+    sb.replace_attention(model, sb.Window(8), sb.Quadratic(4))
+    got = calls_of(model, words)
+    assert all(torch.equal(a.query, b.query) and a.path == b.path for a, b in zip(got, want, strict=True))
+    with pytest.raises(ValueError, match="is not calibrated"):
+        model(**words)
+
+
+def test_what_others_have_set_on_a_layer_stays() -> None:
+    """As hooks of accelerate do."""
+    model, x = encoder(), torch.randn(1, L, E)
+    sb.replace_attention(model, sb.Window(8), None)
+    core, want = model.layers[0].self_attn.attention, model(x)
+    hooked = core.forward = functools.partial(core.forward)
+    calls_of(model, x)
+    assert core.forward is hooked and torch.equal(model(x), want)
 
 
 def test_an_error_inside_the_model_leaves_it_as_it_was() -> None:

@@ -164,15 +164,23 @@ def stand_in(
     if not any(isinstance(module, ScatterbrainAttention) for module in model.modules()):
         report = _replaced(model, token_order)
     cores = {path: m for path, m in model.named_modules() if isinstance(m, ScatterbrainAttention)}
+    # What others may have set too, such as hooks of accelerate.
+    before = {core: {name: vars(core)[name] for name in _REPLACED if name in vars(core)} for core in cores.values()}
     try:
         for path, core in cores.items():
             core.forward = _StandIn(path.rpartition(".")[0] or path, core, attend)
+            core.lacks_statistics = lambda is_causal: False  # nothing is computed with those of the module
         yield report
     finally:
-        for core in cores.values():
-            vars(core).pop("forward", None)
+        for core, own in before.items():
+            for name in _REPLACED:
+                vars(core).pop(name, None)
+            vars(core).update(own)
         if report is not None:
             report.restore()
+
+
+_REPLACED = ("forward", "lacks_statistics")
 
 
 def _replaced(model: nn.Module, token_order: str | None) -> Report:
