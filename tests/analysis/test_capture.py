@@ -169,6 +169,16 @@ def test_a_name_that_is_none_is_refused(tmp_path: Path) -> None:
         sb.capture(encoder(), torch.randn(1, L, E), tmp_path / "f", name="a.b")
 
 
+def test_rows_of_padding_alone_are_left_out(tmp_path: Path) -> None:
+    file, mask = tmp_path / "qkv.safetensors", torch.tensor([[False], [True]]).expand(2, L)
+    batch = {"src": torch.randn(2, L, E), "src_key_padding_mask": mask}
+    assert sb.capture(encoder(), batch, file) == [f"model.N{L}.layer{layer}" for layer in range(2)]
+    with pytest.raises(ValueError, match="tokens that are not padding, got none"):
+        sb.capture(encoder(), batch | {"src_key_padding_mask": torch.ones_like(mask)}, file)
+    with pytest.raises(ValueError, match="expected a file to write, .* which is a folder"):
+        sb.capture(encoder(), lambda model: pytest.fail("it ran"), tmp_path)
+
+
 def test_padding_holds_anything() -> None:
     model, x = encoder(), torch.randn(2, L, E)
     mask = padding(L, (0, 25))

@@ -241,8 +241,9 @@ def capture(
     A layer of a batch row is the float32 tensors ``<name>.N<tokens>.layer<l>.q``, ``.k`` and ``.v``, each (heads,
     tokens, head_dim): valid tokens alone, in the model's own order, key/value heads repeated for their query heads, and
     queries scaled such that attention is softmax(q k^T / sqrt(head_dim)) v. Layers count from 0 in the order of their
-    calls. Rows of a batch after the first are named ``<name>_<row>``, causal models ``lm_<name>``. Beside them stand
-    ``<name>.cal.layer<l>.q`` and ``.k``, of all rows of the calibration batch, or, without one, of the same tokens.
+    calls. Rows of a batch after the first are named ``<name>_<row>``, causal models ``lm_<name>``; rows without tokens
+    are left out. Beside them stand ``<name>.cal.layer<l>.q`` and ``.k``, of all rows of the calibration batch, or,
+    without one, of the same tokens.
 
     Args:
         model, batch: as :func:`scatterbrain.compare`.
@@ -255,13 +256,17 @@ def capture(
         The names of the layers: what stands before ``.q``, ``.k`` and ``.v``.
 
     Raises:
-        ValueError: a name of other characters; no attention that is known; no self-attention among it.
+        ValueError: a name of other characters; a folder for a file; no attention that is known; no self-attention among
+            it.
         ModuleNotFoundError: safetensors is not installed.
     """
     from safetensors.torch import save_file
 
     if not re.fullmatch(r"\w+", name):
         raise ValueError(f"capture: name must be letters, digits and underscores, got {name!r}")
+    file = Path(file)
+    if file.is_dir():
+        raise ValueError(f"capture: file: expected a file to write, got {file}, which is a folder")
     calls = [call for call in calls_of(model, batch, "natural") if _is_self_attention(call)]
     if not calls:
         raise ValueError(
@@ -276,11 +281,14 @@ def capture(
         prefix = f"lm_{name}" if call.is_causal else name
         fitted = dict(zip("qk", (torch.cat(t, 1) for t in zip(*_rows(others[min(layer, len(others) - 1)])))))
         for row, parts in enumerate(_rows(call)):
+            if parts[0].shape[1] == 0:  # a row without tokens
+                continue
             of_row = prefix if row == 0 else f"{prefix}_{row}"
             entries.append(f"{of_row}.N{parts[0].shape[1]}.layer{layer}")
             tensors |= {f"{entries[-1]}.{part}": t for part, t in zip("qkv", parts)}
             tensors |= {f"{of_row}.cal.layer{layer}.{part}": t.clone() for part, t in fitted.items()}
-    file = Path(file)
+    if not entries:
+        raise ValueError("capture: expected a batch with tokens that are not padding, got none")
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: t.contiguous() for key, t in tensors.items()}, file)
     return entries
