@@ -99,6 +99,9 @@ using Tensors = std::vector<Tensor>;
 #define SB_CLUSTER(X, S) \
   X(Tensor, query) S() X(Tensor, key) S() SB_PADDING(X, S) S() X(int64_t, clusters) S() X(double, scale)
 
+#define SB_INPUT_PROJECTION(X, S) \
+  X(Tensor, query) S() X(Tensor, key) S() SB_PADDING(X, S) S() X(int64_t, rank) S() X(double, scale)
+
 // The arguments of the quadratic operators but the tokens.
 #define SB_QUADRATIC(X, S) \
   SB_PROJECTIONS(X, S) S() SB_LISTS(X, S) S() SB_PADDING(X, S) S() SB_BUDGET(X, S) S() SB_SETTINGS(X, S)
@@ -141,6 +144,10 @@ struct RouteArguments {
 
 struct ClusterArguments {
   SB_CLUSTER(SB_FIELD, SB_SEMICOLON);
+};
+
+struct InputProjectionArguments {
+  SB_INPUT_PROJECTION(SB_FIELD, SB_SEMICOLON);
 };
 
 struct Budget {

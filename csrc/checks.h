@@ -260,20 +260,37 @@ inline void check_shape(const AttentionShape& s) {
 
 // -------------------- clustering
 
-inline void check_cluster(const ClusterArguments& a) {
+// The tokens of an operator that reads queries and keys of whole sequences.
+template <class Arguments>
+void check_whole_sequences(const char* op, const Arguments& a) {
   const Tensor &q = a.query, &k = a.key;
-  const char* const op = "cluster";
-  SB_CLUSTER(SB_CHECK_DEVICE, SB_SEMICOLON);
-  SB_CHECK(q.dim() == 4 && k.dim() == 4, "cluster: query and key must be (batch, heads, tokens, head_dim)");
-  SB_CHECK(is_floating(q) && q.scalar_type() == k.scalar_type(),
-           "cluster: query and key must share one floating-point dtype");
+  SB_CHECK(q.dim() == 4 && k.dim() == 4, op, ": query and key must be (batch, heads, tokens, head_dim)");
+  SB_CHECK(is_floating(q) && q.scalar_type() == k.scalar_type(), op,
+           ": query and key must share one floating-point dtype");
   SB_CHECK(k.size(0) == q.size(0) && k.size(3) == q.size(3) && q.size(3) > 0 && k.size(1) > 0 && q.size(1) > 0 &&
                q.size(1) % k.size(1) == 0,
-           "cluster: shapes of query and key do not fit together");
+           op, ": shapes of query and key do not fit together");
+  SB_CHECK(!a.query_offset, op,
+           ": query_offset is for causal calls, and this one is of the whole sequence; expected None");
+  check_padding(op, a);
+}
+
+inline void check_cluster(const ClusterArguments& a) {
+  const char* const op = "cluster";
+  SB_CLUSTER(SB_CHECK_DEVICE, SB_SEMICOLON);
+  check_whole_sequences(op, a);
   SB_CHECK(a.clusters >= 1 && a.clusters <= kSamples, "cluster: clusters must be from 1 to ", kSamples, ", got ",
            a.clusters);
-  SB_CHECK(!a.query_offset, "cluster: query_offset is for causal calls, and clusters are not causal; expected None");
-  check_padding("cluster", a);
+}
+
+// -------------------- projections fitted to the tokens
+
+inline void check_input_projection(const InputProjectionArguments& a) {
+  const char* const op = "input_projection";
+  SB_INPUT_PROJECTION(SB_CHECK_DEVICE, SB_SEMICOLON);
+  check_whole_sequences(op, a);
+  SB_CHECK(a.rank >= 1 && a.rank <= a.query.size(3), op, ": expected a rank from 1 to head_dim = ", a.query.size(3),
+           ", got ", a.rank);
 }
 
 // -------------------- routing

@@ -95,24 +95,32 @@ void route_lists(const Budget& budget, AttentionArguments& a) {
   std::tie(a.index, a.count) = launchers(query).route(r);
 }
 
-// The arguments of attention: with maps from the projections, and with routed lists.
-AttentionArguments complete(const QuadraticArguments& given, const Tensor& query, const Tensor& key,
-                            const Tensor& value) {
+// The arguments of attention: with maps from the projections, and with routed lists. `fitted` are projections in place
+// of the given ones, or none.
+AttentionArguments complete(const QuadraticArguments& given, const Tensors& fitted, const Tensor& query,
+                            const Tensor& key, const Tensor& value) {
+  SB_CHECK(fitted.empty() || fitted.size() == 4,
+           "attention: expected a projection of query_weight, query_bias, key_weight and key_bias, or none, got ",
+           fitted.size(), " tensors");
   AttentionArguments a = given.attention;
   a.query = query, a.key = key, a.value = value;
   const auto map_of = [&](const Tensor& tokens, const Tensor& weight, const Tensor& bias) {
     return a.packed_rank > 0 ? project_packed(tokens, weight, bias) : project(tokens, weight, bias);
   };
-  a.query_map = map_of(query, given.query_weight, given.query_bias);
-  a.key_map = map_of(key, given.key_weight, given.key_bias);
+  const auto weight = [&](size_t i, const Tensor& stored) -> const Tensor& {
+    return fitted.empty() ? stored : fitted[i];
+  };
+  a.query_map = map_of(query, weight(0, given.query_weight), weight(1, given.query_bias));
+  a.key_map = map_of(key, weight(2, given.key_weight), weight(3, given.key_bias));
   route_lists(given.budget, a);
   check_attention(a);
   return a;
 }
 
 // The same with the keys' clusters.
-AttentionArguments complete(const CentroidArguments& given, const Tensor& query, const Tensor& key,
-                            const Tensor& value) {
+AttentionArguments complete(const CentroidArguments& given, const Tensors& fitted, const Tensor& query,
+                            const Tensor& key, const Tensor& value) {
+  SB_CHECK(fitted.empty(), "attention: the centroid kernel has no projection, got ", fitted.size(), " tensors of one");
   AttentionArguments a = given.attention;
   a.query = query, a.key = key, a.value = value;
   const auto cluster_arguments = [&] {
@@ -137,10 +145,13 @@ Tensors made_by(const QuadraticArguments&, const AttentionArguments& a) { return
 Tensors made_by(const CentroidArguments&, const AttentionArguments& a) {
   return {*a.cluster_index, *a.representatives, *a.log_mass, *a.query_mean};
 }
-// The inverse.
-void take_made(const QuadraticArguments&, const Tensors& made, AttentionArguments& a) {
-  SB_CHECK(made.size() == 2, "attention: expected two maps, got ", made.size(), " tensors");
+// The inverse. Behind the maps stand the weights that made them, where those are not the given ones.
+void take_made(const QuadraticArguments& given, const Tensors& made, AttentionArguments& a) {
+  SB_CHECK(made.size() == 2 || made.size() == 4,
+           "attention: expected two maps, or two maps and the weights that made them, got ", made.size(), " tensors");
   a.query_map = made[0], a.key_map = made[1];
+  a.query_weight = made.size() == 4 ? made[2] : given.query_weight;
+  a.key_weight = made.size() == 4 ? made[3] : given.key_weight;
 }
 void take_made(const CentroidArguments&, const Tensors& made, AttentionArguments& a) {
   SB_CHECK(made.size() == 4, "attention: expected the four tensors of clusters, got ", made.size());
@@ -148,9 +159,9 @@ void take_made(const CentroidArguments&, const Tensors& made, AttentionArguments
 }
 
 template <class Given>
-std::tuple<Tensor, Tensor> run_complete(const Given& given, const Tensor& query, const Tensor& key,
-                                        const Tensor& value) {
-  auto [out, lse, state, scores] = launchers(query).attention(complete(given, query, key, value));
+std::tuple<Tensor, Tensor> run_complete(const Given& given, const Tensors& fitted, const Tensor& query,
+                                        const Tensor& key, const Tensor& value) {
+  auto [out, lse, state, scores] = launchers(query).attention(complete(given, fitted, query, key, value));
   return {out, lse};
 }
 
@@ -161,8 +172,9 @@ Tensor empty_result(const Tensor& tokens) { return launchers(tokens).empty(token
 using TrainedResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor>;
 
 template <class Given>
-TrainedResults train_complete(const Given& given, const Tensor& query, const Tensor& key, const Tensor& value) {
-  AttentionArguments a = complete(given, query, key, value);
+TrainedResults train_complete(const Given& given, const Tensors& fitted, const Tensor& query, const Tensor& key,
+                              const Tensor& value) {
+  AttentionArguments a = complete(given, fitted, query, key, value);
   a.is_trained = true;
   auto [out, lse, state, scores] = launchers(query).attention(a);
   const auto routed = [&](const MaybeTensor& list) { return given.budget.keys > 0 ? *list : empty_result(query); };
@@ -171,17 +183,18 @@ TrainedResults train_complete(const Given& given, const Tensor& query, const Ten
 
 std::tuple<Tensor, Tensor> quadratic_attention(SB_TOKENS(SB_PARAMETER, SB_COMMA),
                                                SB_QUADRATIC(SB_PARAMETER, SB_COMMA)) {
-  return run_complete(quadratic_arguments(SB_QUADRATIC(SB_VALUE, SB_COMMA)), query, key, value);
+  return run_complete(quadratic_arguments(SB_QUADRATIC(SB_VALUE, SB_COMMA)), {}, query, key, value);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quadratic_attention_with_state(
     SB_TOKENS(SB_PARAMETER, SB_COMMA), SB_QUADRATIC(SB_PARAMETER, SB_COMMA)) {
   auto [out, lse, state, scores, maps, routed, counts] =
-      train_complete(quadratic_arguments(SB_QUADRATIC(SB_VALUE, SB_COMMA)), query, key, value);
+      train_complete(quadratic_arguments(SB_QUADRATIC(SB_VALUE, SB_COMMA)), {}, query, key, value);
   return {out, lse, state, scores, maps[0], maps[1], routed, counts};
 }
 
-// -------------------- prepared calls: the same with stored arguments
+// -------------------- prepared calls: the same with stored arguments. `fitted`: projections that were fitted to these
+// tokens, in place of stored ones
 
 int64_t prepare(SB_QUADRATIC(SB_PARAMETER, SB_COMMA), Tensors sources, Tensors copies) {
   return keep_prepared({quadratic_arguments(SB_QUADRATIC(SB_VALUE, SB_COMMA)), std::move(sources), std::move(copies)});
@@ -196,18 +209,19 @@ bool is_stale(const PreparedCall& call, const Tensor& query) {
   return !launchers(query).equal_bytes(call.sources, call.copies);
 }
 
-Tensor prepared_attention(SB_TOKENS(SB_PARAMETER, SB_COMMA), int64_t call) {
+Tensor prepared_attention(SB_TOKENS(SB_PARAMETER, SB_COMMA), int64_t call, Tensors fitted) {
   const std::shared_ptr<const PreparedCall> prepared = prepared_call(call);
   if (is_stale(*prepared, query)) return empty_result(query);
-  return std::visit([&](const auto& given) { return std::get<0>(run_complete(given, query, key, value)); },
+  return std::visit([&](const auto& given) { return std::get<0>(run_complete(given, fitted, query, key, value)); },
                     prepared->arguments);
 }
 
-TrainedResults prepared_attention_with_state(SB_TOKENS(SB_PARAMETER, SB_COMMA), int64_t call) {
+TrainedResults prepared_attention_with_state(SB_TOKENS(SB_PARAMETER, SB_COMMA), int64_t call, Tensors fitted) {
   const std::shared_ptr<const PreparedCall> prepared = prepared_call(call);
   const auto empty = [&] { return empty_result(query); };
   if (is_stale(*prepared, query)) return {empty(), empty(), empty(), empty(), {}, empty(), empty()};
-  return std::visit([&](const auto& given) { return train_complete(given, query, key, value); }, prepared->arguments);
+  return std::visit([&](const auto& given) { return train_complete(given, fitted, query, key, value); },
+                    prepared->arguments);
 }
 
 // The gradients go through what the low-rank kernel made of query and key.
@@ -223,8 +237,6 @@ std::tuple<Tensor, Tensor, Tensor> prepared_attention_backward(Tensor d_out, Ten
         take_made(given, made, a);
         if (given.budget.keys > 0) a.index = index, a.count = count;
         a.state = state, a.scores = scores;
-        if constexpr (requires { given.query_weight; })
-          a.query_weight = given.query_weight, a.key_weight = given.key_weight;
         check_attention_backward(a, d_out, std::nullopt, out, lse);
         auto [dq, dk, dv, d_query_map, d_key_map] =
             launchers(query).attention_backward(a, out, lse, d_out, std::nullopt);
@@ -294,10 +306,10 @@ STABLE_TORCH_LIBRARY(scatterbrain, library) {
   library.def("prepare(" SB_QUADRATIC_SCHEMA ", Tensor[] sources, Tensor[] copies) -> int");
   library.def("prepare_centroid(" SB_CENTROID_SCHEMA ") -> int");
   library.def("discard_prepared(int call) -> ()");
-  library.def("prepared_attention(" SB_TOKENS_SCHEMA ", int call) -> Tensor");
+  library.def("prepared_attention(" SB_TOKENS_SCHEMA ", int call, Tensor[] fitted) -> Tensor");
   library.def("prepared_attention_with_state(" SB_TOKENS_SCHEMA
-              ", int call) -> (Tensor out, Tensor lse, Tensor state, Tensor scores, Tensor[] made, Tensor index, "
-              "Tensor count)");
+              ", int call, Tensor[] fitted) -> (Tensor out, Tensor lse, Tensor state, Tensor scores, Tensor[] made, "
+              "Tensor index, Tensor count)");
   library.def(
       "prepared_attention_backward(Tensor d_out, Tensor out, Tensor lse, Tensor state, Tensor scores, " SB_TOKENS_SCHEMA
       ", Tensor[] made, int call, Tensor? index=None, Tensor? count=None) -> (Tensor, Tensor, Tensor)");

@@ -78,7 +78,12 @@ CALLS = {
     "an offset": ("one operator", dict(support=sb.Window(16), is_causal=True, query_offset=3, **STORED)),
     "log-sum-exp": ("one operator", dict(support=sb.Window(16), return_lse=True, **STORED)),
     "learned projections": ("one operator", dict(support=sb.Window(16), **LEARNED)),
-    "statistics of the input": ("one operator", dict(support=sb.Window(16), low_rank=sb.Quadratic(RANK, "input"))),
+    "statistics of the input": ("prepared", dict(support=sb.Window(16), low_rank=sb.Quadratic(RANK, "input"))),
+    "statistics of the input, routed": ("prepared", dict(support=sb.Routed(24), low_rank=sb.Quadratic(RANK, "input"))),
+    "statistics of the input, padding": (
+        "one operator",
+        dict(support=sb.Window(16), low_rank=sb.Quadratic(RANK, "input"), key_padding_mask=MASK),
+    ),
     "random features": ("composed", dict(support=sb.Window(16), low_rank=sb.Favor(8))),
     "no low-rank kernel": ("composed", dict(support=sb.Window(16), low_rank=None)),
     "a scale that torch's kernel cannot mask": (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import scatterbrain as sb
 from scatterbrain import checks, fields, prepared
-from scatterbrain.low_rank import centroid, moments, quadratic_projection
+from scatterbrain.low_rank import centroid, input_statistics, moments, quadratic, quadratic_projection
 from scatterbrain.supports import blocks
 from scatterbrain.training.config import ModelConfig
 from scatterbrain.training.model import Decoder
@@ -29,6 +29,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "is_readable", lambda *tensors: False)
     monkeypatch.setattr(prepared, "key_of", lambda *arguments: None)
     monkeypatch.setattr(quadratic_projection, "constant_projection", lambda *arguments: None)
+    monkeypatch.setattr(quadratic, "fitted_projection", input_statistics.composed_projection)
 
 
 def waited_for(run) -> set[str]:

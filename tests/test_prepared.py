@@ -168,7 +168,7 @@ def test_prepared_calls_that_nobody_holds_are_freed(tokens, statistics) -> None:
     gc.collect()
     call([t[:, :, :-2] for t in tokens], statistics)  # preparing another call frees it
     with pytest.raises(RuntimeError, match=f"got {number}"):
-        torch.ops.scatterbrain.prepared_attention(*tokens, number)
+        torch.ops.scatterbrain.prepared_attention(*tokens, number, [])
 
 
 @pytest.mark.parametrize("kernel", ["quadratic", "centroid"])

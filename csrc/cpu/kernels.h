@@ -94,6 +94,23 @@ struct ClusterKernels {
   void (*logs)(const ClusterParams&, int64_t b, int64_t kv, int64_t segment, void* head);
 };
 
+// Rows of tokens are `width` wide, head_dim padded. start (rank, width): where subspace iteration starts.
+struct DirectionsParams {
+  int64_t rank, head_dim, width;
+  const double* start;
+};
+// Projections of Quadratic(statistics="input"), of one key/value head: kernels/input_projection.h says what each does.
+template <class T>
+struct InputProjectionKernels {
+  void (*sum_tokens)(const T* rows, int64_t stride, const uint8_t* ignored, int64_t n, int64_t width, T* sum);
+  void (*sum_weighted_tokens)(const T* rows, int64_t stride, const uint8_t* ignored, int64_t n, int64_t width,
+                              const T* a, T* sum, T* top, T* mass);
+  int64_t (*covariance)(const T* rows, int64_t n, int64_t width, double scale, const double* query_mean,
+                        double* covariance, void* scratch);
+  int64_t (*directions)(const DirectionsParams&, const T* query_mean, const T* key_mean, double* query_covariance,
+                        double* key_covariance, float* pq, float* pk, void* scratch);
+};
+
 // Rows of bfloat16 and float16, as their bits, to float32 and back; null where the instruction set has no conversion.
 struct HalfConversion {
   void (*widen)(const void* from, int64_t n, float* to) = nullptr;
@@ -107,6 +124,8 @@ struct InstructionSet {
   ProjectKernels<double> project_f64;
   RouteKernels route;
   ClusterKernels cluster_f32, cluster_f64;
+  InputProjectionKernels<float> input_projection_f32;
+  InputProjectionKernels<double> input_projection_f64;
   HalfConversion bfloat16, float16;
   const AttentionKernels* bf16 = nullptr;  // where bfloat16 has dot instructions
 };
@@ -127,6 +146,13 @@ const ProjectKernels<T>& project_kernels() {
     return instruction_set().project_f64;
   else
     return instruction_set().project_f32;
+}
+template <class T>
+const InputProjectionKernels<T>& input_projection_kernels() {
+  if constexpr (sizeof(T) == sizeof(double))
+    return instruction_set().input_projection_f64;
+  else
+    return instruction_set().input_projection_f32;
 }
 template <class T>
 const ClusterKernels& cluster_kernels() {

@@ -30,10 +30,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scatterbrain, library) {
   library.def(
       "cluster_lists(Tensor query_cluster, Tensor key_cluster, Tensor? query_range, Tensor? key_range, int largest) -> "
       "(Tensor index, Tensor count)");
+  library.def("input_projection(" SB_INPUT_PROJECTION(SB_SCHEMA, SB_SCHEMA_COMMA) ") -> (Tensor query_weight, Tensor "
+              "query_bias, Tensor key_weight, Tensor key_bias)");
 }
 STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CompositeExplicitAutograd, library) {
   library.impl("instruction_set", TORCH_BOX(&instruction_set_name));
 }
-STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CPU, library) { library.impl("cluster_lists", TORCH_BOX(&cluster_lists)); }
+STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CPU, library) {
+  library.impl("cluster_lists", TORCH_BOX(&cluster_lists));
+  library.impl("input_projection", TORCH_BOX(&input_projection));
+}
 
 }  // namespace sb::cpu

@@ -20,4 +20,10 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad, const Te
 std::tuple<Tensor, Tensor> cluster_lists(const Tensor& query_cluster, const Tensor& key_cluster,
                                          const MaybeTensor& query_range, const MaybeTensor& key_range, int64_t largest);
 
+// The projections of Quadratic(statistics="input"), which on other devices are made of torch's own operations:
+// query_weight, query_bias, key_weight and key_bias, (B, Hkv, rank + 1, d) and without the last dimension. NaN for
+// heads where anything is not finite.
+using InputProjection = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+InputProjection input_projection(SB_INPUT_PROJECTION(SB_PARAMETER, SB_COMMA));
+
 }  // namespace sb::cpu

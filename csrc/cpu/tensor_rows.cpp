@@ -73,6 +73,16 @@ BlockRows<T> rows_of_block(const Tensor& t, int64_t width_pad, int64_t b, int64_
 }
 
 template <class T>
+void gather_rows(const Tensor& t, int64_t width_pad, int64_t b, int64_t h, const std::vector<int32_t>& list, T* to) {
+  const StridedTensor from = rows_of(t);
+  with_element(t.scalar_type(), [&](auto* element) {
+    using E = std::remove_pointer_t<decltype(element)>;
+    const RowCopy<T, E> copy(t, width_pad);
+    for (size_t i = 0; i < list.size(); ++i) copy(from.at<const E>(b, h, list[i]), to + int64_t(i) * width_pad);
+  });
+}
+
+template <class T>
 TensorRows result_rows(const Tensor& result, int64_t width_pad, bool fully_written) {
   const Stage stage("zeros");
   if (is_in_form<T>(result, width_pad)) {
@@ -130,5 +140,8 @@ SB_INSTANTIATE(double)
 SB_INSTANTIATE(Bfloat16)
 template BlockRows<float> rows_of_block(const Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
 template BlockRows<double> rows_of_block(const Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t, double*);
+
+template void gather_rows(const Tensor&, int64_t, int64_t, int64_t, const std::vector<int32_t>&, float*);
+template void gather_rows(const Tensor&, int64_t, int64_t, int64_t, const std::vector<int32_t>&, double*);
 
 }  // namespace sb::cpu

@@ -31,6 +31,10 @@ template <class T>
 BlockRows<T> rows_of_block(const Tensor& t, int64_t width_pad, int64_t b, int64_t h, int64_t first, int64_t n,
                            T* scratch);
 
+// The rows of one head that a list names, copied to `to` (n * width_pad).
+template <class T>
+void gather_rows(const Tensor& t, int64_t width_pad, int64_t b, int64_t h, const std::vector<int32_t>& list, T* to);
+
 // Rows for a result: the tensor's own memory if it is in the form of rows of T, else a padded buffer. Zeros, unless the
 // kernels write every row (`fully_written`).
 template <class T>

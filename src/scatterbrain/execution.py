@@ -1,8 +1,9 @@
 """The one place that decides how a checked call runs.
 
 1. The support covers every key, without masks or offset: torch's own kernel, which nothing beats on few tokens.
-2. Untraced, without masks or offset, with constant affine coordinates or clusters of its own keys: a prepared call,
-   whose arguments but the tokens stay with the operator, now and for all later calls of its kind.
+2. Untraced, without masks or offset, with affine coordinates that are constant or fitted to the tokens, or clusters of
+   its own keys: a prepared call, whose arguments but the tokens stay with the operator, now and for all later calls of
+   its kind.
 3. Untraced, with affine coordinates: one operator that projects, routes and attends.
 4. Everything else: coordinates, lists, then the attention operator; under a trace with the registered autograd.
 
@@ -109,6 +110,9 @@ def _prepare_and_run(call: Call, kept_as: tuple) -> Tensor | None:
         sources = call.coefficients.tensors()
         arguments = _quadratic_arguments(call, constant.projection)
         kept = untraced.PreparedCall(arguments, head_dim, sources, constant.copies)
+    elif (fit := call.low_rank.own_projection(call)) is not None:
+        arguments = _quadratic_arguments(call, fit(call.query, call.key))
+        kept = untraced.PreparedCall(arguments, head_dim, fit=fit)
     else:
         return None
     prepared.keep(kept_as, sources, kept, call.scale)

@@ -11,6 +11,7 @@ from scatterbrain.operators.arguments import (
     CentroidArguments,
     ClusterArguments,
     ForwardResults,
+    InputProjectionArguments,
     KeptResults,
     KernelInputs,
     QuadraticArguments,
@@ -27,6 +28,7 @@ MADE_FROM = {
     "route": RouteArguments,
     "cluster": ClusterArguments,
     "prepare_centroid": CentroidArguments,
+    "input_projection": InputProjectionArguments,
 }
 OPERATORS = {  # the others that take the same arguments
     "attention_with_state": (AttentionArguments,),
@@ -76,6 +78,7 @@ def test_lists_and_padding_are_named_as_the_arguments_that_they_become() -> None
     assert {*lists, *padding, *own, *routing, "clusters"} - {*TOKENS} == set(CentroidArguments._fields)
     assert set(padding) < set(RouteArguments._fields)
     assert {*padding, "query", "key", "clusters", "scale"} == set(ClusterArguments._fields)
+    assert ["query", "key", *padding, "rank", "scale"] == [*InputProjectionArguments._fields]
 
 
 def test_every_schema_with_the_arguments_of_attention_is_compared() -> None:

@@ -181,13 +181,20 @@ def test_a_prepared_call_passes_the_arguments_of_a_plain_one(
     source = torch.arange(7.0)
     prepared = library.prepare(**kept, sources=[source], copies=[source.clone()])
     expected = library.quadratic_attention_with_state(*given)
-    results = library.prepared_attention_with_state(**tokens, call=prepared)
+    results = library.prepared_attention_with_state(**tokens, call=prepared, fitted=[])
     out, lse, state, scores, made, *routed = results
     query_map, key_map = made
     names = library.quadratic_attention_with_state.default._schema.returns
     for name, a, b in zip(names, (out, lse, state, scores, *made, *routed), expected):
         assert_same_result(name.name, a, b)
-    assert torch.equal(library.prepared_attention(**tokens, call=prepared), expected[0])
+    assert torch.equal(library.prepared_attention(**tokens, call=prepared, fitted=[]), expected[0])
+    others = [2 * t for t in (given.query_weight, given.query_bias, given.key_weight, given.key_bias)]
+    other = given._replace(query_weight=others[0], query_bias=others[1], key_weight=others[2], key_bias=others[3])
+    assert torch.equal(
+        library.prepared_attention(**tokens, call=prepared, fitted=others), library.quadratic_attention(*other)[0]
+    )
+    with pytest.raises(RuntimeError, match="expected a projection of query_weight, .* or none, got 2 tensors"):
+        library.prepared_attention(**tokens, call=prepared, fitted=others[:2])
 
     saved = dict(out=out, lse=lse, state=state, scores=scores, made=made)
     lists = dict(zip(("index", "count"), routed)) if given.keys else {}
@@ -200,8 +207,8 @@ def test_a_prepared_call_passes_the_arguments_of_a_plain_one(
     assert len(got) == 3 and all(map(torch.equal, got, want))
 
     source[3] += 1
-    assert library.prepared_attention(**tokens, call=prepared).numel() == 0
-    out, lse, state, scores, made, *routed = library.prepared_attention_with_state(**tokens, call=prepared)
+    assert library.prepared_attention(**tokens, call=prepared, fitted=[]).numel() == 0
+    out, lse, state, scores, made, *routed = library.prepared_attention_with_state(**tokens, call=prepared, fitted=[])
     assert [t.numel() for t in (out, lse, state, scores, *routed)] == [0] * 6 and made == []
     other = library.prepare(**kept, sources=[], copies=[])
     assert other != prepared
@@ -210,10 +217,10 @@ def test_a_prepared_call_passes_the_arguments_of_a_plain_one(
     with pytest.raises(
         RuntimeError, match=f"expected the number of a prepared call that was not discarded, got {prepared}"
     ):
-        library.prepared_attention(**tokens, call=prepared)
-    assert torch.equal(library.prepared_attention(**tokens, call=other), expected[0])
+        library.prepared_attention(**tokens, call=prepared, fitted=[])
+    assert torch.equal(library.prepared_attention(**tokens, call=other, fitted=[]), expected[0])
     with pytest.raises(RuntimeError, match="fit together"):
-        library.prepared_attention(given.query, given.key, given.value[:, :, 1:], other)
+        library.prepared_attention(given.query, given.key, given.value[:, :, 1:], other, [])
     library.discard_prepared(other)
 
 
@@ -222,13 +229,15 @@ def test_a_prepared_call_refuses_what_another_kernel_made_of_the_tokens() -> Non
     tokens = dict(query=given.query, key=given.key, value=given.value)
     settings = {name: value for name, value in given._asdict().items() if name in CentroidArguments._fields}
     prepared = library.prepare_centroid(**settings | dict(clusters=4, packed_rank=0))
-    out, lse, state, scores, made, *routed = library.prepared_attention_with_state(**tokens, call=prepared)
+    out, lse, state, scores, made, *routed = library.prepared_attention_with_state(**tokens, call=prepared, fitted=[])
     saved = dict(out=out, lse=lse, state=state, scores=scores, **tokens, call=prepared)
     if given.keys:
         saved |= dict(zip(("index", "count"), routed))
     assert len(library.prepared_attention_backward(d_out=out, made=made, **saved)) == 3
     with pytest.raises(RuntimeError, match="expected the four tensors of clusters, got 2"):
         library.prepared_attention_backward(d_out=out, made=made[:2], **saved)
+    with pytest.raises(RuntimeError, match="the centroid kernel has no projection, got 1 tensors"):
+        library.prepared_attention(**tokens, call=prepared, fitted=[out])
     library.discard_prepared(prepared)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scatterbrain as sb
+from scatterbrain.low_rank import input_statistics, quadratic
+from scatterbrain.padding import EVERYTHING
 
 # -------------------- where mistakes are put
 
@@ -55,12 +57,13 @@ class MutatedArguments(TorchDispatchMode):
 @dataclass
 class Mutation:
     """A mistake, and the cases that could show it: a function of the package with a mutant in its place, or arguments
-    of the operators with what changes them."""
+    of the operators with what changes them. ``composed``: in what other devices than the CPU run."""
 
     shows: Callable[[Case], bool]
     function: str = ""
     mutant: Callable | None = None
     arguments: dict[str, Callable] = field(default_factory=dict)
+    composed: bool = False
 
 
 def offset_plus_one(padding_info: Callable, *args: object) -> object:
@@ -86,6 +89,17 @@ def upside_down(start: Callable, *args: object) -> Tensor:
 
 def without_mask(samples: Callable, tokens: Tensor, mask: Tensor | None) -> tuple:
     return samples(tokens, None if mask is None else torch.zeros_like(mask))
+
+
+def of_everything(fitted: Callable, query: Tensor, key: Tensor, _: object, *settings: object) -> object:
+    return fitted(query, key, EVERYTHING, *settings)
+
+
+def other_directions(fitted: Callable, *args: object) -> object:
+    projection = fitted(*args)
+    return projection._replace(
+        key_weight=torch.cat([projection.key_weight[:, :, :-1].flip(2), projection.key_weight[:, :, -1:]], 2)
+    )
 
 
 def later_first_key(span: Tensor) -> Tensor:
@@ -127,11 +141,13 @@ MUTATIONS = {
         lambda c: is_fitted(c) and c.low_rank.statistics == "input" and min(c.queries, c.keys) > 2,
         "sampled_moments",
         half_key_mean,
+        composed=True,
     ),
     "subspace iteration starts elsewhere": Mutation(
         lambda c: is_fitted(c) and c.low_rank.statistics == "input" and min(c.queries, c.keys) > 2,
         "_start",
         upside_down,
+        composed=True,
     ),
     "samples of the padding": Mutation(
         lambda c: (
@@ -142,6 +158,22 @@ MUTATIONS = {
         ),
         "_samples",
         without_mask,
+        composed=True,
+    ),
+    "statistics of the padding": Mutation(
+        lambda c: (
+            is_fitted(c)
+            and c.low_rank.statistics == "input"
+            and c.padding not in ("none", "all")
+            and min(c.queries, c.keys) > 2
+        ),
+        "fitted_projection",
+        of_everything,
+    ),
+    "directions of the keys in another order": Mutation(
+        lambda c: is_fitted(c) and c.low_rank.statistics == "input" and min(c.queries, c.keys) > 2,
+        "fitted_projection",
+        other_directions,
     ),
     "window starts one key later": Mutation(
         lambda c: isinstance(c.support, sb.Window) and c.keys > c.support.keys and c.queries > 0,
@@ -171,6 +203,8 @@ def test_a_mistake_fails_the_parity_table(name: str, monkeypatch: pytest.MonkeyP
 
     def fails(seed: int, mutant: Callable | None, arguments: dict[str, Callable]) -> bool:
         with monkeypatch.context() as patch, MutatedArguments(arguments):
+            if mutation.composed:
+                patch.setattr(quadratic, "fitted_projection", input_statistics.composed_projection)
             if mutation.function:
                 mutate_function(patch, mutation.function, mutant)
             try:

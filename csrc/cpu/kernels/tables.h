@@ -5,6 +5,7 @@
 #include "cluster.h"
 #include "cluster_state.h"
 #include "convert.h"
+#include "input_projection.h"
 #include "kv_state.h"
 #include "kv_state_backward.h"
 #include "project.h"
@@ -60,6 +61,10 @@ constexpr ClusterKernels cluster_table() {
   return {&cluster_head_bytes<T>, &cluster_queries<T>,         &cluster_centres<T>,
           &cluster_keys<T>,       &cluster_representatives<T>, &cluster_logs<T>};
 }
+template <class T>
+constexpr InputProjectionKernels<T> input_projection_table() {
+  return {&sum_tokens<T>, &sum_weighted_tokens<T>, &sampled_covariance<T>, &sampled_directions<T>};
+}
 constexpr InstructionSet instruction_set_named(const char* name) {
   return {name,
           attention_table<float>(),
@@ -69,6 +74,8 @@ constexpr InstructionSet instruction_set_named(const char* name) {
           {&route_keys, &route_group},
           cluster_table<float>(),
           cluster_table<double>(),
+          input_projection_table<float>(),
+          input_projection_table<double>(),
           convert_bfloat16(),
           convert_float16()};
 }

@@ -86,7 +86,7 @@ class LowRankKernel:
         code: how the attention operator evaluates K. 2: ``x.y`` of non-negative features. 1: ``(1 + x.y / 2)^2``, the
             quadratic kernel's. 3: the centroid kernel's, from clusters.
         is_configurable: numbers and names make it, so a configuration file can.
-        can_be_prepared: the kernel has :meth:`constant_projection` or :meth:`own_clusters`.
+        can_be_prepared: the kernel has :meth:`constant_projection`, :meth:`own_projection` or :meth:`own_clusters`.
         training_defaults: values of fields with which a model can be trained from scratch.
         reads_input: the kernel looks at the whole sequence, so causal attention would see the future.
         adds_parameters: a module with this kernel has parameters of its own.
@@ -164,6 +164,11 @@ class LowRankKernel:
 
     def constant_projection(self, call: Call) -> Any:
         """:meth:`projection` with what it was made from, where it can be kept for later calls; else None."""
+        return None
+
+    def own_projection(self, call: Call) -> Any:
+        """A function that makes :meth:`projection` from the queries and keys of a call like this one, where it is
+        fitted to them; else None."""
         return None
 
     def own_clusters(self, call: Call) -> int:

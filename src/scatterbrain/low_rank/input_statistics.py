@@ -1,6 +1,7 @@
 """Statistics of a low-rank kernel from a call's own tokens: means of all of them, covariances of a few, and the
 directions in which both vary most by subspace iteration. A decomposition of both covariances in full would take
-several times as long."""
+several times as long. On the CPU one operator makes the projections of the quadratic kernel, everywhere else and for
+other kernels torch's own operations do."""
 
 from __future__ import annotations
 
@@ -10,12 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scatterbrain.call import Call
 from scatterbrain.low_rank.moments import check_finite_moments
 from scatterbrain.low_rank.quadratic_coefficients import STORED_FLOOR, Statistics, on_one_thread
+from scatterbrain.operators import untraced
+from scatterbrain.operators.arguments import InputProjectionArguments
 from scatterbrain.operators.device_constants import kept
 from scatterbrain.operators.fakes import accumulation_dtype
 from scatterbrain.operators.tracing import is_untraced
+from scatterbrain.operators.untraced import Projection
+from scatterbrain.padding import PaddingInfo
 
 SAMPLES = 256  # tokens of a head that covariances are taken from
 STEPS = 3  # of subspace iteration
@@ -30,13 +34,33 @@ class SampledMoments(NamedTuple):
     covariances: Tensor  # (2, B, Hkv, d, d) float64, of queries and of keys
 
 
-def statistics_of_input(call: Call, rank: int) -> Statistics:
-    """Constants of the backward pass, per batch row and key/value head."""
-    query, key = call.query.detach(), call.key.detach()
+def fitted_projection(query: Tensor, key: Tensor, padding: PaddingInfo, rank: int, scale: float) -> Projection:
+    """The affine maps of Quadratic(statistics="input"), per batch row and key/value head: constants of the backward
+    pass."""
+    if not query.is_cpu:
+        return composed_projection(query, key, padding, rank, scale)
+    if is_untraced():
+        projection = untraced.input_projection(InputProjectionArguments(query, key, *padding, rank, scale))
+    else:
+        tokens = query.detach(), key.detach()
+        projection = Projection(*torch.ops.scatterbrain.input_projection(*tokens, *padding, rank, scale))
+    _check_finite((projection.query_bias,))  # NaN where anything is not finite
+    return projection
+
+
+def composed_projection(query: Tensor, key: Tensor, padding: PaddingInfo, rank: int, scale: float) -> Projection:
+    """:func:`fitted_projection` of torch's own operations, for every device."""
+    query, key = query.detach(), key.detach()
     with torch.no_grad():
-        m = sampled_moments(query, key, call.scale, call.padding.key_mask, call.padding.query_mask)
-        check_finite_moments(m, "Quadratic(statistics='input')", "use stored statistics, which let NaN through")
-        return statistics_from_samples(m, rank, call.scale)
+        m = sampled_moments(query, key, scale, padding.key_mask, padding.query_mask)
+        _check_finite(m)
+        statistics = statistics_from_samples(m, rank, scale)
+        wide = Statistics.unchecked(*(t.double() for t in statistics.tensors()), scale)
+        return Projection(*(w.to(accumulation_dtype(query.dtype)) for w in wide.weights(scale)))
+
+
+def _check_finite(results: tuple[Tensor, ...]) -> None:
+    check_finite_moments(results, "Quadratic(statistics='input')", "use stored statistics, which let NaN through")
 
 
 def sampled_moments(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from torch import Tensor
 from scatterbrain.call import Call
 from scatterbrain.fields import check_int, check_str
 from scatterbrain.low_rank.base import Coefficients, Heads, LowRankKernel, State, StateOwner
-from scatterbrain.low_rank.input_statistics import statistics_of_input
+from scatterbrain.low_rank.input_statistics import fitted_projection
 from scatterbrain.low_rank.moments import MOMENTS, Moments, moment_shapes
 from scatterbrain.low_rank.quadratic_coefficients import (
     EMA_FLOOR,
@@ -25,7 +25,6 @@ from scatterbrain.low_rank.quadratic_coefficients import (
 from scatterbrain.low_rank.quadratic_projection import (
     ConstantProjection,
     constant_projection,
-    input_projection,
     learned_projection,
     stored_projection,
 )
@@ -33,6 +32,7 @@ from scatterbrain.operators.arguments import QUADRATIC
 from scatterbrain.operators.fakes import accumulation_dtype
 from scatterbrain.operators.transformed import project
 from scatterbrain.operators.untraced import Projection
+from scatterbrain.padding import EVERYTHING
 
 EMA_MOMENTUM = 0.8  # share of the past in a moving average
 EMA_EVERY = 10  # optimizer steps between commits of a moving average
@@ -175,8 +175,13 @@ class Quadratic(LowRankKernel):
         if isinstance(coefficients, Projections):
             return learned_projection(coefficients, scale, dtype, device)
         if coefficients is None:
-            return input_projection(statistics_of_input(call, self.rank), scale, dtype, device)
+            return fitted_projection(call.query, call.key, call.padding, self.rank, scale)
         return stored_projection(coefficients, scale, dtype, device)
+
+    def own_projection(self, call: Call) -> Callable[[Tensor, Tensor], Projection] | None:
+        if not self.reads_input:
+            return None
+        return partial(fitted_projection, padding=EVERYTHING, rank=self.rank, scale=call.scale)
 
     def constant_projection(self, call: Call) -> ConstantProjection | None:
         if call.coefficients is None:  # those of the input

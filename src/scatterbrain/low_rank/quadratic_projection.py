@@ -93,12 +93,6 @@ def stored_projection(statistics: Statistics, scale: float, dtype: torch.dtype, 
     return _stored(statistics, scale, dtype, device) if kept is None else kept.projection
 
 
-def input_projection(statistics: Statistics, scale: float, dtype: torch.dtype, device: torch.device) -> Projection:
-    """The maps of statistics that the package made for one call: unchecked, and nothing is kept of them."""
-    tensors = (t.to(device, torch.float64) for t in statistics.tensors())
-    return Projection(*(w.to(dtype) for w in Statistics.unchecked(*tensors, statistics.scale).weights(scale)))
-
-
 def _stored(statistics: Statistics, scale: float, dtype: torch.dtype, device: torch.device) -> Projection:
     # The products of means and projections are formed in float64: they are tiny, and they are what cancels against the
     # tokens. All are constants of the backward pass, whatever they were made from.

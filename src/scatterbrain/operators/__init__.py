@@ -6,12 +6,14 @@ and coordinates, and everything that chooses what is read happens before them.
                                        then need not compute again (empty where keeping them is not worth their memory)
 ``route``                              lists from the content
 ``cluster``                            clusters of the keys, for the centroid kernel
+``input_projection``                   projections for the quadratic kernel, fitted to the tokens; on the CPU alone
 ``project``, ``project_packed``        coordinates from tokens, as a map or as rows that kernels read in place
 ``quadratic_attention``                projects, routes if ``keys`` > 0, and attends in one call
 ``prepare``, ``prepare_centroid``      keep all arguments but the tokens, of ``quadratic_attention`` or of attention
                                        that clusters its keys, and return a number for ``prepared_attention``, until
                                        ``discard_prepared``. Where ``sources`` no longer hold the bytes of ``copies``,
-                                       from which the projections were made, its results are empty
+                                       from which the projections were made, its results are empty. ``fitted`` are
+                                       projections in place of those that were kept
 
 library.py loads them, arguments.py names their arguments; fakes.py, gradients.py, vmap.py and flops.py are what torch
 asks for about each. untraced.py calls them below autograd, with nodes of its own; transformed.py calls them under

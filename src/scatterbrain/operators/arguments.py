@@ -24,6 +24,7 @@ Shapes and dtypes. B batch rows, Hq query heads, Hkv key/value heads, N queries,
       r + 1, d), biases without the last      projections ``map = weight token + bias``
     low_rank                                  0 none, 1 quadratic, 2 general features, 3 centroid
     clusters                                  of Centroid
+    rank                                      r of Quadratic(statistics="input")
     keys, window, sinks, pools                of Routed; keys = 0: the operator does not route
     packed_rank                               r > 0: the maps are rows of ``project_packed``, which kernels read in
                                               place
@@ -59,6 +60,7 @@ QuadraticArguments = _arguments("QuadraticArguments", "quadratic_attention")  # 
 RouteArguments = _arguments("RouteArguments", "route")
 ClusterArguments = _arguments("ClusterArguments", "cluster")
 CentroidArguments = _arguments("CentroidArguments", "prepare_centroid")
+InputProjectionArguments = _arguments("InputProjectionArguments", "input_projection")
 
 
 class KernelInputs(NamedTuple):

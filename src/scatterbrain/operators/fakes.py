@@ -9,6 +9,7 @@ from scatterbrain.operators import library  # noqa: F401  (loads the operators)
 from scatterbrain.operators.arguments import (
     AttentionArguments,
     ClusterArguments,
+    InputProjectionArguments,
     QuadraticArguments,
     RouteArguments,
     after_projection,
@@ -160,3 +161,12 @@ def _(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         a.key.new_empty((batch, heads, keys), dtype=dtype),
         a.key.new_empty((batch, heads, d), dtype=dtype),
     )
+
+
+@torch.library.register_fake("scatterbrain::input_projection")
+def _(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = InputProjectionArguments(*arguments)
+    _check_devices("input_projection", **a._asdict())
+    batch, heads, _, d = a.key.shape
+    shape, dtype = (batch, heads, a.rank + 1), accumulation_dtype(a.key.dtype)
+    return tuple(a.key.new_empty(size, dtype=dtype) for size in ((*shape, d), shape) * 2)

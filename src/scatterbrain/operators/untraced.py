@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from scatterbrain.operators.arguments import (
     CentroidArguments,
     ClusterArguments,
     ForwardResults,
+    InputProjectionArguments,
     KernelInputs,
     QuadraticArguments,
     RouteArguments,
@@ -47,6 +49,7 @@ _PROJECT = torch.ops.scatterbrain.project.default
 _PROJECT_BACKWARD = torch.ops.scatterbrain.project_backward.default
 _ROUTE = torch.ops.scatterbrain.route.default
 _CLUSTER = torch.ops.scatterbrain.cluster.default
+_INPUT_PROJECTION = torch.ops.scatterbrain.input_projection.default
 
 _NARROW_HEAD = torch.ops.scatterbrain.narrow_head()  # heads of fewer dimensions are computed in float64
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -88,6 +91,12 @@ def cluster(arguments: ClusterArguments) -> tuple[Tensor, Tensor, Tensor, Tensor
     """The clustering operator, which has no gradients."""
     with _BelowAutograd():
         return _CLUSTER(*arguments)
+
+
+def input_projection(arguments: InputProjectionArguments) -> Projection:
+    """The operator of the same name, which has no gradients."""
+    with _BelowAutograd():
+        return Projection(*_INPUT_PROJECTION(*arguments))
 
 
 def attention(a: AttentionArguments) -> tuple[Tensor, Tensor]:
@@ -252,6 +261,7 @@ class PreparedCall:
         head_dim: of the tokens.
         sources: the tensors that the projections were made from.
         copies: what the sources held then.
+        fit: makes the projections of a call from its queries and keys, in place of those of ``arguments``.
     """
 
     def __init__(
@@ -260,7 +270,9 @@ class PreparedCall:
         head_dim: int,
         sources: tuple[Tensor, ...] = (),
         copies: list[Tensor] | None = None,
+        fit: Callable[[Tensor, Tensor], Projection] | None = None,
     ) -> None:
+        self.fit = fit
         self.routes = arguments.keys > 0
         self.is_wide = head_dim >= _NARROW_HEAD
         with contextlib.suppress(IndexError):  # the list is empty, or another thread was quicker
@@ -284,8 +296,9 @@ class PreparedCall:
         """
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             return _PreparedAttention.apply(query, key, value, self)
+        fitted = () if self.fit is None else self.fit(query, key)
         with _BelowAutograd():
-            out = _PREPARED_ATTENTION(query, key, value, self.number)
+            out = _PREPARED_ATTENTION(query, key, value, self.number, fitted)
         if out.dim() != 4:
             raise StaleProjection
         return out
@@ -296,10 +309,14 @@ class _PreparedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, query: Tensor, key: Tensor, value: Tensor, call: PreparedCall) -> Tensor:
+        fitted = () if call.fit is None else call.fit(query, key)
         with _BelowAutograd():
-            out, lse, state, scores, made, index, count = _PREPARED_ATTENTION_WITH_STATE(query, key, value, call.number)
+            out, lse, state, scores, made, index, count = _PREPARED_ATTENTION_WITH_STATE(
+                query, key, value, call.number, fitted
+            )
         if out.dim() != 4:
             raise StaleProjection
+        made = (*made, fitted.query_weight, fitted.key_weight) if fitted else made
         lists = (index, count) if call.routes else ()
         ctx.save_for_backward(out, lse, state, scores, query, key, value, *made, *lists)
         ctx.call = call
@@ -346,14 +363,16 @@ def _gradients_of_prepared(
         return dq, dk, dv
     query, key, value = tokens
     *of_tokens, _ = need
+    query_map, key_map, *weights = made
+    query_weight, key_weight = weights or (arguments.query_weight, arguments.key_weight)
     dq, dk, dv, *_ = _quadratic_gradients(
         _Needed(*of_tokens),
         below,
         results,
-        after_projection(arguments._replace(query=query, key=key, value=value), *made, index, count),
+        after_projection(arguments._replace(query=query, key=key, value=value), query_map, key_map, index, count),
         state,
         scores,
-        arguments.query_weight,
-        arguments.key_weight,
+        query_weight,
+        key_weight,
     )
     return dq, dk, dv

@@ -57,6 +57,7 @@ BATCHED["attention"] = _batched("attention", shared=("span",))
 BATCHED["attention_backward"] = _batched("attention_backward", shared=("span",))
 BATCHED["route"] = _batched("route")
 BATCHED["cluster"] = _batched("cluster")
+BATCHED["input_projection"] = _batched("input_projection")
 
 
 def _project(
