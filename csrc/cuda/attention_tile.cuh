@@ -82,8 +82,10 @@ class Tile {
     const int64_t first = head * p.k_tokens + first_key;
     keys_of_lane = reinterpret_cast<const char*>(p.k.at<const E>(b, kv, first_key)) + lane % 8 * kCopyBytes;
     values_of_lane = reinterpret_cast<const char*>(p.v.at<const E>(b, kv, first_key)) + lane % 8 * kCopyBytes;
-    coordinates_of_lane = reinterpret_cast<const char*>(p.key_coordinates + first * 32) + lane % 4 * kCopyBytes;
+    coordinates_of_lane =
+        as_it_is(reinterpret_cast<const char*>(p.key_coordinates + first * 32) + lane % 4 * kCopyBytes);
     key_log = p.key_log + first, clusters = p.cluster + first;
+    if (!kIsRagged || !kHasClusters) key_log = as_it_is(key_log), clusters = as_it_is(clusters);  // no register is free
     if constexpr (kIsRagged) {
       edges = TileEdges(p, range, first_slot);
       state_slot = edges.state_slot;
@@ -120,7 +122,7 @@ class Tile {
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
       // Above kLowestLog, so that what has this exponent weighs nothing.
-      top[r] = float(kNoKeyLog), of_state[r] = kHasQuadratic ? 0.0f : 1.0f;
+      minus_top[r] = -float(kNoKeyLog), of_state[r] = kHasQuadratic ? 0.0f : 1.0f;
       exact[r] = removed[r] = 0, listed_before[r] = 0;
     }
     if (kHasQuadratic) {
@@ -222,7 +224,7 @@ class Tile {
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
       const LogOfState state(rho[r], kappa_ref);
-      top[r] = state.log, of_state[r] = state.correction;
+      minus_top[r] = -state.log, of_state[r] = state.correction;
     }
     const float* hz = p.state_sums + operand_of_state() * p.features_padded;
     SB_NO_UNROLL
@@ -276,7 +278,7 @@ class Tile {
           multiply_add(exponent[n], of_queries, first.at[0], first.at[1], E{});
         }
       }
-      float step_top[2] = {top[0], top[1]}, mass[2][2];
+      float step_top[2] = {-minus_top[0], -minus_top[1]}, mass[2][2];
       SB_UNROLL
       for (int n = 0; n < 2; ++n) SB_UNROLL
       for (int i = 0; i < 2; ++i) {
@@ -300,7 +302,7 @@ class Tile {
           float weight[2];
           SB_UNROLL
           for (int i = 0; i < 2; ++i) {
-            weight[i] = exp2_of(exponent[n][2 * r + i] - top[r]);
+            weight[i] = exp2_of(exponent[n][2 * r + i] + minus_top[r]);
             of_features.total[r] += weight[i] * mass[n][i];
           }
           uint32_t parts[2];
@@ -314,8 +316,8 @@ class Tile {
 
   // All sums of row r relative to the larger exponent `to`.
   SB_DEVICE void raise(int r, float to) {
-    const float by = exp2_of(top[r] - to);
-    top[r] = to;
+    const float by = exp2_of(-to - minus_top[r]);
+    minus_top[r] = -to;
     exact[r] *= by;
     if (kHasQuadratic) of_state[r] *= by;
     if (kHasClusters) of_features.total[r] *= by, removed[r] *= by;
@@ -345,9 +347,9 @@ class Tile {
     of_lane.valid = ballot(of_lane.key >= 0);
     of_lane.log = float(kLowestLog);
     if (kHasLowRank && of_lane.key >= 0) {
-      of_lane.log = load(key_log + of_lane.key);
+      of_lane.log = load(key_log + uint32_t(of_lane.key));
       if (kHasClusters) {
-        const int32_t cluster = load(clusters + of_lane.key), last = int32_t(p.rank) - 1;
+        const int32_t cluster = load(clusters + uint32_t(of_lane.key)), last = int32_t(p.rank) - 1;
         of_lane.cluster = (cluster < 0 ? 0 : cluster > last ? last : cluster) * kRowOfExponents * 4;
       }
     }
@@ -457,7 +459,7 @@ class Tile {
         if (!(of_lane.valid >> (first + 2 * n + 8 * i) & 1)) weight[n][i] = weight[n][2 + i] = -float(INFINITY);
     }
     listed_before[0] += bits_set(of_lane.valid);  // of the keys twice
-    float most[2], most_held[2] = {0, 0};
+    float most[2];
     SB_UNROLL
     for (int r = 0; r < 2; ++r)
       most[r] = larger(larger(weight[0][2 * r], weight[0][2 * r + 1]), larger(weight[1][2 * r], weight[1][2 * r + 1]));
@@ -472,12 +474,12 @@ class Tile {
         for (int r = 0; r < 2; ++r) {
           const float of_pair = root[n][2 * r + i];
           held[n][2 * r + i] = of_column * of_pair * of_pair;
-          if (kIsHalf) most_held[r] = larger(most_held[r], held[n][2 * r + i]);
+          removed[r] += held[n][2 * r + i];
         }
       }
     }
-    const float above[2] = {fmaf(most[0], scale, -top[0]), fmaf(most[1], scale, -top[1])};
-    raise_if_needed(above, most_held, [&](int r) { return most[r] * scale; });
+    const float above[2] = {fmaf(most[0], scale, minus_top[0]), fmaf(most[1], scale, minus_top[1])};
+    raise_if_needed<kHasQuadratic>(above, [&](int r) { return most[r] * scale; });
     const float mass = kHasClusters ? exp2_of(of_lane.log) : 0.0f;
     SB_UNROLL
     for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
@@ -487,11 +489,11 @@ class Tile {
       SB_UNROLL
       for (int r = 0; r < 2; ++r) {
         float& of_pair = weight[n][2 * r + i];
-        of_pair = exp2_of(fmaf(of_pair, scale, -top[r]));
+        of_pair = exp2_of(fmaf(of_pair, scale, minus_top[r]));
         exact[r] += of_pair;
-        if (kHasQuadratic) removed[r] += held[n][2 * r + i], of_pair -= of_state[r] * held[n][2 * r + i];
+        if (kHasQuadratic) of_pair -= of_state[r] * held[n][2 * r + i];
         if (kHasClusters) {
-          const float of_cluster = exp2_of(exponent_of(r, cluster) - top[r]);
+          const float of_cluster = exp2_of(exponent_of(r, cluster) + minus_top[r]);
           removed[r] += of_cluster * of_column, of_pair -= of_cluster * of_column;
         }
       }
@@ -499,22 +501,25 @@ class Tile {
   }
 
   // Raises the exponents of rows to those of their largest weights, exponent(r) or `above` as much, whose rounding to
-  // 16 bits then loses nothing, and for float16 to the largest that the state takes back, `held`, which must fit into
-  // it.
-  template <class Exponent>
-  SB_DEVICE void raise_if_needed(const float (&above)[2], const float (&held)[2], const Exponent& exponent) {
-    constexpr bool kLimitsHeld = kHasQuadratic && kIsHalf;
+  // 16 bits then loses nothing. What listed keys take back must fit into float16: all that a lane has taken bounds
+  // each.
+  template <bool kTakes, class Exponent>
+  SB_DEVICE void raise_if_needed(const float (&above)[2], const Exponent& exponent) {
+    constexpr bool kHasLimit = kTakes && kIsHalf;
+    constexpr float kMostTaken = 0x1p10f;
+    float taken[2];
     bool is_high = above[0] > 0 || above[1] > 0;
-    if (kLimitsHeld) is_high = is_high || of_state[0] * held[0] > 1 || of_state[1] * held[1] > 1;
+    SB_UNROLL
+    for (int r = 0; r < 2 && kHasLimit; ++r) {
+      taken[r] = of_state[r] * removed[r];
+      is_high = is_high || taken[r] > kMostTaken;
+    }
     if (ballot(is_high) == 0) return;
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
-      float to = larger(top[r], quad_max(exponent(r)));
-      if (kLimitsHeld) {
-        const float of_row = of_state[r] * quad_max(held[r]);
-        if (of_row > 1) to = larger(to, top[r] + exponent_above(of_row));
-      }
-      raise(r, to);
+      float to = exponent(r);
+      if (kHasLimit) to = larger(to, quick_log2_of(larger(taken[r], kMostTaken) * (1 / kMostTaken)) - minus_top[r]);
+      raise(r, larger(-minus_top[r], quad_max(to)));
     }
   }
 
@@ -536,7 +541,7 @@ class Tile {
     // Scores, and what the state holds of a pair, or behind it the factor of exp(score).
     const int first = lane_of_key(2 * t % 4) + t / 2;
     const float of_key = kIsBehind ? of_lane.log : exp2_of(kHasQuadratic ? of_lane.log - kappa_ref : of_lane.log);
-    float of_columns[kKeyTiles][2], most[2], most_of_others[2], most_held[2] = {0, 0};
+    float of_columns[kKeyTiles][2], most[2], most_of_others[2];
     SB_UNROLL
     for (int r = 0; r < 2; ++r) most[r] = -float(INFINITY), most_of_others[r] = float(kLowestLog);
     SB_UNROLL
@@ -559,7 +564,7 @@ class Tile {
         }
         if (kHasQuadratic && !kIsBehind) {
           held = is_listed ? of_column * held * held : 0.0f;
-          if (kIsHalf) most_held[r] = larger(most_held[r], held);
+          removed[r] += held;
         }
       }
     }
@@ -568,8 +573,8 @@ class Tile {
       return kIsBehind && kHasQuadratic ? larger(most[r] * scale, most_of_others[r]) : most[r] * scale;
     };
     SB_UNROLL
-    for (int r = 0; r < 2; ++r) above[r] = exponent(r) - top[r];
-    raise_if_needed(above, most_held, exponent);
+    for (int r = 0; r < 2; ++r) above[r] = exponent(r) + minus_top[r];
+    raise_if_needed<kHasQuadratic && !kIsBehind>(above, exponent);
     SB_UNROLL
     for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -578,13 +583,13 @@ class Tile {
       SB_UNROLL
       for (int r = 0; r < 2; ++r) {
         float &of_pair = weight[n][2 * r + i], held = root[n][2 * r + i];
-        of_pair = exp2_of(fmaf(of_pair, scale, -top[r]));
+        of_pair = exp2_of(fmaf(of_pair, scale, minus_top[r]));
         if (kIsBehind && kHasQuadratic && (others[r] >> column & 1))
-          of_pair = exp2_of((rho[r] - top[r]) + of_columns[n][i]) * held;
+          of_pair = exp2_of((rho[r] + minus_top[r]) + of_columns[n][i]) * held;
         exact[r] += of_pair;
-        if (kHasQuadratic && !kIsBehind) removed[r] += held, of_pair -= of_state[r] * held;
+        if (kHasQuadratic && !kIsBehind) of_pair -= of_state[r] * held;
         if (kHasClusters && (listed[r] >> column & 1)) {
-          const float of_cluster = exp2_of(exponent_of(r, cluster) - top[r]);
+          const float of_cluster = exp2_of(exponent_of(r, cluster) + minus_top[r]);
           removed[r] += of_cluster * of_columns[n][i], of_pair -= of_cluster * of_columns[n][i];
         }
       }
@@ -649,7 +654,7 @@ class Tile {
       if (kHasQuadratic && in_state > 0) result.flag_large_terms(of_state[r], all_squares, of_hz);
       const int64_t query = queries().get(row_of(r));
       if (query < 0) continue;
-      if (t == 0) result.store_numbers(p, (b * p.q_heads + h) * p.q_tokens + query, head, top[r]);
+      if (t == 0) result.store_numbers(p, (b * p.q_heads + h) * p.q_tokens + query, head, -minus_top[r]);
       if (result.is_flagged) continue;
       const float inverse = result.inverse();
       auto* out = reinterpret_cast<uint32_t*>(p.out.at<E>(b, h, query)) + t;
@@ -678,8 +683,8 @@ class Tile {
   int32_t listed_before[2];                                   // keys of the state
   uint32_t q_operand[Layout::kKeepsQueries ? 1 : kSteps][4];  // of the tile's queries
   // By row g and g + 8. Sums are relative to exp(top); total, removed and squares of features to the state, and
-  // `of_state` is the factor between the two.
-  float sum[kChunks][4], top[2], exact[2], removed[2], of_state[2], rho[2], kappa_ref = 0;
+  // `of_state` is the factor between the two. `minus_top` is what is added to scores.
+  float sum[kChunks][4], minus_top[2], exact[2], removed[2], of_state[2], rho[2], kappa_ref = 0;
   FeatureSums of_features;  // with clusters `total` is that of their masses
 };
 

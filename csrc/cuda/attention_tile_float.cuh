@@ -36,9 +36,10 @@ struct FloatTileLayout {
 
 // Byte of the chunk of four numbers `chunk` in row `row` of a matrix of queries or keys, of which lanes 4 g + t read
 // chunk t of row g, 32 at a time: two rows lie in different groups of banks.
+SB_HD int moved_by_parity(int row) { return (row & 1) << 6; }
 template <int D>
 SB_HD int swizzled_by_parity(int row, int chunk) {
-  return row * D * 4 + ((chunk ^ (row & 1) << 2) << 4);
+  return row * D * 4 + ((chunk << 4) ^ moved_by_parity(row));
 }
 
 // A left operand of 16 rows and a depth of 8.
@@ -351,7 +352,7 @@ class FloatTile {
       of_lane.log = load(p.key_log + head * p.k_tokens + first_key + of_lane.key);
       if (kHasClusters) of_lane.cluster = int32_t(cluster_of(p, head, first_key + of_lane.key));
     }
-    copy_rows(p.k, of_lane.key, p.head_dim, 0, [](int row) { return (row & 1) << 6; });
+    copy_rows(p.k, of_lane.key, p.head_dim, 0, [](int row) { return moved_by_parity(row); });
     if (kHasQuadratic) SB_UNROLL
     for (int j = 0; j < kStage * 4 / kWarp; ++j) {
       const int i = lane + j * kWarp, row = i / 4, chunk = i % 4;

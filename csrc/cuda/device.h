@@ -159,6 +159,16 @@ SB_DEVICE void store(V* p, V value SB_PLACE) {
   *p = value;
 }
 
+// The same pointer, of which the compiler does not know where it came from: what is added to it in a loop then is one
+// instruction, and not parts of the address anew.
+template <class V>
+SB_DEVICE V* as_it_is(V* p) {
+#if !defined(SB_EMULATOR)
+  asm("" : "+l"(p));
+#endif
+  return p;
+}
+
 // An array in the block's shared memory, from `offset` bytes on.
 #if defined(SB_EMULATOR)
 template <class V>
@@ -285,6 +295,16 @@ SB_DEVICE float log2_of(float v) {
   return std::log2(v);
 #else
   return log2f(v);
+#endif
+}
+// By the device's own instruction, to 2^-22; minus infinity where exp2_of has 0.
+SB_DEVICE float quick_log2_of(float v) {
+#if defined(SB_EMULATOR)
+  return v < 0x1p-126f ? -float(INFINITY) : std::log2(v);
+#else
+  float log;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log) : "f"(v));
+  return log;
 #endif
 }
 SB_DEVICE double log2_of(double v) {

@@ -181,14 +181,15 @@ def test_values_that_are_no_numbers_reach_those_who_list_them_alone(emulator: Em
 
 
 def conflicts_of_the_loop(emulator: Emulator) -> list[int]:
-    """Bank conflicts that 64 further keys of every list cost, without a kernel and with the quadratic one. Clusters are
-    looked up wherever the keys' are, so that theirs depend on the keys."""
+    """Bank conflicts that 64 further keys of every list cost, without a kernel and with the quadratic one, where 16
+    queries share a list and where 8 do. Clusters are looked up wherever the keys' are, so that theirs depend on the
+    keys."""
     found = []
-    for low_rank, head_dim in ((None, 64), (LOW_RANKS["quadratic"], 128)):
+    for low_rank, head_dim, block_q in ((None, 64, 16), (LOW_RANKS["quadratic"], 128, 16), (None, 128, 8)):
         counts = []
         for keys in (32, 96):
             before = emulator.statistics()["bank_conflicts"]
-            attend(emulator, tokens_of(head_dim, head_dim), sb.Window(keys), low_rank)
+            attend(emulator, tokens_of(head_dim, head_dim), sb.Window(keys, block_q), low_rank)
             counts.append(emulator.statistics()["bank_conflicts"] - before)
         found.append(counts[1] - counts[0])
     return found
@@ -211,7 +212,8 @@ def test_neither_a_complaint_nor_a_bank_conflict_without_a_fault(emulator: Emula
 
 FAULTS = {
     "lost low part of a right operand": ("  multiply_add(small, left.high, low[0], low[1], Tf32{});\n", "", "rms"),
-    "swizzle of keys lost where they are read": ("(chunk ^ (row & 1) << 2) << 4", "chunk << 4", "rms"),
+    "swizzle of keys lost where they are read": ("(chunk << 4) ^ moved_by_parity(row)", "(chunk << 4)", "rms"),
+    "lost swizzle of keys": ("return (row & 1) << 6;", "return 0 * row;", "conflicts"),
     "missing wait for values": (
         "      wait_copies<1>();\n      sync_warp();\n      if (is_careful)",
         "      if (is_careful)",
