@@ -56,7 +56,8 @@ using Tensors = std::vector<Tensor>;
   X(int64_t, packed_rank, "=0")
 
 // Of lists that are routed in the same call, where keys > 0.
-#define SB_BUDGET(X, S) X(int64_t, keys) S() X(int64_t, window) S() X(int64_t, sinks) S() X(int64_t, pools)
+#define SB_BUDGET(X, S) \
+  X(MaybeTensor, head_keys) S() X(int64_t, keys) S() X(int64_t, window) S() X(int64_t, sinks) S() X(int64_t, pools)
 
 #define SB_ROUTE_SETTINGS(X, S)                     \
   X(int64_t, keys) S()                              \
@@ -93,7 +94,7 @@ using Tensors = std::vector<Tensor>;
 
 #define SB_ROUTE(X, S) \
   X(Tensor, query) S() X(Tensor, key) S() SB_MAPS(X, S) S() SB_CLUSTERS(X, S) S() SB_PADDING(X, S) S() \
-  X(int64_t, low_rank) S() \
+  X(MaybeTensor, head_keys) S() X(int64_t, low_rank) S() \
   SB_ROUTE_SETTINGS(X, S)
 
 #define SB_CLUSTER(X, S) \
@@ -108,7 +109,7 @@ using Tensors = std::vector<Tensor>;
 
 // The same of calls that cluster their keys.
 #define SB_CENTROID(X, S) \
-  SB_LISTS(X, S) S() SB_PADDING(X, S) S() X(int64_t, clusters) S() SB_BUDGET(X, S) S() SB_SETTINGS(X, S)
+  SB_LISTS(X, S) S() SB_PADDING(X, S) S() SB_BUDGET(X, S) S() X(int64_t, clusters) S() SB_SETTINGS(X, S)
 
 // -------------------- what a list becomes
 

@@ -295,6 +295,19 @@ inline void check_input_projection(const InputProjectionArguments& a) {
 
 // -------------------- routing
 
+// Keys of every query head. What they are, the device looks at where it is not the CPU.
+inline void check_head_keys(const Tensor& head_keys, int64_t heads, const RouteArguments& a) {
+  SB_CHECK(head_keys.scalar_type() == ScalarType::Int && has_shape(head_keys, {1, heads}),
+           "route: head_keys must be int32 of shape (1, ", heads, "), a number of keys for every query head");
+  if (!head_keys.is_cpu()) return;
+  const int64_t near = a.block_k > 1 || a.window > 0 ? a.window : a.block_q, least = near + pad_to(a.sinks, a.block_k);
+  for (int64_t h = 0; h < heads; ++h) {
+    const int64_t keys = static_cast<const int32_t*>(head_keys.data_ptr())[h * head_keys.stride(1)];
+    SB_CHECK(keys >= least && keys <= a.keys, "route: expected head_keys from ", least,
+             ", what the window and the sinks take, to keys = ", a.keys, ", got ", keys, " for head ", h);
+  }
+}
+
 inline void check_route(const RouteArguments& a) {
   const Tensor &q = a.query, &k = a.key;
   const char* const op = "route";
@@ -318,6 +331,7 @@ inline void check_route(const RouteArguments& a) {
       "route: expected block_q 8, 16 or 32 with block_k 1, window 0 or at least block_q, and keys >= "
       "max(window, block_q) + sinks, and 1 or 2 pools; or block_q 1 with block_k 8, keys and window in multiples of "
       "8, keys >= window + sinks rounded up to 8, and 1 pool");
+  if (a.head_keys) check_head_keys(*a.head_keys, q.size(1), a);
   check_low_rank("route", a.low_rank);
   check_padding("route", a);
   if (a.low_rank == 0 || !pooled) return;  // per-query routing reads neither maps nor clusters

@@ -202,7 +202,8 @@ struct RouteParams {
   int64_t head_dim, head_pad;  // d, and d rounded up to kPad
   LowRank low_rank;
   int64_t rank;                                          // r, or m for general features, or clusters
-  int64_t keys, block_q, block_k, window, sinks, pools;  // of the support
+  int64_t keys, block_q, block_k, window, sinks, pools;  // of the support; keys: the most of any head
+  const int32_t* head_keys;                              // (Hq) keys of each head, or null: the same for all
   bool is_causal;
   float scale;
   StridedTensor q, k;        // (B, Hq|Hkv, N|M, head_pad)

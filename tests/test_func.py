@@ -20,6 +20,7 @@ CASES = {
     "pooled lists, learned": (sb.Routed(16, block_q=8), LEARNED, {}),
     "lists of single queries, stored, causal": (sb.Routed(16, 1, 8, 8), sb.Quadratic(3), dict(is_causal=True)),
     "window, input": (sb.Window(8), sb.Quadratic(3, "input"), {}),
+    "pooled lists, heads' own keys": (sb.Routed((16, 24), block_q=8), LEARNED, {}),
     "pooled lists, centroid": (sb.Routed(16, block_q=8), sb.Centroid(5), {}),
     "window, centroid, padded": (sb.Window(8), sb.Centroid(5), dict(key_padding_mask=padding(N, (0, 9)))),
     "hashing, favor": (sb.LSH(8), sb.Favor(8), {}),

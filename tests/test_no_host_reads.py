@@ -49,6 +49,7 @@ SUPPORTS = {
     "window": lambda: sb.Window(16),
     "window with sinks": lambda: sb.Window(16, sinks=4),
     "pooled": lambda: sb.Routed(32),
+    "pooled, heads' own keys": lambda: sb.Routed((32, 40)),
     "per query": lambda: sb.Routed(16, block_q=1, block_k=8),
     "lsh": lambda: sb.LSH(16),
     "blocks": lists,

@@ -22,6 +22,7 @@ SUPPORTS = [
     sb.Routed(32),
     sb.Routed(32, window=16, sinks=4),
     sb.Routed(32, block_q=1, block_k=8, window=16),
+    sb.Routed((32, 24)),
 ]
 
 

@@ -41,6 +41,11 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   p.capacity = std::min(list_capacity(a.keys, p.block_k), ceil_div(p.k_tokens, p.block_k));
   p.keys = p.block_k == 1 ? std::min(a.keys, p.k_tokens)
                           : p.window + std::min(a.keys - p.window, pad_to(p.k_tokens, p.block_k));
+  MaybeTensor head_keys;
+  if (a.head_keys) {
+    head_keys = as_contiguous(*a.head_keys);
+    p.head_keys = static_cast<const int32_t*>(head_keys->data_ptr());
+  }
 
   const TensorRows q = as_rows<float>(a.query, p.head_pad), k = as_rows<float>(a.key, p.head_pad);
   p.q = q.rows, p.k = k.rows;

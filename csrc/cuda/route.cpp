@@ -55,6 +55,7 @@ class Route {
   }
 
   void set_rows() {
+    p.head_keys = call.read_contiguous<int32_t>(a.head_keys);
     RowsParams& r = row_params;
     r.batch = p.batch, r.q_tokens = p.q_tokens, r.k_tokens = p.k_tokens;
     r.q_range = call.read_contiguous<int32_t>(a.query_range), r.k_range = call.read_contiguous<int32_t>(a.key_range);

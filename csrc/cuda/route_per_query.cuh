@@ -26,8 +26,8 @@ struct PerQueryScratch {
 // In blocks of keys: the window [low, high) of a query, `first`, before which are the sinks, and how many to choose.
 struct QueryWindow {
   int64_t low, high, first, wanted;
-  // position: of the query, in the keys of its row.
-  SB_DEVICE QueryWindow(const RoutingParams& p, int64_t length, int64_t position) {
+  // Of a head. position: of the query, in the keys of its row.
+  SB_DEVICE QueryWindow(const RoutingParams& p, int64_t h, int64_t length, int64_t position) {
     const int64_t sinks = ceil_div(p.sinks, kBranch), blocks = ceil_div(length, kBranch);
     if (p.is_causal) {
       const int64_t start = position - p.window + 1;
@@ -40,7 +40,7 @@ struct QueryWindow {
     }
     low = clamped(low, 0, blocks), high = clamped(high, low, blocks);
     first = clamped(sinks, 0, p.is_causal ? high : blocks);
-    wanted = (p.keys - p.window) / kBranch - sinks;
+    wanted = (keys_of(p, h) - p.window) / kBranch - sinks;
   }
 
  private:
@@ -75,7 +75,7 @@ class RoutedQuery {
     if (i >= range.q_end || (p.q_mask && load(p.q_mask + b * p.q_tokens + i))) return;
     const int64_t position = position_of(p, row, range, i, slot);
     if (p.is_causal && position < 0) return;
-    const QueryWindow window(p, row.length, position);
+    const QueryWindow window(p, h, row.length, position);
     low = window.low, high = window.high, first = window.first, wanted = window.wanted;
     read_query(i);
     const int64_t supers = choose_supers(), taken = take_blocks(supers);

@@ -58,7 +58,7 @@ class QueryTiles {
     bool is_live = i < range.q_end && !(p.q_mask && load(p.q_mask + b * p.q_tokens + i));
     const int64_t position = is_live ? position_of(p, row, range, i, slot) : 0;
     if (p.is_causal && position < 0) is_live = false;
-    const QueryWindow window(p, row.length, position);
+    const QueryWindow window(p, h, row.length, position);
     read_query(i, is_live);
     // Those that the query may see. It chooses where they are more than it keeps.
     const int64_t kept = candidate_superblocks(p.keys, p.window),

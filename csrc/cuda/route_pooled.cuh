@@ -436,7 +436,7 @@ class PooledGroup {
     for (int64_t key = thread; key < sinks; key += kRouteThreads) always += is_valid(key) ? 1 : 0;
     for (int64_t key = near_begin + thread; key < near_end; key += kRouteThreads) always += is_valid(key) ? 1 : 0;
     always = m.block.sum(always);
-    const int64_t taken = m.block.take_top(w.key(), units, p.keys - always, w.taken());
+    const int64_t taken = m.block.take_top(w.key(), units, keys_of(p, h) - always, w.taken());
     const auto taken_key = [&](int64_t i) { return key_at(load(w.taken() + i)); };
 
     // Ascending: the sinks, then the window between what was taken before and after it.

@@ -382,7 +382,7 @@ class PooledTiles : public PooledGroup<E> {
     const int64_t list = (b * p.q_heads + this->h) * p.blocks + this->first_block + t;
     int32_t* const out = p.index + list * p.capacity;
     int before = 0;
-    const int taken = take_top_of_warp(key, runs, p.keys - sinks - near, [&](int32_t at, int i, int32_t) {
+    const int taken = take_top_of_warp(key, runs, keys_of(p, this->h) - sinks - near, [&](int32_t at, int i, int32_t) {
       const int named = tile.named.get(i * kWarp + lane);
       const bool is_before = named < choice.near_begin;
       before += is_before ? 1 : 0;

@@ -21,6 +21,12 @@ struct RouteRow {
   SB_DEVICE bool is_valid(int64_t key) const { return key < length && !(mask && load(mask + key)); }
 };
 
+// The keys of a head's lists, or all that there are.
+SB_DEVICE int64_t keys_of(const RoutingParams& p, int64_t h) {
+  const int64_t own = p.head_keys ? int64_t(load(p.head_keys + h)) : p.keys;
+  return own < p.keys ? own : p.keys;
+}
+
 // Whether the search of a row looks at means at all. Rows that have few runs take all of them.
 SB_DEVICE bool needs_runs(const RoutingParams& p, int64_t length) {
   return p.block_k > 1 || ceil_div(length, kLeaf) > candidate_blocks(p.keys);

@@ -152,6 +152,7 @@ def _lists_and_settings(call: Call, query_map: Tensor | None = None, key_map: Te
     return dict(
         **call.padding._asdict(),
         **lists._asdict(),
+        head_keys=budget.head_keys,
         keys=budget.keys,
         window=budget.window,
         sinks=budget.sinks,

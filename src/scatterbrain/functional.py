@@ -140,6 +140,7 @@ def attention(
     checks.check_scale(scale)
     check_kind_of_coefficients(statistics)
     checks.check_pair(support, low_rank, is_causal)
+    support.check_heads(query.shape[1])
     checks.check_offset(query_offset, query.shape[0], is_causal, query.device)
     unused: tuple[Tensor, ...] = ()
     if support.is_full:  # nothing is left for the low-rank kernel
@@ -195,6 +196,7 @@ def route(
     if low_rank is not None and not low_rank.can_run(statistics):
         low_rank = None
     checks.check_pair(support, low_rank, is_causal)
+    support.check_heads(query.shape[1])
     checks.check_offset(query_offset, query.shape[0], is_causal, query.device)
     check_device(query)
     padding = padding_info(query, key, key_padding_mask, query_padding_mask, query_offset)

@@ -47,6 +47,16 @@ def test_lists_are_those_of_the_definition(form: dict, is_causal: bool) -> None:
         assert_as_defined(inputs.causal() if is_causal else inputs, **form)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # bfloat16: on tensor cores
+@pytest.mark.parametrize("form", [ALWAYS[2], PER_QUERY[2]], ids=ids)
+def test_heads_list_their_own_numbers_of_keys(form: dict, dtype: torch.dtype) -> None:
+    support = sb.Routed(**form | {"keys": tuple(form["keys"] + 8 * more for more in (2, 0, 5, 2))})
+    query, key = (rand(1, heads, 150, 16, seed=heads).to(dtype) for heads in (4, 2))
+    lists = sb.route(query, key, support, None, is_causal=True)
+    inputs = sb.reference.Inputs.of(query, key, is_causal=True)
+    assert_near((lists.index, lists.count), support, inputs)
+
+
 @pytest.mark.parametrize("low_rank", [0, 1, 2])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
 def test_stages_choose_as_the_definition(low_rank: int, is_causal: bool) -> None:

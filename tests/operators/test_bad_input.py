@@ -238,6 +238,11 @@ ROUTES = {name: FORWARD[name] for name in FORWARD if "range" in name or "offset"
     "maps without coordinates": dict(query_map=rand(B, H, N, 1), key_map=rand(B, KV, N, 1)),
     "double maps": dict(query_map=rand(B, H, N, 4).double()),
     "no such kernel": dict(low_rank=-1),
+    "keys of other heads": dict(head_keys=int32([24] * (H + 1))),
+    "keys of heads in one row": dict(head_keys=int32(*[24] * H)),
+    "keys of heads in 64 bits": dict(head_keys=int32([24] * H).long()),
+    "keys of a head above the budget": dict(head_keys=int32([24] * (H - 1) + [25])),
+    "keys of a head below the block": dict(head_keys=int32([24] * (H - 1) + [15])),
 }
 
 

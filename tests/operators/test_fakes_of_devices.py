@@ -16,6 +16,7 @@ CALLS = {
     "window": (sb.Window(16), None),
     "routed, favor": (sb.Routed(32), sb.Favor(16)),
     "per query, stored": (sb.Routed(16, block_q=1, block_k=8), sb.Quadratic(4, statistics="stored")),
+    "routed, heads' own keys": (sb.Routed((32, 40)), sb.Favor(16)),
     "routed, centroid": (sb.Routed(32), sb.Centroid(8)),
     "lsh, centroid": (sb.LSH(16), sb.Centroid(8)),
 }

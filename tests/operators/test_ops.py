@@ -290,6 +290,7 @@ def test_flops_of_a_window_are_those_of_its_pairs() -> None:
 COMPILED = {
     "window, quadratic, padded": (sb.Window(16), sb.Quadratic(3, "learned"), True),
     "routed per query": (sb.Routed(24, 1, 8, 8), sb.Quadratic(3, "learned"), False),
+    "routed, heads' own keys": (sb.Routed((24, 32)), sb.Quadratic(3, "learned"), True),
     "routed": (sb.Routed(24), sb.Quadratic(3, "learned"), True),
     "favor": (sb.Window(16), sb.Favor(8), True),
     "full": (sb.Full(), None, True),

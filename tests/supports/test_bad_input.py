@@ -25,6 +25,28 @@ CALLS = {
     "window of a float": (lambda: sb.Window(6.4), TypeError, "Window: keys must be an int, got 6.4 of type float"),
     "window of a bool": (lambda: sb.Window(True), TypeError, "Window: keys must be an int, got True of type bool"),
     "window block": (lambda: sb.Window(8, block_q=0), ValueError, "Window: block_q must be at least 1"),
+    "budgets of too few heads": (
+        lambda: attend(support=sb.Routed((16,) * (H + 1))),
+        ValueError,
+        f"Routed: expected keys for each of the {H} query heads, got {H + 1}",
+    ),
+    "budgets of no head": (
+        lambda: sb.Routed(()),
+        ValueError,
+        "Routed: keys must be an int, or one for every query head",
+    ),
+    "one budget below the block": (lambda: sb.Routed((32, 8)), ValueError, "Routed: keys.*at least block_q=16, got 8"),
+    "one budget of no blocks": (
+        lambda: sb.Routed((16, 20), 1, 8),
+        ValueError,
+        "Routed: expected keys and window in multiples of 8.*keys=\\(16, 20\\)",
+    ),
+    "one budget of a float": (lambda: sb.Routed((16, 32.0)), TypeError, "Routed: keys must be an int, got 32.0"),
+    "budgets of a module with other heads": (
+        lambda: sb.ScatterbrainAttention(4, 8, support=sb.Routed((16, 32)), low_rank=None),
+        ValueError,
+        "each of the 4 query heads, got 2",
+    ),
     "budget below the block": (lambda: sb.Routed(8), ValueError, "Routed: keys.*at least block_q=16, got 8"),
     "no such form": (
         lambda: sb.Routed(64, block_q=4),

@@ -312,6 +312,35 @@ def test_memory_follows_the_keys_that_there_are_whatever_the_budget(
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+def test_a_head_with_its_own_number_of_keys_lists_what_it_would_alone(form: dict, is_causal: bool) -> None:
+    """Where all keys are candidates; the heads' numbers are in no order, and two heads share the keys of one."""
+    keys = tuple(form["keys"] + 8 * more for more in (2, 0, 5, 2))
+    inputs = Inputs(n=150, heads=4, kv_heads=2).mask(random_mask(2, 150, 3))
+    low_rank = sb.Centroid(5) if not is_causal else None
+    query, key, masks = inputs.query, inputs.key, dict(key_padding_mask=inputs.key_mask, is_causal=is_causal)
+    lists = sb.route(query, key, sb.Routed(**form | {"keys": keys}), low_rank, **masks)
+    assert lists.index.shape[3] == min(sb.Routed(**form | {"keys": max(keys)}).capacity, 150)
+    for h in range(4):
+        alone = sb.route(query, key, sb.Routed(**form | {"keys": keys[h]}), low_rank, **masks)
+        used = alone.index.shape[3]
+        assert torch.equal(lists.count[:, h], alone.count[:, h])
+        assert torch.equal(lists.index[:, h, :, :used], alone.index[:, h]) and (lists.index[:, h, :, used:] == -1).all()
+
+
+@pytest.mark.parametrize("form", [POOLED[1], PER_QUERY[2]], ids=ids)
+def test_heads_with_their_own_numbers_of_keys_choose_among_the_candidates_of_the_largest(form: dict) -> None:
+    """Rows so long that few runs are candidates: more keys of one head are more candidates of the others."""
+    query, key = rand(1, 2, 1100, 8), rand(1, 1, 1100, 8, seed=1)
+    keys = form["keys"], form["keys"] + 120
+    support = sb.Routed(**form | {"keys": keys})
+    lists = sb.route(query, key, support, None)
+    assert_near((lists.index, lists.count), support, sb.reference.Inputs.of(query, key))
+    alone = sb.route(query, key, sb.Routed(**form), None)
+    assert not torch.equal(lists.index[:, 0, :, : alone.index.shape[3]], alone.index[:, 0])
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
 @pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY, ids=ids)
 def test_lists_are_ascending_within_the_budget_and_hold_valid_keys(form: dict, is_causal: bool) -> None:
     n, block_k = 333, form.get("block_k", 1)

@@ -35,7 +35,7 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
   const int64_t length = int64_t(range.k_end) - range.k_first, count = ceil_div(length, kBranch),
                 panel_size = p.panel_rows * kLeaf;
   const int64_t shift = (p.is_causal ? range.offset : 0) - int64_t(range.k_first),
-                sink_blocks = ceil_div(p.sinks, kBranch), routed = (p.keys - p.window) / kBranch - sink_blocks;
+                sink_blocks = ceil_div(p.sinks, kBranch), routed = (keys_of(p, h) - p.window) / kBranch - sink_blocks;
   const int64_t kept = candidate_superblocks(p.keys, p.window), depth = p.head_dim + 1,
                 all_supers = ceil_div(count, kBranch);
   int64_t low[kRoutedQueries], high[kRoutedQueries], supers[kRoutedQueries], lists[kRoutedQueries] = {};

@@ -413,7 +413,7 @@ inline void route_pooled(const RouteParams& p, int64_t b, int64_t h, int64_t gro
     int64_t always = w.sinks[t] + w.near_end[t] - w.near_begin[t];
     for (int64_t j = 0; mask && j < w.sinks[t]; ++j) always -= mask[j] != 0;
     for (int64_t j = w.near_begin[t]; mask && j < w.near_end[t]; ++j) always -= mask[j] != 0;
-    const int64_t taken = take_top(w.key, blocks * kLeaf, p.keys - always, w.taken, w.guess[2]);
+    const int64_t taken = take_top(w.key, blocks * kLeaf, keys_of(p, h) - always, w.taken, w.guess[2]);
     if (blocks > 0 && w.blocks[blocks - 1] >= blocks)  // the blocks are not 0, 1, ...
       for (int64_t i = 0; i < taken; ++i)
         w.taken[i] = w.blocks[uint32_t(w.taken[i]) / kLeaf] * kLeaf + uint32_t(w.taken[i]) % kLeaf;

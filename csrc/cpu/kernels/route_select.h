@@ -4,6 +4,11 @@
 
 namespace sb::SB_ISA {
 
+// The keys of a head's lists, or all that there are.
+SB_INLINE int64_t keys_of(const RouteParams& p, int64_t h) {
+  return p.head_keys && p.head_keys[h] < p.keys ? p.head_keys[h] : p.keys;
+}
+
 // Bit i: whether lane i is at least `threshold`.
 SB_INLINE uint32_t lanes_from(RouteInts v, int32_t threshold) {
 #if defined(__x86_64__) && SB_VECTOR_BYTES == 64

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, TypeVar
@@ -127,7 +128,8 @@ def _(support: LSH, low_rank: LowRank, shape: Shape) -> tuple[float, float]:
 
 @support_cost.register
 def _(support: Routed, low_rank: LowRank, shape: Shape) -> tuple[float, float]:
-    listed = min(support.keys, shape.keys)
+    """The mean over heads."""
+    listed = statistics.mean(min(keys, shape.keys) for keys in support.budgets)
     return listed, _pooled(support, low_rank, shape) if support.is_pooled else _per_query(support, shape)
 
 
@@ -135,7 +137,7 @@ def _pooled(support: Routed, low_rank: LowRank, shape: Shape) -> float:
     """A pool scores the mean keys of runs of 32, then the keys of the best runs: d products for q.k, and what the
     low-rank weight takes. |k|^2 takes d products of a key once."""
     runs = math.ceil(shape.keys / RUN)
-    kept = min(runs, max(16, math.ceil(3 * support.keys / 16)))
+    kept = min(runs, max(16, math.ceil(3 * support.most_keys / 16)))
     means = runs if shape.keys < LONG_ROW else math.ceil(runs / SUPER) + min(runs, 2 * kept * SUPER)
     of_pair, of_pool, of_key = scoring_cost(low_rank, shape)
     per_pool = (means + RUN * kept) * (shape.head_dim + of_pair) + of_pool
@@ -145,7 +147,7 @@ def _pooled(support: Routed, low_rank: LowRank, shape: Shape) -> float:
 def _per_query(support: Routed, shape: Shape) -> float:
     """Every query scores the mean keys of blocks of 8, or those of 64 and then the blocks of the best: d + 1 products
     each. Squared distances from the mean take d products of a key once."""
-    blocks, best = math.ceil(shape.keys / 8), max(16, 2 * (support.keys - support.window) // 8)
+    blocks, best = math.ceil(shape.keys / 8), max(16, 2 * (support.most_keys - support.window) // 8)
     superblocks = math.ceil(blocks / 8)
     scored = blocks if superblocks <= best else superblocks + 8 * best
     return scored * (shape.head_dim + 1) + shape.head_dim * (1 + shape.keys_per_query)

@@ -118,6 +118,8 @@ class ScatterbrainAttention(KernelState):
         if pairs.causal_low_rank is CAUSAL_LOW_RANK and pairs.low_rank != CAUSAL_LOW_RANK:
             pairs = pairs._replace(causal_low_rank=Quadratic(min(CAUSAL_LOW_RANK.rank, head_dim)))
         pairs = pairs.needed()
+        for support_of_calls in (pairs.support, pairs.support_of(True)):
+            support_of_calls.check_heads(num_heads)
         for kernel in (pairs.low_rank, pairs.low_rank_of(True)):
             if kernel is not None and head_dim < kernel.least_head_dim:
                 raise ValueError(

@@ -26,6 +26,7 @@ Shapes and dtypes. B batch rows, Hq query heads, Hkv key/value heads, N queries,
     clusters                                  of Centroid
     rank                                      r of Quadratic(statistics="input")
     keys, window, sinks, pools                of Routed; keys = 0: the operator does not route
+    head_keys (1, Hq)                         int32, at most ``keys``, where heads have their own
     packed_rank                               r > 0: the maps are rows of ``project_packed``, which kernels read in
                                               place
 """

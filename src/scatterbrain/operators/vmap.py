@@ -55,7 +55,7 @@ def _batched(name: str, shared: tuple[str, ...] = ()) -> Rule:
 
 BATCHED["attention"] = _batched("attention", shared=("span",))
 BATCHED["attention_backward"] = _batched("attention_backward", shared=("span",))
-BATCHED["route"] = _batched("route")
+BATCHED["route"] = _batched("route", shared=("head_keys",))
 BATCHED["cluster"] = _batched("cluster")
 BATCHED["input_projection"] = _batched("input_projection")
 

@@ -57,7 +57,8 @@ def routed_lists(support: Routed, inputs: Inputs, stages: bool = True) -> tuple[
     batch, heads, n, _ = inputs.query.shape
     # A per-query window whose ends are rounded to blocks touches one block more than it fills. No list has more entries
     # than all keys make.
-    capacity = support.keys if support.block_k == 1 else support.keys // support.block_k + 1
+    most = support.most_keys
+    capacity = most if support.block_k == 1 else most // support.block_k + 1
     capacity = min(capacity, -(-inputs.key.shape[2] // support.block_k))
     index = torch.full((batch, heads, -(-n // support.block_q), capacity), -1, dtype=torch.int32)
     count = torch.zeros(index.shape[:3], dtype=torch.int32)
@@ -77,7 +78,7 @@ def choices(support: Routed, inputs: Inputs, stages: bool = True) -> Iterator[Ch
     for b in range(inputs.query.shape[0]):
         for h in range(inputs.query.shape[1]):
             queries, keys = Queries.of(inputs, maps, support.block_q, b, h), Keys.of(inputs, maps, b, h)
-            for block, entries, score in lists(support, queries, keys, stages):
+            for block, entries, score in lists(support, support.keys_of(h), queries, keys, stages):
                 yield Choice(b, h, block, entries, score)
 
 
@@ -241,11 +242,11 @@ def shared_score(pools: list[Pool], means: Keys, eligible: list[int]) -> Tensor:
 
 
 def pooled_lists(
-    support: Routed, queries: Queries, keys: Keys, stages: bool
+    support: Routed, budget: int, queries: Queries, keys: Keys, stages: bool
 ) -> Iterator[tuple[int, list[int], Tensor]]:
     length, valid = len(keys.valid), keys.valid.tolist()
     leaf, coarse = keys.means(LEAF), keys.means(LEAF * SUPER)
-    kept_blocks = candidate_blocks(support.keys)
+    kept_blocks = candidate_blocks(support.most_keys)
 
     def end(t: int) -> int:  # candidates are the keys before this position, where a causal window begins
         near = max(support.window, support.block_q) - support.block_q
@@ -294,18 +295,18 @@ def pooled_lists(
             always = {j for j in (*first_keys, *nearby) if valid[j]}
             eligible = [j for j in candidates if j < end(t) and j not in always]
             score = list_score(pools[t], keys, [j for j in candidates if j < end(t)])
-            yield t, sorted(always | set(best(score, eligible, support.keys - len(always)))), score
+            yield t, sorted(always | set(best(score, eligible, budget - len(always)))), score
 
 
 def per_query_lists(
-    support: Routed, queries: Queries, keys: Keys, stages: bool
+    support: Routed, budget: int, queries: Queries, keys: Keys, stages: bool
 ) -> Iterator[tuple[int, list[int], Tensor]]:
     block_k, window = support.block_k, support.window
     length = len(keys.valid)
     count = -(-length // block_k)
     sinks = -(-support.sinks // block_k)  # blocks
-    kept_supers = candidate_superblocks((support.keys - window) // block_k)
-    routed = (support.keys - window) // block_k - sinks
+    kept_supers = candidate_superblocks((support.most_keys - window) // block_k)
+    routed = (budget - window) // block_k - sinks
     fine, coarse = keys.means(block_k), keys.means(block_k * BRANCH)
     fine_spread, coarse_spread = keys.spread(block_k), keys.spread(block_k * BRANCH)
     for i in range(queries.first, queries.end):

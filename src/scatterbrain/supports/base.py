@@ -45,6 +45,7 @@ class OperatorRouting(NamedTuple):
     block_k: int
     sinks: int = 0
     pools: int = 1
+    head_keys: Tensor | None = None
 
 
 class Support:
@@ -83,6 +84,9 @@ class Support:
 
     def check(self, low_rank: LowRankKernel | None, is_causal: bool) -> None:
         """Raises ValueError, with the cure, where the support rules out the kernel or causality."""
+
+    def check_heads(self, heads: int) -> None:
+        """Raises ValueError where the support is for another number of query heads."""
 
     def covers_every_key(self, queries: int, keys: int, is_causal: bool) -> bool:
         """Whether every query's support holds all keys that it may see, without padding or offset. Torch's own kernel

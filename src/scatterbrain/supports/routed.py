@@ -13,6 +13,7 @@ from scatterbrain.call import Call
 from scatterbrain.fields import check_int, repr_of
 from scatterbrain.operators import untraced
 from scatterbrain.operators.arguments import KernelInputs, RouteArguments
+from scatterbrain.operators.device_constants import kept
 from scatterbrain.operators.tracing import is_known, is_untraced
 from scatterbrain.supports.base import BlockLists, OperatorRouting, Support
 
@@ -33,7 +34,8 @@ class Routed(Support):
 
     Args:
         keys: keys per query in all: sinks, window, own and listed keys. The per-query form rounds its window to whole
-            blocks and can list up to 7 more.
+            blocks and can list up to 7 more. A tuple gives every query head its own number, from candidates as the
+            largest one takes them.
         block_q: queries that share a list.
         block_k: consecutive keys that are chosen together.
         window: keys near the query that are always listed; the pooled form takes 0 or at least ``block_q``. The default
@@ -45,7 +47,7 @@ class Routed(Support):
 
     Raises:
         TypeError, ValueError: naming the field, where one is no int or out of its range, or the window and the sinks
-            take more than ``keys``.
+            take more than ``keys``; a tuple of another length than a call has query heads.
     """
 
     kind: ClassVar[str] = "routed"
@@ -55,7 +57,7 @@ class Routed(Support):
     can_be_prepared: ClassVar[bool] = True
     gains_from_order: ClassVar[bool] = True
 
-    keys: int
+    keys: int | tuple[int, ...]
     block_q: int = 16
     block_k: int = 1
     window: int = 0
@@ -63,7 +65,12 @@ class Routed(Support):
     pools: int = 1
 
     def __post_init__(self) -> None:
-        check_int("Routed", "keys", self.keys, 1)
+        if isinstance(self.keys, list):
+            object.__setattr__(self, "keys", tuple(self.keys))
+        if self.keys == ():
+            raise ValueError("Routed: keys must be an int, or one for every query head, got an empty tuple")
+        for keys in self.budgets:
+            check_int("Routed", "keys", keys, 1)
         check_int("Routed", "block_q", self.block_q, 1)
         check_int("Routed", "block_k", self.block_k, 1)
         check_int("Routed", "window", self.window, 0)
@@ -80,30 +87,51 @@ class Routed(Support):
                 "Routed: pools are the mean queries of lists that a block of queries shares (block_q in (8, 16, 32)), "
                 f"expected pools=1 for lists of single queries, got {self.pools}"
             )
-        if self.keys < self.block_q:
+        if self.fewest_keys < self.block_q:
             raise ValueError(
                 "Routed: keys is the whole budget and holds the block's own keys, expected at least "
-                f"block_q={self.block_q}, got {self.keys}"
+                f"block_q={self.block_q}, got {self.fewest_keys}"
             )
         if self.is_pooled and 0 < self.window < self.block_q:
             raise ValueError(
                 "Routed: the window of the pooled form holds the block's own keys, expected 0 (those alone) or at "
                 f"least block_q={self.block_q}, got window={self.window}"
             )
-        if not self.is_pooled and (self.window % 8 or self.keys % 8 or self.window > self.keys):
+        if not self.is_pooled and (
+            self.window % 8 or any(keys % 8 for keys in self.budgets) or self.window > self.fewest_keys
+        ):
             raise ValueError(
                 "Routed: expected keys and window in multiples of 8 with window <= keys, got "
                 f"keys={self.keys}, window={self.window}"
             )
         always = (max(self.window, self.block_q) if self.is_pooled else self.window) + self._sink_keys
-        if always > self.keys:
+        if always > self.fewest_keys:
             raise ValueError(
                 f"Routed: keys is the whole budget, expected at least {always} for window={self.window} and "
-                f"sinks={self.sinks}, got {self.keys}"
+                f"sinks={self.sinks}, got {self.fewest_keys}"
             )
 
     def __repr__(self) -> str:
         return repr_of(self, if_set=("sinks", "pools"))
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """``keys`` of every query head; of all of them together where they are the same."""
+        return self.keys if isinstance(self.keys, tuple) else (self.keys,)
+
+    @property
+    def most_keys(self) -> int:
+        """Of any head."""
+        return max(self.budgets)
+
+    @property
+    def fewest_keys(self) -> int:
+        """Of any head."""
+        return min(self.budgets)
+
+    def keys_of(self, head: int) -> int:
+        """Of a query head."""
+        return self.keys[head] if isinstance(self.keys, tuple) else self.keys
 
     @property
     def _sink_keys(self) -> int:
@@ -118,12 +146,12 @@ class Routed(Support):
     @property
     def capacity(self) -> int:
         """Entries of a list at most; no list has more than all keys fill."""
-        return torch.ops.scatterbrain.list_capacity(self.keys, self.block_k)
+        return torch.ops.scatterbrain.list_capacity(self.most_keys, self.block_k)
 
     def covers_every_key(self, queries: int, keys: int, is_causal: bool) -> bool:
         if self.is_pooled:
-            return is_known(keys <= self.keys) or (is_causal and is_known(queries <= self.keys))
-        listed, sinks = (self.keys - self.window) // self.block_k, self._sink_keys // self.block_k
+            return is_known(keys <= self.fewest_keys) or (is_causal and is_known(queries <= self.fewest_keys))
+        listed, sinks = (self.fewest_keys - self.window) // self.block_k, self._sink_keys // self.block_k
         if is_causal:  # the last query has the most blocks before its window
             return is_known((queries - self.window) // self.block_k <= listed)
         # The first query's window, cut by the start of the sequence, is the smallest, and holds sinks.
@@ -148,8 +176,9 @@ class Routed(Support):
                 key=as_float(call.key),
                 **{name: as_float(t) for name, t in inputs.for_routing().items()},
                 **call.padding._asdict(),
+                head_keys=self._head_keys(call),
                 low_rank=0 if call.low_rank is None else call.low_rank.code,
-                keys=self.keys,
+                keys=self.most_keys,
                 block_q=self.block_q,
                 block_k=self.block_k,
                 window=self.window,
@@ -165,7 +194,23 @@ class Routed(Support):
         # The operator would route float64 inputs in float64: `lists` routes float32 copies.
         if call.query.dtype == torch.float64 or type(self).lists is not Routed.lists:
             return None
-        return OperatorRouting(self.keys, self.window, self.block_q, self.block_k, self.sinks, self.pools)
+        return OperatorRouting(
+            self.most_keys, self.window, self.block_q, self.block_k, self.sinks, self.pools, self._head_keys(call)
+        )
+
+    def _head_keys(self, call: Call) -> Tensor | None:
+        """int32 (1, Hq), the keys of every query head; None where they are the same."""
+        if not isinstance(self.keys, tuple):
+            return None
+        device = call.query.device
+        return kept(_as_row, device, self.keys) if is_untraced() else _as_row(self.keys, device)
+
+    def check_heads(self, heads: int) -> None:
+        if isinstance(self.keys, tuple) and len(self.keys) != heads:
+            raise ValueError(
+                f"Routed: expected keys for each of the {heads} query heads, got {len(self.keys)}: {self.keys}; give "
+                "one int for all heads, or one for each"
+            )
 
     def for_cross_attention(self) -> tuple[Support, str]:
         if self.block_q > 1:
@@ -178,6 +223,13 @@ class Routed(Support):
         return own, f"{own}: {why}"
 
 
-def lists_of_single_queries(keys: int) -> Routed:
+def lists_of_single_queries(keys: int | tuple[int, ...]) -> Routed:
     """Routing of every query by itself, to at least ``keys`` keys, by content alone."""
-    return Routed(8 * math.ceil(keys / 8), block_q=1, block_k=8)
+    whole_blocks = lambda n: 8 * math.ceil(n / 8)
+    return Routed(
+        tuple(map(whole_blocks, keys)) if isinstance(keys, tuple) else whole_blocks(keys), block_q=1, block_k=8
+    )
+
+
+def _as_row(keys: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([keys], dtype=torch.int32, device=device)
