@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,9 +36,14 @@ def batches(count: int = 3) -> list[Tensor]:
 @pytest.fixture(autouse=True)
 def _times_as_on_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact attention is the fastest of all on these few tokens."""
-    seconds = {str(pair): 1.0 - 0.2 * i for i, pair in enumerate(CANDIDATES, 1)}
+    known = {str(pair): 1.0 - 0.2 * i for i, pair in enumerate(CANDIDATES, 1)}
+
+    def seconds(name: str) -> float:
+        keys = [int(number) for number in re.findall(r"\d+", name.split("block_q")[0])]
+        return known.get(name, 0.1 + 0.8 * sum(keys) / len(keys) / 128 if keys and "Routed" in name else 0.9)
+
     monkeypatch.setattr(
-        tuning, "medians", lambda timed, repeats: {name: seconds.get(name, 0.9) for name in timed} | {str(EXACT): 1.0}
+        tuning, "medians", lambda timed, repeats: {name: seconds(name) for name in timed} | {str(EXACT): 1.0}
     )
 
 
@@ -150,6 +156,35 @@ def test_too_few_batches_and_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "times.json").write_text("nothing")
     with pytest.raises(ValueError, match="is not a file of times"):
         sb.tune(encoder(), batches(), max_error=0.1, times=tmp_path / "times.json")
+
+
+def test_heads_that_err_more_get_more_keys() -> None:
+    few, more, most = ((sb.Routed(keys), sb.Centroid(8)) for keys in (16, 32, 64))
+    other = sb.Routed(64, pools=2), sb.Centroid(8)
+    seconds = {EXACT: 100.0, few: 10.0, more: 20.0, most: 40.0, other: 45.0}
+    squares = {EXACT: [0, 0, 0], few: [9, 1, 4], more: [3, 0.9, 1], most: [0.1, 0.8, 0.9], other: [9, 9, 9]}
+    found = tuning.by_head(seconds, {pair: torch.tensor(s, dtype=torch.float64) for pair, s in squares.items()})
+    assert (sb.Routed((64, 16, 32)), sb.Centroid(8)) in found
+    for support, low_rank in found:
+        assert low_rank == sb.Centroid(8) and support.keys[0] >= support.keys[2] >= support.keys[1] == 16
+    alike = {pair: torch.tensor([s[0]] * 3, dtype=torch.float64) for pair, s in squares.items()}
+    assert tuning.by_head(seconds, alike) == []
+
+
+def test_a_layer_whose_heads_differ_is_tuned_head_by_head(tmp_path: Path) -> None:
+    """One head sees far, three are nearly constant."""
+    model = encoder()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.in_proj_weight[:E] *= torch.tensor([6.0, 0.2, 0.2, 0.2]).repeat_interleave(E // H)[:, None]
+    candidates = [(sb.Routed(keys), sb.Centroid(8)) for keys in (16, 32, 64)]
+    chosen = sb.tune(model, batches(), budget=0.28, candidates=candidates, times=tmp_path / "times.json")
+    of_heads = [support.keys for support, _ in chosen.chosen.pairs.values() if isinstance(support.keys, tuple)]
+    assert of_heads and all(keys[0] == max(keys) > min(keys[1:]) for keys in of_heads)
+    assert "by head, mean" in str(chosen)
+    chosen.save(tmp_path / "tuned.yaml")
+    assert dict(sb.LayerSettings.load(tmp_path / "tuned.yaml")) == chosen.chosen.pairs
+    assert error_with(model, tmp_path / "tuned.yaml", batches()[2:]) == pytest.approx(chosen.chosen.held_out, rel=1e-3)
 
 
 def test_the_front_and_the_hull_keep_what_nothing_beats() -> None:

@@ -348,11 +348,16 @@ def figures_of(call: LayerCall, run: Run, target: Exact, valid: Tensor) -> Figur
 def errors_of(call: LayerCall, out: Tensor, target: Exact, valid: Tensor) -> Tensor:
     """||o - o*|| / ||o*|| over the queries that count, of every head in the batch rows that have any: (rows, Hq). What
     is no number in one of these queries is none here."""
+    lost, whole = norms_of(call, out, target, valid)
+    return lost / whole.clamp(min=1e-30)
+
+
+def norms_of(call: LayerCall, out: Tensor, target: Exact, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """||o - o*|| and ||o*|| likewise."""
     rows, ignored = valid.any(1), ~valid[:, None, :, None]
     lost = (out.to(target.out.dtype) - target.out).masked_fill(ignored, 0)
     lost[:, :, : call.exact_queries] = 0
-    norm = target.out.masked_fill(ignored, 0).flatten(2).norm(dim=-1)
-    return (lost.flatten(2).norm(dim=-1) / norm.clamp(min=1e-30))[rows]
+    return tuple(t.flatten(2).norm(dim=-1)[rows] for t in (lost, target.out.masked_fill(ignored, 0)))
 
 
 def mean_over_queries(values: Tensor, valid: Tensor) -> Tensor:

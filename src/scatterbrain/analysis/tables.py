@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from scatterbrain.analysis.comparison import Comparison, Figures, LayerComparison
     from scatterbrain.analysis.tuning import Tuning
+    from scatterbrain.supports import Support
 
 
 def comparison_tables(comparison: Comparison) -> str:
@@ -43,7 +44,9 @@ def tuning_table(tuning: Tuning) -> str:
     lines = [f"{tuning.model}: {tuning.bound}", ""]
     rows = [["layer", "support", "low-rank part"]]
     for label, (support, low_rank) in zip(short_labels(list(chosen.pairs)), chosen.pairs.values()):
-        rows.append([label, "exact" if support.is_full else str(support), "" if support.is_full else str(low_rank)])
+        rows.append(
+            [label, "exact" if support.is_full else support_text(support), "" if support.is_full else str(low_rank)]
+        )
     lines += [*aligned(rows), ""]
     rows = [["", "error", "on held-out batches", "attention, ms", "times faster"]]
     for name, step in (("exact", tuning.steps[0]), ("layer by layer", chosen), ("one pair for all", tuning.uniform)):
@@ -70,6 +73,14 @@ def result(layer: LayerComparison, name: str) -> str:
     if figures is None or figures.note:
         return "-"
     return f"{spread(figures.error, '.3f')} {layer.exact_seconds / figures.seconds:.1f}x"
+
+
+def support_text(support: Support) -> str:
+    """A support in one line; of a number of keys for every head, the range and the mean."""
+    keys = getattr(support, "keys", None)
+    if not isinstance(keys, tuple):
+        return str(support)
+    return str(support).replace(str(keys), f"{min(keys)} to {max(keys)} by head, mean {sum(keys) / len(keys):.0f}")
 
 
 def total(comparison: Comparison, name: str) -> str:

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from scatterbrain import presets
 from scatterbrain.analysis.captured import Batch, LayerCall, calls_of, run, stand_in
-from scatterbrain.analysis.comparison import Pair, attention_of, errors_of, medians
-from scatterbrain.analysis.exact import by_torch, exact
+from scatterbrain.analysis.comparison import Pair, attention_of, medians, norms_of
+from scatterbrain.analysis.exact import Exact, by_torch, exact
 from scatterbrain.integrations.restrictions import NotReplaceable
 from scatterbrain.layer_settings import LayerSettings
 from scatterbrain.low_rank import Centroid, Quadratic
@@ -26,7 +26,7 @@ from scatterbrain.supports import Full, Routed, Window
 from scatterbrain.version import __version__
 
 EXACT: Pair = (Full(), None)
-FEW = 2  # batches that single layers are measured on
+FEW = 4  # batches that single layers are measured on
 SLACK = 1.5  # combinations are tried from this many times the bound on, as the layers' own errors predict it
 NEAR = 1.2  # times the bound on a few batches, and all batches are asked
 APART = 0.004  # of exact attention's time: a step of the time of combinations
@@ -137,7 +137,8 @@ def tune(
     """Chooses for every attention layer the cheapest of exact attention, windows and routed lists with a low-rank
     kernel, such that the model's output stays within ``max_error``, or attention within ``budget``.
 
-    Error and time of every candidate are measured in every layer, on the first batches. Those on the lower convex hull
+    Error and time of every candidate are measured in every layer, on the first batches. Where ``Routed`` comes with
+    several numbers of keys, heads get their own: more where they take more of the error. Those on the lower convex hull
     of squared error over time then run in the model, one layer at a time. Layers' squared errors of the output are
     taken to add up, which gives a list of combinations, a few that are predicted to err least for every step of time.
     From its fast end on they run in the model, and the first that keeps the bound is chosen, on the batches held out
@@ -219,24 +220,27 @@ class _Search:
     def _measure(self, path: str, candidates: Sequence[Pair] | None) -> None:
         """Error and time of every candidate in one layer, and which of them nothing beats in both."""
         calls = [call for of_batch in self.calls for call in of_batch.get(path, ())][:FEW]
-        first = calls[0]
+        first, targets = calls[0], [exact(call) for call in calls]
         if candidates is None:
             candidates = causal_candidates(first.query.shape[3]) if first.is_causal else bidirectional_candidates()
-        errors: dict[Pair, list[float]] = {EXACT: [0.0]}
-        timed: dict[Pair, Callable[[], object]] = {EXACT: by_torch(first)}
-        for call in calls:
-            target = exact(call)
-            valid = call.valid_queries()
-            for pair in candidates:
+        squares: dict[Pair, Tensor] = {EXACT: torch.zeros(first.query.shape[1], dtype=torch.float64)}
+        seconds = self.times.of(first, {EXACT: by_torch(first)})
+
+        def measure(pairs: Sequence[Pair]) -> None:
+            timed: dict[Pair, Callable[[], object]] = {}
+            for pair in pairs:
                 try:
-                    of_call = attention_of(call, pair, self.fit_on[path][0])
-                    found = errors_of(call, of_call.out(), target, valid)
+                    runs = [attention_of(call, pair, self.fit_on[path][0]) for call in calls]
+                    shares = [_squares(run.call, run.out(), target) for run, target in zip(runs, targets)]
                 except (ValueError, NotReplaceable):
                     continue
-                errors.setdefault(pair, []).append(float(found.mean()))
-                timed.setdefault(pair, of_call.out)
-        self.seconds[path] = self.times.of(first, timed)
-        self.attention_error[path] = {pair: sum(some) / len(some) for pair, some in errors.items()}
+                squares[pair], timed[pair] = sum(shares) / len(shares), runs[0].out
+            seconds.update(self.times.of(first, timed))
+
+        measure(candidates)
+        measure(by_head(seconds, squares))
+        self.seconds[path] = {pair: seconds[pair] for pair in squares}
+        self.attention_error[path] = {pair: float(of_heads.sum()) ** 0.5 for pair, of_heads in squares.items()}
         self.fronts[path] = _hull(self.seconds[path], self.attention_error[path])
 
     def _run(self, pairs: Mapping[str, Pair], batch: Batch) -> Tensor:
@@ -331,6 +335,51 @@ class _Search:
             if step.error <= max_error:
                 return step
         return None
+
+
+def _squares(call: LayerCall, out: Tensor, target: Exact) -> Tensor:
+    """Squared errors of the heads (Hq,), as shares of the squared norm of all of exact attention's output."""
+    lost, whole = (t.double().square().sum(0) for t in norms_of(call, out, target, call.valid_queries()))
+    return (lost / whole.sum().clamp(min=1e-300)).cpu()
+
+
+def by_head(seconds: Mapping[Pair, float], squares: Mapping[Pair, Tensor]) -> list[Pair]:
+    """Pairs whose heads have their own numbers of keys, made of those that differ in nothing else: of every head the
+    number that costs least, where time, shared out evenly over the heads, has a price in squared error. Prices are
+    those at which one number for all heads changes to the next, and between these. Of all pairs those on the lower
+    convex hull of the squared error and the time that are expected.
+
+    Args:
+        seconds: measured, by pair.
+        squares: squared errors by head, (Hq,), by pair.
+    """
+    families: dict[tuple, list[Pair]] = {}
+    for support, low_rank in squares:
+        if type(support) is Routed and isinstance(support.keys, int):
+            others = *(getattr(support, f.name) for f in fields(support) if f.name != "keys"), low_rank
+            families.setdefault(others, []).append((support, low_rank))
+    expected_seconds, expected_errors = (
+        dict(seconds),
+        {p: float(of_heads.sum()) ** 0.5 for p, of_heads in squares.items()},
+    )
+    for members in families.values():
+        members.sort(key=lambda pair: pair[0].keys)
+        times = torch.tensor([seconds[pair] for pair in members], dtype=torch.float64)
+        lost = torch.stack([squares[pair] for pair in members])  # (members, heads)
+        for price in _prices(times, lost.sum(1)):
+            choice = (times[:, None] / lost.shape[1] + price * lost).argmin(0)
+            pair = replace(members[0][0], keys=tuple(members[i][0].keys for i in choice.tolist())), members[0][1]
+            if len(set(pair[0].keys)) > 1:
+                expected_seconds[pair] = float(times[choice].mean())
+                expected_errors[pair] = float(lost.gather(0, choice[None]).sum()) ** 0.5
+    return [pair for pair in _hull(expected_seconds, expected_errors) if pair not in squares]
+
+
+def _prices(times: Tensor, squares: Tensor) -> list[float]:
+    """Of squared error in time, ascending."""
+    steps = zip(times.diff().tolist(), squares.diff().neg().tolist())
+    rates = sorted(more / less for more, less in steps if more > 0 and less > 0)
+    return [*rates, *((a * b) ** 0.5 for a, b in zip(rates, rates[1:]))]
 
 
 _Combination = tuple[float, float, tuple[Pair, ...]]  # seconds, squared error, pairs
