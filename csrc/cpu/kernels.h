@@ -72,7 +72,7 @@ template <class T>
 struct ProjectKernels {
   void (*project)(const ProjectParams&, const ProjectWeights<T>&, const T* tokens, int64_t row_stride, T* rows);
   void (*project_backward)(const ProjectParams&, const T* grad, const T* tokens, int64_t row_stride, const T* weight,
-                           const T* zero_row, T* d_tokens, int64_t d_row_stride, T* d_weight, T* d_bias);
+                           const T* zero_row, T* d_tokens, int64_t d_row_stride, T* d_weight, double* d_bias);
 };
 
 // Routing: the panels of kRouteSegment keys of one head, with one panel of scratch, and the lists of one group of

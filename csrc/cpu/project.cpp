@@ -134,30 +134,34 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
   Tensor d_tokens = empty_like_tokens(tokens, p.head_dim, tokens.scalar_type());
   const TensorRows d_rows = result_rows<T>(d_tokens, p.head_pad);
   const ZeroRow<T> zero_row(p.head_pad);
-  std::vector<T> partial(size_t(call.batch * call.heads * call.blocks * (size + p.outputs)));
+  const int64_t parts = call.batch * call.heads * call.blocks;
+  std::vector<T> weights(size_t(parts * size));
+  std::vector<double> biases(size_t(parts * p.outputs));
   parallel_units(
       call.batch, call.heads, call.blocks, kTokensPerTask * p.head_pad * int64_t(sizeof(T)),
       [&](int64_t b, int64_t h, int64_t i, void* scratch) {
         const BlockRows<T> in = call.rows<T>(tokens, b, h, i, static_cast<T*>(scratch));
-        T* d_weight = &partial[size_t(((b * call.heads + h) * call.blocks + i) * (size + p.outputs))];
+        const int64_t part = (b * call.heads + h) * call.blocks + i;
         project_kernels<T>().project_backward(
             call.block(i),
             static_cast<const T*>(g.data_ptr()) + ((b * call.heads + h) * call.n + i * kTokensPerTask) * p.outputs,
             in.data, in.row, static_cast<const T*>(padded.rows.data) + call.weight_of(b, h) * size,
             static_cast<const T*>(zero_row.data()), d_rows.rows.template at<T>(b, h, i * kTokensPerTask),
-            d_rows.rows.row, d_weight, d_weight + size);
+            d_rows.rows.row, &weights[size_t(part * size)], &biases[size_t(part * p.outputs)]);
       });
   Tensor d_weight = zeros({call.weight_batch, call.weight_heads, p.outputs, p.head_dim}, kScalar<T>);
   Tensor d_bias = zeros({call.weight_batch, call.weight_heads, p.outputs}, kScalar<T>);
   T *dw = static_cast<T*>(d_weight.data_ptr()), *db = static_cast<T*>(d_bias.data_ptr());
-  for (int64_t at = 0; at < call.batch * call.heads * call.blocks; ++at) {
-    const T* from = &partial[size_t(at * (size + p.outputs))];
-    const int64_t m = call.weight_of(at / (call.heads * call.blocks), at / call.blocks % call.heads);
+  std::vector<double> bias(size_t(d_bias.numel()));
+  for (int64_t part = 0; part < parts; ++part) {
+    const T* from = weights.data() + part * size;
+    const int64_t m = call.weight_of(part / (call.heads * call.blocks), part / call.blocks % call.heads);
     for (int64_t o = 0; o < p.outputs; ++o) {
       for (int64_t e = 0; e < p.head_dim; ++e) dw[(m * p.outputs + o) * p.head_dim + e] += from[o * p.head_pad + e];
-      db[m * p.outputs + o] += from[size + o];
+      bias[size_t(m * p.outputs + o)] += biases[size_t(part * p.outputs + o)];
     }
   }
+  for (size_t i = 0; i < bias.size(); ++i) db[i] = T(bias[i]);
   write_back<T>(d_rows, d_tokens);
   return {d_tokens, d_weight, d_bias};
 }

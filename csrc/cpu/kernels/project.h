@@ -45,14 +45,15 @@ void project(const ProjectParams& p, const ProjectWeights<T>& w, const T* tokens
 }
 
 // grad (tokens, outputs), weight (outputs, head_pad); d_weight (outputs, head_pad) and d_bias (outputs) receive the sum
-// over these tokens. Rows whose gradient is zero are left out of it: padded rows may hold NaN.
+// over these tokens, the bias in double: it has one number for all of them. Rows whose gradient is zero are left out of
+// it: padded rows may hold NaN.
 template <class T>
 void project_backward(const ProjectParams& p, const T* grad, const T* tokens, int64_t row_stride, const T* weight,
-                      const T* zero_row, T* d_tokens, int64_t d_row_stride, T* d_weight, T* d_bias) {
+                      const T* zero_row, T* d_tokens, int64_t d_row_stride, T* d_weight, double* d_bias) {
   gemm<T, kWidth<T>, false>(p.tokens, p.head_pad, p.outputs, Strided<T>{grad, p.outputs, 1},
                             DenseRows<const T>{weight, p.head_pad}, DenseRows<T>{d_tokens, d_row_stride});
   for (int64_t i = 0; i < p.outputs * p.head_pad; ++i) d_weight[i] = T(0);
-  for (int64_t o = 0; o < p.outputs; ++o) d_bias[o] = T(0);
+  for (int64_t o = 0; o < p.outputs; ++o) d_bias[o] = 0;
   for (int64_t first = 0; first < p.tokens; first += kProjectBackwardRows) {
     const int64_t n = p.tokens - first < kProjectBackwardRows ? p.tokens - first : kProjectBackwardRows;
     const T* rows[kProjectBackwardRows];
