@@ -152,16 +152,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& to
   Tensor d_weight = zeros({call.weight_batch, call.weight_heads, p.outputs, p.head_dim}, kScalar<T>);
   Tensor d_bias = zeros({call.weight_batch, call.weight_heads, p.outputs}, kScalar<T>);
   T *dw = static_cast<T*>(d_weight.data_ptr()), *db = static_cast<T*>(d_bias.data_ptr());
-  std::vector<double> bias(size_t(d_bias.numel()));
+  std::vector<double> bias(size_t(p.outputs));  // of one batch row and head
   for (int64_t part = 0; part < parts; ++part) {
     const T* from = weights.data() + part * size;
     const int64_t m = call.weight_of(part / (call.heads * call.blocks), part / call.blocks % call.heads);
+    const bool is_last = (part + 1) % call.blocks == 0;
     for (int64_t o = 0; o < p.outputs; ++o) {
       for (int64_t e = 0; e < p.head_dim; ++e) dw[(m * p.outputs + o) * p.head_dim + e] += from[o * p.head_pad + e];
-      bias[size_t(m * p.outputs + o)] += biases[size_t(part * p.outputs + o)];
+      double& sum = bias[size_t(o)];
+      sum += biases[size_t(part * p.outputs + o)];
+      if (is_last) db[m * p.outputs + o] += T(sum), sum = 0;
     }
   }
-  for (size_t i = 0; i < bias.size(); ++i) db[i] = T(bias[i]);
   write_back<T>(d_rows, d_tokens);
   return {d_tokens, d_weight, d_bias};
 }

@@ -355,7 +355,7 @@ def by_head(seconds: Mapping[Pair, float], squares: Mapping[Pair, Tensor]) -> li
     """
     families: dict[tuple, list[Pair]] = {}
     for support, low_rank in squares:
-        if type(support) is Routed and isinstance(support.keys, int):
+        if support.takes_keys_by_head and isinstance(support.keys, int):
             others = *(getattr(support, f.name) for f in fields(support) if f.name != "keys"), low_rank
             families.setdefault(others, []).append((support, low_rank))
     expected_seconds, expected_errors = (

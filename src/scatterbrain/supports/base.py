@@ -65,6 +65,7 @@ class Support:
         is_configurable: numbers and names make it, so a configuration file can.
         can_be_prepared: equal supports make equal lists for equal lengths, or the operator makes them, so a call can be
             kept (scatterbrain.prepared).
+        takes_keys_by_head: ``keys`` may be a tuple with a number for every query head.
     """
 
     kind: ClassVar[str]
@@ -76,6 +77,7 @@ class Support:
     gains_from_order: ClassVar[bool] = False
     is_configurable: ClassVar[bool] = True
     can_be_prepared: ClassVar[bool] = False
+    takes_keys_by_head: ClassVar[bool] = False
 
     @classmethod
     def with_keys(cls, keys: int) -> Support:

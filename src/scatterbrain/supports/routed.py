@@ -56,6 +56,7 @@ class Routed(Support):
     evaluates_kernel: ClassVar[bool] = True
     can_be_prepared: ClassVar[bool] = True
     gains_from_order: ClassVar[bool] = True
+    takes_keys_by_head: ClassVar[bool] = True
 
     keys: int | tuple[int, ...]
     block_q: int = 16
