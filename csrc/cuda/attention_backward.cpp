@@ -105,8 +105,12 @@ class Backward : AttentionCall {
   void compute_keys(BackwardParams of, const TileParams& operands, bool in_double) {
     of.adds_listed_blocks = keys_by_tiles && !in_double;
     of.leaves_listed_blocks = by_shares && !in_double;
-    if (of.adds_listed_blocks)
-      launch_attention_backward_tile_keys(backward_tile_keys_params(of, operands, call), element(), call.stream());
+    if (of.adds_listed_blocks) {
+      const BackwardTileKeysParams tiles = backward_tile_keys_params(of, operands, call);
+      launch_backward_tile_keys_operands(tiles, call.stream());
+      (tiles.has_ragged_stages() ? launch_ragged_attention_backward_tile_keys : launch_attention_backward_tile_keys)(
+          tiles, element(), call.stream());
+    }
     const bool has_others = of.adds_listed_blocks ? of.index && !of.leaves_listed_blocks
                                                   : of.has_low_rank() || of.span || !of.leaves_listed_blocks;
     if (has_others) launch_backward_keys(of, element(), in_double, call.stream());

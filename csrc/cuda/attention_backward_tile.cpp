@@ -29,8 +29,7 @@ BackwardTileParams backward_tile_params(const BackwardParams& of_call, const Til
 bool fits_backward_tiles_of_keys(const AttentionArguments& a) {
   const auto kind = static_cast<LowRank>(a.low_rank);
   const bool is_narrow = a.query.size(3) <= 64 && a.value.size(3) <= 64;
-  return a.block_q % kTile == 0 && fits_backward_tiles(a) &&
-         ((kind == LowRank::kQuadratic && is_narrow && !a.is_causal) || (kind == LowRank::kNone && a.span));
+  return fits_backward_tiles(a) && ((kind == LowRank::kQuadratic && is_narrow) || (kind == LowRank::kNone && a.span));
 }
 
 BackwardTileKeysParams backward_tile_keys_params(const BackwardParams& of_call, const TileParams& operands,
@@ -40,15 +39,17 @@ BackwardTileKeysParams backward_tile_keys_params(const BackwardParams& of_call, 
   p.head_steps = ceil_div(p.head_dim, 16), p.value_steps = ceil_div(p.value_pad, 16);
   p.features_padded = operands.features_padded;
   p.key_log = operands.key_log, p.key_coordinates = operands.key_coordinates;
+  p.by_groups = operands.by_groups, p.longest_list = operands.longest_list;
   if (!p.has_low_rank()) return p;
+  p.query_coordinates =
+      static_cast<Bfloat16*>(call.write(call.empty({p.batch, p.q_heads, p.q_tokens, 32}, ScalarType::BFloat16)));
+  if (p.has_ragged_stages()) return p;
   const auto words = [&](int64_t steps, int64_t chunks) {
     return static_cast<FourWords*>(
         call.write(call.empty({p.batch, p.kv_heads, steps, chunks, 32, 4}, ScalarType::Int)));
   };
   p.state_by_value = words(p.value_steps, p.features_padded / 8);
   p.state_by_feature = words(p.features_padded / 16, p.value_pad / 8);
-  p.query_coordinates =
-      static_cast<Bfloat16*>(call.write(call.empty({p.batch, p.q_heads, p.q_tokens, 32}, ScalarType::BFloat16)));
   return p;
 }
 

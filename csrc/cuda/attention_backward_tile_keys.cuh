@@ -1,14 +1,15 @@
 // Backward pass of keys on tensor cores: a warp computes a tile of 16 keys, its pairs with query slots whose window or
-// sinks they are, and what reaches them through the state, which is bidirectional; for bfloat16 and float16. Pairs of
-// listed blocks are left to attention_backward_keys.cuh, which adds to these sums.
+// sinks they are, or whose state ends before them, and what reaches them through the state; for bfloat16 and float16.
+// Pairs of listed blocks are left to attention_backward_keys.cuh or attention_backward_shares.cuh, which add to these
+// sums.
 //
 // Query slots come in stages of 16, in the order of heads and slots. Keys are the rows of all products, so that
 // gradients of scores are left operands as they come. dk with the gradient of the map, and dv, are tasks of their own:
-// the sums of both would not fit into registers.
+// the sums of both would not fit into registers. Stages are parts of one block, whose slots list the same keys up to
+// their edge; or ragged, with a pattern of keys for each slot, and a state of their own if it is causal.
 #pragma once
 #include "attention_backward.cuh"
-#include "attention_tile_rows.cuh"
-#include "naming_blocks.cuh"
+#include "attention_backward_tile_slots.cuh"
 
 namespace sb::cuda {
 
@@ -27,10 +28,13 @@ struct TileKeysLayout {
   static_assert(!kHasQuadratic || kTile * kWidth * 4 <= 2 * kStageBytes);
 };
 
-template <class E, int D, bool kHasQuadratic, bool kOfValues>
+template <class E, int D, bool kHasQuadratic, bool kIsRagged, bool kOfValues>
 class TileKeys {
   typedef TileKeysLayout<D, kHasQuadratic> Layout;
   static constexpr bool kIsHalf = std::is_same_v<E, Half>;
+  // Of SB_UNROLL_COPIES and SB_UNROLL_STEPS: ragged kernels need registers.
+  static constexpr int kCopiesAtOnce = kIsRagged ? 1 : 2,
+                       kStepsAtOnce = !kIsRagged || (!kHasQuadratic && D <= 64) ? D / 16 : 2;
   static constexpr int kChunks = D / 8, kSteps = D / 16, kSlotTiles = kTile / 8, kWidth = Layout::kWidth,
                        kRowWidth = Layout::kRowWidth;
 
@@ -38,21 +42,20 @@ class TileKeys {
   SB_DEVICE TileKeys(const BackwardTileKeysParams& p, int64_t base, int64_t head, int64_t first)
       : p(p),
         base(int32_t(base)),
-        b(int32_t(head / p.kv_heads)),
-        kv(int32_t(head % p.kv_heads)),
-        head(head),
+        b(quotient(head, p.kv_heads)),
+        kv(int32_t(head - b * p.kv_heads)),
+        head(int32_t(head)),
         first(int32_t(first)),
         lane(lane_index()),
         g(lane / 4),
-        t(lane % 4),
-        y(shared_array<float>(base + Layout::kOwnCoordinates + Layout::kCoordinates)),
-        dy(shared_array<float>(base + Layout::kOwnCoordinates + Layout::kCoordinates + Layout::kSmall / 2)) {}
+        t(lane % 4) {}
 
   SB_DEVICE void run() {
     range = load(p.rows + b);
     if (!find_keys()) return;
     read_keys();
     do {
+      for (int i = lane; kHasQuadratic && i < kTile * kRowWidth; i += kWarp) dy().set(i, 0.0f);
       SB_UNROLL
       for (int c = 0; c < kChunks; ++c) SB_UNROLL
       for (int i = 0; i < 4; ++i) sum[c][i] = 0;
@@ -62,16 +65,19 @@ class TileKeys {
       SB_UNROLL
       for (int r = 0; r < 2; ++r) scales[r] = 0x1p125f;
       if (kHasQuadratic) add_state();
-      if (p.span) {
-        const int64_t group = p.q_heads / p.kv_heads;
-        for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
-          for (int64_t level = 0; level < p.of_span.levels; ++level) go_through(h, level);
-      }
+      go_through();
     } while (has_to_be_careful());
     finish();
   }
 
  private:
+  SB_DEVICE Shared<float> y() const {
+    return shared_array<float>(base + Layout::kOwnCoordinates + Layout::kCoordinates);
+  }
+  SB_DEVICE Shared<float> dy() const {
+    return shared_array<float>(base + Layout::kOwnCoordinates + Layout::kCoordinates + Layout::kSmall / 2);
+  }
+
   // -------------------- the tile's keys
 
   // Whether there are any. Keys count from the row's first one; -1 is none.
@@ -103,8 +109,7 @@ class TileKeys {
       }
       for (int i = lane; i < kTile * kRowWidth; i += kWarp) {
         const int row = i / kRowWidth, a = i % kRowWidth;
-        y.set(i, is_key(row) && a < p.rank ? MapRow<float, float>(p.y_map, b, kv, token(row))(a) : 0.0f);
-        dy.set(i, 0.0f);
+        y().set(i, is_key(row) && a < p.rank ? MapRow<float, float>(p.y_map, b, kv, token(row))(a) : 0.0f);
       }
     }
     commit_copies(), wait_copies<0>();
@@ -112,34 +117,54 @@ class TileKeys {
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int row = g + 8 * r;
-      share[r] = 0;
-      if (!kHasQuadratic || !is_key(row)) continue;
-      const float of_state = load(static_cast<const float*>(p.state_log) + head * p.slots + p.slots - 1);
-      share[r] = exp2_of(load(p.key_log + head * p.k_tokens + token(row)) - of_state);
+      kappa[r] = float(kLowestLog);
+      if (kHasQuadratic && is_key(row)) kappa[r] = load(p.key_log + head * p.k_tokens + token(row));
     }
+  }
+
+  // The first state slot that holds the keys.
+  SB_DEVICE int64_t state_of_keys() const { return p.is_causal ? first / kChunk + 1 : p.slots - 1; }
+  SB_DEVICE float log_of_state(int64_t slot) const {
+    return load(static_cast<const float*>(p.state_log) + head * p.slots + slot);
+  }
+  // What a state holds of the keys.
+  SB_DEVICE void set_share(float state_log) {
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) share[r] = is_key(g + 8 * r) ? exp2_of(kappa[r] - state_log) : 0.0f;
   }
 
   // -------------------- the state
 
-  // b dH^T F(y) of values, and b F'(y)^T (dH v + dhz) of the map, with b = exp(kappa - kappa_ref).
+  // b dH^T F(y) of values, and b F'(y)^T (dH v + dhz) of the map, with b = exp(kappa - kappa_ref). Ragged kernels take
+  // dH as it is, so that the gradients of all causal states need no second place.
   SB_DEVICE void add_state() {
+    set_share(log_of_state(state_of_keys()));
+    const int64_t group = quotient(p.q_heads, p.kv_heads), columns = p.value_pad + 1,
+                  state = (b * p.q_heads + kv * group) * p.query_segments + (p.is_causal ? state_of_keys() : 0);
+    const float* d_state = static_cast<const float*>(p.d_kv_state) + state * p.slot_size;
+    const auto entry = [&](int64_t f, int64_t e) {
+      return f < p.features && e < p.value_pad ? load(d_state + f * columns + e) : 0.0f;
+    };
     const auto of_features = shared_array<float>(base + Layout::kStages);
     if (!kOfValues) {
       float of_feature[kTileFeatures / 8][4];
       SB_UNROLL
       for (int n = 0; n < kTileFeatures / 8; ++n) SB_UNROLL
       for (int i = 0; i < 4; ++i) of_feature[n][i] = 0;
-      const int64_t columns = p.features_padded / 8;
-      add_product_of_tokens<E, D>(base + Layout::kValues, p.value_steps,
-                                  p.state_by_value + head * p.value_steps * columns * kWarp, columns, 0, of_feature);
-      const int64_t group = p.q_heads / p.kv_heads;
-      const float* d_state =
-          static_cast<const float*>(p.d_kv_state) + (b * p.q_heads + kv * group) * p.query_segments * p.slot_size;
+      const int64_t chunks = p.features_padded / 8;
+      if constexpr (kIsRagged)
+        add_product_of_tokens<E, D, 1>(
+            base + Layout::kValues, p.value_steps, chunks,
+            [&](int k, int n) { return right_words(16 * k, 8 * n, [&](int64_t e, int64_t f) { return entry(f, e); }); },
+            of_feature);
+      else
+        add_product_of_tokens<E, D>(base + Layout::kValues, p.value_steps,
+                                    p.state_by_value + head * p.value_steps * chunks * kWarp, chunks, 0, of_feature);
       SB_UNROLL
       for (int n = 0; n < kTileFeatures / 8; ++n) SB_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int64_t f = 8 * n + 2 * t + i;
-        const float of_hz = f < p.features ? load(d_state + f * (p.value_pad + 1) + p.value_pad) : 0.0f;
+        const float of_hz = f < p.features ? load(d_state + f * columns + p.value_pad) : 0.0f;
         SB_UNROLL
         for (int r = 0; r < 2; ++r) of_features.set((g + 8 * r) * kWidth + f, of_feature[n][2 * r + i] + of_hz);
       }
@@ -151,20 +176,25 @@ class TileKeys {
     if (lane < kTile) {
       const int64_t row = lane * kRowWidth, at = lane * kWidth;
       const float weight = lane < 8 ? own[0] : own[1];
-      const auto coordinate = [&](int64_t a) { return y.get(row + a); };
+      const auto coordinate = [&](int64_t a) { return y().get(row + a); };
       if (kOfValues)
         QuadraticKernel::expand(p.rank, weight, coordinate,
                                 [&](int64_t f, float value) { of_features.set(at + f, value); });
       else
         QuadraticKernel::chain(
             p.rank, weight, coordinate, [&](int64_t f) { return of_features.get(at + f); },
-            [&](int64_t a) { return dy.get(row + a); }, [&](int64_t a, float value) { dy.set(row + a, value); });
+            [&](int64_t a) { return dy().get(row + a); }, [&](int64_t a, float value) { dy().set(row + a, value); });
     }
     sync_warp();
     for (int64_t step = 0; kOfValues && step < p.features_padded / 16; ++step)
-      add_product_of_numbers(of_features, kWidth, step, 1.0f,
-                             p.state_by_feature + head * (p.features_padded / 16) * (p.value_pad / 8) * kWarp,
-                             p.value_pad / 8, sum);
+      if constexpr (kIsRagged)
+        add_product_of_numbers(
+            of_features, kWidth, step, 1.0f, p.value_pad / 8,
+            [&](int n) { return right_words(16 * step, 8 * n, entry); }, sum);
+      else
+        add_product_of_numbers(of_features, kWidth, step, 1.0f,
+                               p.state_by_feature + head * (p.features_padded / 16) * (p.value_pad / 8) * kWarp,
+                               p.value_pad / 8, sum);
     if (kOfValues && kIsHalf) {  // with the weights that follow, which are at most about one
       SB_UNROLL
       for (int r = 0; r < 2; ++r) scales[r] = Scale::of(0.75f);
@@ -177,18 +207,19 @@ class TileKeys {
 
   // -------------------- pairs
 
-  // A stage of query slots of head h: with the first level of the transposed lists those that see sinks, 16 by 16; then
-  // those of the blocks whose window touches the tile. [lo, hi) are the keys that all of them have, of those up to
-  // edge + i that slot i sees.
-  struct Stage {
+  // A stage of slots of one block, that sees sinks or whose window touches the tile. [lo, hi) are the keys that all of
+  // them have, of those up to edge + i that slot i sees.
+  struct StageOfBlock {
     int32_t slot = 0, lo = 0, hi = 0, edge = 0;
   };
+  typedef std::conditional_t<kIsRagged, StageSlots, StageOfBlock> Stage;
+
+  // Stages of head h: with the first level of the transposed lists those that see sinks, 16 by 16; then those of the
+  // blocks whose window touches the tile.
   struct Walk {
-    int64_t h;
     int32_t slots, of_sinks, of_block, stages;
     const int32_t* blocks;
-    SB_DEVICE Walk(const TileKeys& tile, int64_t h, int64_t level)
-        : h(h), slots(int32_t(slots_of_row(tile.p, tile.range))) {
+    SB_DEVICE Walk(const TileKeys& tile, int64_t h, int64_t level) : slots(int32_t(slots_of_row(tile.p, tile.range))) {
       const NamingBlocks naming(tile.p, tile.p.of_span, tile.b, h, tile.first, level);
       const int64_t longest = tile.p.block_q < slots ? tile.p.block_q : slots;
       of_sinks = level == 0 && tile.first < tile.p.span_sinks ? int32_t(ceil_div(slots, kTile)) : 0;
@@ -196,7 +227,7 @@ class TileKeys {
       stages = of_sinks + int32_t(naming.count) * of_block, blocks = naming.blocks;
     }
   };
-  SB_DEVICE Stage stage_of(const Walk& walk, int32_t i) const {
+  SB_DEVICE StageOfBlock stage_of(const Walk& walk, int32_t i) const {
     const int32_t length = range.k_end - range.k_first, sinks = p.span_sinks < length ? int32_t(p.span_sinks) : length;
     if (i < walk.of_sinks) return {i * kTile, 0, sinks};
     i -= walk.of_sinks;
@@ -208,7 +239,7 @@ class TileKeys {
             hi > length ? length : int32_t(hi)};
   }
   // The first stage from i on with keys of the tile.
-  SB_DEVICE int32_t next_stage(const Walk& walk, int32_t i, Stage& stage) const {
+  SB_DEVICE int32_t next_stage(const Walk& walk, int32_t i, StageOfBlock& stage) const {
     for (; i < walk.stages; ++i) {
       stage = stage_of(walk, i);
       if (!(stage.lo < first + kTile && stage.hi > first && stage.lo < stage.hi && stage.slot < walk.slots)) continue;
@@ -219,74 +250,110 @@ class TileKeys {
   }
 
   // This lane's slot of a stage, lane % 16.
+  // state_weight: behind the state, the log of what the slot gives to its weights L. state_log: of what the slots read.
   struct Fetched {
     int32_t query;
     float log, inverse, state_weight, shift;
+    uint32_t pattern;
+    float state_log;
   };
 
-  SB_DEVICE Fetched fetch(const Walk& walk, const Stage& stage, int buffer) const {
+  template <bool kIsBehind>
+  SB_DEVICE Fetched fetch(int64_t h, const Stage& stage, int buffer) const {
     const int32_t slot = stage.slot + lane % kTile;
-    Fetched of_lane{-1, 0, 0, 0, 0};
-    if (slot < walk.slots && kind_of(p, b, walk.h, slot) != SlotKind::kNone) {
-      const auto record = load(record_of<float>(p, b, walk.h, slot));
-      of_lane.query = int32_t(query_of_slot(p, range, b, walk.h, slot));
+    Fetched of_lane{-1, 0, 0, 0, 0, 0, 0};
+    bool has_slot = false;
+    if constexpr (kIsRagged)
+      has_slot = stage.pattern != 0;
+    else
+      has_slot = slot < slots_of_row(p, range);
+    if (has_slot && kind_of(p, b, h, slot) != SlotKind::kNone) {
+      const auto record = load(record_of<float>(p, b, h, slot));
+      of_lane.query = int32_t(query_of_slot(p, range, b, h, slot));
       of_lane.log = record.log, of_lane.inverse = record.inverse, of_lane.state_weight = record.state_weight;
       of_lane.shift = record.delta + record.correction;
+      if constexpr (kIsRagged) of_lane.pattern = stage.pattern;
+      if (kIsBehind) of_lane.state_weight = MapRow<float, float>(p.x_map, b, h, of_lane.query).log() - record.log;
     }
+    if constexpr (kIsRagged && kHasQuadratic && !kIsBehind) of_lane.state_log = log_of_state(stage.state_slot);
     const int64_t to = base + Layout::kStages + buffer * Layout::kStageBytes;
-    SB_UNROLL_BY_2
+    SB_UNROLL_COPIES
     for (int j = 0; j < kTile * kChunks / kWarp; ++j) {
       const int i = lane + j * kWarp, row = i / kChunks, chunk = i % kChunks;
       const int32_t query = shuffle_from(of_lane.query, row);
       const int64_t at = query < 0 ? 0 : query;
       const bool in_query = query >= 0 && chunk * 8 < p.head_dim, in_value = query >= 0 && chunk * 8 < p.value_pad;
-      copy_async(to + swizzled<2 * D>(row, chunk), p.q.at<const E>(b, walk.h, at) + (in_query ? chunk * 8 : 0),
-                 in_query);
+      copy_async(to + swizzled<2 * D>(row, chunk), p.q.at<const E>(b, h, at) + (in_query ? chunk * 8 : 0), in_query);
       copy_async(to + Layout::kMatrix + swizzled<2 * D>(row, chunk),
-                 p.d_out.at<const E>(b, walk.h, at) + (in_value ? chunk * 8 : 0), in_value);
+                 p.d_out.at<const E>(b, h, at) + (in_value ? chunk * 8 : 0), in_value);
     }
     if (kHasQuadratic) SB_UNROLL
     for (int j = 0; j < kTile * 4 / kWarp; ++j) {
       const int i = lane + j * kWarp, row = i / 4, chunk = i % 4;
       const int32_t query = shuffle_from(of_lane.query, row);
-      copy_async(
-          to + 2 * Layout::kMatrix + swizzled<64>(row, chunk),
-          p.query_coordinates + ((b * p.q_heads + walk.h) * p.q_tokens + (query < 0 ? 0 : query)) * 32 + chunk * 8,
-          query >= 0);
+      copy_async(to + 2 * Layout::kMatrix + swizzled<64>(row, chunk),
+                 p.query_coordinates + ((b * p.q_heads + h) * p.q_tokens + (query < 0 ? 0 : query)) * 32 + chunk * 8,
+                 query >= 0);
     }
     return of_lane;
   }
 
-  SB_DEVICE void go_through(int64_t h, int64_t level) {
-    const Walk walk(*this, h, level);
+  SB_DEVICE void go_through() {
+    const int64_t group = quotient(p.q_heads, p.kv_heads);
+    if constexpr (kIsRagged) {
+      TileSlots slots(p, b, first, keys);
+      for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+        slots.enter_head(int32_t(h));
+        if constexpr (kHasQuadratic) add_stages<true>(h, [&](Stage& to) { return slots.next_behind(to); });
+        for (int64_t level = 0; level < p.of_span.levels; ++level) {
+          slots.enter_level(level);
+          add_stages<false>(h, [&](Stage& to) { return slots.next_listed(to); });
+        }
+      }
+    } else if (p.span) {
+      for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+        for (int64_t level = 0; level < p.of_span.levels; ++level) {
+          const Walk walk(*this, h, level);
+          int32_t next = 0;
+          add_stages<false>(h, [&](Stage& to) {
+            next = next_stage(walk, next, to);
+            return next++ < walk.stages;
+          });
+        }
+    }
+  }
+
+  // next_stage(stage) gives the next one, or false behind the last. `kIsBehind`: of slots whose state ends before the
+  // tile.
+  template <bool kIsBehind, class Next>
+  SB_DEVICE void add_stages(int64_t h, const Next& next_stage) {
     Stage next_place;
-    int32_t i = next_stage(walk, 0, next_place);
-    Fetched next{-1, 0, 0, 0, 0};
-    if (i < walk.stages) next = fetch(walk, next_place, 0);
+    bool has_next = next_stage(next_place);
+    if (!has_next) return;
+    Fetched next = fetch<kIsBehind>(h, next_place, 0);
     commit_copies();
-    int buffer = 0;
-    while (i < walk.stages) {
+    for (int buffer = 0; has_next; buffer = 1 - buffer) {
       const Stage place = next_place;
       const Fetched of_lane = next;
-      i = next_stage(walk, i + 1, next_place);
-      if (i < walk.stages) next = fetch(walk, next_place, 1 - buffer);
+      has_next = next_stage(next_place);
+      if (has_next) next = fetch<kIsBehind>(h, next_place, 1 - buffer);
       commit_copies();
       wait_copies<1>();
       sync_warp();
-      add_stage(of_lane, place, base + Layout::kStages + buffer * Layout::kStageBytes);
+      add_stage<kIsBehind>(of_lane, place, base + Layout::kStages + buffer * Layout::kStageBytes);
       sync_warp();  // before the buffer is filled again
-      buffer = 1 - buffer;
     }
     wait_copies<0>();
   }
 
+  template <bool kIsBehind>
   SB_DEVICE void add_stage(const Fetched& of_lane, const Stage& stage, int64_t from) {
     const uint32_t valid = ballot(of_lane.query >= 0);                      // of the slots twice
     float score[kSlotTiles][4], value[kSlotTiles][4], root[kSlotTiles][4];  // q.k; dO.v; 1 + x.y / 2
     SB_UNROLL
     for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
     for (int i = 0; i < 4; ++i) score[n][i] = value[n][i] = root[n][i] = 0;
-    SB_UNROLL
+    SB_UNROLL_STEPS
     for (int k = 0; k < kSteps; ++k) {
       const int64_t place = swizzled<2 * D>(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
       uint32_t rows[4], slots[4];
@@ -316,13 +383,14 @@ class TileKeys {
 
     // In place of products: the gradient of a score, the weight, and the gradient of x.y.
     const float scale = float(p.scale * kLog2e);
-    uint32_t listing[2];  // which slots list the key of a row
-    SB_UNROLL
+    uint32_t listing[2] = {};  // which slots list the key of a row, of the stage of a block
+    if constexpr (!kIsRagged) SB_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int32_t key = first + g + 8 * r;
       const bool has_row = is_key(g + 8 * r) && key >= stage.lo && key < stage.hi;
       listing[r] = has_row ? valid & bits_between(key - stage.edge, kTile) : 0;
     }
+    if (kIsRagged && kHasQuadratic && !kIsBehind) set_share(of_lane.state_log);
     SB_UNROLL
     for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -330,22 +398,26 @@ class TileKeys {
       const float log = shuffle_from(of_lane.log, column), inverse = shuffle_from(of_lane.inverse, column),
                   shift = kOfValues ? 0.0f : shuffle_from(of_lane.shift, column),
                   state_weight = kHasQuadratic ? shuffle_from(of_lane.state_weight, column) : 0.0f;
+      const uint32_t pattern = kIsRagged ? shuffle_from(of_lane.pattern, column) : 0;
       SB_UNROLL
       for (int r = 0; r < 2; ++r) {
         const int at = 2 * r + i;
-        const bool is_listed = listing[r] >> column & 1;
+        const bool is_listed = kIsRagged ? pattern >> (g + 8 * r) & 1 : listing[r] >> column & 1,
+                   has_low_rank = kIsBehind ? pattern >> (kTile + g + 8 * r) & 1 : is_listed;
         const float gradient = value[n][at] - shift;
         float weight = is_listed ? exp2_of(score[n][at] * scale - log) * inverse : 0.0f;
         score[n][at] = is_listed ? weight * gradient : 0.0f;
         if (kHasQuadratic) {
-          const float held = is_listed ? state_weight * share[r] * root[n][at] : 0.0f;
-          weight -= held * root[n][at];
-          root[n][at] = is_listed ? -held * gradient : 0.0f;
+          // Of keys behind the state L itself, else what the list takes back.
+          const float of_pair = kIsBehind ? exp2_of(state_weight + kappa[r]) * inverse : -(state_weight * share[r]),
+                      low_rank = has_low_rank ? of_pair * root[n][at] : 0.0f;
+          weight += low_rank * root[n][at];
+          root[n][at] = has_low_rank ? low_rank * gradient : 0.0f;
         }
         value[n][at] = weight;
       }
     }
-    if (kIsCareful && is_careful) clear_what_is_no_number(from, listing, kOfValues ? value : score);
+    if (kIsCareful && is_careful) clear_what_is_no_number(of_lane, from, listing, kOfValues ? value : score, root);
     uint32_t parts[kNumberParts][4];
     split_rows(kOfValues ? value : score, parts);
     add_rows(parts, kOfValues ? from + Layout::kMatrix : from, kOfValues ? p.value_pad : p.head_dim);
@@ -369,30 +441,48 @@ class TileKeys {
   }
 
   // Queries and gradients that are no numbers must not meet the zeros of keys that they do not see: zeros take their
-  // place, and what their keys have of them is no number. States pass them on to all keys.
-  static constexpr bool kIsCareful = !kHasQuadratic;
-  SB_DEVICE void clear_what_is_no_number(int64_t from, const uint32_t (&listing)[2],
-                                         float (&numbers)[kSlotTiles][4]) const {
+  // place, and what their keys have of them is no number. States without a causal edge pass them on to all keys.
+  static constexpr bool kIsCareful = kIsRagged || !kHasQuadratic;
+  SB_DEVICE void clear_what_is_no_number(const Fetched& of_lane, int64_t from, const uint32_t (&listing)[2],
+                                         float (&numbers)[kSlotTiles][4], float (&of_maps)[kSlotTiles][4]) const {
     uint32_t bad = 0;  // slots
+    // Of a word of 16-bit numbers; whether they were numbers.
+    const auto clear = [](const Shared<uint32_t>& word, auto e) {
+      const uint32_t pair = word.get(0);
+      const bool are_numbers = low_of(pair, e) * 0.0f == 0.0f && high_of(pair, e) * 0.0f == 0.0f;
+      if (!are_numbers) word.set(0, 0u);
+      return are_numbers;
+    };
     sync_warp();
     SB_NO_UNROLL
     for (int slot = 0; slot < kTile; ++slot) {
       bool are_numbers = true;
       SB_NO_UNROLL
       for (int i = lane; i < D; i += kWarp) {  // words of the query, then of its gradient
-        const auto at = shared_array<uint32_t>(from + i * 2 / D * Layout::kMatrix + slot * D * 2 + i % (D / 2) * 4);
-        const uint32_t pair = at.get(0);
-        if (low_of(pair, E{}) * 0.0f == 0.0f && high_of(pair, E{}) * 0.0f == 0.0f) continue;
-        at.set(0, 0u);
-        are_numbers = false;
+        const int64_t row = from + i * 2 / D * Layout::kMatrix + slot * D * 2;
+        are_numbers = clear(shared_array<uint32_t>(row + i % (D / 2) * 4), E{}) && are_numbers;
+      }
+      if (kHasQuadratic && lane < 16) {
+        const int64_t row = from + 2 * Layout::kMatrix + slot * 64;
+        are_numbers = clear(shared_array<uint32_t>(row + lane * 4), Bfloat16{}) && are_numbers;
       }
       if (ballot(!are_numbers) != 0) bad |= 1u << slot;
     }
     sync_warp();
     SB_UNROLL
     for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
-    for (int i = 0; i < 4; ++i)
-      if (listing[i / 2] & bad & 1u << (8 * n + 2 * t + i % 2)) numbers[n][i] = float(NAN);
+    for (int i = 0; i < 2; ++i) {
+      const int column = 8 * n + 2 * t + i;
+      const uint32_t pattern = kIsRagged ? shuffle_from(of_lane.pattern, column) : 0;
+      SB_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const bool is_listed = kIsRagged ? pattern >> (g + 8 * r) & 1 : listing[r] >> column & 1,
+                   has_pair = is_listed || (pattern >> (kTile + g + 8 * r) & 1);
+        if (!(bad >> column & 1)) continue;
+        if (kOfValues ? has_pair : is_listed) numbers[n][2 * r + i] = float(NAN);
+        if (kHasQuadratic && has_pair) of_maps[n][2 * r + i] = float(NAN);
+      }
+    }
   }
   // Whether sums that are no numbers ask for a second, careful walk.
   SB_DEVICE bool has_to_be_careful() {
@@ -403,6 +493,8 @@ class TileKeys {
       float zero = 0;
       SB_UNROLL
       for (int c = 0; c < kChunks; ++c) zero += sum[c][i] * 0.0f;
+      SB_UNROLL
+      for (int c = 0; kHasQuadratic && c < 2; ++c) zero += d_pairs[c][i] * 0.0f;
       are_numbers = are_numbers && zero == 0.0f;
     }
     is_careful = ballot(!are_numbers) != 0;
@@ -410,8 +502,8 @@ class TileKeys {
   }
 
   // Numbers of float16 are in two parts, and with their row's sums over the same power of two: so that they stay inside
-  // of it, and no small row is lost.
-  static constexpr int kNumberParts = kIsHalf ? 2 : 1;
+  // of it, and no small row is lost. Those of bfloat16 are too where the CPU's kernel does not round them.
+  static constexpr int kNumberParts = kIsHalf || kIsRagged ? 2 : 1;
   SB_DEVICE void split_rows(float (&numbers)[kSlotTiles][4], uint32_t (&to)[kNumberParts][4]) {
     if (kIsHalf) SB_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -443,6 +535,7 @@ class TileKeys {
   }
   // sum += numbers by slot times the slots' rows at `from`, `width` wide.
   SB_DEVICE void add_rows(const uint32_t (&numbers)[kNumberParts][4], int64_t from, int64_t width) {
+    const bool has_rest = kIsHalf || p.by_groups;
     SB_UNROLL
     for (int c = 0; c < kChunks; c += 2) {
       if (c * 8 >= width) continue;
@@ -450,6 +543,7 @@ class TileKeys {
       load_transposed(from + swizzled<2 * D>(lane % 16, c + lane / 16), rows);
       SB_UNROLL
       for (int i = kNumberParts - 1; i >= 0; --i) {
+        if (i > 0 && !has_rest) continue;
         multiply_add(sum[c], numbers[i], rows[0], rows[1], E{});
         multiply_add(sum[c + 1], numbers[i], rows[2], rows[3], E{});
       }
@@ -480,64 +574,48 @@ class TileKeys {
     for (int c = 0; c < 2; ++c) SB_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int a = 8 * c + 2 * t + i % 2, at = (g + i / 2 * 8) * kRowWidth + a;
-      dy.set(at, dy.get(at) + (a < p.rank ? 2.0f : 1.0f) * d_pairs[c][i]);
+      dy().set(at, dy().get(at) + (a < p.rank ? 2.0f : 1.0f) * d_pairs[c][i]);
     }
     sync_warp();
     if (lane < kTile) {
       float product = 0;
-      for (int64_t a = 0; a < p.rank; ++a) product += y.get(lane * kRowWidth + a) * dy.get(lane * kRowWidth + a);
+      for (int64_t a = 0; a < p.rank; ++a) product += y().get(lane * kRowWidth + a) * dy().get(lane * kRowWidth + a);
       const int64_t last = lane * kRowWidth + p.rank;
-      dy.set(last, QuadraticKernel::log_gradient(product, dy.get(last)));
+      dy().set(last, QuadraticKernel::log_gradient(product, dy().get(last)));
     }
     sync_warp();
     float* to = static_cast<float*>(p.dy_sum) + head * p.k_tokens * (p.rank + 1);
     for (int64_t i = lane; i < kTile * (p.rank + 1); i += kWarp) {
-      const int64_t row = i / (p.rank + 1), a = i % (p.rank + 1);
-      if (is_key(int(row))) store(to + token(row) * (p.rank + 1) + a, dy.get(row * kRowWidth + a));
+      const int64_t row = quotient(i, p.rank + 1), a = i - row * (p.rank + 1);
+      if (is_key(int(row))) store(to + token(row) * (p.rank + 1) + a, dy().get(row * kRowWidth + a));
     }
   }
 
   const BackwardTileKeysParams& p;
   const int32_t base, b, kv;
-  const int64_t head;
-  const int32_t first;
+  const int32_t head, first;
   const int lane, g, t;
-  const Shared<float> y, dy;
   RowRange range;
-  uint32_t keys = 0;        // of the tile, those that count
-  float share[2];           // exp(kappa - kappa_ref)
-  bool is_careful = false;  // some query or gradient is no number
-  float scales[2];          // of rows of sums, in float16
+  uint32_t keys = 0;         // of the tile, those that count
+  float kappa[2], share[2];  // log scales of rows g and g + 8, and what a state holds of the keys, relative to its own
+  bool is_careful = false;   // some query or gradient is no number
+  float scales[2];           // of rows of sums, in float16
   float sum[kChunks][4], d_pairs[2][4];
 };
 
-template <class E, int D, bool kHasQuadratic>
+template <class E, int D, bool kHasQuadratic, bool kIsRagged>
 SB_KERNEL SB_THREADS_AT_MOST(kTileKeysThreads) attention_backward_tile_keys(BackwardTileKeysParams p) {
   const int64_t tiles = ceil_div(p.k_tokens, kTile), all = p.batch * p.kv_heads * tiles,
                 warps = block_threads() / kWarp;
   const int64_t base = warp_index() * TileKeysLayout<D, kHasQuadratic>::kBytes;
-  for_each_task(ceil_div(2 * all, warps), [&](int64_t task) {
-    const int64_t at = task * warps + warp_index(), tile = at % all;
+  for_each_task(quotient(2 * all + warps - 1, warps), [&](int64_t task) {
+    const int64_t at = task * warps + warp_index(), tile = at < all ? at : at - all, head = quotient(tile, tiles),
+                  first = (tile - head * tiles) * kTile;
     if (at >= 2 * all) return;
     if (at < all)
-      TileKeys<E, D, kHasQuadratic, false>(p, base, tile / tiles, tile % tiles * kTile).run();
+      TileKeys<E, D, kHasQuadratic, kIsRagged, false>(p, base, head, first).run();
     else
-      TileKeys<E, D, kHasQuadratic, true>(p, base, tile / tiles, tile % tiles * kTile).run();
-  });
-}
-
-// Half of a query's coordinates, then 1, as rows of 16 in two parts.
-SB_KERNEL tile_queries(BackwardTileKeysParams p) {
-  for_each_element(p.batch * p.q_heads * p.q_tokens, [&](int64_t at) {
-    const int64_t row = at / p.q_tokens;
-    const MapRow<float, float> x(p.x_map, row / p.q_heads, row % p.q_heads, at % p.q_tokens);
-    auto* to = reinterpret_cast<uint32_t*>(p.query_coordinates + at * 32);
-    for (int64_t a = 0; a < 16; a += 2) {
-      const auto coordinate = [&](int64_t i) { return i < p.rank ? 0.5f * x(i) : i == p.rank ? 1.0f : 0.0f; };
-      uint32_t parts[2];
-      split(coordinate(a), coordinate(a + 1), parts, Bfloat16{});
-      store(to + a / 2, parts[0]), store(to + 8 + a / 2, parts[1]);
-    }
+      TileKeys<E, D, kHasQuadratic, kIsRagged, true>(p, base, head, first).run();
   });
 }
 

@@ -270,6 +270,12 @@ SB_DEVICE auto sum_of_terms(int64_t n, const Term& term) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
+// a / b of a number from 0 to below 2^31 - 1 and a positive one. A division of 64 bits is a call, around which all that
+// is alive takes as many registers again.
+SB_DEVICE int32_t quotient(int64_t a, int64_t b) {
+  return int32_t(uint32_t(a) / uint32_t(b < INT32_MAX ? b : INT32_MAX));
+}
+
 // -------------------- functions of one number
 
 // Results below the smallest normal number are zero.

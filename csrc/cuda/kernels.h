@@ -54,8 +54,10 @@ void launch_backward_tile_operands(const BackwardTileParams& p, Stream stream);
 // What a product of tokens or of numbers with a matrix reads (tile_memory.cuh).
 void launch_right_operand(const OperandParams& p, Stream stream);
 void launch_state_gradients(const BackwardParams& p, Element element, bool is_wide, Stream stream);
-// Keys on tensor cores, but for pairs of listed blocks; launch_backward_keys adds those.
+// Keys on tensor cores, but for pairs of listed blocks, which others add; after what they read of queries and states.
+void launch_backward_tile_keys_operands(const BackwardTileKeysParams& p, Stream stream);
 void launch_attention_backward_tile_keys(const BackwardTileKeysParams& p, Element element, Stream stream);
+void launch_ragged_attention_backward_tile_keys(const BackwardTileKeysParams& p, Element element, Stream stream);
 void launch_backward_keys(const BackwardParams& p, Element element, bool is_wide, Stream stream);
 // Pairs of listed blocks, on tensor cores; adds to what the others have left, if that is any.
 void launch_attention_backward_shares(const BackwardSharesParams& p, Element element, Stream stream);

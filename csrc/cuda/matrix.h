@@ -178,6 +178,21 @@ SB_DEVICE void split(float low, float high, uint32_t (&parts)[kParts], E e) {
   }
 }
 
+// This lane's words of the right operand whose entry at (row, column) is entry(row, column), of rows from `row` and
+// columns from `column` on: in two parts of bfloat16, whose sum is as exact as float32.
+template <class Entry>
+SB_DEVICE FourWords right_words(int64_t row, int64_t column, const Entry& entry) {
+  row += lane_index() % 4 * 2, column += lane_index() / 4;
+  FourWords words;
+  SB_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    uint32_t parts[2];
+    split(entry(row + 8 * half, column), entry(row + 8 * half + 1, column), parts, Bfloat16{});
+    words.at[half] = parts[0], words.at[2 + half] = parts[1];
+  }
+  return words;
+}
+
 // Two parts of a float32 for products of TF32: the first is rounded, halves away from zero, and what the device reads
 // of both is the number to 2^-23. Not by cvt.rna, which takes four instructions to leave what is infinite as it is:
 // here its second part is no number.

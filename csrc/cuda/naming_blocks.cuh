@@ -11,9 +11,9 @@ struct NamingBlocks {
   SB_DEVICE NamingBlocks(const BackwardParams& p, const TransposedLists& of, int64_t b, int64_t h, int64_t key,
                          int64_t level)
       : blocks(nullptr), positions(nullptr), count(0) {
-    const int64_t entry = (of.first >> level) + (key / of.width >> level);
+    const int64_t entry = (of.first >> level) + (quotient(key, of.width) >> level);
     if (entry >= of.entries) return;
-    const int64_t row = b * of.heads + h * of.heads / p.q_heads, at = (row * of.entries + entry) * of.parts;
+    const int64_t row = b * of.heads + quotient(h * of.heads, p.q_heads), at = (row * of.entries + entry) * of.parts;
     const int64_t begin = entry > 0 ? load(of.cursor + at - 1) : 0, last = load(of.cursor + at + of.parts - 1),
                   end = last > of.room ? of.room : last;
     blocks = of.blocks + row * of.room + begin, count = end > begin ? end - begin : 0;

@@ -262,10 +262,14 @@ struct BackwardTileParams : BackwardParams {
 // That of keys by tiles (attention_backward_tile_keys.cuh).
 struct BackwardTileKeysParams : BackwardParams {
   int64_t features_padded, head_steps, value_steps;  // these, key_log and key_coordinates as in BackwardTileParams
-  FourWords *state_by_value, *state_by_feature;      // of d_kv_state: OperandParams.operand of either form
+  // Of d_kv_state, OperandParams.operand of either form, where stages are not ragged.
+  FourWords *state_by_value, *state_by_feature;
   const float* key_log;
   const Bfloat16* key_coordinates;
   Bfloat16* query_coordinates;  // (B, Hq, N, 2, 16)
+
+  // Whether the 16 slots of a stage have several lists, or take back of causal states.
+  SB_HD bool has_ragged_stages() const { return block_q % kTile != 0 || (is_causal && has_low_rank()); }
 };
 
 // That of listed blocks' keys by shares (attention_backward_shares.cuh), in rounds of tiles of 16 query slots: those of

@@ -41,13 +41,14 @@ SB_DEVICE void load_left(int64_t from, int step, uint32_t (&to)[4]) {
   load_matrices(from + swizzled<kRowBytes>(lane_index() % 16, 2 * step + lane_index() / 16), to);
 }
 
-// sum[n] += the 16 rows at `from` times columns [8 (first + n), 8 (first + n) + 8) of the operand, for as many of its
-// `columns` as there are. Tokens are exact in one part of bfloat16, or in two if they are float16.
-template <class E, int D, int kCount>
-SB_DEVICE void add_product_of_tokens(int64_t from, int64_t steps, const FourWords* operand, int64_t columns,
-                                     int64_t first, float (&sum)[kCount][4]) {
+// sum[n] += the 16 rows at `from` times columns [8 n, 8 n + 8) of a right operand in two parts, for as many of its
+// `columns` as there are: this lane's words of rows [16 step, 16 step + 16) are right(step, n). Tokens are exact in one
+// part of bfloat16, or in two if they are float16. kStepsAtOnce: of SB_UNROLL_STEPS.
+template <class E, int D, int kStepsAtOnce, int kCount, class Right>
+SB_DEVICE void add_product_of_tokens(int64_t from, int64_t steps, int64_t columns, const Right& right,
+                                     float (&sum)[kCount][4]) {
   constexpr bool kIsHalf = std::is_same_v<E, Half>;
-  SB_UNROLL
+  SB_UNROLL_STEPS
   for (int k = 0; k < D / 16; ++k) {
     if (k >= steps) continue;
     uint32_t tokens[4], high[4], low[4];
@@ -60,23 +61,30 @@ SB_DEVICE void add_product_of_tokens(int64_t from, int64_t steps, const FourWord
       split(low_of(tokens[i], E{}), high_of(tokens[i], E{}), parts, Bfloat16{});
       high[i] = parts[0], low[i] = parts[1];
     }
-    const FourWords* row = operand + (k * columns + first) * kWarp + lane_index();
     SB_UNROLL
     for (int n = 0; n < kCount; ++n) {
-      if (first + n >= columns) continue;
-      const FourWords right = load(row + n * kWarp);
-      if (kIsHalf) multiply_add(sum[n], low, right.at[0], right.at[1], Bfloat16{});
-      multiply_add(sum[n], high, right.at[2], right.at[3], Bfloat16{});
-      multiply_add(sum[n], high, right.at[0], right.at[1], Bfloat16{});
+      if (n >= columns) continue;
+      const FourWords words = right(k, n);
+      if (kIsHalf) multiply_add(sum[n], low, words.at[0], words.at[1], Bfloat16{});
+      multiply_add(sum[n], high, words.at[2], words.at[3], Bfloat16{});
+      multiply_add(sum[n], high, words.at[0], words.at[1], Bfloat16{});
     }
   }
 }
+// The same from column 8 first on, of an operand that right_operand laid out.
+template <class E, int D, int kCount>
+SB_DEVICE void add_product_of_tokens(int64_t from, int64_t steps, const FourWords* operand, int64_t columns,
+                                     int64_t first, float (&sum)[kCount][4]) {
+  add_product_of_tokens<E, D, D / 16>(
+      from, steps, columns - first,
+      [&](int k, int n) { return load(operand + ((k * columns + first) + n) * kWarp + lane_index()); }, sum);
+}
 
-// sum[n] += `scale` times columns [16 step, 16 step + 16) of 16 rows of `width` numbers, times columns
-// [8 n, 8 n + 8) of that step of the operand, of which there are `columns`.
-template <int kCount>
+// sum[n] += `scale` times columns [16 step, 16 step + 16) of 16 rows of `width` numbers, times columns [8 n, 8 n + 8)
+// of that step of an operand, of which there are `columns`: this lane's words are right(n).
+template <int kCount, class Right>
 SB_DEVICE void add_product_of_numbers(const Shared<float>& rows, int64_t width, int64_t step, float scale,
-                                      const FourWords* operand, int64_t columns, float (&sum)[kCount][4]) {
+                                      int64_t columns, const Right& right, float (&sum)[kCount][4]) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   uint32_t high[4], low[4];
   SB_UNROLL
@@ -86,15 +94,20 @@ SB_DEVICE void add_product_of_numbers(const Shared<float>& rows, int64_t width, 
     split(rows.get(at) * scale, rows.get(at + 1) * scale, parts, Bfloat16{});
     high[i] = parts[0], low[i] = parts[1];
   }
-  const FourWords* row = operand + step * columns * kWarp + lane_index();
   SB_UNROLL
   for (int n = 0; n < kCount; ++n) {
     if (n >= columns) continue;
-    const FourWords right = load(row + n * kWarp);
-    multiply_add(sum[n], low, right.at[0], right.at[1], Bfloat16{});
-    multiply_add(sum[n], high, right.at[2], right.at[3], Bfloat16{});
-    multiply_add(sum[n], high, right.at[0], right.at[1], Bfloat16{});
+    const FourWords words = right(n);
+    multiply_add(sum[n], low, words.at[0], words.at[1], Bfloat16{});
+    multiply_add(sum[n], high, words.at[2], words.at[3], Bfloat16{});
+    multiply_add(sum[n], high, words.at[0], words.at[1], Bfloat16{});
   }
+}
+template <int kCount>
+SB_DEVICE void add_product_of_numbers(const Shared<float>& rows, int64_t width, int64_t step, float scale,
+                                      const FourWords* operand, int64_t columns, float (&sum)[kCount][4]) {
+  const FourWords* row = operand + step * columns * kWarp + lane_index();
+  add_product_of_numbers(rows, width, step, scale, columns, [&](int n) { return load(row + n * kWarp); }, sum);
 }
 
 }  // namespace sb::cuda

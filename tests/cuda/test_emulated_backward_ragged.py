@@ -207,15 +207,6 @@ def test_queries_that_are_no_numbers_reach_the_keys_that_they_list_alone(emulato
     assert reached_by_no_number(emulator) == ""
 
 
-@pytest.mark.parametrize("kind", ["none", "quadratic"])
-def test_keys_of_causal_windows_go_by_tiles_without_a_state(emulator: Emulator, kind: str) -> None:
-    started, given = [], given_of(torch.bfloat16, n=40)
-    statistics = statistics_of(LOW_RANKS[kind], given)
-    with emulator.installed(), emulator.observed(lambda launch, is_after: started.append(launch.kernel)):
-        gradients(given, sb.Window(20), LOW_RANKS[kind], statistics=statistics, is_causal=True)
-    assert (b"attention_backward_tile_keys" in started) == (kind == "none")
-
-
 # -------------------- flags and conflicts
 
 

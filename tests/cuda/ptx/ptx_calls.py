@@ -198,6 +198,7 @@ def _gradients_of_ragged_tiles(dtype: torch.dtype) -> None:
     for widths in ((24, 16), (72, 16)):
         attend(dtype, sb.Window(24, 8), sb.Centroid(5), *widths, **more)
     attend(dtype, sb.Window(9, 1), None, 24, 16, **more)
+    attend(dtype, sb.Window(9, 8), None, 128, 104, **more)
     query, key, value = (rand(1, 1, N, 64, seed=i, dtype=dtype) for i in range(3))
     key[:, :, 60:] = torch.nan
     sb.attention(query.requires_grad_(), key, value, sb.Window(24), None, is_causal=True)[:, :, :60].sum().backward()
