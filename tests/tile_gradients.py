@@ -17,6 +17,7 @@ import scatterbrain as sb
 HALF = [torch.bfloat16, torch.float16]
 LOW_RANKS = {"none": None, "quadratic": sb.Quadratic(4), "centroid": sb.Centroid(20)}
 NAMES = ("dq", "dk", "dv")
+SHARES = b"attention_backward_shares"
 
 
 @contextmanager
@@ -28,6 +29,15 @@ def on_tensor_cores(emulator: Emulator, expected: bool = True) -> Iterator[None]
         yield
     assert (b"attention_backward_tile" in started) == expected
     assert expected or b"attention_backward_tile_keys" not in started
+
+
+@contextmanager
+def by_shares(emulator: Emulator, expected: bool = True) -> Iterator[None]:
+    """Operators run in the emulator, and listed keys by shares or not, as expected."""
+    started = []
+    with emulator.installed(), emulator.observed(lambda launch, is_after: started.append(launch.kernel)):
+        yield
+    assert (SHARES in started) == (b"sum_shares" in started) == expected
 
 
 def given_of(dtype: torch.dtype, head_dim: int = 24, value_dim: int = 40, heads: int = 1, n: int = 96) -> list[Tensor]:
@@ -47,6 +57,14 @@ def gradients(
     support, low_rank = arguments
     out, lse = attention(*leaves, support, low_rank=low_rank, return_lse=True, **more)
     return torch.autograd.grad([out, lse], leaves, [given[3].to(out.dtype), given[4].to(lse.dtype)])
+
+
+def gradients_of_keys(
+    emulator: Emulator, given: list[Tensor], support: object, low_rank: object, **more: object
+) -> tuple[Tensor, Tensor]:
+    more.setdefault("statistics", statistics_of(low_rank, given))
+    with by_shares(emulator):
+        return gradients(given, support, low_rank, **more)[1:]
 
 
 def excess(emulator: Emulator, given: list[Tensor], support: object, low_rank: object, **more: object) -> str:

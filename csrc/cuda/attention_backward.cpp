@@ -8,6 +8,7 @@
 #include "attention_call.h"
 #include "attention_tile.h"
 #include "launchers.h"
+#include "transposed_lists.h"
 
 namespace sb::cuda {
 namespace {
@@ -116,7 +117,7 @@ class Backward : AttentionCall {
     if (has_others) launch_backward_keys(of, element(), in_double, call.stream());
     if (!of.leaves_listed_blocks) return;
     const bool has_sums = of.adds_listed_blocks || has_others;
-    launch_attention_backward_shares(backward_shares_params(of, operands, has_sums, call), element(), call.stream());
+    add_shares(of, operands, has_sums, element(), call);
   }
 
   Tensor gradient_of(const Tensor& tokens) const { return call.empty_like_tokens(tokens, tokens.size(3)); }
@@ -138,25 +139,14 @@ class Backward : AttentionCall {
       while (int64_t(1) << t.levels <= touched) ++t.levels;
       while (t.first * kChunk < p.k_tokens) t.first *= 2;
       t.entries = p.k_tokens ? 2 * t.first : 0;
-      params.of_span = with_room(t, std::min(touched, 2 * t.levels), false);
+      params.of_span = with_room(t, p, std::min(touched, 2 * t.levels), false, call);
     }
-    if (p.index) {
+    // Not where unions take their place, and no query is computed again.
+    if (p.index && (!by_shares || has_shared_lists(a) || p.has_low_rank())) {
       TransposedLists t{};
       t.heads = p.list_heads, t.levels = 1, t.width = p.block_k, t.entries = ceil_div(p.k_tokens, p.block_k);
-      params.of_index = with_room(t, p.capacity, by_shares);
+      params.of_index = with_room(t, p, p.capacity, by_shares && has_shared_lists(a), call);
     }
-  }
-  // Of lists that have at most `capacity` entries. Parts of the blocks are walked at once, as many as cursors stay no
-  // more than entries.
-  TransposedLists with_room(TransposedLists t, int64_t capacity, bool has_positions) {
-    t.room = p.blocks * capacity;
-    if (t.entries == 0) return t;
-    t.part = ceil_div(std::max<int64_t>(p.blocks, 1), std::clamp<int64_t>(t.room / t.entries, 1, 32));
-    t.parts = std::max<int64_t>(1, ceil_div(p.blocks, t.part));
-    t.cursor = static_cast<int32_t*>(room({p.batch, t.heads, t.entries, t.parts}, ScalarType::Int));
-    t.blocks = static_cast<int32_t*>(room({p.batch, t.heads, t.room}, ScalarType::Int));
-    if (has_positions) t.positions = static_cast<int32_t*>(room({p.batch, t.heads, t.room}, ScalarType::Int));
-    return t;
   }
 
   const bool by_tiles, keys_by_tiles, by_shares;  // queries, keys, and pairs of listed blocks, on tensor cores

@@ -1,14 +1,16 @@
-// Backward pass of listed blocks' keys on tensor cores, bidirectional, for bfloat16 and float16. A warp takes a tile of
-// 16 query slots that share a list and writes, for every key of the list, what the tile adds to its gradients: a share.
-// Then a warp per key adds up its shares in the order of heads and tiles, found by the transposed lists.
+// Backward pass of listed blocks' keys on tensor cores, for bfloat16 and float16. A warp takes a tile of 16 query slots
+// and writes, for every key of the list that they share, what the tile adds to its gradients: a share. Then a warp per
+// key adds up its shares in the order of heads and tiles, found by the transposed lists. Where slots have lists of
+// their own the list is the union of these (union_lists.cuh); there, and with a causal edge, tiles are ragged: every
+// key has a pattern of the slots that list it.
 //
 // Keys are the rows of all products, so that gradients of scores are left operands as they come. A share's dk and dv
 // are whole numbers of 16 bits times a factor of their own: half of the bytes of float32, and rounded far below what
 // results of 16 bits are. Gradients of maps, few numbers, are float32.
 #pragma once
 #include "attention_backward.cuh"
+#include "attention_tile_rows.cuh"
 #include "naming_blocks.cuh"
-#include "tile_memory.cuh"
 
 namespace sb::cuda {
 
@@ -37,12 +39,13 @@ struct SharesLayout {
   }
 };
 
-template <class E, int D, LowRank kKind>
+template <class E, int D, LowRank kKind, bool kIsRagged>
 class TileShares {
   typedef SharesLayout<D, kKind> Layout;
   static constexpr bool kHasQuadratic = kKind == LowRank::kQuadratic, kHasClusters = kKind == LowRank::kCentroid,
                         kHasLowRank = kKind != LowRank::kNone, kIsHalf = std::is_same_v<E, Half>;
   static constexpr int kChunks = D / 8, kSteps = D / 16, kSlotTiles = kTile / 8;
+  static constexpr uint32_t kAllSlots = (1u << kTile) - 1;
 
  public:
   SB_DEVICE TileShares(const BackwardSharesParams& p, int64_t base, int64_t b, int64_t h, int64_t tile)
@@ -53,7 +56,7 @@ class TileShares {
         kv(int32_t(p.kv_head(h))),
         head(b * p.kv_heads + kv),
         first_slot(int32_t(tile * kTile)),
-        first_row(((b * p.q_heads + h) * p.tiles() + tile - p.first_tile) * p.longest_list),
+        first_row(((b * p.q_heads + h) * p.tiles() + tile - p.first_tile) * p.keys_of_list),
         lane(lane_index()),
         g(lane / 4),
         t(lane % 4),
@@ -62,15 +65,16 @@ class TileShares {
 
   SB_DEVICE void run() {
     const RowRange range = load(p.rows + b);
-    if (first_slot >= slots_of_row(p, range)) return;
+    if (first_slot >= slots_of_row(p, range) || range.k_first >= range.k_end) return;
     first_key = range.k_first;
+    if (kIsRagged) edges = TileEdges(p, range, first_slot);
     const int column = lane % kChunks * 8;
     keys_from = p.k.at<const E>(b, kv, first_key) + (column < p.head_dim ? column : 0);
     values_from = p.v.at<const E>(b, kv, first_key) + (column < p.value_pad ? column : 0);
     find_queries(range);
     read_queries();
-    const KeyList list(p, range, b, h, first_slot, edge_of_slot(p, range, first_slot));
-    go_through(list);
+    find_list(range);
+    go_through();
   }
 
  private:
@@ -99,6 +103,7 @@ class TileShares {
                  p.d_out.at<const E>(b, h, from) + (in_value ? chunk * 8 : 0), in_value);
     }
     commit_copies();
+    if (kIsRagged) look_at_queries();
     if (kHasQuadratic) write_coordinates();
     if (kHasClusters) {
       const int32_t width = Layout::width(p);
@@ -122,10 +127,51 @@ class TileShares {
       const auto record = load(record_of<float>(p, b, h, first_slot + column));
       log[n][i] = record.log, inverse[n][i] = record.inverse, shift[n][i] = record.delta + record.correction;
       state_weight[n][i] = record.state_weight;
+      if (kIsRagged && has_no_number >> column & 1) log[n][i] = shift[n][i] = state_weight[n][i] = no_number();
     }
     wait_copies<0>();
     sync_warp();
   }
+
+  // What is no number in a slot must not meet the zeros of keys that it does not list: zeros take its place, and the
+  // keys that it does list get no number. In float16 the weights of a row have a power of two, in which slots without a
+  // gradient have no say: so that no bit of the past depends on later queries that nothing is asked of.
+  SB_DEVICE void look_at_queries() {
+    constexpr uint32_t kToNoNumber = kIsHalf ? 0x04000400u : 0x00800080u, kSigns = 0x80008000u;  // carries into signs
+    const int row = lane % kTile, half = lane / kTile;
+    wait_copies<0>();
+    sync_warp();
+    const auto chunk_of = [&](int64_t from, int c) {
+      return shared_array<FourWords>(base + from + swizzled<2 * D>(row, half * (kChunks / 2) + c));
+    };
+    uint32_t carries = 0, any = 0;
+    SB_UNROLL_BY_2
+    for (int c = 0; c < kChunks / 2; ++c) {
+      const FourWords of_query = chunk_of(0, c).get(0), of_gradient = chunk_of(Layout::kGradients, c).get(0);
+      SB_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t bits = of_gradient.at[i] & ~kSigns;
+        carries |= ((of_query.at[i] & ~kSigns) + kToNoNumber) | (bits + kToNoNumber), any |= bits;
+      }
+    }
+    bool are_numbers = (carries & kSigns) == 0;
+    const int64_t query = queries.get(row);
+    if (kHasQuadratic && query >= 0) {
+      const MapRow<float, float> x(p.x_map, b, h, query);
+      for (int64_t a = half; a < p.rank; a += 2) are_numbers = are_numbers && x(a) * 0.0f == 0.0f;
+    }
+    const auto of_slots = [&](bool of_half) {
+      const uint32_t both = ballot(of_half);
+      return (both | both >> kTile) & kAllSlots;
+    };
+    has_no_number = of_slots(!are_numbers), has_gradient = of_slots(any != 0);
+    if (has_no_number == 0) return;
+    if (has_no_number >> row & 1) SB_NO_UNROLL
+    for (int c = 0; c < kChunks / 2; ++c)
+      chunk_of(0, c).set(0, FourWords{}), chunk_of(Layout::kGradients, c).set(0, {});
+    sync_warp();
+  }
+  SB_DEVICE static float no_number() { return same_bits<float>(0x7fffffffu); }
 
   // Half of a query's coordinates, then 1, as rows of 16 in two parts: a lane has half of a row.
   SB_DEVICE void write_coordinates() {
@@ -135,7 +181,8 @@ class TileShares {
     const auto to = shared_array<uint32_t>(base + Layout::kOfQueries);
     for (int a = 8 * half; a < 8 * half + 8; a += 2) {
       const auto coordinate = [&](int64_t i) {
-        return query < 0 || i > p.rank ? 0.0f : i < p.rank ? 0.5f * x(i) : 1.0f;
+        const bool is_none = query < 0 || i > p.rank || (kIsRagged && has_no_number >> row & 1);
+        return is_none ? 0.0f : i < p.rank ? 0.5f * x(i) : 1.0f;
       };
       uint32_t parts[2];
       split(coordinate(a), coordinate(a + 1), parts, Bfloat16{});
@@ -146,19 +193,73 @@ class TileShares {
 
   // -------------------- the list's keys
 
-  // This lane's key of a stage, lane % kStage; -1: none.
+  // This lane's key of a stage, lane % kStage; -1: none. A position without a key has a share too.
   struct Fetched {
-    int32_t key, cluster;
-    float log;  // of what the state holds of the key, without the query's share
+    bool is_there = false;
+    int32_t key = -1, cluster = 0;
+    uint32_t slots = 0;  // of ragged tiles: those that list the key
+    float log = 0;       // of what the state holds of the key, without the query's share
   };
 
-  // `position` of the listed blocks' keys.
-  SB_DEVICE Fetched fetch(const KeyList& list, int64_t position, int buffer) const {
-    Fetched of_lane{-1, 0, 0};
-    if (has_queries && position < list.block_positions()) of_lane.key = int32_t(list.key_of_blocks(position));
+  SB_DEVICE void find_list(const RowRange& range) {
+    const BlockList list(p, b, h * p.list_heads / p.q_heads, first_slot / p.block_q);
+    entries = list.entries, count = uint32_t(list.count), last_key = uint32_t(range.k_end - range.k_first - 1);
+    if (kIsRagged && p.slots_of_entries) slots_of_entries = p.slots_of_entries + (list.entries - p.index);
+    keys = uint32_t(p.block_k <= last_key ? p.block_k : last_key + 1), last_entry = last_key / keys;
+    entry = uint32_t(lane) % kStage / keys, offset = uint32_t(lane) % kStage % keys;
+    if (!p.span) return;
+    // Of this lane's slot, lane % kTile: all have one, but in unions.
+    const int64_t behind = slots_of_row(p, range), slot = first_slot + lane % kTile;
+    const Span span(p, range, b, (slot < behind ? slot : behind - 1) / p.span_queries);
+    const int64_t all = int64_t(last_key) + 1;
+    const auto inside = [&](int64_t key) { return int32_t(key < 0 ? 0 : key > all ? all : key); };
+    sinks = inside(p.span_sinks), lo = inside(span.lo), hi = inside(span.hi);
+  }
+
+  // The key at this lane's position, with those of its slots that see it and whose window does not have it. Entries of
+  // any content are safe: what no key matches lists nothing.
+  SB_DEVICE void find_key(Fetched& to) const {
+    if (has_queries && to.is_there) {
+      const auto named = uint32_t(load(entries + entry));
+      const uint32_t key = named * keys + offset;
+      if (named <= last_entry && key <= last_key && !(entry > 0 && load(entries + entry - 1) >= int32_t(named)))
+        to.key = int32_t(key);
+    }
+    if (kIsRagged && to.key >= 0) {
+      to.slots = slots_of_entries ? uint32_t(load(slots_of_entries + entry)) : kAllSlots;
+      to.slots &= bits_between(to.key - edges.first, kTile);
+    }
+    if (p.span) {
+      if (to.key < sinks) to.key = -1;
+      if (kIsRagged && slots_of_entries) {
+        uint32_t in_span = 0;
+        SB_UNROLL
+        for (int i = 0; i < kTile / 2; ++i) {
+          const int row = lane / kTile * (kTile / 2) + i;
+          const int32_t first = shuffle_from(lo, row), behind = shuffle_from(hi, row);
+          in_span |= to.key >= first && to.key < behind ? 1u << row : 0u;
+        }
+        to.slots &= ~(in_span | shuffle_xor(in_span, kTile));
+      } else if (to.key >= lo && to.key < hi) {
+        to.key = -1;
+      }
+    }
+    if (kIsRagged && to.slots == 0) to.key = -1;
+    if (to.key >= 0 && p.k_mask && load(p.k_mask + b * p.k_tokens + first_key + to.key)) to.key = -1;
+    if (kIsRagged && to.key < 0) to.slots = 0;
+  }
+
+  // The next stage.
+  SB_DEVICE Fetched fetch(int buffer) {
+    Fetched of_lane;
+    of_lane.is_there = entry < count;
+    find_key(of_lane);
+    entry += kStage / keys, offset += kStage % keys;
+    if (offset >= keys) offset -= keys, ++entry;
     if (kHasLowRank && of_lane.key >= 0) {
       of_lane.log = load(p.key_log + head * p.k_tokens + first_key + of_lane.key);
-      if (kHasQuadratic) of_lane.log -= load(static_cast<const float*>(p.state_log) + head * p.slots + p.slots - 1);
+      if (kHasQuadratic) of_lane.log -= load(static_cast<const float*>(p.state_log) + head * p.slots + state_slot());
+      if (kHasQuadratic && kIsRagged && of_lane.key >= edges.state_end) of_lane.log = float(kLowestLog);
       if (kHasClusters) of_lane.cluster = int32_t(cluster_of(p, head, first_key + of_lane.key));
     }
     const int64_t to = stage(buffer);
@@ -181,19 +282,22 @@ class TileShares {
     return of_lane;
   }
   SB_DEVICE int64_t stage(int buffer) const { return base + Layout::kStages + buffer * Layout::kStageBytes; }
+  SB_DEVICE int64_t state_slot() const { return kIsRagged ? edges.state_slot : p.slots - 1; }
 
-  SB_DEVICE void go_through(const KeyList& list) {
-    const int64_t positions = list.block_positions();
-    Fetched next = fetch(list, lane % kStage, 0);
+  SB_DEVICE void go_through() {
+    bool has_next = count > 0;
+    Fetched next;
+    if (has_next) next = fetch(0);
     commit_copies();
     int buffer = 0;
-    for (int64_t begin = 0; begin < positions; begin += kStage) {
+    for (int64_t row = first_row; has_next; row += kStage) {
       const Fetched of_lane = next;
-      if (begin + kStage < positions) next = fetch(list, begin + kStage + lane % kStage, 1 - buffer);
+      has_next = ballot(entry < count) != 0;
+      if (has_next) next = fetch(1 - buffer);
       commit_copies();
       wait_copies<1>();
       sync_warp();
-      add_stage(of_lane, stage(buffer), begin, positions);
+      add_stage(of_lane, stage(buffer), row);
       sync_warp();  // before the buffer is filled again
       buffer = 1 - buffer;
     }
@@ -202,9 +306,10 @@ class TileShares {
 
   // -------------------- shares
 
-  SB_DEVICE void add_stage(const Fetched& of_lane, int64_t from, int64_t begin, int64_t positions) const {
-    const uint32_t valid = ballot(of_lane.key >= 0);                        // of the keys twice
-    float score[kSlotTiles][4], value[kSlotTiles][4], root[kSlotTiles][4];  // q.k; dO.v; 1 + x.y / 2
+  // `row`: of the stage's first share.
+  SB_DEVICE void add_stage(const Fetched& of_lane, int64_t from, int64_t row) const {
+    const uint32_t valid = ballot(of_lane.key >= 0), there = ballot(of_lane.is_there);  // of the keys twice
+    float score[kSlotTiles][4], value[kSlotTiles][4], root[kSlotTiles][4];              // q.k; dO.v; 1 + x.y / 2
     SB_UNROLL
     for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
     for (int i = 0; i < 4; ++i) score[n][i] = value[n][i] = root[n][i] = 0;
@@ -242,22 +347,26 @@ class TileShares {
     const float scale = float(p.scale * kLog2e), own_share = kHasLowRank ? exp2_of(of_lane.log) : 0.0f;
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const int row = g + 8 * r;
-      const bool is_listed = valid >> row & 1;
-      const float share = kHasLowRank ? shuffle_from(own_share, row) : 0.0f;
-      const int32_t cluster = kHasClusters ? shuffle_from(of_lane.cluster, row) : 0;
+      const int key = g + 8 * r;
+      const float share = kHasLowRank ? shuffle_from(own_share, key) : 0.0f;
+      const int32_t cluster = kHasClusters ? shuffle_from(of_lane.cluster, key) : 0;
+      // Of this lane's slots: those that list the key, and of these those that a state gives it for.
+      uint32_t slots = valid >> key & 1 ? kAllSlots : 0;
+      if (kIsRagged) slots = shuffle_from(of_lane.slots, key) >> 2 * t;
+      const uint32_t holding = kIsRagged && kHasQuadratic && share == 0.0f ? 0 : slots;
       SB_UNROLL
       for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const int at = 2 * r + i;
+        const int at = 2 * r + i, bit = 1 << (8 * n + i);
+        const bool is_listed = slots & bit, is_held = holding & bit;
         const float gradient = value[n][at] - shift[n][i];
         float weight = is_listed ? exp2_of(score[n][at] * scale - log[n][i]) * inverse[n][i] : 0.0f;
         score[n][at] = is_listed ? weight * gradient : 0.0f;
         if (kHasQuadratic) {
-          const float held = is_listed ? state_weight[n][i] * share * root[n][at] : 0.0f;
-          weight -= held * root[n][at];
-          by_log[r] += is_listed ? -held * gradient * root[n][at] : 0.0f;
-          root[n][at] = is_listed ? -held * gradient : 0.0f;
+          const float held = is_held ? state_weight[n][i] * share * root[n][at] : 0.0f;
+          weight -= is_held ? held * root[n][at] : 0.0f;
+          by_log[r] += is_held ? -held * gradient * root[n][at] : 0.0f;
+          root[n][at] = is_held ? -held * gradient : 0.0f;
         }
         if (kHasClusters) {
           const float exponent = exponents.get((8 * n + 2 * t + i) * Layout::width(p) + cluster);
@@ -265,11 +374,12 @@ class TileShares {
           weight -= held;
           by_log[r] += is_listed ? -held * gradient : 0.0f;
         }
+        if (kIsRagged && kIsHalf) weight = has_gradient >> 2 * t & bit ? weight : 0.0f;
         value[n][at] = weight;
       }
     }
-    const bool is_there[2] = {begin + g < positions, begin + g + 8 < positions};
-    const int64_t row = first_row + begin + g;
+    const bool is_there[2] = {bool(there >> g & 1), bool(there >> (g + 8) & 1)};
+    row += g;
     write_rows<0>(score, row, is_there);
     write_rows<1>(value, row, is_there);
     if (kHasQuadratic) write_coordinates_of(root, row, is_there);
@@ -302,7 +412,8 @@ class TileShares {
       for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
       for (int i = 2 * r; i < 2 * r + 2; ++i) numbers[n][i] *= factor;
     }
-    constexpr int kParts = kIsHalf || kPart == 0 ? 2 : 1;  // gradients of scores are what cancels
+    // Gradients of scores are what cancels. The CPU's kernel rounds no weights of merged lists.
+    constexpr int kParts = kIsHalf || kIsRagged || kPart == 0 ? 2 : 1;
     uint32_t left[kParts][4];
     SB_UNROLL
     for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
@@ -358,7 +469,7 @@ class TileShares {
       }
       if (t != 0) continue;
       const float whole = of_units * back[r] * (kPart == 0 ? float(p.scale) : 1.0f);
-      store(p.share_numbers + (row + 8 * r) * p.numbers + kPart, is_finite ? whole : same_bits<float>(0x7fffffffu));
+      store(p.share_numbers + (row + 8 * r) * p.numbers + kPart, is_finite ? whole : no_number());
     }
   }
 
@@ -400,16 +511,23 @@ class TileShares {
   int32_t first_key = 0;
   const E *keys_from = nullptr, *values_from = nullptr;  // this lane's chunk of the row's first key
   bool has_queries = false;
+  TileEdges edges;
+  uint32_t has_no_number = 0, has_gradient = 0;  // patterns of slots
+  const int32_t* entries = nullptr;              // of the list, and what lists each
+  const int32_t* slots_of_entries = nullptr;
+  uint32_t count = 0, keys = 1, last_entry = 0, last_key = 0;  // entries, keys of one, and the last that there are
+  uint32_t entry = 0, offset = 0;                              // this lane's next position
+  int32_t sinks = 0, lo = 0, hi = 0;                           // keys that windows have
   float log[kSlotTiles][2], inverse[kSlotTiles][2], shift[kSlotTiles][2], state_weight[kSlotTiles][2];
 };
 
-template <class E, int D, LowRank kKind>
+template <class E, int D, LowRank kKind, bool kIsRagged>
 SB_KERNEL SB_THREADS_AT_MOST(kSharesThreads) attention_backward_shares(BackwardSharesParams p) {
   const int64_t all = p.end_tile - p.first_tile, warps = block_threads() / kWarp;
   const int64_t base = warp_index() * SharesLayout<D, kKind>::bytes(p);
   for_each_task(ceil_div(all, warps), [&](int64_t task) {
     const int64_t at = task * warps + warp_index(), tile = p.first_tile + at, row = tile / p.tiles();
-    if (at < all) TileShares<E, D, kKind>(p, base, row / p.q_heads, row % p.q_heads, tile % p.tiles()).run();
+    if (at < all) TileShares<E, D, kKind, kIsRagged>(p, base, row / p.q_heads, row % p.q_heads, tile % p.tiles()).run();
   });
 }
 
@@ -493,7 +611,7 @@ class KeyShares {
         const int32_t position = load(naming.positions + first_block + block);
         is_behind = tile >= end;
         if (tile >= first && tile < end && position >= 0 && position < p.capacity)
-          row = (before + tile - p.first_tile) * p.longest_list + int64_t(position) * keys + in_block;
+          row = (before + tile - p.first_tile) * p.keys_of_list + int64_t(position) * keys + in_block;
       }
       const int count = pairs - begin < uint32_t(kWarp) ? int(pairs - begin) : kWarp;
       SB_NO_UNROLL

@@ -1,4 +1,4 @@
-// Which calls' listed blocks go by shares, and the memory of these.
+// Which calls' listed blocks go by shares, and what makes these.
 #pragma once
 #include "call.h"
 
@@ -6,8 +6,10 @@ namespace sb::cuda {
 
 // Decided by types, widths and the form of the lists alone.
 bool fits_backward_shares(const AttentionArguments& a);
-// `has_sums`: whether other kernels have written sums of keys before.
-BackwardSharesParams backward_shares_params(const BackwardParams& p, const TileParams& operands, bool has_sums,
-                                            Call& call);
+// Whether tiles of query slots have one list each, which are transposed with the positions of entries; else unions of
+// lists are made.
+bool has_shared_lists(const AttentionArguments& a);
+// Adds the pairs of listed blocks to sums of keys. `has_sums`: whether other kernels have written these before.
+void add_shares(const BackwardParams& p, const TileParams& operands, bool has_sums, Element element, Call& call);
 
 }  // namespace sb::cuda

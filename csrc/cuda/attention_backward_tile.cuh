@@ -193,18 +193,14 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
           }
         }
       }
-      // As in the forward pass, where the CPU's kernel does not round gradients of scores to bfloat16.
-      const bool has_rest = kIsHalf || (kIsRagged && p.by_groups);
       if (kIsRagged && is_careful) clear_what_is_no_number(from);
       SB_UNROLL
       for (int c = 0; c < kChunks; c += 2) {
         if (c * 8 >= p.head_dim) continue;
         uint32_t keys[4];
         load_transposed(from + swizzled<2 * D>(lane % 16, c + lane / 16), keys);
-        if (has_rest) {
-          multiply_add(dq[c], d_rest, keys[0], keys[1], E{});
-          multiply_add(dq[c + 1], d_rest, keys[2], keys[3], E{});
-        }
+        multiply_add(dq[c], d_rest, keys[0], keys[1], E{});
+        multiply_add(dq[c + 1], d_rest, keys[2], keys[3], E{});
         multiply_add(dq[c], d_score, keys[0], keys[1], E{});
         multiply_add(dq[c + 1], d_score, keys[2], keys[3], E{});
       }

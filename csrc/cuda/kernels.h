@@ -59,8 +59,11 @@ void launch_backward_tile_keys_operands(const BackwardTileKeysParams& p, Stream 
 void launch_attention_backward_tile_keys(const BackwardTileKeysParams& p, Element element, Stream stream);
 void launch_ragged_attention_backward_tile_keys(const BackwardTileKeysParams& p, Element element, Stream stream);
 void launch_backward_keys(const BackwardParams& p, Element element, bool is_wide, Stream stream);
-// Pairs of listed blocks, on tensor cores; adds to what the others have left, if that is any.
+// Pairs of listed blocks, on tensor cores; adds to what the others have left, if that is any. Tiles are ragged with a
+// causal edge, and where their lists are unions, which come before and are transposed then.
+void launch_union_lists(const UnionListsParams& p, Stream stream);
 void launch_attention_backward_shares(const BackwardSharesParams& p, Element element, Stream stream);
+void launch_ragged_attention_backward_shares(const BackwardSharesParams& p, Element element, Stream stream);
 void launch_share_representatives(const BackwardParams& p, Element element, bool is_wide, Stream stream);
 void launch_finish_keys(const BackwardParams& p, Element element, bool is_wide, Stream stream);
 

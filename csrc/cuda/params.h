@@ -272,15 +272,26 @@ struct BackwardTileKeysParams : BackwardParams {
   SB_HD bool has_ragged_stages() const { return block_q % kTile != 0 || (is_causal && has_low_rank()); }
 };
 
+// The lists of every tile of 16 query slots as one (union_lists.cuh): entries that any block of the tile lists,
+// ascending, and the slots that list each.
+struct UnionListsParams : ForwardParams {
+  int64_t tiles, most;        // entries of a union, at most
+  int32_t *entries, *counts;  // (B, list_heads, tiles, most), (B, list_heads, tiles)
+  int32_t* slots_of_entries;  // (B, list_heads, tiles, most)
+};
+
 // That of listed blocks' keys by shares (attention_backward_shares.cuh), in rounds of tiles of 16 query slots: those of
-// all heads in turn, [first_tile, end_tile). A share is what a tile adds to the gradients of a key of its list.
+// all heads in turn, [first_tile, end_tile). A share is what a tile adds to the gradients of a key of its list. Blocks
+// of queries and their lists are those of unions where blocks are no multiple of 16 queries.
 struct BackwardSharesParams : BackwardParams {
   int64_t head_steps, value_steps;  // these, key_log and key_coordinates as in BackwardTileParams
   const float* key_log;
   const Bfloat16* key_coordinates;
-  int64_t longest_list;  // keys of listed blocks, at most
+  int64_t span_queries;             // of a block, as the call has them
+  const int32_t* slots_of_entries;  // of unions, else null
+  int64_t keys_of_list;             // of listed blocks, at most
   int64_t share_words, numbers;
-  uint32_t* shares;      // (tiles of a round, longest_list, share_words): dk, then dv, in pairs of 16 bits
+  uint32_t* shares;      // (tiles of a round, keys_of_list, share_words): dk, then dv, in pairs of 16 bits
   float* share_numbers;  // (.., numbers): factors of the two; then dy of maps, or what is by the log mass
   int64_t round_tiles, first_tile, end_tile;
   bool has_sums;  // keys' sums are there but for pairs of listed blocks

@@ -251,8 +251,8 @@ FAULTS = {
     "stale mask per query": (TILE, "valid & shuffle_from(of_lane.pattern, row_of(r))", "valid", "dq|d[qkv] (rms|row)"),
     "lost low part": (
         TILE,
-        "kIsHalf || (kIsRagged && p.by_groups);",
-        "kIsHalf;",
+        "        multiply_add(dq[c], d_rest, keys[0], keys[1], E{});\n",
+        "",
         "dq (rms|row)",
     ),
     "a list longer than two stages": (

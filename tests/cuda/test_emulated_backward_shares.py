@@ -4,8 +4,6 @@ padding, repetition and other rounds, without bank conflicts in the loop; and fa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,7 +12,17 @@ from operator_cases import operator_arguments
 from oracle import row_error
 from planted import BFLOAT16, Kernels
 from testkit import assert_same_bits, rand
-from tile_gradients import HALF, LOW_RANKS, NAMES, excess, given_of, gradients
+from tile_gradients import (
+    HALF,
+    LOW_RANKS,
+    NAMES,
+    SHARES,
+    by_shares,
+    excess,
+    given_of,
+    gradients,
+    gradients_of_keys,
+)
 from tiles import ragged, rms, statistics_of
 from torch import Tensor
 from torch.nn.functional import pad
@@ -23,17 +31,7 @@ import scatterbrain as sb
 from scatterbrain.operators.arguments import QUADRATIC, AttentionArguments
 
 OPERATORS = torch.ops.scatterbrain
-SHARES = b"attention_backward_shares"
 N = 120  # enough for queries whose complement is not summed key by key
-
-
-@contextmanager
-def by_shares(emulator: Emulator, expected: bool = True) -> Iterator[None]:
-    """Operators run in the emulator, and listed keys by shares or not, as expected."""
-    started = []
-    with emulator.installed(), emulator.observed(lambda launch, is_after: started.append(launch.kernel)):
-        yield
-    assert (SHARES in started) == (b"sum_shares" in started) == expected
 
 
 def lists(n: int, heads: int, block_q: int, block_k: int, keys: int | None = None) -> sb.Blocks:
@@ -46,14 +44,6 @@ def lists(n: int, heads: int, block_q: int, block_k: int, keys: int | None = Non
     index = torch.stack([torch.randperm(blocks, generator=generator) for _ in range(rows)])
     index = index.masked_fill(torch.arange(blocks) >= count[:, None], blocks).sort(-1).values
     return sb.Blocks(index.view(*shape, blocks).int(), count.view(shape).int(), block_q=block_q, block_k=block_k)
-
-
-def gradients_of_keys(
-    emulator: Emulator, given: list[Tensor], support: object, low_rank: object, **more: object
-) -> tuple[Tensor, Tensor]:
-    more.setdefault("statistics", statistics_of(low_rank, given))
-    with by_shares(emulator):
-        return gradients(given, support, low_rank, **more)[1:]
 
 
 # -------------------- errors

@@ -216,6 +216,19 @@ def _shares(dtype: torch.dtype) -> None:
             attend(dtype, support, low_rank, *widths, queries=16, keys=100, wants_gradients=True)
 
 
+@call("shares of keys from ragged lists")
+def _ragged_shares(dtype: torch.dtype) -> None:
+    """Of two lists in a tile, which differ, and with a causal edge."""
+    if dtype.itemsize != 2:
+        return
+    index = torch.stack([torch.arange(first, first + 10, 2, dtype=torch.int32) for first in (0, 1)])
+    support = sb.Blocks(index.expand(1, 1, 2, 5).contiguous(), torch.tensor([[[5, 4]]], dtype=torch.int32), 8, 8)
+    for low_rank in (None, sb.Quadratic(5), sb.Centroid(5)):
+        more = {} if isinstance(low_rank, sb.Centroid) else dict(is_causal=True, query_offset=84)
+        for widths in ((24, 32), (128, 104)):
+            attend(dtype, support, low_rank, *widths, queries=16, keys=100, wants_gradients=True, **more)
+
+
 @call("sums on tensor cores")
 def _sums(dtype: torch.dtype) -> None:
     """States and their gradients, with and without a causal edge, in one piece of columns and in several."""
