@@ -158,6 +158,27 @@ def test_too_few_batches_and_a_file_that_is_none(tmp_path: Path) -> None:
         sb.tune(encoder(), batches(), max_error=0.1, times=tmp_path / "times.json")
 
 
+@pytest.mark.parametrize(
+    "candidates, message",
+    [
+        ([sb.Window(8)], "candidates: expected pairs .support, low-rank kernel., got Window"),
+        (sb.Window(8), "candidates must be a list of pairs.*got Window"),
+        ([], "candidates must be a list of pairs"),
+        ([(sb.Window(8), 3)], "low_rank"),
+    ],
+    ids=["no pair", "no list", "none", "no kernel"],
+)
+def test_candidates_that_are_no_pairs_are_refused_before_the_model_runs(candidates: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        sb.tune(nn.Identity(), batches(), max_error=0.1, candidates=candidates)
+
+
+def test_a_folder_for_times_is_refused_and_one_number_a_row_is_an_output(tuned: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="times must be a JSON file, got the folder"):
+        tuned(max_error=0.1, times=tmp_path)
+    assert tuned(max_error=1e-9, output=lambda returned: returned.mean((1, 2))).chosen.error == 0
+
+
 def test_heads_that_err_more_get_more_keys() -> None:
     few, more, most = ((sb.Routed(keys), sb.Centroid(8)) for keys in (16, 32, 64))
     other = sb.Routed(64, pools=2), sb.Centroid(8)

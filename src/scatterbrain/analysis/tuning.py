@@ -19,6 +19,7 @@ from scatterbrain import presets
 from scatterbrain.analysis.captured import Batch, LayerCall, calls_of, run, stand_in
 from scatterbrain.analysis.comparison import Pair, attention_of, medians, norms_of
 from scatterbrain.analysis.exact import Exact, by_torch, exact
+from scatterbrain.checks import check_pair
 from scatterbrain.integrations.restrictions import NotReplaceable
 from scatterbrain.layer_settings import LayerSettings
 from scatterbrain.low_rank import Centroid, Quadratic
@@ -171,6 +172,8 @@ def tune(
         raise ValueError("tune: give either max_error or budget, the bound to keep")
     if not isinstance(batches, Sequence) or isinstance(batches, (str, bytes)) or len(batches) < 2:
         raise ValueError("tune: batches must be a list of two or more, of which the second half judges the choice")
+    if candidates is not None:
+        checked_pairs(candidates)
     half = (len(batches) + 1) // 2
     search = _Search(model, batches[:half], batches[half:], output or output_of, candidates, _Times(times), progress)
     chosen = search.within(budget) if max_error is None else search.keeping(max_error)
@@ -184,6 +187,21 @@ def tune(
         "error": float(f"{chosen.error:.3g}"),
     }
     return Tuning(type(model).__name__, chosen, steps, uniform, search.exact_seconds, bound, max_error, about)
+
+
+def checked_pairs(candidates: object) -> None:
+    """
+    Raises:
+        TypeError, ValueError: anything but a list of pairs, or a pair that does not fit together.
+    """
+    if not isinstance(candidates, Sequence) or isinstance(candidates, (str, bytes)) or not candidates:
+        raise TypeError(
+            f"tune: candidates must be a list of pairs (support, low-rank kernel), got {type(candidates).__name__}"
+        )
+    for pair in candidates:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise TypeError(f"tune: candidates: expected pairs (support, low-rank kernel), got {pair!r}")
+        check_pair(*pair, is_causal=False)
 
 
 class _Search:
@@ -223,6 +241,7 @@ class _Search:
         first, targets = calls[0], [exact(call) for call in calls]
         if candidates is None:
             candidates = causal_candidates(first.query.shape[3]) if first.is_causal else bidirectional_candidates()
+        candidates = [tuple(pair) for pair in candidates]
         squares: dict[Pair, Tensor] = {EXACT: torch.zeros(first.query.shape[1], dtype=torch.float64)}
         seconds = self.times.of(first, {EXACT: by_torch(first)})
 
@@ -255,8 +274,8 @@ class _Search:
         errors = []
         for batch in batches:
             target = self.exact[id(batch)]
-            lost = (self._run(pairs, batch) - target).flatten(1).norm(dim=1)
-            errors.append(lost / target.flatten(1).norm(dim=1).clamp(min=1e-300))
+            lost, whole = (t.reshape(len(t), -1).norm(dim=1) for t in (self._run(pairs, batch) - target, target))
+            errors.append(lost / whole.clamp(min=1e-300))
         return float(torch.cat(errors).mean())
 
     # -------------------- combinations
@@ -476,6 +495,8 @@ class _Times:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = folder / "scatterbrain" / "times.json" if file is None else Path(file)
         self.known: dict[str, float] = {}
+        if self.path.is_dir():
+            raise ValueError(f"tune: times must be a JSON file, got the folder {self.path}")
         if self.path.is_file():
             try:
                 self.known = json.loads(self.path.read_text())
