@@ -52,6 +52,7 @@ def run_usual_calls(dtype: torch.dtype) -> None:
         for head_dim in (64, 128):
             differentiate(head_dim, sb.Window(64, 8), low_rank)
             differentiate(head_dim, sb.Routed(64), low_rank)
+            differentiate(head_dim, sb.Routed(64, block_q=8), low_rank)
     wide = {"keys": 200, "block_q": 32}
     per_query = PER_QUERY[2]
     # Supports route float64 as float32.
