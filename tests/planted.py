@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from emulated import CSRC
+from emulated import CSRC, Emulator, build
 
 # Of builds with a fault: the types of one test, and little optimisation, are compiled in a hurry.
 FLOAT = ("-DSB_ONLY_FLOAT", "-O1", "-Wno-error")
@@ -35,3 +36,18 @@ class Kernels:
             yield path
         finally:
             path.write_text(text)
+
+    def assert_caught(
+        self,
+        file: str,
+        old: str,
+        new: str,
+        complaint: str,
+        first_complaint: Callable[[Emulator], str],
+        flags: Sequence[str] = BFLOAT16,
+    ) -> None:
+        """That with a fault, as :meth:`planted` takes it, what ``first_complaint`` finds begins as the pattern
+        ``complaint`` says; it finds "" where there is nothing to complain of."""
+        with self.planted(file, old, new):
+            found = first_complaint(Emulator(build(self.csrc, flags)))
+        assert re.match(complaint, found), found or "nothing was noticed"

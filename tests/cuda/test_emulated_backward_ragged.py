@@ -3,11 +3,9 @@ near to float64 as the CPU's kernel, causal and free of padding by bits, without
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
-from emulated import Emulator, build
+from emulated import Emulator
 from planted import BFLOAT16, Kernels
 from testkit import assert_same_bits, rand
 from tile_gradients import HALF, LOW_RANKS, NAMES, excess, given_of, gradients, on_tensor_cores
@@ -302,6 +300,4 @@ def test_the_kernels_without_a_fault_raise_no_complaint(emulator: Emulator) -> N
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught_by_name(kernels: Kernels, fault: str) -> None:
     file, old, new, name = FAULTS[fault]
-    with kernels.planted(file, old, new):
-        complaint = first_complaint(Emulator(build(kernels.csrc, BFLOAT16)))
-    assert re.match(name, complaint), complaint or "nothing was noticed"
+    kernels.assert_caught(file, old, new, name, first_complaint, BFLOAT16)

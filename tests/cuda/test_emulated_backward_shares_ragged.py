@@ -3,11 +3,9 @@ as the CPU's kernel, causal by bits, free of what is no number elsewhere, withou
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
-from emulated import Emulator, build
+from emulated import Emulator
 from operator_cases import operator_arguments
 from oracle import row_error
 from planted import BFLOAT16, Kernels
@@ -256,6 +254,4 @@ def test_the_kernels_without_a_fault_raise_no_complaint(emulator: Emulator) -> N
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught_by_name(kernels: Kernels, fault: str) -> None:
     file, old, new, name = FAULTS[fault]
-    with kernels.planted(file, old, new):
-        complaint = first_complaint(Emulator(build(kernels.csrc, BFLOAT16)))
-    assert re.match(name, complaint), complaint or "nothing was noticed"
+    kernels.assert_caught(file, old, new, name, first_complaint, BFLOAT16)

@@ -3,11 +3,9 @@ padding, layouts and repetition, without bank conflicts in its loops; and faults
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
-from emulated import Emulator, build
+from emulated import Emulator
 from operator_cases import operator_arguments
 from oracle import row_error
 from planted import BFLOAT16, Kernels
@@ -269,6 +267,4 @@ def test_the_kernel_without_a_fault_raises_no_complaint(emulator: Emulator, kind
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught_by_name(kernels: Kernels, fault: str) -> None:
     file, kind, old, new, name = FAULTS[fault]
-    with kernels.planted(file, old, new):
-        complaint = first_complaint(Emulator(build(kernels.csrc, BFLOAT16)), kind)
-    assert re.match(name, complaint), complaint or "nothing was noticed"
+    kernels.assert_caught(file, old, new, name, lambda emulator: first_complaint(emulator, kind), BFLOAT16)

@@ -4,13 +4,12 @@ it. The parity table's drawn cases run through it in test_emulated.py."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
-from emulated import Emulator, build
+from emulated import Emulator
 from oracle import row_error
 from planted import FLOAT, Kernels
 from testkit import assert_same_bits, rand
@@ -230,6 +229,4 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught_by_name(kernels: Kernels, fault: str) -> None:
     old, new, name = FAULTS[fault]
-    with kernels.planted("attention_tile_float.cuh", old, new):
-        complaint = first_complaint(Emulator(build(kernels.csrc, FLOAT)))
-    assert re.match(name, complaint), complaint or "nothing was noticed"
+    kernels.assert_caught("attention_tile_float.cuh", old, new, name, first_complaint, FLOAT)
