@@ -31,13 +31,16 @@ def test_a_file_gives_the_settings_back(tmp_path: Path) -> None:
         "a.b": (sb.Window(16, sinks=4), sb.Quadratic(4)),
         "c": (sb.Window(64), None),
         "d": (sb.LSH(32), sb.Favor(24)),
+        "e": (sb.Routed((16, 24)), None),
     }
+    more["f"] = more["e"]
     settings = LayerSettings(PAIRS | more, {"model": "mine", "error": 0.04})
     settings.save(tmp_path / "new" / "s.yaml")
     loaded = LayerSettings.load(tmp_path / "new" / "s.yaml")
     assert dict(loaded) == dict(settings) and loaded.about == settings.about
     text = (tmp_path / "new" / "s.yaml").read_text()
     assert "{kind: routed, keys: 64, block_q: 32, pools: 2}" in text and text.startswith("model: mine")
+    assert text.count("keys: [16, 24]") == 2 and "&" not in text
     assert dict(LayerSettings.of(settings.as_dict())) == dict(settings) == dict(LayerSettings.of(dict(settings)))
 
 

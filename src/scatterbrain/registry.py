@@ -101,7 +101,7 @@ class Registry(dict[str, type]):
 
     def as_data(self, part: Any, always: tuple[str, ...] = ()) -> dict[str, Any]:
         """What :meth:`made` makes an equal instance of: the kind and the fields that are not their defaults, those
-        named ``always`` in any case.
+        named ``always`` in any case. Tuples become lists, as files have them.
 
         Raises:
             ValueError: made of tensors or functions, or of a class that is not registered.
@@ -119,7 +119,9 @@ class Registry(dict[str, type]):
             )
         own = {field.name: (getattr(part, field.name), field.default) for field in fields(part) if field.init}
         return {"kind": part.kind} | {
-            name: value for name, (value, default) in own.items() if name in always or value != default
+            name: list(value) if isinstance(value, tuple) else value
+            for name, (value, default) in own.items()
+            if name in always or value != default
         }
 
     def _imported(self, kind: str, where: str) -> type:
