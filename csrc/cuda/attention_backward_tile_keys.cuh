@@ -419,7 +419,7 @@ class TileKeys {
     }
     if (kIsCareful && is_careful) clear_what_is_no_number(of_lane, from, listing, kOfValues ? value : score, root);
     uint32_t parts[kNumberParts][4];
-    split_rows(kOfValues ? value : score, parts);
+    split_rows(kOfValues ? value : score, from + Layout::kMatrix, parts);
     add_rows(parts, kOfValues ? from + Layout::kMatrix : from, kOfValues ? p.value_pad : p.head_dim);
     if (!kHasQuadratic || kOfValues) return;
     uint32_t high[4], low[4], first_part[4], second_part[4];
@@ -501,20 +501,51 @@ class TileKeys {
     return is_careful;
   }
 
+  static SB_DEVICE float largest_of_row(const float (&numbers)[kSlotTiles][4], int r) {
+    float largest = 0;
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int i = 2 * r; i < 2 * r + 2; ++i)
+      largest = larger(largest, numbers[n][i] < 0.0f ? -numbers[n][i] : numbers[n][i]);
+    largest = larger(largest, shuffle_xor(largest, 1));
+    return larger(largest, shuffle_xor(largest, 2));
+  }
+  // Weights of slots whose gradients, at `gradients`, are zeros become 0, but for what is no number.
+  SB_DEVICE void clear_without_gradient(int64_t gradients, float (&numbers)[kSlotTiles][4]) const {
+    const int row = lane % kTile, half = lane / kTile;
+    uint32_t any = 0;
+    SB_NO_UNROLL
+    for (int c = 0; c < kChunks / 2; ++c) {
+      const int64_t at = swizzled<2 * D>(row, half * (kChunks / 2) + c);
+      const FourWords words = shared_array<FourWords>(gradients + at).get(0);
+      SB_UNROLL
+      for (int i = 0; i < 4; ++i) any |= words.at[i] & 0x7fff7fffu;
+    }
+    const uint32_t both = ballot(any != 0), slots = (both | both >> kTile) >> 2 * t;
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 4; ++i)
+      if (!(slots >> (8 * n + i % 2) & 1) && numbers[n][i] * 0.0f == 0.0f) numbers[n][i] = 0;
+  }
+
   // Numbers of float16 are in two parts, and with their row's sums over the same power of two: so that they stay inside
-  // of it, and no small row is lost. Those of bfloat16 are too where the CPU's kernel does not round them.
+  // of it, and no small row is lost. Slots without a gradient have no say in it: so that no bit of the past depends on
+  // later queries that nothing is asked of. Those of bfloat16 are in two where the CPU's kernel does not round them.
   static constexpr int kNumberParts = kIsHalf || kIsRagged ? 2 : 1;
-  SB_DEVICE void split_rows(float (&numbers)[kSlotTiles][4], uint32_t (&to)[kNumberParts][4]) {
+  SB_DEVICE void split_rows(float (&numbers)[kSlotTiles][4], int64_t gradients, uint32_t (&to)[kNumberParts][4]) {
+    float largest_of[2] = {};
+    const auto grows = [&](int r) { return largest_of[r] * scales[r] > 0x1p14f; };
+    if (kIsHalf) SB_UNROLL
+    for (int r = 0; r < 2; ++r) largest_of[r] = largest_of_row(numbers, r);
+    if (kIsHalf && kOfValues && ballot(grows(0) || grows(1)) != 0) {
+      clear_without_gradient(gradients, numbers);
+      SB_UNROLL
+      for (int r = 0; r < 2; ++r) largest_of[r] = largest_of_row(numbers, r);
+    }
     if (kIsHalf) SB_UNROLL
     for (int r = 0; r < 2; ++r) {
-      float largest = 0;
-      SB_UNROLL
-      for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
-      for (int i = 2 * r; i < 2 * r + 2; ++i)
-        largest = larger(largest, numbers[n][i] < 0.0f ? -numbers[n][i] : numbers[n][i]);
-      largest = larger(largest, shuffle_xor(largest, 1));
-      largest = larger(largest, shuffle_xor(largest, 2));
-      if (largest * scales[r] > 0x1p14f) {
+      const float largest = largest_of[r];
+      if (grows(r)) {
         const float wider = Scale::of(largest), ratio = wider * Scale::inverse(scales[r]);
         SB_UNROLL
         for (int c = 0; c < kChunks; ++c) sum[c][2 * r] *= ratio, sum[c][2 * r + 1] *= ratio;

@@ -124,6 +124,27 @@ def test_queries_that_are_no_numbers_reach_the_keys_that_they_see_alone(emulator
     assert reached_by_no_number(emulator) == ""
 
 
+def changed_by_the_future(emulator: Emulator, block_q: int) -> str:
+    """Which gradients of the past change with later queries that have no gradients: in float16, whose weights have a
+    power of two for every key. Those that count are near to zero, and gradients large, so that no bit of them is lost
+    in results."""
+    edge, given = 57, given_of(torch.float16, n=96)
+    given[0], given[3] = 8 * given[0], 1000 * given[3]
+    for t in given[3:]:
+        t[:, :, edge:] = 0
+    later = [t.clone() for t in given]
+    later[0][:, :, edge:] = 0
+    with on_tensor_cores(emulator):
+        results = [gradients(g, sb.Window(40, block_q), None, is_causal=True) for g in (given, later)]
+    changed = [name for name, a, b in zip(NAMES, *results) if not torch.equal(a[:, :, :edge], b[:, :, :edge])]
+    return f"{', '.join(changed)} of the past" if changed else ""
+
+
+@pytest.mark.parametrize("block_q", [1, 16])
+def test_no_bit_of_the_past_depends_on_queries_that_nothing_is_asked_of(emulator: Emulator, block_q: int) -> None:
+    assert changed_by_the_future(emulator, block_q) == ""
+
+
 # -------------------- conflicts
 
 
