@@ -41,6 +41,16 @@ def candidate_superblocks(routed: int) -> int:
     return max(16, 2 * routed)
 
 
+def budget_of(support: Routed, head: int) -> int:
+    """Keys of a query head."""
+    return support.keys[head] if isinstance(support.keys, tuple) else support.keys
+
+
+def largest_budget(support: Routed) -> int:
+    """The most keys of any head."""
+    return max(support.keys) if isinstance(support.keys, tuple) else support.keys
+
+
 class Choice(NamedTuple):
     """The list of one block of queries, ascending, and the score of every key or block of keys, listed or not."""
 
@@ -57,7 +67,7 @@ def routed_lists(support: Routed, inputs: Inputs, stages: bool = True) -> tuple[
     batch, heads, n, _ = inputs.query.shape
     # A per-query window whose ends are rounded to blocks touches one block more than it fills. No list has more entries
     # than all keys make.
-    most = support.most_keys
+    most = largest_budget(support)
     capacity = most if support.block_k == 1 else most // support.block_k + 1
     capacity = min(capacity, -(-inputs.key.shape[2] // support.block_k))
     index = torch.full((batch, heads, -(-n // support.block_q), capacity), -1, dtype=torch.int32)
@@ -78,7 +88,7 @@ def choices(support: Routed, inputs: Inputs, stages: bool = True) -> Iterator[Ch
     for b in range(inputs.query.shape[0]):
         for h in range(inputs.query.shape[1]):
             queries, keys = Queries.of(inputs, maps, support.block_q, b, h), Keys.of(inputs, maps, b, h)
-            for block, entries, score in lists(support, support.keys_of(h), queries, keys, stages):
+            for block, entries, score in lists(support, budget_of(support, h), queries, keys, stages):
                 yield Choice(b, h, block, entries, score)
 
 
@@ -246,7 +256,7 @@ def pooled_lists(
 ) -> Iterator[tuple[int, list[int], Tensor]]:
     length, valid = len(keys.valid), keys.valid.tolist()
     leaf, coarse = keys.means(LEAF), keys.means(LEAF * SUPER)
-    kept_blocks = candidate_blocks(support.most_keys)
+    kept_blocks = candidate_blocks(largest_budget(support))
 
     def end(t: int) -> int:  # candidates are the keys before this position, where a causal window begins
         near = max(support.window, support.block_q) - support.block_q
@@ -305,7 +315,7 @@ def per_query_lists(
     length = len(keys.valid)
     count = -(-length // block_k)
     sinks = -(-support.sinks // block_k)  # blocks
-    kept_supers = candidate_superblocks((support.most_keys - window) // block_k)
+    kept_supers = candidate_superblocks((largest_budget(support) - window) // block_k)
     routed = (budget - window) // block_k - sinks
     fine, coarse = keys.means(block_k), keys.means(block_k * BRANCH)
     fine_spread, coarse_spread = keys.spread(block_k), keys.spread(block_k * BRANCH)

@@ -130,10 +130,6 @@ class Routed(Support):
         """Of any head."""
         return min(self.budgets)
 
-    def keys_of(self, head: int) -> int:
-        """Of a query head."""
-        return self.keys[head] if isinstance(self.keys, tuple) else self.keys
-
     @property
     def _sink_keys(self) -> int:
         """Keys of the budget that the sinks take: whole entries of a list."""
