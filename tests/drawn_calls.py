@@ -304,8 +304,6 @@ def drawn_calls(draw: st.DrawFn, extremes: bool = False) -> DrawnCall:
     kv_heads = draw(st.integers(1, min(3, most)))
     group = draw(st.integers(1, min(3, max(1, most // kv_heads))))
     batch = draw(st.integers(1, min(3, max(1, most // (kv_heads * group)))))
-    if support["kind"] == "routed" and draw(st.integers(0, 3)) == 3:
-        support["keys"] = [support["keys"] + 8 * draw(st.integers(0, 8)) for _ in range(kv_heads * group)]
     dtype = draw(st.sampled_from(DTYPES))
     magnitudes = {}
     if extremes:
