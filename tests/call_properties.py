@@ -24,7 +24,6 @@ MARGIN = 2
 FLOORS = {torch.float32: 1e-5, torch.float64: 1e-10}
 SHARES = {torch.float64: 1e-14}
 ORDERS = 4  # of the head's dimensions, in which torch's own error is measured
-FEW_NUMBERS = 16  # of a result: their error is so much a matter of chance that torch's is taken in twice as many
 NAMES = ("q", "k", "v")
 WITHOUT_DIMENSION = (
     "query_log_scale",
@@ -171,8 +170,8 @@ def _is_computed_by_torch(checked: Checked) -> bool:
 def check_accuracy(checked: Checked, got: dict[str, Tensor]) -> None:
     """At most the floor, MARGIN times the same formula in torch at the call's precision, or 1e-6 of the low-rank part's
     share (README). A few rows say little about torch's error: it is the largest over some orders of the head's
-    dimensions, more of them for a few numbers."""
-    call, exact, plain = checked.call, checked.defined(), []
+    dimensions."""
+    call, exact, plain = checked.call, checked.defined(), None
     precision = call.precision
     for name, mine in got.items():
         want = exact[name]
@@ -182,8 +181,7 @@ def check_accuracy(checked: Checked, got: dict[str, Tensor]) -> None:
         error, floor = _error(name, mine, want), max(FLOORS.get(t, torch.finfo(t).eps) for t in (precision, mine.dtype))
         if error <= floor:
             continue
-        orders = 2 * ORDERS if want.numel() <= FEW_NUMBERS else ORDERS
-        plain += [checked.defined(precision, order) for order in range(len(plain), orders)]
+        plain = plain or [checked.defined(precision, order) for order in range(ORDERS)]
         tokens = [t.to(precision).double() for t in checked.tokens]
         share = SHARES.get(precision, 1e-6) * low_rank_share(*tokens, **checked.definition)
         torchs = max(_error(name, run[name], want) for run in plain)
