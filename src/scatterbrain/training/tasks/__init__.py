@@ -1,0 +1,1 @@
+"""Tasks that a model is trained on: a file per task."""
