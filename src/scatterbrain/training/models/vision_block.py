@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scatterbrain.training.model import AttentionFactory
-from scatterbrain.training.models.exchangeable import ExchangeableAttention, let_first_queries_see_all
+from scatterbrain.training.models.exchangeable import AttentionFactory, ExchangeableAttention, let_first_queries_see_all
 
 
 class SelfAttention(ExchangeableAttention):
