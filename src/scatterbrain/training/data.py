@@ -34,19 +34,29 @@ def read_corpus(config: DataConfig) -> tuple[Tensor, Tensor]:
 
 def find_files(config: DataConfig) -> list[Path]:
     """The files of the corpus in the order of a hash of their path below the folder."""
-    root = Path(sysconfig.get_path("stdlib")) if config.path == "stdlib" else Path(config.path).expanduser()
+    root = corpus_root(config)
     if root.is_file():
         return [root]
-    if not root.is_dir():
-        raise ValueError(
-            f"data.path: expected a text file, a folder or 'stdlib', got {config.path!r}, which does not exist"
-        )
     excluded = set(config.exclude)
     names = (path.relative_to(root) for path in root.rglob(config.glob) if path.is_file())
     names = [name for name in names if not excluded.intersection(name.parts[:-1])]
     if not names:
         raise ValueError(f"data.path: no file under {root} matches data.glob {config.glob!r} outside data.exclude")
     return [root / name for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())]
+
+
+def corpus_root(config: DataConfig) -> Path:
+    """The folder or file that ``data.path`` means.
+
+    Raises:
+        ValueError: if it does not exist.
+    """
+    root = Path(sysconfig.get_path("stdlib")) if config.path == "stdlib" else Path(config.path).expanduser()
+    if not root.is_file() and not root.is_dir():
+        raise ValueError(
+            f"data.path: expected a text file, a folder or 'stdlib', got {config.path!r}, which does not exist"
+        )
+    return root
 
 
 class Batches:

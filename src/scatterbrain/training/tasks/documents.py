@@ -1,0 +1,175 @@
+"""Documents of a folder, a .zip archive or the Python standard library, and the two parts that tasks make of them."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from scatterbrain.training.config import DataConfig
+from scatterbrain.training.data import corpus_root, find_files
+
+TRAINING_FOLDER = "train"
+VALIDATION_FOLDERS = ("test", "valid", "validation", "val", "dev")
+
+
+class Document(NamedTuple):
+    """A text file.
+
+    Args:
+        name: Path below the folder or inside the archive, with "/" between its parts.
+        text: Its bytes.
+    """
+
+    name: str
+    text: bytes
+
+
+class LabelledTexts(NamedTuple):
+    """Texts by class.
+
+    Args:
+        classes: Names, sorted.
+        training: The texts of each class that are learned from.
+        validation: The texts of each class that are kept for validation.
+    """
+
+    classes: tuple[str, ...]
+    training: list[list[bytes]]
+    validation: list[list[bytes]]
+
+
+def read_documents(config: DataConfig) -> list[Document]:
+    """The files of ``data.path`` that match ``data.glob`` outside ``data.exclude``, without empty ones.
+
+    Of files with the same bytes the first by name is kept, so no text is in two parts of a split. The order is that of
+    a hash of the names.
+
+    Raises:
+        ValueError: if the path does not exist or is no readable archive, or nothing there matches the glob.
+    """
+    root = corpus_root(config)
+    if root.is_file() and zipfile.is_zipfile(root):
+        found = _read_archive(root, config)
+    else:
+        below = root.parent if root.is_file() else root
+        found = [Document(path.relative_to(below).as_posix(), path.read_bytes()) for path in find_files(config)]
+    first: dict[bytes, Document] = {}
+    for document in sorted(found):
+        if document.text.strip():
+            first.setdefault(document.text, document)
+    if not first:
+        raise ValueError(f"data.path: expected texts in {root}, and all files that match {config.glob!r} are empty")
+    return sorted(first.values(), key=lambda document: _hash(document.name))
+
+
+def split_documents(documents: list[Document], validation_fraction: float) -> tuple[list[Document], list[Document]]:
+    """Training and validation documents: the last ones in the order of a hash of their names are for validation.
+
+    Both parts have at least one document.
+
+    Raises:
+        ValueError: for fewer than two documents.
+    """
+    if len(documents) < 2:
+        raise ValueError(
+            f"data.path: expected at least 2 different documents, one of them for validation, got {len(documents)}; "
+            "name a folder with more text files"
+        )
+    ordered = sorted(documents, key=lambda document: _hash(document.name))
+    kept = min(max(round(len(ordered) * validation_fraction), 1), len(ordered) - 1)
+    return ordered[:-kept], ordered[-kept:]
+
+
+def label_documents(documents: list[Document], validation_fraction: float, largest: int | None = None) -> LabelledTexts:
+    """The documents by class, in one of two layouts; folders around the whole layout are allowed.
+
+    * ``train/CLASS/FILE`` and ``test/CLASS/FILE`` (or valid, validation, val, dev in place of test), as in the archive
+      of the IMDB reviews: the parts are those of the folders. A class that one of the parts lacks is left out.
+    * ``CLASS/FILE``, deeper folders included: every class is split by itself, as :func:`split_documents` does.
+
+    Files outside the class folders are left out.
+
+    Args:
+        documents: As :func:`read_documents` gives them.
+        validation_fraction: Share of the documents of each class kept for validation, in the second layout.
+        largest: Keep this many classes, those with the most bytes; None for all.
+
+    Raises:
+        ValueError: for fewer than two classes, or fewer than ``largest``.
+    """
+    below = _below_common_folders(documents)
+    tops = {parts[0] for parts, _ in below if len(parts) > 2}
+    validation_folder = next((name for name in VALIDATION_FOLDERS if name in tops), None)
+    if TRAINING_FOLDER in tops and validation_folder is not None:
+        training, validation = (
+            _by_first_folder([(parts[1:], document) for parts, document in below if parts[0] == folder])
+            for folder in (TRAINING_FOLDER, validation_folder)
+        )
+    else:
+        together = {name: found for name, found in _by_first_folder(below).items() if len(found) > 1}
+        split = {name: split_documents(found, validation_fraction) for name, found in together.items()}
+        training, validation = ({name: parts[index] for name, parts in split.items()} for index in (0, 1))
+    classes = _largest(training, validation, largest)
+    return LabelledTexts(
+        classes,
+        [[document.text for document in training[name]] for name in classes],
+        [[document.text for document in validation[name]] for name in classes],
+    )
+
+
+def _read_archive(path: Path, config: DataConfig) -> list[Document]:
+    excluded = set(config.exclude)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [PurePosixPath(info.filename) for info in archive.infolist() if not info.is_dir()]
+            names = [name for name in names if name.match(config.glob) and not excluded.intersection(name.parts[:-1])]
+            found = [Document(name.as_posix(), archive.read(name.as_posix())) for name in names]
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"data.path: expected a .zip archive without a password, got {path}, which cannot be read: {error}; "
+            "unpack it and name the folder"
+        ) from error
+    if not found:
+        raise ValueError(f"data.path: no file in {path} matches data.glob {config.glob!r} outside data.exclude")
+    return found
+
+
+def _below_common_folders(documents: list[Document]) -> list[tuple[tuple[str, ...], Document]]:
+    """Each document with the parts of its name, without the folders that all of them are in."""
+    names = [tuple(document.name.split("/")) for document in documents]
+    common = 0
+    while all(len(parts) > common + 1 for parts in names) and len({parts[common] for parts in names}) == 1:
+        common += 1
+    return [(parts[common:], document) for parts, document in zip(names, documents, strict=True)]
+
+
+def _by_first_folder(below: list[tuple[tuple[str, ...], Document]]) -> dict[str, list[Document]]:
+    found: dict[str, list[Document]] = {}
+    for parts, document in below:
+        if len(parts) > 1:
+            found.setdefault(parts[0], []).append(document)
+    return found
+
+
+def _largest(
+    training: dict[str, list[Document]], validation: dict[str, list[Document]], largest: int | None
+) -> tuple[str, ...]:
+    """Names of the classes that both parts have, sorted; of more than ``largest`` those with the most bytes."""
+    size = {
+        name: sum(len(document.text) for document in training[name] + validation[name])
+        for name in training.keys() & validation.keys()
+    }
+    wanted = 2 if largest is None else largest
+    if len(size) < wanted:
+        raise ValueError(
+            f"data.path: expected at least {wanted} folders, one per class, with 2 or more text files each, or the "
+            f"folders train and test with these in both, got {len(size)}: {', '.join(sorted(size)) or 'none'}; "
+            "check data.path, data.glob and data.exclude"
+        )
+    return tuple(sorted(sorted(size, key=lambda name: (-size[name], name))[:largest]))
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
