@@ -26,7 +26,7 @@ class T2TViT(nn.Module):
     Args:
         image_size: height and width in pixels, a multiple of the strides' product.
         channels: of an image. classes: logits.
-        width, depth, heads: of the blocks. mlp_ratio: hidden features of their MLPs, in units of the width.
+        width, depth, heads: of the blocks. mlp_width: hidden features of their MLPs; default 3 times the width.
         token_width: features of a token between the soft splits.
         tokens: kind of the token transformers, "transformer" or "performer": which parameters they have, and which
             attention computes them without ``token_attention``.
@@ -51,7 +51,7 @@ class T2TViT(nn.Module):
         width: int = 384,
         depth: int = 14,
         heads: int = 6,
-        mlp_ratio: float = 3.0,
+        mlp_width: int | None = None,
         token_width: int = 64,
         tokens: str = "transformer",
         splits: tuple[tuple[int, int], ...] = SPLITS,
@@ -70,7 +70,7 @@ class T2TViT(nn.Module):
         side = self.tokens_to_token.sides[-1]
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(sinusoids(side**2 + 1, width)[None], requires_grad=False)
-        hidden = int(width * mlp_ratio)
+        hidden = 3 * width if mlp_width is None else mlp_width
         self.blocks = nn.ModuleList(
             VisionBlock(width, heads, hidden, attention, False, scale, exact_queries=1) for _ in range(depth)
         )
