@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import hashlib
+from statistics import median
+
+import pytest
+import torch
+
+from scatterbrain.training.tasks import listops_sequences
+from scatterbrain.training.tasks.listops_sequences import NAMES, Shape, draw_sequences, text_of
+
+SHORT = Shape(shortest=16, longest=64, depth=4, arguments=4)
+PAPER = Shape(shortest=500, longest=2000, depth=10, arguments=10)
+
+OPERATORS = {
+    "[MIN": min,
+    "[MAX": max,
+    "[MED": lambda values: int(median(values)),
+    "[SM": lambda values: sum(values) % 10,
+}
+
+
+def value_of_text(text: str) -> int:
+    """Reads the words from the left, with a stack of open brackets."""
+    open_lists: list[tuple[str, list[int]]] = [("", [])]
+    for word in text.split():
+        if word in OPERATORS:
+            open_lists.append((word, []))
+        elif word == "]":
+            name, values = open_lists.pop()
+            open_lists[-1][1].append(OPERATORS[name](values))
+        else:
+            open_lists[-1][1].append(int(word))
+    [(_, [value])] = open_lists
+    return value
+
+
+def depth_of(text: str) -> int:
+    depth = deepest = 0
+    for word in text.split():
+        depth += (word in OPERATORS) - (word == "]")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("[MED 1 2 4 9 ]", 3), ("[SM 9 9 [MIN 5 3 ] ]", 1), ("[MAX 0 [MED 7 2 5 ] 1 ]", 5), ("[MED 2 3 ]", 2)],
+)
+def test_the_judge_of_this_file_evaluates_examples_done_by_hand(text, value):
+    assert value_of_text(text) == value
+
+
+@pytest.mark.parametrize(("count", "shape"), [(400, SHORT), (40, PAPER)])
+def test_the_target_is_the_value_of_the_tokens(count, shape):
+    inputs, values, mask = draw_sequences(count, shape, 0, "training", 0)
+    lengths = mask.sum(1)
+    assert inputs.shape == mask.shape == (count, lengths.max()) and inputs.dtype == torch.int64
+    for row, value, length in zip(inputs, values.tolist(), lengths.tolist(), strict=True):
+        text = text_of(row.tolist())
+        assert value_of_text(text) == value
+        assert len(text.split()) == length and shape.shortest <= length <= shape.longest
+        assert depth_of(text) <= shape.depth
+    assert torch.equal(mask, torch.arange(inputs.shape[1]) < lengths[:, None])
+    assert bool((inputs[~mask] == 0).all()) and inputs.max() < len(NAMES)
+
+
+def test_all_operators_digits_depths_and_numbers_of_arguments_occur():
+    inputs, values, _ = draw_sequences(500, SHORT, 0, "training", 0)
+    assert set(inputs.flatten().tolist()) == set(range(len(NAMES)))
+    assert set(values.tolist()) == set(range(10))
+    assert {depth_of(text_of(row.tolist())) for row in inputs} == {2, 3, 4}
+
+
+def test_lengths_are_spread_between_both_bounds():
+    lengths = draw_sequences(2000, SHORT, 0, "training", 0)[2].sum(1)
+    assert int((lengths < 32).sum()) > 500 and int((lengths > 48).sum()) > 500
+
+
+def test_the_most_frequent_value_is_no_answer_to_most_sequences():
+    values = draw_sequences(1000, Shape(100, 512, 10, 10), 0, "training", 0)[1]
+    assert torch.bincount(values).max() < 220
+
+
+def test_no_sequence_is_in_both_parts():
+    """Of two short lists there are few, so that parts drawn without a rule share many."""
+    few = Shape(shortest=4, longest=5, depth=1, arguments=3)
+    drawn = {
+        part: {tuple(row.tolist()) for row in draw_sequences(3000, few, 0, part, 0)[0]}
+        for part in ("training", "validation")
+    }
+    assert not drawn["training"] & drawn["validation"]
+    assert len(drawn["training"]) > 1000 and len(drawn["validation"]) > 300
+    for part, rows in drawn.items():
+        for row in rows:
+            of_validation = hashlib.sha256(bytes(token for token in row if token)).digest()[0] % 8 == 0
+            assert of_validation == (part == "validation")
+
+
+def test_a_batch_is_a_function_of_the_seed_and_its_number():
+    first, again = (draw_sequences(4, SHORT, 3, "training", 5) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for seed, part, number in ((4, "training", 5), (3, "training", 6), (3, "validation", 5)):
+        other = draw_sequences(4, SHORT, seed, part, number)
+        assert first[0].shape != other[0].shape or not torch.equal(first[0], other[0])
+
+
+def test_the_usual_length_counts_operators_brackets_and_digits():
+    assert Shape(1, 1, depth=1, arguments=4).usual_length() == 2 + 3
+    assert Shape(1, 1, depth=2, arguments=4).usual_length() == 2 * (1 + 3) + 9
+
+
+def test_a_wrong_operator_would_be_seen(monkeypatch):
+    monkeypatch.setattr(listops_sequences, "value_of", lambda operator, values: max(values))
+    with pytest.raises(AssertionError):
+        test_the_target_is_the_value_of_the_tokens(40, SHORT)
