@@ -20,20 +20,19 @@ per-query-centroid  the training preset's lists, one for each query, with the ce
 from __future__ import annotations
 
 import argparse
-import math
 import time
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import scatterbrain as sb
 from scatterbrain.low_rank import LowRank
 from scatterbrain.supports import Support
-from scatterbrain.training.config import ModelConfig, TrainConfig
-from scatterbrain.training.train_step import Batch, TrainState, scheduled_learning_rate
+from scatterbrain.training.config import DataConfig, ModelConfig, TrainConfig
+from scatterbrain.training.tasks.copy import Copy
+from scatterbrain.training.train_step import TrainState, scheduled_learning_rate
 
-SYMBOLS, HALF = 64, 127
-SEPARATOR, MASK = SYMBOLS, SYMBOLS + 1
 CAUSAL = ("train", "full", "window")
 
 MODEL = ModelConfig(
@@ -74,53 +73,22 @@ def pairs_of(keys: int) -> dict[str, tuple[Support, LowRank]]:
     }
 
 
-class Bidirectional(nn.Module):
-    """Attention of a decoder's block that reads the tokens after it too."""
-
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
-        return self.attention(query, key, value)
-
-
 def train_copy(pair: tuple[Support, LowRank], is_causal: bool, steps: int, seed: int) -> float:
     """Trains on fresh sequences and returns the perplexity of the second half of 32 others."""
 
     def attention(num_heads: int, num_kv_heads: int, head_dim: int) -> nn.Module:
-        layer = sb.ScatterbrainAttention(num_heads, head_dim, num_kv_heads, support=pair[0], low_rank=pair[1])
-        return layer if is_causal else Bidirectional(layer)
+        return sb.ScatterbrainAttention(num_heads, head_dim, num_kv_heads, support=pair[0], low_rank=pair[1])
 
-    config = TrainConfig(steps=steps, learning_rate=3e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup=20, seed=seed)
-    train_state = TrainState(MODEL, config, attention, vocabulary=SYMBOLS + (1 if is_causal else 2))
-    draw_batch = causal_batch if is_causal else masked_batch
-    generator = torch.Generator().manual_seed(seed)
+    config = TrainConfig(
+        steps=steps, batch=8, learning_rate=3e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup=20, seed=seed
+    )
+    task = Copy(masked=not is_causal)
+    data = task.open(DataConfig(), config)
+    train_state = TrainState(partial(task.build_model, data, MODEL), config, attention)
     for step in range(steps):
-        train_state.step([draw_batch(8, generator)], scheduled_learning_rate(config, step, step / steps))
-    return math.exp(train_state.evaluate([draw_batch(8, generator) for _ in range(4)]))
-
-
-def causal_batch(batch: int, generator: torch.Generator) -> Batch:
-    """Sequences without their last token, and the next tokens, of which only the copied half is scored."""
-    symbols, separator = draw(batch, generator)
-    tokens = torch.cat((symbols, separator, symbols), dim=1)
-    targets = tokens[:, 1:].clone()
-    targets[:, :HALF] = -100
-    return tokens[:, :-1], targets
-
-
-def masked_batch(batch: int, generator: torch.Generator) -> Batch:
-    """Sequences with a masked second half, and what belongs there."""
-    symbols, separator = draw(batch, generator)
-    tokens = torch.cat((symbols, separator, torch.full_like(symbols, MASK)), dim=1)
-    targets = torch.cat((torch.full((batch, HALF + 1), -100), symbols), dim=1)
-    return tokens, targets
-
-
-def draw(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The symbols of the first half, and the separator."""
-    return torch.randint(SYMBOLS, (batch, HALF), generator=generator), torch.full((batch, 1), SEPARATOR)
+        fraction = step / steps
+        train_state.step([data.training_batch(step, fraction)], scheduled_learning_rate(config, step, fraction))
+    return Copy.metric.of(train_state.evaluate([data.validation_batch(number) for number in range(4)]))
 
 
 def parse_options() -> argparse.Namespace:

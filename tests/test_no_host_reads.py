@@ -17,7 +17,7 @@ from scatterbrain import checks, fields, prepared
 from scatterbrain.low_rank import centroid, input_statistics, moments, quadratic, quadratic_projection
 from scatterbrain.supports import blocks
 from scatterbrain.training.config import ModelConfig
-from scatterbrain.training.model import Decoder
+from scatterbrain.training.models.decoder import Decoder
 
 WAITING = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
 WAITING |= {"scatterbrain::equal_bytes", "aten::masked_select", "aten::unique_consecutive", "aten::_unique2"}

@@ -166,6 +166,15 @@ def check_causal_low_rank(low_rank: LowRankKernel) -> None:
         ) from error
 
 
+def lists_keys(support: Support, is_causal: bool) -> bool:
+    """Whether a support leaves anything without a low-rank part."""
+    try:
+        check_pair(support, None, is_causal)
+    except ValueError:
+        return False
+    return True
+
+
 def check_pair(support: Support, low_rank: LowRank, is_causal: bool) -> None:
     """Support and low-rank kernel, and what causality rules out."""
     if not isinstance(is_causal, bool):

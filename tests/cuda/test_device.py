@@ -501,7 +501,9 @@ def test_the_default_pair_runs_in_an_encoder(machine: Machine) -> None:
 
 def test_a_decoder_learns(machine: Machine) -> None:
     """A few steps of the trainer on a text that repeats; ``train --train.device cuda`` runs the same."""
+    from scatterbrain.training.batch import Batch
     from scatterbrain.training.config import ModelConfig, TrainConfig
+    from scatterbrain.training.models.decoder import Decoder
     from scatterbrain.training.train_step import TrainState
 
     def attention(heads: int, kv_heads: int, head_dim: int) -> nn.Module:
@@ -511,9 +513,10 @@ def test_a_decoder_learns(machine: Machine) -> None:
     config = ModelConfig(width=32, layers=2, heads=2)
     steps = 12 if ON_GPU else 4
     with on_device(machine) as device:
-        state = TrainState(config, TrainConfig(device=str(device), bf16=ON_GPU), attention, vocabulary=8)
+        train = TrainConfig(device=str(device), bf16=ON_GPU)
+        state = TrainState(lambda factory, generator: Decoder(config, 8, factory, generator), train, attention)
         text = torch.arange(97).repeat(2, 1) % 8
-        losses = [state.step([(text[:, :-1], text[:, 1:])], 1e-2) for _ in range(steps)]
+        losses = [state.step([Batch(text[:, :-1], text[:, 1:])], 1e-2) for _ in range(steps)]
     assert losses[-1].loss < losses[0].loss - 0.1
     assert all(0 < step.attention_seconds < step.seconds for step in losses)
 
@@ -541,7 +544,7 @@ def test_a_whole_training_step_can_be_captured_in_a_graph(machine: Machine, dtyp
     """The example model: forward, backward, clipping and AdamW. Replayed on new batches it gives the parameters of the
     same steps without a graph."""
     from scatterbrain.training.config import ModelConfig
-    from scatterbrain.training.model import Decoder
+    from scatterbrain.training.models.decoder import Decoder
 
     batch, length = (2, 130) if ON_GPU else (1, 58)  # more than the support covers
 

@@ -7,7 +7,8 @@ import torch
 
 from scatterbrain.training.attention import build_attention
 from scatterbrain.training.config import AttentionConfig, ModelConfig
-from scatterbrain.training.model import Decoder, rotary_angles, rotate
+from scatterbrain.training.models.blocks import rotary_angles, rotate
+from scatterbrain.training.models.decoder import Decoder
 from scatterbrain.training.sample import generate
 
 ATTENTIONS = {"full": AttentionConfig(support="full"), "train": AttentionConfig(preset="train", keys=32)}

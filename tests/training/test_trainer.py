@@ -14,7 +14,7 @@ import torch
 from scatterbrain.training import files
 from scatterbrain.training.checkpoint import read_progress
 from scatterbrain.training.config import AttentionConfig, CompareConfig, RunConfig
-from scatterbrain.training.train_step import TrainState
+from scatterbrain.training.train_step import Sums, TrainState
 from scatterbrain.training.trainer import RunStopped, Trainer
 
 ATTENTIONS = {
@@ -121,7 +121,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_spoilt(t
     before_step(
         monkeypatch,
         5,
-        lambda: monkeypatch.setattr(TrainState, "_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)),
+        lambda: monkeypatch.setattr(
+            TrainState,
+            "_sums",
+            lambda *_: Sums(torch.tensor(float("nan"), requires_grad=True), torch.tensor(0), 1),
+        ),
     )
     with pytest.raises(RunStopped, match="expected a finite loss.*checkpoint of step 3 is whole"):
         Trainer(config).run()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scatterbrain import functional, presets
 from scatterbrain.analysis.captured import Batch, LayerCall, calls_of
 from scatterbrain.analysis.exact import Exact, by_torch, exact
-from scatterbrain.checks import check_pair
+from scatterbrain.checks import check_pair, lists_keys
 from scatterbrain.integrations.restrictions import NotReplaceable, query_by_query
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.pairs import Pairs
@@ -301,11 +301,7 @@ class Run:
 
     def lists_keys(self) -> bool:
         """Whether anything is left without the low-rank part."""
-        try:
-            check_pair(self.support, None, self.call.is_causal)
-        except ValueError:
-            return False
-        return True
+        return lists_keys(self.support, self.call.is_causal)
 
     def lists(self) -> Support:
         """A support with the lists that the call uses."""

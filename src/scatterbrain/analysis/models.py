@@ -226,12 +226,14 @@ class Source:
         from scatterbrain.training.config import AttentionConfig, DataConfig, ModelConfig, TrainConfig
         from scatterbrain.training.data import read_corpus
         from scatterbrain.training.files import RunFolder
+        from scatterbrain.training.models.decoder import Decoder
         from scatterbrain.training.train_step import TrainState
 
         file = RunFolder(Path(self.model)).checkpoint
         config = read_progress(file).config
         attention = partial(build_attention, AttentionConfig(**config["attention"]))
-        state = TrainState(ModelConfig(**config["model"]), TrainConfig(), attention)
+        model = ModelConfig(**config["model"])
+        state = TrainState(lambda factory, generator: Decoder(model, 256, factory, generator), TrainConfig(), attention)
         load_checkpoint(file, state)
         tokens, count = self._tokens(config["train"]["context"]), self.rows * self.batches
         if self.inputs is None:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from scatterbrain.cli.command import CommandError, HelpParser, asks_for_help, parse, readable_errors
@@ -13,7 +14,8 @@ from scatterbrain.training.config import SECTIONS, RunConfig, WrongType
 
 USAGE = "scatterbrain train CONFIG [--key value ...]"
 DESCRIPTION = """\
-Trains a byte-level language model on text: the Python standard library's source, or any file or folder.
+Trains a model: by default a byte-level language model on text, the Python standard library's source or any file or
+folder; other tasks by the key task.
 
   scatterbrain train configs/lm/stdlib.yaml
   scatterbrain train configs/lm/stdlib.yaml --attention.support full       exact attention instead
@@ -21,7 +23,8 @@ Trains a byte-level language model on text: the Python standard library's source
   scatterbrain train configs/lm/stdlib.yaml --train.minutes 10             stop after ten minutes
   scatterbrain train configs/lm/stdlib.yaml --resume true                  go on where a run stopped
 
-CONFIG is a YAML file with the keys below, nested at the dots; without it their defaults hold.
+CONFIG is a YAML file with the keys below, nested at the dots; without it their defaults hold. A file that begins with
+"extends: other.yaml" has the keys of the other one too, but for those of its own.
 Ctrl-C finishes the step, saves a checkpoint and says how to continue.
 If other programs use the same cores, set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait stall a run."""
 
@@ -66,12 +69,26 @@ def parse_run_config(arguments: Sequence[str]) -> RunConfig:
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--config")
+    if arguments[:1] == ["--config"] and len(arguments) > 1:
+        arguments[1] = _with_extended(arguments[1])
     if arguments[:1] == ["--config"]:  # by itself, since options put a mapping in the place of anything else
         _check_sections(parse(parser, arguments[:2]), Namespace)
     namespace = parse(parser, arguments)
     _check_sections(namespace, Namespace)
     namespace = parser.instantiate(namespace)
     return RunConfig(**{field.name: namespace[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def _with_extended(config: str) -> str:
+    """The path of a file that extends no other as it is, and the settings of one that does, as YAML."""
+    import yaml
+
+    from scatterbrain.training.config_files import read_config
+
+    path = Path(config)
+    if not path.is_file() or not re.search(r"^extends *:", path.read_text(encoding="utf-8"), re.MULTILINE):
+        return config
+    return yaml.safe_dump(read_config(path), sort_keys=False)
 
 
 def _check_sections(namespace: Any, mapping: type) -> None:

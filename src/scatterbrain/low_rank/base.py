@@ -125,8 +125,9 @@ class LowRankKernel:
                 f"{type(self).__name__}: rank must be at most head_dim={head_dim}, got {self.least_head_dim}"
             )
 
-    def check_from_scratch(self) -> None:
-        """Raises ValueError where the kernel cannot be part of a causal model that is trained from scratch."""
+    def check_from_scratch(self, is_causal: bool = True) -> None:
+        """Raises ValueError where the kernel cannot be part of a model, causal or bidirectional, that is trained from
+        scratch."""
 
     def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:
         """Raises TypeError or ValueError unless these are what the kernel needs for a call of this geometry and

@@ -148,11 +148,12 @@ class Centroid(LowRankKernel):
                 "beside it"
             )
 
-    def check_from_scratch(self) -> None:
-        raise ValueError(
-            "low_rank=Centroid is for bidirectional attention and cannot train a causal model; use Quadratic with "
-            "statistics 'learned' or 'ema'"
-        )
+    def check_from_scratch(self, is_causal: bool = True) -> None:
+        if is_causal:
+            raise ValueError(
+                "low_rank=Centroid is for bidirectional attention and cannot train a causal model; use Quadratic with "
+                "statistics 'learned' or 'ema'"
+            )
 
     def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:
         if coefficients is None:

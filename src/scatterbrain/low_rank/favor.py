@@ -110,8 +110,8 @@ class Favor(LowRankKernel):
                 "use centred=False or low_rank=Quadratic, or is_causal=False"
             )
 
-    def check_from_scratch(self) -> None:
-        if self.centred:
+    def check_from_scratch(self, is_causal: bool = True) -> None:
+        if self.centred and is_causal:
             raise ValueError(
                 "expected centred=False, got Favor(centred=True), whose means of the whole sequence would show a token "
                 "what follows it"

@@ -113,7 +113,9 @@ class Quadratic(LowRankKernel):
                 "sb.fit_statistics with Quadratic(statistics='stored'), or use a calibrated module"
             )
 
-    def check_from_scratch(self) -> None:
+    def check_from_scratch(self, is_causal: bool = True) -> None:
+        if self.statistics == "input" and not is_causal:
+            return
         if self.statistics not in ("learned", "ema"):
             raise ValueError(
                 f"expected learned or ema, got {self.statistics!r}; stored statistics come from a trained model, and "

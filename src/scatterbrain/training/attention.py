@@ -16,20 +16,24 @@ from scatterbrain.supports import SUPPORTS
 from scatterbrain.training.config import AttentionConfig, WrongType
 
 
-def build_support_and_low_rank(config: AttentionConfig) -> tuple[Any, Any]:
+def build_support_and_low_rank(config: AttentionConfig, is_causal: bool = True) -> tuple[Any, Any]:
     """The support and the low-rank part (or None) that the configuration names.
+
+    Args:
+        config: The section ``attention``.
+        is_causal: Whether the task is, which rules some out.
 
     Raises:
         ValueError: naming the key, for a name or a field that does not exist, a value the support or low-rank part
-            refuses, or a pair that a causal model cannot be trained with from scratch.
+            refuses, or a pair that such a model cannot be trained with from scratch.
     """
     preset = getattr(sb.presets, config.preset)
     if config.support is None:
         with _naming("attention.keys"):
             support = preset(keys=config.keys)[0]
     else:
-        causal = SUPPORTS.configurable(lambda cls: not cls.is_bidirectional_only)
-        support = _build("attention.support", config.support, causal, keys=config.keys)
+        fitting = SUPPORTS.configurable(lambda cls: not (is_causal and cls.is_bidirectional_only))
+        support = _build("attention.support", config.support, fitting, keys=config.keys)
     if config.low_rank is None:
         low_rank = None if support.is_full else preset()[1]
     else:
@@ -40,27 +44,29 @@ def build_support_and_low_rank(config: AttentionConfig) -> tuple[Any, Any]:
         )
     if low_rank is not None:
         with _naming(f"attention.low_rank{'.statistics' * hasattr(low_rank, 'statistics')}"):
-            low_rank.check_from_scratch()
+            low_rank.check_from_scratch(is_causal)
     with _naming("attention"):
-        check_pair(support, low_rank, is_causal=True)
+        check_pair(support, low_rank, is_causal)
     return support, low_rank
 
 
-def build_attention(config: AttentionConfig, num_heads: int, num_kv_heads: int, head_dim: int) -> nn.Module:
+def build_attention(
+    config: AttentionConfig, num_heads: int, num_kv_heads: int, head_dim: int, is_causal: bool = True
+) -> nn.Module:
     """The attention module of one layer."""
-    support, low_rank = build_support_and_low_rank(config)
+    support, low_rank = build_support_and_low_rank(config, is_causal)
     with _naming("attention"):
         return sb.ScatterbrainAttention(num_heads, head_dim, num_kv_heads, support=support, low_rank=low_rank)
 
 
 def is_exact(config: AttentionConfig) -> bool:
     """Whether the configuration means exact attention."""
-    return build_support_and_low_rank(config)[0].is_full
+    return build_support_and_low_rank(config, is_causal=False)[0].is_full
 
 
-def describe_attention(config: AttentionConfig) -> str:
+def describe_attention(config: AttentionConfig, is_causal: bool = True) -> str:
     """The support and the low-rank part in one line."""
-    support, low_rank = build_support_and_low_rank(config)
+    support, low_rank = build_support_and_low_rank(config, is_causal)
     if support.is_full:
         return "exact attention"
     return f"{support}, {'no low-rank part' if low_rank is None else low_rank}"

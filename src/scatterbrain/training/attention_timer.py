@@ -49,10 +49,16 @@ class TimedAttention(nn.Module):
         self.attention = attention
         self._timer = timer
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **options: Tensor | bool,
+    ) -> Tensor:
         query, key, value = _StopInBackward.apply(self._timer, query, key, value)
         self._timer.start(query.device)
-        output = self.attention(query, key, value, is_causal=is_causal)
+        output = self.attention(query, key, value, **options)
         self._timer.stop(query.device)
         return _StartInBackward.apply(self._timer, output)
 

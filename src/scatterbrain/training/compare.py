@@ -2,63 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable
-from functools import partial
 
-from scatterbrain.training.attention import build_attention
-from scatterbrain.training.config import AttentionConfig, RunConfig
+from scatterbrain.training.batch import Batch
 from scatterbrain.training.interrupt import StopRequest
-from scatterbrain.training.metrics import MetricsLog, Record, bits_per_byte
-from scatterbrain.training.train_step import Batch, TrainState
+from scatterbrain.training.metrics import Metric
+from scatterbrain.training.run_log import Record, RunLog
+from scatterbrain.training.train_step import TrainState
 
 
 def compare_with_exact(
-    config: RunConfig,
-    log: MetricsLog,
+    own: RunLog,
+    exact: RunLog,
+    steps: int,
+    train_state: TrainState,
     training_batches: Callable[[int], list[Batch]],
     validation_batches: list[Batch],
+    validate_every: int,
     stop: StopRequest,
-) -> str | None:
-    """Repeats the first ``compare.steps`` steps of a run with exact attention and tabulates loss and time of both.
+) -> bool:
+    """Repeats the first ``steps`` steps of a run with exact attention.
 
-    Initial weights (except the parameters of the low-rank kernel), batches and learning rates are those of the run, so
-    losses at the same step can be compared.
+    Batches and learning rates are those of the run, so losses at the same step can be compared.
+
+    Args:
+        own: Records of the run.
+        exact: Where those of exact attention go.
+        train_state: A model with exact attention and the run's initial weights (but for the parameters of the low-rank
+            kernel).
+        training_batches: Of a step, counted from 0.
 
     Returns:
-        The table, or None if the comparison was stopped.
+        Whether it came to its end; it does not where ``stop`` asks for that.
     """
-    own = log.of_kind("train")
-    train_state = TrainState(config.model, config.train, partial(build_attention, AttentionConfig(support="full")))
-    exact: list[Record] = []
-    for record in own[: config.compare.steps]:
+    seconds = 0.0
+    for record in own.of_kind("train")[:steps]:
         if stop.signal is not None:
-            return None
-        result = train_state.step(training_batches(record["step"] - 1), record["learning_rate"])
+            return False
+        step = record["step"]
+        result = train_state.step(training_batches(step - 1), record["learning_rate"])
+        seconds += result.seconds
         exact.append(
-            {"tokens": result.tokens, "seconds": result.seconds, "attention_seconds": result.attention_seconds}
+            {"kind": "train", "step": step, "learning_rate": record["learning_rate"]} | dataclasses.asdict(result)
         )
-    loss = train_state.evaluate(validation_batches)
-    return _table(own, exact, log.of_kind("validation"), bits_per_byte(loss))
+        if step % validate_every == 0 or step == steps:
+            found = train_state.evaluate(validation_batches)
+            exact.append({"kind": "validation", "step": step, "seconds": seconds} | dataclasses.asdict(found))
+    return True
 
 
-def _table(own: list[Record], exact: list[Record], validations: list[Record], exact_bits: float) -> str:
-    early = {record["step"]: record["bits_per_byte"] for record in validations}
+def comparison_table(own: RunLog, exact: RunLog, metric: Metric) -> str:
+    """Metric and time of a run beside the same first steps with exact attention."""
+    early = dict(zip((record["step"] for record in own.of_kind("validation")), own.metric("validation", metric)))
+    steps, exact_steps = (log.of_kind("train") for log in (own, exact))
+    last, exact_last = steps[-1]["step"], exact_steps[-1]["step"]
     rows = [
         ("", "scatterbrain", "exact attention"),
-        ("steps", str(own[-1]["step"]), str(len(exact))),
-        (f"bits per byte after {len(exact)} steps", f"{early[len(exact)]:.3f}", f"{exact_bits:.3f}"),
-        (f"bits per byte after {own[-1]['step']} steps", f"{validations[-1]['bits_per_byte']:.3f}", "-"),
-        ("tokens/s", *(f"{_median(records, _speed):,.0f}" for records in (own, exact))),
-        ("ms per step", *(f"{1e3 * _median(records, _seconds):.0f}" for records in (own, exact))),
-        ("  in attention", *(f"{1e3 * _median(records, _attention):.0f}" for records in (own, exact))),
-        ("  outside", *(f"{1e3 * _median(records, _outside):.0f}" for records in (own, exact))),
+        ("steps", str(last), str(exact_last)),
+        (
+            f"{metric.label} after {exact_last} steps",
+            f"{early[exact_last]:{metric.format}}",
+            f"{exact.metric('validation', metric)[-1]:{metric.format}}",
+        ),
+        (f"{metric.label} after {last} steps", f"{early[last]:{metric.format}}", "-"),
+        ("tokens/s", *(f"{_median(records, _speed):,.0f}" for records in (steps, exact_steps))),
+        ("ms per step", *(f"{1e3 * _median(records, _seconds):.0f}" for records in (steps, exact_steps))),
+        ("  in attention", *(f"{1e3 * _median(records, _attention):.0f}" for records in (steps, exact_steps))),
+        ("  outside", *(f"{1e3 * _median(records, _outside):.0f}" for records in (steps, exact_steps))),
     ]
     lines = [f"{name:<30}{left:>16}{right:>18}" for name, left, right in rows]
     lines.insert(1, "-" * len(lines[0]))
     note = (
-        "Bits per byte are of the validation part. Exact attention was stepped from the same initial weights over the\n"
-        "same batches at the same learning rates, for fewer steps than the run. Times are medians over steps."
+        f"{metric.label.capitalize()} is of the validation part. Exact attention was stepped from the same initial "
+        "weights over the\nsame batches at the same learning rates, for fewer steps than the run. Times are medians "
+        "over steps."
     )
     return "\n".join(["", *lines, "", note])
 

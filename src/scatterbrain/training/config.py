@@ -16,10 +16,11 @@ class WrongType(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Training text.
+    """Where data come from, of tasks that read some.
 
     Args:
-        path: "stdlib" for the source of the running Python's standard library, or any text file or folder.
+        path: "stdlib" for the source of the running Python's standard library, or any text file or folder; tasks of
+            images, pairs or classes say what they expect there.
         glob: Which files of a folder are read; folders below it are searched too.
         exclude: Folder names that are skipped wherever they appear below the path.
         validation_fraction: Share of the bytes kept for validation: the last bytes when the files are ordered by a hash
@@ -32,15 +33,15 @@ class DataConfig:
     validation_fraction: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_types(self, "data.")
-        _require(
+        check_types(self, "data.")
+        require(
             0 < self.validation_fraction < 1, "data.validation_fraction", "between 0 and 1", self.validation_fraction
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Decoder: pre-norm blocks with rotary positions.
+    """Transformer of pre-norm blocks.
 
     Args:
         layers: Number of blocks.
@@ -51,7 +52,11 @@ class ModelConfig:
         mlp_width: Hidden features of the MLP; null for 8/3 of the width (rounded up to a multiple of 16) with swiglu
             and 4 times the width with gelu.
         norm: "rms" or "layer".
+        positions: "rotary" (relative, by rotating queries and keys), "learned" (a vector added to each position) or
+            "none".
         rope_base: Base of the rotary frequencies.
+        convolution: Tokens that each feature of queries, keys and values is mixed over, its own and those before; 1 for
+            none. Two let a key hold the token before it, which recall needs in small models.
         tied: Whether the output head shares the embedding's weights.
         embedding_std: Standard deviation of the embedding at initialisation, in units of width ** -0.5.
     """
@@ -63,27 +68,29 @@ class ModelConfig:
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     mlp_width: int | None = None
     norm: Literal["rms", "layer"] = "rms"
+    positions: Literal["rotary", "learned", "none"] = "rotary"
     rope_base: float = 10000.0
+    convolution: int = 1
     tied: bool = True
     embedding_std: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_types(self, "model.")
-        for name in ("layers", "width", "heads"):
-            _require(getattr(self, name) > 0, f"model.{name}", "positive", getattr(self, name))
-        _require(
+        check_types(self, "model.")
+        for name in ("layers", "width", "heads", "convolution"):
+            require(getattr(self, name) > 0, f"model.{name}", "positive", getattr(self, name))
+        require(
             self.width % (2 * self.heads) == 0, "model.width", f"a multiple of 2 * heads = {2 * self.heads}", self.width
         )
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        _require(
+        require(
             kv_heads > 0 and self.heads % kv_heads == 0,
             "model.kv_heads",
             f"a divisor of heads = {self.heads}",
             kv_heads,
         )
-        _require(self.mlp_width is None or self.mlp_width > 0, "model.mlp_width", "positive or null", self.mlp_width)
-        _require(0 < self.rope_base < math.inf, "model.rope_base", "positive and finite", self.rope_base)
-        _require(0 <= self.embedding_std < math.inf, "model.embedding_std", "0 or more", self.embedding_std)
+        require(self.mlp_width is None or self.mlp_width > 0, "model.mlp_width", "positive or null", self.mlp_width)
+        require(0 < self.rope_base < math.inf, "model.rope_base", "positive and finite", self.rope_base)
+        require(0 <= self.embedding_std < math.inf, "model.embedding_std", "0 or more", self.embedding_std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +103,11 @@ class AttentionConfig:
         keys: Keys that each query attends to exactly, window and routed keys together.
         support: Replaces the preset's support. A name (full, empty, window, routed) or a mapping with the name as
             "kind" and its fields, such as {kind: routed, block_q: 1, block_k: 8, window: 16}; "keys" is the one above
-            unless the mapping has its own. "full" is exact attention, which has no low-rank part.
+            unless the mapping has its own. "full" is exact attention, which has no low-rank part. Tasks that are not
+            causal take lsh too.
         low_rank: Replaces the preset's low-rank part. "none", a name (quadratic, favor) or a mapping with the name as
             "kind" and its fields, such as {kind: quadratic, rank: 9, statistics: ema}; the statistics are "learned"
-            (the default) or "ema".
+            (the default) or "ema". Tasks that are not causal take centroid too.
     """
 
     preset: Literal["train"] = "train"
@@ -108,8 +116,8 @@ class AttentionConfig:
     low_rank: str | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self, "attention.")
-        _require(self.keys > 0, "attention.keys", "positive", self.keys)
+        check_types(self, "attention.")
+        require(self.keys > 0, "attention.keys", "positive", self.keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +129,7 @@ class TrainConfig:
         minutes: Time limit; null for none. The learning rate then follows the larger of the two shares that are used
             up, of the steps and of the minutes, so a run that the limit ends has completed its schedule. Such a run
             depends on time and does not resume bit-identically.
-        context: Bytes per sequence.
+        context: Bytes per sequence of a language model; other tasks have a length of their own (task.tokens).
         batch: Sequences per forward pass.
         accumulate: Forward passes per optimizer step.
         learning_rate: Peak of AdamW's learning rate.
@@ -159,18 +167,18 @@ class TrainConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        _check_types(self, "train.")
+        check_types(self, "train.")
         positive = ("steps", "context", "batch", "accumulate", "learning_rate", "clip", "validate_every")
         for name in (*positive, "validation_batches", "checkpoint_every"):
-            _require(getattr(self, name) > 0, f"train.{name}", "positive", getattr(self, name))
+            require(getattr(self, name) > 0, f"train.{name}", "positive", getattr(self, name))
         for name in ("minutes", "threads"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"train.{name}", "positive or null", value)
-        _require(self.learning_rate < math.inf, "train.learning_rate", "a finite number", self.learning_rate)
+            require(value is None or value > 0, f"train.{name}", "positive or null", value)
+        require(self.learning_rate < math.inf, "train.learning_rate", "a finite number", self.learning_rate)
         for name in ("final_learning_rate", "warmup", "weight_decay"):
-            _require(0 <= getattr(self, name) < math.inf, f"train.{name}", "0 or more", getattr(self, name))
-        _require(all(0 <= beta < 1 for beta in self.betas), "train.betas", "numbers from 0 to below 1", self.betas)
-        _require(0 <= self.seed < 2**63, "train.seed", "0 or more, in 63 bits", self.seed)
+            require(0 <= getattr(self, name) < math.inf, f"train.{name}", "0 or more", getattr(self, name))
+        require(all(0 <= beta < 1 for beta in self.betas), "train.betas", "numbers from 0 to below 1", self.betas)
+        require(0 <= self.seed < 2**63, "train.seed", "0 or more, in 63 bits", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +196,10 @@ class SampleConfig:
     temperature: float = 0.7
 
     def __post_init__(self) -> None:
-        _check_types(self, "sample.")
-        _require(self.prompt != "", "sample.prompt", "at least one character", self.prompt)
-        _require(self.length >= 0, "sample.length", "0 or more", self.length)
-        _require(self.temperature >= 0, "sample.temperature", "0 or more", self.temperature)
+        check_types(self, "sample.")
+        require(self.prompt != "", "sample.prompt", "at least one character", self.prompt)
+        require(self.length >= 0, "sample.length", "0 or more", self.length)
+        require(self.temperature >= 0, "sample.temperature", "0 or more", self.temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,8 +214,8 @@ class CompareConfig:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        _check_types(self, "compare.")
-        _require(self.steps >= 0, "compare.steps", "0 or more", self.steps)
+        check_types(self, "compare.")
+        require(self.steps >= 0, "compare.steps", "0 or more", self.steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +223,10 @@ class RunConfig:
     """A training run.
 
     Args:
-        data: Text to learn.
-        model: Decoder.
+        task: What is learned: the task's name ("kind"), or a mapping of it and the task's own fields, such as {kind:
+            copy, tokens: 255}.
+        data: Where data come from.
+        model: Sizes and variants of the model.
         attention: Attention of every layer.
         train: Optimisation.
         sample: Text written at the end.
@@ -227,6 +237,7 @@ class RunConfig:
         overwrite: Whether a run that starts anew may replace the one in the output folder.
     """
 
+    task: str | dict[str, Any] = "language"
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
@@ -238,8 +249,8 @@ class RunConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _check_types(self, "")
-        _require(self.output != "", "output", "a folder", self.output)
+        check_types(self, "")
+        require(self.output != "", "output", "a folder", self.output)
 
 
 SECTIONS = {
@@ -247,14 +258,17 @@ SECTIONS = {
 }  # of RunConfig, by name
 
 
-def _require(condition: bool, key: str, expected: str, got: object) -> None:
+def require(condition: bool, key: str, expected: str, got: object) -> None:
+    """Raises ValueError unless the condition holds."""
     if not condition:
         raise ValueError(f"{key}: expected {expected}, got {got!r}")
 
 
-def _check_types(section: Any, prefix: str) -> None:
+def check_types(section: Any, prefix: str) -> None:
     """Raises WrongType for a field whose value is not of its type: what reads YAML lets null pass everywhere."""
-    for name, hint in get_type_hints(type(section)).items():
+    hints = get_type_hints(type(section))
+    for name in (field.name for field in dataclasses.fields(section)):
+        hint = hints[name]
         if not _is(getattr(section, name), hint):
             raise WrongType(f"{prefix}{name}: expected {_expected(hint)}, got {getattr(section, name)!r}")
 
@@ -262,6 +276,8 @@ def _check_types(section: Any, prefix: str) -> None:
 def misfit(key: str, value: object) -> str:
     """What the setting ``key``, a section and a name, must be, if ``value`` is of another type; else ""."""
     section, _, name = key.partition(".")
+    if section not in SECTIONS:  # a task's fields, which it checks itself
+        return ""
     hint = get_type_hints(SECTIONS[section])[name]
     return "" if _is(value, hint) else _expected(hint)
 

@@ -40,6 +40,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def exact_metrics(self) -> Path:
+        return self.path / "exact_metrics.jsonl"
+
+    @property
     def loss_curve(self) -> Path:
         return self.path / "loss.png"
 

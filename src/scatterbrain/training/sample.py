@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-
-from scatterbrain.training.model import Decoder
+from torch import nn
 
 
 @torch.no_grad()
-def generate(model: Decoder, prompt: bytes, length: int, temperature: float, context: int, seed: int) -> bytes:
+def generate(model: nn.Module, prompt: bytes, length: int, temperature: float, context: int, seed: int) -> bytes:
     """Continues ``prompt`` by ``length`` bytes, reading at most the last ``context`` bytes for each.
 
     Every byte recomputes the whole context, which is fast enough for a paragraph.

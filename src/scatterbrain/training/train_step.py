@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 
 import scatterbrain as sb
 from scatterbrain.training.attention_timer import AttentionTimer, TimedAttention, now
-from scatterbrain.training.config import ModelConfig, TrainConfig
-from scatterbrain.training.model import AttentionFactory, Decoder
+from scatterbrain.training.batch import Batch
+from scatterbrain.training.config import TrainConfig
+from scatterbrain.training.metrics import Evaluation
+from scatterbrain.training.models.blocks import AttentionFactory
 
-Batch = tuple[Tensor, Tensor]
-"""Inputs and targets, int64 (batch, context); a target of -100 is not scored."""
+ModelBuilder = Callable[[AttentionFactory, torch.Generator], nn.Module]
+"""Makes a model from the attention of a layer and what draws all other weights. The model maps inputs and mask of a
+:class:`Batch` to logits (..., classes), one for each target."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,32 +29,39 @@ class StepResult:
     """Figures of one optimizer step.
 
     Args:
-        loss: mean, in nats per token.
+        loss: mean, in nats per target.
+        accuracy: share of targets that the largest logit names.
         gradient_norm: before clipping.
         tokens: read by the step.
         seconds: of the whole step. attention_seconds: of these, spent in attention.
     """
 
     loss: float
+    accuracy: float
     gradient_norm: float
     tokens: int
     seconds: float
     attention_seconds: float
 
 
+class Sums(NamedTuple):
+    """Of the targets of a batch that are scored: their cross-entropy, those that the largest logit names, how many."""
+
+    loss: Tensor
+    correct: Tensor
+    scored: int
+
+
 class TrainState:
-    """A decoder and its AdamW optimizer, with the step that trains it.
+    """A model and its AdamW optimizer, with the step that trains it.
 
     Args:
-        model: Sizes of the decoder.
+        build: Makes the model.
         train: Optimisation.
         attention: Makes the attention of a layer.
-        vocabulary: Number of tokens.
     """
 
-    def __init__(
-        self, model: ModelConfig, train: TrainConfig, attention: AttentionFactory, vocabulary: int = 256
-    ) -> None:
+    def __init__(self, build: ModelBuilder, train: TrainConfig, attention: AttentionFactory) -> None:
         self.config = train
         self.device = _device(train.device)
         self.timer = AttentionTimer()
@@ -60,7 +71,7 @@ class TrainState:
         def timed_attention(*sizes: int) -> nn.Module:
             return TimedAttention(attention(*sizes), self.timer)
 
-        self.model = Decoder(model, vocabulary, timed_attention, generator).to(self.device)
+        self.model = build(timed_attention, generator).to(self.device)
         decayed = [parameter for parameter in self.model.parameters() if parameter.ndim == 2]
         others = [parameter for parameter in self.model.parameters() if parameter.ndim != 2]
         self.optimizer = torch.optim.AdamW(
@@ -76,11 +87,13 @@ class TrainState:
         self.timer.reset()
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        total, correct, scored = 0.0, 0, 0
         for batch in batches:
-            loss = self._loss(batch) / len(batches)
+            sums = self._sums(batch)
+            loss = sums.loss / sums.scored / len(batches)
             loss.backward()
             total += loss.item()
+            correct, scored = correct + int(sums.correct), scored + sums.scored
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
         if not math.isfinite(total) or not math.isfinite(norm):
             raise FloatingPointError(
@@ -91,21 +104,30 @@ class TrainState:
             group["lr"] = learning_rate
         self.optimizer.step()
         sb.update_statistics(self.model)
-        tokens = sum(inputs.numel() for inputs, _ in batches)
-        return StepResult(total, norm, tokens, now(self.device) - started, self.timer.seconds)
+        tokens = sum(batch.tokens for batch in batches)
+        return StepResult(total, correct / scored, norm, tokens, now(self.device) - started, self.timer.seconds)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss over ``batches`` in nats per token."""
+    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
+        """Means over all targets of ``batches`` that are scored."""
         self.model.eval()
-        losses = [self._loss(batch).item() for batch in batches]
-        return sum(losses) / len(losses)
+        total, correct, scored = 0.0, 0, 0
+        for batch in batches:
+            sums = self._sums(batch)
+            total += sums.loss.item()
+            correct, scored = correct + int(sums.correct), scored + sums.scored
+        return Evaluation(total / scored, correct / scored)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        inputs, targets = (tokens.to(self.device) for tokens in batch)
+    def _sums(self, batch: Batch) -> Sums:
+        batch = batch.to(self.device)
+        scored = int((batch.targets != -100).sum())
+        if scored == 0:
+            raise ValueError("expected a batch with at least one target that is scored, got one without")
         with self._autocast():
-            logits = self.model(inputs)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            logits = self.model(batch.inputs, batch.mask)
+        logits, targets = logits.float().flatten(0, -2), batch.targets.flatten()
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        return Sums(loss, (logits.detach().argmax(dim=-1) == targets).sum(), scored)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.bf16 else contextlib.nullcontext()

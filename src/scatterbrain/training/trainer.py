@@ -13,18 +13,23 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 from tqdm import tqdm
 
 from scatterbrain.training.attention import build_attention, describe_attention, is_exact
+from scatterbrain.training.batch import Batch
 from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint
-from scatterbrain.training.compare import compare_with_exact
-from scatterbrain.training.config import RunConfig, misfit
-from scatterbrain.training.data import Batches, read_corpus
+from scatterbrain.training.compare import compare_with_exact, comparison_table
+from scatterbrain.training.config import AttentionConfig, RunConfig, misfit
+from scatterbrain.training.curves import draw_curves
 from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, write_atomically
 from scatterbrain.training.interrupt import StopRequest
-from scatterbrain.training.metrics import MetricsLog, bits_per_byte, draw_loss_curve, read_records
-from scatterbrain.training.sample import generate
-from scatterbrain.training.train_step import Batch, StepResult, TrainState, scheduled_learning_rate
+from scatterbrain.training.low_rank_share import low_rank_shares
+from scatterbrain.training.metrics import Evaluation
+from scatterbrain.training.models.blocks import AttentionFactory
+from scatterbrain.training.run_log import RunLog, read_records
+from scatterbrain.training.tasks import build_task, described_task
+from scatterbrain.training.train_step import StepResult, TrainState, scheduled_learning_rate
 
 # A continued run may differ in these. Every other setting of data, model, attention and train affects what is learned.
 FREE_TRAIN_KEYS = ("steps", "minutes", "device", "threads", "validate_every", "validation_batches", "checkpoint_every")
@@ -56,11 +61,9 @@ class Trainer:
         self.folder = RunFolder(Path(config.output))
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
-        training, validation = read_corpus(config.data)
-        sizes = (config.train.context, config.train.batch, config.train.seed)
-        self.batches = Batches(training, *sizes)
-        self.validation = Batches(validation, *sizes, name="validation")
-        self.train_state = TrainState(config.model, config.train, partial(build_attention, config.attention))
+        self.task = build_task(config.task)
+        self.data = self.task.open(config.data, config.train)
+        self.train_state = self._train_state(config.attention)
         self.steps_done, self._seconds_before = 0, 0.0
         self._checkpointed_step: int | None = None
         self._open()
@@ -93,14 +96,22 @@ class Trainer:
         if stop.signal is not None:
             raise RunStopped(f"stopped by {stop.signal.name}. {self._whereabouts()}", 128 + stop.signal)
 
-    def training_batches(self, step: int) -> list[Batch]:
-        """The batches of step ``step``, counted from 0."""
+    def training_batches(self, step: int, fraction: float | None = None) -> list[Batch]:
+        """The batches of step ``step``, counted from 0, when ``fraction`` of the run is done: by default the share of
+        the steps."""
         accumulate = self.config.train.accumulate
-        return [self.batches[step * accumulate + index] for index in range(accumulate)]
+        fraction = min(step / self.config.train.steps, 1.0) if fraction is None else fraction
+        return [self.data.training_batch(step * accumulate + index, fraction) for index in range(accumulate)]
 
     def validation_batches(self) -> list[Batch]:
         """The batches of every validation."""
-        return [self.validation[index] for index in range(self.config.train.validation_batches)]
+        return [self.data.validation_batch(index) for index in range(self.config.train.validation_batches)]
+
+    def _train_state(self, attention: AttentionConfig) -> TrainState:
+        def build(factory: AttentionFactory, generator: torch.Generator) -> nn.Module:
+            return self.task.build_model(self.data, self.config.model, factory, generator)
+
+        return TrainState(build, self.config.train, partial(build_attention, attention, is_causal=self.task.is_causal))
 
     def _open(self) -> None:
         """Starts the output folder, or continues the run in it."""
@@ -121,7 +132,7 @@ class Trainer:
                 f"output: {self.folder.path} already has a checkpoint; continue it with --resume true, replace it with "
                 "--overwrite true, or choose another folder with --output"
             )
-        self._description = _as_plain_data(self.config)
+        self._description = _as_plain_data(dataclasses.replace(self.config, task=described_task(self.config.task)))
         records = []
         if resume and found:
             progress = read_progress(checkpoint)
@@ -138,12 +149,11 @@ class Trainer:
         if found and self._checkpointed_step is None:
             self.folder.checkpoint.unlink()
         write_atomically(self.folder.config, yaml.safe_dump(self._description, sort_keys=False).encode())
-        self.log = MetricsLog(self.folder.metrics, records)
+        self.log = RunLog(self.folder.metrics, records)
 
     def _introduce(self) -> None:
         parameters = sum(parameter.numel() for parameter in self.train_state.model.parameters())
-        sizes = f"{self.batches.tokens.numel():,} bytes to train on, {self.validation.tokens.numel():,} to validate on"
-        print(f"{sizes}; {parameters:,} parameters; {describe_attention(self.config.attention)}")
+        print(f"{self.data.description}; {parameters:,} parameters; {self._attention()}")
         print(
             f"output in {self.folder.path}" + (f", continuing after step {self.steps_done}" if self.steps_done else "")
         )
@@ -154,20 +164,20 @@ class Trainer:
         with _progress_bar(self._fraction()) as bar:
             while self._fraction() < 1 and stop.signal is None:
                 rate = scheduled_learning_rate(train, self.steps_done, self._fraction())
-                result = self.train_state.step(self.training_batches(self.steps_done), rate)
+                result = self.train_state.step(self.training_batches(self.steps_done, self._fraction()), rate)
                 self.steps_done += 1
                 self._record(result, rate)
                 if self.steps_done % train.validate_every == 0 or self.steps_done == self.config.compare.steps:
                     self._validate()
                 if self.steps_done % train.checkpoint_every == 0:
                     self._save()
-                _show(bar, self._fraction(), self.steps_done, result)
+                self._show(bar, result)
             if stop.signal is None and not self._validated():
                 self._validate()
         if self._checkpointed_step != self.steps_done:
             self._save()
-        draw_loss_curve(self.folder.loss_curve, self.log, describe_attention(self.config.attention))
-        print(f"step {self.steps_done}: checkpoint in {self.folder.checkpoint}, loss curve in {self.folder.loss_curve}")
+        self._draw({})
+        print(f"step {self.steps_done}: checkpoint in {self.folder.checkpoint}, curves in {self.folder.loss_curve}")
 
     def _fraction(self) -> float:
         """Share of the run that is done, by steps or by minutes, whichever is larger."""
@@ -181,21 +191,25 @@ class Trainer:
         return self._seconds_before + time.perf_counter() - self._started
 
     def _record(self, result: StepResult, learning_rate: float) -> None:
-        record = {
-            "kind": "train",
-            "step": self.steps_done,
-            "loss": result.loss,
-            "bits_per_byte": bits_per_byte(result.loss),
-            "learning_rate": learning_rate,
-        }
-        self.log.append(record | dataclasses.asdict(result))
+        record = {"kind": "train", "step": self.steps_done, "learning_rate": learning_rate}
+        metric = {self.task.metric.name: self.task.metric.of(Evaluation(result.loss, result.accuracy))}
+        self.log.append(record | metric | dataclasses.asdict(result))
 
     def _validate(self) -> None:
-        loss = self.train_state.evaluate(self.validation_batches())
-        self.log.append(
-            {"kind": "validation", "step": self.steps_done, "loss": loss, "bits_per_byte": bits_per_byte(loss)}
-        )
-        tqdm.write(f"step {self.steps_done}: validation {bits_per_byte(loss):.3f} bits per byte")
+        batches = self.validation_batches()
+        found = self.train_state.evaluate(batches)
+        with low_rank_shares(self.train_state.model) as shares:
+            self.train_state.evaluate(batches[:1])
+        metric = self.task.metric
+        record = {"kind": "validation", "step": self.steps_done, "seconds": self._trained_seconds()}
+        record |= {metric.name: metric.of(found)} | dataclasses.asdict(found)
+        self.log.append(record | ({"low_rank_shares": shares} if shares else {}))
+        carried = f", low-rank share of weight by layer {' '.join(f'{share:.2f}' for share in shares)}" * bool(shares)
+        tqdm.write(f"step {self.steps_done}: validation {metric.show(metric.of(found))}{carried}")
+
+    def _trained_seconds(self) -> float:
+        """Seconds that the steps so far took."""
+        return sum(record["seconds"] for record in self.log.of_kind("train"))
 
     def _validated(self) -> bool:
         return any(record["step"] == self.steps_done for record in self.log.of_kind("validation"))
@@ -210,11 +224,12 @@ class Trainer:
         config, train = self.config.sample, self.config.train
         if config.length == 0:
             return
-        prompt = config.prompt.encode()
-        added = generate(self.train_state.model, prompt, config.length, config.temperature, train.context, train.seed)
-        text = (prompt + added).decode(errors="replace")
-        write_atomically(self.folder.sample, text.encode())
-        print(f"sample, in {self.folder.sample}:\n{text}")
+        text = self.task.sample(
+            self.train_state.model, config.prompt, config.length, config.temperature, train.context, train.seed
+        )
+        if text is not None:
+            write_atomically(self.folder.sample, text.encode())
+            print(f"sample, in {self.folder.sample}:\n{text}")
 
     def _compare(self, stop: StopRequest) -> None:
         if self.config.compare.steps == 0:
@@ -222,14 +237,26 @@ class Trainer:
         if is_exact(self.config.attention):
             print("compare.steps: nothing to compare, the run itself used exact attention")
             return
-        steps = self.config.compare.steps
+        steps, train = self.config.compare.steps, self.config.train
         if [record["step"] for record in self.log.of_kind("train")[:steps]] != list(range(1, steps + 1)):
             print(f"compare.steps: nothing to compare, {self.folder.metrics} lacks records of the first {steps} steps")
             return
-        table = compare_with_exact(self.config, self.log, self.training_batches, self.validation_batches(), stop)
-        if table is not None:
+        exact = RunLog(self.folder.exact_metrics, [])
+        train_state = self._train_state(AttentionConfig(support="full"))
+        batches = (self.training_batches, self.validation_batches())
+        if compare_with_exact(self.log, exact, steps, train_state, *batches, train.validate_every, stop):
+            table = comparison_table(self.log, exact, self.task.metric)
             write_atomically(self.folder.comparison, (table + "\n").encode())
             print(table)
+            self._draw({"exact attention": exact})
+
+    def _draw(self, others: dict[str, RunLog]) -> None:
+        attention = self._attention()
+        name = "exact attention" if is_exact(self.config.attention) else "scatterbrain"
+        draw_curves(self.folder.loss_curve, {name: self.log} | others, self.task.metric, attention)
+
+    def _attention(self) -> str:
+        return describe_attention(self.config.attention, self.task.is_causal)
 
     def _whereabouts(self) -> str:
         if self._checkpointed_step is None:
@@ -237,6 +264,15 @@ class Trainer:
         command = f"scatterbrain train {shlex.quote(str(self.folder.config))} --resume true"
         where = f"The checkpoint of step {self._checkpointed_step} is whole, in {self.folder.checkpoint}"
         return f"{where}; continue with: {command}"
+
+    def _show(self, bar: tqdm, result: StepResult) -> None:
+        metric = self.task.metric
+        found = metric.show(metric.of(Evaluation(result.loss, result.accuracy)))
+        text = (
+            f"step {self.steps_done}, loss {result.loss:.3f}, {found}, {result.tokens / result.seconds:,.0f} tokens/s"
+        )
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(self._fraction() - bar.n)
 
 
 def _as_plain_data(config: RunConfig) -> dict[str, Any]:
@@ -297,9 +333,3 @@ def _progress_bar(fraction: float) -> tqdm:
     layout = "{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
     interval = 0.2 if sys.stderr.isatty() else 20.0
     return tqdm(total=1.0, initial=fraction, bar_format=layout, mininterval=interval, dynamic_ncols=True)
-
-
-def _show(bar: tqdm, fraction: float, step_number: int, result: StepResult) -> None:
-    loss = f"loss {result.loss:.3f}, {bits_per_byte(result.loss):.3f} bits per byte"
-    bar.set_postfix_str(f"step {step_number}, {loss}, {result.tokens / result.seconds:,.0f} tokens/s", refresh=False)
-    bar.update(fraction - bar.n)

@@ -1,1 +1,1 @@
-"""Models beside the decoder: vision transformers and BigGAN's attention block, each with exchangeable attention."""
+"""Models of the training tasks: blocks around any attention module, and what stands before and after them."""

@@ -1,1 +1,39 @@
-"""Tasks that a model is trained on: a file per task."""
+"""Training tasks, a file each: data, model and metric. :mod:`base` says what one defines."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from scatterbrain.registry import Registry
+from scatterbrain.training.config import WrongType
+from scatterbrain.training.tasks.base import Task, TaskData
+from scatterbrain.training.tasks.copy import Copy
+from scatterbrain.training.tasks.language import Language
+
+__all__ = ["TASKS", "Task", "TaskData", "build_task", "described_task", "register"]
+
+TASKS = Registry(Task)
+register = TASKS.register
+for _task in (Language, Copy):
+    register(_task)
+
+
+def build_task(given: str | dict[str, Any]) -> Task:
+    """The task that a configuration names, by its kind or as a mapping of its kind and fields. "module:Class" names one
+    of the user's own.
+
+    Raises:
+        ValueError: naming the key, for a kind or a field that does not exist, and for a value that the task refuses.
+    """
+    try:
+        cls = TASKS.class_of(given, "task", imports=True)
+        return cls(**TASKS.fields_of(cls, given, "task"))
+    except TypeError as error:
+        raise WrongType(f"task: {error}") from error
+
+
+def described_task(given: str | dict[str, Any]) -> dict[str, Any]:
+    """A configuration's task as a mapping with every field."""
+    kind = given["kind"] if isinstance(given, dict) else given
+    return {"kind": kind} | dataclasses.asdict(build_task(given))

@@ -1,0 +1,105 @@
+"""What a training task is: data, model, metric."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import nn
+
+from scatterbrain.training.batch import Batch
+from scatterbrain.training.config import DataConfig, ModelConfig, TrainConfig, check_types
+from scatterbrain.training.metrics import Metric
+from scatterbrain.training.models.blocks import AttentionFactory
+from scatterbrain.training.models.decoder import Decoder
+from scatterbrain.training.models.encoder import Encoder, PairClassifier, SequenceClassifier
+
+
+class TaskData(Protocol):
+    """The data of a task, opened for one run. Batches are functions of their number, so a checkpoint has no state of
+    the data, and processes can share them out.
+
+    Args:
+        description: what there is, in one line.
+        input_size: tokens of the vocabulary or, with ``has_features``, features of a token.
+        classes: of a target.
+        tokens: of the longest sequence.
+        has_features: whether tokens are vectors rather than numbers of a vocabulary.
+    """
+
+    description: str
+    input_size: int
+    classes: int
+    tokens: int
+    has_features: bool = False
+
+    def training_batch(self, number: int, fraction: float) -> Batch:
+        """Batch ``number``, from 0, of training, when ``fraction`` of the run is done: only curricula read it."""
+        ...
+
+    def validation_batch(self, number: int) -> Batch:
+        """Batch ``number`` of every validation; nothing in it is trained on."""
+        ...
+
+
+class Task(ABC):
+    """A task: a frozen dataclass whose fields are the keys of the section ``task`` beside ``kind``. It checks them when
+    it is made, with errors that begin with their key.
+
+    Args:
+        kind: its name in configuration files.
+        metric: what a model is judged by.
+        head: one class for the token after each ("next", causal), for each token ("token"), for a sequence or for a
+            pair of sequences.
+        is_configurable: whether numbers and names make it.
+    """
+
+    kind: ClassVar[str]
+    metric: ClassVar[Metric]
+    head: Literal["next", "token", "sequence", "pair"]
+    is_configurable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_types(self, "task.")
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token reads only itself and those before it."""
+        return self.head == "next"
+
+    @abstractmethod
+    def open(self, data: DataConfig, train: TrainConfig) -> TaskData:
+        """Reads or draws the data.
+
+        Raises:
+            ValueError: naming the key: data that are missing, with the layout that is expected, or too few.
+        """
+
+    def build_model(
+        self, data: TaskData, config: ModelConfig, attention: AttentionFactory, generator: torch.Generator
+    ) -> nn.Module:
+        """The model, which maps inputs and mask of a batch to logits (..., classes), one for each target.
+
+        Args:
+            attention: makes the attention of a layer.
+            generator: draws every other weight.
+        """
+        if self.head == "next":
+            return Decoder(config, data.input_size, attention, generator, data.tokens)
+        model = {"token": Encoder, "sequence": SequenceClassifier, "pair": PairClassifier}[self.head]
+        sizes = (data.input_size, data.classes)
+        return model(config, *sizes, attention, generator, data.tokens, getattr(data, "has_features", False))
+
+    def sample(
+        self, model: nn.Module, prompt: str, length: int, temperature: float, context: int, seed: int
+    ) -> str | None:
+        """Text that the model writes after a prompt; None where it writes none.
+
+        Args:
+            length: tokens to add.
+            temperature: 0 takes the most likely token.
+            context: the longest sequence that is read.
+            seed: of the draws.
+        """
+        return None

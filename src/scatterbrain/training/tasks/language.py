@@ -1,0 +1,55 @@
+"""A byte-level language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from scatterbrain.training.batch import Batch
+from scatterbrain.training.config import DataConfig, TrainConfig
+from scatterbrain.training.data import Batches, read_corpus
+from scatterbrain.training.metrics import BITS_PER_BYTE, Metric
+from scatterbrain.training.sample import generate
+from scatterbrain.training.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Language(Task):
+    """Each byte of a text from those before it. Sequences have ``train.context`` bytes."""
+
+    kind: ClassVar[str] = "language"
+    metric: ClassVar[Metric] = BITS_PER_BYTE
+    head: ClassVar[str] = "next"
+
+    def open(self, data: DataConfig, train: TrainConfig) -> Text:
+        training, validation = read_corpus(data)
+        return Text(training, validation, train)
+
+    def sample(self, model: nn.Module, prompt: str, length: int, temperature: float, context: int, seed: int) -> str:
+        start = prompt.encode()
+        return (start + generate(model, start, length, temperature, context, seed)).decode(errors="replace")
+
+
+class Text:
+    """Sequences of a training and a validation text.
+
+    Args:
+        training: uint8 (bytes,); validation: likewise.
+        train: sizes of a batch, and the seed.
+    """
+
+    def __init__(self, training: Tensor, validation: Tensor, train: TrainConfig) -> None:
+        sizes = (train.context, train.batch, train.seed)
+        self.batches = Batches(training, *sizes)
+        self.validation = Batches(validation, *sizes, name="validation")
+        self.input_size = self.classes = 256
+        self.tokens = train.context
+        self.description = f"{training.numel():,} bytes to train on, {validation.numel():,} to validate on"
+
+    def training_batch(self, number: int, fraction: float) -> Batch:
+        return Batch(*self.batches[number])
+
+    def validation_batch(self, number: int) -> Batch:
+        return Batch(*self.validation[number])

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import scatterbrain as sb
+from scatterbrain.training.config import ModelConfig
+from scatterbrain.training.models.encoder import Encoder, PairClassifier, SequenceClassifier
+
+CONFIG = ModelConfig(layers=2, width=16, heads=2, positions="learned", convolution=2)
+
+
+def made(model: type[Encoder], has_features: bool = False) -> Encoder:
+    def attention(heads: int, kv_heads: int, head_dim: int) -> nn.Module:
+        return sb.ScatterbrainAttention(heads, head_dim, kv_heads, support=sb.Window(9), low_rank=sb.Centroid(8))
+
+    size = 3 if has_features else 11
+    return model(CONFIG, size, 5, attention, torch.Generator().manual_seed(0), 60, has_features).eval()
+
+
+def drawn(*shape: int, has_features: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(*shape, 3, generator=generator) if has_features else torch.randint(11, shape, generator=generator)
+    )
+
+
+@pytest.mark.parametrize("has_features", [False, True])
+@pytest.mark.parametrize(
+    ("model", "inputs", "outputs"),
+    [(Encoder, (2, 50), (2, 50, 5)), (SequenceClassifier, (2, 50), (2, 5)), (PairClassifier, (2, 2, 50), (2, 5))],
+)
+def test_padding_changes_no_bit(model, inputs, outputs, has_features):
+    encoder = made(model, has_features)
+    tokens = drawn(*inputs, has_features=has_features)
+    mask = torch.ones(inputs, dtype=torch.bool)
+    mask[0, ..., 30:] = False
+    mask[0, ..., 0] = True
+    other = tokens.clone()
+    other[~mask] = float("nan") if has_features else 7
+    first, second = encoder(tokens, mask), encoder(other, mask)
+    assert first.shape == outputs and not torch.equal(first, encoder(tokens, None))
+    counts = mask if outputs == (2, 50, 5) else slice(None)
+    assert torch.equal(first[counts], second[counts])
+
+
+def test_a_pair_is_encoded_apart_and_in_its_order():
+    encoder, tokens = made(PairClassifier), drawn(1, 2, 50)
+    first, second = (encoder.pooled(tokens[:, index]) for index in range(2))
+    features = torch.cat((first, second, first * second, first - second), dim=-1)
+    torch.testing.assert_close(encoder(tokens), encoder.head(features))
+
+
+def test_more_tokens_than_learned_positions_are_refused():
+    with pytest.raises(ValueError, match="expected at most 60 tokens, which have a learned position, got 61"):
+        made(Encoder)(drawn(1, 61))
