@@ -15,8 +15,8 @@ class Batch(NamedTuple):
         inputs: int64 (batch, tokens), float32 (batch, tokens, features), images (batch, 3, height, width), or int64
             (batch, 2, tokens) of pairs.
         targets: int64 (batch, tokens), or (batch,) where a sequence has one; -100 is not scored.
-        mask: bool (batch, tokens), of pairs (batch, 2, tokens), True where a token counts (attention modules take the opposite, a padding mask);
-            None where all do.
+        mask: bool (batch, tokens), of pairs (batch, 2, tokens), True where a token counts; None where all do.
+            Attention modules take the opposite, a padding mask.
     """
 
     inputs: Tensor
