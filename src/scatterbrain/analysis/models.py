@@ -219,33 +219,39 @@ class Source:
         return _rows(torch.tensor(ids), tokens, count), f"rows of {tokens} tokens of {self.inputs}"
 
     def _of_run(self) -> Loaded:
-        from functools import partial
+        from scatterbrain.training.trained import load_trained
 
-        from scatterbrain.training.attention import build_attention
-        from scatterbrain.training.checkpoint import load_checkpoint, read_progress
-        from scatterbrain.training.config import AttentionConfig, DataConfig, ModelConfig, TrainConfig
-        from scatterbrain.training.data import read_corpus
-        from scatterbrain.training.files import RunFolder
-        from scatterbrain.training.models.decoder import Decoder
-        from scatterbrain.training.train_step import TrainState
-
-        file = RunFolder(Path(self.model)).checkpoint
-        config = read_progress(file).config
-        attention = partial(build_attention, AttentionConfig(**config["attention"]))
-        model = ModelConfig(**config["model"])
-        state = TrainState(lambda factory, generator: Decoder(model, 256, factory, generator), TrainConfig(), attention)
-        load_checkpoint(file, state)
-        tokens, count = self._tokens(config["train"]["context"]), self.rows * self.batches
+        run = load_trained(Path(self.model))
         if self.inputs is None:
-            data = {name: tuple(v) if isinstance(v, list) else v for name, v in config["data"].items()}
-            text, about = read_corpus(DataConfig(**data))[1], f"rows of {tokens} bytes of its validation text"
+            about = f"validation inputs of its task, {run.task.kind}: {run.data.description}"
+            rows, masks = self._validation_rows(run.data, self.rows * self.batches)
         else:
+            if run.task.kind != "language":
+                raise ValueError(
+                    f"--inputs: the run in {self.model} has the task {run.task.kind}, whose own validation inputs are "
+                    "measured; leave --inputs out"
+                )
             content = b"\n".join(path.read_bytes() for path in _files(self.inputs, None))
-            text = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            text, tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8), self._tokens(run.train.context)
+            rows, masks = _rows(text.long(), tokens, self.rows * self.batches), None
             about = f"rows of {tokens} bytes of {self.inputs}"
-        rows = _rows(text.long(), tokens, count)
-        starts = self._starts(len(rows), f"rows of {tokens} bytes")
-        return Loaded(state.model, [rows[i : i + self.rows] for i in starts], about)
+        starts = [slice(i, i + self.rows) for i in self._starts(len(rows), "rows")]
+        batches = [rows[part] if masks is None else (rows[part], masks[part]) for part in starts]
+        return Loaded(run.model, batches, about)
+
+    def _validation_rows(self, data: Any, count: int) -> tuple[Tensor, Tensor | None]:
+        """Inputs of the first validation batches, and their masks; of causal tasks the first --tokens of them."""
+        inputs, masks, number = [], [], 0
+        while sum(map(len, inputs)) < count:
+            batch = data.validation_batch(number)
+            inputs.append(batch.inputs)
+            masks.append(batch.mask)
+            number += 1
+        rows, mask = torch.cat(inputs)[:count], None if masks[0] is None else torch.cat(masks)[:count]
+        if self.tokens is not None and rows.ndim < 4:  # of images all pixels
+            tokens = self._tokens(rows.shape[1])
+            rows, mask = rows[:, :tokens], None if mask is None else mask[:, :tokens]
+        return rows, mask
 
     def _with_images(self, model: nn.Module, size: int, mean: Sequence[float], deviation: Sequence[float]) -> Loaded:
         count = self.rows * self.batches

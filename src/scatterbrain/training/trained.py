@@ -1,0 +1,57 @@
+"""The model of a run's folder, with its task and data."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from scatterbrain.training.attention import build_attention
+from scatterbrain.training.checkpoint import load_checkpoint, read_progress
+from scatterbrain.training.config import AttentionConfig, DataConfig, ModelConfig, TrainConfig
+from scatterbrain.training.files import RunFolder
+from scatterbrain.training.tasks import Task, TaskData, build_task
+from scatterbrain.training.train_step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run has come to.
+
+    Args:
+        model: with the weights of the last checkpoint, on the CPU.
+        task: what it was trained on. data: opened again.
+        train: the run's optimisation.
+    """
+
+    model: nn.Module
+    task: Task
+    data: TaskData
+    train: TrainConfig
+
+
+def load_trained(folder: Path) -> Trained:
+    """Reads the last checkpoint of a run.
+
+    Raises:
+        UnusableRun: no checkpoint of ``scatterbrain train``, or a changed one.
+        ValueError: the data of the run, which say how large its model is, are not where they were.
+    """
+    file = RunFolder(folder).checkpoint
+    stored = read_progress(file).config
+    task = build_task(stored["task"])
+    train = dataclasses.replace(_section(TrainConfig, stored["train"]), device="cpu")
+    data = task.open(_section(DataConfig, stored["data"]), train)
+    build = partial(task.build_model, data, _section(ModelConfig, stored["model"]))
+    attention = partial(build_attention, _section(AttentionConfig, stored["attention"]), is_causal=task.is_causal)
+    state = TrainState(build, train, attention)
+    load_checkpoint(file, state)
+    return Trained(state.model.eval(), task, data, train)
+
+
+def _section(section: type, stored: dict[str, Any]) -> Any:
+    """A section from YAML's or JSON's types."""
+    return section(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scatterbrain.analysis.models import Source
+from scatterbrain.training.config import AttentionConfig, ModelConfig, RunConfig, TrainConfig
+from scatterbrain.training.trained import load_trained
+from scatterbrain.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module", params=["causal", "masked"])
+def run(request, tmp_path_factory) -> Trainer:
+    masked = request.param == "masked"
+    low_rank = {"kind": "centroid", "clusters": 8} if masked else {"kind": "quadratic", "rank": 2}
+    config = RunConfig(
+        task={"kind": "copy", "tokens": 63, "masked": masked},
+        model=ModelConfig(layers=2, width=16, heads=2, positions="learned", convolution=2),
+        attention=AttentionConfig(support={"kind": "window", "keys": 8}, low_rank=low_rank),
+        train=TrainConfig(steps=3, batch=2, threads=1, validation_batches=2),
+        output=str(tmp_path_factory.mktemp("runs") / request.param),
+    )
+    trainer = Trainer(config)
+    trainer.run()
+    return trainer
+
+
+def test_a_trained_model_gives_the_logits_that_its_run_ended_with(run):
+    found = load_trained(Path(run.config.output))
+    batch = found.data.validation_batch(0)
+    assert torch.equal(found.model(batch.inputs), run.train_state.model.eval()(batch.inputs))
+    assert found.task == run.task and torch.equal(batch.targets, run.validation_batches()[0].targets)
+
+
+def test_a_command_measures_a_run_on_its_own_validation_inputs(run):
+    loaded = Source(run.config.output, rows=2, batches=2).load()
+    expected = [run.data.validation_batch(number).inputs for number in range(2)]
+    assert [batch.tolist() for batch in loaded.batches] == [batch.tolist() for batch in expected]
+    assert "copy" in loaded.about
+
+
+def test_other_inputs_are_for_language_models(run, tmp_path):
+    (tmp_path / "text.txt").write_text("text")
+    with pytest.raises(ValueError, match="--inputs: the run in .* has the task copy, whose own validation inputs"):
+        Source(run.config.output, inputs=tmp_path / "text.txt").load()
