@@ -10,12 +10,15 @@ from scatterbrain.training.config import WrongType
 from scatterbrain.training.tasks.base import Task, TaskData
 from scatterbrain.training.tasks.copy import Copy
 from scatterbrain.training.tasks.language import Language
+from scatterbrain.training.tasks.names import Names
+from scatterbrain.training.tasks.retrieval import Retrieval
+from scatterbrain.training.tasks.text_classification import TextClassification
 
 __all__ = ["TASKS", "Task", "TaskData", "build_task", "described_task", "register"]
 
 TASKS = Registry(Task)
 register = TASKS.register
-for _task in (Language, Copy):
+for _task in (Language, Copy, Names, Retrieval, TextClassification):
     register(_task)
 
 
