@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from statistics import median
 
 import pytest
 import torch
 
+from scatterbrain.training.config import DataConfig, TrainConfig
 from scatterbrain.training.tasks import listops_sequences
+from scatterbrain.training.tasks.listops import ListOps, ListOpsData
 from scatterbrain.training.tasks.listops_sequences import NAMES, Shape, draw_sequences, text_of
 
 SHORT = Shape(shortest=16, longest=64, depth=4, arguments=4)
@@ -114,3 +117,34 @@ def test_a_wrong_operator_would_be_seen(monkeypatch):
     monkeypatch.setattr(listops_sequences, "value_of", lambda operator, values: max(values))
     with pytest.raises(AssertionError):
         test_the_target_is_the_value_of_the_tokens(40, SHORT)
+
+
+def opened(batch: int = 3, **fields) -> ListOpsData:
+    return ListOps(**fields).open(DataConfig(), TrainConfig(batch=batch, seed=5))
+
+
+def test_the_task_gives_sequences_of_its_shape_and_states_what_guesses_reach():
+    data = opened(tokens=64, shortest=16, depth=4, arguments=4)
+    for batch in (data.training_batch(0, 0.0), data.validation_batch(0)):
+        lengths = batch.mask.sum(1)
+        assert batch.inputs.shape == batch.mask.shape and 16 <= lengths.min() and lengths.max() <= 64
+        for row, target in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+            assert value_of_text(text_of(row)) == target
+    assert (data.input_size, data.classes, data.tokens) == (16, 10, 64)
+    frequent, by_operator = (int(share) for share in re.findall(r"(\d+)%", data.description))
+    assert 10 <= frequent < by_operator < 40
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"depth": 3, "arguments": 4}, "task.tokens: expected 4 to 53, which depth = 3 and arguments = 4 leave room"),
+        ({"shortest": 513}, "task.shortest: expected 4 to tokens = 512, got 513"),
+        ({"arguments": 1}, "task.arguments: expected 2 or more, got 1"),
+        ({"depth": 0}, "task.depth: expected 1 or more, got 0"),
+        ({"tokens": None}, "task.tokens: expected an int, got None"),
+    ],
+)
+def test_a_bad_field_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ListOps(**fields)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from scatterbrain.training.config import DataConfig, TrainConfig
+from scatterbrain.training.tasks.pathfinder import Pathfinder
 from scatterbrain.training.tasks.pathfinder_images import Pictures, Shape, draw_pictures
 
 SMALL = Shape(size=32, dashes=6, distractors=2, distractor_dashes=3)
@@ -126,3 +128,31 @@ def test_a_statistic_that_tells_it_would_be_found():
 def test_paths_without_room_are_refused():
     with pytest.raises(ValueError, match="room for each other, got none in .* use fewer or shorter paths, or larger"):
         pictures_of(2, Shape(size=16, dashes=8, distractors=4, distractor_dashes=4))
+
+
+def test_the_task_gives_pixels_row_by_row_with_their_labels():
+    data = Pathfinder().open(DataConfig(), TrainConfig(batch=6, seed=5))
+    for batch in (data.training_batch(0, 0.0), data.validation_batch(0)):
+        assert batch.inputs.shape == (6, 1024, 1) and batch.targets.sum() == 3 and batch.mask is None
+        for row, label in zip(batch.inputs, batch.targets.tolist(), strict=True):
+            image = (row.view(32, 32) + 1) / 2
+            first, second = (min(dot) for dot in dots_of(image))
+            assert (second in reached(image, first)) == bool(label)
+    assert (data.input_size, data.classes, data.tokens, data.has_features) == (1, 2, 1024, True)
+    assert not torch.equal(data.training_batch(0, 0.0).inputs, data.validation_batch(0).inputs)
+    assert torch.equal(data.training_batch(7, 0.0).inputs, data.training_batch(7, 1.0).inputs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 7}, "task.size: expected 8 or more, got 7"),
+        ({"dashes": 1}, "task.dashes: expected 2 or more, got 1"),
+        ({"distractors": -1}, "task.distractors: expected 0 or more, got -1"),
+        ({"distractor_dashes": 0}, "task.distractor_dashes: expected 1 or more, got 0"),
+        ({"size": 16}, "task.dashes, task.distractors, task.size: expected paths that leave room for each other"),
+    ],
+)
+def test_a_bad_field_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Pathfinder(**fields).open(DataConfig(), TrainConfig())

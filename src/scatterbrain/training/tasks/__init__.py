@@ -9,8 +9,13 @@ from scatterbrain.registry import Registry
 from scatterbrain.training.config import WrongType
 from scatterbrain.training.tasks.base import Task, TaskData
 from scatterbrain.training.tasks.copy import Copy
+from scatterbrain.training.tasks.image_sequence import ImageSequence
 from scatterbrain.training.tasks.language import Language
+from scatterbrain.training.tasks.listops import ListOps
+from scatterbrain.training.tasks.majority import Majority
 from scatterbrain.training.tasks.names import Names
+from scatterbrain.training.tasks.pathfinder import Pathfinder
+from scatterbrain.training.tasks.recall import Recall
 from scatterbrain.training.tasks.retrieval import Retrieval
 from scatterbrain.training.tasks.text_classification import TextClassification
 
@@ -18,7 +23,18 @@ __all__ = ["TASKS", "Task", "TaskData", "build_task", "described_task", "registe
 
 TASKS = Registry(Task)
 register = TASKS.register
-for _task in (Language, Copy, Names, Retrieval, TextClassification):
+for _task in (
+    Language,
+    Copy,
+    Recall,
+    Majority,
+    ListOps,
+    TextClassification,
+    Retrieval,
+    ImageSequence,
+    Pathfinder,
+    Names,
+):
     register(_task)
 
 

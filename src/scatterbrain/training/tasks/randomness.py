@@ -15,3 +15,8 @@ def generator_of(*key: int | str) -> torch.Generator:
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def permutations(rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """The numbers from 0 to below ``length`` in random order, for each row: int64 (rows, length)."""
+    return torch.rand(rows, length, generator=generator, dtype=torch.float64).argsort(dim=1)

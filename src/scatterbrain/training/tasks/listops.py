@@ -1,0 +1,95 @@
+"""ListOps: the value of nested lists of digits (Nangia and Bowman, 2018; Tay et al., Long Range Arena, 2021)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from scatterbrain.training.batch import Batch
+from scatterbrain.training.config import DataConfig, TrainConfig, require
+from scatterbrain.training.metrics import ACCURACY, Metric
+from scatterbrain.training.tasks import listops_sequences
+from scatterbrain.training.tasks.base import Task
+from scatterbrain.training.tasks.listops_sequences import Shape, draw_sequences
+
+
+@dataclass(frozen=True)
+class ListOps(Task):
+    """Operators MIN, MAX, MED (median) and SM (sum modulo 10) over digits and further lists; the class of a sequence is
+    its value, a digit. The Long Range Arena has 500 to 2000 tokens; 512 at most are enough here that small models tell
+    methods apart.
+
+    Args:
+        tokens: of the longest sequence.
+        shortest: tokens of the shortest.
+        depth: operators around a digit, at most.
+        arguments: of an operator, at most; at least 2.
+    """
+
+    kind: ClassVar[str] = "listops"
+    metric: ClassVar[Metric] = ACCURACY
+    head: ClassVar[Literal["sequence"]] = "sequence"
+
+    tokens: int = 512
+    shortest: int = 128
+    depth: int = 10
+    arguments: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.depth >= 1, "task.depth", "1 or more", self.depth)
+        require(self.arguments >= 2, "task.arguments", "2 or more", self.arguments)
+        usual = self.shape.usual_length()
+        require(
+            4 <= self.tokens <= usual,
+            "task.tokens",
+            f"4 to {usual}, which depth = {self.depth} and arguments = {self.arguments} leave room for",
+            self.tokens,
+        )
+        require(4 <= self.shortest <= self.tokens, "task.shortest", f"4 to tokens = {self.tokens}", self.shortest)
+
+    @property
+    def shape(self) -> Shape:
+        """Which lists are drawn."""
+        return Shape(self.shortest, self.tokens, self.depth, self.arguments)
+
+    def open(self, data: DataConfig, train: TrainConfig) -> ListOpsData:
+        return ListOpsData(self, train.batch, train.seed)
+
+
+class ListOpsData:
+    """Fresh sequences in every batch, padded at the end to the longest of it. A sequence's hash says whether it is for
+    training or for validation, so none is for both.
+
+    Args:
+        task: its settings.
+        batch: sequences of a batch.
+        seed: of the draws.
+    """
+
+    input_size = listops_sequences.VOCABULARY
+    classes = 10
+
+    def __init__(self, task: ListOps, batch: int, seed: int) -> None:
+        self.shape, self.batch, self.seed = task.shape, batch, seed
+        self.tokens = task.tokens
+        frequent, by_operator = self._guesses()
+        self.description = (
+            f"lists of {task.shortest} to {task.tokens} tokens, drawn anew for every batch; the most frequent value is "
+            f"right for {frequent:.0%}, the most frequent of the first operator for {by_operator:.0%}"
+        )
+
+    def training_batch(self, number: int, fraction: float) -> Batch:
+        return Batch(*draw_sequences(self.batch, self.shape, self.seed, "training", number))
+
+    @functools.cache  # one of several sequences is for validation, so that these take longer to find
+    def validation_batch(self, number: int) -> Batch:
+        return Batch(*draw_sequences(self.batch, self.shape, self.seed, "validation", number))
+
+    def _guesses(self, sequences: int = 1024) -> tuple[float, float]:
+        """Accuracy of two guesses that read no list, over ``sequences``."""
+        inputs, values, _ = draw_sequences(sequences, self.shape, 0, "training", -1)
+        counts = values.new_zeros(self.input_size, self.classes)
+        counts.index_put_((inputs[:, 0], values), values.new_ones(()), accumulate=True)
+        return float(counts.sum(0).max()) / sequences, float(counts.amax(1).sum()) / sequences
