@@ -62,22 +62,25 @@ def corpus_root(config: DataConfig) -> Path:
 class Batches:
     """Endless shuffled batches of sequences. A batch is a function of its number, so a checkpoint needs no data state.
 
-    Every pass cuts the bytes into consecutive sequences from a random offset and visits them in a random order; both
+    Every pass cuts the tokens into consecutive sequences from a random offset and visits them in a random order; both
     are drawn from the seed and the number of the pass.
 
     Args:
-        tokens: uint8 (bytes,).
-        context: Bytes per sequence. A sequence has one more byte, the last target.
+        tokens: Integers (tokens,), such as bytes.
+        context: Tokens per sequence. A sequence has one more, the last target.
         batch: Sequences per batch.
         seed: Of offsets and orders.
-        name: Of the bytes, in errors.
+        name: Of the part, in errors.
+        unit: What a token is, in errors.
     """
 
-    def __init__(self, tokens: Tensor, context: int, batch: int, seed: int, name: str = "training") -> None:
+    def __init__(
+        self, tokens: Tensor, context: int, batch: int, seed: int, name: str = "training", unit: str = "bytes"
+    ) -> None:
         needed = 2 * context + 1
         if tokens.numel() < needed:
             raise ValueError(
-                f"data.path: the {name} part has {tokens.numel()} bytes, and train.context {context} needs at least "
+                f"data.path: the {name} part has {tokens.numel()} {unit}, and train.context {context} needs at least "
                 f"{needed}; use more text, a shorter context or another data.validation_fraction"
             )
         self.tokens, self.context, self.batch, self.seed = tokens, context, batch, seed

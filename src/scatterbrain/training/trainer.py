@@ -148,8 +148,20 @@ class Trainer:
                 )
         if found and self._checkpointed_step is None:
             self.folder.checkpoint.unlink()
+        self._write_data_files(continues=self._checkpointed_step is not None)
         write_atomically(self.folder.config, yaml.safe_dump(self._description, sort_keys=False).encode())
         self.log = RunLog(self.folder.metrics, records)
+
+    def _write_data_files(self, continues: bool) -> None:
+        """Writes what the data are read with, such as a tokenizer. A run that is continued must have the same."""
+        for name, content in getattr(self.data, "files", {}).items():
+            path = self.folder.path / name
+            if continues and path.exists() and path.read_bytes() != content:
+                raise UnusableRun(
+                    f"{path}: expected what the data of this run are read with now, got another one, with which the "
+                    "checkpoint was trained; restore the data, or start anew in another folder with --output"
+                )
+            write_atomically(path, content)
 
     def _introduce(self) -> None:
         parameters = sum(parameter.numel() for parameter in self.train_state.model.parameters())

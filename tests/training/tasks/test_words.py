@@ -1,117 +1,89 @@
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
-from scatterbrain.training.config import DataConfig
-from scatterbrain.training.tasks import words
-from scatterbrain.training.tasks.words import encode, read_text_parts, read_tokenizer, token_count, train_tokenizer
+from scatterbrain.training.config import AttentionConfig, DataConfig, TrainConfig
+from scatterbrain.training.tasks import build_task
+from scatterbrain.training.trainer import Trainer
 
-TEXT = " = Head = \n\n the cat and the dog <unk> the cat\n naïve 猫\n" * 20
-
-
-def test_words_are_split_at_white_space_and_a_line_end_is_a_word():
-    tokenizer = train_tokenizer(TEXT, "words", 6)
-    assert token_count(tokenizer) == 6
-    found = encode(tokenizer, "the cat\nthe horse \n")
-    assert [tokenizer.id_to_token(token) for token in found.tokens.tolist()] == [
-        *("the", "cat", "<eos>", "the", "<unk>", "<eos>")
-    ]
-    assert (found.words, found.unknown, found.bytes) == (6, 1, 19)
-    assert encode(tokenizer, "<unk> the\n").unknown == 1  # as WikiText writes it
+LINES = [f"the cat number {number} sat on the mat\n" for number in range(300)]
 
 
-def test_the_vocabulary_holds_the_most_frequent_words():
-    vocabulary = train_tokenizer(TEXT, "words", 5).get_vocab()
-    assert vocabulary == {"<unk>": 0, "<eos>": 1, "the": 2, "=": 3, "cat": 4}
+@pytest.fixture
+def data(tmp_path) -> DataConfig:
+    for part, lines in (("train", LINES[:240]), ("valid", LINES[240:])):
+        (tmp_path / f"wiki.{part}.tokens").write_text("".join(lines), encoding="utf-8")
+    return DataConfig(path=str(tmp_path))
 
 
-def test_byte_pairs_are_joined_and_every_text_comes_back():
-    tokenizer = train_tokenizer(TEXT, "bpe", 300)
-    assert tokenizer.get_vocab_size() <= 300
-    for text in (TEXT, "other\r\n\ttext ☃ \x00 <unk>"):
-        found = encode(tokenizer, text)
-        assert tokenizer.decode(found.tokens.tolist()) == text
-        assert found.bytes == len(text.encode()) and found.unknown == 0
-    assert encode(tokenizer, TEXT).tokens.numel() < len(TEXT.encode()) / 2
+@pytest.mark.parametrize("tokenizer", ["words", "bpe"])
+def test_targets_are_the_next_tokens_of_the_text(data, tokenizer):
+    opened = build_task({"kind": "words", "tokenizer": tokenizer, "vocabulary": 300}).open(
+        data, TrainConfig(batch=3, context=20)
+    )
+    made = Tokenizer.from_str(opened.files["tokenizer.json"].decode())
+    for batch, lines in ((opened.training_batch(0, 0.0), LINES[:240]), (opened.validation_batch(0), LINES[240:])):
+        assert batch.inputs.shape == batch.targets.shape == (3, 20)
+        assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+        assert batch.targets.max() < opened.classes == opened.input_size
+        if tokenizer == "bpe":
+            assert all(made.decode(row) in "".join(lines) for row in batch.inputs.tolist())
+    assert not torch.equal(opened.training_batch(0, 0.0).inputs, opened.training_batch(1, 0.0).inputs)
 
 
-@pytest.mark.parametrize("kind", ["words", "bpe"])
-def test_training_is_deterministic_and_a_stored_tokenizer_is_the_same(kind, tmp_path):
-    tokenizer = train_tokenizer(TEXT, kind, 280)
-    assert train_tokenizer(TEXT, kind, 280).to_str() == tokenizer.to_str()
-    path = tmp_path / "tokenizer.json"
-    path.write_text(tokenizer.to_str(), encoding="utf-8")
-    assert torch.equal(encode(read_tokenizer(str(path)), TEXT).tokens, encode(tokenizer, TEXT).tokens)
+def test_the_validation_part_has_no_say_in_the_tokenizer(data, tmp_path):
+    task, train = build_task({"kind": "words", "vocabulary": 400}), TrainConfig(context=20)
+    before = task.open(data, train)
+    (tmp_path / "wiki.valid.tokens").write_text("unseen words\n" * 200)
+    after = task.open(data, train)
+    assert before.files == after.files
+    assert "66.7% unknown" in after.description and "4.333 bytes and 1.000 words a token" in after.description
 
 
-@pytest.mark.parametrize("kind", ["words", "bpe"])
-def test_chunks_of_lines_change_nothing(kind, monkeypatch):
-    text = "".join(f"line {number} of text\n" for number in range(300))
-    tokenizer = train_tokenizer(text, kind, 290)
-    whole = encode(tokenizer, text)
-    monkeypatch.setattr(words, "_CHUNK", 50)
-    parts = encode(tokenizer, text)
-    assert torch.equal(parts.tokens, whole.tokens) and parts[1:] == whole[1:]
-    assert train_tokenizer(text, kind, 290).to_str() == tokenizer.to_str()
+def test_the_tokenizer_is_stored_with_the_run_which_goes_on_with_no_other(tiny, data, tmp_path):
+    config = dataclasses.replace(
+        tiny(AttentionConfig(support="full"), context=20), task={"kind": "words", "vocabulary": 50}, data=data
+    )
+    Trainer(config).run()
+    stored = tmp_path / "run" / "tokenizer.json"
+    assert Tokenizer.from_file(str(stored)).get_vocab_size() == 50
+    again = dataclasses.replace(config, resume=True)
+    Trainer(again)._lock.release()  # the same data
+    (tmp_path / "wiki.train.tokens").write_text("".join(reversed(LINES[120:] + ["other cats\n"] * 200)))
+    with pytest.raises(ValueError, match="tokenizer.json: expected what the data of this run are read with now"):
+        Trainer(again)
 
 
-def test_files_of_wikitext_are_the_two_parts(tmp_path):
-    for part in ("train", "valid", "test"):
-        (tmp_path / f"wiki.{part}.tokens").write_text(f"the {part} text\n", encoding="utf-8")
-    assert read_text_parts(DataConfig(path=str(tmp_path))) == ("the train text\n", "the valid text\n")
+def test_a_stored_tokenizer_is_used_again(data, tmp_path):
+    train = TrainConfig(batch=2, context=20)
+    first = build_task({"kind": "words", "tokenizer": "bpe", "vocabulary": 300}).open(data, train)
+    (tmp_path / "kept.json").write_bytes(first.files["tokenizer.json"])
+    second = build_task({"kind": "words", "tokenizer": str(tmp_path / "kept.json")}).open(data, train)
+    assert torch.equal(first.training_batch(3, 0.0).inputs, second.training_batch(3, 0.0).inputs)
+    assert second.classes == first.classes
 
 
-def test_any_text_is_split_behind_a_line_end(tmp_path):
-    path = tmp_path / "text.txt"
-    lines = [f"zeile {number} ü\n" for number in range(100)]
-    path.write_text("".join(lines), encoding="utf-8")
-    training, validation = read_text_parts(DataConfig(path=str(path), validation_fraction=0.25))
-    assert training + validation == "".join(lines)
-    assert training.endswith("\n") and validation.startswith("zeile")
-    assert abs(len(validation.encode()) - 0.25 * path.stat().st_size) < 16
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"vocabulary": 0}, "task.vocabulary: expected positive, got 0"),
+        ({"tokenizer": ""}, "task.tokenizer: expected words, bpe or a path, got ''"),
+        ({"tokenizer": 5}, "task.tokenizer: expected a string, got 5"),
+        ({"tokenizer": "nowhere.json"}, "task.tokenizer: expected words, bpe or the path of a tokenizer.json.*nowhere"),
+        ({"vocabulary": 2}, "task.vocabulary: expected 3 or more entries"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_its_key(data, fields, message):
+    with pytest.raises(ValueError, match=message):
+        build_task({"kind": "words"} | fields).open(data, TrainConfig(context=20))
 
 
-def test_data_and_tokenizers_that_cannot_be_used_are_refused_by_key(tmp_path):
-    with pytest.raises(ValueError, match="data.path: .*'nowhere', which does not exist"):
-        read_text_parts(DataConfig(path="nowhere"))
-    path = tmp_path / "text.txt"
-    path.write_bytes(b"line\n" * 9 + b"\xff\n" * 9)
-    with pytest.raises(ValueError, match="data.path: expected text in UTF-8"):
-        read_text_parts(DataConfig(path=str(path), validation_fraction=0.5))
-    path.write_text("a single line")
-    with pytest.raises(ValueError, match="data.path: .*the validation part is empty"):
-        read_text_parts(DataConfig(path=str(path), validation_fraction=0.5))
-    with pytest.raises(ValueError, match="task.tokenizer: .*path of a tokenizer.json, got 'word'"):
-        read_tokenizer("word")
-    with pytest.raises(ValueError, match="task.tokenizer: expected a file of the tokenizers library"):
-        read_tokenizer(str(path))
-    path.write_text('{"model": 1}')
-    with pytest.raises(ValueError, match="task.tokenizer: expected a file of the tokenizers library"):
-        read_tokenizer(str(path))
-    for kind, least in (("words", 3), ("bpe", 257)):
-        with pytest.raises(ValueError, match=f"task.vocabulary: expected {least} or more .* got 2"):
-            train_tokenizer(TEXT, kind, 2)
-
-
-def test_training_does_not_write_over_the_terminal(capfd):
-    train_tokenizer(TEXT, "bpe", 280)
-    out, err = capfd.readouterr()
-    assert out + err == ""
-
-
-def test_a_folder_without_named_parts_is_read_by_the_glob(tmp_path: Path):
-    (tmp_path / "a.train.txt").write_text("one\n" * 8)
-    (tmp_path / "b.txt").write_text("two\n" * 8)
-    training, validation = read_text_parts(DataConfig(path=str(tmp_path), glob="*.txt", validation_fraction=0.25))
-    assert sorted((training + validation).split()) == ["one"] * 8 + ["two"] * 8
-
-
-def test_a_tokenizer_whose_numbers_have_gaps_counts_up_to_the_largest(tmp_path):
-    path = tmp_path / "tokenizer.json"
-    stored = train_tokenizer(TEXT, "words", 5).to_str().replace('"cat": 4', '"cat": 9').replace('"cat":4', '"cat":9')
-    path.write_text(stored)
-    tokenizer = read_tokenizer(str(path))
-    assert token_count(tokenizer) == 10 == int(encode(tokenizer, TEXT).tokens.max()) + 1
+def test_a_text_shorter_than_the_context_is_refused_in_tokens(data):
+    with pytest.raises(
+        ValueError, match="the validation part has 540 tokens, and train.context 400 needs at least 801"
+    ):
+        build_task("words").open(data, TrainConfig(context=400))

@@ -18,6 +18,7 @@ from scatterbrain.training.tasks.pathfinder import Pathfinder
 from scatterbrain.training.tasks.recall import Recall
 from scatterbrain.training.tasks.retrieval import Retrieval
 from scatterbrain.training.tasks.text_classification import TextClassification
+from scatterbrain.training.tasks.words import Words
 
 __all__ = ["TASKS", "Task", "TaskData", "build_task", "described_task", "register"]
 
@@ -25,6 +26,7 @@ TASKS = Registry(Task)
 register = TASKS.register
 for _task in (
     Language,
+    Words,
     Copy,
     Recall,
     Majority,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -26,6 +28,7 @@ class TaskData(Protocol):
         classes: of a target.
         tokens: of the longest sequence.
         has_features: whether tokens are vectors rather than numbers of a vocabulary.
+        files: by name, what is stored in the run's folder, such as the tokenizer that made the tokens.
     """
 
     description: str
@@ -33,6 +36,7 @@ class TaskData(Protocol):
     classes: int
     tokens: int
     has_features: bool = False
+    files: Mapping[str, bytes] = MappingProxyType({})
 
     def training_batch(self, number: int, fraction: float) -> Batch:
         """Batch ``number``, from 0, of training, when ``fraction`` of the run is done: only curricula read it."""

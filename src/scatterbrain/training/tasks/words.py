@@ -1,169 +1,94 @@
-"""Text cut into tokens by a tokenizer: training, reading and storing one, and the tokens of both parts."""
+"""A language model of words or word pieces."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor
+from tokenizers import Tokenizer
 
-from scatterbrain.training.config import DataConfig
-from scatterbrain.training.data import corpus_root, read_corpus
-
-UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
-KINDS = ("words", "bpe")
-_CHUNK = 1 << 20  # characters encoded at once, so that a large corpus is never held as a list of words
-
-
-class Tokens(NamedTuple):
-    """A text as tokens.
-
-    Args:
-        tokens: int32 (tokens,).
-        bytes: Bytes of the text in UTF-8.
-        words: Words of the text, parts between white space, and line ends.
-        unknown: Tokens that stand for a word the tokenizer does not have.
-    """
-
-    tokens: Tensor
-    bytes: int
-    words: int
-    unknown: int
+from scatterbrain.training.batch import Batch
+from scatterbrain.training.config import DataConfig, TrainConfig, require
+from scatterbrain.training.data import Batches
+from scatterbrain.training.metrics import PERPLEXITY, Metric
+from scatterbrain.training.tasks.base import Task
+from scatterbrain.training.tasks.tokenized_text import (
+    KINDS,
+    Tokens,
+    encode,
+    read_text_parts,
+    read_tokenizer,
+    token_count,
+    train_tokenizer,
+)
 
 
-def read_text_parts(config: DataConfig) -> tuple[str, str]:
-    """The training text and the validation text.
+@dataclass(frozen=True)
+class Words(Task):
+    """Each token of a text from those before it. Sequences have ``train.context`` tokens.
 
-    A folder with one file named ``*.train.*`` and one named ``*.valid.*``, as WikiText comes (wiki.train.tokens,
-    wiki.valid.tokens), gives these two, whatever ``data.glob`` says. Any other text is split as bytes are
-    (:func:`scatterbrain.training.data.read_corpus`), at the line end behind the boundary.
+    ``data.path`` is a folder with wiki.train.tokens and wiki.valid.tokens, as WikiText-2 and WikiText-103 have them
+    (https://huggingface.co/datasets/Salesforce/wikitext), or any text: a file, a folder or "stdlib".
 
-    Raises:
-        ValueError: if the path does not exist, or what is there is no UTF-8 text or too short for two parts.
-    """
-    root = corpus_root(config)
-    if root.is_dir():
-        named = [sorted(path for path in root.glob(f"*.{part}.*") if path.is_file()) for part in ("train", "valid")]
-        if all(len(paths) == 1 for paths in named):
-            training, validation = (_decode(paths[0].read_bytes(), paths[0]) for paths in named)
-            return _both(training, validation, config)
-    whole = b"".join(part.numpy().tobytes() for part in read_corpus(config))
-    boundary = len(whole) - round(len(whole) * config.validation_fraction)
-    boundary = whole.find(b"\n", boundary - 1) + 1 or len(whole)
-    return _both(_decode(whole[:boundary], root), _decode(whole[boundary:], root), config)
-
-
-def train_tokenizer(text: str, kind: str, vocabulary: int) -> Tokenizer:
-    """A tokenizer of ``text``.
+    The tokenizer is written to the run's folder as tokenizer.json.
 
     Args:
-        text: Training text alone: nothing of the validation part is looked at.
-        kind: "words" has the most frequent words, parts between white space, and <eos> for the end of a line; all other
-            words are <unk>, as in the published figures of WikiText-2 and WikiText-103. "bpe" joins the most frequent
-            pairs of bytes (byte-pair encoding; Sennrich et al., ACL 2016); every text comes back from its tokens.
-        vocabulary: Entries at most.
-
-    Raises:
-        ValueError: for a vocabulary that has no room for what every text needs.
+        tokenizer: "words" (the most frequent words; the others are <unk>), "bpe" (byte-pair encoding), both made from
+            the training text, or the path of a tokenizer.json of the tokenizers library.
+        vocabulary: entries at most of a tokenizer that is made here; WikiText-2 has 33,278 words in all.
     """
-    needed = {"words": 3, "bpe": 257}[kind]
-    if vocabulary < needed:
-        raise ValueError(
-            f"task.vocabulary: expected {needed} or more entries with task.tokenizer {kind}, got {vocabulary}"
-        )
-    if kind == "words":
-        tokenizer = Tokenizer(models.WordLevel(_most_frequent_words(text, vocabulary), unk_token=UNKNOWN))
-        tokenizer.add_special_tokens([UNKNOWN, END_OF_LINE])
-        tokenizer.normalizer = normalizers.Replace("\n", f" {END_OF_LINE} ")
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    else:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator(_chunks(text), trainer)
-    return tokenizer
+
+    kind: ClassVar[str] = "words"
+    metric: ClassVar[Metric] = PERPLEXITY
+    head: ClassVar[str] = "next"
+
+    tokenizer: str = "words"
+    vocabulary: int = 8192
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.tokenizer != "", "task.tokenizer", f"{', '.join(KINDS)} or a path", self.tokenizer)
+        require(self.vocabulary > 0, "task.vocabulary", "positive", self.vocabulary)
+
+    def open(self, data: DataConfig, train: TrainConfig) -> TokenizedText:
+        if self.tokenizer in KINDS:
+            training, validation = read_text_parts(data)
+            tokenizer = train_tokenizer(training, self.tokenizer, self.vocabulary)
+        else:
+            tokenizer = read_tokenizer(self.tokenizer)  # first, since texts can be long
+            training, validation = read_text_parts(data)
+        return TokenizedText(tokenizer, encode(tokenizer, training), encode(tokenizer, validation), train)
 
 
-def read_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a file in the format of the ``tokenizers`` library (tokenizer.json).
+class TokenizedText:
+    """Sequences of tokens of a training and a validation text.
 
-    Raises:
-        ValueError: if there is no such file, or it holds no tokenizer.
+    Args:
+        tokenizer: That made them.
+        training: Tokens to learn from. validation: Those of the validation part.
+        train: Sizes of a batch, and the seed.
+
+    ``files`` are stored with the run.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(
-            f"task.tokenizer: expected bytes, words, bpe or the path of a tokenizer.json, got {path!r}, which does not "
-            "exist"
+
+    def __init__(self, tokenizer: Tokenizer, training: Tokens, validation: Tokens, train: TrainConfig) -> None:
+        sizes = (train.context, train.batch, train.seed)
+        self.batches = Batches(training.tokens, *sizes, unit="tokens")
+        self.validation = Batches(validation.tokens, *sizes, name="validation", unit="tokens")
+        self.input_size = self.classes = token_count(tokenizer)
+        self.tokens = train.context
+        self.files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
+        count = validation.tokens.numel()
+        self.description = (
+            f"{training.tokens.numel():,} tokens to train on, {count:,} to validate on, of {self.classes:,}; in "
+            f"validation {validation.bytes / count:.3f} bytes and {validation.words / count:.3f} words a token, "
+            f"{validation.unknown / count:.1%} unknown"
         )
-    try:
-        text = file.read_text(encoding="utf-8")
-        json.loads(text)
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises Exception itself
-        raise ValueError(
-            f"task.tokenizer: expected a file of the tokenizers library, as Tokenizer.save writes it, got {file}, "
-            f"which cannot be read: {error}"
-        ) from error
 
+    def training_batch(self, number: int, fraction: float) -> Batch:
+        """Consecutive tokens from random places, each pass over the text in another order."""
+        return Batch(*self.batches[number])
 
-def encode(tokenizer: Tokenizer, text: str) -> Tokens:
-    """The tokens of ``text``, encoded by chunks of whole lines."""
-    parts, words = [], 0
-    for chunk in _chunks(text):
-        words += len(chunk.split()) + chunk.count("\n")
-        parts.append(torch.tensor(tokenizer.encode(chunk, add_special_tokens=False).ids, dtype=torch.int32))
-    tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
-    unknown = tokenizer.token_to_id(UNKNOWN)
-    count = 0 if unknown is None else int((tokens == unknown).sum())
-    return Tokens(tokens, len(text.encode()), words, count)
-
-
-def token_count(tokenizer: Tokenizer) -> int:
-    """Size of an embedding for every token: the largest number of a token, and one more for the number 0."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-
-
-def _most_frequent_words(text: str, vocabulary: int) -> dict[str, int]:
-    """Numbers of the words; of those as frequent as one another the first in the order of their characters is kept."""
-    count = Counter(word for chunk in _chunks(text) for word in chunk.split())
-    for word in (UNKNOWN, END_OF_LINE):
-        count.pop(word, None)
-    kept = sorted(count, key=lambda word: (-count[word], word))[: vocabulary - 2]
-    return {word: number for number, word in enumerate((UNKNOWN, END_OF_LINE, *kept))}
-
-
-def _both(training: str, validation: str, config: DataConfig) -> tuple[str, str]:
-    for name, part in (("training", training), ("validation", validation)):
-        if not part.strip():
-            raise ValueError(
-                f"data.path: expected text for training and validation in {config.path!r}, and the {name} part is "
-                "empty; use more text, or another data.validation_fraction"
-            )
-    return training, validation
-
-
-def _decode(text: bytes, source: Path) -> str:
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data.path: expected text in UTF-8 for task.tokenizer, got {source}: {error}; convert it, or use "
-            "task.tokenizer bytes"
-        ) from error
-
-
-def _chunks(text: str) -> Iterator[str]:
-    """The text in pieces that end at line ends, where it has any."""
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + _CHUNK) + 1 or len(text)
-        yield text[start:end]
-        start = end
+    def validation_batch(self, number: int) -> Batch:
+        """Sequences of the validation part."""
+        return Batch(*self.validation[number])
