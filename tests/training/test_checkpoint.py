@@ -137,7 +137,7 @@ TAMPERED: dict[str, tuple[Callable[[Files], object], str]] = {
     "unknown metadata": (lambda files: files[1].update(colour="red"), "metadata format and progress, got 'colour' too"),
     "an unknown tensor": (
         tensor("colour", torch.zeros(1)),
-        "expected tensors model/, optimizer/ and rng/, got 'colour'",
+        "expected tensors model/, optimizer/, scaler/ and rng/, got 'colour'",
     ),
     "an unknown weight": (tensor("model/colour", torch.zeros(1)), "colour"),
     "a missing weight": (tensor(NORM, None), "norm.weight"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scatterbrain.training.config import SECTIONS
 from scatterbrain.training.files import UnusableRun, write_atomically
+from scatterbrain.training.precision import Precision
 from scatterbrain.training.train_step import TrainState
 
 FORMAT = "scatterbrain-train-1"
@@ -47,6 +48,7 @@ def save_checkpoint(path: Path, train_state: TrainState, progress: Progress) -> 
     for index, state in train_state.optimizer.state_dict()["state"].items():
         for name, value in state.items():
             tensors[f"optimizer/{index}/{name}"] = value.contiguous()
+    tensors |= {f"scaler/{name}": value for name, value in train_state.precision.state().items()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if train_state.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state(train_state.device)
@@ -93,14 +95,15 @@ def load_checkpoint(path: Path, train_state: TrainState) -> None:
     """
     step = read_progress(path).step
     tensors = safetensors.torch.load_file(path)
-    groups = {"model": {}, "optimizer": {}, "rng": {}}
+    groups = {"model": {}, "optimizer": {}, "scaler": {}, "rng": {}}
     for name, value in tensors.items():
         kind, _, rest = name.partition("/")
         if kind not in groups or not rest:
-            raise UnusableRun(f"{path}: expected tensors model/, optimizer/ and rng/, got {name!r}; {_CURE}")
+            raise UnusableRun(f"{path}: expected tensors model/, optimizer/, scaler/ and rng/, got {name!r}; {_CURE}")
         groups[kind][rest] = value
     _load_model(path, groups["model"], train_state.model)
     _load_optimizer(path, groups["optimizer"], train_state, step)
+    _load_scaler(path, groups["scaler"], train_state.precision)
     _load_generators(path, groups["rng"], train_state.device)
 
 
@@ -136,12 +139,15 @@ def _load_model(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> Non
 
 
 def _load_optimizer(path: Path, tensors: dict[str, Tensor], train_state: TrainState, step: int) -> None:
-    """AdamW's state of every parameter: its number of steps, and two averages of the parameter's shape."""
+    """AdamW's state of every parameter: its number of steps, and two averages of the parameter's shape. Steps that
+    float16 left out are not counted, so there may be none."""
+    skips = train_state.precision.scales_loss
+    has_steps = bool(tensors) if skips else step > 0
     optimizer = train_state.optimizer.state_dict()
     parameters = [parameter for group in train_state.optimizer.param_groups for parameter in group["params"]]
     likes = {
         f"{index}/{field}": like
-        for index, parameter in enumerate(parameters if step > 0 else [])
+        for index, parameter in enumerate(parameters if has_steps else [])
         for field, like in (("step", torch.tensor(0.0)), ("exp_avg", parameter), ("exp_avg_sq", parameter))
     }
     for name in sorted(likes.keys() ^ tensors.keys()):
@@ -152,14 +158,26 @@ def _load_optimizer(path: Path, tensors: dict[str, Tensor], train_state: TrainSt
         _require_like(path, f"optimizer/{name}", tensors[name], like.detach())
         index, field = name.split("/")
         if field == "step":
-            _require(
-                path, tensors[name].item() == step, f"optimizer/{name}", f"the run's step {step}", tensors[name].item()
-            )
+            taken = tensors[name].item()
+            is_possible = 0 < taken <= step if skips else taken == step
+            _require(path, is_possible, f"optimizer/{name}", f"the run's step {step}{' or less' * skips}", taken)
         if field == "exp_avg_sq":
             least = float(tensors[name].min())
             _require(path, least >= 0, f"optimizer/{name}", "an average of squares, 0 or more", least)
         optimizer["state"].setdefault(int(index), {})[field] = tensors[name]
     train_state.optimizer.load_state_dict(optimizer)
+
+
+def _load_scaler(path: Path, tensors: dict[str, Tensor], precision: Precision) -> None:
+    likes = precision.state()
+    for name in sorted(likes.keys() ^ tensors.keys()):
+        expected = "is missing" if name in likes else "belongs to no setting of train.precision"
+        raise UnusableRun(f"{path}: scaler/{name} {expected}; {_CURE}")
+    for name, like in likes.items():
+        _require_like(path, f"scaler/{name}", tensors[name], like)
+        least = float(tensors[name])
+        _require(path, least > 0 or name != "scale" and least == 0, f"scaler/{name}", "positive", least)
+    precision.load(tensors)
 
 
 def _load_generators(path: Path, tensors: dict[str, Tensor], device: torch.device) -> None:

@@ -133,12 +133,22 @@ class TrainConfig:
         batch: Sequences per forward pass.
         accumulate: Forward passes per optimizer step.
         learning_rate: Peak of AdamW's learning rate.
-        final_learning_rate: Where the cosine ends, as a share of the peak.
+        schedule: After the warm-up the learning rate falls along half a "cosine" or along a line ("linear"), or stays
+            at its peak ("constant").
+        final_learning_rate: Where cosine and line end, as a share of the peak.
         warmup: Steps of linear warm-up.
         betas: AdamW's two momenta.
         weight_decay: AdamW's decay, of matrices only.
         clip: Largest norm of the gradient.
-        bf16: Whether the forward pass runs under bfloat16 autocast.
+        precision: "float32", or autocast of the forward pass: "bf16", or "fp16" with a loss that is scaled so that
+            small gradients do not vanish; steps whose gradients overflow are left out, and the scale is halved. Weights
+            and optimizer stay in float32.
+        bf16: true is short for precision "bf16".
+        recompute: Whether the backward pass computes every block again in place of keeping what is inside it: less
+            memory, a second forward pass. Statistics "ema" of a step then count its tokens twice, which changes no
+            mean.
+        compile: Whether torch.compile makes graphs of the model, of all but its attention, which is compiled code
+            already. Rounding differs from that of a run without.
         seed: Of the initial weights and the order of the data.
         device: "cpu", "cuda" or any torch device.
         threads: CPU threads; null for torch's own choice.
@@ -153,12 +163,16 @@ class TrainConfig:
     batch: int = 2
     accumulate: int = 1
     learning_rate: float = 3e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_learning_rate: float = 0.05
     warmup: int = 20
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float = 1.0
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
     bf16: bool = False
+    recompute: bool = False
+    compile: bool = False
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
@@ -179,6 +193,12 @@ class TrainConfig:
             require(0 <= getattr(self, name) < math.inf, f"train.{name}", "0 or more", getattr(self, name))
         require(all(0 <= beta < 1 for beta in self.betas), "train.betas", "numbers from 0 to below 1", self.betas)
         require(0 <= self.seed < 2**63, "train.seed", "0 or more, in 63 bits", self.seed)
+        require(
+            not (self.bf16 and self.precision == "fp16"),
+            "train.precision",
+            "bf16 with train.bf16 true (leave one of them out)",
+            self.precision,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

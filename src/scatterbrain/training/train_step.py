@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
@@ -17,7 +16,9 @@ from scatterbrain.training.attention_timer import AttentionTimer, TimedAttention
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import TrainConfig
 from scatterbrain.training.metrics import Evaluation
+from scatterbrain.training.model_options import apply_options
 from scatterbrain.training.models.blocks import AttentionFactory
+from scatterbrain.training.precision import Precision
 
 ModelBuilder = Callable[[AttentionFactory, torch.Generator], nn.Module]
 """Makes a model from the attention of a layer and what draws all other weights. The model maps inputs and mask of a
@@ -72,6 +73,8 @@ class TrainState:
             return TimedAttention(attention(*sizes), self.timer)
 
         self.model = build(timed_attention, generator).to(self.device)
+        apply_options(self.model, train, self.device)
+        self.precision = Precision(train, self.device)
         decayed = [parameter for parameter in self.model.parameters() if parameter.ndim == 2]
         others = [parameter for parameter in self.model.parameters() if parameter.ndim != 2]
         self.optimizer = torch.optim.AdamW(
@@ -91,18 +94,19 @@ class TrainState:
         for batch in batches:
             sums = self._sums(batch)
             loss = sums.loss / sums.scored / len(batches)
-            loss.backward()
+            self.precision.scaled(loss).backward()
             total += loss.item()
             correct, scored = correct + int(sums.correct), scored + sums.scored
+        self.precision.unscale(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
-        if not math.isfinite(total) or not math.isfinite(norm):
+        if not math.isfinite(total) or not (math.isfinite(norm) or self.precision.scales_loss):
             raise FloatingPointError(
                 f"expected a finite loss and gradient, got loss {total} and gradient norm {norm}; "
                 "lower train.learning_rate or lengthen train.warmup"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        self.precision.step(self.optimizer)
         sb.update_statistics(self.model)
         tokens = sum(batch.tokens for batch in batches)
         return StepResult(total, correct / scored, norm, tokens, now(self.device) - started, self.timer.seconds)
@@ -123,21 +127,21 @@ class TrainState:
         scored = int((batch.targets != -100).sum())
         if scored == 0:
             raise ValueError("expected a batch with at least one target that is scored, got one without")
-        with self._autocast():
+        with self.precision.autocast():
             logits = self.model(batch.inputs, batch.mask)
         logits, targets = logits.float().flatten(0, -2), batch.targets.flatten()
         loss = F.cross_entropy(logits, targets, reduction="sum")
         return Sums(loss, (logits.detach().argmax(dim=-1) == targets).sum(), scored)
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.config.bf16 else contextlib.nullcontext()
-
 
 def scheduled_learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
-    """Learning rate of step ``step``, counted from 0, when ``fraction`` of the run is done: linear warm-up times a
-    cosine."""
-    cosine = 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
-    share = config.final_learning_rate + (1 - config.final_learning_rate) * cosine
+    """Learning rate of step ``step``, counted from 0, when ``fraction`` of the run is done: linear warm-up times the
+    schedule."""
+    fraction = min(fraction, 1.0)
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * fraction)), "linear": 1 - fraction, "constant": 1.0}[
+        config.schedule
+    ]
+    share = config.final_learning_rate + (1 - config.final_learning_rate) * left
     return config.learning_rate * share * min(1.0, (step + 1) / max(config.warmup, 1))
 
 

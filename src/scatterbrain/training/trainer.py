@@ -33,6 +33,7 @@ from scatterbrain.training.train_step import StepResult, TrainState, scheduled_l
 
 # A continued run may differ in these. Every other setting of data, model, attention and train affects what is learned.
 FREE_TRAIN_KEYS = ("steps", "minutes", "device", "threads", "validate_every", "validation_batches", "checkpoint_every")
+FREE_TRAIN_KEYS += ("recompute", "compile")  # how it is computed; of the same model
 
 
 class RunStopped(Exception):
@@ -210,8 +211,8 @@ class Trainer:
     def _validate(self) -> None:
         batches = self.validation_batches()
         found = self.train_state.evaluate(batches)
-        with low_rank_shares(self.train_state.model) as shares:
-            self.train_state.evaluate(batches[:1])
+        with low_rank_shares(self.train_state.model) as shares, torch.compiler.set_stance("force_eager"):
+            self.train_state.evaluate(batches[:1])  # compiled graphs do not know the hooks that measure
         metric = self.task.metric
         record = {"kind": "validation", "step": self.steps_done, "seconds": self._trained_seconds()}
         record |= {metric.name: metric.of(found)} | dataclasses.asdict(found)
