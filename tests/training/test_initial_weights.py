@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,10 @@ pytest.importorskip("safetensors")
 import safetensors.torch
 
 import scatterbrain as sb
+from scatterbrain.training.config import AttentionConfig, CompareConfig, RunConfig
 from scatterbrain.training.initial_weights import initialize_from
 from scatterbrain.training.models.vit import VisionTransformer
+from scatterbrain.training.trainer import Trainer
 
 EXACT = (sb.Full(), None)
 LEARNED = (sb.Window(16), sb.Quadratic(3, "learned"))
@@ -118,3 +123,50 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path):
     safetensors.torch.save_file({"weight": torch.ones(1)}, path)
     with pytest.raises(ValueError, match=expected + "whose tensors have no names that begin with model/"):
         initialize_from(path, model(*EXACT))
+
+
+# -------------------- as a key of a run
+
+
+def test_a_run_starts_from_the_weights_of_another_and_goes_on_without_its_file(
+    tiny: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+):
+    first = Trainer(tiny(output="exact"))
+    first.run()
+    source = first.folder.checkpoint
+    settings = {"attention": AttentionConfig(keys=16), "output": "tuned", "initialize_from": str(source)}
+    second = Trainer(tiny(**settings, steps=4))
+    state = second.train_state.model.state_dict()
+    shared = first.train_state.model.state_dict()
+    assert len(state) > len(shared) and all(torch.equal(state[name], value) for name, value in shared.items())
+    assert "initial weights from" in capsys.readouterr().out
+    second.run()
+    tuned = second.train_state.model.state_dict()
+    source.unlink()
+    third = Trainer(tiny(**settings, steps=5, resume=True))
+    assert all(torch.equal(third.train_state.model.state_dict()[name], value) for name, value in tuned.items())
+    assert "initial weights from" not in capsys.readouterr().out
+    third.run()
+
+
+def test_the_exact_run_beside_it_starts_from_the_same_weights(tiny: Callable[..., RunConfig]):
+    first = Trainer(tiny(output="exact"))
+    first.run()
+    settings = {"output": "tuned", "initialize_from": str(first.folder.checkpoint), "steps": 2, "learning_rate": 1e-9}
+    config = tiny(attention=AttentionConfig(keys=16), **settings)
+    second = Trainer(dataclasses.replace(config, compare=CompareConfig(steps=1)))
+    second.run()
+    before = first.train_state.evaluate(second.validation_batches()).loss
+    records = [json.loads(line) for line in second.folder.exact_metrics.read_text().splitlines()]
+    after = next(record["loss"] for record in records if record["kind"] == "validation")
+    assert after == pytest.approx(before, rel=1e-5)
+
+
+def test_a_file_that_does_not_fit_leaves_the_run_that_is_there(tiny: Callable[..., RunConfig], tmp_path: Path):
+    first = Trainer(tiny(output="run"))
+    first.run()
+    before = first.folder.checkpoint.read_bytes()
+    with pytest.raises(ValueError, match=r"train\.initialize_from: expected .* got '.*nothing\.safetensors'"):
+        config = tiny(output="run", initialize_from=str(tmp_path / "nothing.safetensors"))
+        Trainer(dataclasses.replace(config, overwrite=True))
+    assert first.folder.checkpoint.read_bytes() == before

@@ -149,6 +149,8 @@ class TrainConfig:
             mean.
         compile: Whether torch.compile makes graphs of the model, of all but its attention, which is compiled code
             already. Rounding differs from that of a run without.
+        initialize_from: Checkpoint of an earlier run (its checkpoint.safetensors) whose weights this one starts from,
+            as in fine-tuning; null to draw them. What attention itself keeps starts anew where it differs there.
         seed: Of the initial weights and the order of the data.
         device: "cpu", "cuda" or any torch device.
         threads: CPU threads; null for torch's own choice.
@@ -173,6 +175,7 @@ class TrainConfig:
     bf16: bool = False
     recompute: bool = False
     compile: bool = False
+    initialize_from: str | None = None
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None

@@ -75,8 +75,9 @@ class TrainState:
         self.model = build(timed_attention, generator).to(self.device)
         apply_options(self.model, train, self.device)
         self.precision = Precision(train, self.device)
-        decayed = [parameter for parameter in self.model.parameters() if parameter.ndim == 2]
-        others = [parameter for parameter in self.model.parameters() if parameter.ndim != 2]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        decayed = [parameter for parameter in trained if parameter.ndim == 2]
+        others = [parameter for parameter in trained if parameter.ndim != 2]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=train.learning_rate,

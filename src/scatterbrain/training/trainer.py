@@ -23,6 +23,7 @@ from scatterbrain.training.compare import compare_with_exact, comparison_table
 from scatterbrain.training.config import AttentionConfig, RunConfig, misfit
 from scatterbrain.training.curves import draw_curves
 from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, write_atomically
+from scatterbrain.training.initial_weights import initialize_from
 from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.low_rank_share import low_rank_shares
 from scatterbrain.training.metrics import Evaluation
@@ -147,6 +148,8 @@ class Trainer:
                 print(
                     f"{self.folder.metrics} has records of {known} of {progress.step} steps; the others are not drawn"
                 )
+        else:
+            self._initialize(self.train_state)
         if found and self._checkpointed_step is None:
             self.folder.checkpoint.unlink()
         self._write_data_files(continues=self._checkpointed_step is not None)
@@ -163,6 +166,11 @@ class Trainer:
                     "checkpoint was trained; restore the data, or start anew in another folder with --output"
                 )
             write_atomically(path, content)
+
+    def _initialize(self, train_state: TrainState) -> None:
+        """Puts the weights in that the run starts from, if they are those of an earlier one."""
+        if self.config.train.initialize_from is not None:
+            print(initialize_from(self.config.train.initialize_from, train_state.model))
 
     def _introduce(self) -> None:
         parameters = sum(parameter.numel() for parameter in self.train_state.model.parameters())
@@ -256,6 +264,7 @@ class Trainer:
             return
         exact = RunLog(self.folder.exact_metrics, [])
         train_state = self._train_state(AttentionConfig(support="full"))
+        self._initialize(train_state)
         batches = (self.training_batches, self.validation_batches())
         if compare_with_exact(self.log, exact, steps, train_state, *batches, train.validate_every, stop):
             table = comparison_table(self.log, exact, self.task.metric)
