@@ -13,7 +13,8 @@ from scatterbrain.supports import SUPPORTS
 
 @pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="needs the source tree, not only the installed package")
 @pytest.mark.parametrize(
-    ("document", "blocks"), [("README.md", 3), ("docs/architecture.md", 1), ("docs/own_parts.md", 4)]
+    ("document", "blocks"),
+    [("README.md", 3), ("docs/architecture.md", 1), ("docs/own_parts.md", 4), ("docs/vision.md", 2)],
 )
 def test_the_code_of_the_documents_runs(document: str, blocks: int) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")

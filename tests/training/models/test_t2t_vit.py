@@ -284,3 +284,16 @@ def test_other_splits_leave_a_token_for_every_pixel():
     model = T2TViT(**SMALL, splits=((3, 1), (3, 2), (3, 2)))
     assert model.tokens_to_token.sides == [32, 16, 8]
     assert model(rand(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_recomputing_blocks_changes_no_gradient():
+    quadratic = lambda *sizes: sb.ScatterbrainAttention(
+        sizes[0], sizes[2], support=sb.Window(16), low_rank=sb.Quadratic(3, "learned")
+    )
+    model = T2TViT(**SMALL, attention=quadratic, token_attention=quadratic)
+    gradients = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(rand(2, 3, 32, 32)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))

@@ -114,3 +114,13 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict, said: str):
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"expected images of 16 x 16, got \(2, 3, 32, 32\); set image_size"):
         VisionTransformer(**SIZES)(rand(2, 3, 32, 32))
+
+
+def test_recomputing_blocks_changes_no_gradient():
+    model = VisionTransformer(**SIZES, pooling="class", attention=factory(sb.Routed(16), sb.Quadratic(3, "learned")))
+    gradients = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(rand(2, 3, 16, 16)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))

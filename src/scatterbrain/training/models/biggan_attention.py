@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scatterbrain.hilbert import hilbert_order, inverse_order
-from scatterbrain.training.models.exchangeable import AttentionFactory, ExchangeableAttention, exact_attention
+from scatterbrain.training.models.blocks import AttentionFactory
+from scatterbrain.training.models.exchangeable import ExchangeableAttention, exact_attention
 
 
 class BigGANAttention(ExchangeableAttention):

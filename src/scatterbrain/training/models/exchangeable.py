@@ -16,9 +16,6 @@ from scatterbrain.nn.host_module import attention_unless_exact
 from scatterbrain.nn.pairs import Pairs
 from scatterbrain.supports import Support
 
-AttentionFactory = Callable[[int, int, int], nn.Module]
-"""Called with (num_heads, num_kv_heads, head_dim), once per layer."""
-
 
 class ExactAttention(nn.Module):
     """softmax(q k / sqrt(d)) v by torch's own kernel; query (B, H, N, d), key (B, H, M, d), value (B, H, M, dv)."""

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scatterbrain.hilbert import hilbert_order, inverse_order
-from scatterbrain.training.models.exchangeable import AttentionFactory, ExchangeableAttention, exact_attention
-from scatterbrain.training.models.vision_block import Mlp, VisionBlock, initialise_linear_layers
+from scatterbrain.training.models.blocks import AttentionFactory
+from scatterbrain.training.models.exchangeable import ExchangeableAttention, exact_attention
+from scatterbrain.training.models.vision_block import Mlp, VisionBlock, initialise_linear_layers, through
 
 SPLITS = ((7, 4), (3, 2), (3, 2))  # kernel and stride of each soft split, as published
 
@@ -39,6 +40,9 @@ class T2TViT(nn.Module):
             are near in the image; default raster order. Exact attention is the same in both.
         generator: draws every weight except those of ``attention`` and ``token_attention``.
 
+    ``recompute``, False at first, makes the backward pass compute every block and token transformer again in place of
+    keeping what is inside.
+
     Raises:
         ValueError: a size that does not fit.
     """
@@ -62,6 +66,7 @@ class T2TViT(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        self.recompute = False
         if width % heads:
             raise ValueError(f"T2TViT: expected a width that is a multiple of heads={heads}, got {width}")
         self.tokens_to_token = TokensToToken(
@@ -82,14 +87,15 @@ class T2TViT(nn.Module):
         initialise_linear_layers(self, generator)
         self.tokens_to_token.draw_features(generator)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(batch, channels, image_size, image_size) to logits (batch, classes)."""
-        x = self.tokens_to_token(images)
+    def forward(self, images: Tensor, mask: None = None) -> Tensor:
+        """(batch, channels, image_size, image_size) to logits (batch, classes). Of images every token counts, so there
+        is no ``mask``."""
+        x = self.tokens_to_token(images, self.recompute)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + self.pos_embed
         if self.order is not None:
             x = x[:, self.order]
         for block in self.blocks:
-            x = block(x)
+            x = through(block, x, self.recompute)
         return self.head(self.norm(x[:, 0]))
 
 
@@ -132,15 +138,15 @@ class TokensToToken(nn.Module):
                 self.register_buffer(f"order{stage + 1}", order, persistent=False)
         self.project = nn.Linear(token_width * splits[2][0] ** 2, width)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, recompute: bool = False) -> Tensor:
         """(batch, channels, image_size, image_size) to (batch, tokens, width), tokens in raster order."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             expected = f"{self.image_size} x {self.image_size}"
             raise ValueError(f"T2TViT: expected images of {expected}, got {tuple(images.shape)}; set image_size")
         x = self.soft_split0(images).transpose(1, 2)
-        x = self._as_image(self._attend(self.attention1, x, self.order1), self.sides[0])
+        x = self._as_image(self._attend(self.attention1, x, self.order1, recompute), self.sides[0])
         x = self.soft_split1(x).transpose(1, 2)
-        x = self._as_image(self._attend(self.attention2, x, self.order2), self.sides[1])
+        x = self._as_image(self._attend(self.attention2, x, self.order2, recompute), self.sides[1])
         return self.project(self.soft_split2(x).transpose(1, 2))
 
     def draw_features(self, generator: torch.Generator | None) -> None:
@@ -149,8 +155,10 @@ class TokensToToken(nn.Module):
             if isinstance(module, TokenPerformer):
                 module.draw_features(generator)
 
-    def _attend(self, transformer: nn.Module, x: Tensor, order: Tensor | None) -> Tensor:
-        return transformer(x) if order is None else transformer(x[:, order])[:, inverse_order(order)]
+    def _attend(self, transformer: nn.Module, x: Tensor, order: Tensor | None, recompute: bool) -> Tensor:
+        if order is None:
+            return through(transformer, x, recompute)
+        return through(transformer, x[:, order], recompute)[:, inverse_order(order)]
 
     def _as_image(self, x: Tensor, side: int) -> Tensor:
         return x.transpose(1, 2).unflatten(2, (side, side))

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scatterbrain.hilbert import hilbert_order
-from scatterbrain.training.models.exchangeable import AttentionFactory, exact_attention
-from scatterbrain.training.models.vision_block import VisionBlock, initialise_linear_layers
+from scatterbrain.training.models.blocks import AttentionFactory
+from scatterbrain.training.models.exchangeable import exact_attention
+from scatterbrain.training.models.vision_block import VisionBlock, initialise_linear_layers, through
 
 NORM_EPS = 1e-6  # of ViT, which timm keeps
 
@@ -31,6 +32,8 @@ class VisionTransformer(nn.Module):
         hilbert: whether blocks see patches in the order of a Hilbert curve, in which near tokens are near in the image;
             windows and lists that neighbours share gain from it. Exact attention is the same in both. Default true.
         generator: draws every weight except those of ``attention``.
+
+    ``recompute``, False at first, makes the backward pass compute every block again in place of keeping what is inside.
 
     Raises:
         ValueError: a size or a pooling that does not fit.
@@ -61,7 +64,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"VisionTransformer: expected a width that is a multiple of heads={heads}, got {width}")
         if pooling not in ("mean", "class"):
             raise ValueError(f"VisionTransformer: expected pooling 'mean' or 'class', got {pooling!r}")
-        self.image_size, self.pooling = image_size, pooling
+        self.image_size, self.pooling, self.recompute = image_size, pooling, False
         side, first = image_size // patch_size, int(pooling == "class")
         self.patch_embed = PatchEmbedding(channels, width, patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if first else None
@@ -77,8 +80,9 @@ class VisionTransformer(nn.Module):
         self.register_buffer("order", order, persistent=False)
         self._initialise(generator)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(batch, channels, image_size, image_size) to logits (batch, classes)."""
+    def forward(self, images: Tensor, mask: None = None) -> Tensor:
+        """(batch, channels, image_size, image_size) to logits (batch, classes). Of images every token counts, so there
+        is no ``mask``."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             expected = f"{self.image_size} x {self.image_size}"
             raise ValueError(
@@ -91,13 +95,13 @@ class VisionTransformer(nn.Module):
         if self.order is not None:
             x = x[:, self.order]
         for block in self.blocks:
-            x = block(x)
+            x = through(block, x, self.recompute)
         if self.pooling == "class":
             return self.head(self.norm(x[:, 0]))
         return self.head(self.norm(x).mean(1))
 
     def _initialise(self, generator: torch.Generator | None) -> None:
-        """As :func:`initialise_linear_layers`; patches uniform in +- fan_in ** -0.5, positions of deviation .02."""
+        """As :func:`initialise_linear_layers`, the patches' too; positions and the class token of deviation .02."""
         initialise_linear_layers(self, generator)
         projection = self.patch_embed.proj
         bound = projection.weight[0].numel() ** -0.5
@@ -105,7 +109,7 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(projection.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
         if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
+            nn.init.trunc_normal_(self.cls_token, std=0.02, generator=generator)
 
 
 class PatchEmbedding(nn.Module):

@@ -9,6 +9,7 @@ from scatterbrain.registry import Registry
 from scatterbrain.training.config import WrongType
 from scatterbrain.training.tasks.base import Task, TaskData
 from scatterbrain.training.tasks.copy import Copy
+from scatterbrain.training.tasks.image_classification import ImageClassification
 from scatterbrain.training.tasks.image_sequence import ImageSequence
 from scatterbrain.training.tasks.language import Language
 from scatterbrain.training.tasks.listops import ListOps
@@ -34,6 +35,7 @@ for _task in (
     TextClassification,
     Retrieval,
     ImageSequence,
+    ImageClassification,
     Pathfinder,
     Names,
 ):
