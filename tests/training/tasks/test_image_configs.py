@@ -19,12 +19,12 @@ from scatterbrain.training.config_files import read_config
 
 FILES = {
     f"{task}/{path.stem}": path
-    for task in ("vit", "t2t_vit")
+    for task in ("vit", "t2t_vit", "vit_finetune")
     for path in sorted((ROOT / "configs" / task).glob("*.yaml"))
     if path.stem != "task"
 }
 # Tokens of the longest sequence, width of a head, multiply-adds per query and head as task.yaml states them.
-COSTS = {"vit": (1024, 32, 12_000), "t2t_vit": (1024, 64, 25_600)}
+COSTS = {"vit": (1024, 32, 12_000), "vit_finetune": (1024, 32, 12_000), "t2t_vit": (1024, 64, 25_600)}
 METHODS = {
     *("full", "window", "lsh", "favor", "quadratic", "centroid", "routed", "window-favor", "lsh-favor"),
     *("window-quadratic", "routed-quadratic", "routed-centroid"),
@@ -46,23 +46,44 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_it_trains(name: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    size = 16 if name.startswith("vit/") else 32
+def run(name: str, images: Path, folder: Path, **train: object) -> list[dict]:
+    """Records of a run of 20 steps of one layer."""
+    settings = {"steps": 20, "batch": 6, "warmup": 2, "threads": 1, "validate_every": 20, "validation_batches": 5}
     changes = {
         "extends": str(FILES[name]),
-        "task": {"image_size": size},
+        "task": {"image_size": 32 if name.startswith("t2t_vit/") else 16},
         "data": {"path": str(images)},
         "model": {"layers": 1},
-        "train": {"steps": 20, "batch": 6, "warmup": 2, "threads": 1, "validate_every": 20, "validation_batches": 5},
-        "output": str(tmp_path / "run"),
+        "train": settings | train,
+        "output": str(folder / "run"),
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(changes))
-    assert main(["train", str(tmp_path / "run.yaml")]) == 0, capsys.readouterr().err
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (folder / "run.yaml").write_text(yaml.safe_dump(changes))
+    assert main(["train", str(folder / "run.yaml")]) == 0
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def exact(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that fine-tuning starts from."""
+    folder = tmp_path_factory.mktemp("exact")
+    run("vit/full", images, folder)
+    return folder / "run" / "checkpoint.safetensors"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("vit_finetune/")])
+def test_it_trains(name: str, images: Path, tmp_path: Path):
+    records = run(name, images, tmp_path)
     losses = [record["loss"] for record in records if record["kind"] == "train"]
     assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5])
     assert records[-1]["kind"] == "validation" and 0 <= records[-1]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("vit_finetune/")])
+def test_it_goes_on_from_exact_attention(name: str, images: Path, exact: Path, tmp_path: Path):
+    """The first loss is near that of the run before and not near log 3, that of new weights."""
+    records = run(name, images, tmp_path, initialize_from=str(exact))
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert len(losses) == 20 and max(losses) < 0.9
 
 
 def test_a_model_with_fixed_parameters_goes_on_from_its_checkpoint(images: Path, tmp_path: Path):
