@@ -147,7 +147,7 @@ def test_the_task_gives_pixels_row_by_row_with_their_labels():
     ("fields", "message"),
     [
         ({"size": 7}, "task.size: expected 8 or more, got 7"),
-        ({"dashes": 1}, "task.dashes: expected 2 or more, got 1"),
+        ({"dashes": 2}, "task.dashes: expected 3 or more, so that two dots have room, got 2"),
         ({"distractors": -1}, "task.distractors: expected 0 or more, got -1"),
         ({"distractor_dashes": 0}, "task.distractor_dashes: expected 1 or more, got 0"),
         ({"size": 16}, "task.dashes, task.distractors, task.size: expected paths that leave room for each other"),

@@ -20,7 +20,7 @@ class Pathfinder(Task):
 
     Args:
         size: pixels of a side; a sequence has size * size tokens.
-        dashes: of the two long paths, 4 pixels each.
+        dashes: of the two long paths, 4 pixels each; at least 3.
         distractors: number of shorter paths.
         distractor_dashes: of a shorter path.
     """
@@ -37,7 +37,7 @@ class Pathfinder(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.size >= 8, "task.size", "8 or more", self.size)
-        require(self.dashes >= 2, "task.dashes", "2 or more", self.dashes)
+        require(self.dashes >= 3, "task.dashes", "3 or more, so that two dots have room", self.dashes)
         require(self.distractors >= 0, "task.distractors", "0 or more", self.distractors)
         require(self.distractor_dashes >= 1, "task.distractor_dashes", "1 or more", self.distractor_dashes)
 

@@ -24,8 +24,8 @@ class Recall(Task):
         tokens: of a sequence, at least 3 for each pair; blanks at random places fill the rest.
         keys: that the pairs' keys are drawn from, without repetition.
         values: that are drawn from; guessing is right once in so many.
-        first_pairs: pairs at the beginning of the run: few are learned much sooner than many. The sequences are
-            shorter in proportion.
+        first_pairs: pairs at the beginning of the run: few are learned much sooner than many. Sequences are shorter
+            in proportion, and a batch has more of them in return.
         first_share: of the run that stays at ``first_pairs``. From there to the share ``full_share`` their number grows
             steadily.
         full_share: of the run from which on there are ``pairs``.
@@ -76,7 +76,7 @@ class RecallData:
 
     Args:
         task: its settings.
-        batch: sequences of a batch.
+        batch: sequences of a batch with all pairs.
         seed: of the draws.
     """
 
@@ -91,13 +91,14 @@ class RecallData:
 
     def training_batch(self, number: int, fraction: float) -> Batch:
         pairs = self.task.pairs_at(fraction)
-        return self._batch(pairs, self.task.tokens * pairs // self.task.pairs, "training", number)
+        rows = self.batch * self.task.pairs // pairs
+        return self._batch(rows, pairs, self.task.tokens * pairs // self.task.pairs, "training", number)
 
     def validation_batch(self, number: int) -> Batch:
-        return self._batch(self.task.pairs, self.task.tokens, "validation", number)
+        return self._batch(self.batch, self.task.pairs, self.task.tokens, "validation", number)
 
-    def _batch(self, pairs: int, tokens: int, part: str, number: int) -> Batch:
-        task, rows, generator = self.task, self.batch, generator_of(self.seed, "recall", part, number)
+    def _batch(self, rows: int, pairs: int, tokens: int, part: str, number: int) -> Batch:
+        task, generator = self.task, generator_of(self.seed, "recall", part, number)
         keys = permutations(rows, task.keys, generator)[:, :pairs]
         values = task.keys + torch.randint(task.values, (rows, pairs), generator=generator)
         blanks = tokens - 3 * pairs
