@@ -159,6 +159,15 @@ def test_spectral_norm_finds_the_largest_singular_value_in_training_alone():
     assert layer.g.sv0.item() == pytest.approx(want.item(), rel=1e-6)
 
 
+def test_the_singular_value_is_the_same_under_autocast():
+    layer, other = block(dtype=torch.float32), block(dtype=torch.float32)
+    x = rand(1, CHANNELS, 4, 4)
+    layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert other(x).isfinite().all()
+    assert torch.equal(layer.g.u0, other.g.u0) and torch.equal(layer.g.sv0, other.g.sv0)
+
+
 def test_it_starts_as_the_identity():
     x = rand(1, CHANNELS, 4, 6)
     assert torch.equal(BigGANAttention(CHANNELS)(x), x)

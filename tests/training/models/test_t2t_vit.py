@@ -297,3 +297,12 @@ def test_recomputing_blocks_changes_no_gradient():
         model(rand(2, 3, 32, 32)).square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))
+
+
+def test_performer_features_stay_in_float32_under_autocast():
+    layer = randomized(T2TViT(**SMALL, tokens="performer")).tokens_to_token.attention1
+    query, key, value = (2 * rand(2, 64, 8, seed=seed) for seed in range(3))
+    want = layer._linear_attention(query, key, value)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer._linear_attention(query, key, value), want)
+        assert T2TViT(**SMALL, tokens="performer")(rand(2, 3, 32, 32)).isfinite().all()

@@ -111,13 +111,15 @@ class SpectralNormConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight / self._largest_singular_value(), self.bias)
 
     def _largest_singular_value(self) -> Tensor:
-        matrix = self.weight.flatten(1)
-        with torch.no_grad():
-            right = F.normalize(self.u0 @ matrix, eps=self.EPSILON)
-            left = F.normalize(right @ matrix.T, eps=self.EPSILON)
-        value = (left @ matrix @ right.T).squeeze()
-        if self.training:
+        """In the weight's own type under autocast too, or the estimate would move with rounding."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            matrix = self.weight.flatten(1)
             with torch.no_grad():
-                self.u0.copy_(left)
-                self.sv0.fill_(value.detach())
-        return value
+                right = F.normalize(self.u0 @ matrix, eps=self.EPSILON)
+                left = F.normalize(right @ matrix.T, eps=self.EPSILON)
+            value = (left @ matrix @ right.T).squeeze()
+            if self.training:
+                with torch.no_grad():
+                    self.u0.copy_(left)
+                    self.sv0.fill_(value.detach())
+            return value

@@ -225,10 +225,12 @@ class TokenPerformer(ExchangeableAttention):
         return x + self.mlp(self.norm2(x))
 
     def _linear_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key = self._features(query), self._features(key)
-        sums = query @ (key.transpose(1, 2) @ value.float())
-        total = query @ key.sum(1)[:, :, None]
-        return (sums / (total + self.EPSILON)).to(value.dtype)
+        """In float32 under autocast too: exponentials of half types would lose the small weights."""
+        with torch.autocast(query.device.type, enabled=False):
+            query, key = self._features(query), self._features(key)
+            sums = query @ (key.transpose(1, 2) @ value.float())
+            total = query @ key.sum(1)[:, :, None]
+            return (sums / (total + self.EPSILON)).to(value.dtype)
 
     def _features(self, x: Tensor) -> Tensor:
         """exp(w.x - |x|^2 / 2) / sqrt(features), in float32: (batch, tokens, width) to (batch, tokens, features)."""
