@@ -43,11 +43,17 @@ def train(arguments: Sequence[str]) -> int:
     with readable_errors():
         if asks_for_help(arguments):
             _help().exit_with_help()
+        from scatterbrain.training.processes import FirstProcessFailed
         from scatterbrain.training.trainer import RunStopped, Trainer
 
-        trainer = Trainer(parse_run_config(arguments))
+        try:
+            trainer = Trainer(parse_run_config(arguments))
+        except FirstProcessFailed as failed:
+            raise SystemExit(failed.exit_code) from failed
     try:
         trainer.run()
+    except FirstProcessFailed as failed:  # of which the first process tells
+        raise SystemExit(failed.exit_code) from failed
     except RunStopped as stopped:
         raise CommandError(str(stopped), stopped.exit_code) from stopped
     return 0

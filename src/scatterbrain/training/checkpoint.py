@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from scatterbrain.training.config import SECTIONS
 from scatterbrain.training.files import UnusableRun, write_atomically
 from scatterbrain.training.precision import Precision
+from scatterbrain.training.processes import like, whole
 from scatterbrain.training.train_step import TrainState
 
 FORMAT = "scatterbrain-train-1"
@@ -39,21 +40,27 @@ class Progress:
 
 
 def save_checkpoint(path: Path, train_state: TrainState, progress: Progress) -> None:
-    """Writes weights, optimizer, random number generators and progress, atomically.
+    """Writes weights, optimizer, random number generators and progress, atomically. Of several processes all must call
+    it; the first one writes, whole tensors, so any number of processes can go on.
 
     Raises:
         OSError: if it cannot be written; an earlier checkpoint stays whole.
     """
-    tensors = {f"model/{name}": value.contiguous() for name, value in train_state.model.state_dict().items()}
+    processes = train_state.processes
+    sources = {f"model/{name}": value for name, value in train_state.model.state_dict().items()}
     for index, state in train_state.optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"optimizer/{index}/{name}"] = value.contiguous()
+        sources |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
+    tensors = {}
+    for name, value in sources.items():
+        value = whole(value)
+        if processes.is_first:
+            tensors[name] = value.contiguous()
     tensors |= {f"scaler/{name}": value for name, value in train_state.precision.state().items()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if train_state.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state(train_state.device)
     metadata = {"format": FORMAT, "progress": json.dumps(dataclasses.asdict(progress))}
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    processes.first(lambda: write_atomically(path, safetensors.torch.save(tensors, metadata)))
 
 
 def read_progress(path: Path) -> Progress:
@@ -88,13 +95,14 @@ def read_progress(path: Path) -> Progress:
 
 def load_checkpoint(path: Path, train_state: TrainState) -> None:
     """Restores the weights, the optimizer and the random number generators, all of them: a run that goes on without
-    some of its state is another run.
+    some of its state is another run. Of several processes all must call it; the first one reads.
 
     Raises:
         UnusableRun: if the file is not a checkpoint of :func:`save_checkpoint` for this model, whole and unchanged.
     """
-    step = read_progress(path).step
-    tensors = safetensors.torch.load_file(path)
+    processes = train_state.processes
+    step = processes.first(lambda: read_progress(path).step)
+    tensors = processes.tensors(lambda: safetensors.torch.load_file(path))
     groups = {"model": {}, "optimizer": {}, "scaler": {}, "rng": {}}
     for name, value in tensors.items():
         kind, _, rest = name.partition("/")
@@ -119,19 +127,20 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
-def _require_like(path: Path, name: str, tensor: Tensor, like: Tensor) -> None:
+def _require_like(path: Path, name: str, tensor: Tensor, own: Tensor) -> None:
     """A finite tensor of the shape and dtype of another."""
-    same = tensor.shape == like.shape and tensor.dtype == like.dtype
+    same = tensor.shape == own.shape and tensor.dtype == own.dtype
     if not same:
-        raise UnusableRun(f"{path}: {name} must be {_describe(like)}, got {_describe(tensor)}; {_CURE}")
-    if bool(torch.isfinite(like).all()) and not bool(torch.isfinite(tensor).all()):
+        raise UnusableRun(f"{path}: {name} must be {_describe(own)}, got {_describe(tensor)}; {_CURE}")
+    if bool(torch.isfinite(whole(own)).all()) and not bool(torch.isfinite(tensor).all()):
         raise UnusableRun(f"{path}: {name} holds NaN or infinity; {_CURE}")
 
 
 def _load_model(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> None:
     own = model.state_dict()
-    for name in own.keys() & tensors.keys():
+    for name in sorted(own.keys() & tensors.keys()):  # the same order in all processes, which gather sharded ones
         _require_like(path, f"model/{name}", tensors[name], own[name])
+    tensors = {name: like(value, own[name]) if name in own else value for name, value in tensors.items()}
     try:
         model.load_state_dict(tensors)  # which knows the names of earlier versions too
     except (RuntimeError, ValueError, TypeError) as error:
@@ -146,16 +155,16 @@ def _load_optimizer(path: Path, tensors: dict[str, Tensor], train_state: TrainSt
     optimizer = train_state.optimizer.state_dict()
     parameters = [parameter for group in train_state.optimizer.param_groups for parameter in group["params"]]
     likes = {
-        f"{index}/{field}": like
+        f"{index}/{field}": own
         for index, parameter in enumerate(parameters if has_steps else [])
-        for field, like in (("step", torch.tensor(0.0)), ("exp_avg", parameter), ("exp_avg_sq", parameter))
+        for field, own in (("step", torch.tensor(0.0)), ("exp_avg", parameter), ("exp_avg_sq", parameter))
     }
     for name in sorted(likes.keys() ^ tensors.keys()):
         expected = "is missing" if name in likes else "belongs to no parameter"
         raise UnusableRun(f"{path}: optimizer/{name} {expected}; {_CURE}")
     optimizer["state"] = {}
-    for name, like in likes.items():
-        _require_like(path, f"optimizer/{name}", tensors[name], like.detach())
+    for name, own in likes.items():
+        _require_like(path, f"optimizer/{name}", tensors[name], own.detach())
         index, field = name.split("/")
         if field == "step":
             taken = tensors[name].item()
@@ -164,7 +173,7 @@ def _load_optimizer(path: Path, tensors: dict[str, Tensor], train_state: TrainSt
         if field == "exp_avg_sq":
             least = float(tensors[name].min())
             _require(path, least >= 0, f"optimizer/{name}", "an average of squares, 0 or more", least)
-        optimizer["state"].setdefault(int(index), {})[field] = tensors[name]
+        optimizer["state"].setdefault(int(index), {})[field] = like(tensors[name], own.detach())
     train_state.optimizer.load_state_dict(optimizer)
 
 
@@ -173,8 +182,8 @@ def _load_scaler(path: Path, tensors: dict[str, Tensor], precision: Precision) -
     for name in sorted(likes.keys() ^ tensors.keys()):
         expected = "is missing" if name in likes else "belongs to no setting of train.precision"
         raise UnusableRun(f"{path}: scaler/{name} {expected}; {_CURE}")
-    for name, like in likes.items():
-        _require_like(path, f"scaler/{name}", tensors[name], like)
+    for name, own in likes.items():
+        _require_like(path, f"scaler/{name}", tensors[name], own)
         least = float(tensors[name])
         _require(path, least > 0 or name != "scale" and least == 0, f"scaler/{name}", "positive", least)
     precision.load(tensors)

@@ -39,7 +39,7 @@ def compare_with_exact(
     """
     seconds = 0.0
     for record in own.of_kind("train")[:steps]:
-        if stop.signal is not None:
+        if stop.check():
             return False
         step = record["step"]
         result = train_state.step(training_batches(step - 1), record["learning_rate"])

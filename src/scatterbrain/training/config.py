@@ -131,7 +131,7 @@ class TrainConfig:
             depends on time and does not resume bit-identically.
         context: Bytes per sequence of a language model; other tasks have a length of their own (task.tokens).
         batch: Sequences per forward pass.
-        accumulate: Forward passes per optimizer step.
+        accumulate: Batches per optimizer step, of all processes together.
         learning_rate: Peak of AdamW's learning rate.
         schedule: After the warm-up the learning rate falls along half a "cosine" or along a line ("linear"), or stays
             at its peak ("constant").
@@ -151,6 +151,9 @@ class TrainConfig:
             already. Rounding differs from that of a run without.
         initialize_from: Checkpoint of an earlier run (its checkpoint.safetensors) whose weights this one starts from,
             as in fine-tuning; null to draw them. What attention itself keeps starts anew where it differs there.
+        parallel: How several processes, started with torchrun, train one model: "ddp", each has all of it, or "fsdp",
+            each has a part of every tensor (sharded data parallelism). They share out the batches of a step: its
+            accumulate batches, or rows of them. So the number of processes changes nothing but rounding.
         seed: Of the initial weights and the order of the data.
         device: "cpu", "cuda" or any torch device.
         threads: CPU threads; null for torch's own choice.
@@ -176,6 +179,7 @@ class TrainConfig:
     recompute: bool = False
     compile: bool = False
     initialize_from: str | None = None
+    parallel: Literal["none", "ddp", "fsdp"] = "none"
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
@@ -196,6 +200,18 @@ class TrainConfig:
             require(0 <= getattr(self, name) < math.inf, f"train.{name}", "0 or more", getattr(self, name))
         require(all(0 <= beta < 1 for beta in self.betas), "train.betas", "numbers from 0 to below 1", self.betas)
         require(0 <= self.seed < 2**63, "train.seed", "0 or more, in 63 bits", self.seed)
+        require(
+            not (self.compile and self.parallel == "fsdp"),
+            "train.compile",
+            "false with train.parallel fsdp",
+            self.compile,
+        )
+        require(
+            not (self.precision == "fp16" and self.parallel == "fsdp"),
+            "train.precision",
+            "float32 or bf16 with train.parallel fsdp",
+            self.precision,
+        )
         require(
             not (self.bf16 and self.precision == "fp16"),
             "train.precision",

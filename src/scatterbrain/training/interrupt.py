@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
+from scatterbrain.training.processes import Processes
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = (
+    5.0  # seconds in which further signals are those of torchrun, which passes on what the terminal has sent already
+)
 
 
 class StopRequest:
-    """While active, stores the first SIGINT or SIGTERM in ``signal``; a second one acts as usual. Outside the main
-    thread, where Python allows no signal handlers, every signal acts as usual."""
+    """While active, takes the first SIGINT or SIGTERM for a request; a second one acts as usual, with several processes
+    after five seconds. Outside the main thread, where Python allows no signal handlers, every signal acts as usual.
 
-    def __init__(self) -> None:
+    Args:
+        processes: that stop together, whichever of them was asked.
+
+    ``signal`` is what :meth:`check` has found, None before.
+    """
+
+    def __init__(self, processes: Processes = Processes()) -> None:
         self.signal: signal.Signals | None = None
+        self._processes = processes
+        self._received, self._when = 0, 0.0
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -25,9 +39,22 @@ class StopRequest:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
 
+    def check(self) -> bool:
+        """Whether to stop now. All processes must call it, and all get the same answer."""
+        if self.signal is None:
+            (number,) = self._processes.largest(self._received)
+            self.signal = signal.Signals(int(number)) if number else None
+        return self.signal is not None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
+        if self._received and time.monotonic() - self._when < GRACE:
+            return
+        is_first, self._when = not self._received, time.monotonic()
+        self._received = self._received or number
+        if not is_first or not self._processes.are_several:
+            self._restore()
+        if not is_first:
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -18,16 +18,20 @@ class RunLog:
     """Records of a run, on disk and in memory.
 
     Args:
-        path: The file; it is replaced.
+        path: The file; it is replaced. None for a process that keeps records and writes none.
         records: Initial records, such as those before the step that a run continues from.
     """
 
-    def __init__(self, path: Path, records: list[Record]) -> None:
+    def __init__(self, path: Path | None, records: list[Record]) -> None:
         self._path, self.records = path, list(records)
+        if path is None:
+            return
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
     def append(self, record: Record) -> None:
         self.records.append(record)
+        if self._path is None:
+            return
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from scatterbrain.training.metrics import Evaluation
 from scatterbrain.training.model_options import apply_options
 from scatterbrain.training.models.blocks import AttentionFactory
 from scatterbrain.training.precision import Precision
+from scatterbrain.training.processes import Processes, whole
 
 ModelBuilder = Callable[[AttentionFactory, torch.Generator], nn.Module]
 """Makes a model from the attention of a layer and what draws all other weights. The model maps inputs and mask of a
@@ -60,11 +62,21 @@ class TrainState:
         build: Makes the model.
         train: Optimisation.
         attention: Makes the attention of a layer.
+        processes: Those that train the model together, all of which make it and call every method alike. Each works on
+            its share, and figures are those of all.
+
+    ``model`` is the model itself; with ``train.parallel`` fsdp its tensors are sharded.
     """
 
-    def __init__(self, build: ModelBuilder, train: TrainConfig, attention: AttentionFactory) -> None:
-        self.config = train
-        self.device = _device(train.device)
+    def __init__(
+        self,
+        build: ModelBuilder,
+        train: TrainConfig,
+        attention: AttentionFactory,
+        processes: Processes = Processes(),
+    ) -> None:
+        self.config, self.processes = train, processes
+        self.device = _device(processes.device(train.device))
         self.timer = AttentionTimer()
         torch.manual_seed(train.seed)
         generator = torch.Generator().manual_seed(train.seed)
@@ -74,6 +86,7 @@ class TrainState:
 
         self.model = build(timed_attention, generator).to(self.device)
         apply_options(self.model, train, self.device)
+        self._shared = processes.share_model(self.model, self.device)
         self.precision = Precision(train, self.device)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         decayed = [parameter for parameter in trained if parameter.ndim == 2]
@@ -85,21 +98,26 @@ class TrainState:
         )
 
     def step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over the mean gradient of ``batches``."""
-        batches = list(batches)
+        """One optimizer step over the mean gradient of ``batches``: those of :meth:`Processes.own_batches`, of which
+        every process takes its rows."""
+        batches, accumulate = list(batches), self.config.accumulate
+        share = self.processes.parts(accumulate)  # a batch that several processes share counts once
         started = now(self.device)
         self.timer.reset()
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        total, correct, scored = 0.0, 0, 0
-        for batch in batches:
-            sums = self._sums(batch)
-            loss = sums.loss / sums.scored / len(batches)
-            self.precision.scaled(loss).backward()
+        total, correct, scored, tokens = 0.0, 0, 0, 0
+        for index, batch in enumerate(batches):
+            part = self.processes.own_rows(batch, accumulate)
+            with self._exchange(is_last=index == len(batches) - 1):
+                sums = self._sums(part, self._shared)
+                loss = sums.loss / _scored(batch) / len(batches) * share
+                self.precision.scaled(loss).backward()
             total += loss.item()
-            correct, scored = correct + int(sums.correct), scored + sums.scored
+            correct, scored, tokens = correct + int(sums.correct), scored + sums.scored, tokens + part.tokens
+        total, correct, scored, tokens = self.processes.sums(total / self.processes.count, correct, scored, tokens)
         self.precision.unscale(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)).item()
         if not math.isfinite(total) or not (math.isfinite(norm) or self.precision.scales_loss):
             raise FloatingPointError(
                 f"expected a finite loss and gradient, got loss {total} and gradient norm {norm}; "
@@ -109,30 +127,46 @@ class TrainState:
             group["lr"] = learning_rate
         self.precision.step(self.optimizer)
         sb.update_statistics(self.model)
-        tokens = sum(batch.tokens for batch in batches)
-        return StepResult(total, correct / scored, norm, tokens, now(self.device) - started, self.timer.seconds)
+        return StepResult(total, correct / scored, norm, int(tokens), now(self.device) - started, self.timer.seconds)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
-        """Means over all targets of ``batches`` that are scored."""
+        """Means over all targets of ``batches`` that are scored; the batches are shared out among the processes."""
         self.model.eval()
         total, correct, scored = 0.0, 0, 0
-        for batch in batches:
-            sums = self._sums(batch)
-            total += sums.loss.item()
-            correct, scored = correct + int(sums.correct), scored + sums.scored
+        batches, count = list(batches), self.processes.count
+        for first in range(0, len(batches), count):
+            index = first + self.processes.rank
+            is_own = index < len(batches)  # else the first one again: processes take the same number of forward passes
+            sums = self._sums(batches[index if is_own else 0], self.model)
+            if is_own:
+                _scored(batches[index])
+                total += sums.loss.item()
+                correct, scored = correct + int(sums.correct), scored + sums.scored
+        total, correct, scored = self.processes.sums(total, correct, scored)
         return Evaluation(total / scored, correct / scored)
 
-    def _sums(self, batch: Batch) -> Sums:
+    def _sums(self, batch: Batch, model: nn.Module) -> Sums:
         batch = batch.to(self.device)
-        scored = int((batch.targets != -100).sum())
-        if scored == 0:
-            raise ValueError("expected a batch with at least one target that is scored, got one without")
         with self.precision.autocast():
-            logits = self.model(batch.inputs, batch.mask)
+            logits = model(batch.inputs, batch.mask)
         logits, targets = logits.float().flatten(0, -2), batch.targets.flatten()
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        return Sums(loss, (logits.detach().argmax(dim=-1) == targets).sum(), scored)
+        correct = (logits.detach().argmax(dim=-1) == targets).sum()
+        return Sums(loss, correct, int((targets != -100).sum()))
+
+    def _exchange(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """Around the passes of a batch: processes that each have the whole model exchange gradients once a step."""
+        if is_last or self.processes.mode != "ddp":
+            return contextlib.nullcontext()
+        return self._shared.no_sync()
+
+
+def _scored(batch: Batch) -> int:
+    scored = int((batch.targets != -100).sum())
+    if scored == 0:
+        raise ValueError("expected a batch with at least one target that is scored, got one without")
+    return scored
 
 
 def scheduled_learning_rate(config: TrainConfig, step: int, fraction: float) -> float:

@@ -43,7 +43,7 @@ def load_trained(folder: Path) -> Trained:
     file = RunFolder(folder).checkpoint
     stored = read_progress(file).config
     task = build_task(stored["task"])
-    train = dataclasses.replace(_section(TrainConfig, stored["train"]), device="cpu", compile=False)
+    train = dataclasses.replace(_section(TrainConfig, stored["train"]), device="cpu", compile=False, parallel="none")
     data = task.open(_section(DataConfig, stored["data"]), train)
     build = partial(task.build_model, data, _section(ModelConfig, stored["model"]))
     attention = partial(build_attention, _section(AttentionConfig, stored["attention"]), is_causal=task.is_causal)

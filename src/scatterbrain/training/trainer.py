@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -20,7 +18,7 @@ from scatterbrain.training.attention import build_attention, describe_attention,
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint
 from scatterbrain.training.compare import compare_with_exact, comparison_table
-from scatterbrain.training.config import AttentionConfig, RunConfig, misfit
+from scatterbrain.training.config import AttentionConfig, RunConfig
 from scatterbrain.training.curves import draw_curves
 from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, write_atomically
 from scatterbrain.training.initial_weights import initialize_from
@@ -28,13 +26,11 @@ from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.low_rank_share import low_rank_shares
 from scatterbrain.training.metrics import Evaluation
 from scatterbrain.training.models.blocks import AttentionFactory
-from scatterbrain.training.run_log import RunLog, read_records
+from scatterbrain.training.processes import FirstProcessFailed, join, lost_a_process
+from scatterbrain.training.run_log import Record, RunLog, read_records
+from scatterbrain.training.same_run import as_plain_data, check_same_run
 from scatterbrain.training.tasks import build_task, described_task
 from scatterbrain.training.train_step import StepResult, TrainState, scheduled_learning_rate
-
-# A continued run may differ in these. Every other setting of data, model, attention and train affects what is learned.
-FREE_TRAIN_KEYS = ("steps", "minutes", "device", "threads", "validate_every", "validation_batches", "checkpoint_every")
-FREE_TRAIN_KEYS += ("recompute", "compile")  # how it is computed; of the same model
 
 
 class RunStopped(Exception):
@@ -63,12 +59,25 @@ class Trainer:
         self.folder = RunFolder(Path(config.output))
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
-        self.task = build_task(config.task)
-        self.data = self.task.open(config.data, config.train)
-        self.train_state = self._train_state(config.attention)
-        self.steps_done, self._seconds_before = 0, 0.0
-        self._checkpointed_step: int | None = None
-        self._open()
+        self.processes = join(config.train)
+        try:
+            self.task = build_task(config.task)
+            self.data = self.task.open(config.data, config.train)
+            self._description = as_plain_data(dataclasses.replace(config, task=described_task(config.task)))
+            self.processes.require_same("options", self._description)
+            self.processes.require_same("data", self.data.description)
+            starts_anew = self.processes.first(lambda: not (config.resume and self.folder.checkpoint.exists()))
+            self.train_state = self._train_state(config.attention, starts_anew)
+            self.steps_done, self._seconds_before = 0, 0.0
+            self._checkpointed_step: int | None = None
+            self._lock: FolderLock | None = None
+            self._open()
+        except BaseException as error:
+            is_lost = lost_a_process(error)
+            self.processes.leave()
+            if is_lost:
+                raise ConnectionError(f"another process of the run has ended, see what it said: {error}") from error
+            raise
 
     def run(self) -> None:
         """Trains to the end of the schedule, then writes the sample.
@@ -80,43 +89,79 @@ class Trainer:
         try:
             self._run()
         finally:
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
+            self.processes.leave()
 
     def _run(self) -> None:
         self._introduce()
-        with StopRequest() as stop:
+        with StopRequest(self.processes) as stop:
             try:
                 self._fit(stop)
-                if stop.signal is None:
+                if not stop.check():
                     self._write_sample()
-                if stop.signal is None:
+                if not stop.check():
                     self._compare(stop)
+                stop.check()
             except FloatingPointError as error:
-                raise RunStopped(f"{error}. {self._whereabouts()}", 1) from error
+                raise self._stopped(str(error), 1) from error
             except OSError as error:
-                raise RunStopped(f"cannot write to {self.folder.path}: {error}. {self._whereabouts()}", 1) from error
+                raise self._stopped(f"cannot write to {self.folder.path}: {error}", 1) from error
+            except Exception as error:
+                if not lost_a_process(error):
+                    raise
+                raise self._stopped(f"another process of the run has ended, see what it said: {error}", 1) from error
         if stop.signal is not None:
-            raise RunStopped(f"stopped by {stop.signal.name}. {self._whereabouts()}", 128 + stop.signal)
+            raise self._stopped(f"stopped by {stop.signal.name}", 128 + stop.signal)
+
+    def _stopped(self, reason: str, exit_code: int) -> Exception:
+        """The end of the run, of which the first process tells."""
+        message = f"{reason}. {self._whereabouts()}"
+        return (RunStopped if self.processes.is_first else FirstProcessFailed)(message, exit_code)
 
     def training_batches(self, step: int, fraction: float | None = None) -> list[Batch]:
         """The batches of step ``step``, counted from 0, when ``fraction`` of the run is done: by default the share of
-        the steps."""
+        the steps. Of those of all processes, the ones that this one works on."""
         accumulate = self.config.train.accumulate
         fraction = min(step / self.config.train.steps, 1.0) if fraction is None else fraction
-        return [self.data.training_batch(step * accumulate + index, fraction) for index in range(accumulate)]
+        return [self.data.training_batch(step * accumulate + index, fraction) for index in self._own_batches()]
+
+    def _own_batches(self) -> range:
+        return self.processes.own_batches(self.config.train.accumulate)
 
     def validation_batches(self) -> list[Batch]:
         """The batches of every validation."""
         return [self.data.validation_batch(index) for index in range(self.config.train.validation_batches)]
 
-    def _train_state(self, attention: AttentionConfig) -> TrainState:
-        def build(factory: AttentionFactory, generator: torch.Generator) -> nn.Module:
-            return self.task.build_model(self.data, self.config.model, factory, generator)
+    def _train_state(self, attention: AttentionConfig, starts_anew: bool = True) -> TrainState:
+        source = self.config.train.initialize_from if starts_anew else None
 
-        return TrainState(build, self.config.train, partial(build_attention, attention, is_causal=self.task.is_causal))
+        def build(factory: AttentionFactory, generator: torch.Generator) -> nn.Module:
+            model = self.task.build_model(self.data, self.config.model, factory, generator)
+            if source is not None:
+                self._say(initialize_from(source, model))
+            return model
+
+        attention_of_layer = partial(build_attention, attention, is_causal=self.task.is_causal)
+        return TrainState(build, self.config.train, attention_of_layer, self.processes)
 
     def _open(self) -> None:
-        """Starts the output folder, or continues the run in it."""
+        """Starts the output folder, or continues the run in it. The first process alone reads and writes there."""
+        progress = self.processes.first(self._look_into_folder)
+        if progress is not None:
+            try:
+                load_checkpoint(self.folder.checkpoint, self.train_state)
+            except UnusableRun as error:  # which all processes find
+                if self.processes.is_first:
+                    raise
+                raise FirstProcessFailed(str(error), error.exit_code) from error
+            self.steps_done, self._seconds_before = progress.step, progress.seconds
+            self._checkpointed_step = progress.step
+        records = self.processes.first(self._write_first_files)
+        self.log = RunLog(self.folder.metrics if self.processes.is_first else None, records)
+
+    def _look_into_folder(self) -> Progress | None:
+        """Makes and locks the folder; what the run in it has come to, if it is to be continued."""
         checkpoint, resume = self.folder.checkpoint, self.config.resume
         if resume is True and not checkpoint.exists():
             raise ValueError(f"resume: expected a checkpoint at {checkpoint}, found none; leave resume out to start")
@@ -134,27 +179,27 @@ class Trainer:
                 f"output: {self.folder.path} already has a checkpoint; continue it with --resume true, replace it with "
                 "--overwrite true, or choose another folder with --output"
             )
-        self._description = _as_plain_data(dataclasses.replace(self.config, task=described_task(self.config.task)))
-        records = []
-        if resume and found:
-            progress = read_progress(checkpoint)
-            _check_same_run(progress.config, self._description)
-            load_checkpoint(checkpoint, self.train_state)
-            self.steps_done, self._seconds_before = progress.step, progress.seconds
-            self._checkpointed_step = progress.step
-            records = read_records(self.folder.metrics, progress.step)
+        if not (resume and found):
+            return None
+        progress = read_progress(checkpoint)
+        check_same_run(progress.config, self._description)
+        return progress
+
+    def _write_first_files(self) -> list[Record]:
+        """Of a run that continues, its records; what is left of another one is removed."""
+        continues, records = self._checkpointed_step is not None, []
+        if continues:
+            records = read_records(self.folder.metrics, self.steps_done)
             known = sum(record["kind"] == "train" for record in records)
-            if known < progress.step:
+            if known < self.steps_done:
                 print(
-                    f"{self.folder.metrics} has records of {known} of {progress.step} steps; the others are not drawn"
+                    f"{self.folder.metrics} has records of {known} of {self.steps_done} steps; the others are not drawn"
                 )
         else:
-            self._initialize(self.train_state)
-        if found and self._checkpointed_step is None:
-            self.folder.checkpoint.unlink()
-        self._write_data_files(continues=self._checkpointed_step is not None)
+            self.folder.checkpoint.unlink(missing_ok=True)
+        self._write_data_files(continues)
         write_atomically(self.folder.config, yaml.safe_dump(self._description, sort_keys=False).encode())
-        self.log = RunLog(self.folder.metrics, records)
+        return records
 
     def _write_data_files(self, continues: bool) -> None:
         """Writes what the data are read with, such as a tokenizer. A run that is continued must have the same."""
@@ -167,25 +212,25 @@ class Trainer:
                 )
             write_atomically(path, content)
 
-    def _initialize(self, train_state: TrainState) -> None:
-        """Puts the weights in that the run starts from, if they are those of an earlier one."""
-        if self.config.train.initialize_from is not None:
-            print(initialize_from(self.config.train.initialize_from, train_state.model))
+    def _say(self, text: str) -> None:
+        if self.processes.is_first:
+            tqdm.write(text)
 
     def _introduce(self) -> None:
         parameters = sum(parameter.numel() for parameter in self.train_state.model.parameters())
-        print(f"{self.data.description}; {parameters:,} parameters; {self._attention()}")
-        print(
-            f"output in {self.folder.path}" + (f", continuing after step {self.steps_done}" if self.steps_done else "")
-        )
+        self._say(f"{self.data.description}; {parameters:,} parameters; {self._attention()}")
+        if self.processes.are_several:
+            self._say(f"{self.processes.count} processes, train.parallel {self.processes.mode}")
+        continues = f", continuing after step {self.steps_done}" if self.steps_done else ""
+        self._say(f"output in {self.folder.path}{continues}")
 
     def _fit(self, stop: StopRequest) -> None:
         train = self.config.train
         self._started = time.perf_counter()
-        with _progress_bar(self._fraction()) as bar:
-            while self._fraction() < 1 and stop.signal is None:
-                rate = scheduled_learning_rate(train, self.steps_done, self._fraction())
-                result = self.train_state.step(self.training_batches(self.steps_done, self._fraction()), rate)
+        with _progress_bar(self._fraction(), self.processes.is_first) as bar:
+            while (fraction := self._agreed_fraction()) < 1 and not stop.check():
+                rate = scheduled_learning_rate(train, self.steps_done, fraction)
+                result = self.train_state.step(self.training_batches(self.steps_done, fraction), rate)
                 self.steps_done += 1
                 self._record(result, rate)
                 if self.steps_done % train.validate_every == 0 or self.steps_done == self.config.compare.steps:
@@ -198,7 +243,14 @@ class Trainer:
         if self._checkpointed_step != self.steps_done:
             self._save()
         self._draw({})
-        print(f"step {self.steps_done}: checkpoint in {self.folder.checkpoint}, curves in {self.folder.loss_curve}")
+        self._say(f"step {self.steps_done}: checkpoint in {self.folder.checkpoint}, curves in {self.folder.loss_curve}")
+
+    def _agreed_fraction(self) -> float:
+        """The share of the run that is done by the clock of the first process."""
+        fraction = self._fraction()
+        if self.config.train.minutes is None:
+            return fraction
+        return self.processes.largest(fraction if self.processes.is_first else 0.0)[0]
 
     def _fraction(self) -> float:
         """Share of the run that is done, by steps or by minutes, whichever is larger."""
@@ -226,7 +278,7 @@ class Trainer:
         record |= {metric.name: metric.of(found)} | dataclasses.asdict(found)
         self.log.append(record | ({"low_rank_shares": shares} if shares else {}))
         carried = f", low-rank share of weight by layer {' '.join(f'{share:.2f}' for share in shares)}" * bool(shares)
-        tqdm.write(f"step {self.steps_done}: validation {metric.show(metric.of(found))}{carried}")
+        self._say(f"step {self.steps_done}: validation {metric.show(metric.of(found))}{carried}")
 
     def _trained_seconds(self) -> float:
         """Seconds that the steps so far took."""
@@ -248,31 +300,36 @@ class Trainer:
         text = self.task.sample(
             self.train_state.model, config.prompt, config.length, config.temperature, train.context, train.seed
         )
-        if text is not None:
+        if text is not None and self.processes.is_first:
             write_atomically(self.folder.sample, text.encode())
-            print(f"sample, in {self.folder.sample}:\n{text}")
+            self._say(f"sample, in {self.folder.sample}:\n{text}")
 
     def _compare(self, stop: StopRequest) -> None:
         if self.config.compare.steps == 0:
             return
         if is_exact(self.config.attention):
-            print("compare.steps: nothing to compare, the run itself used exact attention")
+            self._say("compare.steps: nothing to compare, the run itself used exact attention")
             return
         steps, train = self.config.compare.steps, self.config.train
         if [record["step"] for record in self.log.of_kind("train")[:steps]] != list(range(1, steps + 1)):
-            print(f"compare.steps: nothing to compare, {self.folder.metrics} lacks records of the first {steps} steps")
+            self._say(
+                f"compare.steps: nothing to compare, {self.folder.metrics} lacks records of the first {steps} steps"
+            )
             return
-        exact = RunLog(self.folder.exact_metrics, [])
+        exact = RunLog(self.folder.exact_metrics if self.processes.is_first else None, [])
         train_state = self._train_state(AttentionConfig(support="full"))
-        self._initialize(train_state)
         batches = (self.training_batches, self.validation_batches())
         if compare_with_exact(self.log, exact, steps, train_state, *batches, train.validate_every, stop):
+            if not self.processes.is_first:
+                return
             table = comparison_table(self.log, exact, self.task.metric)
             write_atomically(self.folder.comparison, (table + "\n").encode())
-            print(table)
+            self._say(table)
             self._draw({"exact attention": exact})
 
     def _draw(self, others: dict[str, RunLog]) -> None:
+        if not self.processes.is_first:
+            return
         attention = self._attention()
         name = "exact attention" if is_exact(self.config.attention) else "scatterbrain"
         draw_curves(self.folder.loss_curve, {name: self.log} | others, self.task.metric, attention)
@@ -297,61 +354,9 @@ class Trainer:
         bar.update(self._fraction() - bar.n)
 
 
-def _as_plain_data(config: RunConfig) -> dict[str, Any]:
-    """The configuration in the types of YAML and JSON, without the settings of a single start of the run."""
-    plain = dataclasses.asdict(config, dict_factory=_with_lists)
-    return {name: value for name, value in plain.items() if name not in ("resume", "overwrite")}
-
-
-def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
-
-
-def _check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises UnusableRun for a setting that affects what is learned and has changed, and for unknown ones."""
-    before, now = (_flat(settings) for settings in (stored, current))
-    for key in before.keys() | now.keys():
-        section, _, name = key.partition(".")
-        is_free = section in ("sample", "compare", "output") or (section == "train" and name in FREE_TRAIN_KEYS)
-        if key not in now:
-            what = f"the checkpoint was made with {before[key]!r}, and this version has no such setting"
-        elif is_free:
-            continue
-        elif key not in before:
-            what = f"the checkpoint does not say what it was made with, got {now[key]!r}"
-        elif expected := misfit(key, before[key]):
-            what = f"expected {expected}, and the checkpoint was made with {before[key]!r}"
-        elif _is_same(before[key], now[key]):
-            continue
-        else:
-            what = f"the checkpoint was made with {before[key]!r}, got {now[key]!r}"
-        raise UnusableRun(
-            f"{key}: {what}; continue with the same setting, or start anew in another folder with --output"
-        )
-
-
-def _is_same(before: object, now: object) -> bool:
-    """Whether two settings of the right type are one: 1 and 1.0 are one number, but not inside a mapping, whose types
-    nothing has looked at."""
-    if isinstance(now, dict):
-        return json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True)
-    return before == now
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by section.key."""
-    flat = {}
-    for section, value in settings.items():
-        flat |= (
-            {f"{section}.{name}": one for name, one in value.items()}
-            if isinstance(value, dict) and value
-            else {section: value}
-        )
-    return flat
-
-
-def _progress_bar(fraction: float) -> tqdm:
+def _progress_bar(fraction: float, is_shown: bool) -> tqdm:
     """A bar over the share of the run that is done, for limits in steps and in minutes."""
     layout = "{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
     interval = 0.2 if sys.stderr.isatty() else 20.0
-    return tqdm(total=1.0, initial=fraction, bar_format=layout, mininterval=interval, dynamic_ncols=True)
+    options = {"bar_format": layout, "mininterval": interval, "dynamic_ncols": True, "disable": not is_shown}
+    return tqdm(total=1.0, initial=fraction, **options)

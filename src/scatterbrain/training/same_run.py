@@ -1,0 +1,67 @@
+"""The configuration that a checkpoint was made with against the one it is continued with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from scatterbrain.training.config import RunConfig, misfit
+from scatterbrain.training.files import UnusableRun
+
+# A continued run may differ in these. Every other setting of data, model, attention and train affects what is learned.
+FREE_TRAIN_KEYS = ("steps", "minutes", "device", "threads", "validate_every", "validation_batches", "checkpoint_every")
+FREE_TRAIN_KEYS += ("parallel", "recompute", "compile")  # how the same model is computed
+
+
+def as_plain_data(config: RunConfig) -> dict[str, Any]:
+    """The configuration in the types of YAML and JSON, without the settings of a single start of the run."""
+    plain = dataclasses.asdict(config, dict_factory=_with_lists)
+    return {name: value for name, value in plain.items() if name not in ("resume", "overwrite")}
+
+
+def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+
+
+def check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises UnusableRun for a setting that affects what is learned and has changed, and for unknown ones."""
+    before, now = (_flat(settings) for settings in (stored, current))
+    for key in before.keys() | now.keys():
+        section, _, name = key.partition(".")
+        is_free = section in ("sample", "compare", "output") or (section == "train" and name in FREE_TRAIN_KEYS)
+        if key not in now:
+            what = f"the checkpoint was made with {before[key]!r}, and this version has no such setting"
+        elif is_free:
+            continue
+        elif key not in before:
+            what = f"the checkpoint does not say what it was made with, got {now[key]!r}"
+        elif expected := misfit(key, before[key]):
+            what = f"expected {expected}, and the checkpoint was made with {before[key]!r}"
+        elif _is_same(before[key], now[key]):
+            continue
+        else:
+            what = f"the checkpoint was made with {before[key]!r}, got {now[key]!r}"
+        raise UnusableRun(
+            f"{key}: {what}; continue with the same setting, or start anew in another folder with --output"
+        )
+
+
+def _is_same(before: object, now: object) -> bool:
+    """Whether two settings of the right type are one: 1 and 1.0 are one number, but not inside a mapping, whose types
+    nothing has looked at."""
+    if isinstance(now, dict):
+        return json.dumps(before, sort_keys=True) == json.dumps(now, sort_keys=True)
+    return before == now
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by section.key."""
+    flat = {}
+    for section, value in settings.items():
+        flat |= (
+            {f"{section}.{name}": one for name, one in value.items()}
+            if isinstance(value, dict) and value
+            else {section: value}
+        )
+    return flat
