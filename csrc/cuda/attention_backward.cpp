@@ -66,6 +66,8 @@ class Backward : AttentionCall {
   }
 
  private:
+  bool is_float() const { return element() == Element::kFloat; }
+
   void compute(BackwardParams of, bool in_double) {
     const ScalarType dtype = in_double ? ScalarType::Double : ScalarType::Float;
     of.records = room({p.batch, p.q_heads, p.q_tokens, 5}, dtype);
@@ -89,8 +91,14 @@ class Backward : AttentionCall {
     if (by_tiles && !in_double) {
       operands = tile_params(of, a, call, false);
       launch_tile_operands(operands, element(), call.stream());
-      (of.is_ragged() ? launch_ragged_attention_backward_tile : launch_attention_backward_tile)(
-          backward_tile_params(of, operands, call), element(), call.stream());
+      const BackwardTileParams tiles = backward_tile_params(of, operands, call);
+      if (is_float()) {
+        launch_float_attention_backward_tile(tiles, call.stream());
+      } else {
+        launch_backward_tile_operands(tiles, call.stream());
+        (of.is_ragged() ? launch_ragged_attention_backward_tile : launch_attention_backward_tile)(tiles, element(),
+                                                                                                  call.stream());
+      }
     } else {
       launch_attention_forward(of, element(), in_double, call.stream());
       launch_backward_queries(of, element(), in_double, call.stream());
@@ -108,9 +116,13 @@ class Backward : AttentionCall {
     of.leaves_listed_blocks = by_shares && !in_double;
     if (of.adds_listed_blocks) {
       const BackwardTileKeysParams tiles = backward_tile_keys_params(of, operands, call);
-      launch_backward_tile_keys_operands(tiles, call.stream());
-      (tiles.has_ragged_stages() ? launch_ragged_attention_backward_tile_keys : launch_attention_backward_tile_keys)(
-          tiles, element(), call.stream());
+      // Without queries there are no rows of theirs.
+      if (!is_float() || tiles.query_rows) launch_backward_tile_keys_operands(tiles, call.stream());
+      if (is_float())
+        launch_float_attention_backward_tile_keys(tiles, call.stream());
+      else
+        (tiles.has_ragged_stages() ? launch_ragged_attention_backward_tile_keys : launch_attention_backward_tile_keys)(
+            tiles, element(), call.stream());
     }
     const bool has_others = of.adds_listed_blocks ? of.index && !of.leaves_listed_blocks
                                                   : of.has_low_rank() || of.span || !of.leaves_listed_blocks;

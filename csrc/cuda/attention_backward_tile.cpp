@@ -4,7 +4,23 @@
 
 namespace sb::cuda {
 
-bool fits_backward_tiles(const AttentionArguments& a) { return fits_tiles(a); }
+namespace {
+
+bool is_narrow(const AttentionArguments& a) { return a.query.size(3) <= 64 && a.value.size(3) <= 64; }
+
+// Queries and keys of float32 go the same way, or weights of a key would differ from those that its slots add up. So
+// not where lists are, nor clusters, whose keys do not go by tiles; nor windows of fewer keys than a stage, where most
+// of a product is of no use, and the few terms of a sum round less than its parts.
+constexpr int64_t kFewestKeys = 16;
+bool fits_float_backward_tiles(const AttentionArguments& a) {
+  const auto kind = static_cast<LowRank>(a.low_rank);
+  return fits_float_tiles(a) && is_narrow(a) && !a.index &&
+         (kind == LowRank::kQuadratic || (kind == LowRank::kNone && a.span && a.span_keys >= kFewestKeys));
+}
+
+}  // namespace
+
+bool fits_backward_tiles(const AttentionArguments& a) { return fits_tiles(a) || fits_float_backward_tiles(a); }
 
 BackwardTileParams backward_tile_params(const BackwardParams& of_call, const TileParams& operands, Call& call) {
   BackwardTileParams p{};
@@ -12,9 +28,9 @@ BackwardTileParams backward_tile_params(const BackwardParams& of_call, const Til
   p.head_steps = ceil_div(p.head_dim, 16), p.value_steps = ceil_div(p.value_pad, 16);
   p.features_padded = operands.features_padded;
   p.cluster_operand = operands.cluster_operand, p.key_log = operands.key_log;
-  p.key_coordinates = operands.key_coordinates;
+  p.key_coordinates = operands.key_coordinates, p.key_rows = operands.key_rows;
   p.by_groups = operands.by_groups, p.longest_list = operands.longest_list;
-  if (!p.has_low_rank()) return p;
+  if (!p.has_low_rank() || p.key_rows) return p;
   const auto words = [&](std::initializer_list<int64_t> sizes) {
     return static_cast<FourWords*>(call.write(call.empty(sizes, ScalarType::Int)));
   };
@@ -28,8 +44,8 @@ BackwardTileParams backward_tile_params(const BackwardParams& of_call, const Til
 
 bool fits_backward_tiles_of_keys(const AttentionArguments& a) {
   const auto kind = static_cast<LowRank>(a.low_rank);
-  const bool is_narrow = a.query.size(3) <= 64 && a.value.size(3) <= 64;
-  return fits_backward_tiles(a) && ((kind == LowRank::kQuadratic && is_narrow) || (kind == LowRank::kNone && a.span));
+  return fits_backward_tiles(a) &&
+         ((kind == LowRank::kQuadratic && is_narrow(a)) || (kind == LowRank::kNone && a.span));
 }
 
 BackwardTileKeysParams backward_tile_keys_params(const BackwardParams& of_call, const TileParams& operands,
@@ -38,9 +54,13 @@ BackwardTileKeysParams backward_tile_keys_params(const BackwardParams& of_call, 
   static_cast<BackwardParams&>(p) = of_call;
   p.head_steps = ceil_div(p.head_dim, 16), p.value_steps = ceil_div(p.value_pad, 16);
   p.features_padded = operands.features_padded;
-  p.key_log = operands.key_log, p.key_coordinates = operands.key_coordinates;
+  p.key_log = operands.key_log, p.key_coordinates = operands.key_coordinates, p.key_rows = operands.key_rows;
   p.by_groups = operands.by_groups, p.longest_list = operands.longest_list;
   if (!p.has_low_rank()) return p;
+  if (p.key_rows) {
+    p.query_rows = static_cast<float*>(call.write(call.empty({p.batch, p.q_heads, p.q_tokens, 16}, ScalarType::Float)));
+    return p;
+  }
   p.query_coordinates =
       static_cast<Bfloat16*>(call.write(call.empty({p.batch, p.q_heads, p.q_tokens, 32}, ScalarType::BFloat16)));
   if (p.has_ragged_stages()) return p;

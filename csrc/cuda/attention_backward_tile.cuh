@@ -1,11 +1,12 @@
-// Backward pass of queries on tensor cores: a warp computes a tile of 16 query slots, for bfloat16 and float16
-// (docs/gpu.md). It goes through its keys twice: for the record of every slot, which says what a weight is and what the
-// mean of dO.v is, and for gradients. The same sums as those of attention_forward.cuh and
+// Backward pass of queries on tensor cores: a warp computes a tile of 16 query slots, for bfloat16, float16
+// and float32 (docs/gpu.md). It goes through its keys twice: for the record of every slot, which says what a weight is
+// and what the mean of dO.v is, and for gradients. The same sums as those of attention_forward.cuh and
 // attention_backward_queries.cuh, whose place it takes. Slots share a list of keys and see all keys, or their lists and
 // edges are ragged, as in the forward pass: then a causal tile reads the state of its first slot.
 //
 // Stages of keys come as in the forward pass. Gradients of scores meet keys in bfloat16, or in two parts of float16;
-// those of x.y meet coordinates in two parts of bfloat16. dO.v, exponents and the state are exact to float32.
+// those of x.y meet coordinates in two parts of bfloat16. dO.v, exponents and the state are exact to float32. All
+// products of float32 are as exact as that, and a walk between the two finds what rounding left in records.
 #pragma once
 #include "attention_backward_tile_state.cuh"
 #include "attention_tile_stages.cuh"
@@ -19,12 +20,15 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   typedef typename Base::Sums Sums;
   typedef typename Base::Slot Slot;
   using Base::kappa_ref, Base::sums, Base::slot, Base::log_state, Base::correction, Base::squares_of_state;
-  // Of SB_UNROLL_COPIES and SB_UNROLL_STEPS: wide ragged tiles need registers.
-  static constexpr int kCopiesAtOnce = kIsRagged && D > 64 ? 1 : 2, kStepsAtOnce = kIsRagged && D > 64 ? 2 : D / 16;
+  using Base::kHasQuadratic, Base::kHasClusters, Base::kHasLowRank, Base::kIsHalf, Base::kIsWide;
+  // Of SB_UNROLL_COPIES and SB_UNROLL_STEPS: wide ragged tiles need registers, and those of float32 with a kernel.
+  static constexpr int kCopiesAtOnce = kIsRagged && D > 64 ? 1 : 2, kStepsAtOnce = kIsWide && kHasQuadratic ? 1
+                                                                                   : kIsRagged && D > 64    ? 2
+                                                                                                            : D / 16;
   using Base::kChunks, Base::kSteps, Base::kKeyTiles;
-  using Base::kHasQuadratic, Base::kHasClusters, Base::kHasLowRank, Base::kIsHalf;
+  typedef typename Base::Rows Rows;
   using Base::p, Base::base, Base::b, Base::h, Base::kv, Base::head, Base::first_slot, Base::lane, Base::g, Base::t;
-  using Base::queries, Base::x, Base::d_x, Base::of_hz, Base::x_high, Base::x_low, Base::first_key, Base::state_slot;
+  using Base::queries, Base::x, Base::d_x, Base::of_hz, Base::left_x, Base::first_key, Base::state_slot;
   using Base::row_of, Base::raise;
   using Base::width, Base::exponents, Base::d_exponents, Base::pairs;
 
@@ -44,10 +48,11 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
     SB_UNROLL
     for (int r = 0; r < 2; ++r) listed_before[r] = 0;
     if (kHasQuadratic && (!kIsRagged || kappa_ref > float(kNoKeyLog))) this->add_state_of_features();
-    if (kHasClusters) this->add_state_of_clusters();
+    if constexpr (kHasClusters) this->add_state_of_clusters();
     go_through<false>(range);
-    if (!write_records()) return;
-    if (kHasClusters) this->weigh_state_of_clusters();
+    if (!find_slots()) return;
+    if (!kIsWide) write_records();
+    if constexpr (kHasClusters) this->weigh_state_of_clusters();
     do {
       SB_UNROLL
       for (int c = 0; c < kChunks; ++c) SB_UNROLL
@@ -56,7 +61,7 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
       for (int c = 0; c < 2; ++c) SB_UNROLL
       for (int i = 0; i < 4; ++i) dx[c][i] = 0;
       go_through<true>(range);
-    } while (has_to_be_careful());
+    } while (has_to_be_balanced() || has_to_be_careful());
     finish();
   }
 
@@ -76,22 +81,27 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
     }
     const int64_t to = stage(buffer);
     SB_UNROLL_COPIES
-    for (int j = 0; j < kStage * kChunks / kWarp; ++j) {
-      const int i = lane + j * kWarp, row = i / kChunks, chunk = i % kChunks;
+    for (int j = 0; j < kStage * Rows::kRowChunks / kWarp; ++j) {
+      const int i = lane + j * kWarp, row = i / Rows::kRowChunks, chunk = i % Rows::kRowChunks,
+                column = chunk * Rows::kNumbers;
       const int32_t key = shuffle_from(of_lane.key, row);
       const int64_t at = first_key + (key < 0 ? 0 : key);
-      const bool in_key = key >= 0 && chunk * 8 < p.head_dim, in_value = key >= 0 && chunk * 8 < p.value_pad;
-      copy_async(to + swizzled<2 * D>(row, chunk), p.k.template at<const E>(b, kv, at) + (in_key ? chunk * 8 : 0),
-                 in_key);
-      copy_async(to + Layout::kMatrix + swizzled<2 * D>(row, chunk),
-                 p.v.template at<const E>(b, kv, at) + (in_value ? chunk * 8 : 0), in_value);
+      const bool in_key = key >= 0 && column < p.head_dim, in_value = key >= 0 && column < p.value_pad;
+      copy_async(to + Rows::place(row, chunk), p.k.template at<const E>(b, kv, at) + (in_key ? column : 0), in_key);
+      copy_async(to + Layout::kMatrix + Rows::place(row, chunk),
+                 p.v.template at<const E>(b, kv, at) + (in_value ? column : 0), in_value);
     }
     if (kHasQuadratic) SB_UNROLL
     for (int j = 0; j < kStage * 4 / kWarp; ++j) {
       const int i = lane + j * kWarp, row = i / 4, chunk = i % 4;
       const int32_t key = shuffle_from(of_lane.key, row);
-      copy_async(to + 2 * Layout::kMatrix + swizzled<64>(row, chunk),
-                 p.key_coordinates + (head * p.k_tokens + first_key + (key < 0 ? 0 : key)) * 32 + chunk * 8, key >= 0);
+      const int64_t of_key = head * p.k_tokens + first_key + (key < 0 ? 0 : key);
+      const void* from = nullptr;
+      if constexpr (kIsWide)
+        from = p.key_rows + of_key * 16 + chunk * 4;
+      else
+        from = p.key_coordinates + of_key * 32 + chunk * 8;
+      copy_async(to + 2 * Layout::kMatrix + CoordinateRows<E>::place(row, chunk), from, key >= 0);
     }
   }
   SB_DEVICE int64_t stage(int buffer) const { return base + Layout::kStages + buffer * Layout::kStageBytes; }
@@ -100,8 +110,8 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   SB_DEVICE void go_through(const RowRange& range) {
     if constexpr (kIsRagged) {
       TileRows rows(p, edges, range, b, h, first_slot, has_query);
-      go_through_rows<kKind>(
-          rows, [&](auto is_behind, const auto& next) { add_stages<kForGradients, is_behind.value>(next); });
+      go_through_rows<kKind>(rows, [&](auto is_behind, const auto& next)
+                                       SB_INLINE_LAMBDA { add_stages<kForGradients, is_behind.value>(next); });
     } else {
       StagesOfList list(p, range, b, h, first_slot);
       add_stages<kForGradients, false>([&](StageKeys& keys) { return list.next(keys); });
@@ -112,8 +122,9 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   template <bool kForGradients, bool kIsBehind, class Next>
   SB_DEVICE void add_stages(const Next& next_stage) {
     for_each_stage<Fetched>(
-        next_stage, [&](Fetched& of_lane, int buffer) { fetch(of_lane, buffer); },
-        [&](const Fetched& of_lane, int buffer) { add_stage<kForGradients, kIsBehind>(of_lane, stage(buffer)); });
+        next_stage, [&](Fetched& of_lane, int buffer) SB_INLINE_LAMBDA { fetch(of_lane, buffer); },
+        [&](const Fetched& of_lane, int buffer)
+            SB_INLINE_LAMBDA { add_stage<kForGradients, kIsBehind>(of_lane, stage(buffer)); });
   }
 
   template <bool kForGradients, bool kIsBehind>
@@ -130,91 +141,67 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
     SB_UNROLL
     for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
     for (int i = 0; i < 4; ++i) score[n][i] = value[n][i] = root[n][i] = 0;
-    SB_UNROLL_STEPS
-    for (int k = 0; k < kSteps; ++k) {
-      const int64_t place = swizzled<2 * D>(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
-      uint32_t rows[4], keys[4];
-      if (k < p.head_steps) {
-        load_left<2 * D>(base, k, rows), load_matrices(from + place, keys);
-        multiply_add(score[0], rows, keys[0], keys[1], E{});
-        multiply_add(score[1], rows, keys[2], keys[3], E{});
-      }
-      if (k < p.value_steps) {
-        load_left<2 * D>(base + Layout::kGradients, k, rows), load_matrices(from + Layout::kMatrix + place, keys);
-        multiply_add(value[0], rows, keys[0], keys[1], E{});
-        multiply_add(value[1], rows, keys[2], keys[3], E{});
+    if constexpr (kIsWide) {
+      multiply_rows<true, D, kStepsAtOnce>(base, int(from), p.head_steps, score);
+      multiply_rows<true, D, kStepsAtOnce>(base + int(Layout::kGradients), int(from + Layout::kMatrix), p.value_steps,
+                                           value);
+    } else {
+      SB_UNROLL_STEPS
+      for (int k = 0; k < kSteps; ++k) {
+        const int64_t place = swizzled<2 * D>(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
+        uint32_t rows[4], keys[4];
+        if (k < p.head_steps) {
+          load_left<2 * D>(base, k, rows), load_matrices(from + place, keys);
+          multiply_add(score[0], rows, keys[0], keys[1], E{});
+          multiply_add(score[1], rows, keys[2], keys[3], E{});
+        }
+        if (k < p.value_steps) {
+          load_left<2 * D>(base + Layout::kGradients, k, rows), load_matrices(from + Layout::kMatrix + place, keys);
+          multiply_add(value[0], rows, keys[0], keys[1], E{});
+          multiply_add(value[1], rows, keys[2], keys[3], E{});
+        }
       }
     }
-    if (kHasQuadratic) {
-      add_product_of_coordinates(x_high, x_low, int(from + 2 * Layout::kMatrix), root);
-    }
+    if (kHasQuadratic) left_x.multiply(base + int(Layout::kLeft), int(from + 2 * Layout::kMatrix), root);
 
     const float scale = float(p.scale * kLog2e);
     // What the state holds of a key, or behind it the log of that.
     const float own_share = !kHasLowRank ? 0.0f : kIsBehind ? of_lane.log : exp2_of(of_lane.log - kappa_ref);
     if constexpr (kForGradients) {
-      uint32_t d_score[4], d_rest[4], d_high[4], d_low[4];
-      float d_product[kKeyTiles][4];  // of x.y, or of the exponent of a cluster
+      if (kIsWide && !is_balanced) return add_to_balance<kIsBehind>(listed, others, own_share, score, value, root);
+      float d_product[kKeyTiles][4] = {};  // of x.y, or of the exponent of a cluster
       SB_UNROLL
-      for (int n = 0; n < kKeyTiles; ++n) {
-        float ds[4];
-        SB_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int column = 8 * n + 2 * t + i;
-          const float share = kHasLowRank ? shuffle_from(own_share, column) : 0.0f;
-          const int32_t cluster = kHasClusters ? shuffle_from(of_lane.cluster, column) : 0;
-          SB_UNROLL
-          for (int r = 0; r < 2; ++r) {
-            const Slot& of = slot[r];
-            const int at = 2 * r + i;
-            const bool is_listed = listed[r] >> column & 1;
-            const float gradient = value[n][at] - of.shift;
-            ds[at] = is_listed ? exp2_of(score[n][at] * scale - of.log) * of.inverse * gradient : 0.0f;
-            if (kIsHalf) ds[at] *= of.scale;
-            if (kHasQuadratic && !kIsBehind)
-              d_product[n][at] = is_listed ? -(of.state_weight * share) * root[n][at] * gradient : 0;
-            if (kHasQuadratic && kIsBehind)
-              d_product[n][at] = others[r] >> column & 1
-                                     ? exp2_of((rho_of(r) - of.log) + share) * of.inverse * root[n][at] * gradient
-                                     : 0;
-            if (kHasClusters)
-              d_product[n][at] =
-                  is_listed ? -(share * exp2_of(exponent_of(row_of(r), cluster) - of.log) * of.inverse) * gradient : 0;
-          }
-        }
+      for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int column = 8 * n + 2 * t + i;
+        const float share = kHasLowRank ? shuffle_from(own_share, column) : 0.0f;
+        const int32_t cluster = kHasClusters ? shuffle_from(of_lane.cluster, column) : 0;
         SB_UNROLL
         for (int r = 0; r < 2; ++r) {
-          uint32_t parts[2];
-          split(ds[2 * r], ds[2 * r + 1], parts, E{});
-          d_score[2 * n + r] = parts[0], d_rest[2 * n + r] = parts[1];
-          if (kHasQuadratic) {
-            split(d_product[n][2 * r], d_product[n][2 * r + 1], parts, Bfloat16{});
-            d_high[2 * n + r] = parts[0], d_low[2 * n + r] = parts[1];
-          }
+          const Slot& of = slot[r];
+          const int at = 2 * r + i;
+          const bool is_listed = listed[r] >> column & 1;
+          const float gradient = of.gradient(value[n][at]);
+          float& ds = score[n][at];
+          ds = is_listed ? exp2_of(ds * scale - of.log) * of.inverse * gradient : 0.0f;
+          if (kIsHalf) ds *= of.scale;
+          if (kHasQuadratic && !kIsBehind)
+            d_product[n][at] = is_listed ? -(of.state_weight * share) * root[n][at] * gradient : 0;
+          if (kHasQuadratic && kIsBehind)
+            d_product[n][at] = others[r] >> column & 1
+                                   ? exp2_of((rho_of(r) - of.log) + share) * of.inverse * root[n][at] * gradient
+                                   : 0;
+          if (kHasClusters)
+            d_product[n][at] =
+                is_listed ? -(share * exp2_of(exponent_of(row_of(r), cluster) - of.log) * of.inverse) * gradient : 0;
         }
       }
       if (kIsRagged && is_careful) clear_what_is_no_number(from);
-      SB_UNROLL
-      for (int c = 0; c < kChunks; c += 2) {
-        if (c * 8 >= p.head_dim) continue;
-        uint32_t keys[4];
-        load_transposed(from + swizzled<2 * D>(lane % 16, c + lane / 16), keys);
-        multiply_add(dq[c], d_rest, keys[0], keys[1], E{});
-        multiply_add(dq[c + 1], d_rest, keys[2], keys[3], E{});
-        multiply_add(dq[c], d_score, keys[0], keys[1], E{});
-        multiply_add(dq[c + 1], d_score, keys[2], keys[3], E{});
-      }
-      if (kHasQuadratic) {
-        uint32_t high[4], low[4];
-        const int64_t coordinates = from + 2 * Layout::kMatrix;
-        load_transposed(coordinates + swizzled<64>(lane % 16, lane / 16), high);
-        load_transposed(coordinates + swizzled<64>(lane % 16, 2 + lane / 16), low);
-        SB_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          multiply_add(dx[c], d_low, high[2 * c], high[2 * c + 1], Bfloat16{});
-          multiply_add(dx[c], d_high, low[2 * c], low[2 * c + 1], Bfloat16{});
-          multiply_add(dx[c], d_high, high[2 * c], high[2 * c + 1], Bfloat16{});
-        }
+      if constexpr (kIsWide) {
+        add_product_with_rows<D>(score, int(from), p.head_dim, dq);
+        if (kHasQuadratic) add_product_with_coordinates(d_product, int(from + 2 * Layout::kMatrix), dx);
+      } else {
+        add_products_in_16_bits(score, d_product, from);
       }
       // Sums in shared memory are those of the first walk.
       if (kHasClusters && !is_careful) add_to_clusters(of_lane, valid, d_product);
@@ -264,23 +251,84 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
     }
   }
 
+  // Gradients of scores times the stage's keys, and those of x.y times their coordinates.
+  SB_DEVICE void add_products_in_16_bits(const float (&ds)[kKeyTiles][4], const float (&d_product)[kKeyTiles][4],
+                                         int64_t from) {
+    uint32_t d_score[4], d_rest[4], d_high[4], d_low[4];
+    SB_UNROLL
+    for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t parts[2];
+      split(ds[n][2 * r], ds[n][2 * r + 1], parts, E{});
+      d_score[2 * n + r] = parts[0], d_rest[2 * n + r] = parts[1];
+      if (kHasQuadratic) {
+        split(d_product[n][2 * r], d_product[n][2 * r + 1], parts, Bfloat16{});
+        d_high[2 * n + r] = parts[0], d_low[2 * n + r] = parts[1];
+      }
+    }
+    SB_UNROLL
+    for (int c = 0; c < kChunks; c += 2) {
+      if (c * 8 >= p.head_dim) continue;
+      uint32_t keys[4];
+      load_transposed(from + swizzled<2 * D>(lane % 16, c + lane / 16), keys);
+      multiply_add(dq[c], d_rest, keys[0], keys[1], E{});
+      multiply_add(dq[c + 1], d_rest, keys[2], keys[3], E{});
+      multiply_add(dq[c], d_score, keys[0], keys[1], E{});
+      multiply_add(dq[c + 1], d_score, keys[2], keys[3], E{});
+    }
+    if (!kHasQuadratic) return;
+    uint32_t high[4], low[4];
+    const int64_t coordinates = from + 2 * Layout::kMatrix;
+    load_transposed(coordinates + swizzled<64>(lane % 16, lane / 16), high);
+    load_transposed(coordinates + swizzled<64>(lane % 16, 2 + lane / 16), low);
+    SB_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      multiply_add(dx[c], d_low, high[2 * c], high[2 * c + 1], Bfloat16{});
+      multiply_add(dx[c], d_high, low[2 * c], low[2 * c + 1], Bfloat16{});
+      multiply_add(dx[c], d_high, high[2 * c], high[2 * c + 1], Bfloat16{});
+    }
+  }
+
+  // Of a stage, weights and their moments of dO.v less its mean.
+  template <bool kIsBehind>
+  SB_DEVICE void add_to_balance(const uint32_t (&listed)[2], const uint32_t (&others)[2], float own_share,
+                                const float (&score)[kKeyTiles][4], const float (&value)[kKeyTiles][4],
+                                const float (&root)[kKeyTiles][4]) {
+    const float scale = float(p.scale * kLog2e);
+    SB_UNROLL
+    for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int column = 8 * n + 2 * t + i;
+      const float share = kHasLowRank ? shuffle_from(own_share, column) : 0.0f;
+      SB_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const Slot& of = slot[r];
+        const int at = 2 * r + i;
+        const bool is_listed = listed[r] >> column & 1, is_other = others[r] >> column & 1;
+        float weight = is_listed ? exp2_of(score[n][at] * scale - of.log) * of.inverse : 0.0f;
+        if (kHasQuadratic && !kIsBehind && is_listed) weight -= of.state_weight * share * root[n][at] * root[n][at];
+        if (kHasQuadratic && kIsBehind && is_other)
+          weight = exp2_of((rho_of(r) - of.log) + share) * of.inverse * root[n][at] * root[n][at];
+        // Of a key that a slot does not see, nothing counts, be it no number.
+        if (is_listed || is_other) weights[r] += weight, moments[r] += weight * (value[n][at] - of.shift);
+      }
+    }
+  }
+
   // The log scale of a slot's query.
   SB_DEVICE float rho_of(int r) const { return x.get(row_of(r) * kRowWidth + kLastColumn); }
 
   // Keys that are no numbers must not meet the zeros of slots that do not see them: zeros take their place. Slots that
   // do see them have gradients of scores that are no numbers.
   SB_DEVICE void clear_what_is_no_number(int64_t from) {
-    const auto clear = [](const Shared<uint32_t>& at, auto e) {
-      const uint32_t pair = at.get(0);
-      const bool has_low = low_of(pair, e) * 0.0f == 0.0f, has_high = high_of(pair, e) * 0.0f == 0.0f;
-      if (!has_low || !has_high) at.set(0, pair & ((has_low ? 0xffffu : 0u) | (has_high ? 0xffff0000u : 0u)));
-    };
+    typedef std::conditional_t<kIsWide, float, Bfloat16> Coordinate;
     sync_warp();
     SB_NO_UNROLL
-    for (int i = lane; i < kStage * D / 2; i += kWarp) clear(shared_array<uint32_t>(from + i * 4), E{});
+    for (int i = lane; i < int(Layout::kMatrix) / 4; i += kWarp)
+      clear_without_number(shared_array<uint32_t>(from + i * 4), E{});
     SB_NO_UNROLL
     for (int i = lane; kHasQuadratic && i < kStage * 16; i += kWarp)
-      clear(shared_array<uint32_t>(from + 2 * Layout::kMatrix + i * 4), Bfloat16{});
+      clear_without_number(shared_array<uint32_t>(from + 2 * Layout::kMatrix + i * 4), Coordinate{});
     sync_warp();
   }
   // Whether gradients that are no numbers ask for a second, careful walk.
@@ -319,9 +367,8 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   // -------------------- records
 
   // What the first walk found; whether any slot has gradients here.
-  SB_DEVICE bool write_records() {
+  SB_DEVICE bool find_slots() {
     const int32_t in_state = kHasLowRank ? load(p.valid_before + b * p.slots + state_slot) : 0;
-    const bool is_without_state = kIsRagged && p.is_causal && state_slot == 0;
     bool has_any = false;
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -371,16 +418,51 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
       if (to.inverse > most) to.inverse = most;
       to.state_weight = a * to.inverse;
       const float delta = ((exact_value + a * total_value) - a * removed_value) * to.inverse;
-      const float correction = !p.d_lse ? 0.0f : -load(static_cast<const float*>(p.d_lse) + row + query);
-      to.shift = delta + correction;
-      if (kIsHalf) to.scale = Scale::of(largest + (to.shift < 0.0f ? -to.shift : to.shift));
-      if (t != 0) continue;
-      const int64_t at = (b * p.q_heads + h) * p.q_tokens + first_slot + row_of(r);
-      store(static_cast<SlotRecord<float>*>(p.records) + at,
-            SlotRecord<float>{to.log, to.inverse, kHasQuadratic ? to.state_weight : 0.0f, delta, correction});
-      store(p.kinds + at, !kHasLowRank ? SlotKind::kListed : is_without_state ? SlotKind::kByKey : SlotKind::kState);
+      to.correction = !p.d_lse ? 0.0f : -load(static_cast<const float*>(p.d_lse) + row + query);
+      to.shift = delta;
+      const float shift = delta + to.correction;
+      if (kIsHalf) to.scale = Scale::of(largest + (shift < 0.0f ? -shift : shift));
     }
     return ballot(has_any) != 0;
+  }
+
+  // Weights of float32 add up to one, and the mean of dO.v under them is exact, once their error, which is the same for
+  // all pairs, is known. A walk for gradients finds it, and another one follows.
+  SB_DEVICE bool has_to_be_balanced() {
+    if (!kIsWide || is_balanced) return false;
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      Slot& of = slot[r];
+      float weight = quad_sum(weights[r]), moment = quad_sum(moments[r]);
+      if (kHasQuadratic) {
+        const int64_t at = row_of(r) * kRowWidth + kLastColumn;
+        const float total = of_hz.get(at);
+        weight += of.state_weight * total, moment += of.state_weight * (d_x.get(at) - of.shift * total);
+      }
+      if (!(weight > 0.0f)) continue;
+      of.inverse /= weight, of.state_weight /= weight;
+      of.correction += moment / weight;
+    }
+    is_balanced = true;
+    write_records();
+    return true;
+  }
+
+  // For the kernels that follow.
+  SB_DEVICE void write_records() {
+    const bool is_without_state = kIsRagged && p.is_causal && state_slot == 0;
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      Slot& of = slot[r];
+      if (queries.get(row_of(r)) < 0) continue;
+      if (t == 0) {
+        const int64_t at = (b * p.q_heads + h) * p.q_tokens + first_slot + row_of(r);
+        store(static_cast<SlotRecord<float>*>(p.records) + at,
+              SlotRecord<float>{of.log, of.inverse, kHasQuadratic ? of.state_weight : 0.0f, of.shift, of.correction});
+        store(p.kinds + at, !kHasLowRank ? SlotKind::kListed : is_without_state ? SlotKind::kByKey : SlotKind::kState);
+      }
+      if (!kIsWide) of.shift += of.correction;
+    }
   }
 
   // -------------------- results
@@ -390,15 +472,19 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
     for (int c = 0; c < kChunks; ++c) SB_UNROLL
     for (int i = 0; i < 4; ++i) dq[c][i] *= float(p.scale) * (kIsHalf ? Scale::inverse(slot[i / 2].scale) : 1.0f);
     if (kHasQuadratic) finish_map();
-    if (kHasClusters) finish_clusters();
+    if constexpr (kHasClusters) finish_clusters();
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int64_t query = queries.get(row_of(r));
       if (query < 0) continue;
-      auto* to = reinterpret_cast<uint32_t*>(p.dq.template at<E>(b, h, query));
-      SB_UNROLL
-      for (int c = 0; c < kChunks; ++c)
-        if (c * 8 < p.head_dim) store(to + c * 4 + t, packed(dq[c][2 * r], dq[c][2 * r + 1], E{}));
+      if constexpr (kIsWide) {
+        store_float_sums(dq, r, p.dq.template at<float>(b, h, query), p.head_dim);
+      } else {
+        auto* to = reinterpret_cast<uint32_t*>(p.dq.template at<E>(b, h, query));
+        SB_UNROLL
+        for (int c = 0; c < kChunks; ++c)
+          if (c * 8 < p.head_dim) store(to + c * 4 + t, packed(dq[c][2 * r], dq[c][2 * r + 1], E{}));
+      }
     }
   }
 
@@ -409,7 +495,9 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
     for (int i = 0; i < 4; ++i) {
       const Slot& of = slot[i / 2];
       const int64_t at = row_of(i / 2) * kRowWidth + 8 * c + 2 * t + i % 2;
-      d_x.set(at, dx[c][i] + of.state_weight * (d_x.get(at) - of.shift * of_hz.get(at)));
+      float of_state = d_x.get(at) - of.shift * of_hz.get(at);
+      if (kIsWide) of_state -= of.correction * of_hz.get(at);
+      d_x.set(at, dx[c][i] + of.state_weight * of_state);
     }
     sync_warp();
     if (lane < kTile) {
@@ -419,10 +507,17 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
       d_x.set(last, QuadraticKernel::log_gradient(product, d_x.get(last)));
     }
     sync_warp();
-    const int64_t columns = p.head_dim / 8;
-    if (p.query_weight.data)
-      return add_product_of_numbers(d_x, kRowWidth, 0, 1.0f, p.map_operand + (b * p.q_heads + h) * columns * kWarp,
-                                    columns, dq);
+    if (p.query_weight.data) {
+      if constexpr (kIsWide) {
+        add_product_of_shared_numbers(d_x, kRowWidth, weight_row<float>(p, p.query_weight, b, h, p.q_heads, 0),
+                                      p.rank + 1, p.head_dim, p.head_dim, dq);
+      } else {
+        const int64_t columns = p.head_dim / 8;
+        add_product_of_numbers(d_x, kRowWidth, 0, 1.0f, p.map_operand + (b * p.q_heads + h) * columns * kWarp, columns,
+                               dq);
+      }
+      return;
+    }
     for (int64_t i = lane; i < kTile * (p.rank + 1); i += kWarp) {
       const int64_t row = i / (p.rank + 1), a = i % (p.rank + 1), query = queries.get(row);
       if (query >= 0) store(p.d_query_map.template at<float>(b, h, query) + a, d_x.get(row * kRowWidth + a));
@@ -445,14 +540,16 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   TileEdges edges;
   bool has_query = false;    // this lane's slot, lane % kTile
   bool is_careful = false;   // ragged: some key is no number
+  bool is_balanced = false;  // of float32
   int32_t listed_before[2];  // keys of the state
   float dq[kChunks][4], dx[2][4];
+  float weights[2] = {}, moments[2] = {};  // of this lane: of weights, and of them times dO.v less its mean
 };
 
 template <class E, int D, LowRank kKind, bool kIsRagged>
 SB_KERNEL SB_THREADS_AT_MOST(kBackwardTileThreads) attention_backward_tile(BackwardTileParams p) {
   const int64_t tiles = ceil_div(p.q_tokens, kTile), all = p.batch * p.q_heads * tiles, warps = block_threads() / kWarp;
-  const int64_t base = warp_index() * BackwardTileLayout<D, kKind>::bytes(p);
+  const int64_t base = warp_index() * BackwardTileLayout<E, D, kKind>::bytes(p);
   for_each_task(ceil_div(all, warps), [&](int64_t task) {
     const int64_t at = task * warps + warp_index(), row = at / tiles;
     if (at >= all) return;

@@ -1,5 +1,6 @@
 // Backward pass of keys on tensor cores: a warp computes a tile of 16 keys, its pairs with query slots whose window or
-// sinks they are, or whose state ends before them, and what reaches them through the state; for bfloat16 and float16.
+// sinks they are, or whose state ends before them, and what reaches them through the state; for bfloat16, float16 and
+// float32.
 // Pairs of listed blocks are left to attention_backward_keys.cuh or attention_backward_shares.cuh, which add to these
 // sums.
 //
@@ -9,6 +10,7 @@
 // their edge; or ragged, with a pattern of keys for each slot, and a state of their own if it is causal.
 #pragma once
 #include "attention_backward.cuh"
+#include "attention_backward_tile_products.cuh"
 #include "attention_backward_tile_slots.cuh"
 
 namespace sb::cuda {
@@ -17,10 +19,10 @@ inline constexpr int kTileKeysThreads = 128;
 
 // Shared memory of a warp, in bytes: K and V of its keys, then two stages of q and dO with the coordinates of queries.
 // Before the first stage F(y) or dH v passes through them. `small`: y and its gradients.
-template <int D, bool kHasQuadratic>
+template <class E, int D, bool kHasQuadratic>
 struct TileKeysLayout {
-  static constexpr int64_t kMatrix = kTile * D * 2, kCoordinates = kHasQuadratic ? kTile * 64 : 0, kValues = kMatrix,
-                           kStages = 2 * kMatrix, kStageBytes = 2 * kMatrix + kCoordinates,
+  static constexpr int64_t kMatrix = TokenRows<E, D>::kBytes, kCoordinates = kHasQuadratic ? kTile * 64 : 0,
+                           kValues = kMatrix, kStages = 2 * kMatrix, kStageBytes = 2 * kMatrix + kCoordinates,
                            kTokens = kStages + 2 * kStageBytes, kOwnCoordinates = kTokens + kTile * 4,
                            kWidth = kTileFeatures + 1, kRowWidth = 17,
                            kSmall = kHasQuadratic ? 2 * kTile * kRowWidth * 4 : 0,
@@ -30,11 +32,15 @@ struct TileKeysLayout {
 
 template <class E, int D, bool kHasQuadratic, bool kIsRagged, bool kOfValues>
 class TileKeys {
-  typedef TileKeysLayout<D, kHasQuadratic> Layout;
-  static constexpr bool kIsHalf = std::is_same_v<E, Half>;
+  typedef TileKeysLayout<E, D, kHasQuadratic> Layout;
+  typedef TokenRows<E, D> Rows;
+  typedef CoordinateRows<E> Coordinates;
+  static constexpr bool kIsHalf = std::is_same_v<E, Half>, kIsWide = kIsFloat<E>;
   // Of SB_UNROLL_COPIES and SB_UNROLL_STEPS: ragged kernels need registers.
-  static constexpr int kCopiesAtOnce = kIsRagged ? 1 : 2,
-                       kStepsAtOnce = !kIsRagged || (!kHasQuadratic && D <= 64) ? D / 16 : 2;
+  static constexpr int kCopiesAtOnce = kIsRagged ? 1 : 2, kStepsAtOnce = kIsWide && kHasQuadratic ? 1
+                                                                         : !kIsRagged || (!kHasQuadratic && D <= 64)
+                                                                             ? D / 16
+                                                                             : 2;
   static constexpr int kChunks = D / 8, kSteps = D / 16, kSlotTiles = kTile / 8, kWidth = Layout::kWidth,
                        kRowWidth = Layout::kRowWidth;
 
@@ -92,20 +98,24 @@ class TileKeys {
 
   SB_DEVICE void read_keys() {
     sync_warp();  // the last tile is done with them
-    for (int i = lane; i < kTile * kChunks; i += kWarp) {
-      const int row = i / kChunks, chunk = i % kChunks;
+    for (int i = lane; i < kTile * Rows::kRowChunks; i += kWarp) {
+      const int row = i / Rows::kRowChunks, chunk = i % Rows::kRowChunks, column = chunk * Rows::kNumbers;
       const int64_t j = is_key(row) ? token(row) : 0;
-      const bool in_key = is_key(row) && chunk * 8 < p.head_dim, in_value = is_key(row) && chunk * 8 < p.value_pad;
-      copy_async(base + swizzled<2 * D>(row, chunk), p.k.at<const E>(b, kv, j) + (in_key ? chunk * 8 : 0), in_key);
-      copy_async(base + Layout::kValues + swizzled<2 * D>(row, chunk),
-                 p.v.at<const E>(b, kv, j) + (in_value ? chunk * 8 : 0), in_value);
+      const bool in_key = is_key(row) && column < p.head_dim, in_value = is_key(row) && column < p.value_pad;
+      copy_async(base + Rows::place(row, chunk), p.k.at<const E>(b, kv, j) + (in_key ? column : 0), in_key);
+      copy_async(base + Layout::kValues + Rows::place(row, chunk), p.v.at<const E>(b, kv, j) + (in_value ? column : 0),
+                 in_value);
     }
     if (kHasQuadratic) {
       for (int i = lane; i < kTile * 4; i += kWarp) {
         const int row = i / 4, chunk = i % 4;
-        const int64_t j = is_key(row) ? token(row) : 0;
-        copy_async(base + Layout::kOwnCoordinates + swizzled<64>(row, chunk),
-                   p.key_coordinates + (head * p.k_tokens + j) * 32 + chunk * 8, is_key(row));
+        const int64_t of_key = head * p.k_tokens + (is_key(row) ? token(row) : 0);
+        const void* from = nullptr;
+        if constexpr (kIsWide)
+          from = p.key_rows + of_key * 16 + chunk * 4;
+        else
+          from = p.key_coordinates + of_key * 32 + chunk * 8;
+        copy_async(base + Layout::kOwnCoordinates + Coordinates::place(row, chunk), from, is_key(row));
       }
       for (int i = lane; i < kTile * kRowWidth; i += kWarp) {
         const int row = i / kRowWidth, a = i % kRowWidth;
@@ -152,7 +162,10 @@ class TileKeys {
       for (int n = 0; n < kTileFeatures / 8; ++n) SB_UNROLL
       for (int i = 0; i < 4; ++i) of_feature[n][i] = 0;
       const int64_t chunks = p.features_padded / 8;
-      if constexpr (kIsRagged)
+      if constexpr (kIsWide)
+        add_product_with_global_rows<D>(base + int(Layout::kValues), d_state, p.features, columns, p.value_pad,
+                                        of_feature);
+      else if constexpr (kIsRagged)
         add_product_of_tokens<E, D, 1>(
             base + Layout::kValues, p.value_steps, chunks,
             [&](int k, int n) { return right_words(16 * k, 8 * n, [&](int64_t e, int64_t f) { return entry(f, e); }); },
@@ -186,7 +199,9 @@ class TileKeys {
             [&](int64_t a) { return dy().get(row + a); }, [&](int64_t a, float value) { dy().set(row + a, value); });
     }
     sync_warp();
-    for (int64_t step = 0; kOfValues && step < p.features_padded / 16; ++step)
+    if constexpr (kIsWide && kOfValues)
+      add_product_of_shared_numbers(of_features, kWidth, d_state, p.features, columns, p.value_pad, sum);
+    for (int64_t step = 0; !kIsWide && kOfValues && step < p.features_padded / 16; ++step)
       if constexpr (kIsRagged)
         add_product_of_numbers(
             of_features, kWidth, step, 1.0f, p.value_pad / 8,
@@ -250,10 +265,11 @@ class TileKeys {
   }
 
   // This lane's slot of a stage, lane % 16.
-  // state_weight: behind the state, the log of what the slot gives to its weights L. state_log: of what the slots read.
+  // shift: of dO.v, with float32 less a correction. state_weight: behind the state, the log of what the slot gives to
+  // its weights L. state_log: of what the slots read.
   struct Fetched {
     int32_t query;
-    float log, inverse, state_weight, shift;
+    float log, inverse, state_weight, shift, correction;
     uint32_t pattern;
     float state_log;
   };
@@ -261,7 +277,7 @@ class TileKeys {
   template <bool kIsBehind>
   SB_DEVICE Fetched fetch(int64_t h, const Stage& stage, int buffer) const {
     const int32_t slot = stage.slot + lane % kTile;
-    Fetched of_lane{-1, 0, 0, 0, 0, 0, 0};
+    Fetched of_lane{-1, 0, 0, 0, 0, 0, 0, 0};
     bool has_slot = false;
     if constexpr (kIsRagged)
       has_slot = stage.pattern != 0;
@@ -271,29 +287,35 @@ class TileKeys {
       const auto record = load(record_of<float>(p, b, h, slot));
       of_lane.query = int32_t(query_of_slot(p, range, b, h, slot));
       of_lane.log = record.log, of_lane.inverse = record.inverse, of_lane.state_weight = record.state_weight;
-      of_lane.shift = record.delta + record.correction;
+      of_lane.shift = kIsWide ? record.delta : record.delta + record.correction;
+      of_lane.correction = record.correction;
       if constexpr (kIsRagged) of_lane.pattern = stage.pattern;
       if (kIsBehind) of_lane.state_weight = MapRow<float, float>(p.x_map, b, h, of_lane.query).log() - record.log;
     }
     if constexpr (kIsRagged && kHasQuadratic && !kIsBehind) of_lane.state_log = log_of_state(stage.state_slot);
     const int64_t to = base + Layout::kStages + buffer * Layout::kStageBytes;
     SB_UNROLL_COPIES
-    for (int j = 0; j < kTile * kChunks / kWarp; ++j) {
-      const int i = lane + j * kWarp, row = i / kChunks, chunk = i % kChunks;
+    for (int j = 0; j < kTile * Rows::kRowChunks / kWarp; ++j) {
+      const int i = lane + j * kWarp, row = i / Rows::kRowChunks, chunk = i % Rows::kRowChunks,
+                column = chunk * Rows::kNumbers;
       const int32_t query = shuffle_from(of_lane.query, row);
       const int64_t at = query < 0 ? 0 : query;
-      const bool in_query = query >= 0 && chunk * 8 < p.head_dim, in_value = query >= 0 && chunk * 8 < p.value_pad;
-      copy_async(to + swizzled<2 * D>(row, chunk), p.q.at<const E>(b, h, at) + (in_query ? chunk * 8 : 0), in_query);
-      copy_async(to + Layout::kMatrix + swizzled<2 * D>(row, chunk),
-                 p.d_out.at<const E>(b, h, at) + (in_value ? chunk * 8 : 0), in_value);
+      const bool in_query = query >= 0 && column < p.head_dim, in_value = query >= 0 && column < p.value_pad;
+      copy_async(to + Rows::place(row, chunk), p.q.at<const E>(b, h, at) + (in_query ? column : 0), in_query);
+      copy_async(to + Layout::kMatrix + Rows::place(row, chunk),
+                 p.d_out.at<const E>(b, h, at) + (in_value ? column : 0), in_value);
     }
     if (kHasQuadratic) SB_UNROLL
     for (int j = 0; j < kTile * 4 / kWarp; ++j) {
       const int i = lane + j * kWarp, row = i / 4, chunk = i % 4;
       const int32_t query = shuffle_from(of_lane.query, row);
-      copy_async(to + 2 * Layout::kMatrix + swizzled<64>(row, chunk),
-                 p.query_coordinates + ((b * p.q_heads + h) * p.q_tokens + (query < 0 ? 0 : query)) * 32 + chunk * 8,
-                 query >= 0);
+      const int64_t of_query = (b * p.q_heads + h) * p.q_tokens + (query < 0 ? 0 : query);
+      const void* from = nullptr;
+      if constexpr (kIsWide)
+        from = p.query_rows + of_query * 16 + chunk * 4;
+      else
+        from = p.query_coordinates + of_query * 32 + chunk * 8;
+      copy_async(to + 2 * Layout::kMatrix + Coordinates::place(row, chunk), from, query >= 0);
     }
     return of_lane;
   }
@@ -304,10 +326,11 @@ class TileKeys {
       TileSlots slots(p, b, first, keys);
       for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         slots.enter_head(int32_t(h));
-        if constexpr (kHasQuadratic) add_stages<true>(h, [&](Stage& to) { return slots.next_behind(to); });
+        if constexpr (kHasQuadratic)
+          add_stages<true>(h, [&](Stage& to) SB_INLINE_LAMBDA { return slots.next_behind(to); });
         for (int64_t level = 0; level < p.of_span.levels; ++level) {
           slots.enter_level(level);
-          add_stages<false>(h, [&](Stage& to) { return slots.next_listed(to); });
+          add_stages<false>(h, [&](Stage& to) SB_INLINE_LAMBDA { return slots.next_listed(to); });
         }
       }
     } else if (p.span) {
@@ -353,32 +376,15 @@ class TileKeys {
     SB_UNROLL
     for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
     for (int i = 0; i < 4; ++i) score[n][i] = value[n][i] = root[n][i] = 0;
-    SB_UNROLL_STEPS
-    for (int k = 0; k < kSteps; ++k) {
-      const int64_t place = swizzled<2 * D>(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
-      uint32_t rows[4], slots[4];
-      if (k < p.head_steps) {
-        load_left<2 * D>(base, k, rows), load_matrices(from + place, slots);
-        multiply_add(score[0], rows, slots[0], slots[1], E{});
-        multiply_add(score[1], rows, slots[2], slots[3], E{});
-      }
-      if (!kOfValues && k < p.value_steps) {
-        load_left<2 * D>(base + Layout::kValues, k, rows), load_matrices(from + Layout::kMatrix + place, slots);
-        multiply_add(value[0], rows, slots[0], slots[1], E{});
-        multiply_add(value[1], rows, slots[2], slots[3], E{});
-      }
-    }
-    if (kHasQuadratic) {
-      uint32_t high[4], low[4];
-      load_left<64>(base + Layout::kOwnCoordinates, 0, high), load_left<64>(base + Layout::kOwnCoordinates, 1, low);
-      SB_UNROLL
-      for (int n = 0; n < kSlotTiles; ++n) {
-        uint32_t x[4];  // the two halves of the first part, then of the second
-        load_matrices(from + 2 * Layout::kMatrix + swizzled<64>(n * 8 + lane % 8, lane / 8), x);
-        multiply_add(root[n], low, x[0], x[1], Bfloat16{});
-        multiply_add(root[n], high, x[2], x[3], Bfloat16{});
-        multiply_add(root[n], high, x[0], x[1], Bfloat16{});
-      }
+    if constexpr (kIsWide) {
+      multiply_rows<false, D, kStepsAtOnce>(base, int(from), p.head_steps, score);
+      if (!kOfValues)
+        multiply_rows<false, D, kStepsAtOnce>(base + int(Layout::kValues), int(from + Layout::kMatrix), p.value_steps,
+                                              value);
+      if (kHasQuadratic)
+        multiply_coordinates<false>(base + int(Layout::kOwnCoordinates), int(from + 2 * Layout::kMatrix), root);
+    } else {
+      multiply_in_16_bits(from, score, value, root);
     }
 
     // In place of products: the gradient of a score, the weight, and the gradient of x.y.
@@ -397,6 +403,7 @@ class TileKeys {
       const int column = 8 * n + 2 * t + i;
       const float log = shuffle_from(of_lane.log, column), inverse = shuffle_from(of_lane.inverse, column),
                   shift = kOfValues ? 0.0f : shuffle_from(of_lane.shift, column),
+                  correction = kOfValues || !kIsWide ? 0.0f : shuffle_from(of_lane.correction, column),
                   state_weight = kHasQuadratic ? shuffle_from(of_lane.state_weight, column) : 0.0f;
       const uint32_t pattern = kIsRagged ? shuffle_from(of_lane.pattern, column) : 0;
       SB_UNROLL
@@ -404,7 +411,7 @@ class TileKeys {
         const int at = 2 * r + i;
         const bool is_listed = kIsRagged ? pattern >> (g + 8 * r) & 1 : listing[r] >> column & 1,
                    has_low_rank = kIsBehind ? pattern >> (kTile + g + 8 * r) & 1 : is_listed;
-        const float gradient = value[n][at] - shift;
+        const float gradient = kIsWide ? (value[n][at] - shift) - correction : value[n][at] - shift;
         float weight = is_listed ? exp2_of(score[n][at] * scale - log) * inverse : 0.0f;
         score[n][at] = is_listed ? weight * gradient : 0.0f;
         if (kHasQuadratic) {
@@ -418,25 +425,46 @@ class TileKeys {
       }
     }
     if (kIsCareful && is_careful) clear_what_is_no_number(of_lane, from, listing, kOfValues ? value : score, root);
-    uint32_t parts[kNumberParts][4];
-    split_rows(kOfValues ? value : score, from + Layout::kMatrix, parts);
-    add_rows(parts, kOfValues ? from + Layout::kMatrix : from, kOfValues ? p.value_pad : p.head_dim);
-    if (!kHasQuadratic || kOfValues) return;
-    uint32_t high[4], low[4], first_part[4], second_part[4];
-    SB_UNROLL
-    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      uint32_t of_pair[2];
-      split(root[n][2 * r], root[n][2 * r + 1], of_pair, Bfloat16{});
-      high[2 * n + r] = of_pair[0], low[2 * n + r] = of_pair[1];
+    if constexpr (kIsWide) {
+      add_product_with_rows<D>(kOfValues ? value : score, int(kOfValues ? from + Layout::kMatrix : from),
+                               kOfValues ? p.value_pad : p.head_dim, sum);
+      if (kHasQuadratic && !kOfValues) add_product_with_coordinates(root, int(from + 2 * Layout::kMatrix), d_pairs);
+    } else {
+      uint32_t parts[kNumberParts][4];
+      split_rows(kOfValues ? value : score, from + Layout::kMatrix, parts);
+      add_rows(parts, kOfValues ? from + Layout::kMatrix : from, kOfValues ? p.value_pad : p.head_dim);
+      if (kHasQuadratic && !kOfValues) add_coordinates(root, from + 2 * Layout::kMatrix);
     }
-    load_transposed(from + 2 * Layout::kMatrix + swizzled<64>(lane % 16, lane / 16), first_part);
-    load_transposed(from + 2 * Layout::kMatrix + swizzled<64>(lane % 16, 2 + lane / 16), second_part);
+  }
+
+  // Of a stage of 16-bit tokens.
+  SB_DEVICE void multiply_in_16_bits(int64_t from, float (&score)[kSlotTiles][4], float (&value)[kSlotTiles][4],
+                                     float (&root)[kSlotTiles][4]) const {
+    SB_UNROLL_STEPS
+    for (int k = 0; k < kSteps; ++k) {
+      const int64_t place = swizzled<2 * D>(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
+      uint32_t rows[4], slots[4];
+      if (k < p.head_steps) {
+        load_left<2 * D>(base, k, rows), load_matrices(from + place, slots);
+        multiply_add(score[0], rows, slots[0], slots[1], E{});
+        multiply_add(score[1], rows, slots[2], slots[3], E{});
+      }
+      if (!kOfValues && k < p.value_steps) {
+        load_left<2 * D>(base + Layout::kValues, k, rows), load_matrices(from + Layout::kMatrix + place, slots);
+        multiply_add(value[0], rows, slots[0], slots[1], E{});
+        multiply_add(value[1], rows, slots[2], slots[3], E{});
+      }
+    }
+    if (!kHasQuadratic) return;
+    uint32_t high[4], low[4];
+    load_left<64>(base + Layout::kOwnCoordinates, 0, high), load_left<64>(base + Layout::kOwnCoordinates, 1, low);
     SB_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      multiply_add(d_pairs[c], low, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
-      multiply_add(d_pairs[c], high, second_part[2 * c], second_part[2 * c + 1], Bfloat16{});
-      multiply_add(d_pairs[c], high, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
+    for (int n = 0; n < kSlotTiles; ++n) {
+      uint32_t x[4];  // the two halves of the first part, then of the second
+      load_matrices(from + 2 * Layout::kMatrix + swizzled<64>(n * 8 + lane % 8, lane / 8), x);
+      multiply_add(root[n], low, x[0], x[1], Bfloat16{});
+      multiply_add(root[n], high, x[2], x[3], Bfloat16{});
+      multiply_add(root[n], high, x[0], x[1], Bfloat16{});
     }
   }
 
@@ -445,26 +473,21 @@ class TileKeys {
   static constexpr bool kIsCareful = kIsRagged || !kHasQuadratic;
   SB_DEVICE void clear_what_is_no_number(const Fetched& of_lane, int64_t from, const uint32_t (&listing)[2],
                                          float (&numbers)[kSlotTiles][4], float (&of_maps)[kSlotTiles][4]) const {
+    typedef std::conditional_t<kIsWide, float, Bfloat16> Coordinate;
+    constexpr int kWords = Rows::kRowBytes / 4;
     uint32_t bad = 0;  // slots
-    // Of a word of 16-bit numbers; whether they were numbers.
-    const auto clear = [](const Shared<uint32_t>& word, auto e) {
-      const uint32_t pair = word.get(0);
-      const bool are_numbers = low_of(pair, e) * 0.0f == 0.0f && high_of(pair, e) * 0.0f == 0.0f;
-      if (!are_numbers) word.set(0, 0u);
-      return are_numbers;
-    };
     sync_warp();
     SB_NO_UNROLL
     for (int slot = 0; slot < kTile; ++slot) {
       bool are_numbers = true;
       SB_NO_UNROLL
-      for (int i = lane; i < D; i += kWarp) {  // words of the query, then of its gradient
-        const int64_t row = from + i * 2 / D * Layout::kMatrix + slot * D * 2;
-        are_numbers = clear(shared_array<uint32_t>(row + i % (D / 2) * 4), E{}) && are_numbers;
+      for (int i = lane; i < 2 * kWords; i += kWarp) {  // of the query, then of its gradient
+        const int64_t row = from + i / kWords * Layout::kMatrix + slot * Rows::kRowBytes;
+        are_numbers = clear_without_number(shared_array<uint32_t>(row + i % kWords * 4), E{}) && are_numbers;
       }
       if (kHasQuadratic && lane < 16) {
-        const int64_t row = from + 2 * Layout::kMatrix + slot * 64;
-        are_numbers = clear(shared_array<uint32_t>(row + lane * 4), Bfloat16{}) && are_numbers;
+        const int64_t chunk = from + 2 * Layout::kMatrix + Coordinates::place(slot, lane / 4);
+        are_numbers = clear_without_number(shared_array<uint32_t>(chunk + lane % 4 * 4), Coordinate{}) && are_numbers;
       }
       if (ballot(!are_numbers) != 0) bad |= 1u << slot;
     }
@@ -581,6 +604,26 @@ class TileKeys {
     }
   }
 
+  // d_pairs += gradients of x.y times the slots' coordinates at `from`.
+  SB_DEVICE void add_coordinates(const float (&numbers)[kSlotTiles][4], int64_t from) {
+    uint32_t high[4], low[4], first_part[4], second_part[4];
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t of_pair[2];
+      split(numbers[n][2 * r], numbers[n][2 * r + 1], of_pair, Bfloat16{});
+      high[2 * n + r] = of_pair[0], low[2 * n + r] = of_pair[1];
+    }
+    load_transposed(from + swizzled<64>(lane % 16, lane / 16), first_part);
+    load_transposed(from + swizzled<64>(lane % 16, 2 + lane / 16), second_part);
+    SB_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      multiply_add(d_pairs[c], low, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
+      multiply_add(d_pairs[c], high, second_part[2 * c], second_part[2 * c + 1], Bfloat16{});
+      multiply_add(d_pairs[c], high, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
+    }
+  }
+
   // -------------------- results
 
   SB_DEVICE void finish() {
@@ -593,8 +636,13 @@ class TileKeys {
       float* to = static_cast<float*>(kOfValues ? p.dv_sum : p.dk_sum) + (head * p.k_tokens + token(row)) * width;
       SB_UNROLL
       for (int c = 0; c < kChunks; ++c) SB_UNROLL
-      for (int i = 0; i < 2; ++i)
-        if (8 * c < width) store(to + 8 * c + 2 * t + i, sum[c][2 * r + i] * scale);
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (kIsWide)
+          sum[c][2 * r + i] *= scale;
+        else if (8 * c < width)
+          store(to + 8 * c + 2 * t + i, sum[c][2 * r + i] * scale);
+      }
+      if constexpr (kIsWide) store_float_sums(sum, r, to, width);
     }
     if (kHasQuadratic && !kOfValues) finish_map();
   }
@@ -638,7 +686,7 @@ template <class E, int D, bool kHasQuadratic, bool kIsRagged>
 SB_KERNEL SB_THREADS_AT_MOST(kTileKeysThreads) attention_backward_tile_keys(BackwardTileKeysParams p) {
   const int64_t tiles = ceil_div(p.k_tokens, kTile), all = p.batch * p.kv_heads * tiles,
                 warps = block_threads() / kWarp;
-  const int64_t base = warp_index() * TileKeysLayout<D, kHasQuadratic>::kBytes;
+  const int64_t base = warp_index() * TileKeysLayout<E, D, kHasQuadratic>::kBytes;
   for_each_task(quotient(2 * all + warps - 1, warps), [&](int64_t task) {
     const int64_t at = task * warps + warp_index(), tile = at < all ? at : at - all, head = quotient(tile, tiles),
                   first = (tile - head * tiles) * kTile;

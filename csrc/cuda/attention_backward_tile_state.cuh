@@ -2,6 +2,7 @@
 // what the state gives to its records and to the gradients of maps, or of clusters' exponents.
 #pragma once
 #include "attention_backward.cuh"
+#include "attention_backward_tile_products.cuh"
 #include "attention_tile_queries.cuh"
 
 namespace sb::cuda {
@@ -11,28 +12,55 @@ inline constexpr int kRowWidth = kRowOfX, kLastColumn = kLogOfX;
 inline constexpr int kBackwardTileThreads = 128;
 
 // Shared memory of a warp, in bytes. `rows`: by slot, x with its log scale and the gradients by x that come from dO H
-// and from hz; or exponents of clusters and their gradients. dO H passes through the stages.
-template <int D, LowRank kKind>
+// and from hz; or exponents of clusters and their gradients. dO H passes through the stages. `left`:
+// coordinates of float32.
+template <class E, int D, LowRank kKind>
 struct BackwardTileLayout {
-  static constexpr int64_t kMatrix = kStage * D * 2, kCoordinates = kKind == LowRank::kQuadratic ? kStage * 64 : 0,
+  static constexpr int64_t kMatrix = TokenRows<E, D>::kBytes,
+                           kCoordinates = kKind == LowRank::kQuadratic ? kStage * 64 : 0,
                            kStageBytes = 2 * kMatrix + kCoordinates, kGradients = kMatrix, kStages = 2 * kMatrix,
                            kQueries = kStages + 2 * kStageBytes, kRows = kQueries + kTile * 4,
-                           kSmallRow = kTile * kRowWidth * 4, kPairs = kRows + 3 * kSmallRow;
+                           kSmallRow = kTile * kRowWidth * 4, kPairs = kRows + 3 * kSmallRow,
+                           kLeft = pad_to(kPairs, 128);
   static_assert(kKind != LowRank::kQuadratic || (kTile + 1) * (kTileFeatures + 1) * 4 <= 2 * kStageBytes);
   // Of a slot's exponents.
   static SB_HD int32_t width(const ForwardParams& p) { return int32_t(pad_to(p.rank, 16)) + 1; }
   static SB_HD int64_t bytes(const ForwardParams& p) {
-    if (kKind == LowRank::kQuadratic) return kPairs;
+    if (kKind == LowRank::kQuadratic) return kIsFloat<E> ? kLeft + CoordinateRows<E>::kBytes : kPairs;
     return kKind == LowRank::kCentroid ? pad_to(kRows + (2 * width(p) + kRowWidth) * kTile * 4, 16) : kRows;
+  }
+};
+
+// Halves of a tile's coordinates, then 1, as the left operand of products with those of a stage's keys: in registers,
+// or of float32 in shared memory at `place`.
+template <class E>
+struct LeftCoordinates {
+  uint32_t high[4], low[4];
+  SB_DEVICE void set(const ForwardParams& p, const Shared<float>& x, int) { split_coordinates(p, x, high, low); }
+  SB_DEVICE void multiply(int, int keys, float (&sum)[2][4]) const { add_product_of_coordinates(high, low, keys, sum); }
+};
+template <>
+struct LeftCoordinates<float> {
+  SB_DEVICE void set(const ForwardParams& p, const Shared<float>& x, int place) {
+    for (int i = lane_index(); i < kTile * 16; i += kWarp) {
+      const int row = i / 16, column = i % 16;
+      shared_array<float>(place + CoordinateRows<float>::place(row, column / 4))
+          .set(column % 4, half_coordinate(p, x, row, column));
+    }
+    sync_warp();
+  }
+  SB_DEVICE void multiply(int place, int keys, float (&sum)[2][4]) const {
+    multiply_coordinates<true>(place, keys, sum);
   }
 };
 
 template <class E, int D, LowRank kKind>
 class BackwardTileState {
  protected:
-  typedef BackwardTileLayout<D, kKind> Layout;
+  typedef BackwardTileLayout<E, D, kKind> Layout;
+  typedef TokenRows<E, D> Rows;
   static constexpr bool kHasQuadratic = kKind == LowRank::kQuadratic, kHasClusters = kKind == LowRank::kCentroid,
-                        kHasLowRank = kKind != LowRank::kNone, kIsHalf = std::is_same_v<E, Half>;
+                        kHasLowRank = kKind != LowRank::kNone, kIsHalf = std::is_same_v<E, Half>, kIsWide = kIsFloat<E>;
   static constexpr int kChunks = D / 8, kSteps = D / 16, kKeyTiles = kStage / 8, kGradientRow = kTileFeatures + 1;
 
   SB_DEVICE BackwardTileState(const BackwardTileParams& p, int64_t base, int64_t b, int64_t h, int64_t first_slot)
@@ -58,23 +86,24 @@ class BackwardTileState {
     float top = float(kLowestLog), exact = 0, exact_value = 0, removed = 0, removed_value = 0, total = 0,
           total_value = 0, largest = 0;
   };
-  // What gradients are from, as SlotRecord, `shift` for the delta with its correction; `scale` keeps gradients of
-  // scores inside of float16. Without a query, or flagged, a slot has no weights.
+  // What gradients are from, as SlotRecord, `shift` for the delta, in 16 bits with its correction; `scale` keeps
+  // gradients of scores inside of float16. Without a query, or flagged, a slot has no weights.
   struct Slot {
-    float log = -float(kLowestLog), inverse = 0, state_weight = 0, shift = 0, scale = 1;
+    float log = -float(kLowestLog), inverse = 0, state_weight = 0, shift = 0, correction = 0, scale = 1;
+    // dO.v less its mean. A mean of float32 is as exact as that of its weights: nothing large rounds what is small.
+    SB_DEVICE float gradient(float value) const { return kIsWide ? (value - shift) - correction : value - shift; }
   };
 
   // -------------------- the tile's queries
 
   SB_DEVICE void read_queries() {
-    for (int i = lane; i < kTile * kChunks; i += kWarp) {
-      const int row = i / kChunks, chunk = i % kChunks;
+    for (int i = lane; i < kTile * Rows::kRowChunks; i += kWarp) {
+      const int row = i / Rows::kRowChunks, chunk = i % Rows::kRowChunks, column = chunk * Rows::kNumbers;
       const int64_t query = queries.get(row), from = query < 0 ? 0 : query;
-      const bool in_query = query >= 0 && chunk * 8 < p.head_dim, in_value = query >= 0 && chunk * 8 < p.value_pad;
-      copy_async(base + swizzled<2 * D>(row, chunk), p.q.at<const E>(b, h, from) + (in_query ? chunk * 8 : 0),
-                 in_query);
-      copy_async(base + Layout::kGradients + swizzled<2 * D>(row, chunk),
-                 p.d_out.at<const E>(b, h, from) + (in_value ? chunk * 8 : 0), in_value);
+      const bool in_query = query >= 0 && column < p.head_dim, in_value = query >= 0 && column < p.value_pad;
+      copy_async(base + Rows::place(row, chunk), p.q.at<const E>(b, h, from) + (in_query ? column : 0), in_query);
+      copy_async(base + Layout::kGradients + Rows::place(row, chunk),
+                 p.d_out.at<const E>(b, h, from) + (in_value ? column : 0), in_value);
     }
     commit_copies();
     if (kHasQuadratic) {
@@ -86,7 +115,7 @@ class BackwardTileState {
     }
     wait_copies<0>();
     sync_warp();
-    if (kHasQuadratic) split_coordinates(p, x, x_high, x_low);
+    if (kHasQuadratic) left_x.set(p, x, base + int(Layout::kLeft));
   }
 
   SB_DEVICE void begin_sums() {
@@ -106,13 +135,20 @@ class BackwardTileState {
     return load(state_of<float>(p, head, state_slot) + f * (p.value_pad + 1) + p.value_pad);
   }
 
-  // sum[n] += dO times columns [8 (first + n), 8 (first + n) + 8) of the state.
+  // sum[n] += dO times columns [8 (first + n), 8 (first + n) + 8) of the state, its features.
   template <int kCount>
   SB_DEVICE void multiply_state(int64_t first, float (&sum)[kCount][4]) const {
-    const int64_t columns = p.features_padded / 8;
-    add_product_of_tokens<E, D>(base + Layout::kGradients, p.value_steps,
-                                p.state_operand + operand_of_state() * p.value_steps * columns * kWarp, columns, first,
-                                sum);
+    if constexpr (kIsWide) {
+      const int64_t pitch = p.value_pad + 1;
+      add_product_with_global_rows<D>(base + int(Layout::kGradients),
+                                      state_of<float>(p, head, state_slot) + 8 * first * pitch, p.features - 8 * first,
+                                      pitch, p.value_pad, sum);
+    } else {
+      const int64_t columns = p.features_padded / 8;
+      add_product_of_tokens<E, D>(base + Layout::kGradients, p.value_steps,
+                                  p.state_operand + operand_of_state() * p.value_steps * columns * kWarp, columns,
+                                  first, sum);
+    }
   }
 
   // The gradients by x that come from dO H and, not yet times -dO.o, from hz: F'(x) of both, by a lane each. With them
@@ -239,7 +275,7 @@ class BackwardTileState {
   const Shared<float> x, d_x, of_hz;
   int32_t first_key = 0, state_slot = 0;
   float kappa_ref = 0;
-  uint32_t x_high[4], x_low[4];
+  LeftCoordinates<E> left_x;
   Sums sums[2];
   Slot slot[2];
   float log_state[2], correction[2], squares_of_state = 0;

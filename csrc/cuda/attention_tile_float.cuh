@@ -1,15 +1,10 @@
 // Forward pass on tensor cores for float32 tokens: the same walk, sums and flags as attention_tile.cuh's, by products
-// that are as exact as float32. Both sides of a product are two parts of TF32 (matrix.h), and it is the sum of three:
-// high high + high low + low high. Products over the keys of a stage, or over 8 features, begin at zero and are added
-// to a row's sums in float32, since devices do not say how tensor cores round a long sum.
-//
-// The depth of a product has no order, so long as both sides agree on it: a lane takes four neighbouring columns of
-// queries and of keys, 16 bytes, for two products, and keys 2t and 2t + 1 of weights and of values, so that sums of
-// scores are a left operand as they lie. Lane l = 4 g + t sums the columns [32 i + 8 t, 32 i + 8 t + 8) of rows g and
-// g + 8: its sum of chunk 4 i + j belongs to columns 32 i + 4 (2 t) + j and 32 i + 4 (2 t + 1) + j.
+// that are as exact as float32 (float_products.cuh). Products over the keys of a stage, or over 8 features, begin at
+// zero and are added to a row's sums in float32, since devices do not say how tensor cores round a long sum.
 #pragma once
 #include "attention_tile_queries.cuh"
 #include "attention_tile_stages.cuh"
+#include "float_products.cuh"
 
 namespace sb::cuda {
 
@@ -40,24 +35,6 @@ SB_HD int moved_by_parity(int row) { return (row & 1) << 6; }
 template <int D>
 SB_HD int swizzled_by_parity(int row, int chunk) {
   return row * D * 4 + ((chunk << 4) ^ moved_by_parity(row));
-}
-
-// A left operand of 16 rows and a depth of 8.
-struct LeftParts {
-  uint32_t high[4], low[4];
-  // Of slots t and t + 4 in rows g and g + 8.
-  SB_DEVICE LeftParts(float first_0, float first_1, float second_0, float second_1) {
-    split(first_0, high[0], low[0]), split(first_1, high[1], low[1]);
-    split(second_0, high[2], low[2]), split(second_1, high[3], low[3]);
-  }
-};
-// sum += left right, the small products into `small`.
-SB_DEVICE void add_product(float (&sum)[4], float (&small)[4], const LeftParts& left, float right_0, float right_1) {
-  uint32_t high[2], low[2];
-  split(right_0, high[0], low[0]), split(right_1, high[1], low[1]);
-  multiply_add(small, left.low, high[0], high[1], Tf32{});
-  multiply_add(small, left.high, low[0], low[1], Tf32{});
-  multiply_add(sum, left.high, high[0], high[1], Tf32{});
 }
 
 template <int D, LowRank kKind, bool kIsRagged>

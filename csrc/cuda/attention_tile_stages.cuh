@@ -31,10 +31,10 @@ class StagesOfList {
 // behind it, which clusters have none of.
 template <LowRank kKind, class Add>
 SB_DEVICE void go_through_rows(TileRows& rows, const Add& add) {
-  add(std::false_type{}, [&](StageKeys& keys) { return rows.next_listed(keys); });
+  add(std::false_type{}, [&](StageKeys& keys) SB_INLINE_LAMBDA { return rows.next_listed(keys); });
   if constexpr (kKind != LowRank::kCentroid) {
     rows.enter_seen();
-    add(std::true_type{}, [&](StageKeys& keys) { return rows.next_seen(keys); });
+    add(std::true_type{}, [&](StageKeys& keys) SB_INLINE_LAMBDA { return rows.next_seen(keys); });
   }
 }
 

@@ -49,6 +49,7 @@ void launch_backward_queries(const BackwardParams& p, Element element, bool is_w
 // launch_tile_operands.
 void launch_attention_backward_tile(const BackwardTileParams& p, Element element, Stream stream);
 void launch_ragged_attention_backward_tile(const BackwardTileParams& p, Element element, Stream stream);
+void launch_float_attention_backward_tile(const BackwardTileParams& p, Stream stream);
 // The state, and what carries gradients of coordinates to dq, as either reads them.
 void launch_backward_tile_operands(const BackwardTileParams& p, Stream stream);
 // What a product of tokens or of numbers with a matrix reads (tile_memory.cuh).
@@ -58,6 +59,7 @@ void launch_state_gradients(const BackwardParams& p, Element element, bool is_wi
 void launch_backward_tile_keys_operands(const BackwardTileKeysParams& p, Stream stream);
 void launch_attention_backward_tile_keys(const BackwardTileKeysParams& p, Element element, Stream stream);
 void launch_ragged_attention_backward_tile_keys(const BackwardTileKeysParams& p, Element element, Stream stream);
+void launch_float_attention_backward_tile_keys(const BackwardTileKeysParams& p, Stream stream);
 void launch_backward_keys(const BackwardParams& p, Element element, bool is_wide, Stream stream);
 // Pairs of listed blocks, on tensor cores; adds to what the others have left, if that is any. Tiles are ragged with a
 // causal edge, and where their lists are unions, which come before and are transposed then.

@@ -6,7 +6,9 @@ namespace sb::cuda {
 void launch_backward_tile_keys_operands(const BackwardTileKeysParams& p, Stream stream) {
   if (!p.has_low_rank()) return;
   constexpr int kThreads = 128;
-  launch(stream, "tile_queries", blocks_for(p.batch * p.q_heads * p.q_tokens, kThreads), kThreads, 0, tile_queries, p);
+  const int64_t blocks = blocks_for(p.batch * p.q_heads * p.q_tokens, kThreads);
+  if (p.query_rows) return launch(stream, "tile_query_rows", blocks, kThreads, 0, tile_query_rows, p);
+  launch(stream, "tile_queries", blocks, kThreads, 0, tile_queries, p);
   if (p.has_ragged_stages()) return;
   OperandParams state{};
   state.batch = p.batch, state.heads = state.given_heads = p.kv_heads;

@@ -8,7 +8,7 @@ namespace sb::cuda {
 template <class E, int D, LowRank kKind, bool kIsRagged>
 void launch_backward_tiles(const BackwardTileParams& p, Stream stream) {
   constexpr int64_t kMostShared = 96 << 10;  // what a block may have on every device
-  const int64_t bytes = BackwardTileLayout<D, kKind>::bytes(p);
+  const int64_t bytes = BackwardTileLayout<E, D, kKind>::bytes(p);
   int warps = kBackwardTileThreads / kWarp;
   while (warps > 1 && warps * bytes > kMostShared) warps /= 2;
   launch(stream, "attention_backward_tile", ceil_div(p.batch * p.q_heads * ceil_div(p.q_tokens, kTile), warps),
@@ -22,8 +22,19 @@ void launch_backward_kind(const BackwardTileParams& p, Stream stream) {
 }
 
 template <bool kIsRagged>
+void launch_float_backward_tile_kernel(const BackwardTileParams& p, Stream stream) {
+  with_element(Element::kFloat, [&](auto* e) {
+    if constexpr (std::is_same_v<decltype(e), float*>) {
+      if (p.low_rank == LowRank::kQuadratic)
+        launch_backward_tiles<float, 64, LowRank::kQuadratic, kIsRagged>(p, stream);
+      else
+        launch_backward_tiles<float, 64, LowRank::kNone, kIsRagged>(p, stream);
+    }
+  });
+}
+
+template <bool kIsRagged>
 void launch_backward_tile_kernel(const BackwardTileParams& p, Element element, Stream stream) {
-  launch_backward_tile_operands(p, stream);
   with_element(element, [&](auto* e) {
     using E = std::remove_pointer_t<decltype(e)>;
     if constexpr (sizeof(E) == 2) {

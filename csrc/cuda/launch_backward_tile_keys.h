@@ -8,12 +8,24 @@ namespace sb::cuda {
 template <class E, int D, bool kHasQuadratic, bool kIsRagged>
 void launch_tiles_of_keys(const BackwardTileKeysParams& p, Stream stream) {
   constexpr int64_t kMostShared = 96 << 10;  // what a block may have on every device
-  constexpr int64_t kBytes = TileKeysLayout<D, kHasQuadratic>::kBytes;
+  constexpr int64_t kBytes = TileKeysLayout<E, D, kHasQuadratic>::kBytes;
   int warps = kTileKeysThreads / kWarp;
   while (warps > 1 && warps * kBytes > kMostShared) warps /= 2;
   launch(stream, "attention_backward_tile_keys",
          ceil_div(2 * p.batch * p.kv_heads * ceil_div(p.k_tokens, kTile), warps), warps * kWarp, warps * kBytes,
          attention_backward_tile_keys<E, D, kHasQuadratic, kIsRagged>, p);
+}
+
+template <bool kIsRagged>
+void launch_float_backward_tile_keys_kernel(const BackwardTileKeysParams& p, Stream stream) {
+  with_element(Element::kFloat, [&](auto* e) {
+    if constexpr (std::is_same_v<decltype(e), float*>) {
+      if (p.low_rank == LowRank::kQuadratic)
+        launch_tiles_of_keys<float, 64, true, kIsRagged>(p, stream);
+      else
+        launch_tiles_of_keys<float, 64, false, kIsRagged>(p, stream);
+    }
+  });
 }
 
 template <bool kIsRagged>

@@ -254,19 +254,22 @@ struct BackwardTileParams : BackwardParams {
   // projection's rows, of q_heads, or without a projection null, or the representatives. OperandParams.operand of
   // either.
   FourWords *state_operand, *map_operand;
-  const FourWords* cluster_operand;  // these three as in TileParams
+  const FourWords* cluster_operand;  // these four as in TileParams
   const float* key_log;
   const Bfloat16* key_coordinates;
+  const float* key_rows;
 };
 
 // That of keys by tiles (attention_backward_tile_keys.cuh).
 struct BackwardTileKeysParams : BackwardParams {
-  int64_t features_padded, head_steps, value_steps;  // these, key_log and key_coordinates as in BackwardTileParams
+  int64_t features_padded, head_steps, value_steps;  // these, and what is of keys, as in BackwardTileParams
   // Of d_kv_state, OperandParams.operand of either form, where stages are not ragged.
   FourWords *state_by_value, *state_by_feature;
   const float* key_log;
   const Bfloat16* key_coordinates;
+  const float* key_rows;
   Bfloat16* query_coordinates;  // (B, Hq, N, 2, 16)
+  float* query_rows;            // with float32 tokens in its place (B, Hq, N, 16): half of the coordinates, then 1
 
   // Whether the 16 slots of a stage have several lists, or take back of causal states.
   SB_HD bool has_ragged_stages() const { return block_q % kTile != 0 || (is_causal && has_low_rank()); }

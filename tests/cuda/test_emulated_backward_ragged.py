@@ -249,7 +249,7 @@ FAULTS = {
     "stale mask per query": (TILE, "valid & shuffle_from(of_lane.pattern, row_of(r))", "valid", "dq|d[qkv] (rms|row)"),
     "lost low part": (
         TILE,
-        "        multiply_add(dq[c], d_rest, keys[0], keys[1], E{});\n",
+        "      multiply_add(dq[c], d_rest, keys[0], keys[1], E{});\n",
         "",
         "dq (rms|row)",
     ),

@@ -63,7 +63,7 @@ def test_what_does_not_fit_runs_without_tensor_cores(emulator: Emulator) -> None
             gradients(given_of(torch.bfloat16, n=20, **change), sb.Window(16), None)
     with on_tensor_cores(emulator, expected=False):
         gradients(given, lists(N, 1, 1, 9, batch=1), None)
-        gradients([t.float() for t in given], sb.Window(16), None)
+        gradients([t.double() for t in given], sb.Window(16), None)
 
 
 def map_arguments(dtype: torch.dtype) -> tuple[AttentionArguments, list[Tensor]]:
@@ -220,8 +220,8 @@ FAULTS = {
     "swapped operand": (
         QUERIES,
         "none",
-        "        multiply_add(dq[c + 1], d_score, keys[2], keys[3], E{});\n",
-        "        multiply_add(dq[c + 1], d_score, keys[3], keys[2], E{});\n",
+        "      multiply_add(dq[c + 1], d_score, keys[2], keys[3], E{});\n",
+        "      multiply_add(dq[c + 1], d_score, keys[3], keys[2], E{});\n",
         "dq (rms|row)",
     ),
     "lost last stage": (

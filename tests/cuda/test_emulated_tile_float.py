@@ -209,16 +209,24 @@ def test_neither_a_complaint_nor_a_bank_conflict_without_a_fault(emulator: Emula
     assert first_complaint(emulator) == ""
 
 
+TILE = "attention_tile_float.cuh"
 FAULTS = {
-    "lost low part of a right operand": ("  multiply_add(small, left.high, low[0], low[1], Tf32{});\n", "", "rms"),
-    "swizzle of keys lost where they are read": ("(chunk << 4) ^ moved_by_parity(row)", "(chunk << 4)", "rms"),
-    "lost swizzle of keys": ("return (row & 1) << 6;", "return 0 * row;", "conflicts"),
+    "lost low part of a right operand": (
+        "float_products.cuh",
+        "  multiply_add(small, left.high, low[0], low[1], Tf32{});\n",
+        "",
+        "rms",
+    ),
+    "swizzle of keys lost where they are read": (TILE, "(chunk << 4) ^ moved_by_parity(row)", "(chunk << 4)", "rms"),
+    "lost swizzle of keys": (TILE, "return (row & 1) << 6;", "return 0 * row;", "conflicts"),
     "missing wait for values": (
+        TILE,
         "      wait_copies<1>();\n      sync_warp();\n      if (is_careful)",
         "      if (is_careful)",
         "asynchronous copy",
     ),
     "missing barrier before values are overwritten": (
+        TILE,
         "      sync_warp();  // before values are overwritten\n",
         "",
         "race|async",
@@ -228,5 +236,5 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught_by_name(kernels: Kernels, fault: str) -> None:
-    old, new, name = FAULTS[fault]
-    kernels.assert_caught("attention_tile_float.cuh", old, new, name, first_complaint, FLOAT)
+    file, old, new, name = FAULTS[fault]
+    kernels.assert_caught(file, old, new, name, first_complaint, FLOAT)

@@ -204,6 +204,22 @@ def _gradients_of_ragged_tiles(dtype: torch.dtype) -> None:
     sb.attention(query.requires_grad_(), key, value, sb.Window(24), None, is_causal=True)[:, :, :60].sum().backward()
 
 
+@call("gradients of tiles of float32")
+def _gradients_of_float_tiles(dtype: torch.dtype) -> None:
+    """On tensor cores: with a quadratic kernel and with none, shared and ragged lists, a state of all keys and causal
+    ones, holes, keys that are no numbers."""
+    if dtype != torch.float32:
+        return
+    more = dict(queries=20, wants_gradients=True)
+    for low_rank in (None, sb.Quadratic(5)):
+        attend(dtype, sb.Window(40), low_rank, 48, 64, keys=130, **more)
+        attend(dtype, sb.Window(24), low_rank, 64, 40, keys=140, is_causal=True, query_offset=115, **more)
+        attend(dtype, sb.Window(24, 8), low_rank, 24, 16, key_padding_mask=mask_of(slice(3, 40, 4)), **more)
+    query, key, value = (rand(1, 1, N, 64, seed=i, dtype=dtype) for i in range(3))
+    key[:, :, 60:] = torch.nan
+    sb.attention(query.requires_grad_(), key, value, sb.Window(24), None, is_causal=True)[:, :, :60].sum().backward()
+
+
 @call("shares of keys")
 def _shares(dtype: torch.dtype) -> None:
     """On tensor cores: both widths, every kind, lists of several stages."""
