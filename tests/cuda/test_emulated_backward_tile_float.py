@@ -80,7 +80,7 @@ def drawn(seed: int, kind: str) -> tuple[list[Tensor], sb.Window, dict[str, obje
     more: dict[str, object] = dict(is_causal=is_causal, statistics=statistics_of(LOW_RANKS[kind], given))
     if one_of(False, True):
         more["key_padding_mask"] = torch.rand(1, n, generator=generator) < 0.2
-    window = sb.Window(int(one_of(17, 40, 64)), block_q, sinks=int(one_of(0, 0, 7)))
+    window = sb.Window(int(one_of(34, 48, 64)), block_q, sinks=int(one_of(0, 0, 7)))
     return given, window, more
 
 
@@ -374,7 +374,8 @@ def first_complaint(emulator: Emulator) -> str:
             wrong = excess(emulator, given, sb.Window(40, 16, sinks=5), None, is_causal=is_causal)
             if wrong:
                 return wrong
-        return wrong_maps(emulator, True) or ("conflicts" if any(conflicts_of_further_keys(emulator)) else "")
+        wrong = wrong_maps(emulator, True) or wrong_maps(emulator, False)
+        return wrong or ("conflicts" if any(conflicts_of_further_keys(emulator)) else "")
     except RuntimeError as error:
         return str(error)
 
