@@ -4,6 +4,7 @@ import io
 import re
 import tokenize
 
+import pytest
 import torch
 
 from scatterbrain.training.config import DataConfig
@@ -113,6 +114,16 @@ def test_training_scores_every_byte_and_validation_far_names_alone():
                     assert before >= 0 and name.start() - before >= 60
     all_bytes = data(distance=0).validation_batch(0)
     assert (all_bytes.targets != -100).all()
+
+
+def test_every_validation_sequence_has_scored_bytes_or_the_distance_is_refused():
+    far = b"name = 1\n" + b"# filler\n" * 10 + b"name\n"
+    documents = [Document("far", far), *(Document(f"{i}", b"# nothing\n" * 30) for i in range(6))]
+    batches = RenamedSource(documents, documents, 105, 64, 2, 0)
+    for number in range(6):
+        assert (batches.validation_batch(number).targets != -100).any(dim=1).all()
+    with pytest.raises(ValueError, match="task.distance: expected validation texts in which names come again 64"):
+        RenamedSource(documents, documents[1:], 105, 64, 2, 0).validation_batch(0)
 
 
 def test_a_sequence_goes_on_with_another_document_and_keeps_its_names():

@@ -26,7 +26,7 @@ METHODS = {
 SMALL = {
     "text": {"tokens": 200, "classes": 2},
     "retrieval": {"tokens": 200},
-    "names": {"tokens": 256, "distance": 64},
+    "names": {"tokens": 256, "distance": 16},
     "lm": {},
     "words": {"vocabulary": 300},
 }

@@ -32,6 +32,7 @@ _LEXER = re.compile(
 )
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 _NO_NAME = -1
+_ATTEMPTS = 100
 
 
 class Name(NamedTuple):
@@ -107,15 +108,29 @@ class RenamedSource:
         return Batch(text[:, :-1], text[:, 1:])
 
     def validation_batch(self, number: int) -> Batch:
-        """Always the same sequences of the validation documents."""
-        generators = (generator_of("validation", number, row) for row in range(self.batch))
-        rows = [self.sequence(self.validation, generator) for generator in generators]
+        """Always the same sequences of the validation documents. Each has bytes that are scored.
+
+        Raises:
+            ValueError: if none of many sequences has a name that comes again as far behind as it must.
+        """
+        rows = [self._scored_sequence(number, row) for row in range(self.batch)]
         text = torch.stack([row.text for row in rows]).long()
         targets = text[:, 1:]
         if self.distance:
             distance = torch.stack([row.distance for row in rows])[:, 1:]
             targets = targets.masked_fill(distance < self.distance, -100)
         return Batch(text[:, :-1], targets)
+
+    def _scored_sequence(self, number: int, row: int) -> RenamedSequence:
+        for attempt in range(_ATTEMPTS):
+            found = self.sequence(self.validation, generator_of("validation", number, row, attempt))
+            if self.distance == 0 or int(found.distance[1:].max()) >= self.distance:
+                return found
+        raise ValueError(
+            f"task.distance: expected validation texts in which names come again {self.distance} or more bytes behind, "
+            f"got none in {_ATTEMPTS} sequences of {self.tokens} bytes; use a smaller task.distance, more task.tokens "
+            "or other files (data.path, data.glob)"
+        )
 
     def sequence(self, documents: list[bytes], generator: torch.Generator) -> RenamedSequence:
         """One sequence of ``tokens`` + 1 bytes."""
