@@ -103,6 +103,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, monkeypatch):
     assert stopped.value.exit_code == 1
     assert checkpoint.read_bytes() == kept[0]
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == [
+        "best.safetensors",
         "checkpoint.safetensors",
         "config.yaml",
         "metrics.jsonl",

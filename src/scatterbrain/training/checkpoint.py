@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from scatterbrain.training.config import SECTIONS
 from scatterbrain.training.files import UnusableRun, write_atomically
 from scatterbrain.training.precision import Precision
-from scatterbrain.training.processes import like, whole
+from scatterbrain.training.processes import Processes, like, whole
 from scatterbrain.training.train_step import TrainState
 
 FORMAT = "scatterbrain-train-1"
+WEIGHTS = "scatterbrain-weights-1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +51,36 @@ def save_checkpoint(path: Path, train_state: TrainState, progress: Progress) -> 
     sources = {f"model/{name}": value for name, value in train_state.model.state_dict().items()}
     for index, state in train_state.optimizer.state_dict()["state"].items():
         sources |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
-    tensors = {}
-    for name, value in sources.items():
-        value = whole(value)
-        if processes.is_first:
-            tensors[name] = value.contiguous()
+    tensors = _gathered(sources, processes)
     tensors |= {f"scaler/{name}": value for name, value in train_state.precision.state().items()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if train_state.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state(train_state.device)
     metadata = {"format": FORMAT, "progress": json.dumps(dataclasses.asdict(progress))}
     processes.first(lambda: write_atomically(path, safetensors.torch.save(tensors, metadata)))
+
+
+def save_weights(path: Path, train_state: TrainState, step: int, metric: str, value: float) -> None:
+    """Writes the weights alone, atomically, with what they are worth as metadata. As :func:`save_checkpoint`, all
+    processes must call it.
+
+    Raises:
+        OSError: if they cannot be written; an earlier file stays whole.
+    """
+    sources = {f"model/{name}": value for name, value in train_state.model.state_dict().items()}
+    tensors = _gathered(sources, train_state.processes)
+    metadata = {"format": WEIGHTS, "step": str(step), metric: repr(value)}
+    train_state.processes.first(lambda: write_atomically(path, safetensors.torch.save(tensors, metadata)))
+
+
+def _gathered(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Whole tensors on the first process, nothing on the others."""
+    result = {}
+    for name, value in tensors.items():
+        value = whole(value)
+        if processes.is_first:
+            result[name] = value.contiguous()
+    return result
 
 
 def read_progress(path: Path) -> Progress:

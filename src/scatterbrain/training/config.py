@@ -149,11 +149,13 @@ class TrainConfig:
             mean.
         compile: Whether torch.compile makes graphs of the model, of all but its attention, which is compiled code
             already. Rounding differs from that of a run without.
-        initialize_from: Checkpoint of an earlier run (its checkpoint.safetensors) whose weights this one starts from,
+        initialize_from: Checkpoint of an earlier run (or its best.safetensors) whose weights this one starts from,
             as in fine-tuning; null to draw them. What attention itself keeps starts anew where it differs there.
         parallel: How several processes, started with torchrun, train one model: "ddp", each has all of it, or "fsdp",
             each has a part of every tensor (sharded data parallelism). They share out the batches of a step: its
             accumulate batches, or rows of them. So the number of processes changes nothing but rounding.
+        tensorboard: Whether the records are written for TensorBoard too, in the folder tensorboard of the output. Needs
+            the package tensorboard.
         seed: Of the initial weights and the order of the data.
         device: "cpu", "cuda" or any torch device.
         threads: CPU threads; null for torch's own choice.
@@ -180,6 +182,7 @@ class TrainConfig:
     compile: bool = False
     initialize_from: str | None = None
     parallel: Literal["none", "ddp", "fsdp"] = "none"
+    tensorboard: bool = False
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
@@ -270,7 +273,8 @@ class RunConfig:
         train: Optimisation.
         sample: Text written at the end.
         compare: Comparison with exact attention.
-        output: Folder for the checkpoint, the metrics, the loss curve and the sample.
+        output: Folder for the checkpoint, the weights of the best validation, the metrics, the loss curve and the
+            sample.
         resume: true continues from the checkpoint in the output folder, "auto" does so if there is one, false starts
             anew and refuses a folder that has one.
         overwrite: Whether a run that starts anew may replace the one in the output folder.

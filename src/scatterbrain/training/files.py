@@ -40,6 +40,18 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def table(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.safetensors"
+
+    @property
+    def board(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
     def exact_metrics(self) -> Path:
         return self.path / "exact_metrics.jsonl"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+from scatterbrain.training.board import Board, flat
 from scatterbrain.training.files import UnusableRun, write_atomically
 from scatterbrain.training.metrics import Evaluation, Metric
 from scatterbrain.training.train_step import StepResult
@@ -20,10 +23,11 @@ class RunLog:
     Args:
         path: The file; it is replaced. None for a process that keeps records and writes none.
         records: Initial records, such as those before the step that a run continues from.
+        board: Where new records go as well.
     """
 
-    def __init__(self, path: Path | None, records: list[Record]) -> None:
-        self._path, self.records = path, list(records)
+    def __init__(self, path: Path | None, records: list[Record], board: Board | None = None) -> None:
+        self._path, self.records, self._board = path, list(records), board
         if path is None:
             return
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in records).encode())
@@ -34,6 +38,18 @@ class RunLog:
             return
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            self._board.add(record)
+
+    def table(self) -> str:
+        """All records as CSV, a line for each, with a column for every number of either kind."""
+        rows = [flat(record) for record in self.records]
+        columns = list(dict.fromkeys(name for row in rows for name in row)) or ["kind", "step"]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
 
     def metric(self, kind: str, metric: Metric) -> list[float]:
         """The metric of every record of a kind."""

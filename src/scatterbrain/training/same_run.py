@@ -11,7 +11,7 @@ from scatterbrain.training.files import UnusableRun
 
 # A continued run may differ in these. Every other setting of data, model, attention and train affects what is learned.
 FREE_TRAIN_KEYS = ("steps", "minutes", "device", "threads", "validate_every", "validation_batches", "checkpoint_every")
-FREE_TRAIN_KEYS += ("parallel", "recompute", "compile")  # how the same model is computed
+FREE_TRAIN_KEYS += ("parallel", "recompute", "compile", "tensorboard")  # how the same model is computed
 
 
 def as_plain_data(config: RunConfig) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
+import shutil
 import sys
 import time
 from functools import partial
@@ -14,9 +16,10 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
+from scatterbrain.training import board
 from scatterbrain.training.attention import build_attention, describe_attention, is_exact
 from scatterbrain.training.batch import Batch
-from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint
+from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint, save_weights
 from scatterbrain.training.compare import compare_with_exact, comparison_table
 from scatterbrain.training.config import AttentionConfig, RunConfig
 from scatterbrain.training.curves import draw_curves
@@ -65,6 +68,8 @@ class Trainer:
             self.data = self.task.open(config.data, config.train)
             self._description = as_plain_data(dataclasses.replace(config, task=described_task(config.task)))
             self.processes.require_same("options", self._description)
+            if config.train.tensorboard:
+                self.processes.first(board.check_installed)
             self.processes.require_same("data", self.data.description)
             starts_anew = self.processes.first(lambda: not (config.resume and self.folder.checkpoint.exists()))
             self.train_state = self._train_state(config.attention, starts_anew)
@@ -89,6 +94,8 @@ class Trainer:
         try:
             self._run()
         finally:
+            if self._board is not None:
+                self._board.close()
             if self._lock is not None:
                 self._lock.release()
             self.processes.leave()
@@ -158,7 +165,10 @@ class Trainer:
             self.steps_done, self._seconds_before = progress.step, progress.seconds
             self._checkpointed_step = progress.step
         records = self.processes.first(self._write_first_files)
-        self.log = RunLog(self.folder.metrics if self.processes.is_first else None, records)
+        self._board = None
+        if self.config.train.tensorboard and self.processes.is_first:
+            self._board = board.Board(self.folder.board, self.steps_done)
+        self.log = RunLog(self.folder.metrics if self.processes.is_first else None, records, self._board)
 
     def _look_into_folder(self) -> Progress | None:
         """Makes and locks the folder; what the run in it has come to, if it is to be continued."""
@@ -197,6 +207,8 @@ class Trainer:
                 )
         else:
             self.folder.checkpoint.unlink(missing_ok=True)
+            self.folder.best.unlink(missing_ok=True)
+            shutil.rmtree(self.folder.board, ignore_errors=True)
         self._write_data_files(continues)
         write_atomically(self.folder.config, yaml.safe_dump(self._description, sort_keys=False).encode())
         return records
@@ -273,12 +285,17 @@ class Trainer:
         found = self.train_state.evaluate(batches)
         with low_rank_shares(self.train_state.model) as shares, torch.compiler.set_stance("force_eager"):
             self.train_state.evaluate(batches[:1])  # compiled graphs do not know the hooks that measure
-        metric = self.task.metric
+        metric, value = self.task.metric, self.task.metric.of(found)
+        is_best = math.isfinite(value) and not any(
+            before == value or metric.better(before, value) for before in self.log.metric("validation", metric)
+        )
+        if is_best:
+            save_weights(self.folder.best, self.train_state, self.steps_done, metric.name, value)
         record = {"kind": "validation", "step": self.steps_done, "seconds": self._trained_seconds()}
-        record |= {metric.name: metric.of(found)} | dataclasses.asdict(found)
+        record |= {metric.name: value} | dataclasses.asdict(found) | {"best": is_best}
         self.log.append(record | ({"low_rank_shares": shares} if shares else {}))
         carried = f", low-rank share of weight by layer {' '.join(f'{share:.2f}' for share in shares)}" * bool(shares)
-        self._say(f"step {self.steps_done}: validation {metric.show(metric.of(found))}{carried}")
+        self._say(f"step {self.steps_done}: validation {metric.show(value)}{', the best' * is_best}{carried}")
 
     def _trained_seconds(self) -> float:
         """Seconds that the steps so far took."""
@@ -330,6 +347,7 @@ class Trainer:
     def _draw(self, others: dict[str, RunLog]) -> None:
         if not self.processes.is_first:
             return
+        write_atomically(self.folder.table, self.log.table().encode())
         attention = self._attention()
         name = "exact attention" if is_exact(self.config.attention) else "scatterbrain"
         draw_curves(self.folder.loss_curve, {name: self.log} | others, self.task.metric, attention)
