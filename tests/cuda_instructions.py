@@ -15,7 +15,9 @@ from typing import NamedTuple
 from build_cache import made_once
 from cuda_compiler import NEEDS_NVCC, ROOT, kernel_names, nvcc, ptx_file
 
-SOURCES = tuple(ROOT / "csrc" / "cuda" / f"kernels_attention_tile{form}.cu" for form in ("", "_ragged"))
+FORMS = ("tile", "tile_ragged", "window", "window_causal")
+SOURCES = tuple(ROOT / "csrc" / "cuda" / f"kernels_attention_{form}.cu" for form in FORMS)
+STAGES_OF_ROUND = 4  # of attention_window, which has a loop over them in that over rounds
 NEEDS_DISASSEMBLER = "needs nvdisasm: none on PATH, beside nvcc, or of the packages nvidia-cuda-nvdisasm or triton"
 PRODUCT, COPY = "HMMA", "LDGSTS"  # to shared memory
 
@@ -103,7 +105,8 @@ def _shortest_way(code: list[Instruction], first: int, last: int) -> tuple[int, 
 
 
 def stages_of(body: str) -> Stage:
-    """Of a kernel: the shortest of its loops with products and copies."""
+    """Of a kernel: the shortest of its loops with products and copies. Where products are in a loop inside it, what is
+    outside of that counts for one of the stages of a round."""
     code = _instructions(body)
 
     def count(loop: tuple[int, int], name: str) -> int:
@@ -113,7 +116,14 @@ def stages_of(body: str) -> Stage:
     over_stages = [loop for loop in loops if count(loop, PRODUCT) >= 8 and count(loop, COPY) > 0]
     first, last = min(over_stages, key=lambda loop: loop[1] - loop[0])
     _, usual = _shortest_way(code, first, last)
-    return Stage(last - first + 1, usual, count((first, last), PRODUCT))
+    whole = Stage(last - first + 1, usual, count((first, last), PRODUCT))
+    inside = [loop for loop in loops if first < loop[0] and loop[1] < last and count(loop, PRODUCT) >= 8]
+    if not inside:
+        return whole
+    begin, end = min(inside, key=lambda loop: loop[1] - loop[0])
+    length, (_, usual) = end - begin + 1, _shortest_way(code, begin, end)
+    shared = [-(-rest // STAGES_OF_ROUND) for rest in (whole.all - length, whole.usual - usual)]
+    return Stage(length + shared[0], usual + shared[1], count((begin, end), PRODUCT))
 
 
 def stages(source: Path, architecture: str) -> dict[str, Stage]:

@@ -34,8 +34,8 @@ class Kernel:
 
 
 def run_usual_calls(dtype: torch.dtype) -> None:
-    """64 keys in heads of 64 and of 128 with each low-rank kernel as it is usually set; narrow heads, whose sums are in
-    double; and widths that tensor cores do not take."""
+    """64 keys in heads of 64 and of 128 with each low-rank kernel as it is usually set, and windows of 128; narrow
+    heads, whose sums are in double; and widths that tensor cores do not take."""
 
     def differentiate(head_dim: int, support: object, low_rank: object, **more: object) -> None:
         query, key, value = (rand(1, 2, 150, head_dim, seed=i, dtype=dtype).requires_grad_() for i in range(3))
@@ -53,6 +53,8 @@ def run_usual_calls(dtype: torch.dtype) -> None:
             differentiate(head_dim, sb.Window(64, 8), low_rank)
             differentiate(head_dim, sb.Routed(64), low_rank)
             differentiate(head_dim, sb.Routed(64, block_q=8), low_rank)
+            for is_causal in (False, True)[: 1 if isinstance(low_rank, sb.Centroid) else 2]:
+                differentiate(head_dim, sb.Window(128), low_rank, is_causal=is_causal)
     wide = {"keys": 200, "block_q": 32}
     per_query = PER_QUERY[2]
     # Supports route float64 as float32.

@@ -22,7 +22,7 @@ COMPILER = shlex.split(os.environ.get("CXX") or "c++")
 # -O2 halves the time of the tests; -g0 that of the compiler. The operators' build has the same version of torch's ABI.
 FLAGS = ["-std=c++20", "-O2", "-g0", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fvisibility=hidden"]
 FLAGS += ["-DSB_EMULATOR", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-STATISTICS = ("launches", "blocks", "barriers", "shuffles", "shared_accesses", "bank_conflicts")
+STATISTICS = ("launches", "blocks", "barriers", "shuffles", "shared_accesses", "bank_conflicts", "copied_bytes")
 
 
 def sources(csrc: Path = CSRC) -> list[Path]:

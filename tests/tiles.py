@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from emulated import Emulator
+from oracle import row_error
 from torch import Tensor
 
 import scatterbrain as sb
@@ -60,3 +65,37 @@ def lists(
         index.view(-1, most)[row, :used] = torch.randperm(visible, generator=generator)[:used].sort().values.int()
     order = torch.stack([torch.randperm(n, generator=generator) for _ in range(2 * batch)]).view(batch, 2, n).int()
     return sb.Blocks(index, count, block_q, block_k, order if is_ordered else None)
+
+
+@contextmanager
+def kernel_starts(emulator: Emulator, kernel: str, expected: bool = True) -> Iterator[None]:
+    """Operators run in the emulator, and a kernel is started or not, as expected."""
+    started = []
+    with emulator.installed(), emulator.observed(lambda launch, is_after: started.append(launch.kernel)):
+        yield
+    assert (kernel.encode() in started) == expected, f"{kernel} among {started}"
+
+
+def excess(
+    emulator: Emulator, kernel: str, tokens: list[Tensor], support: object, low_rank: object, **more: object
+) -> str:
+    """Empty where the errors of a call that starts ``kernel`` are near those of the CPU's kernel at the same type, else
+    which one is not."""
+    more.setdefault("statistics", statistics_of(low_rank, tokens))
+    with kernel_starts(emulator, kernel):
+        out, lse = sb.attention(*tokens, support, low_rank, return_lse=True, **more)
+    cpu = sb.attention(*tokens, support, low_rank, **more)
+    exact, exact_lse = sb.reference.attention(
+        *tokens, support, return_lse=True, low_rank=low_rank, dtype=torch.float64, **more
+    )
+    of_rms, of_row = 1.1, 1.5
+    shown = exact_lse.isfinite()
+    if not torch.equal(lse.isfinite(), shown):
+        return "lse of rows without weight"
+    if not float((lse.double() - exact_lse)[shown].abs().max()) <= 1e-5:
+        return f"lse: {float((lse.double() - exact_lse)[shown].abs().max()):.1e}"
+    if not rms(out, exact) <= of_rms * rms(cpu, exact):
+        return f"rms: {rms(out, exact) / rms(cpu, exact):.2f} times the CPU's"
+    if not row_error(out, exact) <= of_row * row_error(cpu, exact):
+        return f"row: {row_error(out, exact) / row_error(cpu, exact):.2f} times the CPU's"
+    return ""

@@ -44,6 +44,9 @@ class Forward : AttentionCall {
     make_states(p, false);
     const TileParams params = tile_params(p, a, call, true);
     launch_tile_operands(params, element(), call.stream());
+    if (!is_float &&
+        (p.is_causal ? launch_causal_attention_window : launch_attention_window)(params, element(), call.stream()))
+      return;
     if (is_float)
       (params.is_ragged() ? launch_ragged_float_attention_tile : launch_float_attention_tile)(params, call.stream());
     else

@@ -18,14 +18,15 @@ namespace sb::cuda {
 inline constexpr int kRowOfExponents = 17;
 
 // Shared memory of a warp, in bytes. Queries pass through the first stage's keys, or stay where ragged tiles need
-// registers.
-template <int D, LowRank kKind, bool kIsRagged>
+// registers. Tiles that share their keys (attention_window.cuh) keep `kShared` bytes in place of a list.
+template <int D, LowRank kKind, bool kIsRagged, int kShared = 0>
 struct TileLayout {
   static constexpr bool kKeepsQueries = (kIsRagged && D > 64) || kKind != LowRank::kNone;
   static constexpr int kMatrix = kStage * D * 2, kCoordinates = kKind == LowRank::kQuadratic ? kStage * 64 : 0,
                        kStageBytes = 2 * kMatrix + kCoordinates, kOperand = kKeepsQueries ? 2 * kStageBytes : 0,
                        kQueries = 2 * kStageBytes + (kKeepsQueries ? kMatrix : 0), kTask = kQueries + (kTile + 4) * 4,
-                       kList = kTask + kWarp * 4, kX = kList + TileList::kBytes, kExponents = kX;
+                       kList = kTask + (kShared ? 4 : kWarp) * 4, kX = kList + (kShared ? kShared : TileList::kBytes),
+                       kExponents = kX;
   // Numbers of every lane in the place of x, once the state is added.
   static constexpr int kParked = 12;
   static SB_HD int64_t bytes(const TileParams& p) {
@@ -44,11 +45,12 @@ inline constexpr int kTileBlocks = 65536 / kTileThreads<D> /
                                     : D == 64 && kKind != LowRank::kCentroid ? 128
                                                                              : 168);
 
-template <class E, int D, LowRank kKind, bool kIsRagged>
+template <class E, int D, LowRank kKind, bool kIsRagged, int kShared = 0>
 class Tile {
-  typedef TileLayout<D, kKind, kIsRagged> Layout;
+ protected:
+  typedef TileLayout<D, kKind, kIsRagged, kShared> Layout;
   static constexpr bool kHasQuadratic = kKind == LowRank::kQuadratic, kHasClusters = kKind == LowRank::kCentroid,
-                        kHasLowRank = kKind != LowRank::kNone;
+                        kHasLowRank = kKind != LowRank::kNone, kIsShared = kShared > 0;
   static constexpr int kChunks = D / 8, kSteps = D / 16, kKeyTiles = kStage / 8;
 
  public:
@@ -77,15 +79,7 @@ class Tile {
   SB_DEVICE void run() {
     const RowRange range = load(p.rows + b);
     if (!find_queries(p, range, b, h, first_slot, queries())) return;
-    if (lane == 0) queries().set(kRowOfHeads, b * int32_t(p.q_heads) + h);
-    first_key = range.k_first;
-    const int64_t first = head * p.k_tokens + first_key;
-    keys_of_lane = reinterpret_cast<const char*>(p.k.at<const E>(b, kv, first_key)) + lane % 8 * kCopyBytes;
-    values_of_lane = reinterpret_cast<const char*>(p.v.at<const E>(b, kv, first_key)) + lane % 8 * kCopyBytes;
-    coordinates_of_lane =
-        as_it_is(reinterpret_cast<const char*>(p.key_coordinates + first * 32) + lane % 4 * kCopyBytes);
-    key_log = p.key_log + first, clusters = p.cluster + first;
-    if (!kIsRagged || !kHasClusters) key_log = as_it_is(key_log), clusters = as_it_is(clusters);  // no register is free
+    find_keys(range);
     if constexpr (kIsRagged) {
       edges = TileEdges(p, range, first_slot);
       state_slot = edges.state_slot;
@@ -107,7 +101,20 @@ class Tile {
     }
   }
 
- private:
+ protected:
+  // Of the row, for good.
+  SB_DEVICE void find_keys(const RowRange& range) {
+    if (lane == 0) queries().set(kRowOfHeads, b * int32_t(p.q_heads) + h);
+    first_key = range.k_first;
+    const int64_t first = head * p.k_tokens + first_key;
+    keys_of_lane = reinterpret_cast<const char*>(p.k.at<const E>(b, kv, first_key)) + lane % 8 * kCopyBytes;
+    values_of_lane = reinterpret_cast<const char*>(p.v.at<const E>(b, kv, first_key)) + lane % 8 * kCopyBytes;
+    coordinates_of_lane =
+        as_it_is(reinterpret_cast<const char*>(p.key_coordinates + first * 32) + lane % 4 * kCopyBytes);
+    key_log = p.key_log + first, clusters = p.cluster + first;
+    if (!kIsRagged || !kHasClusters) key_log = as_it_is(key_log), clusters = as_it_is(clusters);  // no register is free
+  }
+
   // -------------------- the tile's queries
 
   static constexpr int kRowOfHeads = kTile, kSlotOfState = kTile + 1;  // behind the queries, for the end
@@ -390,15 +397,16 @@ class Tile {
 
   template <bool kIsBehind>
   SB_DEVICE void add_stage(const Fetched& of_lane, int from) {
+    constexpr bool kHasPatterns = kIsRagged && (kIsBehind || !kIsShared);
     float weight[kKeyTiles][4], root[kKeyTiles][4];
     multiply_keys(from, weight, root);
     uint32_t seen[2] = {0, 0};
-    if constexpr (kIsRagged)
+    if constexpr (kHasPatterns)
       weigh_ragged<kIsBehind>(of_lane, weight, root, seen);
     else
       weigh(of_lane, weight, root);
     // In two parts where the CPU's kernel does not round weights to bfloat16: in float16, and for lists of few queries.
-    const bool has_low = kIsHalf || (kIsRagged && p.by_groups);
+    const bool has_low = kIsHalf || (kIsRagged && !kIsShared && p.by_groups);
     uint32_t left[4], low[4];
     SB_UNROLL
     for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
@@ -407,7 +415,7 @@ class Tile {
       split(weight[n][2 * r], weight[n][2 * r + 1], parts, E{});
       left[2 * n + r] = parts[0], low[2 * n + r] = parts[1];
     }
-    if (kIsRagged && is_careful) set_aside(left, seen[0], seen[1], from);
+    if (kHasPatterns && is_careful) set_aside(left, seen[0], seen[1], from);
     const int place = from + Layout::kMatrix + swizzled<2 * D>(lane % 16, lane / 16);
     SB_UNROLL
     for (int four = 0; four < kChunks; four += 4) {
@@ -636,12 +644,12 @@ class Tile {
   SB_DEVICE bool finish() {
     const int32_t of_tile = queries().get(kRowOfHeads), heads = int32_t(p.q_heads), b = of_tile / heads,
                   h = of_tile % heads, head = int32_t(b * p.kv_heads + p.kv_head(h));
-    if (kIsRagged && !is_careful) {
+    if ((kIsRagged || kIsShared) && !is_careful) {
       is_careful = !are_numbers(sum);
       if (is_careful) return false;
     }
     if (kHasQuadratic) read_parked_sums();
-    if (!kIsRagged) listed_before[0] = listed_before[1] = listed_before[0] / 2;
+    if (!kIsRagged || kIsShared) listed_before[0] = listed_before[1] = listed_before[0] / 2;
     const int64_t slot = kIsRagged ? queries().get(kSlotOfState) : p.slots - 1;
     const int32_t in_state = kHasLowRank ? load(p.valid_before + b * p.slots + slot) : 0;
     const float of_hz = kHasQuadratic ? quad_sum(of_features.squares_of_state) : 0.0f;
@@ -679,7 +687,7 @@ class Tile {
   const float* key_log;
   const int32_t* clusters;
   TileEdges edges;
-  bool is_careful = false;                                    // ragged: some value is no number
+  bool is_careful = false;                                    // ragged or shared: some value is no number
   int32_t listed_before[2];                                   // keys of the state
   uint32_t q_operand[Layout::kKeepsQueries ? 1 : kSteps][4];  // of the tile's queries
   // By row g and g + 8. Sums are relative to exp(top); total, removed and squares of features to the state, and

@@ -37,6 +37,10 @@ void launch_tile_operands(const TileParams& p, Element element, Stream stream);
 // Then launch_attention_forward by tiles of queries, which share a list, or are ragged. Elements of 16 bits; and float32.
 void launch_attention_tile(const TileParams& p, Element element, Stream stream);
 void launch_ragged_attention_tile(const TileParams& p, Element element, Stream stream);
+// The same where neighbouring tiles share the keys of their windows; false where it does not take the call, and then
+// starts nothing.
+bool launch_attention_window(const TileParams& p, Element element, Stream stream);
+bool launch_causal_attention_window(const TileParams& p, Element element, Stream stream);
 void launch_float_attention_tile(const TileParams& p, Stream stream);
 void launch_ragged_float_attention_tile(const TileParams& p, Stream stream);
 

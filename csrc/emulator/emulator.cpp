@@ -396,7 +396,7 @@ void* shared_access(int64_t offset, int64_t bytes, bool is_write, Place place) {
 }
 
 void copy_async(int64_t offset, const void* from, bool is_there, Place place) {
-  if (is_there) global_access(from, kCopyBytes, kCopyBytes, nullptr, place);
+  if (is_there) global_access(from, kCopyBytes, kCopyBytes, nullptr, place), counts.copied_bytes += kCopyBytes;
   Thread& self = block->threads[size_t(block->current)];
   Copy copy{offset, {}};
   if (is_there) std::memcpy(copy.bytes, from, kCopyBytes);

@@ -32,6 +32,7 @@ struct Statistics {
   int64_t launches, blocks, barriers, shuffles;
   int64_t shared_accesses;  // of warps: the lanes' together count once
   int64_t bank_conflicts;   // further passes that those take; 128 bytes fit into one
+  int64_t copied_bytes;     // of global memory that asynchronous copies have read
 };
 Statistics& statistics();
 

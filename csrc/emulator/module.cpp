@@ -34,7 +34,8 @@ SB_EXPORT void sb_emulator_remove() {
 // Counts since the library was loaded, in the order of sb::emulator::Statistics.
 SB_EXPORT void sb_emulator_statistics(int64_t* counts) {
   const sb::emulator::Statistics& s = sb::emulator::statistics();
-  const int64_t values[] = {s.launches, s.blocks, s.barriers, s.shuffles, s.shared_accesses, s.bank_conflicts};
+  const int64_t values[] = {s.launches,        s.blocks,         s.barriers,    s.shuffles,
+                            s.shared_accesses, s.bank_conflicts, s.copied_bytes};
   for (const int64_t value : values) *counts++ = value;
 }
 

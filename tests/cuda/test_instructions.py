@@ -26,18 +26,49 @@ MOST = {
 }
 
 
+# The same where neighbouring tiles share the keys of their windows.
+MOST_OF_WINDOWS = {
+    ("bfloat16", "64", "none"): (255, 128),
+    ("bfloat16", "64", "quadratic"): (325, 168),
+    ("bfloat16", "64", "centroid"): (330, 168),
+    ("bfloat16", "128", "none"): (350, 255),
+    ("bfloat16", "128", "quadratic"): (400, 255),
+    ("bfloat16", "128", "centroid"): (470, 255),
+    ("float16", "64", "none"): (310, 128),
+    ("float16", "64", "quadratic"): (420, 168),
+    ("float16", "64", "centroid"): (420, 168),
+    ("float16", "128", "none"): (390, 255),
+    ("float16", "128", "quadratic"): (520, 255),
+    ("float16", "128", "centroid"): (510, 255),
+}
+
+
 @pytest.mark.skipif(nvcc() is None, reason=NEEDS_NVCC)
 @pytest.mark.skipif(disassembler() is None, reason=NEEDS_DISASSEMBLER)
-def test_a_stage_takes_few_instructions_and_registers() -> None:
+@pytest.mark.parametrize(("kernel", "most"), [("tile", MOST), ("window", MOST_OF_WINDOWS)], ids=["tile", "window"])
+def test_a_stage_takes_few_instructions_and_registers(
+    kernel: str, most: dict[tuple[str, str, str], tuple[int, int]]
+) -> None:
     if release() != "13.0":
         pytest.skip("another compiler makes other instructions")
-    needs = needs_by_symbol(OF_TILES[0], "90")
+    source = next(source for source in OF_TILES if source.stem == f"kernels_attention_{kernel}")
+    needs = needs_by_symbol(source, "90")
     registers = dict(zip(kernel_names(list(needs)), (of.registers for of in needs.values())))
-    found = stages(OF_TILES[0], "90")
-    for (element, width, kind), (instructions, of_thread) in MOST.items():
-        name = f"attention_tile<{element}, {width}, {kind}, false>"
+    found = stages(source, "90")
+    for (element, width, kind), (instructions, of_thread) in most.items():
+        name = f"attention_{kernel}<{element}, {width}, {kind}, false>"
         assert found[name].all <= instructions, f"{name}: {found[name]}"
         assert registers[name] <= of_thread, f"{name}: {registers[name]} registers"
+
+
+def test_what_is_outside_of_a_loop_over_stages_counts_for_one_of_a_round() -> None:
+    product = "        /*{:04x}*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;"
+    copy = "        /*{:04x}*/                   LDGSTS.E [R1], desc[UR4][R2.64], P1 ;"
+    branch = "        /*{:04x}*/                   @P0 BRA `({}) ;"
+    lines = [".L_x_1:", *[copy] * 9, ".L_x_2:", *[product] * 8, branch.replace("({})", "(.L_x_2)")]
+    lines += [branch.replace("({})", "(.L_x_1)")]
+    body = [line.format(16 * at) for at, line in enumerate(lines)]
+    assert stages_of("\n".join(body)) == Stage(all=9 + 3, usual=9 + 3, products=8)
 
 
 def test_the_usual_way_through_a_loop_has_all_products_and_no_rare_case() -> None:

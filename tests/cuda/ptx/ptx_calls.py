@@ -174,6 +174,24 @@ def _tiles(dtype: torch.dtype) -> None:
     attend(dtype, sb.Full(), None, 128, 128, queries=17)
 
 
+@call("windows of neighbouring tiles")
+def _windows_of_tiles(dtype: torch.dtype) -> None:
+    """On tensor cores, sharing keys: both widths, every kind, causal edges, sinks, holes, values that are no number."""
+    if dtype.itemsize != 2:
+        return
+    for low_rank in (None, sb.Quadratic(5), sb.Centroid(18)):
+        attend(dtype, sb.Window(50, 64, sinks=3), low_rank, 48, 64, keys=150)
+        attend(dtype, sb.Window(64, 32), low_rank, 128, 104, queries=40, key_padding_mask=mask_of(slice(3, 40, 4)))
+    for low_rank in (None, sb.Quadratic(5)):
+        more = dict(queries=70, keys=200, is_causal=True, query_offset=120)
+        attend(dtype, sb.Window(96), low_rank, 64, 48, **more)
+        attend(dtype, sb.Window(66, 32, sinks=2), low_rank, 72, 64, **more)
+    value = torch.cat([torch.zeros(1, 1, 60, 64), torch.full((1, 1, 10, 64), torch.nan)], 2).to(dtype)
+    query, key = (rand(1, 1, N, 64, seed=i, dtype=dtype) for i in range(2))
+    for is_causal in (False, True):
+        sb.attention(query, key, value, sb.Window(64, 32), None, is_causal=is_causal)
+
+
 @call("gradients of tiles")
 def _gradients_of_tiles(dtype: torch.dtype) -> None:
     """On tensor cores: both widths, every kind, lists of several stages, holes."""
