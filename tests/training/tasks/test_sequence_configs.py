@@ -58,7 +58,7 @@ def test_it_trains(name: str, pictures: Path, tmp_path: Path, capsys: pytest.Cap
     changes = {
         "extends": str(FILES[name]),
         "task": SMALL[task],
-        "model": {"layers": 1, "width": 32},
+        "model": {"layers": 1, "width": 64},  # heads as wide as the ranks of quadratic
         "train": train | {"checkpoint_every": 20},
         "output": str(tmp_path / "run"),
     } | ({"data": {"path": str(pictures)}} if task == "cifar" else {})
