@@ -16,7 +16,8 @@ from scatterbrain.version import __version__
 
 COMMANDS = {
     "info": "versions, instruction set in use, compiled architectures and devices",
-    "train": "train a byte-level language model",
+    "train": "train a model on a task, by default a byte-level language model",
+    "table": "train every method of a task with several seeds, and compare them",
     "compare": "error, time and entropy of a model's own attention layers, by configuration",
     "tune": "the cheapest setting for every layer of a model that keeps an error or a time",
     "bench": "time, error and memory of attention over sequence lengths, against exact attention and plain torch",

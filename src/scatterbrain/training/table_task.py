@@ -1,0 +1,182 @@
+"""A task's table from its folder of configurations to its files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scatterbrain.training.config import RunConfig
+from scatterbrain.training.files import UnusableRun, write_atomically
+from scatterbrain.training.table import (
+    Table,
+    as_csv,
+    baseline_of,
+    equal_cost,
+    markdown,
+    method_order,
+    multiply_adds,
+    row_of,
+)
+from scatterbrain.training.table_picture import draw_table
+from scatterbrain.training.table_runs import TableRun, TableStopped, carry_out, difference, is_complete
+from scatterbrain.training.tasks import build_task
+
+SHARED = "task.yaml"
+
+
+def method_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder that extend its task.yaml, by the name of their method, in the order of a table.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not (folder / SHARED).is_file():
+        raise ValueError(
+            f"expected a folder of configurations with a {SHARED}, such as configs/copy, got {folder}, which has none"
+        )
+    files = {path.stem: path for path in folder.glob("*.yaml") if SHARED in _extended(path)}
+    if not files:
+        raise ValueError(f"{folder}: expected files of methods with the line 'extends: {SHARED}', found none")
+    return dict(sorted(files.items(), key=lambda item: method_order(item[0])))
+
+
+def _extended(path: Path) -> list[str]:
+    """What a file extends, as it is written."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected YAML, got what cannot be read: {' '.join(str(error).split())}") from error
+    names: Any = content.get("extends", []) if isinstance(content, dict) else []
+    return names if isinstance(names, list) else [names]
+
+
+@dataclasses.dataclass(frozen=True)
+class TableOptions:
+    """What ``scatterbrain table`` is asked for.
+
+    Args:
+        folder: of the configurations of a task.
+        output: folder of the runs and of table.md, table.csv and table.png.
+        methods: names of files; all of the folder in the order of a table.
+        seeds: of the runs.
+        jobs: runs at a time.
+        until: a value of the metric; the seconds until it is reached are a column.
+        only_collect: no run is started.
+        overwrite: whether complete runs of other settings are done again.
+    """
+
+    folder: Path
+    output: Path
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    jobs: int = 1
+    until: float | None = None
+    only_collect: bool = False
+    overwrite: bool = False
+
+
+def make_table(options: TableOptions, runs: Sequence[TableRun], configs: dict[str, RunConfig], again: str) -> int:
+    """Does the runs that are missing, then prints the table and writes its files.
+
+    Args:
+        options: what is asked for.
+        runs: of every method and seed.
+        configs: of every method of the folder, whether it is run or not, for their costs.
+        again: the command that goes on after a stop.
+
+    Returns:
+        The exit code: 0, or 1 where a run failed or, with ``only_collect``, none is complete.
+
+    Raises:
+        ValueError: missing data, settings that do not fit, or a folder with runs of other settings.
+        TableStopped: after SIGINT or SIGTERM. The table of the runs that are complete is written before.
+    """
+    known = _Known(configs)
+    try:
+        if not options.only_collect:
+            carry_out(list(runs), options.output, options.jobs, options.overwrite, again)
+    except TableStopped:
+        _collect(options, runs, known)
+        raise
+    found = _collect(options, runs, known)
+    failed = any(run.failed_for() for run in runs)
+    return 1 if failed or not found else 0
+
+
+class _Known:
+    """What a table says of its task, found before hours of runs, not after.
+
+    Args:
+        configs: of every method.
+    """
+
+    def __init__(self, configs: dict[str, RunConfig]) -> None:
+        first = next(iter(configs.values()))
+        self.task = build_task(first.task)
+        data = self.task.open(first.data, first.train)
+        self.description, self.tokens = data.description, data.tokens
+        self.baseline = baseline_of([data.validation_batch(number) for number in range(first.train.validation_batches)])
+        self.costs = {name: self._cost(name, config) for name, config in configs.items()}
+
+    def _cost(self, name: str, config: RunConfig) -> float | None:
+        try:
+            return multiply_adds(config, self.task.is_causal, self.tokens)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _collect(options: TableOptions, runs: Sequence[TableRun], known: _Known) -> bool:
+    """Prints and writes the table of the complete runs; whether there is any."""
+    complete: dict[str, list[TableRun]] = {}
+    notes = []
+    for run in runs:
+        if (other := _unless_usable(lambda: difference(run))) is not None:
+            notes.append(f"{run.name} is left out, it has other settings: {other}")
+        elif is_complete(run):
+            complete.setdefault(run.method, []).append(run)
+        elif (reason := run.failed_for()) is not None:
+            notes.append(f"{run.name} failed: {reason}")
+        else:
+            notes.append(f"{run.name} is not complete")
+    if not complete:
+        print("\n".join([f"{options.output}: no run is complete", *notes]))
+        return False
+    machines = {
+        run.machine.read_text(encoding="utf-8").strip() if run.machine.exists() else "an unrecorded machine"
+        for group in complete.values()
+        for run in group
+    }
+    metric = known.task.metric
+    table = Table(
+        title=f"{options.folder.name}: {known.description}",
+        metric=metric,
+        rows=tuple(row_of(group, metric, known.costs[name], options.until) for name, group in complete.items()),
+        baseline=known.baseline,
+        reference=equal_cost(known.costs),
+        until=options.until,
+        notes=(
+            "± is the standard deviation over seeds; seconds are those of training steps, without validation",
+            f"multiply-adds at {known.tokens} tokens, counted by scatterbrain.analysis.cost",
+            f"run on {'; '.join(sorted(machines))}",
+            *notes,
+        ),
+    )
+    text = markdown(table)
+    print(f"\n{text}", end="")
+    for name, content in (("table.md", text), ("table.csv", as_csv(table))):
+        write_atomically(options.output / name, content.encode())
+    logs = {name: [run.records() for run in group] for name, group in complete.items()}
+    draw_table(options.output / "table.png", table, logs)
+    print(f"in {options.output}: table.md, table.csv, table.png")
+    return True
+
+
+def _unless_usable(check: Callable[[], str | None]) -> str | None:
+    try:
+        return check()
+    except UnusableRun as error:
+        return str(error)

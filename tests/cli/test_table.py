@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from scatterbrain.cli import main
+from scatterbrain.training.train_step import TrainState
+
+TASK = """\
+task: {kind: copy, tokens: 31, symbols: 8}
+model: {layers: 1, width: 32, heads: 2}
+train: {steps: 3, batch: 2, warmup: 1, threads: 1, validate_every: 2, validation_batches: 1}
+"""
+METHODS = {
+    "full": "{support: full}",
+    "window": "{support: {kind: window, keys: 8}, low_rank: none}",
+    "routed-quadratic": "{keys: 16, support: {kind: routed, block_q: 1, block_k: 8, window: 8}, low_rank: quadratic}",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A task of three methods, and one file that is none; the working directory is beside it."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny"
+    path.mkdir()
+    (path / "task.yaml").write_text(TASK)
+    for name, attention in METHODS.items():
+        (path / f"{name}.yaml").write_text(f"extends: task.yaml\nattention: {attention}\n")
+    (path / "other.yaml").write_text("train: {steps: 10}\n")
+    return path
+
+
+def rows(text: str) -> list[str]:
+    return [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][1:]
+
+
+def test_it_trains_every_method_with_every_seed_and_writes_the_table(folder, tmp_path, capsys):
+    assert main(["table", str(folder), "--seeds", "0", "1", "--until", "1000"]) == 0
+    output = tmp_path / "runs" / "tiny"
+    text = (output / "table.md").read_text()
+    assert rows(text)[1:] == ["full", "window *", "routed-quadratic", "frequencies of the targets"]
+    assert "seconds to perplexity 1000" in text and "thread, torch" in text and "± is the standard deviation" in text
+    assert text in capsys.readouterr().out
+    assert (output / "table.csv").read_text().count("\n") == 5
+    assert (output / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_and_keys_of_a_run_are_options_and_collecting_starts_nothing(folder, tmp_path, capsys):
+    chosen = ["table", str(folder), "--methods", "window", "--seeds", "3", "--output", "out", "--train.steps", "2"]
+    assert main([*chosen, "--only-collect"]) == 1
+    assert "no run is complete" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert main(chosen) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["window-3"]
+    assert main([*chosen, "--only-collect"]) == 0
+    assert "| 2     | 3" in capsys.readouterr().out
+    assert main([*chosen[:-1], "3", "--only-collect"]) == 1, "runs of other settings are no rows"
+    assert "window-3 is left out, it has other settings: train.steps: 2 there, 3 now" in capsys.readouterr().out
+
+
+def test_a_stop_says_the_command_that_goes_on(folder, monkeypatch, capsys):
+    original = TrainState.step
+
+    def step(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(TrainState, "step", step)
+    assert main(["table", str(folder), "--seeds", "0", "--methods", "full", "window"]) == 143
+    errors = capsys.readouterr().err
+    assert f"go on with: scatterbrain table {folder} --seeds 0 --methods full window" in errors
+
+
+def test_a_run_that_cannot_start_fails_alone_and_the_exit_code_says_so(folder, tmp_path, capsys):
+    broken = tmp_path / "runs" / "tiny" / "window-0"
+    broken.mkdir(parents=True)
+    (broken / "checkpoint.safetensors").write_text("nothing of the kind")
+    assert main(["table", str(folder), "--seeds", "0", "--methods", "window", "full"]) == 1
+    text = capsys.readouterr().out
+    assert "window-0 failed: " in text and "expected a checkpoint of scatterbrain train" in text
+    assert "full" in rows(text) and "window-0 failed: " in (tmp_path / "runs" / "tiny" / "table.md").read_text()
+
+
+def test_attention_that_cannot_be_built_is_refused_by_its_method_before_any_run(folder, tmp_path, capsys):
+    (folder / "window.yaml").write_text("extends: task.yaml\nattention: {support: {kind: window, keys: 0}}\n")
+    assert main(["table", str(folder), "--seeds", "0", "--methods", "full"]) == 1
+    assert "window: attention.support: Window: keys must be" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "lsh"], "--methods: expected some of full, window, routed-quadratic, got 'lsh'"),
+        (["--jobs", "0"], "--jobs: expected 1 or more, got 0"),
+        (["--seeds", "-1"], "--seeds: expected 0 or more, got -1"),
+        (["--train.seed", "5"], "--train.seed: the table sets this key of every run"),
+        (["--output=x", "--resume=true"], "--resume: the table sets this key of every run"),
+        (["--train.batch", "0"], "full: train.batch: expected positive, got 0"),
+    ],
+)
+def test_a_bad_option_is_named_in_one_line(folder, capsys, arguments, message):
+    assert main(["table", str(folder), *arguments]) == 1
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--jobs", "2"], ["FOLDER", "--jobs", "two"], ["FOLDER", "--modle.width", "8"]]
+)
+def test_a_wrong_command_line_leaves_with_code_two(folder, capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(["table", *[str(folder) if argument == "FOLDER" else argument for argument in arguments]])
+    assert stopped.value.code == 2 and "scatterbrain t" in capsys.readouterr().err
+
+
+def test_a_folder_without_methods_is_named_with_what_it_lacks(folder, tmp_path, capsys):
+    assert main(["table", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere, which has none" in capsys.readouterr().err
+    for name in METHODS:
+        (folder / f"{name}.yaml").unlink()
+    assert main(["table", str(folder)]) == 1
+    assert "expected files of methods with the line 'extends: task.yaml'" in capsys.readouterr().err
+
+
+def test_the_help_lists_the_options(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["table", "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert all(f"--{name}" in text for name in ("methods", "seeds", "output", "jobs", "until", "only-collect"))
