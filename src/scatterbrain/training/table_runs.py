@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from scatterbrain.training import same_run
 from scatterbrain.training.config import RunConfig
 from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, write_atomically
 from scatterbrain.training.interrupt import StopRequest
@@ -26,7 +27,9 @@ from scatterbrain.training.trainer import RunStopped, Trainer
 
 # Settings of a run that do not change its row; every other one of these sections does.
 SECTIONS = ("task", "data", "model", "attention", "train")
-FREE_TRAIN_KEYS = ("device", "threads", "validate_every", "checkpoint_every")
+FREE_TRAIN_KEYS = tuple(
+    key for key in same_run.FREE_TRAIN_KEYS if key not in ("steps", "minutes", "validation_batches")
+)
 
 _POLL_SECONDS, _CLOSE_SECONDS = 0.2, 10.0
 
