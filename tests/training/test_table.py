@@ -20,6 +20,7 @@ from scatterbrain.training import table_runs
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import AttentionConfig, ModelConfig, RunConfig, TrainConfig
 from scatterbrain.training.files import UnusableRun
+from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.metrics import ACCURACY, PERPLEXITY, Evaluation
 from scatterbrain.training.table import Row, Table, as_csv, baseline_of, equal_cost, markdown, row_of
 from scatterbrain.training.table_picture import curve
@@ -334,3 +335,15 @@ def test_a_signal_stops_runs_side_by_side_after_their_step(make_run, monkeypatch
     with pytest.raises(TableStopped, match="stopped by SIGTERM; 0 of 2"):
         finish(*runs, jobs=2)
     assert all(run.folder.checkpoint.exists() and run.failed_for() is None for run in runs)
+
+
+def test_a_signal_between_two_requests_reaches_the_inner_one():
+    with StopRequest() as outer:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with StopRequest() as inner:
+            assert inner.check() and inner.signal == signal.SIGTERM
+        with StopRequest() as next_one:
+            assert next_one.check()
+        assert outer.check()
+    with StopRequest() as later:
+        assert not later.check()

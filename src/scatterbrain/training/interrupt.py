@@ -17,7 +17,8 @@ GRACE = (
 
 class StopRequest:
     """While active, takes the first SIGINT or SIGTERM for a request; a second one acts as usual, with several processes
-    after five seconds. Outside the main thread, where Python allows no signal handlers, every signal acts as usual.
+    after five seconds. Outside the main thread, where Python allows no signal handlers, every signal acts as usual. One
+    inside another takes on what the other was asked before.
 
     Args:
         processes: that stop together, whichever of them was asked.
@@ -25,18 +26,26 @@ class StopRequest:
     ``signal`` is what :meth:`check` has found, None before.
     """
 
+    _innermost: StopRequest | None = None
+
     def __init__(self, processes: Processes = Processes()) -> None:
         self.signal: signal.Signals | None = None
         self._processes = processes
         self._received, self._when = 0, 0.0
         self._previous: dict[signal.Signals, object] = {}
+        self._outer: StopRequest | None = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._outer, StopRequest._innermost = StopRequest._innermost, self
+            if self._outer is not None:
+                self._received, self._when = self._outer._received, self._outer._when
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if StopRequest._innermost is self:
+            StopRequest._innermost = self._outer
         self._restore()
 
     def check(self) -> bool:

@@ -202,7 +202,7 @@ def _to_start(run: TableRun, replaced: bool, jobs: int) -> TableRun:
 
 def _one_by_one(runs: list[TableRun], missing: list[TableRun], stop: StopRequest) -> signal.Signals | None:
     for run in missing:
-        if stop.signal is None:
+        if not stop.check():
             print(f"\n{run.name}, run {1 + sum(map(_has_ended, runs))} of {len(runs)}{_left(runs, 1)}")
             stopped_by = do(run, stop)
             if stopped_by is not None:
@@ -218,7 +218,7 @@ def do(run: TableRun, stop: StopRequest) -> signal.Signals | None:
     try:
         trainer = Trainer(run.config)
         write_atomically(run.machine, machine(run.config.train.device).encode())
-        if stop.signal is not None:
+        if stop.check():
             return stop.signal
         trainer.run()
         write_atomically(run.ended, f"{trainer.steps_done} steps\n".encode())
@@ -243,15 +243,15 @@ def _side_by_side(runs: list[TableRun], missing: list[TableRun], jobs: int, stop
     """In processes that do one run after the other. A process that is killed, as by lack of memory, fails its run."""
     waiting, workers = list(missing), [_Worker() for _ in range(min(jobs, len(missing)))]
     try:
-        while any(worker.run is not None for worker in workers) or (waiting and stop.signal is None):
+        while any(worker.run is not None for worker in workers) or (waiting and not stop.check()):
             for index, worker in enumerate(workers):
-                if worker.run is not None or not waiting or stop.signal is not None:
+                if worker.run is not None or not waiting or stop.check():
                     continue
                 if not worker.process.is_alive():
                     workers[index] = worker = _Worker()
                 worker.start(waiting.pop(0))
                 print(f"{worker.run.name} starts, its output is in {worker.run.output}")
-            if stop.signal is not None:
+            if stop.check():
                 for worker in workers:
                     worker.stop()
             for worker in workers:
@@ -262,7 +262,7 @@ def _side_by_side(runs: list[TableRun], missing: list[TableRun], jobs: int, stop
                     print(f"{ended.name} is complete, {sum(map(_has_ended, runs))} of {len(runs)}{_left(runs, jobs)}")
                 elif ended.failure.exists():
                     print(f"{ended.name} failed: {ended.failed_for()}")
-                elif stop.signal is None:
+                elif not stop.check():
                     _fail(
                         ended, f"its process ended with exit code {worker.process.exitcode} (is there enough memory?)"
                     )
