@@ -48,7 +48,8 @@ class WindowCells {
     }
     const int32_t origin = kIsRagged ? 0 : shuffle_from(low, 0);
     int32_t from = begin < end ? cell_of(begin - origin) : INT32_MAX, to = 0;
-    const int32_t least = least_of_warps(from), first = least == INT32_MAX ? 0 : least;
+    // Without any cell of its own a block has those of the sinks, and all others begin behind them.
+    const int32_t least = least_of_warps(from), first = least == INT32_MAX ? of_sinks() : least;
     if (begin < end) from += of_sinks() - first, to = cell_of(end - 1 - origin) + 1 + of_sinks() - first;
     const int32_t shift = origin + (first - of_sinks()) * kStage;
     const int32_t lo = shuffle_from(low, warp_index()), hi = shuffle_from(high, warp_index());
@@ -79,7 +80,7 @@ class WindowCells {
   // A cell, and what this warp's tile lists of it.
   struct Cell {
     int32_t begin, lo, hi, sinks, keys_of_row;  // hi and sinks: the first key behind
-    SB_DEVICE bool lists_any() const { return begin < sinks || (begin < hi && begin + kStage > lo); }
+    SB_DEVICE bool lists_any() const { return begin < sinks || (lo < hi && begin < hi && begin + kStage > lo); }
     SB_DEVICE bool lists(int32_t key) const { return (key >= lo && key < hi) || key < sinks; }
     // The same as a pattern.
     SB_DEVICE uint32_t pattern() const { return bits_between(lo - begin, hi - begin) | bits_between(0, sinks - begin); }

@@ -121,6 +121,25 @@ def test_windows_may_lie_far_apart(emulator: Emulator, kind: str) -> None:
         assert not excess(emulator, tokens, sb.Window(100, sinks=3), LOW_RANKS[kind])
 
 
+@pytest.mark.parametrize(
+    ("window", "kind", "keys"),
+    [
+        (sb.Window(200, sinks=80), "quadratic", N),
+        (sb.Window(128, sinks=4), "quadratic", 12),
+        (sb.Window(64, 64, sinks=4), "none", 12),
+    ],
+    ids=str,
+)
+def test_tiles_whose_keys_are_all_of_the_sinks_read_no_others(
+    emulator: Emulator, window: sb.Window, kind: str, keys: int
+) -> None:
+    """What no warp has copied must not be weighed, be it keys of the round before or what memory held."""
+    mask = torch.zeros(2, N, dtype=torch.bool)
+    mask[0, keys:] = True
+    given = {"key_padding_mask": mask, "query_padding_mask": mask, "is_causal": True}
+    assert not excess(emulator, tokens_of(torch.bfloat16), window, LOW_RANKS[kind], **given)
+
+
 @pytest.mark.parametrize(("is_causal", "kind"), [(False, "none"), (False, "centroid"), (True, "quadratic")])
 def test_holes_and_padding_on_both_sides(emulator: Emulator, is_causal: bool, kind: str) -> None:
     mask = torch.zeros(2, N, dtype=torch.bool)

@@ -80,3 +80,10 @@ def test_a_rank_above_the_width_of_a_head_is_refused_by_key():
 def test_full_support_is_exact_attention():
     assert is_exact(AttentionConfig(support="full")) and not is_exact(AttentionConfig())
     assert describe_attention(AttentionConfig(support="full")) == "exact attention"
+
+
+def test_draws_follow_the_seed_of_the_run_unless_the_configuration_has_one():
+    config = AttentionConfig(support={"kind": "lsh", "keys": 32}, low_rank={"kind": "favor", "features": 16})
+    assert build_support_and_low_rank(config, False, seed=3) == (sb.LSH(32, seed=3), sb.Favor(features=16, seed=3))
+    own = AttentionConfig(support="window", low_rank={"kind": "favor", "seed": 5})
+    assert build_support_and_low_rank(own, seed=3)[1] == sb.Favor(seed=5)

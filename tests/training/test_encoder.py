@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import scatterbrain as sb
 from scatterbrain.training.config import ModelConfig
+from scatterbrain.training.models.blocks import ShortConvolution
 from scatterbrain.training.models.encoder import Encoder, PairClassifier, SequenceClassifier
 
 CONFIG = ModelConfig(layers=2, width=16, heads=2, positions="learned", convolution=2)
@@ -55,3 +56,11 @@ def test_a_pair_is_encoded_apart_and_in_its_order():
 def test_more_tokens_than_learned_positions_are_refused():
     with pytest.raises(ValueError, match="expected at most 60 tokens, which have a learned position, got 61"):
         made(Encoder)(drawn(1, 61))
+
+
+def test_a_convolution_reads_fewer_tokens_than_it_has_taps():
+    convolution = ShortConvolution(3, 4)
+    torch.nn.init.normal_(convolution.weight, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(3))
+    for tokens in (1, 2, 6):
+        torch.testing.assert_close(convolution(x[:, :tokens]), convolution(x)[:, :tokens])

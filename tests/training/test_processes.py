@@ -17,6 +17,7 @@ import torch.distributed as dist
 from testkit import environment, run_two_ranks
 from torch import Tensor
 
+from scatterbrain.training.batch import Batch
 from scatterbrain.training.checkpoint import read_progress
 from scatterbrain.training.config import TrainConfig
 from scatterbrain.training.interrupt import StopRequest
@@ -203,3 +204,12 @@ def test_torchruns_variables_have_to_be_whole(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="expected the environment variable RANK beside WORLD_SIZE"):
         join(TrainConfig(parallel="ddp"))
+
+
+def test_rows_that_do_not_divide_are_shared_out_to_all():
+    batch = Batch(torch.arange(18).view(9, 2), torch.arange(9))
+    shares = [Processes(rank, 4, rank, "ddp").own_rows(batch, 1) for rank in range(4)]
+    assert [len(share.targets) for share in shares] == [3, 2, 2, 2]
+    assert torch.equal(torch.cat([share.inputs for share in shares]), batch.inputs)
+    with pytest.raises(ValueError, match="train.batch: .* a row for each of 4 processes, got a batch of 3"):
+        Processes(0, 4, 0, "ddp").own_rows(Batch(batch.inputs[:3], batch.targets[:3]), 1)

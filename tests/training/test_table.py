@@ -20,7 +20,6 @@ from scatterbrain.training import table_runs
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import AttentionConfig, ModelConfig, RunConfig, TrainConfig
 from scatterbrain.training.files import UnusableRun
-from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.metrics import ACCURACY, PERPLEXITY, Evaluation
 from scatterbrain.training.table import Row, Table, as_csv, baseline_of, equal_cost, markdown, row_of
 from scatterbrain.training.table_picture import curve
@@ -162,7 +161,8 @@ def test_a_curve_is_the_mean_at_the_validations_that_all_seeds_have():
 # -------------------- which runs are there
 
 
-def test_a_run_is_complete_once_its_last_step_is_validated(make_run):
+def test_a_run_is_complete_once_its_last_step_is_validated(make_run, monkeypatch):
+    monkeypatch.setattr(table_runs, "_is_saved", lambda run, done: True)
     run = make_run(steps=2)
     assert not is_complete(run)
     write_log(run, step(1), validation(1, 2.0, 2.0))
@@ -171,6 +171,19 @@ def test_a_run_is_complete_once_its_last_step_is_validated(make_run):
     assert not is_complete(run)
     write_log(run, step(1), step(2), validation(2, 2.0, 4.0))
     assert is_complete(run)
+    write_log(run, step(2), validation(2, 2.0, 4.0))
+    assert not is_complete(run), "its seconds would lack those of the first step"
+
+
+def test_a_run_is_complete_with_the_checkpoint_of_its_last_step_and_without_a_failure(make_run):
+    run = make_run(steps=2)
+    finish(run)
+    assert is_complete(run)
+    run.failure.write_text("No space left on device")
+    assert not is_complete(run)
+    run.failure.unlink()
+    run.folder.checkpoint.unlink()
+    assert not is_complete(run)
 
 
 def test_a_run_with_a_time_limit_is_complete_once_its_time_is_up(make_run, monkeypatch):
@@ -335,15 +348,3 @@ def test_a_signal_stops_runs_side_by_side_after_their_step(make_run, monkeypatch
     with pytest.raises(TableStopped, match="stopped by SIGTERM; 0 of 2"):
         finish(*runs, jobs=2)
     assert all(run.folder.checkpoint.exists() and run.failed_for() is None for run in runs)
-
-
-def test_a_signal_between_two_requests_reaches_the_inner_one():
-    with StopRequest() as outer:
-        os.kill(os.getpid(), signal.SIGTERM)
-        with StopRequest() as inner:
-            assert inner.check() and inner.signal == signal.SIGTERM
-        with StopRequest() as next_one:
-            assert next_one.check()
-        assert outer.check()
-    with StopRequest() as later:
-        assert not later.check()

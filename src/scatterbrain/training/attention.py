@@ -16,12 +16,13 @@ from scatterbrain.supports import SUPPORTS
 from scatterbrain.training.config import AttentionConfig, WrongType
 
 
-def build_support_and_low_rank(config: AttentionConfig, is_causal: bool = True) -> tuple[Any, Any]:
+def build_support_and_low_rank(config: AttentionConfig, is_causal: bool = True, seed: int = 0) -> tuple[Any, Any]:
     """The support and the low-rank part (or None) that the configuration names.
 
     Args:
         config: The section ``attention``.
         is_causal: Whether the task is, which rules some out.
+        seed: Of the draws of a support or a kernel (hashes, random features) that the configuration gives no seed.
 
     Raises:
         ValueError: naming the key, for a name or a field that does not exist, a value the support or low-rank part
@@ -33,11 +34,11 @@ def build_support_and_low_rank(config: AttentionConfig, is_causal: bool = True) 
             support = preset(keys=config.keys)[0]
     else:
         fitting = SUPPORTS.configurable(lambda cls: not (is_causal and cls.is_bidirectional_only))
-        support = _build("attention.support", config.support, fitting, keys=config.keys)
+        support = _build("attention.support", config.support, fitting, keys=config.keys, seed=seed)
     if config.low_rank is None:
         low_rank = None if support.is_full else preset()[1]
     else:
-        low_rank = _build_low_rank(config.low_rank)
+        low_rank = _build_low_rank(config.low_rank, seed)
     if support.is_full and low_rank is not None:
         raise ValueError(
             f"attention.low_rank: support full leaves nothing to approximate, got {low_rank}; leave it out"
@@ -51,10 +52,10 @@ def build_support_and_low_rank(config: AttentionConfig, is_causal: bool = True) 
 
 
 def build_attention(
-    config: AttentionConfig, num_heads: int, num_kv_heads: int, head_dim: int, is_causal: bool = True
+    config: AttentionConfig, num_heads: int, num_kv_heads: int, head_dim: int, is_causal: bool = True, seed: int = 0
 ) -> nn.Module:
     """The attention module of one layer."""
-    support, low_rank = build_support_and_low_rank(config, is_causal)
+    support, low_rank = build_support_and_low_rank(config, is_causal, seed)
     with _naming("attention"):
         return sb.ScatterbrainAttention(num_heads, head_dim, num_kv_heads, support=support, low_rank=low_rank)
 
@@ -72,10 +73,10 @@ def describe_attention(config: AttentionConfig, is_causal: bool = True) -> str:
     return f"{support}, {'no low-rank part' if low_rank is None else low_rank}"
 
 
-def _build_low_rank(value: str | dict[str, Any]) -> Any:
+def _build_low_rank(value: str | dict[str, Any], seed: int) -> Any:
     if value == "none":
         return None
-    return _build("attention.low_rank", value, LOW_RANK_KERNELS.configurable())
+    return _build("attention.low_rank", value, LOW_RANK_KERNELS.configurable(), seed=seed)
 
 
 def _build(key: str, value: str | dict[str, Any], classes: Registry, **defaults: Any) -> Any:

@@ -63,7 +63,7 @@ def comparison_table(own: RunLog, exact: RunLog, metric: Metric) -> str:
         ("steps", str(last), str(exact_last)),
         (
             f"{metric.label} after {exact_last} steps",
-            f"{early[exact_last]:{metric.format}}",
+            f"{early[exact_last]:{metric.format}}" if exact_last in early else "-",
             f"{exact.metric('validation', metric)[-1]:{metric.format}}",
         ),
         (f"{metric.label} after {last} steps", f"{early[last]:{metric.format}}", "-"),

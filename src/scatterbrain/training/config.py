@@ -294,6 +294,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_types(self, "")
         require(self.output != "", "output", "a folder", self.output)
+        require(
+            self.compare.steps <= self.train.steps,
+            "compare.steps",
+            f"at most train.steps = {self.train.steps}, the steps that there are to compare",
+            self.compare.steps,
+        )
 
 
 SECTIONS = {

@@ -41,7 +41,10 @@ def find_files(config: DataConfig) -> list[Path]:
     names = (path.relative_to(root) for path in root.rglob(config.glob) if path.is_file())
     names = [name for name in names if not excluded.intersection(name.parts[:-1])]
     if not names:
-        raise ValueError(f"data.path: no file under {root} matches data.glob {config.glob!r} outside data.exclude")
+        raise ValueError(
+            f"data.path: no file under {root} matches data.glob {config.glob!r} outside data.exclude "
+            f"{list(config.exclude)}; name the files with data.glob, such as '*.txt'"
+        )
     return [root / name for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())]
 
 

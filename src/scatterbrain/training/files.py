@@ -48,6 +48,12 @@ class RunFolder:
         return self.path / "best.safetensors"
 
     @property
+    def results(self) -> tuple[Path, ...]:
+        """Every file but the settings that a run may leave; the log first, by which others judge the run."""
+        last = (self.exact_metrics, self.loss_curve, self.sample, self.comparison)
+        return (self.metrics, self.checkpoint, self.best, self.table, *last)
+
+    @property
     def board(self) -> Path:
         return self.path / "tensorboard"
 

@@ -56,10 +56,12 @@ class StopRequest:
         return self.signal is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._received and time.monotonic() - self._when < GRACE:
+        if self._received and self._processes.are_several and time.monotonic() - self._when < GRACE:
             return
         is_first, self._when = not self._received, time.monotonic()
         self._received = self._received or number
+        if self._outer is not None:  # whose handler a second signal may reach
+            self._outer._received, self._outer._when = self._received, self._when
         if not is_first or not self._processes.are_several:
             self._restore()
         if not is_first:

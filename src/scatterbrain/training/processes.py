@@ -154,8 +154,13 @@ class Processes:
         parts = self.parts(accumulate)
         if parts == 1:
             return batch
-        part = self.rank % parts
-        return Batch(*(None if tensor is None else tensor.chunk(parts)[part] for tensor in batch))
+        part, rows = self.rank % parts, len(batch.targets)
+        if rows < parts:
+            raise ValueError(
+                f"train.batch: expected at least a row for each of {parts} processes, got a batch of {rows}; use "
+                "larger batches, fewer processes or a larger train.accumulate"
+            )
+        return Batch(*(None if tensor is None else tensor.tensor_split(parts)[part] for tensor in batch))
 
     # -------------------- the model
 

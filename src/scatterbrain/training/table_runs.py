@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from scatterbrain.training import same_run
+from scatterbrain.training.checkpoint import read_progress
 from scatterbrain.training.config import RunConfig
 from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, write_atomically
 from scatterbrain.training.interrupt import StopRequest
@@ -106,12 +107,22 @@ def steps_done(run: TableRun) -> int:
 
 
 def is_complete(run: TableRun) -> bool:
-    """Whether a run has been validated after its last step: that of ``train.steps``, or the one at which a table saw it
-    reach ``train.minutes``, which its log does not tell."""
-    done, train = steps_done(run), run.config.train
-    if done == 0 or not any(record["kind"] == "validation" and record["step"] == done for record in run.records()):
+    """Whether a run has been validated and saved after its last step, without a failure since. The last step is that of
+    ``train.steps``, or the one at which a table saw it reach ``train.minutes``, which its log does not tell."""
+    done, train, records = steps_done(run), run.config.train, run.records()
+    if done == 0 or not any(record["kind"] == "validation" and record["step"] == done for record in records):
+        return False
+    if sum(record["kind"] == "train" for record in records) != done or run.failure.exists() or not _is_saved(run, done):
         return False
     return done >= train.steps or (train.minutes is not None and run.ended.exists())
+
+
+def _is_saved(run: TableRun, done: int) -> bool:
+    """Whether the checkpoint is that of the last step: others may start from it."""
+    try:
+        return read_progress(run.folder.checkpoint).step == done
+    except UnusableRun:
+        return False
 
 
 def difference(run: TableRun) -> str | None:

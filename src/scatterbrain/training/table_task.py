@@ -23,7 +23,7 @@ from scatterbrain.training.table import (
 )
 from scatterbrain.training.table_picture import draw_table
 from scatterbrain.training.table_runs import TableRun, TableStopped, carry_out, difference, is_complete
-from scatterbrain.training.tasks import build_task
+from scatterbrain.training.tasks import build_task, open_data
 
 SHARED = "task.yaml"
 
@@ -117,7 +117,7 @@ class _Known:
     def __init__(self, configs: dict[str, RunConfig]) -> None:
         first = next(iter(configs.values()))
         self.task = build_task(first.task)
-        data = self.task.open(first.data, first.train)
+        data = open_data(self.task, first.data, first.train)
         self.description, self.tokens = data.description, data.tokens
         self.baseline = baseline_of([data.validation_batch(number) for number in range(first.train.validation_batches)])
         self.costs = {name: self._cost(name, config) for name, config in configs.items()}

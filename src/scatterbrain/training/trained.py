@@ -13,7 +13,7 @@ from scatterbrain.training.attention import build_attention
 from scatterbrain.training.checkpoint import load_checkpoint, read_progress
 from scatterbrain.training.config import AttentionConfig, DataConfig, ModelConfig, TrainConfig
 from scatterbrain.training.files import RunFolder
-from scatterbrain.training.tasks import Task, TaskData, build_task
+from scatterbrain.training.tasks import Task, TaskData, build_task, open_data
 from scatterbrain.training.train_step import TrainState
 
 
@@ -44,9 +44,10 @@ def load_trained(folder: Path) -> Trained:
     stored = read_progress(file).config
     task = build_task(stored["task"])
     train = dataclasses.replace(_section(TrainConfig, stored["train"]), device="cpu", compile=False, parallel="none")
-    data = task.open(_section(DataConfig, stored["data"]), train)
+    data = open_data(task, _section(DataConfig, stored["data"]), train)
     build = partial(task.build_model, data, _section(ModelConfig, stored["model"]))
-    attention = partial(build_attention, _section(AttentionConfig, stored["attention"]), is_causal=task.is_causal)
+    section = _section(AttentionConfig, stored["attention"])
+    attention = partial(build_attention, section, is_causal=task.is_causal, seed=train.seed)
     state = TrainState(build, train, attention)
     load_checkpoint(file, state)
     return Trained(state.model.eval(), task, data, train)

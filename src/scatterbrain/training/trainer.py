@@ -32,7 +32,7 @@ from scatterbrain.training.models.blocks import AttentionFactory
 from scatterbrain.training.processes import FirstProcessFailed, join, lost_a_process
 from scatterbrain.training.run_log import Record, RunLog, read_records
 from scatterbrain.training.same_run import as_plain_data, check_same_run
-from scatterbrain.training.tasks import build_task, described_task
+from scatterbrain.training.tasks import build_task, described_task, open_data
 from scatterbrain.training.train_step import StepResult, TrainState, scheduled_learning_rate
 
 
@@ -65,7 +65,7 @@ class Trainer:
         self.processes = join(config.train)
         try:
             self.task = build_task(config.task)
-            self.data = self.task.open(config.data, config.train)
+            self.data = open_data(self.task, config.data, config.train)
             self._description = as_plain_data(dataclasses.replace(config, task=described_task(config.task)))
             self.processes.require_same("options", self._description)
             if config.train.tensorboard:
@@ -149,7 +149,9 @@ class Trainer:
                 self._say(initialize_from(source, model))
             return model
 
-        attention_of_layer = partial(build_attention, attention, is_causal=self.task.is_causal)
+        attention_of_layer = partial(
+            build_attention, attention, is_causal=self.task.is_causal, seed=self.config.train.seed
+        )
         return TrainState(build, self.config.train, attention_of_layer, self.processes)
 
     def _open(self) -> None:
@@ -206,8 +208,9 @@ class Trainer:
                     f"{self.folder.metrics} has records of {known} of {self.steps_done} steps; the others are not drawn"
                 )
         else:
-            self.folder.checkpoint.unlink(missing_ok=True)
-            self.folder.best.unlink(missing_ok=True)
+            # Before the new settings are written: a log must never stand beside settings that are not its own.
+            for path in self.folder.results:
+                path.unlink(missing_ok=True)
             shutil.rmtree(self.folder.board, ignore_errors=True)
         self._write_data_files(continues)
         write_atomically(self.folder.config, yaml.safe_dump(self._description, sort_keys=False).encode())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -138,3 +139,13 @@ def test_a_broken_archive_is_refused_by_name(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match="data.path: expected a .zip archive .*cannot be read"):
         read_documents(DataConfig(path=str(path), glob="*.txt"))
+
+
+def test_a_default_that_would_lose_the_folder_test_is_refused(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        (tmp_path / part / "a" / "1.txt").write_text(part)
+    config = DataConfig(path=str(tmp_path), glob="*.txt")
+    with pytest.raises(ValueError, match=r"data.exclude: expected to keep both train and test of .* set data.exclude"):
+        read_documents(config)
+    assert len(read_documents(dataclasses.replace(config, exclude=()))) == 2

@@ -124,7 +124,7 @@ class ShortConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = x * (1 + self.weight[0])
         for distance, weight in enumerate(self.weight[1:], 1):
-            out = out + F.pad(x[:, :-distance], (0, 0, distance, 0)) * weight
+            out = out + F.pad(x, (0, 0, distance, 0))[:, : x.shape[1]] * weight
         return out
 
 

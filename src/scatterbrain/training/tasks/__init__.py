@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from scatterbrain.registry import Registry
-from scatterbrain.training.config import WrongType
+from scatterbrain.training.config import DataConfig, TrainConfig, WrongType
 from scatterbrain.training.tasks.base import Task, TaskData
 from scatterbrain.training.tasks.copy import Copy
 from scatterbrain.training.tasks.image_classification import ImageClassification
@@ -21,7 +21,7 @@ from scatterbrain.training.tasks.retrieval import Retrieval
 from scatterbrain.training.tasks.text_classification import TextClassification
 from scatterbrain.training.tasks.words import Words
 
-__all__ = ["TASKS", "Task", "TaskData", "build_task", "described_task", "register"]
+__all__ = ["TASKS", "Task", "TaskData", "build_task", "described_task", "open_data", "register"]
 
 TASKS = Registry(Task)
 register = TASKS.register
@@ -60,3 +60,17 @@ def described_task(given: str | dict[str, Any]) -> dict[str, Any]:
     """A configuration's task as a mapping with every field."""
     kind = given["kind"] if isinstance(given, dict) else given
     return {"kind": kind} | dataclasses.asdict(build_task(given))
+
+
+def open_data(task: Task, data: DataConfig, train: TrainConfig) -> TaskData:
+    """Opens a task's data.
+
+    Raises:
+        ValueError: as :meth:`Task.open`; what is wrong with ``data.path`` is followed by the layout that is expected.
+    """
+    try:
+        return task.open(data, train)
+    except ValueError as error:
+        if not (task.layout and str(error).startswith("data.path")):
+            raise
+        raise ValueError(f"{error}. {task.layout}") from error

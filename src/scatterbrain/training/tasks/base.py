@@ -57,12 +57,14 @@ class Task(ABC):
         head: one class for the token after each ("next", causal), for each token ("token"), for a sequence or for a
             pair of sequences.
         is_configurable: whether numbers and names make it.
+        layout: what ``data.path`` has to hold and where to get it, for errors; "" where the task's own errors say it.
     """
 
     kind: ClassVar[str]
     metric: ClassVar[Metric]
     head: Literal["next", "token", "sequence", "pair"]
     is_configurable: ClassVar[bool] = True
+    layout: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_types(self, "task.")

@@ -50,6 +50,7 @@ def read_documents(config: DataConfig) -> list[Document]:
         ValueError: if the path does not exist or is no readable archive, or nothing there matches the glob.
     """
     root = corpus_root(config)
+    _check_no_part_is_excluded(root, config)
     if root.is_file() and zipfile.is_zipfile(root):
         found = _read_archive(root, config)
     else:
@@ -62,6 +63,16 @@ def read_documents(config: DataConfig) -> list[Document]:
     if not first:
         raise ValueError(f"data.path: expected texts in {root}, and all files that match {config.glob!r} are empty")
     return sorted(first.values(), key=lambda document: _hash(document.name))
+
+
+def _check_no_part_is_excluded(root: Path, config: DataConfig) -> None:
+    """The tests of program text are left out by default. In a folder with train and test they are half of the data."""
+    lost = [name for name in VALIDATION_FOLDERS if name in config.exclude and (root / name).is_dir()]
+    if lost and (root / TRAINING_FOLDER).is_dir() and TRAINING_FOLDER not in config.exclude:
+        raise ValueError(
+            f"data.exclude: expected to keep both train and {lost[0]} of {root}, got {list(config.exclude)}, which "
+            f"leaves {lost[0]} out; set data.exclude, for instance to []"
+        )
 
 
 def split_documents(documents: list[Document], validation_fraction: float) -> tuple[list[Document], list[Document]]:

@@ -25,6 +25,10 @@ class Retrieval(Task):
     """
 
     kind: ClassVar[str] = "retrieval"
+    layout: ClassVar[str] = (
+        "Expected is a folder of text files, or a .zip archive of one, such as the articles of an encyclopaedia, each "
+        "of 2 * task.tokens bytes or more. 'stdlib' needs no data"
+    )
     metric: ClassVar[Metric] = ACCURACY
     head: ClassVar[str] = "pair"
 

@@ -29,6 +29,11 @@ class TextClassification(Task):
     """
 
     kind: ClassVar[str] = "text_classification"
+    layout: ClassVar[str] = (
+        "Expected is a folder, or a .zip archive of one, with a folder of text files per class, or with the folders "
+        "train and test that have these in both, as the IMDB reviews (https://ai.stanford.edu/~amaas/data/sentiment; "
+        "data.glob '*.txt', data.exclude [unsup]). 'stdlib' needs no data"
+    )
     metric: ClassVar[Metric] = ACCURACY
     head: ClassVar[str] = "sequence"
 

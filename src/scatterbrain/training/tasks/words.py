@@ -39,6 +39,11 @@ class Words(Task):
     """
 
     kind: ClassVar[str] = "words"
+    layout: ClassVar[str] = (
+        "Expected is a folder with wiki.train.tokens and wiki.valid.tokens, as WikiText has them "
+        "(https://huggingface.co/datasets/Salesforce/wikitext), or any text file or folder of them. 'stdlib' needs no "
+        "data"
+    )
     metric: ClassVar[Metric] = PERPLEXITY
     head: ClassVar[str] = "next"
 
