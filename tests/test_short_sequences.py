@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import row_error
 from testkit import (
     KV,
     D,
@@ -105,6 +106,18 @@ def test_covered_attention_has_the_bits_of_torch(name: str, is_causal: bool, dty
         given = dict(support=SUPPORTS[name], low_rank=sb.Quadratic(3), statistics=fitted(scale=scale))
         ours = partial(sb.attention, **given, **settings)
         assert_same_bits(*(out_and_gradients(f, qkv(n, m, dtype=dtype)) for f in (ours, exact)))
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("head_dim", range(1, 8))
+def test_heads_too_narrow_for_the_kernel_of_torch_are_those_of_the_definition(head_dim: int, is_causal: bool) -> None:
+    """The operator computes them in float64."""
+    inputs = [rand(2, 3, 190, head_dim, seed=seed) for seed in range(3)]
+    given = dict(support=sb.Full(), low_rank=None, is_causal=is_causal)
+    mine = out_and_gradients(partial(sb.attention, **given), inputs)
+    exact = out_and_gradients(partial(sb.reference.attention, **given, dtype=torch.float64), inputs)
+    for got, want in zip(mine, exact):
+        assert row_error(got, want) <= 1e-5
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])

@@ -1,6 +1,7 @@
 """The one place that decides how a checked call runs.
 
-1. The support covers every key, without masks or offset: torch's own kernel, which nothing beats on few tokens.
+1. The support covers every key, without masks or offset, of heads that are not too narrow: torch's own kernel, which
+   nothing beats on few tokens.
 2. Untraced, without masks or offset, with affine coordinates that are constant or fitted to the tokens, or clusters of
    its own keys: a prepared call, whose arguments but the tokens stay with the operator, now and for all later calls of
    its kind.
@@ -28,6 +29,9 @@ from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.supports import BlockLists, Support
 from scatterbrain.supports.base import OperatorRouting
 
+# torch's CPU kernel approximates exponentials where the machine has AVX-512, and rows of fewer elements do not average
+# that out. The operators here compute such heads in float64.
+NARROWEST_OF_TORCH = 8
 NO_ROUTING = OperatorRouting(keys=0, window=0, block_q=0, block_k=0)
 
 
@@ -37,6 +41,7 @@ def run(call: Call, return_lse: bool, kept_as: tuple | None) -> tuple[Tensor, Te
     queries, keys = call.query.shape[2], call.key.shape[2]
     if (
         not return_lse
+        and is_known(call.query.shape[3] >= NARROWEST_OF_TORCH)
         and call.padding.is_everything()
         and covers_every_key(call.support, queries, keys, call.is_causal)
     ):

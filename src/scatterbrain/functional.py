@@ -102,7 +102,8 @@ def attention(
         (B, Hq, N, dv) in value's dtype. A row without any weight is zero, and so are its gradients.
 
     Where the support covers every key, without masks, offset and ``return_lse``, F.scaled_dot_product_attention
-    computes the same exact attention, to other rounding: nothing is faster on few tokens.
+    computes the same exact attention, to other rounding: nothing is faster on few tokens. Heads of fewer than 8
+    dimensions are computed in float64 instead, since torch's kernel rounds their short rows too coarsely.
 
     Under autocast query, key and value are cast to its dtype; coordinates stay float32. Lists, statistics and
     stabilisers are constants of the backward pass.
