@@ -20,6 +20,20 @@ SB_INLINE LaneWeights<AccType<E>> weights_of(const AttentionParams& p, const Bac
     return {r.ds, r.w};
 }
 
+// out[i] = rows(i).d_out of n rows, values or outputs. Few queries do not average out what rounding leaves of
+// dO.v - dO.o where the two are close: their float32 products are summed in float64.
+template <class E, class R>
+SB_INLINE void value_products(const AttentionParams& p, const RowRange& row, int64_t n, const R& rows, const E* d_out,
+                              AccType<E>* out) {
+  if constexpr (sizeof(E) == sizeof(float)) {
+    if (row.q_end - row.q_first <= kByKeyQueries) {
+      for (int64_t i = 0; i < n; ++i) out[i] = AccType<E>(dot_in_double(rows(i), d_out, p.value_pad));
+      return;
+    }
+  }
+  dot_rows<E>(n, rows, d_out, p.value_pad, out);
+}
+
 // Steps 1 and 2, with a record for each query. All queries take one step before any takes the next.
 template <class E, int kLanes>
 SB_INLINE void weigh_per_query(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
@@ -54,7 +68,7 @@ SB_INLINE void weigh_per_query(const AttentionParams& p, const QueryTile<E, kLan
     }
   });
   for_each_query([&](int lane, ScatterRecord<E>& r, const LaneWeights<T>& w) {
-    dot_rows<E>(r.n, listed<E>(p.v, tile.b, tile.kv, r.key), s.d_out[lane], p.value_pad, w.g);
+    value_products<E>(p, p.rows[tile.b], r.n, listed<E>(p.v, tile.b, tile.kv, r.key), s.d_out[lane], w.g);
   });
   kv_state_weights<T, kLanes>(tile.rho, kappa_ref, s.lse, s.kv_state_log, s.weight);
 

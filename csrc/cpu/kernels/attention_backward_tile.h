@@ -176,7 +176,7 @@ SB_INLINE void backward_prepare(const AttentionParams& p, const QueryTile<E, kLa
     dot_of_lanes<E, kLanes>(s.out, p.value_pad, s.gT, s.delta);
   } else {
     for (int lane = 0; lane < kLanes; ++lane)
-      dot_rows<E>(1, PointedRows<const E>{s.out + lane}, s.d_out[lane], p.value_pad, s.delta + lane);
+      value_products<E>(p, p.rows[tile.b], 1, PointedRows<const E>{s.out + lane}, s.d_out[lane], s.delta + lane);
   }
 }
 

@@ -35,6 +35,15 @@ SB_INLINE void dot_rows(int64_t n, const R& rows, const E* one, int64_t width, A
   }
 }
 
+// a.b of rows of `width` elements, a multiple of 8, summed in double.
+template <class T>
+SB_INLINE double dot_in_double(const T* a, const T* b, int64_t width) {
+  double sum[8] = {};
+  for (int64_t e = 0; e < width; e += 8)
+    SB_EACH (i, 8) sum[i] += double(a[e + i]) * double(b[e + i]);
+  return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+}
+
 // out[column] = sum_k weight[k] row_k[column], one output row, with as many accumulators as the columns allow; where
 // those are few, even and odd k are separate chains.
 template <class E, class R>

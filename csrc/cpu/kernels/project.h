@@ -29,17 +29,26 @@ void project(const ProjectParams& p, const ProjectWeights<T>& w, const T* tokens
       const auto z = load<T, N>(to + at);
       store<T, N>(to + at, z > most ? most : z < -most ? -most : z);  // NaN stays NaN
     }
-    for (int64_t o = 0; o < p.dots; ++o) {
+    for (int64_t o = 0; o + 1 < p.dots; ++o) {
       T dot[kProjectRows];
       dot_rows<T>(n, DenseRows<const T>{tokens + first * row_stride, row_stride}, w.rows + o * p.head_pad, p.head_pad,
                   dot);
       const int64_t column = w.columns[o];
-      const T start = w.offset[column], factor = o + 1 == p.dots ? w.last_factor : T(1);
-      const T limit = o + 1 == p.dots ? w.limits.log : w.limits.coordinate;
+      const T start = w.offset[column], limit = w.limits.coordinate;
       for (int64_t i = 0; i < n; ++i) {
-        const T z = (start + dot[i]) * factor;
+        const T z = start + dot[i];
         to[i * p.outputs_pad + column] = z > limit ? limit : z < -limit ? -limit : z;
       }
+    }
+    // The log scale's error is the relative error of all the token's weights. It is rounded as in a map that is not
+    // packed, where its factor comes later.
+    const T* last = w.rows + (p.dots - 1) * p.head_pad;
+    const int64_t column = w.columns[p.dots - 1];
+    const T limit = w.limits.log;
+    for (int64_t i = 0; i < n; ++i) {
+      const double dot = dot_in_double(tokens + (first + i) * row_stride, last, p.head_pad);
+      const T z = T(double(w.offset[column]) + dot) * w.last_factor;
+      to[i * p.outputs_pad + column] = z > limit ? limit : z < -limit ? -limit : z;
     }
   }
 }

@@ -175,10 +175,11 @@ class Favor(LowRankKernel):
         self, tokens: Tensor, size: float, mask: Tensor | None, mean: Tensor, weight: Tensor, projection: Tensor
     ) -> Tensor:
         """Features and log scales of one side. The mean is taken off before the map, whose rows for directions in which
-        little varies are large."""
+        little varies are large: it is computed in float64."""
         dtype = projection.dtype
         tokens = tokens if mask is None else tokens.masked_fill(mask[:, None, :, None], 0)
-        balanced = project(tokens.to(dtype) * size - mean.to(dtype)[..., None, :], weight.to(dtype), None)
+        centred = tokens.double() * size - mean.double()[..., None, :]
+        balanced = project(centred, weight.double(), None).to(dtype)
         coordinates, log_scale = balanced[..., :-1], balanced[..., -1:]
         projected = project(coordinates, projection, None)
         features, peak = favor_log_features(projected, coordinates, 1.0, self.hyperbolic)
