@@ -223,8 +223,12 @@ class Source:
 
         run = load_trained(Path(self.model))
         if self.inputs is None:
-            about = f"validation inputs of its task, {run.task.kind}: {run.data.description}"
             rows, masks = self._validation_rows(run.data, self.rows * self.batches)
+            if rows.ndim < 4:
+                about = f"rows of {rows.shape[1]} {run.task.inputs}"
+            else:
+                about = f"{len(rows)} of its validation images"
+            about = f"{about}; task {run.task.kind}: {run.data.description}"
         else:
             if run.task.kind != "language":
                 raise ValueError(

@@ -57,6 +57,7 @@ class Task(ABC):
         head: one class for the token after each ("next", causal), for each token ("token"), for a sequence or for a
             pair of sequences.
         is_configurable: whether numbers and names make it.
+        inputs: what the rows are of that a model is measured on.
         layout: what ``data.path`` has to hold and where to get it, for errors; "" where the task's own errors say it.
     """
 
@@ -64,6 +65,7 @@ class Task(ABC):
     metric: ClassVar[Metric]
     head: Literal["next", "token", "sequence", "pair"]
     is_configurable: ClassVar[bool] = True
+    inputs: ClassVar[str] = "tokens of its validation inputs"
     layout: ClassVar[str] = ""
 
     def __post_init__(self) -> None:

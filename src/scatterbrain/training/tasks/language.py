@@ -22,6 +22,7 @@ class Language(Task):
     kind: ClassVar[str] = "language"
     metric: ClassVar[Metric] = BITS_PER_BYTE
     head: ClassVar[str] = "next"
+    inputs: ClassVar[str] = "bytes of its validation text"
 
     def open(self, data: DataConfig, train: TrainConfig) -> Text:
         training, validation = read_corpus(data)
