@@ -21,8 +21,9 @@ from testkit import rand
 import scatterbrain as sb
 
 # Windows, lists with a causal edge, causal states, lists of single queries; without a kernel, quadratic and features;
-# several chunks.
-SEEDS = (2, 18, 35, 98, 39, 49, 10, 11, 12, 13, 20, 29, 34, 36, 37, 42, 44, 50, 58, 61, 66, 68, 76, 83, 92, 100)
+# several chunks. None with Favor(centred=True): faults are looked for in a library of float32 kernels alone, and its map
+# is float64.
+SEEDS = (2, 18, 35, 98, 39, 49, 10, 11, 12, 13, 20, 29, 34, 36, 37, 187, 44, 50, 58, 61, 66, 68, 76, 83, 191, 100)
 
 
 class Fault(NamedTuple):
@@ -173,7 +174,7 @@ FAULTS_OF_GRADIENTS = {
     ),
 }
 # Causal and not: windows and lists, of single queries too; quadratic, features, clusters; groups of heads, padding.
-SEEDS_OF_GRADIENTS = (155, 11, 193, 285, 252, 310)
+SEEDS_OF_GRADIENTS = (155, 11, 193, 230, 252, 310)
 
 
 # What runs with every fault: each returns what is wrong, or nothing.
