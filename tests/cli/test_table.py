@@ -109,12 +109,13 @@ def test_a_bad_option_is_named_in_one_line(folder, capsys, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--jobs", "2"], ["FOLDER", "--jobs", "two"], ["FOLDER", "--modle.width", "8"]]
+    "arguments",
+    [[], ["--jobs", "2"], ["FOLDER", "--jobs", "two"], ["FOLDER", "--modle.width", "8"], ["FOLDER", "--sedes", "1"]],
 )
 def test_a_wrong_command_line_leaves_with_code_two(folder, capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         main(["table", *[str(folder) if argument == "FOLDER" else argument for argument in arguments]])
-    assert stopped.value.code == 2 and "scatterbrain t" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "scatterbrain table: " in capsys.readouterr().err
 
 
 def test_a_folder_without_methods_is_named_with_what_it_lacks(folder, tmp_path, capsys):

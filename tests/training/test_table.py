@@ -18,7 +18,7 @@ import yaml
 
 from scatterbrain.training import table_runs
 from scatterbrain.training.batch import Batch
-from scatterbrain.training.config import AttentionConfig, ModelConfig, RunConfig, TrainConfig
+from scatterbrain.training.config import AttentionConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from scatterbrain.training.files import UnusableRun
 from scatterbrain.training.metrics import ACCURACY, PERPLEXITY, Evaluation
 from scatterbrain.training.table import Row, Table, as_csv, baseline_of, equal_cost, markdown, row_of
@@ -202,7 +202,8 @@ def test_a_setting_that_affects_the_result_is_a_difference_and_the_number_of_thr
     assert difference(run) is None
     Trainer(run.config).run()
     assert difference(run) is None
-    assert difference(make_run(threads=2, validate_every=1)) is None
+    assert difference(make_run(threads=2)) is None
+    assert difference(make_run(validate_every=1)) == "train.validate_every: 2 there, 1 now"  # "best" depends on it
     assert difference(make_run(steps=5)) == "train.steps: 4 there, 5 now"
     assert difference(make_run(attention=AttentionConfig(support="window"))).startswith("attention.support: 'full'")
     other_task = dataclasses.replace(run.config, task={"kind": "copy", "tokens": 33, "symbols": 8})
@@ -217,6 +218,35 @@ def test_a_setting_that_came_later_is_no_difference_while_it_has_its_default(mak
     run.folder.config.write_text(yaml.safe_dump(stored))
     assert difference(run) is None
     assert difference(make_run(clip=2.0)) == "train.clip: 1.0 there, 2.0 now"
+
+
+def test_data_that_have_changed_are_a_difference_and_no_run_goes_on_with_them(make_run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(32, 120)) * 60)
+    run = make_run(context=40)
+    config = dataclasses.replace(run.config, task="language", data=DataConfig(path=str(text), validation_fraction=0.2))
+    run = dataclasses.replace(run, config=config)
+    Trainer(config).run()
+    assert difference(run) is None
+    Trainer(dataclasses.replace(config, resume=True))._lock.release()
+    content = bytearray(text.read_bytes())
+    content[7] += 1
+    text.write_bytes(content)
+    assert difference(run) == "data: the content of the files has changed"
+    with pytest.raises(UnusableRun, match="data: the content of the files has changed; restore the files"):
+        Trainer(dataclasses.replace(config, resume=True))
+    text.write_bytes(content * 2)
+    assert difference(run).startswith("data: '4,224 bytes to train on, 1,056 to validate on' there, '8,448 bytes")
+
+
+def test_other_initial_weights_are_a_difference(make_run):
+    first = make_run("first")
+    Trainer(first.config).run()
+    run = make_run("second", initialize_from=str(first.folder.checkpoint))
+    Trainer(run.config).run()
+    assert difference(run) is None
+    Trainer(dataclasses.replace(make_run("first", learning_rate=0.1).config, overwrite=True)).run()
+    assert difference(run) == f"train.initialize_from: other weights were in {first.folder.checkpoint}"
 
 
 def test_a_folder_that_holds_something_else_is_refused_by_its_name(make_run):

@@ -66,6 +66,7 @@ def table(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> tuple[TableOptions, list[str]]:
     """The table's own options, and the keys of ``scatterbrain train`` after them."""
+    from scatterbrain.training.config import RunConfig
     from scatterbrain.training.table_task import TableOptions, method_files
 
     if not arguments or arguments[0].startswith("-"):
@@ -76,8 +77,11 @@ def _parse(arguments: Sequence[str]) -> tuple[TableOptions, list[str]]:
         found, overrides = parser.parse_known_args(list(arguments[1:]))
     except argparse.ArgumentError as error:
         _refuse(one_line(error))
+    sections = {field.name for field in dataclasses.fields(RunConfig)}
     for argument in overrides:
         key = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and key.partition(".")[0] not in sections:
+            _refuse(f"there is no option --{key}; its own stand before keys of a run, such as --train.steps 20")
         if argument.startswith("--") and key in RESERVED:
             raise ValueError(f"--{key}: the table sets this key of every run; use --output, --seeds or --overwrite")
     folder = Path(arguments[0])

@@ -32,6 +32,14 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def data(self) -> Path:
+        return self.path / "data.txt"
+
+    @property
+    def initial_weights(self) -> Path:
+        return self.path / "initial_weights.txt"
+
+    @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint.safetensors"
 
@@ -51,7 +59,7 @@ class RunFolder:
     def results(self) -> tuple[Path, ...]:
         """Every file but the settings that a run may leave; the log first, by which others judge the run."""
         last = (self.exact_metrics, self.loss_curve, self.sample, self.comparison)
-        return (self.metrics, self.checkpoint, self.best, self.table, *last)
+        return (self.metrics, self.checkpoint, self.best, self.table, self.initial_weights, *last)
 
     @property
     def board(self) -> Path:

@@ -3,6 +3,7 @@ another, for one."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -64,6 +65,14 @@ def initialize_from(path: str | Path, model: nn.Module) -> str:
     if left_out:
         line += f"; left out: {_listed(left_out)}"
     return line
+
+
+def initial_fingerprint(path: str | Path) -> str:
+    """The SHA-256 of a file of weights; "" where it cannot be read, of weights that are not there any more."""
+    try:
+        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The configuration that a checkpoint was made with against the one it is continued with."""
+"""The configuration and the data that a checkpoint was made with against those it is continued with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from scatterbrain.training.config import RunConfig, misfit
-from scatterbrain.training.files import UnusableRun
+from scatterbrain.training.files import RunFolder, UnusableRun
+from scatterbrain.training.tasks.base import TaskData
 
 # A continued run may differ in these. Every other setting of data, model, attention and train affects what is learned.
 FREE_TRAIN_KEYS = ("steps", "minutes", "device", "threads", "validate_every", "validation_batches", "checkpoint_every")
@@ -45,6 +46,25 @@ def check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> None:
         raise UnusableRun(
             f"{key}: {what}; continue with the same setting, or start anew in another folder with --output"
         )
+
+
+def data_text(data: TaskData) -> str:
+    """What the data are, as a run's folder keeps it: two lines where they were read from files, else one."""
+    fingerprint = getattr(data, "fingerprint", "")
+    return f"{data.description}\n" + (f"sha256 {fingerprint}\n" if fingerprint else "")
+
+
+def data_difference(folder: RunFolder, data: TaskData) -> str | None:
+    """In what the data of the run in the folder differ from these; None where they are the same, and for runs of
+    earlier versions, which do not tell."""
+    if not folder.data.exists():
+        return None
+    before, now = folder.data.read_text(encoding="utf-8").splitlines(), data_text(data).splitlines()
+    if before == now:
+        return None
+    is_about_content = before[:1] == now[:1]
+    told = f"{before[0] if before else 'nothing'!r} there, {now[0]!r} now"
+    return "the content of the files has changed" if is_about_content else told
 
 
 def _is_same(before: object, now: object) -> bool:

@@ -17,19 +17,20 @@ from typing import Any
 import torch
 import yaml
 
-from scatterbrain.training import same_run
+from scatterbrain.training import initial_weights, same_run
 from scatterbrain.training.checkpoint import read_progress
 from scatterbrain.training.config import RunConfig
 from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, write_atomically
+from scatterbrain.training.initial_weights import initial_fingerprint
 from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.run_log import Record, read_records
-from scatterbrain.training.tasks import described_task
+from scatterbrain.training.tasks import TaskData, build_task, described_task, open_data
 from scatterbrain.training.trainer import RunStopped, Trainer
 
 # Settings of a run that do not change its row; every other one of these sections does.
 SECTIONS = ("task", "data", "model", "attention", "train")
 FREE_TRAIN_KEYS = tuple(
-    key for key in same_run.FREE_TRAIN_KEYS if key not in ("steps", "minutes", "validation_batches")
+    key for key in same_run.FREE_TRAIN_KEYS if key not in ("steps", "minutes", "validate_every", "validation_batches")
 )
 
 _POLL_SECONDS, _CLOSE_SECONDS = 0.2, 10.0
@@ -125,9 +126,14 @@ def _is_saved(run: TableRun, done: int) -> bool:
         return False
 
 
-def difference(run: TableRun) -> str | None:
-    """The first setting, of those that affect the result, in which the run in the folder differs from this one; None
-    for a folder without a run, and where all are the same.
+def difference(run: TableRun, opened: OpenedData | None = None) -> str | None:
+    """The first setting, of those that affect the result, in which the run in the folder differs from this one, or that
+    its data or the weights that it started from have changed; None for a folder without a run, and where all is the
+    same.
+
+    Args:
+        run: of a table.
+        opened: keeps data for the next run.
 
     Raises:
         UnusableRun: the folder's config.yaml is none of a run.
@@ -149,7 +155,27 @@ def difference(run: TableRun) -> str | None:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             return f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-    return None
+    source, kept = run.config.train.initialize_from, run.folder.initial_weights
+    there = "" if source is None else initial_fingerprint(source)
+    if there and kept.exists() and kept.read_text(encoding="utf-8") != there:
+        return f"{initial_weights.KEY}: other weights were in {source}"
+    changed = same_run.data_difference(run.folder, (opened or OpenedData()).of(run.config))
+    return None if changed is None else f"data: {changed}"
+
+
+class OpenedData:
+    """The data of runs, of which those of one table are read once."""
+
+    def __init__(self) -> None:
+        self._opened: dict[str, TaskData] = {}
+
+    def of(self, config: RunConfig) -> TaskData:
+        """The data but for what follows from the seed."""
+        task, train = described_task(config.task), dataclasses.replace(config.train, seed=0)
+        key = json.dumps([task, dataclasses.asdict(config.data), dataclasses.asdict(train)], sort_keys=True)
+        if key not in self._opened:
+            self._opened = {key: open_data(build_task(task), config.data, train)}  # one at a time: data are large
+        return self._opened[key]
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +205,8 @@ def carry_out(runs: list[TableRun], folder: Path, jobs: int, overwrite: bool, ag
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
     try:
-        others = {run.name: found for run in runs if (found := difference(run)) is not None}
+        opened = OpenedData()
+        others = {run.name: found for run in runs if (found := difference(run, opened)) is not None}
         if others and not overwrite:
             name, found = next(iter(others.items()))
             raise UnusableRun(

@@ -22,7 +22,7 @@ from scatterbrain.training.table import (
     row_of,
 )
 from scatterbrain.training.table_picture import draw_table
-from scatterbrain.training.table_runs import TableRun, TableStopped, carry_out, difference, is_complete
+from scatterbrain.training.table_runs import OpenedData, TableRun, TableStopped, carry_out, difference, is_complete
 from scatterbrain.training.tasks import build_task, open_data
 
 SHARED = "task.yaml"
@@ -132,9 +132,9 @@ class _Known:
 def _collect(options: TableOptions, runs: Sequence[TableRun], known: _Known) -> bool:
     """Prints and writes the table of the complete runs; whether there is any."""
     complete: dict[str, list[TableRun]] = {}
-    notes = []
+    notes, opened = [], OpenedData()
     for run in runs:
-        if (other := _unless_usable(lambda: difference(run))) is not None:
+        if (other := _unless_usable(lambda: difference(run, opened))) is not None:
             notes.append(f"{run.name} is left out, it has other settings: {other}")
         elif is_complete(run):
             complete.setdefault(run.method, []).append(run)

@@ -24,14 +24,14 @@ from scatterbrain.training.compare import compare_with_exact, comparison_table
 from scatterbrain.training.config import AttentionConfig, RunConfig
 from scatterbrain.training.curves import draw_curves
 from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, write_atomically
-from scatterbrain.training.initial_weights import initialize_from
+from scatterbrain.training.initial_weights import initial_fingerprint, initialize_from
 from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.low_rank_share import low_rank_shares
 from scatterbrain.training.metrics import Evaluation
 from scatterbrain.training.models.blocks import AttentionFactory
 from scatterbrain.training.processes import FirstProcessFailed, join, lost_a_process
 from scatterbrain.training.run_log import Record, RunLog, read_records
-from scatterbrain.training.same_run import as_plain_data, check_same_run
+from scatterbrain.training.same_run import as_plain_data, check_same_run, data_difference, data_text
 from scatterbrain.training.tasks import build_task, described_task, open_data
 from scatterbrain.training.train_step import StepResult, TrainState, scheduled_learning_rate
 
@@ -70,7 +70,7 @@ class Trainer:
             self.processes.require_same("options", self._description)
             if config.train.tensorboard:
                 self.processes.first(board.check_installed)
-            self.processes.require_same("data", self.data.description)
+            self.processes.require_same("data", data_text(self.data))
             starts_anew = self.processes.first(lambda: not (config.resume and self.folder.checkpoint.exists()))
             self.train_state = self._train_state(config.attention, starts_anew)
             self.steps_done, self._seconds_before = 0, 0.0
@@ -212,12 +212,16 @@ class Trainer:
             for path in self.folder.results:
                 path.unlink(missing_ok=True)
             shutil.rmtree(self.folder.board, ignore_errors=True)
+            if self.config.train.initialize_from is not None:
+                fingerprint = initial_fingerprint(self.config.train.initialize_from)
+                write_atomically(self.folder.initial_weights, fingerprint.encode())
         self._write_data_files(continues)
         write_atomically(self.folder.config, yaml.safe_dump(self._description, sort_keys=False).encode())
         return records
 
     def _write_data_files(self, continues: bool) -> None:
-        """Writes what the data are read with, such as a tokenizer. A run that is continued must have the same."""
+        """Writes what the data are read with, such as a tokenizer, and what they are. A run that is continued must have
+        the same."""
         for name, content in getattr(self.data, "files", {}).items():
             path = self.folder.path / name
             if continues and path.exists() and path.read_bytes() != content:
@@ -226,6 +230,9 @@ class Trainer:
                     "checkpoint was trained; restore the data, or start anew in another folder with --output"
                 )
             write_atomically(path, content)
+        if continues and (changed := data_difference(self.folder, self.data)):
+            raise UnusableRun(f"data: {changed}; restore the files, or start anew in another folder with --output")
+        write_atomically(self.folder.data, data_text(self.data).encode())
 
     def _say(self, text: str) -> None:
         if self.processes.is_first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scatterbrain.training.config import ModelConfig
@@ -37,12 +38,8 @@ class Encoder(Transformer):
         super().__init__(config, attention, is_causal=False)
         self.embedding = nn.Linear(input_size, config.width) if has_features else nn.Embedding(input_size, config.width)
         self.positions = LearnedPositions(tokens, config.width) if config.positions == "learned" else None
-        self.head = nn.Linear(self.head_features(), classes)
+        self.head = nn.Linear(config.width, classes)
         self._initialise(generator)
-
-    def head_features(self) -> int:
-        """Features that the head reads."""
-        return self.config.width
 
     def features(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Of every token, (B, N, width), from int64 (B, N) or float (B, N, features)."""
@@ -88,14 +85,27 @@ class SequenceClassifier(Encoder):
 
 
 class PairClassifier(SequenceClassifier):
-    """One class for a pair of sequences, which go through the same encoder apart from one another. The head reads both
-    means, their product and their difference."""
+    """One class for a pair of sequences, which go through the same encoder apart from one another. A hidden layer reads
+    both means, their product and the size of their difference: whether two are alike is no linear function of them."""
 
-    def head_features(self) -> int:
-        return 4 * self.config.width
+    def __init__(
+        self,
+        config: ModelConfig,
+        input_size: int,
+        classes: int,
+        attention: AttentionFactory,
+        generator: torch.Generator | None = None,
+        tokens: int | None = None,
+        has_features: bool = False,
+    ) -> None:
+        super().__init__(config, input_size, classes, attention, generator, tokens, has_features)
+        self.hidden = nn.Linear(4 * config.width, config.width)
+        uniform(self.hidden, 1.0, generator)
+        nn.init.zeros_(self.hidden.bias)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, classes) from (B, 2, N)."""
         pooled = self.pooled(inputs.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
         first, second = pooled.unflatten(0, (-1, 2)).unbind(dim=1)
-        return self.head(torch.cat((first, second, first * second, first - second), dim=-1))
+        both = torch.cat((first, second, first * second, (first - second).abs()), dim=-1)
+        return self.head(F.gelu(self.hidden(both)))

@@ -28,6 +28,8 @@ class TaskData(Protocol):
         classes: of a target.
         tokens: of the longest sequence.
         has_features: whether tokens are vectors rather than numbers of a vocabulary.
+        fingerprint: of the content that was read from files, by which a run that goes on knows its data; "" where
+            nothing was read.
         files: by name, what is stored in the run's folder, such as the tokenizer that made the tokens.
     """
 
@@ -36,6 +38,7 @@ class TaskData(Protocol):
     classes: int
     tokens: int
     has_features: bool = False
+    fingerprint: str = ""
     files: Mapping[str, bytes] = MappingProxyType({})
 
     def training_batch(self, number: int, fraction: float) -> Batch:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scatterbrain.training.batch import Batch
+from scatterbrain.training.tasks.fingerprint import fingerprint_of
 from scatterbrain.training.tasks.images import Images
 from scatterbrain.training.tasks.randomness import generator_of
 
@@ -35,6 +36,7 @@ class ImageBatches:
         self.input_size, self.classes = images.train.shape[1], images.classes
         self.tokens = tokens
         height, width = images.train.shape[2:]
+        self.fingerprint = fingerprint_of(images)
         self.description = (
             f"{len(images.train):,} images of {height} x {width} pixels to train on, {len(images.test):,} to validate "
             f"on, {images.classes} classes"

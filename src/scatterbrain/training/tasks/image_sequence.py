@@ -13,6 +13,7 @@ from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import DataConfig, TrainConfig, require
 from scatterbrain.training.metrics import ACCURACY, Metric
 from scatterbrain.training.tasks.base import Task
+from scatterbrain.training.tasks.fingerprint import fingerprint_of
 from scatterbrain.training.tasks.images import Images, read_images
 from scatterbrain.training.tasks.randomness import generator_of, permutations
 
@@ -74,6 +75,7 @@ class ImageSequenceData:
         self.input_size, self.classes = (3 if task.colours else 1), images.classes
         height, width = (task.side, task.side) if task.side else images.train.shape[2:]
         self.tokens = height * width
+        self.fingerprint = fingerprint_of(images)
         self.description = (
             f"{len(images.train):,} pictures to train on and {len(images.test):,} to validate, {height} x {width}, "
             f"{images.classes} classes"

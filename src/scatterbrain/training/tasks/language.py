@@ -13,6 +13,7 @@ from scatterbrain.training.data import Batches, read_corpus
 from scatterbrain.training.metrics import BITS_PER_BYTE, Metric
 from scatterbrain.training.sample import generate
 from scatterbrain.training.tasks.base import Task
+from scatterbrain.training.tasks.fingerprint import fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Text:
         self.validation = Batches(validation, *sizes, name="validation")
         self.input_size = self.classes = 256
         self.tokens = train.context
+        self.fingerprint = fingerprint_of([training, validation])
         self.description = f"{training.numel():,} bytes to train on, {validation.numel():,} to validate on"
 
     def training_batch(self, number: int, fraction: float) -> Batch:

@@ -12,6 +12,7 @@ import torch
 
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.tasks.documents import Document
+from scatterbrain.training.tasks.fingerprint import fingerprint_of
 from scatterbrain.training.tasks.randomness import generator_of
 
 KEPT = frozenset(word.encode() for word in keyword.kwlist + keyword.softkwlist)
@@ -95,6 +96,7 @@ class RenamedSource:
     ) -> None:
         self.training, self.validation = ([document.text for document in part] for part in (training, validation))
         self.tokens, self.distance, self.batch, self.seed = tokens, distance, batch, seed
+        self.fingerprint = fingerprint_of([*self.training, *self.validation])
         scored = f"names seen {distance:,} bytes before or earlier" if distance else "all bytes"
         self.description = (
             f"{len(training):,} files to train on, {len(validation):,} to validate on; every name renamed at random in "

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.tasks.documents import Document
+from scatterbrain.training.tasks.fingerprint import fingerprint_of
 from scatterbrain.training.tasks.randomness import generator_of
 from scatterbrain.training.tasks.text_classification_data import as_tensor
 
@@ -35,6 +36,7 @@ class PassagePairs:
         self, training: list[Document], validation: list[Document], tokens: int, batch: int, seed: int
     ) -> None:
         self.tokens, self.batch, self.seed = tokens, batch, seed
+        self.fingerprint = fingerprint_of(document.text for part in (training, validation) for document in part)
         self.training = self._long_enough(training, "training")
         self.validation = self._long_enough(validation, "validation")
         self.description = (

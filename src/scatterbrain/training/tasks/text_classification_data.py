@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.tasks.documents import LabelledTexts
+from scatterbrain.training.tasks.fingerprint import fingerprint_of
 from scatterbrain.training.tasks.randomness import generator_of
 
 PassageChoice = Literal["first", "any"]
@@ -32,6 +33,9 @@ class LabelledPassages:
         self.tokens, self.passages, self.batch, self.seed = tokens, passages, batch, seed
         self.classes = len(texts.classes)
         self.input_size = 256
+        self.fingerprint = fingerprint_of(
+            text for part in (texts.training, texts.validation) for of_class in part for text in of_class
+        )
         self.training = [[as_tensor(text) for text in of_class] for of_class in texts.training]
         self.validation = [self._passages_of(index, of_class) for index, of_class in enumerate(texts.validation)]
         count = sum(map(len, self.training))

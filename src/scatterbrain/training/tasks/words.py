@@ -12,6 +12,7 @@ from scatterbrain.training.config import DataConfig, TrainConfig, require
 from scatterbrain.training.data import Batches
 from scatterbrain.training.metrics import PERPLEXITY, Metric
 from scatterbrain.training.tasks.base import Task
+from scatterbrain.training.tasks.fingerprint import fingerprint_of
 from scatterbrain.training.tasks.tokenized_text import (
     KINDS,
     Tokens,
@@ -82,6 +83,7 @@ class TokenizedText:
         self.validation = Batches(validation.tokens, *sizes, name="validation", unit="tokens")
         self.input_size = self.classes = token_count(tokenizer)
         self.tokens = train.context
+        self.fingerprint = fingerprint_of([training.tokens, validation.tokens])
         self.files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
         count = validation.tokens.numel()
         self.description = (
