@@ -1,9 +1,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import scatterbrain as sb
-from scatterbrain.training.attention import build_attention, build_support_and_low_rank, describe_attention, is_exact
+from scatterbrain.training.attention import (
+    attention_of_layers,
+    build_attention,
+    build_support_and_low_rank,
+    describe_attention,
+    is_exact,
+)
 from scatterbrain.training.config import AttentionConfig
 
 
@@ -87,3 +94,15 @@ def test_draws_follow_the_seed_of_the_run_unless_the_configuration_has_one():
     assert build_support_and_low_rank(config, False, seed=3) == (sb.LSH(32, seed=3), sb.Favor(features=16, seed=3))
     own = AttentionConfig(support="window", low_rank={"kind": "favor", "seed": 5})
     assert build_support_and_low_rank(own, seed=3)[1] == sb.Favor(seed=5)
+
+
+def test_every_layer_has_draws_of_its_own_which_the_seed_repeats():
+    config = AttentionConfig(support="empty", low_rank={"kind": "favor", "features": 16})
+
+    def drawn(seed: int) -> list[torch.Tensor]:
+        build = attention_of_layers(config, is_causal=True, seed=seed)
+        return [build(2, 2, 8).state_dict()["projection"] for _ in range(2)]
+
+    first, again, other = drawn(3), drawn(3), drawn(4)
+    assert all(map(torch.equal, first, again)) and not torch.equal(*first)
+    assert not any(torch.equal(mine, theirs) for mine in first for theirs in other)

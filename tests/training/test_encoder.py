@@ -49,8 +49,9 @@ def test_padding_changes_no_bit(model, inputs, outputs, has_features):
 def test_a_pair_is_encoded_apart_and_in_its_order():
     encoder, tokens = made(PairClassifier), drawn(1, 2, 50)
     first, second = (encoder.pooled(tokens[:, index]) for index in range(2))
-    features = torch.cat((first, second, first * second, first - second), dim=-1)
-    torch.testing.assert_close(encoder(tokens), encoder.head(features))
+    features = torch.cat((first, second, first * second, (first - second).abs()), dim=-1)
+    want = encoder.head(torch.nn.functional.gelu(encoder.hidden(features)))
+    torch.testing.assert_close(encoder(tokens), want)
 
 
 def test_more_tokens_than_learned_positions_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,9 @@ from scatterbrain.low_rank import LOW_RANK_KERNELS
 from scatterbrain.registry import Registry
 from scatterbrain.supports import SUPPORTS
 from scatterbrain.training.config import AttentionConfig, WrongType
+from scatterbrain.training.models.blocks import AttentionFactory
+
+_BETWEEN_LAYERS = 1_000_003  # seeds of runs are small numbers
 
 
 def build_support_and_low_rank(config: AttentionConfig, is_causal: bool = True, seed: int = 0) -> tuple[Any, Any]:
@@ -58,6 +62,18 @@ def build_attention(
     support, low_rank = build_support_and_low_rank(config, is_causal, seed)
     with _naming("attention"):
         return sb.ScatterbrainAttention(num_heads, head_dim, num_kv_heads, support=support, low_rank=low_rank)
+
+
+def attention_of_layers(config: AttentionConfig, is_causal: bool, seed: int) -> AttentionFactory:
+    """Makes the attention of one layer after the other; each has hashes and random features of its own."""
+    layers = itertools.count()
+
+    def build(num_heads: int, num_kv_heads: int, head_dim: int) -> nn.Module:
+        return build_attention(
+            config, num_heads, num_kv_heads, head_dim, is_causal, seed + next(layers) * _BETWEEN_LAYERS
+        )
+
+    return build
 
 
 def is_exact(config: AttentionConfig) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from scatterbrain.training.attention import build_attention
+from scatterbrain.training.attention import attention_of_layers
 from scatterbrain.training.checkpoint import load_checkpoint, read_progress
 from scatterbrain.training.config import AttentionConfig, DataConfig, ModelConfig, TrainConfig
 from scatterbrain.training.files import RunFolder
@@ -47,7 +47,7 @@ def load_trained(folder: Path) -> Trained:
     data = open_data(task, _section(DataConfig, stored["data"]), train)
     build = partial(task.build_model, data, _section(ModelConfig, stored["model"]))
     section = _section(AttentionConfig, stored["attention"])
-    attention = partial(build_attention, section, is_causal=task.is_causal, seed=train.seed)
+    attention = attention_of_layers(section, task.is_causal, train.seed)
     state = TrainState(build, train, attention)
     load_checkpoint(file, state)
     return Trained(state.model.eval(), task, data, train)

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from scatterbrain.training import board
-from scatterbrain.training.attention import build_attention, describe_attention, is_exact
+from scatterbrain.training.attention import attention_of_layers, describe_attention, is_exact
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint, save_weights
 from scatterbrain.training.compare import compare_with_exact, comparison_table
@@ -149,10 +148,8 @@ class Trainer:
                 self._say(initialize_from(source, model))
             return model
 
-        attention_of_layer = partial(
-            build_attention, attention, is_causal=self.task.is_causal, seed=self.config.train.seed
-        )
-        return TrainState(build, self.config.train, attention_of_layer, self.processes)
+        factory = attention_of_layers(attention, self.task.is_causal, self.config.train.seed)
+        return TrainState(build, self.config.train, factory, self.processes)
 
     def _open(self) -> None:
         """Starts the output folder, or continues the run in it. The first process alone reads and writes there."""
