@@ -21,9 +21,10 @@ from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import AttentionConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from scatterbrain.training.files import UnusableRun
 from scatterbrain.training.metrics import ACCURACY, PERPLEXITY, Evaluation
-from scatterbrain.training.table import Row, Table, as_csv, baseline_of, equal_cost, markdown, row_of
+from scatterbrain.training.table import Row, Table, as_csv, baseline_of, equal_cost, markdown, multiply_adds, row_of
 from scatterbrain.training.table_picture import curve
 from scatterbrain.training.table_runs import TableRun, TableStopped, carry_out, difference, is_complete, time_left
+from scatterbrain.training.tasks.image_classification import ImageClassification
 from scatterbrain.training.train_step import TrainState
 from scatterbrain.training.trainer import Trainer
 
@@ -142,6 +143,13 @@ def test_equal_cost_is_that_of_the_cheaper_combined_method():
     assert equal_cost({"routed-quadratic": 5.0, "routed-centroid": 4.0, "window": 1.0}) == 4.0
     assert equal_cost({"routed-quadratic": 5.0, "routed-centroid": None}) == 5.0
     assert equal_cost({"window": 1.0}) is None
+
+
+def test_the_cost_of_a_model_of_images_is_that_of_the_attention_that_reads_the_longest_sequences():
+    task = ImageClassification(model="t2t_vit", image_size=128, token_width=48)
+    config = RunConfig(model=ModelConfig(width=128, heads=2), attention=AttentionConfig(support="full"))
+    assert multiply_adds(config, task, 1024) == 2 * 1024 * 48
+    assert multiply_adds(config, ImageClassification(), 1024) == 2 * 1024 * 64
 
 
 def test_the_baseline_knows_the_frequencies_of_the_scored_targets_alone():

@@ -58,5 +58,6 @@ def perplexity(loss: float) -> float:
 
 
 BITS_PER_BYTE = Metric("bits_per_byte", "bits per byte", False, lambda found: bits(found.loss))
+BITS_PER_TOKEN = Metric("bits_per_token", "bits per token", False, lambda found: bits(found.loss))
 PERPLEXITY = Metric("perplexity", "perplexity", False, lambda found: perplexity(found.loss))
 ACCURACY = Metric("accuracy", "accuracy", True, lambda found: found.accuracy)

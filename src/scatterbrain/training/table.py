@@ -19,6 +19,7 @@ from scatterbrain.training.config import RunConfig
 from scatterbrain.training.metrics import Evaluation, Metric
 from scatterbrain.training.run_log import Record
 from scatterbrain.training.table_runs import TableRun
+from scatterbrain.training.tasks import Task
 
 # The order of rows. Others follow by name: variants, which need not be at equal cost.
 METHODS = (
@@ -133,10 +134,10 @@ def _reached(records: list[Record], metric: Metric, until: float | None) -> floa
     return next((record["seconds"] for record in good), None)
 
 
-def multiply_adds(config: RunConfig, is_causal: bool, tokens: int) -> float | None:
+def multiply_adds(config: RunConfig, task: Task, tokens: int) -> float | None:
     """Of attention over ``tokens``, per query and head; None for a support or a kernel without a registered cost."""
-    support, low_rank = build_support_and_low_rank(config.attention, is_causal)
-    head_dim = config.model.width // config.model.heads
+    support, low_rank = build_support_and_low_rank(config.attention, task.is_causal)
+    head_dim = task.head_dim(config.model)
     try:
         return cost(support, low_rank, Shape(tokens, tokens, head_dim, head_dim)).total
     except TypeError:

@@ -124,7 +124,7 @@ class _Known:
 
     def _cost(self, name: str, config: RunConfig) -> float | None:
         try:
-            return multiply_adds(config, self.task.is_causal, self.tokens)
+            return multiply_adds(config, self.task, self.tokens)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

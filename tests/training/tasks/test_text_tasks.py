@@ -8,11 +8,12 @@ import torch
 from scatterbrain.training.attention import build_attention
 from scatterbrain.training.config import AttentionConfig, DataConfig, ModelConfig, TrainConfig
 from scatterbrain.training.tasks import build_task
+from scatterbrain.training.tasks.renamed_source import FIRST_NAME
 
 TASKS = {
     "text_classification": ({"tokens": 64, "classes": 3, "passages": "any"}, (2, 64), (2, 3)),
     "retrieval": ({"tokens": 64}, (2, 2, 64), (2, 2)),
-    "names": ({"tokens": 96, "distance": 16}, (2, 96), (2, 96, 256)),
+    "names": ({"tokens": 96, "names": 20, "distance": 16}, (2, 96), (2, 96, FIRST_NAME + 20)),
 }
 
 

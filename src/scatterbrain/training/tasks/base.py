@@ -79,6 +79,10 @@ class Task(ABC):
         """Whether a token reads only itself and those before it."""
         return self.head == "next"
 
+    def head_dim(self, config: ModelConfig) -> int:
+        """Of the attention that reads the longest sequences."""
+        return config.width // config.heads
+
     @abstractmethod
     def open(self, data: DataConfig, train: TrainConfig) -> TaskData:
         """Reads or draws the data.

@@ -74,6 +74,9 @@ class ImageClassification(Task):
             return (self.image_size // self.patch_size) ** 2 + (self.pooling == "class")
         return (self.image_size // self.first_stride) ** 2
 
+    def head_dim(self, config: ModelConfig) -> int:
+        return super().head_dim(config) if self.model == "vit" else self.token_width
+
     def open(self, data: DataConfig, train: TrainConfig) -> ImageBatches:
         images = read_images(data.path)
         height, width = images.train.shape[2:]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from scatterbrain.training.config import DataConfig, TrainConfig, require
-from scatterbrain.training.metrics import BITS_PER_BYTE, Metric
+from scatterbrain.training.metrics import BITS_PER_TOKEN, Metric
 from scatterbrain.training.tasks.base import Task
 from scatterbrain.training.tasks.documents import read_documents, split_documents
 from scatterbrain.training.tasks.renamed_source import RenamedSource
@@ -14,32 +14,36 @@ from scatterbrain.training.tasks.renamed_source import RenamedSource
 
 @dataclass(frozen=True)
 class Names(Task):
-    """Python source in which every sequence gives each identifier a random name of its own, the same at every
-    occurrence. A name is then predictable from its earlier occurrences in the sequence alone. Training scores every
-    byte; the metric is the bits per byte of names that were seen before, but not within the last ``distance`` bytes.
+    """Python source in which every sequence gives each identifier a token of its own, drawn at random, the same at
+    every occurrence; what is between identifiers are bytes. A name is then predictable from its earlier occurrences in
+    the sequence alone. Training scores every token; the metric is the bits per name of names that were seen before, but
+    not within the last ``distance`` tokens.
 
     ``data.path`` is a folder of source files or a .zip archive of one; no file is in both parts.
 
     Args:
-        tokens: bytes of a sequence.
-        distance: how far back, in bytes, a name's nearest earlier occurrence must start for the name to count in
-            validation. 128 leaves out what a window of 128 bytes sees. 0 counts every byte, names or not.
+        tokens: of a sequence.
+        names: tokens that names are drawn from. A model that guesses needs their number's logarithm in bits.
+        distance: how far back, in tokens, a name's nearest earlier occurrence must be for the name to count in
+            validation. 128 leaves out what a window of 128 tokens sees. 0 counts every token, names or not.
     """
 
     kind: ClassVar[str] = "names"
-    metric: ClassVar[Metric] = BITS_PER_BYTE
+    metric: ClassVar[Metric] = BITS_PER_TOKEN
     head: ClassVar[str] = "next"
 
     tokens: int = 4096
+    names: int = 1024
     distance: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.tokens > 0, "task.tokens", "positive", self.tokens)
+        require(self.names > 0, "task.names", "positive", self.names)
         require(
             0 <= self.distance < self.tokens, "task.distance", f"0 to below task.tokens {self.tokens}", self.distance
         )
 
     def open(self, data: DataConfig, train: TrainConfig) -> RenamedSource:
         parts = split_documents(read_documents(data), data.validation_fraction)
-        return RenamedSource(*parts, self.tokens, self.distance, train.batch, train.seed)
+        return RenamedSource(*parts, self.tokens, self.names, self.distance, train.batch, train.seed)
