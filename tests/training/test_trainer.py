@@ -106,6 +106,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, monkeypatch):
         "best.safetensors",
         "checkpoint.safetensors",
         "config.yaml",
+        "data.txt",
         "metrics.jsonl",
     ]
 
