@@ -51,7 +51,8 @@ def train(keys: int = 64) -> tuple[Routed, Quadratic]:
     shared by a block of queries make training from scratch unstable, a window alone does not learn to copy; this pair
     does (``python benchmarks/copy_tasks.py``). Against more keys without the kernel, at equal cost, it is ahead in
     associative recall by less than the spread over seeds, ties in causal copy, learns masked copy less surely, where
-    clusters do best, and is behind in noisy majority; learned projections are ahead of moving averages (``docs/results.md``)."""
+    clusters do best, and is behind in noisy majority; learned projections are ahead of moving averages
+    (``docs/results.md``)."""
     return Routed(keys, block_q=1, block_k=8, window=16), Quadratic(rank=9, statistics="learned")
 
 
