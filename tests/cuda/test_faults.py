@@ -21,8 +21,8 @@ from testkit import rand
 import scatterbrain as sb
 
 # Windows, lists with a causal edge, causal states, lists of single queries; without a kernel, quadratic and features;
-# several chunks. None with Favor(centred=True): faults are looked for in a library of float32 kernels alone, and its map
-# is float64.
+# several chunks. None with Favor(centred=True): faults are looked for in a library of float32 kernels alone, and that
+# kernel's map is float64.
 SEEDS = (2, 18, 35, 98, 39, 49, 10, 11, 12, 13, 20, 29, 34, 36, 37, 187, 44, 50, 58, 61, 66, 68, 76, 83, 191, 100)
 
 
