@@ -50,8 +50,8 @@ def test_a_pair_is_encoded_apart_and_in_its_order():
     encoder, tokens = made(PairClassifier), drawn(1, 2, 50)
     first, second = (encoder.pooled(tokens[:, index]) for index in range(2))
     features = torch.cat((first, second, first * second, (first - second).abs()), dim=-1)
-    want = encoder.head(torch.nn.functional.gelu(encoder.hidden(features)))
-    torch.testing.assert_close(encoder(tokens), want)
+    hidden, _, last = encoder.head
+    torch.testing.assert_close(encoder(tokens), last(torch.nn.functional.gelu(hidden(features))))
 
 
 def test_more_tokens_than_learned_positions_are_refused():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scatterbrain.training.config import ModelConfig
@@ -38,8 +37,11 @@ class Encoder(Transformer):
         super().__init__(config, attention, is_causal=False)
         self.embedding = nn.Linear(input_size, config.width) if has_features else nn.Embedding(input_size, config.width)
         self.positions = LearnedPositions(tokens, config.width) if config.positions == "learned" else None
-        self.head = nn.Linear(config.width, classes)
+        self.head = self._build_head(classes)
         self._initialise(generator)
+
+    def _build_head(self, classes: int) -> nn.Module:
+        return nn.Linear(self.config.width, classes)
 
     def features(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Of every token, (B, N, width), from int64 (B, N) or float (B, N, features)."""
@@ -61,8 +63,10 @@ class Encoder(Transformer):
             uniform(self.embedding, 1.0, generator)
             nn.init.zeros_(self.embedding.bias)
         self.initialise_blocks(generator)
-        uniform(self.head, 1.0, generator)
-        nn.init.zeros_(self.head.bias)
+        for layer in self.head.modules():
+            if isinstance(layer, nn.Linear):
+                uniform(layer, 1.0, generator)
+                nn.init.zeros_(layer.bias)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=std, generator=generator)
 
@@ -88,24 +92,13 @@ class PairClassifier(SequenceClassifier):
     """One class for a pair of sequences, which go through the same encoder apart from one another. A hidden layer reads
     both means, their product and the size of their difference: whether two are alike is no linear function of them."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        input_size: int,
-        classes: int,
-        attention: AttentionFactory,
-        generator: torch.Generator | None = None,
-        tokens: int | None = None,
-        has_features: bool = False,
-    ) -> None:
-        super().__init__(config, input_size, classes, attention, generator, tokens, has_features)
-        self.hidden = nn.Linear(4 * config.width, config.width)
-        uniform(self.hidden, 1.0, generator)
-        nn.init.zeros_(self.hidden.bias)
+    def _build_head(self, classes: int) -> nn.Module:
+        width = self.config.width
+        return nn.Sequential(nn.Linear(4 * width, width), nn.GELU(), nn.Linear(width, classes))
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, classes) from (B, 2, N)."""
         pooled = self.pooled(inputs.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
         first, second = pooled.unflatten(0, (-1, 2)).unbind(dim=1)
         both = torch.cat((first, second, first * second, (first - second).abs()), dim=-1)
-        return self.head(F.gelu(self.hidden(both)))
+        return self.head(both)
