@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from scatterbrain.training import files
+from scatterbrain.training.batch import Batch
 from scatterbrain.training.checkpoint import read_progress
 from scatterbrain.training.config import AttentionConfig, CompareConfig, RunConfig
 from scatterbrain.training.train_step import Sums, TrainState
@@ -183,3 +184,18 @@ def test_the_comparison_with_exact_attention_reports_both_at_the_same_step(tiny,
     table = (Path(config.output) / "comparison.txt").read_text()
     rows = ("bits per byte after 3 steps", "tokens/s", "in attention", "outside")
     assert all(row in table for row in rows) and table in capsys.readouterr().out
+
+
+def test_the_comparison_of_a_run_by_the_clock_repeats_its_batches(tiny, monkeypatch):
+    trainer = Trainer(dataclasses.replace(tiny(ATTENTIONS["train"], minutes=1), compare=CompareConfig(steps=3)))
+    monkeypatch.setattr(trainer, "_seconds", lambda: 12 * trainer.steps_done)  # the clock is ahead of the eight steps
+    drawn, draw = [], trainer.data.training_batch
+
+    def record(number: int, fraction: float) -> Batch:
+        drawn.append((number, fraction))
+        return draw(number, fraction)
+
+    monkeypatch.setattr(trainer.data, "training_batch", record)
+    trainer.run()
+    assert [fraction for _, fraction in drawn[:3]] == pytest.approx([0, 0.2, 0.4])
+    assert drawn[-3:] == drawn[:3]

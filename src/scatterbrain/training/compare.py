@@ -18,7 +18,7 @@ def compare_with_exact(
     exact: RunLog,
     steps: int,
     train_state: TrainState,
-    training_batches: Callable[[int], list[Batch]],
+    training_batches: Callable[[int, float | None], list[Batch]],
     validation_batches: list[Batch],
     validate_every: int,
     stop: StopRequest,
@@ -32,7 +32,7 @@ def compare_with_exact(
         exact: Where those of exact attention go.
         train_state: A model with exact attention and the run's initial weights (but for the parameters of the low-rank
             kernel).
-        training_batches: Of a step, counted from 0.
+        training_batches: Of a step, counted from 0, when a fraction of the run is done: None for the share of steps.
 
     Returns:
         Whether it came to its end; it does not where ``stop`` asks for that.
@@ -42,7 +42,7 @@ def compare_with_exact(
         if stop.check():
             return False
         step = record["step"]
-        result = train_state.step(training_batches(step - 1), record["learning_rate"])
+        result = train_state.step(training_batches(step - 1, record.get("fraction")), record["learning_rate"])
         seconds += result.seconds
         exact.append(
             {"kind": "train", "step": step, "learning_rate": record["learning_rate"]} | dataclasses.asdict(result)

@@ -251,7 +251,7 @@ class Trainer:
                 rate = scheduled_learning_rate(train, self.steps_done, fraction)
                 result = self.train_state.step(self.training_batches(self.steps_done, fraction), rate)
                 self.steps_done += 1
-                self._record(result, rate)
+                self._record(result, rate, fraction)
                 if self.steps_done % train.validate_every == 0 or self.steps_done == self.config.compare.steps:
                     self._validate()
                 if self.steps_done % train.checkpoint_every == 0:
@@ -282,8 +282,10 @@ class Trainer:
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
 
-    def _record(self, result: StepResult, learning_rate: float) -> None:
+    def _record(self, result: StepResult, learning_rate: float, fraction: float) -> None:
         record = {"kind": "train", "step": self.steps_done, "learning_rate": learning_rate}
+        if self.config.train.minutes is not None:  # the step alone does not tell which batch it was
+            record["fraction"] = fraction
         metric = {self.task.metric.name: self.task.metric.of(Evaluation(result.loss, result.accuracy))}
         self.log.append(record | metric | dataclasses.asdict(result))
 
