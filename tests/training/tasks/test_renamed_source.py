@@ -24,8 +24,10 @@ def area(width, height=0x1F):
 NUMBER, STRING, NEWLINE = (ord(character) for character in '0"\n')
 
 
-def data(source: bytes = SOURCE, tokens: int = 200, distance: int = 0, seed: int = 0, names: int = 64) -> RenamedSource:
-    return RenamedSource([Document("a", source)], [Document("b", source)], tokens, names, distance, 2, seed)
+def data(
+    source: bytes = SOURCE, tokens: int = 200, distance: int = 0, seed: int = 0, names: int = 64, repeats=0.0
+) -> RenamedSource:
+    return RenamedSource([Document("a", source)], [Document("b", source)], tokens, names, distance, repeats, 2, seed)
 
 
 def told(source: bytes) -> list[bytes]:
@@ -109,11 +111,11 @@ def test_training_scores_every_token_and_validation_far_names_alone():
 def test_every_validation_sequence_has_scored_tokens_or_the_distance_is_refused():
     far = b"name = 1\n" + b"1\n" * 40 + b"name\n"
     documents = [Document("far", far), *(Document(f"{i}", b"2\n" * 100) for i in range(6))]
-    batches = RenamedSource(documents, documents, 105, 8, 64, 2, 0)
+    batches = RenamedSource(documents, documents, 105, 8, 64, 0.0, 2, 0)
     for number in range(6):
         assert (batches.validation_batch(number).targets != -100).any(dim=1).all()
     with pytest.raises(ValueError, match="task.distance: expected validation texts in which names come again 64"):
-        RenamedSource(documents, documents[1:], 105, 8, 64, 2, 0).validation_batch(0)
+        RenamedSource(documents, documents[1:], 105, 8, 64, 0.0, 2, 0).validation_batch(0)
 
 
 def test_a_sequence_goes_on_with_another_document_and_keeps_its_names():
@@ -146,3 +148,23 @@ def test_the_name_not_seen_for_longest_gives_its_token_to_a_new_one():
     a, b, c, again, d = sequence.tokens.tolist()
     assert len({a, b, c}) == 3 and again == a and d == b
     assert sequence.distance.tolist() == [0, 0, 0, 3, 0]
+
+
+def test_a_share_of_passages_repeats_whole_lines_from_far_before():
+    source = b"".join(b"left%d right%d\n" % (line, line) for line in range(2000))  # no name comes again by itself
+    tokens, distance = 4499, 300
+    shares = []
+    for seed in range(6):
+        batches = data(source, tokens=tokens, distance=distance, names=4000, repeats=0.5)
+        found = batches.sequence([source], generator_of(seed))
+        lines = found.tokens.view(-1, 3)
+        assert (lines[:, 2] == NEWLINE).all() and (lines[:, :2] >= FIRST_NAME).all()
+        first = {}
+        for place, (token, behind) in enumerate(zip(found.tokens.tolist(), found.distance.tolist(), strict=True)):
+            assert (behind > 0) == (token in first and token != NEWLINE)
+            assert place - first.setdefault(token, place) >= distance or behind <= 0
+        partners = {left: right for left, right in lines[:, :2].tolist()}
+        assert len(partners) == len(set(partners.values())), "a name was repeated beside another one than before"
+        shares.append(float((found.distance > 0).sum() / (found.distance >= 0).sum()))
+    assert 0.4 < sum(shares) / len(shares) < 0.55
+    assert data(source, tokens, distance, names=4000).sequence([source], generator_of(0)).distance.max() == 0

@@ -16,8 +16,9 @@ from scatterbrain.training.tasks.renamed_source import RenamedSource
 class Names(Task):
     """Python source in which every sequence gives each identifier a token of its own, drawn at random, the same at
     every occurrence; what is between identifiers are bytes. A name is then predictable from its earlier occurrences in
-    the sequence alone. Training scores every token; the metric is the bits per name of names that were seen before, but
-    not within the last ``distance`` tokens.
+    the sequence alone. A share of the passages repeats one that stands at least ``distance`` tokens before, as code
+    that was copied, or a file beside its next version, does. Training scores every token; the metric is the bits per
+    name of names that were seen before, but not within the last ``distance`` tokens.
 
     ``data.path`` is a folder of source files or a .zip archive of one; no file is in both parts.
 
@@ -26,6 +27,8 @@ class Names(Task):
         names: tokens that names are drawn from. A model that guesses needs their number's logarithm in bits.
         distance: how far back, in tokens, a name's nearest earlier occurrence must be for the name to count in
             validation. 128 leaves out what a window of 128 tokens sees. 0 counts every token, names or not.
+        repeats: share of passages, of 64 to 128 tokens, that repeat an earlier one. By default half of them: of names
+            that come again far behind, the repeated ones alone can be told well.
     """
 
     kind: ClassVar[str] = "names"
@@ -35,6 +38,7 @@ class Names(Task):
     tokens: int = 4096
     names: int = 1024
     distance: int = 128
+    repeats: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +47,8 @@ class Names(Task):
         require(
             0 <= self.distance < self.tokens, "task.distance", f"0 to below task.tokens {self.tokens}", self.distance
         )
+        require(0 <= self.repeats < 1, "task.repeats", "0 to below 1", self.repeats)
 
     def open(self, data: DataConfig, train: TrainConfig) -> RenamedSource:
         parts = split_documents(read_documents(data), data.validation_fraction)
-        return RenamedSource(*parts, self.tokens, self.names, self.distance, train.batch, train.seed)
+        return RenamedSource(*parts, self.tokens, self.names, self.distance, self.repeats, train.batch, train.seed)

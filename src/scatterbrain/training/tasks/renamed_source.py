@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
@@ -39,6 +40,7 @@ _KEYWORD_TOKENS = {word: 256 + index for index, word in enumerate(KEYWORDS)}
 _STRING, _NUMBER, _NEWLINE = ord('"'), ord("0"), ord("\n")
 _NO_NAME = -1
 _ATTEMPTS = 100
+_PASSAGE = 64  # lexemes at least, and at most twice as many
 
 
 class Lexeme(NamedTuple):
@@ -87,7 +89,8 @@ class RenamedSource:
 
     A sequence starts at a line of a document, goes on with another document where that one ends, and gives each name a
     random one of ``names`` tokens, the same one at every occurrence. If it has more names than there are tokens, a new
-    name takes the token of the one that was not seen for longest.
+    name takes the token of the one that was not seen for longest. Of its passages, of some lines each, a share of
+    ``repeats`` is one that starts ``distance`` tokens before or earlier, once more.
 
     Args:
         training: Documents to learn from. validation: Those of the validation sequences; none is in both.
@@ -95,6 +98,7 @@ class RenamedSource:
         names: Tokens for names.
         distance: Validation scores the names alone whose nearest earlier occurrence is at least so many tokens before;
             0 for all tokens, names or not. Training scores all of them.
+        repeats: Probability that a passage repeats an earlier one.
         batch: Sequences per batch.
         seed: Of the training sequences. Validation sequences are the same for every seed.
     """
@@ -106,11 +110,13 @@ class RenamedSource:
         tokens: int,
         names: int,
         distance: int,
+        repeats: float,
         batch: int,
         seed: int,
     ) -> None:
         self.training, self.validation = ([document.text for document in part] for part in (training, validation))
-        self.tokens, self.names, self.distance, self.batch, self.seed = tokens, names, distance, batch, seed
+        self.tokens, self.names, self.distance, self.repeats = tokens, names, distance, repeats
+        self.batch, self.seed = batch, seed
         self.input_size = self.classes = FIRST_NAME + names
         self.fingerprint = fingerprint_of([*self.training, *self.validation])
         scored = f"names seen {distance:,} tokens before or earlier" if distance else "all tokens"
@@ -152,34 +158,57 @@ class RenamedSource:
 
     def sequence(self, documents: list[bytes], generator: torch.Generator) -> RenamedSequence:
         """One sequence of ``tokens`` + 1."""
-        needed = self.tokens + 1
         numbers = _RandomNumbers(self.names, generator)
         tokens, distance = [], []
-        while len(tokens) < needed:
-            source = documents[int(torch.randint(len(documents), (), generator=generator))]
-            start = self._line_start(source, generator) if not tokens else 0
-            for lexeme in islice(_lexemes_of(source), start, None):
-                if lexeme.name is None:
-                    token, behind = lexeme.token, _NO_NAME
-                else:
-                    number, seen = numbers.of(lexeme.name, len(tokens))
-                    token, behind = FIRST_NAME + number, 0 if seen is None else len(tokens) - seen
-                tokens.append(token)
-                distance.append(behind)
-                if len(tokens) >= needed:
-                    break
-            tokens.append(_NEWLINE)
-            distance.append(_NO_NAME)
-        return RenamedSequence(torch.tensor(tokens[:needed]), torch.tensor(distance[:needed]))
+        for place, lexeme in enumerate(islice(self._passages(documents, generator), self.tokens + 1)):
+            token, behind = lexeme.token, _NO_NAME
+            if token is None:
+                number, seen = numbers.of(lexeme.name, place)
+                token, behind = FIRST_NAME + number, 0 if seen is None else place - seen
+            tokens.append(token)
+            distance.append(behind)
+        return RenamedSequence(torch.tensor(tokens), torch.tensor(distance))
 
-    def _line_start(self, source: bytes, generator: torch.Generator) -> int:
-        """Which lexeme is the first: the one behind a random end of a line, with ``tokens`` lexemes behind it where
-        there are so many, or that of the beginning."""
-        found = _lexemes_of(source)
-        start = int(torch.randint(max(len(found) - self.tokens, 0) + 1, (), generator=generator))
-        while start > 0 and found[start - 1].token != _NEWLINE:
-            start -= 1
-        return start
+    def _passages(self, documents: list[bytes], generator: torch.Generator) -> Iterator[Lexeme]:
+        """Without an end: lexemes of the documents, and what was passed long before once more."""
+        new = self._of_documents(documents, generator)
+        passed: list[Lexeme] = []
+        while True:
+            start, source = 0, new
+            latest = len(passed) - max(self.distance, 2 * _PASSAGE)
+            if latest >= 0 and float(torch.rand((), generator=generator)) < self.repeats:
+                start = _start_of_line(passed, int(torch.randint(latest + 1, (), generator=generator)))
+                source = iter(passed[start : start + 2 * _PASSAGE])
+            passage = list(_passage(source))
+            passed += passage
+            yield from passage
+
+    def _of_documents(self, documents: list[bytes], generator: torch.Generator) -> Iterator[Lexeme]:
+        """Without an end: one document after another, the first from a random line on that leaves ``tokens`` lexemes
+        behind it where there are so many, or from its beginning."""
+        is_first = True
+        while True:
+            found = _lexemes_of(documents[int(torch.randint(len(documents), (), generator=generator))])
+            start = 0
+            if is_first:
+                start = int(torch.randint(max(len(found) - self.tokens, 0) + 1, (), generator=generator))
+                start, is_first = _start_of_line(found, start), False
+            yield from islice(found, start, None)
+            yield Lexeme(0, _NEWLINE, None)
+
+
+def _start_of_line(found: list[Lexeme], place: int) -> int:
+    while place > 0 and found[place - 1].token != _NEWLINE:
+        place -= 1
+    return place
+
+
+def _passage(source: Iterator[Lexeme]) -> Iterator[Lexeme]:
+    """Whole lines of ``source``, but for one that is very long."""
+    for count, lexeme in enumerate(islice(source, 2 * _PASSAGE), 1):
+        yield lexeme
+        if count >= _PASSAGE and lexeme.token == _NEWLINE:
+            break
 
 
 class _RandomNumbers:
