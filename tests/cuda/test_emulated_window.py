@@ -5,8 +5,9 @@ its loop, with fewer bytes read than tiles read by themselves; and faults that a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import scatterbrain as sb
+from scatterbrain.call import Call
+from scatterbrain.supports.base import BlockLists, Support
 
 N = 200
 HALF = [torch.bfloat16, torch.float16]
@@ -325,6 +328,39 @@ def test_fewer_bytes_of_keys_are_read_than_tiles_read_by_themselves(
     of_queries = tokens[0].numel() * 2
     assert read[1] == of_queries + 2 * (n // 16) * window.keys * 256
     assert read[0] - of_queries <= share * (read[1] - of_queries)
+
+
+@dataclass(frozen=True)
+class Prefix(Support):
+    """The first keys of every row."""
+
+    kind: ClassVar[str] = "prefix"
+    keys: int = 99
+    block_q: ClassVar[int] = 16
+
+    def lists(self, call: Call, query_map: Tensor | None, key_map: Tensor | None) -> BlockLists:
+        span = torch.tensor([0, self.keys], dtype=torch.int32).expand(1, -(-call.query.shape[2] // self.block_q), 2)
+        return BlockLists(span=span.contiguous(), block_q=self.block_q, span_keys=self.keys)
+
+
+@sb.reference.support_mask.register
+def _(support: Prefix, inputs: sb.reference.Inputs) -> Tensor:
+    chosen = inputs.pairs(False)
+    chosen[..., : support.keys] = True
+    return chosen
+
+
+def test_keys_between_a_far_window_and_the_causal_edge_are_not_read(emulator: Emulator) -> None:
+    """Time is linear wherever windows lie: a query reads its window, and what lies between its state and itself."""
+    given = Prefix(), LOW_RANKS["quadratic"]
+    assert not excess(emulator, tokens_of(torch.bfloat16, n=500), *given, is_causal=True)
+    read = []
+    for n in (512, 1024):
+        tokens = [t[:1] for t in tokens_of(torch.bfloat16, n=n)]
+        statistics = statistics_of(LOW_RANKS["quadratic"], tokens)
+        call = partial(sb.attention, *tokens, *given, statistics=statistics, is_causal=True)
+        read.append(counted(emulator, b"attention_window", "copied_bytes", call))
+    assert read[1] <= 2.2 * read[0]  # the first tiles have less behind their state
 
 
 # -------------------- empty calls
