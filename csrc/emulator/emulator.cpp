@@ -52,8 +52,9 @@ struct Access {
 };
 struct Byte {
   Access write, read;
-  bool is_written = false, is_under_way = false;
+  bool is_under_way = false;
 };
+constexpr int64_t kWord = 4;
 struct Element {
   Access write, read;
 };
@@ -74,7 +75,10 @@ struct Block {
   Fiber scheduler;
   std::vector<Thread> threads;
   std::vector<unsigned char> memory;
-  std::vector<Byte> bytes;
+  // The history of every word of it, or of its bytes by themselves where one of them was accessed alone. They go on
+  // from block to block of a launch.
+  std::vector<Byte> words, bytes;
+  std::vector<char> is_split;
   int64_t launch_begin = 0, begin = 0;  // counts at the start of the launch and of this block
   int64_t block_count = 0;
   std::vector<int64_t> warp_count;
@@ -85,7 +89,9 @@ Block* block = nullptr;
 std::vector<Exposed> exposed;
 std::vector<std::vector<Element>> elements;  // of each of them that is writable, from its first access on
 std::vector<int64_t> element_bytes;
-size_t last_exposed = 0;
+// A line of a kernel mostly goes on with the tensor that it accessed last.
+constexpr int kLines = 512;
+size_t last_exposed[kLines] = {};
 int64_t last_count = 0;  // of barriers and blocks
 int64_t largest_grid = INT64_MAX;
 Observer observer = nullptr;
@@ -114,7 +120,7 @@ void wait(State state, Place place) {
   switch_fiber(self.fiber, block->scheduler);
 }
 
-bool same(Place a, Place b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same(Place a, Place b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
 // -------------------- shared memory
 
@@ -153,6 +159,23 @@ std::string who(const Access& access) {
   return access.by_blocks || access.block_count < block->begin ? thread + " of another block" : thread;
 }
 
+// Calls `visit` with the histories of bytes of shared memory.
+template <class Visit>
+void visit_histories(int64_t offset, int64_t bytes, const Visit& visit) {
+  for (int64_t i = offset; i < offset + bytes;) {
+    const auto word = size_t(i / kWord);
+    if (!block->is_split[word] && i % kWord == 0 && offset + bytes - i >= kWord) {
+      visit(block->words[word]), i += kWord;
+      continue;
+    }
+    if (!block->is_split[word]) {
+      std::fill_n(&block->bytes[word * kWord], kWord, block->words[word]);
+      block->is_split[word] = true;
+    }
+    visit(block->bytes[size_t(i)]), ++i;
+  }
+}
+
 // The k-th accesses of a warp's lanes since they last met are one instruction.
 void count_conflicts(int warp) {
   Thread* lanes = &block->threads[size_t(warp * kWarp)];
@@ -165,6 +188,17 @@ void count_conflicts(int warp) {
     ++counts.shared_accesses;
     // As many lanes at a time as 128 bytes serve.
     for (int first = 0; first < kWarp; first += kWarp / int(width)) {
+      // Mostly the words are of different banks, or all lanes read the same ones.
+      uint64_t banks = 0;
+      int64_t last = -1;
+      bool is_one_pass = true;
+      for (int l = first; is_one_pass && l < first + kWarp / int(width); ++l) {
+        if (k >= lanes[l].accesses.size() || lanes[l].accesses[k].word == last) continue;
+        last = lanes[l].accesses[k].word;
+        const uint64_t of_lane = ((uint64_t(1) << width) - 1) << last % kBanks;
+        is_one_pass = !(banks & of_lane) && of_lane >> kBanks == 0, banks |= of_lane;
+      }
+      if (is_one_pass) continue;
       int64_t words[kBanks][kWarp];
       int used[kBanks] = {}, passes = 1;
       for (int l = first; l < first + kWarp / int(width); ++l) {
@@ -291,9 +325,11 @@ void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_byte
   if (observer) observer(&seen, false);
   ++counts.launches;
   running.launch_begin = last_count + 1;
+  const auto words = size_t((shared_bytes + kWord - 1) / kWord);
+  running.words.resize(words), running.bytes.resize(words * kWord), running.is_split.resize(words);
   for (running.index = 0; running.index < blocks; ++running.index) {
     ++counts.blocks;
-    running.memory.assign(size_t(shared_bytes), 0xff), running.bytes.assign(size_t(shared_bytes), Byte());
+    running.memory.assign(size_t(shared_bytes), 0xff);
     running.begin = running.block_count = ++last_count;
     std::fill(running.warp_count.begin(), running.warp_count.end(), 0);
     for (Thread& thread : running.threads) thread.state = State::kReady, start_fiber(thread.fiber, kStackBytes, &enter);
@@ -314,7 +350,7 @@ void expose(const void* data, int64_t bytes, bool is_writable, int element, int6
   exposed.push_back({begin, end, is_writable, element});
   elements.emplace_back(), element_bytes.push_back(bytes_of_element);
 }
-void withdraw_all() { exposed.clear(), elements.clear(), element_bytes.clear(), last_exposed = 0; }
+void withdraw_all() { exposed.clear(), elements.clear(), element_bytes.clear(), std::fill_n(last_exposed, kLines, 0); }
 
 void fill_unwritten(void* data, int64_t bytes, int element) {
   if (bytes > 0) std::memset(data, unwritten_byte(element), size_t(bytes));
@@ -380,17 +416,15 @@ void* shared_access(int64_t offset, int64_t bytes, bool is_write, Place place) {
     fail("out of bounds", at() + " of " + std::to_string(block->memory.size()), place);
   if (offset % bytes != 0) fail("misaligned", at() + " is not aligned to " + std::to_string(bytes), place);
   const int t = block->current;
-  for (int64_t i = offset; i < offset + bytes; ++i) {
-    Byte& byte = block->bytes[size_t(i)];
+  visit_histories(offset, bytes, [&](Byte& byte) {
     if (byte.is_under_way) fail("asynchronous copy", at() + " has a copy under way", place);
-    if (!is_write && !byte.is_written) fail("uninitialised shared memory", at(), place);
+    if (!is_write && byte.write.block_count < block->begin) fail("uninitialised shared memory", at(), place);
     if (!is_ordered(byte.write, t))
       fail("race", at() + " was written by " + who(byte.write) + " and no barrier follows", place);
     if (is_write && !is_ordered(byte.read, t))
       fail("race", at() + " was read by " + who(byte.read) + " and no barrier follows", place);
     note(is_write ? byte.write : byte.read, t);
-    byte.is_written |= is_write;
-  }
+  });
   block->threads[size_t(t)].accesses.push_back({offset / 4, std::max<int64_t>(bytes / 4, 1)});
   return &block->memory[size_t(offset)];
 }
@@ -402,7 +436,7 @@ void copy_async(int64_t offset, const void* from, bool is_there, Place place) {
   if (is_there) std::memcpy(copy.bytes, from, kCopyBytes);
   shared_access(offset, kCopyBytes, true, place);  // from here on it may land at any time
   std::memset(&block->memory[size_t(offset)], 0xff, kCopyBytes);
-  for (int64_t i = offset; i < offset + kCopyBytes; ++i) block->bytes[size_t(i)].is_under_way = true;
+  visit_histories(offset, kCopyBytes, [](Byte& byte) { byte.is_under_way = true; });
   self.open.push_back(copy);
   self.place = place;
 }
@@ -416,11 +450,10 @@ void wait_copies(int open_groups, Place) {
   while (int(self.groups.size()) > open_groups) {
     for (const Copy& copy : self.groups.front()) {
       std::memcpy(&block->memory[size_t(copy.offset)], copy.bytes, kCopyBytes);
-      for (int64_t i = copy.offset; i < copy.offset + kCopyBytes; ++i) {
-        Byte& byte = block->bytes[size_t(i)];
+      visit_histories(copy.offset, kCopyBytes, [](Byte& byte) {
         byte.is_under_way = false;
         note(byte.write, block->current);
-      }
+      });
     }
     self.groups.erase(self.groups.begin());
   }
@@ -470,9 +503,10 @@ void global_access(const void* data, int64_t bytes, int64_t alignment, const voi
   if (begin % uintptr_t(alignment) != 0)
     fail("misaligned", "an address of global memory is not aligned to " + std::to_string(alignment), place);
   bool is_input = false;
-  for (size_t i = last_exposed, seen = 0; seen < exposed.size(); ++seen, i = (i + 1) % exposed.size()) {
+  size_t& last = last_exposed[place.line % kLines];
+  for (size_t i = last, seen = 0; seen < exposed.size(); ++seen, i = i + 1 == exposed.size() ? 0 : i + 1) {
     if (has(exposed[i])) {
-      last_exposed = i;
+      last = i;
       if (exposed[i].is_writable) track(i, data, bytes, written, place);
       return;
     }
