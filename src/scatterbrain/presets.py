@@ -50,8 +50,8 @@ def train(keys: int = 64) -> tuple[Routed, Quadratic]:
     """For training from scratch: a window of 16 and the best blocks of 8 keys per query, learned projections. Lists
     shared by a block of queries make training from scratch unstable, a window alone does not learn to copy; this pair
     does (``python benchmarks/copy_tasks.py``). Against more keys without the kernel, at equal cost, it is ahead in
-    associative recall by less than the spread over seeds, ties in causal copy, learns masked copy less surely, where
-    clusters do best, and is behind in noisy majority; learned projections are ahead of moving averages
+    associative recall by less than the spread over seeds, ties in causal copy, is ahead in masked copy at one learning
+    rate and behind at another, and is behind in noisy majority; learned projections are ahead of moving averages
     (``docs/results.md``)."""
     return Routed(keys, block_q=1, block_k=8, window=16), Quadratic(rank=9, statistics="learned")
 
