@@ -120,9 +120,10 @@ class RenamedSource:
         self.input_size = self.classes = FIRST_NAME + names
         self.fingerprint = fingerprint_of([*self.training, *self.validation])
         scored = f"names seen {distance:,} tokens before or earlier" if distance else "all tokens"
+        repeated = f", in which {repeats:.0%} of the passages repeat an earlier one" if repeats else ""
         self.description = (
             f"{len(training):,} files to train on, {len(validation):,} to validate on; every name is one of {names:,} "
-            f"tokens, at random in each sequence of {tokens:,}; validation scores {scored}"
+            f"tokens, at random in each sequence of {tokens:,}{repeated}; validation scores {scored}"
         )
 
     def training_batch(self, number: int, fraction: float = 0.0) -> Batch:
