@@ -71,7 +71,7 @@ class WindowCells {
     const int32_t cell = round * warps();
     if (cell < of_sinks()) return round;
     const Cells of_tile = cells().get(lane_index() % warps());
-    const Range of_cells = cell < of_tile.listed.to ? of_tile.listed : of_tile.behind;
+    const Range of_cells = kIsRagged && cell >= of_tile.listed.to ? of_tile.behind : of_tile.listed;
     if (cell >= of_cells.to)
       round = kNoRound;
     else if (cell < of_cells.from)
@@ -81,7 +81,7 @@ class WindowCells {
   SB_DEVICE int32_t round_of(int32_t cell) const { return cell >> warps() / 2; }  // of 4 warps, 2 or 1
   SB_DEVICE bool is_needed_by_any(int32_t cell) const {
     const Cells of_tile = cells().get(lane_index() % warps());
-    return ballot(cell < of_sinks() || of_tile.listed.has(cell) || of_tile.behind.has(cell)) != 0;
+    return ballot(cell < of_sinks() || of_tile.listed.has(cell) || (kIsRagged && of_tile.behind.has(cell))) != 0;
   }
 
   // A cell, and what this warp's tile lists of it.
