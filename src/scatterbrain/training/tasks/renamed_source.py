@@ -175,7 +175,7 @@ class RenamedSource:
         new = self._of_documents(documents, generator)
         passed: list[Lexeme] = []
         while True:
-            start, source = 0, new
+            source = new
             latest = len(passed) - max(self.distance, 2 * _PASSAGE)
             if latest >= 0 and float(torch.rand((), generator=generator)) < self.repeats:
                 start = _start_of_line(passed, int(torch.randint(latest + 1, (), generator=generator)))
