@@ -32,6 +32,7 @@ from torch_environment import require_torch
 BUILD_INFO_SOURCE = "csrc/build_info.cpp"
 SOURCES = {path for folder in ("csrc", "csrc/cpu") for path in glob(f"{folder}/*.cpp", root_dir=ROOT)}
 OPERATOR_SOURCES = sorted(SOURCES - {BUILD_INFO_SOURCE})
+AVX512_SOURCES = sorted(glob("csrc/cpu/kernels_avx512*.cpp", root_dir=ROOT))
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
 CUDA_LAUNCHERS = sorted(glob("csrc/cuda/*.cpp", root_dir=ROOT))
 HEADERS = sorted(
@@ -71,9 +72,19 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 
+def operator_sources() -> list[str]:
+    """Sources of the operators on the CPU. A sanitized library runs where it is built, and its kernels take minutes to
+    compile: it is without those for AVX-512 where the processor has none."""
+    import torch
+
+    if SANITIZER and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return [path for path in OPERATOR_SOURCES if path not in AVX512_SOURCES]
+    return list(OPERATOR_SOURCES)
+
+
 def compiled_instruction_sets() -> tuple[str, ...]:
     """Instruction sets that the kernel sources select, best first."""
-    text = "".join((ROOT / path).read_text() for path in OPERATOR_SOURCES if path.startswith("csrc/cpu/"))
+    text = "".join((ROOT / path).read_text() for path in operator_sources() if path.startswith("csrc/cpu/"))
     targets = " ".join(re.findall(r"#pragma GCC target\s*\(([^)]*)\)", text))
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = {"avx512_bf16": "avx512bf16", "avx512": "avx512f", "avx2": "avx2"}
@@ -105,8 +116,11 @@ def operator_extension(plan: CudaPlan) -> Extension:
 
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     includes = include_paths()
+    sources = operator_sources()
+    if len(sources) < len(OPERATOR_SOURCES):
+        macros.append(("SB_WITHOUT_AVX512", None))
     extension = CppExtension(
-        "scatterbrain._C", OPERATOR_SOURCES, include_dirs=[str(ROOT / "csrc")], depends=HEADERS, py_limited_api=True
+        "scatterbrain._C", sources, include_dirs=[str(ROOT / "csrc")], depends=HEADERS, py_limited_api=True
     )
     if plan.home:
         macros.append(("USE_CUDA", None))

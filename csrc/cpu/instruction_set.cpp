@@ -11,6 +11,7 @@ namespace {
 std::vector<InstructionSet> supported_sets() {
   std::vector<InstructionSet> sets;
 #if defined(__x86_64__)
+#if !defined(SB_WITHOUT_AVX512)
   const auto has_avx512 = [] {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -21,6 +22,7 @@ std::vector<InstructionSet> supported_sets() {
     sets.push_back(set);
   }
   if (has_avx512()) sets.push_back(kAvx512);
+#endif
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     sets.push_back(kAvx2);
 #endif

@@ -1,4 +1,4 @@
-"""Builds the machine (machine.cpp) and runs decoded kernels on it."""
+"""Builds the machine (machine/) and runs decoded kernels on it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from cuda_compiler import CACHE, kernel_name
 from emulated import COMPILER
 from ptx_program import Kernel, PtxError
 
-SOURCE = Path(__file__).with_name("machine.cpp")
+SOURCES = sorted(path for path in Path(__file__).with_name("machine").iterdir() if path.suffix in (".cpp", ".h"))
 # No sum of a product is made one operation, and rounding follows what the machine sets.
 FLAGS = ["-std=c++20", "-O2", "-g0", "-fPIC", "-shared", "-ffp-contract=off", "-frounding-math", "-Wall", "-Wextra"]
+FLAGS += ["-fvisibility-inlines-hidden"]
 STEP_LIMIT = 200_000_000
 OPERANDS = 16
 
@@ -58,12 +59,15 @@ class _Launch(ctypes.Structure):
 @cache
 def _library() -> ctypes.CDLL:
     def compile_machine(path: Path) -> None:
-        command = [*COMPILER, *FLAGS, str(SOURCE), "-o", str(path)]
+        main = [str(source) for source in SOURCES if source.suffix == ".cpp"]
+        command = [*COMPILER, *FLAGS, *main, "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"the machine does not compile:\n{done.stderr[-8000:]}")
 
-    path = made_once(CACHE / f"machine-{digest(SOURCE.read_bytes(), *FLAGS, *COMPILER)}.so", compile_machine)
+    path = made_once(
+        CACHE / f"machine-{digest(*(source.read_bytes() for source in SOURCES), *FLAGS, *COMPILER)}.so", compile_machine
+    )
     library = ctypes.CDLL(str(path))
     library.ptx_instruction_bytes.restype = library.ptx_launch_bytes.restype = ctypes.c_int64
     assert library.ptx_launch_bytes() == ctypes.sizeof(_Launch)

@@ -21,8 +21,10 @@ from scatterbrain.training.tasks import build_task
 CAUSAL = {"full", "window", "favor", "quadratic", "routed", "window-favor", "window-quadratic", "routed-quadratic"}
 METHODS = {
     **dict.fromkeys(("text", "retrieval"), CAUSAL | {"lsh", "centroid", "lsh-favor", "routed-centroid"}),
-    **dict.fromkeys(("names", "lm", "words"), CAUSAL),
+    **dict.fromkeys(("names", "words"), CAUSAL),
+    "lm": CAUSAL | {"window-32-keys"},
 }
+UNEQUAL = {"window-32-keys"}  # methods that cost less on purpose
 SMALL = {
     "text": {"tokens": 200, "classes": 2},
     "retrieval": {"tokens": 200},
@@ -95,7 +97,7 @@ def test_methods_cost_the_same(task: str):
         parts = build_support_and_low_rank(AttentionConfig(**config["attention"]), is_causal)
         total = cost(*parts, Shape(tokens, tokens, head_dim, head_dim)).total
         assert re.search(rf": {total:,.0f} multiply-adds", config_path(task, method).read_text()), (method, total)
-        assert method == "full" or abs(total / stated - 1) <= 0.1, (method, total, stated)
+        assert method in {"full", *UNEQUAL} or abs(total / stated - 1) <= 0.1, (method, total, stated)
         assert config["output"] == f"runs/{task}/{method}-0"
 
 
