@@ -150,6 +150,26 @@ def test_small_batches_that_accumulate_take_the_steps_of_a_large_one(tiny):
     assert train[0] == pytest.approx(train[1], rel=1e-4)
 
 
+def test_every_target_of_a_step_counts_the_same_whichever_batch_it_is_in(tiny):
+    large, small = Trainer(tiny(output="large")), Trainer(tiny(output="small", batch=1, accumulate=2))
+    [batch] = large.training_batches(0)
+    batch = batch._replace(targets=batch.targets.clone())
+    batch.targets[1, 3:] = -100  # the second row has three targets that are scored
+    whole = large.train_state.step([batch], 1e-3)
+    parts = small.train_state.step([Batch(*(t[row : row + 1] for t in batch[:2])) for row in (0, 1)], 1e-3)
+    assert (parts.loss, parts.gradient_norm) == pytest.approx((whole.loss, whole.gradient_norm), rel=1e-4)
+    assert parts.accuracy == whole.accuracy
+
+
+def test_a_step_without_targets_that_are_scored_is_refused(tiny):
+    trainer = Trainer(tiny())
+    [batch] = trainer.training_batches(0)
+    batch = batch._replace(targets=torch.full_like(batch.targets, -100))
+    for act in (lambda: trainer.train_state.step([batch], 1e-3), lambda: trainer.train_state.evaluate([batch])):
+        with pytest.raises(ValueError, match="at least one target that is scored, got none"):
+            act()
+
+
 @pytest.mark.parametrize("attention", ["full", "train"])
 def test_bfloat16_autocast_trains_close_to_float32(tiny, attention):
     single = tiny(ATTENTIONS[attention], output="single")

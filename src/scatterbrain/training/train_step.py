@@ -98,24 +98,24 @@ class TrainState:
         )
 
     def step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over the mean gradient of ``batches``: those of :meth:`Processes.own_batches`, of which
-        every process takes its rows."""
-        batches, accumulate = list(batches), self.config.accumulate
-        share = self.processes.parts(accumulate)  # a batch that several processes share counts once
+        """One optimizer step over the mean gradient of all targets that are scored in ``batches``: those of
+        :meth:`Processes.own_batches`, of which every process takes its rows."""
         started = now(self.device)
+        parts = [self.processes.own_rows(batch, self.config.accumulate) for batch in batches]
+        scored = self._scored(parts)
+        own_mean = scored / self.processes.count  # gradients become their mean over the processes
         self.timer.reset()
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        total, correct, scored, tokens = 0.0, 0, 0, 0
-        for index, batch in enumerate(batches):
-            part = self.processes.own_rows(batch, accumulate)
-            with self._exchange(is_last=index == len(batches) - 1):
+        total, correct, tokens = 0.0, 0, 0
+        for index, part in enumerate(parts):
+            with self._exchange(is_last=index == len(parts) - 1):
                 sums = self._sums(part, self._shared)
-                loss = sums.loss / _scored(batch) / len(batches) * share
+                loss = sums.loss / own_mean
                 self.precision.scaled(loss).backward()
             total += loss.item()
-            correct, scored, tokens = correct + int(sums.correct), scored + sums.scored, tokens + part.tokens
-        total, correct, scored, tokens = self.processes.sums(total / self.processes.count, correct, scored, tokens)
+            correct, tokens = correct + int(sums.correct), tokens + part.tokens
+        total, correct, tokens = self.processes.sums(total / self.processes.count, correct, tokens)
         self.precision.unscale(self.optimizer)
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)).item()
         if not math.isfinite(total) or not (math.isfinite(norm) or self.precision.scales_loss):
@@ -140,10 +140,10 @@ class TrainState:
             is_own = index < len(batches)  # else the first one again: processes take the same number of forward passes
             sums = self._sums(batches[index if is_own else 0], self.model)
             if is_own:
-                _scored(batches[index])
                 total += sums.loss.item()
                 correct, scored = correct + int(sums.correct), scored + sums.scored
         total, correct, scored = self.processes.sums(total, correct, scored)
+        _require_scored(scored)
         return Evaluation(total / scored, correct / scored)
 
     def _sums(self, batch: Batch, model: nn.Module) -> Sums:
@@ -153,7 +153,13 @@ class TrainState:
         logits, targets = logits.float().flatten(0, -2), batch.targets.flatten()
         loss = F.cross_entropy(logits, targets, reduction="sum")
         correct = (logits.detach().argmax(dim=-1) == targets).sum()
-        return Sums(loss, correct, int((targets != -100).sum()))
+        return Sums(loss, correct, _scored(batch))
+
+    def _scored(self, parts: list[Batch]) -> float:
+        """Targets that a step scores, those of all processes together."""
+        [scored] = self.processes.sums(sum(map(_scored, parts)))
+        _require_scored(scored)
+        return scored
 
     def _exchange(self, is_last: bool) -> contextlib.AbstractContextManager:
         """Around the passes of a batch: processes that each have the whole model exchange gradients once a step."""
@@ -163,10 +169,12 @@ class TrainState:
 
 
 def _scored(batch: Batch) -> int:
-    scored = int((batch.targets != -100).sum())
+    return int((batch.targets != -100).sum())
+
+
+def _require_scored(scored: float) -> None:
     if scored == 0:
-        raise ValueError("expected a batch with at least one target that is scored, got one without")
-    return scored
+        raise ValueError("expected batches with at least one target that is scored, got none")
 
 
 def scheduled_learning_rate(config: TrainConfig, step: int, fraction: float) -> float:
