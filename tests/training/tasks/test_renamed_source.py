@@ -9,6 +9,7 @@ import torch
 
 from scatterbrain.training.config import DataConfig
 from scatterbrain.training.tasks.documents import Document, read_documents
+from scatterbrain.training.tasks.names import Names
 from scatterbrain.training.tasks.randomness import generator_of
 from scatterbrain.training.tasks.renamed_source import FIRST_NAME, KEYWORDS, RenamedSource, lexemes
 
@@ -106,6 +107,19 @@ def test_training_scores_every_token_and_validation_far_names_alone():
             is_far = row[place] >= FIRST_NAME and before != [] and place - before[-1] >= 20
             assert kept[place - 1] == is_far
     assert scored.any() and (data(distance=0).validation_batch(0).targets != -100).all()
+
+
+def test_sequences_grow_and_a_batch_has_fewer_of_them():
+    task = Names(tokens=512, names=64, distance=256, first_tokens=64, first_share=0.25, full_share=0.75)
+    shares = (0.0, 0.24, 0.25, 0.3, 0.5, 0.6, 0.75, 1.0)
+    assert [task.tokens_at(share) for share in shares] == [64, 64, 64, 128, 256, 512, 512, 512]
+    assert Names(tokens=512).tokens_at(0.0) == 512
+    documents = [Document("a", SOURCE)]
+    batches = RenamedSource(documents, documents, 512, 64, 256, 0.5, 2, 0, task.tokens_at)
+    short, long = batches.training_batch(3, 0.0), batches.training_batch(3, 1.0)
+    assert short.inputs.shape == (16, 64) and long.inputs.shape == (2, 512)
+    assert torch.equal(long.inputs, batches.training_batch(3, 0.8).inputs)
+    assert batches.validation_batch(0).inputs.shape == (2, 512)
 
 
 def test_every_validation_sequence_has_scored_tokens_or_the_distance_is_refused():

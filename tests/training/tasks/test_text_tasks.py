@@ -51,6 +51,8 @@ def test_a_missing_path_says_what_is_expected(kind):
         ({"kind": "names", "tokens": 1.5}, "task.tokens: expected an int, got 1.5"),
         ({"kind": "names", "distance": 4096}, "task.distance: expected 0 to below task.tokens 4096, got 4096"),
         ({"kind": "names", "repeats": 1.0}, "task.repeats: expected 0 to below 1, got 1.0"),
+        ({"kind": "names", "first_tokens": 5000}, "task.first_tokens: expected 1 to task.tokens 4096, got 5000"),
+        ({"kind": "names", "first_share": 0.9}, "task.full_share: expected first_share = 0.9 to 1, got 0.8"),
     ],
 )
 def test_a_field_out_of_range_is_refused_by_its_key(task, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +30,12 @@ class Names(Task):
             validation. 128 leaves out what a window of 128 tokens sees. 0 counts every token, names or not.
         repeats: share of passages, of 64 to 128 tokens, that repeat an earlier one. By default half of them: of names
             that come again far behind, the repeated ones alone can be told well.
+        first_tokens: of a sequence at the beginning of the run: to repeat a name is learned much sooner where it is
+            near. ``distance`` is smaller in proportion, and a batch has more sequences in return. None for sequences of
+            ``tokens`` from the beginning.
+        first_share: of the run that stays at ``first_tokens``. From there to the share ``full_share`` sequences become
+            twice as long again and again.
+        full_share: of the run from which on sequences have ``tokens``.
     """
 
     kind: ClassVar[str] = "names"
@@ -39,6 +46,9 @@ class Names(Task):
     names: int = 1024
     distance: int = 128
     repeats: float = 0.5
+    first_tokens: int | None = None
+    first_share: float = 0.4
+    full_share: float = 0.8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +58,29 @@ class Names(Task):
             0 <= self.distance < self.tokens, "task.distance", f"0 to below task.tokens {self.tokens}", self.distance
         )
         require(0 <= self.repeats < 1, "task.repeats", "0 to below 1", self.repeats)
+        first = self.first_tokens
+        require(
+            first is None or 0 < first <= self.tokens, "task.first_tokens", f"1 to task.tokens {self.tokens}", first
+        )
+        require(0 <= self.first_share <= 1, "task.first_share", "0 to 1", self.first_share)
+        require(
+            self.first_share <= self.full_share <= 1,
+            "task.full_share",
+            f"first_share = {self.first_share} to 1",
+            self.full_share,
+        )
 
     def open(self, data: DataConfig, train: TrainConfig) -> RenamedSource:
         parts = split_documents(read_documents(data), data.validation_fraction)
-        return RenamedSource(*parts, self.tokens, self.names, self.distance, self.repeats, train.batch, train.seed)
+        sizes = self.tokens, self.names, self.distance, self.repeats
+        return RenamedSource(*parts, *sizes, train.batch, train.seed, self.tokens_at)
+
+    def tokens_at(self, fraction: float) -> int:
+        """Tokens of a training sequence when ``fraction`` of the run is done."""
+        if self.first_tokens is None or fraction >= self.full_share:
+            return self.tokens
+        if fraction < self.first_share:
+            return self.first_tokens
+        octaves = math.log2(self.tokens / self.first_tokens)
+        grown = (fraction - self.first_share) / (self.full_share - self.first_share)
+        return min(self.first_tokens * 2 ** math.ceil(grown * octaves), self.tokens)

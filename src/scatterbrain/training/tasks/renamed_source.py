@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
@@ -101,6 +101,8 @@ class RenamedSource:
         repeats: Probability that a passage repeats an earlier one.
         batch: Sequences per batch.
         seed: Of the training sequences. Validation sequences are the same for every seed.
+        tokens_at: Tokens of a training sequence when a share of the run is done; by default always ``tokens``. Shorter
+            sequences have ``distance`` in proportion, and a batch as many more of them.
     """
 
     def __init__(
@@ -113,10 +115,12 @@ class RenamedSource:
         repeats: float,
         batch: int,
         seed: int,
+        tokens_at: Callable[[float], int] | None = None,
     ) -> None:
         self.training, self.validation = ([document.text for document in part] for part in (training, validation))
         self.tokens, self.names, self.distance, self.repeats = tokens, names, distance, repeats
         self.batch, self.seed = batch, seed
+        self._tokens_at = tokens_at or (lambda fraction: tokens)
         self.input_size = self.classes = FIRST_NAME + names
         self.fingerprint = fingerprint_of([*self.training, *self.validation])
         scored = f"names seen {distance:,} tokens before or earlier" if distance else "all tokens"
@@ -127,8 +131,12 @@ class RenamedSource:
         )
 
     def training_batch(self, number: int, fraction: float = 0.0) -> Batch:
-        """Sequences drawn by ``number`` and the seed alone."""
-        rows = [self.sequence(self.training, generator_of(self.seed, number, row)) for row in range(self.batch)]
+        """Sequences drawn by ``number`` and the seed alone, of the length that ``fraction`` of the run has."""
+        length = self._tokens_at(fraction)
+        rows = [
+            self.sequence(self.training, generator_of(self.seed, number, row), length)
+            for row in range(self.batch * self.tokens // length)
+        ]
         tokens = torch.stack([row.tokens for row in rows])
         return Batch(tokens[:, :-1], tokens[:, 1:])
 
@@ -157,11 +165,14 @@ class RenamedSource:
             "task.tokens or other files (data.path, data.glob)"
         )
 
-    def sequence(self, documents: list[bytes], generator: torch.Generator) -> RenamedSequence:
-        """One sequence of ``tokens`` + 1."""
+    def sequence(
+        self, documents: list[bytes], generator: torch.Generator, length: int | None = None
+    ) -> RenamedSequence:
+        """One sequence of ``length`` + 1 tokens, by default of ``tokens`` + 1."""
+        length = self.tokens if length is None else length
         numbers = _RandomNumbers(self.names, generator)
         tokens, distance = [], []
-        for place, lexeme in enumerate(islice(self._passages(documents, generator), self.tokens + 1)):
+        for place, lexeme in enumerate(islice(self._passages(documents, generator, length), length + 1)):
             token, behind = lexeme.token, _NO_NAME
             if token is None:
                 number, seen = numbers.of(lexeme.name, place)
@@ -170,13 +181,14 @@ class RenamedSource:
             distance.append(behind)
         return RenamedSequence(torch.tensor(tokens), torch.tensor(distance))
 
-    def _passages(self, documents: list[bytes], generator: torch.Generator) -> Iterator[Lexeme]:
+    def _passages(self, documents: list[bytes], generator: torch.Generator, length: int) -> Iterator[Lexeme]:
         """Without an end: lexemes of the documents, and what was passed long before once more."""
-        new = self._of_documents(documents, generator)
+        new = self._of_documents(documents, generator, length)
         passed: list[Lexeme] = []
+        behind = max(self.distance * length // self.tokens, 2 * _PASSAGE)
         while True:
             source = new
-            latest = len(passed) - max(self.distance, 2 * _PASSAGE)
+            latest = len(passed) - behind
             if latest >= 0 and float(torch.rand((), generator=generator)) < self.repeats:
                 start = _start_of_line(passed, int(torch.randint(latest + 1, (), generator=generator)))
                 source = iter(passed[start : start + 2 * _PASSAGE])
@@ -184,15 +196,15 @@ class RenamedSource:
             passed += passage
             yield from passage
 
-    def _of_documents(self, documents: list[bytes], generator: torch.Generator) -> Iterator[Lexeme]:
-        """Without an end: one document after another, the first from a random line on that leaves ``tokens`` lexemes
+    def _of_documents(self, documents: list[bytes], generator: torch.Generator, length: int) -> Iterator[Lexeme]:
+        """Without an end: one document after another, the first from a random line on that leaves ``length`` lexemes
         behind it where there are so many, or from its beginning."""
         is_first = True
         while True:
             found = _lexemes_of(documents[int(torch.randint(len(documents), (), generator=generator))])
             start = 0
             if is_first:
-                start = int(torch.randint(max(len(found) - self.tokens, 0) + 1, (), generator=generator))
+                start = int(torch.randint(max(len(found) - length, 0) + 1, (), generator=generator))
                 start, is_first = _start_of_line(found, start), False
             yield from islice(found, start, None)
             yield Lexeme(0, _NEWLINE, None)
