@@ -115,7 +115,7 @@ def test_sequences_grow_and_a_batch_has_fewer_of_them():
     assert [task.tokens_at(share) for share in shares] == [64, 64, 64, 128, 256, 512, 512, 512]
     assert Names(tokens=512).tokens_at(0.0) == 512
     documents = [Document("a", SOURCE)]
-    batches = RenamedSource(documents, documents, 512, 64, 256, 0.5, 2, 0, task.tokens_at)
+    batches = RenamedSource(documents, documents, 512, 64, 0, 0.5, 2, 0, task.tokens_at)
     short, long = batches.training_batch(3, 0.0), batches.training_batch(3, 1.0)
     assert short.inputs.shape == (16, 64) and long.inputs.shape == (2, 512)
     assert torch.equal(long.inputs, batches.training_batch(3, 0.8).inputs)
