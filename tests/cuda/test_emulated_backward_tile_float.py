@@ -3,6 +3,8 @@ bits under padding, the future, layouts and repetition, without bank conflicts i
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from emulated import Emulator
@@ -105,10 +107,11 @@ def test_errors_of_drawn_calls_are_those_of_the_cpu_kernel(emulator: Emulator, k
         assert row <= 1.5 * row_of_cpu, f"{name} row: {row / row_of_cpu:.2f} times the CPU's"
 
 
-def map_arguments() -> tuple[AttentionArguments, list[Tensor]]:
+def map_arguments(draw: int = 0) -> tuple[AttentionArguments, list[Tensor]]:
     """A call with maps that affine projections of its tokens make, and the projections."""
-    given = [rand(2, 4, 90, 16), rand(2, 2, 90, 16, seed=1), rand(2, 2, 90, 16, seed=2)]
-    weights = [0.2 * rand(1, 2, 4, 16, seed=3), 0.2 * rand(2, 1, 4, 16, seed=4)]
+    first = 10 * draw
+    given = [rand(2, 4, 90, 16, seed=first), *(rand(2, 2, 90, 16, seed=first + number) for number in (1, 2))]
+    weights = [0.2 * rand(1, 2, 4, 16, seed=first + 3), 0.2 * rand(2, 1, 4, 16, seed=first + 4)]
     maps = [OPERATORS.project(t, w, torch.zeros(*w.shape[:3])) for t, w in zip(given, weights)]
     fields = dict(zip(("query", "key", "value", "query_map", "key_map"), (*given, *maps)), low_rank=QUADRATIC)
     span = torch.tensor([[[0, 9], [10, 20], [30, 44], [5, 9], [60, 70], [70, 90]]], dtype=torch.int32)
@@ -117,11 +120,22 @@ def map_arguments() -> tuple[AttentionArguments, list[Tensor]]:
 
 def wrong_maps(emulator: Emulator, is_causal: bool) -> str:
     """Empty where the worst row of the gradients of maps errs by 1.5 times that of the CPU's kernel at most, and of dq
-    and dk where they hold those too. A state of all keys, few of which are not listed, errs more by itself: without
-    tensor cores it is 1.9 times as much."""
-    arguments, weights = map_arguments()
+    and dk where they hold those too: by the rms of four calls, since the worst row of one is chance. A state of all
+    keys, few of which are not listed, errs more by itself: without tensor cores it is 1.9 times as much."""
+    names = ("query map", "key map", "query map to dq", "key map to dk")
+    of_calls = [errors_of_maps(emulator, is_causal, draw) for draw in range(4)]
+    for name, *calls in zip(names, *of_calls):
+        error, of_cpu = (math.hypot(*errors) for errors in zip(*calls))
+        if not error <= (1.5 if is_causal else 2.2) * of_cpu:
+            return f"{name}: {error / of_cpu:.2f} times the CPU's"
+    return ""
+
+
+def errors_of_maps(emulator: Emulator, is_causal: bool, draw: int) -> list[tuple[float, float]]:
+    """Worst rows, ours and the CPU's, of the gradients that :func:`wrong_maps` names."""
+    arguments, weights = map_arguments(draw)
     arguments = arguments._replace(is_causal=is_causal)
-    grad = rand(2, 4, 90, 16, seed=5)
+    grad = rand(2, 4, 90, 16, seed=10 * draw + 5)
     wide = AttentionArguments(
         *(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
     )
@@ -138,12 +152,7 @@ def wrong_maps(emulator: Emulator, is_causal: bool) -> str:
         ours = found()
     by_head = [w.double().expand(2, -1, -1, -1).repeat_interleave(h // w.shape[1], 1) for w, h in zip(weights, (4, 2))]
     exact = [*want[3:], *(direct + of_map @ weight for direct, of_map, weight in zip(want, want[3:], by_head))]
-    for name, got, cpu, wanted in zip(
-        ("query map", "key map", "query map to dq", "key map to dk"), ours, found(), exact
-    ):
-        if not row_error(got, wanted) <= (1.5 if is_causal else 2.2) * row_error(cpu, wanted):
-            return f"{name}: {row_error(got, wanted) / row_error(cpu, wanted):.2f} times the CPU's"
-    return ""
+    return [(row_error(got, wanted), row_error(cpu, wanted)) for got, cpu, wanted in zip(ours, found(), exact)]
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
