@@ -31,7 +31,8 @@ from torch_environment import require_torch
 
 BUILD_INFO_SOURCE = "csrc/build_info.cpp"
 SOURCES = {path for folder in ("csrc", "csrc/cpu") for path in glob(f"{folder}/*.cpp", root_dir=ROOT)}
-OPERATOR_SOURCES = sorted(SOURCES - {BUILD_INFO_SOURCE})
+WITHOUT_CUDA = "csrc/without_cuda.cpp"
+OPERATOR_SOURCES = sorted(SOURCES - {BUILD_INFO_SOURCE, WITHOUT_CUDA})
 AVX512_SOURCES = sorted(glob("csrc/cpu/kernels_avx512*.cpp", root_dir=ROOT))
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
 CUDA_LAUNCHERS = sorted(glob("csrc/cuda/*.cpp", root_dir=ROOT))
@@ -122,17 +123,22 @@ def operator_extension(plan: CudaPlan) -> Extension:
     extension = CppExtension(
         "scatterbrain._C", sources, include_dirs=[str(ROOT / "csrc")], depends=HEADERS, py_limited_api=True
     )
+    cuda_includes = []
     if plan.home:
-        macros.append(("USE_CUDA", None))
-        includes.append(str(plan.home / "include"))
+        # No flag: objects of the other sources are then those of a build without CUDA, and are not compiled again.
+        cuda_includes = [str(plan.home / "include")]
+        before = os.environ.get("CPLUS_INCLUDE_PATH")
+        os.environ["CPLUS_INCLUDE_PATH"] = os.pathsep.join([*cuda_includes, *([before] if before else [])])
         extension.sources += CUDA_SOURCES + CUDA_LAUNCHERS
         extension.libraries.append("torch_cuda")
         extension.extra_link_args.append(str(cuda_runtime(plan.home)))
+    else:
+        extension.sources.append(WITHOUT_CUDA)
     extension.include_dirs = [folder for folder in extension.include_dirs if folder not in includes]
     extension.define_macros += macros
     extension.extra_compile_args = {
         "cxx": cxx_flags() + system_includes(includes) + hidden_folders(includes),
-        "nvcc": NVCC_FLAGS + [f"-Xcompiler={flag}" for flag in hidden_folders(includes)],
+        "nvcc": NVCC_FLAGS + [f"-Xcompiler={flag}" for flag in hidden_folders(includes + cuda_includes)],
     }
     extension.extra_link_args += SANITIZER_FLAGS
     return extension

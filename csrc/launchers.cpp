@@ -44,9 +44,4 @@ Launchers& launchers(DeviceType device) {
 
 void register_launchers(DeviceType device, Launchers& table) { tables()[size_t(device)] = &table; }
 
-#if !defined(USE_CUDA)
-// CUDA tensors in a build without CUDA get the error of launchers(), which names the cure.
-STABLE_TORCH_LIBRARY_IMPL(scatterbrain, CUDA, library) { implement_operators(library); }
-#endif
-
 }  // namespace sb

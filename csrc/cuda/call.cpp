@@ -1,3 +1,6 @@
+#if !defined(USE_CUDA)
+#define USE_CUDA  // by which torch's headers declare its functions for CUDA
+#endif
 #include "call.h"
 
 #include "../error.h"
