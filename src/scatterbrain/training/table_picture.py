@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from scatterbrain.training.metrics import Evaluation, Metric
 from scatterbrain.training.run_log import Record
 from scatterbrain.training.table import Table
 
+TITLE_LETTERS = 150  # of a line, which the picture is wide enough for
 STYLES = ("-", "--", ":")  # of the first ten methods, the next ten, and so on
 
 
@@ -51,7 +53,7 @@ def draw_table(path: Path, table: Table, logs: dict[str, Sequence[Sequence[Recor
     for axes in (curves, ends):
         axes.grid(alpha=0.3)
     curves.legend(fontsize="x-small", ncols=2)
-    figure.suptitle(table.title, fontsize="small")
+    figure.suptitle(textwrap.fill(table.title, TITLE_LETTERS), fontsize="small")
     picture = io.BytesIO()
     FigureCanvasAgg(figure).print_png(picture)
     write_atomically(path, picture.getvalue())
