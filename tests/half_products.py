@@ -20,7 +20,7 @@ def are_the_cpus(dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or torch.ops.scatterbrain.instruction_set() == "avx512_bf16"
 
 
-class _Definition(NamedTuple):
+class Definition(NamedTuple):
     """In float64. weights: (B, Hq, N, M), and those of listed keys alone; rows of keys and values for every query
     head."""
 
@@ -32,7 +32,7 @@ class _Definition(NamedTuple):
     scale: float
 
 
-def _definition(tokens: list[Tensor], support: object, low_rank: object, **more: object) -> _Definition:
+def _definition(tokens: list[Tensor], support: object, low_rank: object, **more: object) -> Definition:
     query, key, value = (token.double() for token in tokens[:3])
     group, count = query.shape[1] // key.shape[1], key.shape[2]
     one_each = torch.eye(count, dtype=torch.float64).expand(*key.shape[:2], count, count)
@@ -40,7 +40,7 @@ def _definition(tokens: list[Tensor], support: object, low_rank: object, **more:
     listed = sb.reference.mask(support, query, key, low_rank, **more)
     key, value = (rows.repeat_interleave(group, 1) for rows in (key, value))
     scale = query.shape[-1] ** -0.5 if more.get("scale") is None else more["scale"]
-    return _Definition(weights, weights * listed, weights @ value, key, value, scale)
+    return Definition(weights, weights * listed, weights @ value, key, value, scale)
 
 
 def _lost(weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,7 +59,11 @@ def rounded_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in the tokens' type; ``given``: query, key, value and the gradients of out and lse, ``exact``: the
     gradients in float64."""
-    d = _definition(given, support, low_rank, **more)
+    return gradients_of(_definition(given, support, low_rank, **more), given, exact)
+
+
+def gradients_of(d: Definition, given: list[Tensor], exact: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for given weights."""
     query, key, d_out, d_lse = given[0].double(), given[1], given[3].double(), given[4].double()
     d_score = d.listed * (d_out @ d.value.mT - (d_out * d.out).sum(-1, keepdim=True) + d_lse[..., None])
     dtype = given[0].dtype
