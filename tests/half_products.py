@@ -21,13 +21,11 @@ def are_the_cpus(dtype: torch.dtype) -> bool:
 
 
 class Definition(NamedTuple):
-    """In float64. weights: (B, Hq, N, M), and those of listed keys alone; rows of keys and values for every query
-    head."""
+    """In float64. weights: (B, Hq, N, M), and those of listed keys alone; rows of values for every query head."""
 
     weights: Tensor
     listed: Tensor
     out: Tensor
-    key: Tensor
     value: Tensor
     scale: float
 
@@ -38,9 +36,9 @@ def _definition(tokens: list[Tensor], support: object, low_rank: object, **more:
     one_each = torch.eye(count, dtype=torch.float64).expand(*key.shape[:2], count, count)
     weights = sb.reference.attention(query, key, one_each, support, low_rank, **more)
     listed = sb.reference.mask(support, query, key, low_rank, **more)
-    key, value = (rows.repeat_interleave(group, 1) for rows in (key, value))
+    value = value.repeat_interleave(group, 1)
     scale = query.shape[-1] ** -0.5 if more.get("scale") is None else more["scale"]
-    return Definition(weights, weights * listed, weights @ value, key, value, scale)
+    return Definition(weights, weights * listed, weights @ value, value, scale)
 
 
 def _lost(weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,7 +56,7 @@ def rounded_gradients(
     given: list[Tensor], exact: tuple[Tensor, ...], support: object, low_rank: object, **more: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in the tokens' type; ``given``: query, key, value and the gradients of out and lse, ``exact``: the
-    gradients in float64."""
+    gradients in float64. For dq all kernels multiply gradients of scores in two parts, so nothing is lost there."""
     return gradients_of(_definition(given, support, low_rank, **more), given, exact)
 
 
@@ -71,4 +69,4 @@ def gradients_of(d: Definition, given: list[Tensor], exact: tuple[Tensor, ...]) 
     of_key_heads = [
         rows.unflatten(1, (key.shape[1], -1)).sum(2) for rows in (lost.mT @ query, _lost(d.weights, dtype).mT @ d_out)
     ]
-    return tuple((want + rows).to(dtype) for want, rows in zip(exact, (lost @ d.key, *of_key_heads)))
+    return tuple((want + rows).to(dtype) for want, rows in zip(exact, (0, *of_key_heads)))
