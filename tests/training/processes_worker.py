@@ -98,7 +98,7 @@ def scenarios(rank: int, folder: Path) -> dict[str, Any]:
     # a run of one process goes on in two, and one that was killed
     results["fsdp after one"] = outcome(config(folder, "one cut", parallel="fsdp", accumulate=2, resume=True))
     results["ddp killed"] = outcome(config(folder, "ddp killed", parallel="ddp", accumulate=2, resume=True))
-    limited = config(folder, "fsdp minutes", parallel="fsdp", accumulate=2, steps=10**6, minutes=0.02)
+    limited = config(folder, "fsdp minutes", parallel="fsdp", accumulate=2, steps=10**6, minutes=0.05, warmup=1)
     results["fsdp minutes"] = outcome(limited)
     results["minutes ended at"] = read_progress(folder / "fsdp minutes" / "checkpoint.safetensors").step
     results["occupied"] = outcome(config(folder, "ddp rows", parallel="ddp", batch=2))
