@@ -9,6 +9,7 @@ from typing import ClassVar
 from scatterbrain.training.config import DataConfig, TrainConfig, require
 from scatterbrain.training.metrics import BITS_PER_TOKEN, Metric
 from scatterbrain.training.tasks.base import Task
+from scatterbrain.training.tasks.curriculum import grown, require_shares
 from scatterbrain.training.tasks.documents import read_documents, split_documents
 from scatterbrain.training.tasks.renamed_source import RenamedSource
 
@@ -62,13 +63,7 @@ class Names(Task):
         require(
             first is None or 0 < first <= self.tokens, "task.first_tokens", f"1 to task.tokens {self.tokens}", first
         )
-        require(0 <= self.first_share <= 1, "task.first_share", "0 to 1", self.first_share)
-        require(
-            self.first_share <= self.full_share <= 1,
-            "task.full_share",
-            f"first_share = {self.first_share} to 1",
-            self.full_share,
-        )
+        require_shares(self.first_share, self.full_share)
 
     def open(self, data: DataConfig, train: TrainConfig) -> RenamedSource:
         parts = split_documents(read_documents(data), data.validation_fraction)
@@ -77,10 +72,7 @@ class Names(Task):
 
     def tokens_at(self, fraction: float) -> int:
         """Tokens of a training sequence when ``fraction`` of the run is done."""
-        if self.first_tokens is None or fraction >= self.full_share:
+        if self.first_tokens is None:
             return self.tokens
-        if fraction < self.first_share:
-            return self.first_tokens
-        octaves = math.log2(self.tokens / self.first_tokens)
-        grown = (fraction - self.first_share) / (self.full_share - self.first_share)
-        return min(self.first_tokens * 2 ** math.ceil(grown * octaves), self.tokens)
+        octaves = math.log2(self.tokens / self.first_tokens) * grown(fraction, self.first_share, self.full_share)
+        return min(self.first_tokens * 2 ** math.ceil(octaves), self.tokens)

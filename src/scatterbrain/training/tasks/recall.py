@@ -11,6 +11,7 @@ from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import DataConfig, TrainConfig, require
 from scatterbrain.training.metrics import ACCURACY, Metric
 from scatterbrain.training.tasks.base import Task
+from scatterbrain.training.tasks.curriculum import grown, require_shares
 from scatterbrain.training.tasks.randomness import generator_of, permutations
 
 
@@ -50,25 +51,15 @@ class Recall(Task):
         require(self.keys >= self.pairs, "task.keys", f"at least pairs = {self.pairs}", self.keys)
         require(self.values >= 2, "task.values", "2 or more", self.values)
         require(1 <= self.first_pairs <= self.pairs, "task.first_pairs", f"1 to pairs = {self.pairs}", self.first_pairs)
-        require(0 <= self.first_share <= 1, "task.first_share", "0 to 1", self.first_share)
-        require(
-            self.first_share <= self.full_share <= 1,
-            "task.full_share",
-            f"first_share = {self.first_share} to 1",
-            self.full_share,
-        )
+        require_shares(self.first_share, self.full_share)
 
     def open(self, data: DataConfig, train: TrainConfig) -> RecallData:
         return RecallData(self, train.batch, train.seed)
 
     def pairs_at(self, fraction: float) -> int:
         """Pairs of a sequence when ``fraction`` of the run is done."""
-        if fraction < self.first_share:
-            return self.first_pairs
-        if fraction >= self.full_share:
-            return self.pairs
-        grown = (fraction - self.first_share) / (self.full_share - self.first_share)
-        return self.first_pairs + int(grown * (self.pairs - self.first_pairs))
+        share = grown(fraction, self.first_share, self.full_share)
+        return self.first_pairs + int(share * (self.pairs - self.first_pairs))
 
 
 class RecallData:
