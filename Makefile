@@ -34,12 +34,13 @@ BUILD_INPUTS := pyproject.toml setup.py src/scatterbrain/version.py $(wildcard b
 BUILD_INPUTS += $(shell find csrc -type f)
 PACKAGE = $(shell find src -name '*.py')
 
-.PHONY: help demo test fuzz sanitize build clean FORCE
+.PHONY: help demo test faults fuzz sanitize build clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small language model with scatterbrain's attention and compare it with exact attention"
 	@echo "make test    run the tests, WORKERS=$(WORKERS) files at a time; choose some with ARGS='-k window'"
+	@echo "make faults  plant every fault that the tests know into the CUDA kernels and see it caught; make test plants a third"
 	@echo "make fuzz    check drawn calls for MINUTES=$(MINUTES), from SEED=$(SEED) on; CALL='...' checks one again"
 	@echo "make sanitize  the same on a build with the address and undefined-behaviour sanitizers, then with the thread sanitizer"
 	@echo "make build   create $(VENV) with torch, compile, install with everything that demo needs"
@@ -56,6 +57,9 @@ demo: build
 
 test: $(VENV)/.test-ready
 	$(VENV_PYTHON) -m pytest -q $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile) $(ARGS)
+
+faults:
+	SCATTERBRAIN_FAULTS=all $(MAKE) test ARGS='-k planted $(ARGS)'
 
 fuzz: $(VENV)/.test-ready $(if $(SANITIZE),build/$(SANITIZE)-sanitizer/.built)
 	$(FUZZ) $(addprefix --sanitize ,$(SANITIZE))

@@ -33,7 +33,11 @@ BUILD_INFO_SOURCE = "csrc/build_info.cpp"
 SOURCES = {path for folder in ("csrc", "csrc/cpu") for path in glob(f"{folder}/*.cpp", root_dir=ROOT)}
 WITHOUT_CUDA = "csrc/without_cuda.cpp"
 OPERATOR_SOURCES = sorted(SOURCES - {BUILD_INFO_SOURCE, WITHOUT_CUDA})
-AVX512_SOURCES = sorted(glob("csrc/cpu/kernels_avx512*.cpp", root_dir=ROOT))
+# Kernels that a build may leave out, by the macro that says so.
+LEFT_OUT = {
+    "SB_WITHOUT_AVX512": sorted(glob("csrc/cpu/kernels_avx512*.cpp", root_dir=ROOT)),
+    "SB_WITHOUT_AVX2": sorted(glob("csrc/cpu/kernels_avx2*.cpp", root_dir=ROOT)),
+}
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
 CUDA_LAUNCHERS = sorted(glob("csrc/cuda/*.cpp", root_dir=ROOT))
 HEADERS = sorted(
@@ -73,14 +77,20 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 
-def operator_sources() -> list[str]:
-    """Sources of the operators on the CPU. A sanitized library runs where it is built, and its kernels take minutes to
-    compile: it is without those for AVX-512 where the processor has none."""
+def left_out() -> list[str]:
+    """Macros of LEFT_OUT. A sanitized library runs where it is built, and its kernels take minutes to compile: it is
+    without those for AVX-512 where the processor has none, and threads do the same whatever kernel they run."""
     import torch
 
-    if SANITIZER and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return [path for path in OPERATOR_SOURCES if path not in AVX512_SOURCES]
-    return list(OPERATOR_SOURCES)
+    if SANITIZER == "thread":
+        return list(LEFT_OUT)
+    return ["SB_WITHOUT_AVX512"] if SANITIZER and torch.backends.cpu.get_cpu_capability() != "AVX512" else []
+
+
+def operator_sources() -> list[str]:
+    """Sources of the operators on the CPU."""
+    without = {path for macro in left_out() for path in LEFT_OUT[macro]}
+    return [path for path in OPERATOR_SOURCES if path not in without]
 
 
 def compiled_instruction_sets() -> tuple[str, ...]:
@@ -118,8 +128,7 @@ def operator_extension(plan: CudaPlan) -> Extension:
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     includes = include_paths()
     sources = operator_sources()
-    if len(sources) < len(OPERATOR_SOURCES):
-        macros.append(("SB_WITHOUT_AVX512", None))
+    macros += [(macro, None) for macro in left_out()]
     extension = CppExtension(
         "scatterbrain._C", sources, include_dirs=[str(ROOT / "csrc")], depends=HEADERS, py_limited_api=True
     )

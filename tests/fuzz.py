@@ -199,13 +199,14 @@ def launcher(environment: dict[str, str]) -> list[str]:
 # -------------------- all of them
 
 
-def instruction_sets() -> list[str]:
-    """Those that this processor has, best first: the best and all after it."""
-    import torch
-
-    import scatterbrain  # noqa: F401  (loads the operators)
-
-    return list(SETS[SETS.index(torch.ops.scatterbrain.instruction_set()) :])
+def instruction_sets(sanitize: str | None) -> list[str]:
+    """Those that the library has kernels for and this processor has, best first: the best and all after it."""
+    environment = os.environ | (sanitized_environment(sanitize) if sanitize else {})
+    prefix = launcher(environment) if sanitize else []
+    say = "import torch, scatterbrain; print(torch.ops.scatterbrain.instruction_set())"
+    command = [*prefix, sys.executable, "-c", say]
+    best = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    return list(SETS[SETS.index(best) :])
 
 
 def run_set(name: str, arguments: argparse.Namespace) -> int:
@@ -249,7 +250,7 @@ def main(given: list[str]) -> int:
         return work(arguments)
     if not arguments.minutes > 0:
         parser.error(f"--minutes must be positive, got {arguments.minutes}")
-    sets = arguments.sets or instruction_sets()
+    sets = arguments.sets or instruction_sets(arguments.sanitize)
     arguments.given, arguments.minutes = given, arguments.minutes / len(sets)
     for name in sets:
         if run_set(name, arguments):

@@ -23,8 +23,10 @@ std::vector<InstructionSet> supported_sets() {
   }
   if (has_avx512()) sets.push_back(kAvx512);
 #endif
+#if !defined(SB_WITHOUT_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     sets.push_back(kAvx2);
+#endif
 #endif
   sets.push_back(kBaseline);
   return sets;
