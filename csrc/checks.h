@@ -323,14 +323,14 @@ inline void check_route(const RouteArguments& a) {
            a.sinks);
   const bool pooled = a.block_k == 1 && (a.block_q == 8 || a.block_q == 16 || a.block_q == 32) &&
                       (a.window == 0 || a.window >= a.block_q) &&
-                      a.keys >= (a.window == 0 ? a.block_q : a.window) + a.sinks && (a.pools == 1 || a.pools == 2);
+                      a.keys >= (a.window == 0 ? a.block_q : a.window) + a.sinks;
   const bool per_query = a.block_k == 8 && a.block_q == 1 && a.keys >= 8 && a.keys % 8 == 0 && a.window % 8 == 0 &&
-                         a.keys >= a.window + pad_to(a.sinks, 8) && a.pools == 1;
-  SB_CHECK(
-      pooled || per_query,
-      "route: expected block_q 8, 16 or 32 with block_k 1, window 0 or at least block_q, and keys >= "
-      "max(window, block_q) + sinks, and 1 or 2 pools; or block_q 1 with block_k 8, keys and window in multiples of "
-      "8, keys >= window + sinks rounded up to 8, and 1 pool");
+                         a.keys >= a.window + pad_to(a.sinks, 8);
+  SB_CHECK(pooled || per_query,
+           "route: expected block_q 8, 16 or 32 with block_k 1, window 0 or at least block_q, and keys >= "
+           "max(window, block_q) + sinks; or block_q 1 with block_k 8, keys and window in multiples of 8, and keys >= "
+           "window + sinks rounded up to 8");
+  SB_CHECK(a.pools == 1 || a.pools == 2, "route: expected 1 or 2 pools, got ", a.pools);
   if (a.head_keys) check_head_keys(*a.head_keys, q.size(1), a);
   check_low_rank("route", a.low_rank);
   check_padding("route", a);

@@ -219,6 +219,8 @@ struct RouteParams {
 
   SB_HD bool has_low_rank() const { return low_rank != LowRank::kNone; }
   SB_HD bool has_clusters() const { return low_rank == LowRank::kCentroid; }
+  // Per query: whether every run of keys is two groups.
+  SB_HD bool has_groups() const { return block_k > 1 && pools == 2; }
 };
 
 }  // namespace sb

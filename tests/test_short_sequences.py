@@ -50,6 +50,7 @@ SUPPORTS = {
     "per query, wide window with sinks": sb.Routed(32, 1, 8, 24, sinks=3),
     "per query, wide window": sb.Routed(32, 1, 8, 24),
     "per query without window": sb.Routed(24, 1, 8),
+    "per query of two pools": sb.Routed(24, 1, 8, 8, pools=2),
     "lsh": sb.LSH(24, rounds=2),
     "empty": sb.Empty(),
 }

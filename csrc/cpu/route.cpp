@@ -22,8 +22,8 @@ int64_t place_panels(RouteParams& p) {
     return p.level_offset[2] + panels_of(segments);
   }
   const int64_t supers = ceil_div(p.k_tokens, 64);
-  p.level_offset[1] = supers * p.panel_rows * 8;
-  return p.level_offset[1] + panels_of(supers);
+  p.level_offset[1] = supers * p.panel_rows * 8 * p.pools;
+  return p.level_offset[1] + panels_of(supers * p.pools);
 }
 
 }  // namespace
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
     p.rank = rank_of(a);
     p.has_clusters() ? clusters.set<float>(a, p) : maps.set<float>(a, p, false);
   }
-  p.panel_rows = p.head_dim + 2 + (!p.has_low_rank() ? 0 : p.rank + 1);
+  p.panel_rows = p.head_dim + (p.has_groups() ? 3 : 2) + (!p.has_low_rank() ? 0 : p.rank + 1);
   p.key_rows = p.has_clusters() ? p.head_dim + 5 : p.panel_rows;
 
   Tensor index = empty({p.batch, p.q_heads, p.blocks, p.capacity}, ScalarType::Int);
@@ -71,7 +71,9 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   float* const panels = static_cast<float*>(memory.data());
   const int64_t segments = ceil_div(p.k_tokens, kRouteSegment),
                 groups = ceil_div(p.blocks, blocks_per_group(p.block_k, p.pools));
-  const int64_t panel_bytes = p.panel_rows * kRouteLanes * int64_t(sizeof(float)),
+  // A task of the keys' side holds one panel, or the groups of a superblock and its own.
+  const int64_t panel_bytes =
+                    std::max(p.panel_rows * kRouteLanes, (2 * kBranch + 2) * p.head_pad) * int64_t(sizeof(float)),
                 group_bytes = kernel.group(p, 0, 0, 0, nullptr, nullptr);
   for_each_head_range(heads, p.k_tokens, [&](const HeadRange& range) {
     std::optional<Stage> stage(std::in_place, "routing, keys");

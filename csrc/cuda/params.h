@@ -99,6 +99,7 @@ struct ClusteringParams : ClusterParams {
 
 // Routing. Here rows of q and k are the caller's own. A run of keys is one row of run_width floats: the mean key;
 // |mean|^2 (per-query form: the variance of the run); y and kappa of the run; its mean |k|^2; and how many keys it has.
+// Where runs are two groups (route_groups.cuh) it is two rows of GroupColumns.
 struct RoutingParams : RouteParams {
   MapView x_map, y_map;
   const void* log_mass;               // (B, Hkv, M)
@@ -118,10 +119,11 @@ struct RoutingParams : RouteParams {
   // On tensor cores (route_tile.cuh): the most rows of 32 keys or runs that a group of pools scores at once. Else 0.
   int64_t tile_rows;
   float* key_numbers;       // (B, Hkv, fine_runs, key_columns(), 32)
-  float* run_numbers[2];    // of fine and of coarse runs (B, Hkv, ceil(runs / 32), run_columns(), 32)
-  Bfloat16* run_parts[2];   // (B, Hkv, runs, 3, head_dim)
+  float* run_numbers[2];    // of fine and of coarse runs (B, Hkv, ceil(groups of runs / 32), run_columns(), 32)
+  Bfloat16* run_parts[2];   // (B, Hkv, groups of runs, 3, head_dim)
   Bfloat16* cluster_parts;  // (B, Hkv, clusters, 3, head_dim)
   SB_HD int64_t key_columns() const { return 2 + (has_clusters() ? 1 : has_low_rank() ? rank : 0); }
+  SB_HD int64_t groups_of_run() const { return has_groups() ? 2 : 1; }
   SB_HD int64_t run_columns() const { return 3 + (has_low_rank() ? rank : 0); }
 };
 // The most of those rows that there are kernels for.
@@ -225,13 +227,13 @@ struct alignas(16) FourWords {
 // The forward pass by tiles of queries (attention_tile.cuh). Its operands are made from the states in float32.
 struct TileParams : ForwardParams {
   int64_t features_padded, head_steps, value_chunks;  // features to 16s, head_dim in 16s, value_pad in 8s
-  FourWords* state_operand;    // (B, Hkv, operand_slots(), features_padded / 16, value_chunks, 32)
-  float* state_sums;           // (B, Hkv, operand_slots(), features_padded): hz
-  FourWords* cluster_operand;  // (B, Hkv, features_padded / 8, head_steps, 32, 2)
-  float* key_log;              // (B, Hkv, M): the log scale of a key, with clusters over that of its own
-  Bfloat16* key_coordinates;   // (B, Hkv, M, 2, 16), of the quadratic kernel
+  FourWords* state_operand;                 // (B, Hkv, operand_slots(), features_padded / 16, value_chunks, 32)
+  float* state_sums;                        // (B, Hkv, operand_slots(), features_padded): hz
+  FourWords* cluster_operand;               // (B, Hkv, features_padded / 8, head_steps, 32, 2)
+  float* key_log;                           // (B, Hkv, M): the log scale of a key, with clusters over that of its own
+  Bfloat16* key_coordinates;                // (B, Hkv, M, 2, 16), of the quadratic kernel
   uint32_t key_row_bytes, value_row_bytes;  // strides
-  float* key_rows;             // with float32 tokens in its place (B, Hkv, M, 16): coordinates, then 1
+  float* key_rows;                          // with float32 tokens in its place (B, Hkv, M, 16): coordinates, then 1
 };
 // Widest head and value of a tile, and features of the quadratic kernel.
 inline constexpr int64_t kWidestTile = 128, kTileFeatures = 64, kMostTileClusters = 256;

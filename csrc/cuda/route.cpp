@@ -94,7 +94,7 @@ class Route {
     p.fine_keys = p.block_k == 1 ? kLeaf : kBranch;
     p.coarse_keys = p.block_k == 1 ? kLeaf * kSuper : kBranch * kBranch;
     p.fine_runs = ceil_div(p.k_tokens, p.fine_keys), p.coarse_runs = ceil_div(p.k_tokens, p.coarse_keys);
-    p.run_width = p.head_dim + 4 + (p.has_low_rank() ? p.rank : 0);
+    p.run_width = p.has_groups() ? 2 * (p.head_dim + 3) : p.head_dim + 4 + (p.has_low_rank() ? p.rank : 0);
     p.fine = floats({p.batch, p.kv_heads, p.fine_runs, p.run_width});
     p.coarse = floats({p.batch, p.kv_heads, p.coarse_runs, p.run_width});
   }
@@ -109,7 +109,7 @@ class Route {
                           (kept + tail) * (p.tile_rows > 0 ? int64_t(1) : kLeaf)});
       p.groups = ceil_div(p.blocks, kGroup / p.pools), tasks *= p.groups;
     } else {
-      p.units = std::max(p.coarse_runs + 1, (candidate_superblocks(p.keys, p.window) + 2) * kBranch);
+      p.units = std::max(p.coarse_runs + 1, (candidate_superblocks(p.keys, p.window, p.pools) + 2) * kBranch);
       tasks *= p.tile_rows > 0 ? ceil_div(p.q_tokens, kGroup) : p.q_tokens;
     }
     p.scratch_words = route_scratch_words(p);
@@ -135,11 +135,11 @@ class Route {
       if (p.has_clusters()) p.cluster_parts = parts({p.batch, p.kv_heads, p.rank, 3, p.head_dim});
     } else {
       // A turn takes up as many superblocks or blocks as it keeps of those before, or more, so that turns are few.
-      if (candidate_superblocks(a.keys, a.window) > 32 * kMostRouteRows / 4) return;
+      if (candidate_superblocks(a.keys, a.window, a.pools) > 32 * kMostRouteRows / 4) return;
       p.tile_rows = kMostRouteRows;
     }
     for (int level = 0; level < (p.block_k == 1 && p.k_tokens < kLongRow ? 1 : 2); ++level) {
-      const int64_t runs = level ? p.coarse_runs : p.fine_runs;
+      const int64_t runs = (level ? p.coarse_runs : p.fine_runs) * p.groups_of_run();
       p.run_numbers[level] = floats({p.batch, p.kv_heads, ceil_div(runs, 32), p.run_columns(), 32});
       p.run_parts[level] = parts({p.batch, p.kv_heads, runs, 3, p.head_dim});
     }

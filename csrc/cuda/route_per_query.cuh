@@ -89,26 +89,34 @@ class RoutedQuery {
     sync_block();  // the last query is done with it
     for (int64_t e = thread; e < p.head_dim; e += kRouteThreads) {
       const float value = float(widened(load(q + e))) * p.scale;
-      m.query.set(e, value);
+      m.query.set(e, value * unit_of_score(p));
       square += value * value;
     }
     square = m.block.sum(square);
-    if (thread == 0) m.query.set(p.head_dim, square * (0.5f / float(p.head_dim)));
+    if (thread == 0) m.query.set(p.head_dim, square * (0.5f / float(p.head_dim)) * unit_of_score(p));
     sync_block();
   }
-  SB_DEVICE float score(const float* run) const {
+  SB_DEVICE float product(const float* run) const {
     float sum = 0;
     for (int64_t e = 0; e <= p.head_dim; ++e) sum += m.query.get(e) * load(run + e);
     return sum;
   }
+  SB_DEVICE float score(const float* run) const {
+    if (!p.has_groups()) return product(run);
+    const GroupColumns of(p);
+    const float* other = run + of.width;
+    return log2_of_sum(product(run) + load(run + of.log), product(other) + load(other + of.log));
+  }
   SB_DEVICE const float* fine(int64_t block) const { return p.fine + (row.head * p.fine_runs + block) * p.run_width; }
-  SB_DEVICE bool has_keys(const float* run) const { return load(run + RunColumns(p).count) > 0.0f; }
+  SB_DEVICE bool has_keys(const float* run) const {
+    return load(run + (p.has_groups() ? GroupColumns(p).count : RunColumns(p).count)) > 0.0f;
+  }
 
   // Writes the superblocks that are searched to w.super, ascending, and returns how many they are. The one that the
   // causal window cuts always is.
   SB_DEVICE int64_t choose_supers() {
     const int64_t supers = p.is_causal ? low / kBranch : ceil_div(blocks, kBranch),
-                  kept = candidate_superblocks(p.keys, p.window);
+                  kept = candidate_superblocks(p.keys, p.window, p.pools);
     int64_t chosen = supers;
     if (supers <= kept) {
       for (int64_t s = thread; s < supers; s += kRouteThreads) store(w.super + s, int32_t(s));

@@ -61,7 +61,7 @@ class QueryTiles {
     const QueryWindow window(p, h, row.length, position);
     read_query(i, is_live);
     // Those that the query may see. It chooses where they are more than it keeps.
-    const int64_t kept = candidate_superblocks(p.keys, p.window),
+    const int64_t kept = candidate_superblocks(p.keys, p.window, p.pools),
                   supers = p.is_causal ? window.low / kBranch : ceil_div(row.length, kBranch * kBranch);
     const bool is_searched = is_live && supers > kept;
     if (lane == 0) m.supers.set(warp, is_searched ? int32_t(supers) : 0);
@@ -93,37 +93,50 @@ class QueryTiles {
     float square = 0;
     for (int64_t e = lane; e < p.head_dim; e += kWarp) {
       const float value = is_live ? float(widened(load(q + e))) * p.scale : 0.0f;
-      m.query.set(warp * (p.head_dim + 1) + e, value);
+      m.query.set(warp * (p.head_dim + 1) + e, value * unit_of_score(p));
       square += value * value;
     }
     square = warp_sum(square);
-    if (lane == 0) m.query.set(warp * (p.head_dim + 1) + p.head_dim, square * (0.5f / float(p.head_dim)));
+    if (lane == 0)
+      m.query.set(warp * (p.head_dim + 1) + p.head_dim, square * (0.5f / float(p.head_dim)) * unit_of_score(p));
   }
   // Puts scores of the runs that own names (-1: none) to put(query, row, score), a row each.
   template <class Put>
   SB_DEVICE void score_runs(int level, int own, const Put& put) const {
     const RowNumbers numbers = RowNumbers::of_runs(p, level, row.head);
     const auto units = uint32_t(kRouteParts * p.head_dim / PoolOperand::kUnit);
-    float product[4];
-    m.operand.multiply<kRouteParts, Bfloat16>(
-        int(p.head_dim),
-        p.run_parts[level] + row.head * (level ? p.coarse_runs : p.fine_runs) * kRouteParts * p.head_dim,
-        [&](int i) {
-          const int run = shuffle_from(own, i);
-          return run >= 0 ? uint32_t(run) * units : PoolOperand::kNoRow;
-        },
-        product);
     const int query = PoolOperand::pool();
     const float of_spread = m.query.get(query * (p.head_dim + 1) + p.head_dim);
-    SB_UNROLL
-    for (int n = 0; n < 4; ++n) {
-      const int at = 8 * n + PoolOperand::kept_row(), run = shuffle_from(own, at);
-      if (run >= 0) put(query, at, product[n] + of_spread * numbers.get(uint32_t(run), RowNumbers::kSquare));
+    // The two groups of a run are neighbours among the 32 rows of a turn.
+    const int groups = int(p.groups_of_run()), runs = kWarp / groups;
+    const auto row_of = [&](int run, int i) { return uint32_t(run * groups + i % groups); };
+    SB_NO_UNROLL
+    for (int turn = 0; turn < groups; ++turn) {
+      float product[4];
+      m.operand.multiply<kRouteParts, Bfloat16>(
+          int(p.head_dim),
+          p.run_parts[level] + row.head * (level ? p.coarse_runs : p.fine_runs) * groups * kRouteParts * p.head_dim,
+          [&](int i) {
+            const int run = shuffle_from(own, turn * runs + i / groups);
+            return run >= 0 ? row_of(run, i) * units : PoolOperand::kNoRow;
+          },
+          product);
+      SB_UNROLL
+      for (int n = 0; n < 4; ++n) {
+        const int i = 8 * n + PoolOperand::kept_row(), at = turn * runs + i / groups, run = shuffle_from(own, at);
+        float score = product[n];
+        if (run >= 0) score += of_spread * numbers.get(row_of(run, i), RowNumbers::kSquare);
+        if (groups == 2) {
+          if (run >= 0) score += numbers.get(row_of(run, i), RowNumbers::kLog);
+          score = log2_of_sum(score, shuffle_xor(score, kWarp / 2));  // kept_row() of that lane is the other group's
+        }
+        if (run >= 0 && i % groups == 0) put(query, at, score);
+      }
     }
   }
   // The run, or -1 where it has no keys.
   SB_DEVICE int with_keys(int level, int run, bool is_run) const {
-    return is_run && RowNumbers::of_runs(p, level, row.head).count(uint32_t(run)) > 0.0f ? run : -1;
+    return is_run && RowNumbers::of_runs(p, level, row.head).count(uint32_t(run * p.groups_of_run())) > 0.0f ? run : -1;
   }
 
   // The superblocks that any query chooses from, for all four.

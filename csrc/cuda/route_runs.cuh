@@ -3,23 +3,11 @@
 #include "../math/routing.h"
 #include "low_rank.cuh"
 #include "route_block.cuh"
+#include "route_groups.cuh"
 
 namespace sb::cuda {
 
 inline constexpr int64_t kTopSegment = 512;  // keys whose largest log masses are found together
-
-// Keys of a row that count from its first one, and which of them are not ignored.
-struct RouteRow {
-  int32_t b, kv, head, first, length;
-  const uint8_t* mask;
-  SB_DEVICE RouteRow(const RoutingParams& p, int64_t head)
-      : b(int32_t(head / p.kv_heads)), kv(int32_t(head % p.kv_heads)), head(int32_t(head)) {
-    const RowRange range = load(p.rows + b);
-    first = range.k_first, length = range.k_end - range.k_first;
-    mask = p.k_mask ? p.k_mask + b * p.k_tokens + first : nullptr;
-  }
-  SB_DEVICE bool is_valid(int64_t key) const { return key < length && !(mask && load(mask + key)); }
-};
 
 // The keys of a head's lists, or all that there are.
 SB_DEVICE int64_t keys_of(const RoutingParams& p, int64_t h) {
@@ -96,6 +84,7 @@ SB_DEVICE void route_cluster_top(const RoutingParams& p, int64_t at) {
 // The run of p.fine_keys keys from `begin` on, at most a warp of them.
 template <class E>
 SB_DEVICE void write_fine_run(const RoutingParams& p, const RouteRow& row, int64_t begin, float* run) {
+  if (p.has_groups()) return write_groups_of_keys<E>(p, row, begin, run);
   const RunColumns at(p);
   const int lane = lane_index();
   const int64_t j = row.first + begin + lane;
@@ -149,6 +138,7 @@ SB_KERNEL route_fine_runs(RoutingParams p) {
 
 // A run of runs, which are at most a warp of them: means weighted by the keys behind them.
 SB_DEVICE void write_coarse_run(const RoutingParams& p, const RouteRow& row, int64_t coarse, float* run) {
+  if (p.has_groups()) return write_groups_of_runs(p, row, coarse, run);
   const RunColumns at(p);
   const int lane = lane_index();
   const int64_t of_run = p.coarse_keys / p.fine_keys, fine = coarse * of_run + lane;

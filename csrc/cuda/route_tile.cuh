@@ -13,14 +13,15 @@ inline constexpr int kRouteParts = 3;   // of bfloat16, which hold all digits of
 class RowNumbers {
  public:
   // |k|^2; the log scale; then y, or of a cluster's key its squared distance from the representative. Behind those of
-  // a run: how many keys it has.
-  static constexpr int64_t kSquare = 0, kKappa = 1, kRest = 2, kApart = kRest;
+  // a run: how many keys it has. Of a group of a run: its variance, the log of its keys, and their number.
+  static constexpr int64_t kSquare = 0, kKappa = 1, kLog = kKappa, kRest = 2, kApart = kRest;
   static SB_DEVICE RowNumbers of_keys(const RoutingParams& p, int64_t head) {
     return {p.key_numbers + head * p.fine_runs * p.key_columns() * kWarp, p.key_columns()};
   }
   static SB_DEVICE RowNumbers of_runs(const RoutingParams& p, int level, int64_t head) {
     const int64_t runs = level ? p.coarse_runs : p.fine_runs;
-    return {p.run_numbers[level] + head * ceil_div(runs, kWarp) * p.run_columns() * kWarp, p.run_columns()};
+    return {p.run_numbers[level] + head * ceil_div(runs * p.groups_of_run(), kWarp) * p.run_columns() * kWarp,
+            p.run_columns()};
   }
   SB_DEVICE RowNumbers(float* data, int64_t columns) : columns(columns), data(data) {}
   SB_DEVICE float get(uint32_t row, int64_t column) const { return load(at(row, column)); }
@@ -101,6 +102,21 @@ SB_DEVICE void write_run_parts(const RoutingParams& p, int level, int64_t at) {
   const RunColumns from(p);
   const RowNumbers numbers = RowNumbers::of_runs(p, level, row.head);
   const float* mean = (level ? p.coarse : p.fine) + at * p.run_width;
+  if (p.has_groups()) {
+    const GroupColumns of(p);
+    for (int64_t g = 0; g < 2; ++g, mean += of.width) {
+      const auto to = uint32_t(2 * run + g);
+      const float keys = load(mean + of.count);
+      if (lane_index() == 0) numbers.set(to, p.run_columns() - 1, keys);
+      if (keys == 0.0f && g == 0) return;  // neither has any
+      write_parts(mean, p.head_dim, p.run_parts[level] + (2 * at + g) * kRouteParts * p.head_dim);
+      if (lane_index() == 0) {
+        numbers.set(to, RowNumbers::kSquare, load(mean + of.spread));
+        numbers.set(to, RowNumbers::kLog, load(mean + of.log));
+      }
+    }
+    return;
+  }
   const float count = load(mean + from.count);
   if (lane_index() == 0) numbers.set(uint32_t(run), p.run_columns() - 1, count);
   if (count == 0.0f) return;

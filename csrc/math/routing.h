@@ -17,8 +17,9 @@ inline constexpr int kBranch = 8;  // keys of a listed block, and listed blocks 
 
 // Candidate blocks (pooled) and candidate superblocks (per query) that are kept. Fewer lose accuracy on real attention.
 SB_HD int64_t candidate_blocks(int64_t keys) { return keys > 85 ? (3 * keys + 15) / 16 : 16; }
-SB_HD int64_t candidate_superblocks(int64_t keys, int64_t window) {
-  return keys - window > 64 ? (keys - window) / 8 * 2 : 16;
+// Two pools know better which: half as many do.
+SB_HD int64_t candidate_superblocks(int64_t keys, int64_t window, int64_t pools) {
+  return (keys - window > 64 ? (keys - window) / 8 * 2 : 16) / pools;
 }
 
 // Entries of a list at most, in units of block_k keys: a window touches one block more than it fills.

@@ -70,6 +70,10 @@ def test_the_search_of_lists_for_single_queries_by_hand() -> None:
     support = sb.Routed(64, block_q=1, block_k=8, window=16)
     assert cost(support, None, Shape(1024, 1024, 64, 64)).search == 128 * 65 + 2 * 64
     assert cost(support, None, Shape(4096, 4096, 64, 64)).search == (64 + 16 * 8) * 65 + 2 * 64
+    # Of two pools: 8 superblocks are kept, and all is scored twice.
+    in_two = replace(support, pools=2)
+    assert cost(in_two, None, Shape(512, 512, 64, 64)).search == 2 * 64 * 65 + 6 * 64
+    assert cost(in_two, None, Shape(1024, 1024, 64, 64)).search == 2 * (16 + 8 * 8) * 65 + 6 * 64
 
 
 def test_hashing_clustering_and_moments_by_hand() -> None:

@@ -12,6 +12,7 @@ from operator_cases import operator_arguments
 from supports.test_route import (
     ALWAYS,
     PER_QUERY,
+    PER_QUERY_IN_TWO,
     POOLED,
     TWO_POOLS,
     Inputs,
@@ -38,7 +39,7 @@ def installed(emulator: Emulator):
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
-@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY[1:] + ALWAYS, ids=ids)
+@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY[1:] + PER_QUERY_IN_TWO + ALWAYS, ids=ids)
 def test_lists_are_those_of_the_definition(form: dict, is_causal: bool) -> None:
     for n, m in ((0, 0), (5, 0), (1, 1), (77, 77), (40, 130)):
         inputs = Inputs(n, m, low_rank=(n + m + form["keys"] // 8) % 3, d=24, seed=n + m)
@@ -48,7 +49,7 @@ def test_lists_are_those_of_the_definition(form: dict, is_causal: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # bfloat16: on tensor cores
-@pytest.mark.parametrize("form", [ALWAYS[2], PER_QUERY[2]], ids=ids)
+@pytest.mark.parametrize("form", [ALWAYS[2], PER_QUERY[2], PER_QUERY_IN_TWO[1]], ids=ids)
 def test_heads_list_their_own_numbers_of_keys(form: dict, dtype: torch.dtype) -> None:
     support = sb.Routed(**form | {"keys": tuple(form["keys"] + 8 * more for more in (2, 0, 5, 2))})
     query, key = (rand(1, heads, 150, 16, seed=heads).to(dtype) for heads in (4, 2))
@@ -79,8 +80,9 @@ def test_blocks_of_threads_make_lists_in_turn(form: dict, inputs: dict) -> None:
     assert_as_defined(Inputs(**inputs, d=4), **form)
 
 
-def test_queries_choose_among_the_best_superblocks() -> None:
-    assert_as_defined(Inputs(3, 1400, heads=1, batch=1), **PER_QUERY[1])
+@pytest.mark.parametrize("pools", [1, 2])
+def test_queries_choose_among_the_best_superblocks(pools: int) -> None:
+    assert_as_defined(Inputs(3, 1400, heads=1, batch=1), **PER_QUERY[1] | {"pools": pools})
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])

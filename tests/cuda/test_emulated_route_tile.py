@@ -11,7 +11,18 @@ import pytest
 import torch
 from emulated import Emulator, build
 from planted import BFLOAT16, Kernels
-from supports.test_route import ALWAYS, PER_QUERY, POOLED, TWO_POOLS, Inputs, assert_near, ids, padded, random_mask
+from supports.test_route import (
+    ALWAYS,
+    PER_QUERY,
+    PER_QUERY_IN_TWO,
+    POOLED,
+    TWO_POOLS,
+    Inputs,
+    assert_near,
+    ids,
+    padded,
+    random_mask,
+)
 from testkit import rand
 from torch import Tensor
 
@@ -19,7 +30,7 @@ import scatterbrain as sb
 
 HALF = [torch.bfloat16, torch.float16]
 FORMS = [POOLED[1], TWO_POOLS[1], ALWAYS[2]]
-OF_QUERIES = [*PER_QUERY, ALWAYS[5], ALWAYS[6]]
+OF_QUERIES = [*PER_QUERY, *PER_QUERY_IN_TWO, *ALWAYS[5:]]
 WIDE = {"keys": 200, "block_q": 32, "window": 40, "sinks": 3, "pools": 2}  # more candidates than most lists need
 
 
@@ -75,9 +86,12 @@ def test_clusters_serve_keys_as_in_the_definition(emulator: Emulator, form: dict
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
-def test_queries_choose_among_the_best_superblocks(emulator: Emulator, is_causal: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("pools", [1, 2])
+def test_queries_choose_among_the_best_superblocks(
+    emulator: Emulator, pools: int, is_causal: bool, dtype: torch.dtype
+) -> None:
     inputs = inputs_of(dtype, 7, 1400, batch=1, low_rank=0)
-    assert_as_defined(emulator, inputs.causal([1390]) if is_causal else inputs, PER_QUERY[1])
+    assert_as_defined(emulator, inputs.causal([1390]) if is_causal else inputs, PER_QUERY[1] | {"pools": pools})
 
 
 @pytest.mark.parametrize(("keys", "has_tiles"), [(2048, True), (2056, False), (9000, False)])
@@ -135,7 +149,7 @@ def test_equal_scores_go_to_the_lowest_keys(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
-@pytest.mark.parametrize("form", [*FORMS, PER_QUERY[2]], ids=ids)
+@pytest.mark.parametrize("form", [*FORMS, PER_QUERY[2], PER_QUERY_IN_TWO[1]], ids=ids)
 def test_padding_changes_no_list(emulator: Emulator, form: dict, is_causal: bool) -> None:
     mask = torch.rand(1, 70, generator=torch.Generator().manual_seed(0)) < 0.1
     mask[:, 0] = mask[:, -1] = False
@@ -150,7 +164,7 @@ def test_padding_changes_no_list(emulator: Emulator, form: dict, is_causal: bool
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("form", [*FORMS, PER_QUERY[2]], ids=ids)
+@pytest.mark.parametrize("form", [*FORMS, PER_QUERY[2], PER_QUERY_IN_TWO[1]], ids=ids)
 def test_lists_read_nothing_after_the_first_query(emulator: Emulator, form: dict, dtype: torch.dtype) -> None:
     """Not even where later tokens are no numbers."""
     before = inputs_of(dtype, 101, heads=1, batch=1).causal()
@@ -217,6 +231,10 @@ FAULTS = {
     "another query's scores": Fault(
         "route_per_query_tile.cuh", "if (query == warp)", "if (query == 0)", "queries|race"
     ),
+    "the other group left out": Fault(
+        "route_per_query_tile.cuh", "log2_of_sum(score, shuffle_xor(score, kWarp / 2))", "score", "groups"
+    ),
+    "points of the whole run": Fault("route_groups.cuh", "is_first ? weight : 0.0f, run)", "weight, run)", "groups"),
     "missing barrier before lists": Fault(
         "route_pooled_tile.cuh", "weigh(warp, runs);\n      sync_block();", "weigh(warp, runs);", "race"
     ),
@@ -239,6 +257,10 @@ def complaint(emulator: Emulator) -> str:
             assert_as_defined(emulator, inputs_of(torch.bfloat16, 20, 300, batch=1, low_rank=0), PER_QUERY[1])
         except (AssertionError, IndexError, ValueError):
             return "queries"
+        try:
+            assert_as_defined(emulator, inputs_of(torch.bfloat16, 20, 300, batch=1, low_rank=0), PER_QUERY_IN_TWO[1])
+        except (AssertionError, IndexError, ValueError):
+            return "groups"
         try:
             test_equal_scores_go_to_the_lowest_keys(emulator)
         except AssertionError:

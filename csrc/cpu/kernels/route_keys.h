@@ -1,7 +1,7 @@
 // The key side of routing: panels of the keys, and of means of keys, of one key/value head.
 #pragma once
 #include "features.h"
-#include "route_panel.h"
+#include "route_groups.h"
 #include "transpose.h"
 
 namespace sb::SB_ISA {
@@ -221,7 +221,11 @@ inline void route_keys(const RouteParams& p, int64_t b, int64_t kv, int64_t segm
   }
   for (int64_t first = begin; first < end; first += kBranch * kBranch) {
     const int64_t super = first / (kBranch * kBranch);
-    float* blocks = panels + super * p.panel_rows * kBranch;
+    float* blocks = panels + super * p.panel_rows * kBranch * p.pools;
+    if (p.has_groups()) {
+      group_panels(p, b, kv, first, zero_row, blocks, panels + p.level_offset[1], scratch);
+      continue;
+    }
     for (int64_t half = 0; half < 2; ++half) {
       key_panel(p, b, kv, first + half * kLeaf, zero_row, keys, scratch);
       for (int64_t i = 0; i < kLeaf / kBranch; ++i)

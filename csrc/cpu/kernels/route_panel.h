@@ -1,8 +1,9 @@
 // Panels, the form in which routing holds keys: tokens in lanes, rows of coordinates. A token is a key or the mean of a
 // run of keys, so one scoring loop serves every level of the search. Rows of a panel: k (head_dim), then |k|^2
-// (per-query form: the variance of the run), then y and kappa, then the number of keys behind the lane. With clusters,
-// a key has the number of its own, and its squared distance to the representative, in place of y (one-hot, in means).
-// Scores are in base 2. Positions count from the row's first valid key.
+// (per-query form: the variance of the run; with two pools as route_groups.h has it), then y and kappa, then the number
+// of keys behind the lane. With clusters, a key has the number of its own, and its squared distance to the
+// representative, in place of y (one-hot, in means). Scores are in base 2. Positions count from the row's first valid
+// key.
 #pragma once
 #include "vec.h"
 

@@ -48,7 +48,8 @@ inline int64_t route_group(const RouteParams& p, int64_t b, int64_t h, int64_t g
     return w.bytes;
   }
   PerQueryScratch w(p, scratch);
-  if (scratch) route_per_query(p, b, h, group, panels, w);
+  if (scratch)
+    p.pools == 2 ? route_per_query<2>(p, b, h, group, panels, w) : route_per_query<1>(p, b, h, group, panels, w);
   return w.bytes;
 }
 

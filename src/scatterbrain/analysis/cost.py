@@ -146,11 +146,15 @@ def _pooled(support: Routed, low_rank: LowRank, shape: Shape) -> float:
 
 def _per_query(support: Routed, shape: Shape) -> float:
     """Every query scores the mean keys of blocks of 8, or those of 64 and then the blocks of the best: d + 1 products
-    each. Squared distances from the mean take d products of a key once."""
-    blocks, best = math.ceil(shape.keys / 8), max(16, 2 * (support.most_keys - support.window) // 8)
+    each. Squared distances from the mean take d products of a key once. With two pools there are two means of each,
+    and half as many superblocks do. Distances are then from the mean, from two keys and from the own group's mean; a
+    superblock of 64 keys divides the 16 groups of its blocks in the same way."""
+    pools = support.pools
+    blocks, best = math.ceil(shape.keys / 8), max(16, 2 * (support.most_keys - support.window) // 8) // pools
     superblocks = math.ceil(blocks / 8)
-    scored = blocks if superblocks <= best else superblocks + 8 * best
-    return scored * (shape.head_dim + 1) + shape.head_dim * (1 + shape.keys_per_query)
+    scored = pools * (blocks if superblocks <= best else superblocks + 8 * best)
+    of_key = shape.head_dim if pools == 1 else 4 * (1 + 16 / 64) * shape.head_dim
+    return scored * (shape.head_dim + 1) + shape.head_dim + of_key * shape.keys_per_query
 
 
 # -------------------- low-rank kernels: multiply-adds of attention, and of what is found in the input beforehand

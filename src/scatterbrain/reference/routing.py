@@ -7,7 +7,8 @@ all directions. Measured, it selects as well as one variance per coordinate and,
 multiply-add per pair instead of head_dim. L_j is the kernel at the block's mean coordinates, or for kernels that
 replace keys by others at its mean query, and single keys are then scored by the expected squared residual. Where
 several pools stand for a block, the squared residuals of each, relative to the square of its sum of exp(s_j) over the
-candidates, are added. The per-query form scores blocks of keys by q.mean(k) and the spread of their keys.
+candidates, are added. The per-query form scores blocks of keys by q.mean(k) and the spread of their keys, or by the
+same of two groups of their keys.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def candidate_blocks(keys: int) -> int:
     return max(16, -(-3 * keys // 16))
 
 
-def candidate_superblocks(routed: int) -> int:
+def candidate_superblocks(routed: int, pools: int = 1) -> int:
     """Superblocks that the per-query form keeps for ``routed`` listed blocks."""
-    return max(16, 2 * routed)
+    return max(16, 2 * routed) // pools
 
 
 def budget_of(support: Routed, head: int) -> int:
@@ -134,6 +135,52 @@ class Keys(NamedTuple):
         """Mean squared distance of the valid keys of every run of ``size`` to their mean."""
         square = Keys(self.key.square().sum(-1, keepdim=True), self.valid, None, None).means(size).key[:, 0]
         return (square - self.means(size).key.square().sum(-1)).clamp_min(0)
+
+    def runs_in_two(self, size: int) -> list[Group]:
+        """Every run of ``size`` keys as two groups."""
+        count, width = -(-len(self.valid) // size), self.key.shape[1]
+        key, weight = (torch.zeros(count * size, n, dtype=self.key.dtype) for n in (width, 1))
+        key[: len(self.valid)], weight[: len(self.valid), 0] = self.key, self.valid.to(self.key.dtype)
+        weight = weight.view(count, size)
+        return in_two(key.view(count, size, width), weight, torch.zeros_like(weight))
+
+
+class Group(NamedTuple):
+    """Keys that stand together, one group of every run: their mean (runs, d), their number and their mean squared
+    distance to the mean (runs,)."""
+
+    mean: Tensor
+    count: Tensor
+    spread: Tensor
+
+
+def in_two(point: Tensor, weight: Tensor, spread: Tensor) -> list[Group]:
+    """The points (runs, n, d) of every run, which stand for ``weight`` keys each that are ``spread`` apart, as two
+    groups: around the point that is farthest from the run's mean, and around the one that is farthest from that."""
+
+    def of(points: Tensor) -> Group:
+        weights = weight * points
+        count = weights.sum(1)
+        share = weights / count.clamp_min(1)[:, None]
+        mean = (share[:, :, None] * point).sum(1)
+        return Group(mean, count, (share * (spread + (point - mean[:, None]).square().sum(-1))).sum(1))
+
+    def from_points(centre: Tensor) -> Tensor:
+        return (point - centre[:, None]).square().sum(-1).masked_fill(weight == 0, -1)
+
+    def farthest(centre: Tensor) -> Tensor:
+        return point[torch.arange(len(point)), from_points(centre).argmax(1)]
+
+    first = farthest(of(torch.ones_like(weight)).mean)
+    is_first = from_points(first) <= from_points(farthest(first))
+    return [of(is_first.to(point.dtype)), of((~is_first).to(point.dtype))]
+
+
+def run_scores(query: Tensor, groups: list[Group]) -> Tensor:
+    """(runs,): the log of what a query weighs the keys of every run with, from the groups that they are in."""
+    spread_weight = query.square().mean() / 2
+    logs = [group.mean @ query + spread_weight * group.spread + group.count.log() for group in groups]
+    return torch.logsumexp(torch.stack(logs), 0)
 
 
 @dataclass
@@ -308,6 +355,30 @@ def pooled_lists(
             yield t, sorted(always | set(best(score, eligible, budget - len(always)))), score
 
 
+def block_scorers(support: Routed, keys: Keys) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """From a query to the scores of all blocks, and to those of all superblocks."""
+    block_k = support.block_k
+    if support.pools == 2:
+        fine = keys.runs_in_two(block_k)
+        # A superblock's points are the groups of its blocks: the first ones, then the second ones.
+        count = -(-len(fine[0].count) // BRANCH)
+
+        def by_super(of_block: Tensor) -> Tensor:
+            filled = torch.zeros(count * BRANCH, *of_block.shape[1:], dtype=of_block.dtype)
+            filled[: len(of_block)] = of_block
+            return filled.unflatten(0, (count, BRANCH))
+
+        points = [torch.cat([by_super(part) for part in parts], 1) for parts in zip(*fine)]
+        coarse = in_two(*points)
+        return (lambda q: run_scores(q, fine)), (lambda q: run_scores(q, coarse))
+
+    def by_mean(size: int) -> Callable[[Tensor], Tensor]:
+        mean, spread = keys.means(size).key, keys.spread(size)
+        return lambda q: mean @ q + q.square().mean() / 2 * spread
+
+    return by_mean(block_k), by_mean(block_k * BRANCH)
+
+
 def per_query_lists(
     support: Routed, budget: int, queries: Queries, keys: Keys, stages: bool
 ) -> Iterator[tuple[int, list[int], Tensor]]:
@@ -315,10 +386,10 @@ def per_query_lists(
     length = len(keys.valid)
     count = -(-length // block_k)
     sinks = -(-support.sinks // block_k)  # blocks
-    kept_supers = candidate_superblocks((largest_budget(support) - window) // block_k)
+    kept_supers = candidate_superblocks((largest_budget(support) - window) // block_k, support.pools)
     routed = (budget - window) // block_k - sinks
     fine, coarse = keys.means(block_k), keys.means(block_k * BRANCH)
-    fine_spread, coarse_spread = keys.spread(block_k), keys.spread(block_k * BRANCH)
+    score_blocks, score_supers = block_scorers(support, keys)
     for i in range(queries.first, queries.end):
         if not queries.valid[i]:
             continue
@@ -338,7 +409,7 @@ def per_query_lists(
         nearby = [c for c in sorted({*first_blocks, *range(low, high)}) if fine.valid[c]]
 
         # 2. The best of the other blocks, from the best superblocks.
-        q, spread_weight = queries.query[i], queries.query[i].square().mean() / 2
+        q = queries.query[i]
         elsewhere = [
             c
             for c in range(len(first_blocks), count)
@@ -348,8 +419,8 @@ def per_query_lists(
             supers = low // BRANCH if queries.is_causal else -(-count // BRANCH)
             if supers > kept_supers:
                 eligible = [c for c in range(supers) if coarse.valid[c]]
-                kept = set(best(coarse.key @ q + spread_weight * coarse_spread, eligible, kept_supers))
+                kept = set(best(score_supers(q), eligible, kept_supers))
                 elsewhere = [c for c in elsewhere if c // BRANCH in kept or c // BRANCH >= supers]
-        score = fine.key @ q + spread_weight * fine_spread
+        score = score_blocks(q)
         sees_none = queries.is_causal and p < 0  # before the row's first key
         yield i - queries.first, [] if sees_none else sorted(nearby + best(score, elsewhere, routed)), score

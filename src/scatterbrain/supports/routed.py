@@ -30,7 +30,9 @@ class Routed(Support):
     take their place; causal routing then chooses among the keys before the window. Per query: ``block_q`` = 1,
     ``block_k`` = 8; a window of ``window`` keys (its start rounded down to a block) and the best ``(keys - window) /
     8`` blocks of 8 keys by ``q . mean(k)``, in the causal form among the complete blocks before the window. The per-
-    query form is for training from scratch, the pooled one for pretrained models.
+    query form is for training from scratch, the pooled one for pretrained models. A block's score is the log of what
+    the query would weigh its keys with, to second order around their mean; with ``pools`` = 2 around the means of two
+    groups of the 8 keys, which finds a single key that fits among seven that do not.
 
     Args:
         keys: keys per query in all: sinks, window, own and listed keys. The per-query form rounds its window to whole
@@ -42,8 +44,9 @@ class Routed(Support):
             0 leaves the choice to the scores, which is best for bidirectional models; causal ones read near keys most.
         sinks: first keys of each row's valid range that are always listed, as :class:`Window` has them; the per-query
             form rounds them up to whole blocks of 8 keys.
-        pools: mean queries that choose a block's list together, 1 or 2, of the pooled form. 2 pay for lists of 96 keys
-            and more that 32 queries share.
+        pools: means that stand for a block when lists are chosen, 1 or 2: of the ``block_q`` queries that share a
+            list, or, in the per-query form, of the ``block_k`` keys that are chosen together. 2 pay for lists of 96
+            keys and more that 32 queries share, and per query wherever attention looks for single keys.
 
     Raises:
         TypeError, ValueError: naming the field, where one is no int or out of its range, or the window and the sinks
@@ -82,11 +85,6 @@ class Routed(Support):
                 "Routed: expected block_q in (8, 16, 32) with block_k=1 (pooled), or block_q=1 with "
                 f"block_k=8 (per query), got block_q={self.block_q}, "
                 f"block_k={self.block_k}"
-            )
-        if self.pools > 1 and not self.is_pooled:
-            raise ValueError(
-                "Routed: pools are the mean queries of lists that a block of queries shares (block_q in (8, 16, 32)), "
-                f"expected pools=1 for lists of single queries, got {self.pools}"
             )
         if self.fewest_keys < self.block_q:
             raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from oracle import CASES, draw
-from supports.test_route import PER_QUERY, POOLED, Inputs
+from supports.test_route import PER_QUERY, PER_QUERY_IN_TWO, POOLED, Inputs
 from testkit import rand
 
 import scatterbrain as sb
@@ -89,7 +89,7 @@ def _lists(dtype: torch.dtype) -> None:
 @call("routes")
 def _routes(dtype: torch.dtype) -> None:
     """The operator itself: supports route float64 tokens as float32."""
-    for low_rank, form in ((0, POOLED[1]), (1, POOLED[1]), (1, PER_QUERY[2])):
+    for low_rank, form in ((0, POOLED[1]), (1, POOLED[1]), (1, PER_QUERY[2]), (1, PER_QUERY_IN_TWO[1])):
         given = Inputs(45, low_rank=low_rank, heads=4, kv_heads=2)
         given.query, given.key = given.query.to(dtype), given.key.to(dtype)
         given.route(**form)
@@ -105,7 +105,8 @@ def _routes_on_tensor_cores(dtype: torch.dtype) -> None:
         given = Inputs(*shape, low_rank=2, d=40, batch=1)
         given.query, given.key = given.query.to(dtype), given.key.to(dtype)
         given.route(**form)
-    for form, n, m, d in ((POOLED[1], 45, 45, 20), (PER_QUERY[2], 9, 45, 20), (PER_QUERY[0], 9, 1300, 40)):
+    of_queries = ((PER_QUERY[2], 9, 45, 20), (PER_QUERY[0], 9, 1300, 40), (PER_QUERY_IN_TWO[0], 9, 700, 40))
+    for form, n, m, d in ((POOLED[1], 45, 45, 20), *of_queries):
         given = Inputs(n, m, low_rank=0, d=d, batch=1)
         given.query, given.key = given.query.to(dtype), given.key.to(dtype)
         given.route(**form)
