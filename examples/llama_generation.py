@@ -18,7 +18,7 @@ import scatterbrain as sb
 from scatterbrain.integrations.transformers import register
 
 # Lists of keys for every query: a language model copies from far back, where a list shared by 16 queries is too coarse.
-NAME = register("scatterbrain:lm", sb.Routed(64, block_q=1, block_k=8, window=16), sb.Quadratic(rank=9))
+NAME = register("scatterbrain:lm", sb.Routed(64, block_q=1, block_k=8, window=16, pools=2), sb.Quadratic(rank=9))
 
 
 def counting(first: int, length: int) -> Tensor:

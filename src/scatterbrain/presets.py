@@ -41,8 +41,8 @@ def causal(keys: int = 128) -> tuple[Window, Quadratic]:
     whatever the query is, and the kernel of ``quadratic``, which must be calibrated. A list that 16 queries share may
     be chosen by the first of them alone, so routing helps causal models less, and a window of twice the keys takes no
     longer: at about the time of ``quadratic`` it has the lowest error and loss in trained decoders (``python
-    benchmarks/causal.py llama``). What errs less, ``Routed(keys, block_q=1, block_k=8, window=16)``, takes twice as
-    long."""
+    benchmarks/causal.py llama``). What errs less, ``Routed(keys, block_q=1, block_k=8, window=16, pools=2)``, takes
+    twice as long."""
     return Window(keys, sinks=min(4, keys)), Quadratic(rank=9, statistics="stored")
 
 
@@ -55,7 +55,7 @@ def train(keys: int = 64) -> tuple[Routed, Quadratic]:
     .17 beside .14 for keys alone, .07 for a window with the kernel and .03 for the kernel alone, where exact attention
     has .87: a model that has to find single tokens among so many needs exact attention. Learned projections are ahead
     of moving averages (``docs/results.md``)."""
-    return Routed(keys, block_q=1, block_k=8, window=16), Quadratic(rank=9, statistics="learned")
+    return Routed(keys, block_q=1, block_k=8, window=16, pools=2), Quadratic(rank=9, statistics="learned")
 
 
 def paper(keys: int = 64, features: int = 64, rounds: int = 2, seed: int = 0) -> tuple[LSH, Favor]:

@@ -53,7 +53,7 @@ def causal_candidates(head_dim: int) -> list[Pair]:
     kernel = Quadratic(min(presets.causal()[1].rank, head_dim))
     windows = [(Window(keys, sinks=4), kernel) for keys in (32, 64, 96, 128, 192, 256)]
     mixed = [(Routed(keys + keys // 2, block_q=16, window=keys), kernel) for keys in (64, 128)]
-    per_query = [(Routed(keys, block_q=1, block_k=8, window=16), kernel) for keys in (64, 128)]
+    per_query = [(Routed(keys, block_q=1, block_k=8, window=16, pools=2), kernel) for keys in (64, 128)]
     return [*windows, *mixed, *per_query]
 
 

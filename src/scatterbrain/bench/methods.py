@@ -5,8 +5,8 @@ drop_in-72, fast-64,    the presets of these names, scatterbrain.presets, with t
   quality-128,
   quadratic-64
 window-64, routed-64,   a support of that many keys with the quadratic kernel and stored statistics;
-  per-query-64, lsh-64,   per-query is Routed(keys, block_q=1, block_k=8, window=16); causal is the support of
-  causal-128              scatterbrain.presets.causal
+  per-query-64, lsh-64,   per-query is Routed(keys, block_q=1, block_k=8, window=16); causal and train are the supports
+  causal-128, train-64    of scatterbrain.presets.causal and train
 window-64+none          the support alone; +favor: with FAVOR+ of 64 features; +input: statistics of the input;
                           +centroid: with 64 clusters of the call's own keys; +kind: with an own kernel that was
                           registered
@@ -40,7 +40,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 _NAME = re.compile(r"(?P<kind>[a-z_]+(?:-[a-z_]+)*)(?:-(?P<keys>\d+))?(?:\+(?P<kernel>[a-z_]+))?")
 _BASELINES = ("sdpa", "torch-window", "torch-performer", "torch-clusters", "torch-flex")
 _PRESETS = ("drop_in", "quality", "fast", "quadratic")
-_BUILT_IN = ("full", "empty", "window", "routed", "per-query", "causal", "lsh", *_PRESETS)
+_BUILT_IN = ("full", "empty", "window", "routed", "per-query", "causal", "train", "lsh", *_PRESETS)
 
 
 def _per_query(keys: int) -> Support:
@@ -50,7 +50,7 @@ def _per_query(keys: int) -> Support:
 def _supports() -> dict[str, Callable[[int], Support]]:
     """What makes a support of a budget of keys, by the kind in a method's name."""
     known = {kind: cls.with_keys for kind, cls in SUPPORTS.items() if cls.is_configurable}
-    presets = {name: partial(_support_of, name) for name in (*_PRESETS, "causal")}
+    presets = {name: partial(_support_of, name) for name in (*_PRESETS, "causal", "train")}
     return {**known, "per-query": _per_query, **presets}
 
 
