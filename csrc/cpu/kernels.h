@@ -75,8 +75,8 @@ struct ProjectKernels {
                            const T* zero_row, T* d_tokens, int64_t d_row_stride, T* d_weight, double* d_bias);
 };
 
-// Routing: the panels of kRouteSegment keys of one head, with one panel of scratch, and the lists of one group of
-// queries (which must be cleared before), whose scratch works as above.
+// Routing: the panels of kRouteSegment keys of one head, with scratch of key_scratch_floats, and the lists of one group
+// of queries (which must be cleared before), whose scratch works as above.
 struct RouteKernels {
   void (*keys)(const RouteParams&, int64_t b, int64_t kv, int64_t segment, float* panels, float* scratch,
                const float* zero_row);

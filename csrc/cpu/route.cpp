@@ -26,6 +26,11 @@ int64_t place_panels(RouteParams& p) {
   return p.level_offset[1] + panels_of(supers * p.pools);
 }
 
+// What the keys' side works in: a panel, or the means of a superblock's groups and of its own.
+int64_t key_scratch_floats(const RouteParams& p) {
+  return p.has_groups() ? (2 * kBranch + 2) * p.head_pad : p.key_rows * kRouteLanes;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
@@ -56,7 +61,7 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
     p.rank = rank_of(a);
     p.has_clusters() ? clusters.set<float>(a, p) : maps.set<float>(a, p, false);
   }
-  p.panel_rows = p.head_dim + (p.has_groups() ? 3 : 2) + (!p.has_low_rank() ? 0 : p.rank + 1);
+  p.panel_rows = p.head_dim + 2 + (!p.has_low_rank() ? 0 : p.rank + 1);
   p.key_rows = p.has_clusters() ? p.head_dim + 5 : p.panel_rows;
 
   Tensor index = empty({p.batch, p.q_heads, p.blocks, p.capacity}, ScalarType::Int);
@@ -71,13 +76,11 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   float* const panels = static_cast<float*>(memory.data());
   const int64_t segments = ceil_div(p.k_tokens, kRouteSegment),
                 groups = ceil_div(p.blocks, blocks_per_group(p.block_k, p.pools));
-  // A task of the keys' side holds one panel, or the groups of a superblock and its own.
-  const int64_t panel_bytes =
-                    std::max(p.panel_rows * kRouteLanes, (2 * kBranch + 2) * p.head_pad) * int64_t(sizeof(float)),
+  const int64_t key_bytes = key_scratch_floats(p) * int64_t(sizeof(float)),
                 group_bytes = kernel.group(p, 0, 0, 0, nullptr, nullptr);
   for_each_head_range(heads, p.k_tokens, [&](const HeadRange& range) {
     std::optional<Stage> stage(std::in_place, "routing, keys");
-    parallel_units(1, range.count, segments, panel_bytes, [&](int64_t, int64_t at, int64_t segment, void* scratch) {
+    parallel_units(1, range.count, segments, key_bytes, [&](int64_t, int64_t at, int64_t segment, void* scratch) {
       const int64_t head = range.first + at;
       kernel.keys(p, head / p.kv_heads, head % p.kv_heads, segment, panels + at * panel_floats,
                   static_cast<float*>(scratch), static_cast<const float*>(zero_row.data()));

@@ -94,7 +94,7 @@ class Route {
     p.fine_keys = p.block_k == 1 ? kLeaf : kBranch;
     p.coarse_keys = p.block_k == 1 ? kLeaf * kSuper : kBranch * kBranch;
     p.fine_runs = ceil_div(p.k_tokens, p.fine_keys), p.coarse_runs = ceil_div(p.k_tokens, p.coarse_keys);
-    p.run_width = p.has_groups() ? 2 * (p.head_dim + 3) : p.head_dim + 4 + (p.has_low_rank() ? p.rank : 0);
+    p.run_width = p.has_groups() ? 2 * (p.head_dim + 2) : p.head_dim + 4 + (p.has_low_rank() ? p.rank : 0);
     p.fine = floats({p.batch, p.kv_heads, p.fine_runs, p.run_width});
     p.coarse = floats({p.batch, p.kv_heads, p.coarse_runs, p.run_width});
   }

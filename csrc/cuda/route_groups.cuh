@@ -1,5 +1,6 @@
 // The key side of routing per query with two pools: the keys of a run in two groups, around the key that is farthest
-// from the run's mean and around the one that is farthest from that. A warp per run, a lane per point of it.
+// from the run's mean and around the one that is farthest from that. A run that has keys has some in its first group. A
+// warp per run, a lane per point of it.
 #pragma once
 #include "../math/routing.h"
 #include "route_block.cuh"
@@ -19,20 +20,23 @@ struct RouteRow {
   SB_DEVICE bool is_valid(int64_t key) const { return key < length && !(mask && load(mask + key)); }
 };
 
-// Columns of a group behind its mean: the variance of its keys, the log of their number (base 2), the number.
+// Columns of a group behind its mean: the variance of its keys, and their number.
 struct GroupColumns {
-  int64_t spread, log, count, width;
-  SB_DEVICE explicit GroupColumns(const RoutingParams& p)
-      : spread(p.head_dim), log(spread + 1), count(log + 1), width(count + 1) {}
+  int64_t spread, count, width;
+  SB_DEVICE explicit GroupColumns(const RoutingParams& p) : spread(p.head_dim), count(spread + 1), width(count + 1) {}
 };
 
 // Scores of groups are in base 2, for their sum.
 SB_DEVICE float unit_of_score(const RoutingParams& p) { return p.has_groups() ? float(kLog2e) : 1.0f; }
 
-// log2(2^a + 2^b). What overflows stays infinite.
-SB_DEVICE float log2_of_sum(float a, float b) {
-  const float top = larger(a, b), rest = (a > b ? b : a) - top;
-  return top + log2_of(1.0f + exp2_of(rest > -126.0f ? rest : -126.0f));
+// log2(m 2^a + n 2^b), where m is not zero: runs whose keys weigh the same have exactly equal scores. What overflows
+// stays infinite, and what is no number stays that.
+SB_DEVICE float log2_of_sum(float m, float a, float n, float b) {
+  if (!(n > 0.0f)) b = a;
+  if (a != a || b != b) return a + b;
+  const float top = a > b ? a : b;
+  const auto weight = [&](float of) { return of == top ? 1.0f : exp2_of(of - top); };
+  return top + log2_of(m * weight(a) + n * weight(b));
 }
 
 // Points of a run, one of every lane below `n`, which stands for `weight` keys that are `spread` apart. value(i, e): of
@@ -53,7 +57,8 @@ class RunPoints {
     write_mean(weight, run);
     const int pole = farthest(distances(run));
     const float from_pole = distances(pole);
-    const bool is_first = from_pole <= distances(farthest(from_pole));
+    const float from_other = distances(farthest(from_pole));
+    const bool is_first = lane == pole || !(from_pole > from_other);
     write_group(is_first ? weight : 0.0f, run), write_group(is_first ? 0.0f : weight, run + at.width);
   }
 
@@ -104,11 +109,11 @@ class RunPoints {
     const float count = write_mean(weights, run), distance = distances(run),
                 apart = warp_sum(weights > 0.0f ? weights / count * (spread + distance) : 0.0f);
     if (lane > 0) return;
-    store(run + at.spread, apart), store(run + at.count, count);
-    store(run + at.log, count > 0.0f ? log2_of(count) : kNoKeys);
+    // Finite, unless it is no number: a query of zeros must not make it one.
+    store(run + at.spread, apart > kLargestSpread ? kLargestSpread : apart), store(run + at.count, count);
   }
 
-  static constexpr float kNoKeys = -1e30f;  // the log of no key
+  static constexpr float kLargestSpread = 1e38f;
   const RoutingParams& p;
   const int lane = lane_index();
   const int n;

@@ -105,7 +105,7 @@ class RoutedQuery {
     if (!p.has_groups()) return product(run);
     const GroupColumns of(p);
     const float* other = run + of.width;
-    return log2_of_sum(product(run) + load(run + of.log), product(other) + load(other + of.log));
+    return log2_of_sum(load(run + of.count), product(run), load(other + of.count), product(other));
   }
   SB_DEVICE const float* fine(int64_t block) const { return p.fine + (row.head * p.fine_runs + block) * p.run_width; }
   SB_DEVICE bool has_keys(const float* run) const {

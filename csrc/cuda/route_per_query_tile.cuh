@@ -127,8 +127,10 @@ class QueryTiles {
         float score = product[n];
         if (run >= 0) score += of_spread * numbers.get(row_of(run, i), RowNumbers::kSquare);
         if (groups == 2) {
-          if (run >= 0) score += numbers.get(row_of(run, i), RowNumbers::kLog);
-          score = log2_of_sum(score, shuffle_xor(score, kWarp / 2));  // kept_row() of that lane is the other group's
+          const float keys = run >= 0 ? numbers.count(row_of(run, i)) : 1.0f;
+          // kept_row() of that lane is the other group's.
+          const float others = shuffle_xor(keys, kWarp / 2), other = shuffle_xor(score, kWarp / 2);
+          score = log2_of_sum(keys, score, others, other);
         }
         if (run >= 0 && i % groups == 0) put(query, at, score);
       }

@@ -13,8 +13,8 @@ inline constexpr int kRouteParts = 3;   // of bfloat16, which hold all digits of
 class RowNumbers {
  public:
   // |k|^2; the log scale; then y, or of a cluster's key its squared distance from the representative. Behind those of
-  // a run: how many keys it has. Of a group of a run: its variance, the log of its keys, and their number.
-  static constexpr int64_t kSquare = 0, kKappa = 1, kLog = kKappa, kRest = 2, kApart = kRest;
+  // a run: how many keys it has. Of a group of a run: its variance, and how many keys it has.
+  static constexpr int64_t kSquare = 0, kKappa = 1, kRest = 2, kApart = kRest;
   static SB_DEVICE RowNumbers of_keys(const RoutingParams& p, int64_t head) {
     return {p.key_numbers + head * p.fine_runs * p.key_columns() * kWarp, p.key_columns()};
   }
@@ -110,10 +110,7 @@ SB_DEVICE void write_run_parts(const RoutingParams& p, int level, int64_t at) {
       if (lane_index() == 0) numbers.set(to, p.run_columns() - 1, keys);
       if (keys == 0.0f && g == 0) return;  // neither has any
       write_parts(mean, p.head_dim, p.run_parts[level] + (2 * at + g) * kRouteParts * p.head_dim);
-      if (lane_index() == 0) {
-        numbers.set(to, RowNumbers::kSquare, load(mean + of.spread));
-        numbers.set(to, RowNumbers::kLog, load(mean + of.log));
-      }
+      if (lane_index() == 0) numbers.set(to, RowNumbers::kSquare, load(mean + of.spread));
     }
     return;
   }

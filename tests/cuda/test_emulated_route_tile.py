@@ -94,13 +94,16 @@ def test_queries_choose_among_the_best_superblocks(
     assert_as_defined(emulator, inputs.causal([1390]) if is_causal else inputs, PER_QUERY[1] | {"pools": pools})
 
 
-@pytest.mark.parametrize(("keys", "has_tiles"), [(2048, True), (2056, False), (9000, False)])
+@pytest.mark.parametrize(
+    ("keys", "pools", "has_tiles"),
+    [(2048, 1, True), (2056, 1, False), (9000, 1, False), (4096, 2, True), (4112, 2, False)],
+)
 def test_lists_that_registers_cannot_hold_go_without_tensor_cores(
-    emulator: Emulator, keys: int, has_tiles: bool
+    emulator: Emulator, keys: int, pools: int, has_tiles: bool
 ) -> None:
     query, key = rand(1, 1, 20, 16).bfloat16(), rand(1, 1, 20, 16).bfloat16()
     with on_tensor_cores(emulator, has_tiles):
-        sb.route(query, key, sb.Routed(16 + keys, block_q=1, block_k=8, window=16), None)
+        sb.route(query, key, sb.Routed(16 + keys, block_q=1, block_k=8, window=16, pools=pools), None)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
@@ -232,7 +235,7 @@ FAULTS = {
         "route_per_query_tile.cuh", "if (query == warp)", "if (query == 0)", "queries|race"
     ),
     "the other group left out": Fault(
-        "route_per_query_tile.cuh", "log2_of_sum(score, shuffle_xor(score, kWarp / 2))", "score", "groups"
+        "route_per_query_tile.cuh", "score = log2_of_sum(keys, score, others, other);", "", "groups"
     ),
     "points of the whole run": Fault("route_groups.cuh", "is_first ? weight : 0.0f, run)", "weight, run)", "groups"),
     "missing barrier before lists": Fault(

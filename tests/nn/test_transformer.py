@@ -268,6 +268,7 @@ def test_a_causal_decoder_reads_no_later_token():
         (sb.Routed(20), None, sb.Routed(24, block_q=1, block_k=8), "lists that queries share would show"),
         (sb.Routed(24, 1, 8, 8), None, sb.Routed(24, 1, 8), "where the number of target tokens puts it"),
         (sb.Routed(24, 1, 8), None, sb.Routed(24, 1, 8), ""),
+        (sb.Routed(24, 1, 8, 8, pools=2), None, sb.Routed(24, 1, 8, pools=2), "where the number of target tokens"),
         (sb.Window(20), sb.Favor(8), sb.Routed(24, 1, 8), "where the number of target tokens puts it"),
         (sb.Empty(), sb.Favor(8), sb.Empty(), ""),
         (sb.LSH(16), None, None, "LSH sorts all queries"),

@@ -1,6 +1,7 @@
 // Routing per query with two pools: the keys of a run in two groups, around the key that is farthest from the run's
-// mean and around the one that is farthest from that. Rows of a panel here: the mean of a group, its variance, the log
-// of its number of keys (base 2), and the number itself. Second groups lie behind the lanes of all first ones.
+// mean and around the one that is farthest from that. Rows of a panel here: the mean of a group, its variance, and the
+// number of its keys. Second groups lie behind the lanes of all first ones, and a run that has keys has some in its
+// first group.
 #pragma once
 #include "route_panel.h"
 
@@ -8,9 +9,9 @@ namespace sb::SB_ISA {
 
 inline constexpr int kPairedSupers = kLeaf / 2;  // superblocks of a panel
 inline constexpr int kMostPoints = 2 * kBranch;  // a superblock's: the groups of its blocks
-inline constexpr float kNoKeys = -1e30f;         // the log of no key
+inline constexpr float kLargestSpread = 1e38f;
 
-// Rows of numbers that stand for `weight` keys each, which are `spread` apart (null: keys themselves).
+// Rows of numbers that stand for `weight` keys each, which are `spread` apart (0: keys themselves).
 struct Points {
   const float* row[kMostPoints];
   float weight[kMostPoints], spread[kMostPoints];
@@ -35,17 +36,19 @@ SB_INLINE float write_mean(const Points& points, const float* weight, int64_t wi
   const float share = count > 0 ? 1 / count : 0.0f;
   for (int64_t e = 0; e < width; e += kRouteWidth) {
     RouteVec sum{};
-    for (int i = 0; i < points.n; ++i) sum += weight[i] * load_lanes(points.row[i] + e);
+    for (int i = 0; i < points.n; ++i)
+      if (weight[i] > 0) sum += weight[i] * load_lanes(points.row[i] + e);
     store<float, kRouteWidth>(mean + e, sum * share);
   }
   return count;
 }
+// Finite, unless it is no number: a query of zeros must not make it one.
 SB_INLINE float spread_around(const Points& points, const float* weight, float count, int64_t width,
                               const float* mean) {
   float sum = 0;
   for (int i = 0; i < points.n; ++i)
     if (weight[i] > 0) sum += weight[i] / count * (points.spread[i] + squared_distance(points.row[i], mean, width));
-  return sum;
+  return sum > kLargestSpread ? kLargestSpread : sum;
 }
 
 // Writes the two groups of the points to lanes `lane` and `second` of a panel of `lanes`, and their means, `width`
@@ -53,19 +56,20 @@ SB_INLINE float spread_around(const Points& points, const float* weight, float c
 SB_INLINE void write_groups(const RouteParams& p, const Points& points, int64_t width, float* means, float* panel,
                             int64_t lanes, int64_t lane, int64_t second, Points* groups) {
   const auto farthest = [&](const float* from, float* distance) {
-    int best = -1;
+    int best = 0;
     for (int i = 0; i < points.n; ++i) {
       distance[i] = points.weight[i] > 0 ? squared_distance(points.row[i], from, width) : -1.0f;
-      if (distance[i] >= 0 && (best < 0 || distance[i] > distance[best])) best = i;
+      // The first one that has keys to begin with: a distance may be no number.
+      if (points.weight[i] > 0 && (points.weight[best] == 0 || distance[i] > distance[best])) best = i;
     }
-    return best < 0 ? 0 : best;
+    return best;
   };
   float weight[2][kMostPoints], distance[2][kMostPoints];
   write_mean(points, points.weight, width, means);
   const int pole = farthest(means, distance[0]), other = farthest(points.row[pole], distance[0]);
   farthest(points.row[other], distance[1]);
   for (int i = 0; i < points.n; ++i) {
-    const bool is_first = distance[0][i] <= distance[1][i];
+    const bool is_first = i == pole || !(distance[0][i] > distance[1][i]);
     weight[0][i] = is_first ? points.weight[i] : 0.0f, weight[1][i] = is_first ? 0.0f : points.weight[i];
   }
   for (int g = 0; g < 2; ++g) {
@@ -74,14 +78,13 @@ SB_INLINE void write_groups(const RouteParams& p, const Points& points, int64_t 
                 spread = spread_around(points, weight[g], count, width, mean);
     for (int64_t e = 0; e < p.head_dim; ++e) to[e * lanes] = mean[e];
     to[p.head_dim * lanes] = spread;
-    to[(p.head_dim + 1) * lanes] = count > 0 ? __builtin_log2f(count) : kNoKeys;
-    to[(p.head_dim + 2) * lanes] = count;
+    to[(p.head_dim + 1) * lanes] = count;
     if (groups) groups->add(mean, count, spread);
   }
 }
 
 // Fills what routing looks at of the kBranch^2 keys from position `first` on: the panel of their blocks, and their
-// lanes of the superblocks' panels at `supers`. Masked keys are not read. Scratch: kMostPoints rows.
+// lanes of the superblocks' panels at `supers`. Masked keys are not read. Scratch: kMostPoints + 2 rows.
 SB_INLINE void group_panels(const RouteParams& p, int64_t b, int64_t kv, int64_t first, const float* zero_row,
                             float* blocks, float* supers, float* scratch) {
   const RowRange& range = p.rows[b];
@@ -106,16 +109,30 @@ SB_INLINE void group_panels(const RouteParams& p, int64_t b, int64_t kv, int64_t
   write_groups(p, ordered, p.head_pad, means, panel, kLeaf, lane, kPairedSupers + lane, nullptr);
 }
 
-// log2(2^a + 2^b). What overflows stays infinite.
-SB_INLINE BlockVec log2_of_sum(BlockVec a, BlockVec b) {
+// log2 of x in [1, 2^23), exactly the exponent where x is a power of two.
+SB_INLINE BlockVec log2_from_one(BlockVec x) {
+  // x = m 2^n with m in [sqrt(1/2), sqrt(2)): the bits of sqrt(1/2) are subtracted before the exponent is read. Then
+  // ln(m) = 2 atanh(t), and t is at most .172.
+  const auto bits = (BlockInts)x;
+  const BlockInts n = (bits - 0x3f3504f3) >> 23;
+  const auto m = (BlockVec)(bits - (n << 23));
+  const BlockVec t = (m - 1.0f) / (m + 1.0f), t2 = t * t;
+  BlockVec sum = t2 * (1.0f / 9) + 1.0f / 7;
+  sum = sum * t2 + 1.0f / 5, sum = sum * t2 + 1.0f / 3, sum = sum * t2 + 1.0f;
+  return __builtin_convertvector(n, BlockVec) + sum * t * float(2 * kLog2e);
+}
+
+// log2(m 2^a + n 2^b), where m is not zero: runs whose keys weigh the same have exactly equal scores. What overflows
+// stays infinite, and what is no number stays that.
+SB_INLINE BlockVec log2_of_sum(BlockVec m, BlockVec a, BlockVec n, BlockVec b) {
+  b = n > BlockVec{} ? b : a;
   const BlockVec top = max_lanes(a, b), lowest = splat<float, kBlockWidth>(-126.0f);
-  BlockVec rest = (a > b ? b : a) - top;
-  rest = rest > lowest ? rest : lowest;
-  // ln(1 + t) = 2 atanh(s); s is at most 1/3.
-  const BlockVec t = exp2v<kBlockWidth>(rest), s = t / (t + 2.0f), s2 = s * s;
-  BlockVec sum = s2 * (1.0f / 11) + 1.0f / 9;
-  sum = sum * s2 + 1.0f / 7, sum = sum * s2 + 1.0f / 5, sum = sum * s2 + 1.0f / 3, sum = sum * s2 + 1.0f;
-  return top + sum * s * float(2 * kLog2e);
+  const auto weight = [&](BlockVec of) SB_INLINE_LAMBDA {
+    const BlockVec rest = of - top;  // no number where both are infinite
+    return exp2v<kBlockWidth>(rest > lowest ? rest : of == top ? BlockVec{} : lowest);
+  };
+  const BlockVec sum = top + log2_from_one(m * weight(a) + n * weight(b));
+  return a == a ? b == b ? sum : b : a;
 }
 
 }  // namespace sb::SB_ISA

@@ -8,7 +8,7 @@
 namespace sb::SB_ISA {
 
 struct PerQueryScratch {
-  float *query, *super_score;          // (16, d + pools), (16, lanes)
+  float *query, *super_score;          // (16, d + 1), (16, lanes)
   int32_t *key, *candidate;            // sortable scores: (units), (16, 8 (kept + 2))
   int32_t *chosen, *taken;             // superblocks of the candidates (16, kept + 2); positions taken
   uint16_t* wanted;                    // (superblocks): bit q says whether query q looks inside
@@ -20,7 +20,7 @@ struct PerQueryScratch {
     units = pad_to(supers, kLeaf), lanes = pad_to(supers * p.pools, kLeaf);
     width = candidate_superblocks(p.keys, p.window, p.pools) + 2;
     Arena arena{static_cast<char*>(memory), 0};
-    query = arena.take<float>(kRoutedQueries * (p.head_dim + p.pools)),
+    query = arena.take<float>(kRoutedQueries * (p.head_dim + 1)),
     super_score = arena.take<float>(kRoutedQueries * lanes);
     key = arena.take<int32_t>(units), candidate = arena.take<int32_t>(kRoutedQueries * width * kBranch);
     chosen = arena.take<int32_t>(kRoutedQueries * width),
@@ -30,11 +30,14 @@ struct PerQueryScratch {
   }
 };
 
-// Of kBlockWidth runs, from the scores of their groups; second groups lie `second` behind the first ones.
+// Of kBlockWidth runs, from the scores and numbers of keys of their groups; second groups lie `second` behind the first
+// ones.
 template <int kPools>
-SB_INLINE BlockVec score_of(const float* score, int64_t second) {
+SB_INLINE BlockVec score_of(const float* score, const float* keys, int64_t second) {
   const BlockVec first = load_lanes<kBlockWidth>(score);
-  if constexpr (kPools == 2) return log2_of_sum(first, load_lanes<kBlockWidth>(score + second));
+  if constexpr (kPools == 2)
+    return log2_of_sum(load_lanes<kBlockWidth>(keys), first, load_lanes<kBlockWidth>(keys + second),
+                       load_lanes<kBlockWidth>(score + second));
   return first;
 }
 
@@ -47,7 +50,7 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
                 panel_size = p.panel_rows * kLeaf;
   const int64_t shift = (p.is_causal ? range.offset : 0) - int64_t(range.k_first),
                 sink_blocks = ceil_div(p.sinks, kBranch), routed = (keys_of(p, h) - p.window) / kBranch - sink_blocks;
-  const int64_t kept = candidate_superblocks(p.keys, p.window, kPools), depth = p.head_dim + kPools,
+  const int64_t kept = candidate_superblocks(p.keys, p.window, kPools), depth = p.head_dim + 1,
                 all_supers = ceil_div(count, kBranch);
   constexpr int kSupersOfPanel = kLeaf / kPools, kBlockLanes = kBranch * kPools;
   // Logs of two groups are added in base 2.
@@ -78,7 +81,6 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
     }
     for (int64_t e = 0; e < p.head_dim; ++e) query[e] = row[e] * p.scale * unit_of_score;
     query[p.head_dim] = sum_lanes<float, kBlockWidth>(square) * (0.5f / float(p.head_dim)) * unit_of_score;
-    if (kPools == 2) query[p.head_dim + 1] = 1;
     if (p.is_causal) {
       const int64_t start = position - p.window + 1;
       low[r] = (start > 0 ? start : 0) / kBranch;
@@ -116,7 +118,8 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
         const float* keys_behind =
             panels + p.level_offset[1] + of_panel * panel_size + (p.panel_rows - 1) * kLeaf + lane;
         const BlockInts eligible = (unit < int32_t(supers[r])) & (load_lanes<kBlockWidth>(keys_behind) > 0.0f);
-        const BlockVec score = score_of<kPools>(w.super_score + r * w.lanes + of_panel * kLeaf + lane, kSupersOfPanel);
+        const BlockVec score =
+            score_of<kPools>(w.super_score + r * w.lanes + of_panel * kLeaf + lane, keys_behind, kSupersOfPanel);
         store_ints<kBlockWidth>(w.key + s, sortable<kBlockWidth>(eligible ? score : never));
       }
       const int64_t taken = take_top(w.key, padded, kept, w.taken, w.guess[0]);
@@ -146,9 +149,10 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
           const BlockInts unit = lane_numbers<kBlockWidth>() + int32_t(s * kBranch + lane);
           const BlockInts outside =
               p.is_causal ? unit < int32_t(low[r]) : (unit < int32_t(low[r])) | (unit >= int32_t(high[r]));
-          const BlockInts eligible = outside & (unit >= int32_t(first[r])) &
-                                     (load_lanes<kBlockWidth>(panel + (p.panel_rows - 1) * kBlockLanes + lane) > 0.0f);
-          const BlockVec of_block = score_of<kPools>(score + i * kBlockLanes + lane, kBranch);
+          const float* keys_behind = panel + (p.panel_rows - 1) * kBlockLanes + lane;
+          const BlockInts eligible =
+              outside & (unit >= int32_t(first[r])) & (load_lanes<kBlockWidth>(keys_behind) > 0.0f);
+          const BlockVec of_block = score_of<kPools>(score + i * kBlockLanes + lane, keys_behind, kBranch);
           store_ints<kBlockWidth>(w.candidate + (r * w.width + lists[r]) * kBranch + lane,
                                   sortable<kBlockWidth>(eligible ? of_block : never));
         }

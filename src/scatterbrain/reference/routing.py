@@ -172,15 +172,17 @@ def in_two(point: Tensor, weight: Tensor, spread: Tensor) -> list[Group]:
         return point[torch.arange(len(point)), from_points(centre).argmax(1)]
 
     first = farthest(of(torch.ones_like(weight)).mean)
-    is_first = from_points(first) <= from_points(farthest(first))
+    is_first = ~(from_points(first) > from_points(farthest(first)))
     return [of(is_first.to(point.dtype)), of((~is_first).to(point.dtype))]
 
 
 def run_scores(query: Tensor, groups: list[Group]) -> Tensor:
     """(runs,): the log of what a query weighs the keys of every run with, from the groups that they are in."""
     spread_weight = query.square().mean() / 2
-    logs = [group.mean @ query + spread_weight * group.spread + group.count.log() for group in groups]
-    return torch.logsumexp(torch.stack(logs), 0)
+    score = torch.stack([group.mean @ query + spread_weight * group.spread for group in groups])
+    count = torch.stack([group.count for group in groups])
+    top = score.masked_fill(count == 0, -torch.inf).amax(0)  # runs of keys that weigh the same tie exactly
+    return top + (count * torch.exp(score - top).where(count > 0, 0)).sum(0).log()
 
 
 @dataclass

@@ -214,16 +214,15 @@ class Routed(Support):
             why = "a window lies where the number of target tokens puts it"
         else:
             return self, ""
-        own = lists_of_single_queries(self.keys)
+        own = lists_of_single_queries(self.keys, 1 if self.is_pooled else self.pools)
         return own, f"{own}: {why}"
 
 
-def lists_of_single_queries(keys: int | tuple[int, ...]) -> Routed:
+def lists_of_single_queries(keys: int | tuple[int, ...], pools: int = 1) -> Routed:
     """Routing of every query by itself, to at least ``keys`` keys, by content alone."""
     whole_blocks = lambda n: 8 * math.ceil(n / 8)
-    return Routed(
-        tuple(map(whole_blocks, keys)) if isinstance(keys, tuple) else whole_blocks(keys), block_q=1, block_k=8
-    )
+    budget = tuple(map(whole_blocks, keys)) if isinstance(keys, tuple) else whole_blocks(keys)
+    return Routed(budget, block_q=1, block_k=8, pools=pools)
 
 
 def _as_row(keys: tuple[int, ...], device: torch.device) -> Tensor:
