@@ -212,7 +212,7 @@ class QueryTiles {
 };
 
 template <class E>
-SB_KERNEL SB_THREADS_AT_MOST(kRouteThreads) route_per_query_tile(RoutingParams p) {
+SB_KERNEL SB_THREADS_AND_BLOCKS(kRouteThreads, 4) route_per_query_tile(RoutingParams p) {
   const QueryTileMemory memory(p);
   const int64_t groups = ceil_div(p.q_tokens, kGroup);
   for_each_task(p.batch * p.q_heads * groups, [&](int64_t task) {
