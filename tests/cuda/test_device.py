@@ -117,6 +117,7 @@ ROUTED = {
     "pooled with window and sinks": sb.Routed(64, block_q=16, window=24, sinks=5),
     "two pools": sb.Routed(48, block_q=16, pools=2),
     "per query": sb.Routed(32, block_q=1, block_k=8, window=16),
+    "per query of two pools": sb.Routed(32, block_q=1, block_k=8, window=16, pools=2),
 }
 
 

@@ -14,6 +14,7 @@ SOME = (
     "where_subtraction_would_cancel_queries_are_computed_again[True]",
     "lists_are_those_of_the_cpu[two pools-False-quadratic]",
     "lists_are_those_of_the_cpu[per query-True-none]",
+    "lists_are_those_of_the_cpu[per query of two pools-False-none]",
     "clusters_are_those_of_the_definition[segments-torch.float32]",
     "two_runs_and_every_layout_give_the_same_bits[pooled-centroid]",
     "no_bit_of_the_past_depends_on_the_future[torch.bfloat16-per query-favor]",
