@@ -112,7 +112,7 @@ FAULTS = {
     "lost late keys": Fault("kv_state.cuh", "late_count = load(p.late_counts + slot);", "late_count = 0;", "late"),
     "missing rescale of a state": Fault("kv_state.cuh", " * exp2_of(of_segment - top);", ";", "states"),
     "wrong mask bound of a run": Fault(
-        "route_runs.cuh", "key < length && !(mask", "key <= length && !(mask", "out of bounds|lists"
+        "route_groups.cuh", "key < length && !(mask", "key <= length && !(mask", "out of bounds|lists"
     ),
     "lost group offset of a routed head": Fault(
         "route_pooled.cuh", "p.kv_heads + h / (p.q_heads / p.kv_heads)", "p.kv_heads + h % p.kv_heads", "lists"
