@@ -329,7 +329,8 @@ inline void check_route(const RouteArguments& a) {
   SB_CHECK(pooled || per_query,
            "route: expected block_q 8, 16 or 32 with block_k 1, window 0 or at least block_q, and keys >= "
            "max(window, block_q) + sinks; or block_q 1 with block_k 8, keys and window in multiples of 8, and keys >= "
-           "window + sinks rounded up to 8");
+           "window + sinks rounded up to 8; got block_q ",
+           a.block_q, ", block_k ", a.block_k, ", keys ", a.keys, ", window ", a.window, ", sinks ", a.sinks);
   SB_CHECK(a.pools == 1 || a.pools == 2, "route: expected 1 or 2 pools, got ", a.pools);
   if (a.head_keys) check_head_keys(*a.head_keys, q.size(1), a);
   check_low_rank("route", a.low_rank);

@@ -187,7 +187,7 @@ SB_INLINE void key_panel(const RouteParams& p, int64_t b, int64_t kv, int64_t fi
 }
 
 // Fills the panels of keys [segment * kRouteSegment, + kRouteSegment) of one key/value head, at every level. Scratch:
-// one panel.
+// as csrc/cpu/kernels.h has it.
 inline void route_keys(const RouteParams& p, int64_t b, int64_t kv, int64_t segment, float* panels, float* scratch,
                        const float* zero_row) {
   const int64_t length = int64_t(p.rows[b].k_end) - p.rows[b].k_first, begin = segment * kRouteSegment;
