@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scatterbrain.training.config import DataConfig
-from scatterbrain.training.data import Batches, find_files, read_corpus
+from scatterbrain.training.data import Batches, GrowingBatches, find_files, read_corpus
 
 
 @pytest.fixture
@@ -82,3 +82,13 @@ def test_a_batch_depends_on_its_number_and_the_seed_only():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     other = Batches(tokens, context=8, batch=2, seed=4)
     assert any(not torch.equal(first[number], other[number][0]) for number in range(3))
+
+
+def test_growing_sequences_are_those_of_their_length_and_a_batch_has_fewer_of_them():
+    tokens = torch.randint(256, (500,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    growing = GrowingBatches(tokens, 16, 2, 3, lambda fraction: 4 if fraction < 0.5 else 16)
+    for number in (0, 7):
+        for fraction, length, rows in ((0.0, 4, 8), (0.49, 4, 8), (0.5, 16, 2), (1.0, 16, 2)):
+            found, wanted = growing.at(number, fraction), Batches(tokens, length, rows, 3)[number]
+            assert found[0].shape == (rows, length)
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,13 @@ from scatterbrain.training.models.encoder import Encoder, PairClassifier, Sequen
 CONFIG = ModelConfig(layers=2, width=16, heads=2, positions="learned", convolution=2)
 
 
-def made(model: type[Encoder], has_features: bool = False) -> Encoder:
+def made(model: type[Encoder], has_features: bool = False, **changes: str) -> Encoder:
     def attention(heads: int, kv_heads: int, head_dim: int) -> nn.Module:
         return sb.ScatterbrainAttention(heads, head_dim, kv_heads, support=sb.Window(9), low_rank=sb.Centroid(8))
 
     size = 3 if has_features else 11
-    return model(CONFIG, size, 5, attention, torch.Generator().manual_seed(0), 60, has_features).eval()
+    config = dataclasses.replace(CONFIG, **changes)
+    return model(config, size, 5, attention, torch.Generator().manual_seed(0), 60, has_features).eval()
 
 
 def drawn(*shape: int, has_features: bool = False) -> Tensor:
@@ -52,6 +55,19 @@ def test_a_pair_is_encoded_apart_and_in_its_order():
     features = torch.cat((first, second, first * second, (first - second).abs()), dim=-1)
     hidden, _, last = encoder.head
     torch.testing.assert_close(encoder(tokens), last(torch.nn.functional.gelu(hidden(features))))
+
+
+@pytest.mark.parametrize("model", [SequenceClassifier, PairClassifier])
+def test_the_first_token_that_counts_stands_for_the_sequence(model):
+    encoder = made(model, pooling="first")
+    tokens = drawn(2, 50)
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    mask[1, :3] = mask[1, 40:] = False
+    pooled, features = encoder.pooled(tokens, mask), encoder.features(tokens, mask)
+    assert torch.equal(pooled, torch.stack((features[0, 0], features[1, 3])))
+    assert torch.equal(encoder.pooled(tokens), encoder.features(tokens)[:, 0])
+    other = tokens.masked_fill(~mask, 7)
+    assert torch.equal(pooled, encoder.pooled(other, mask))
 
 
 def test_more_tokens_than_learned_positions_are_refused():

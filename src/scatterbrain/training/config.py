@@ -57,6 +57,8 @@ class ModelConfig:
         rope_base: Base of the rotary frequencies.
         convolution: Tokens that each feature of queries, keys and values is mixed over, its own and those before; 1 for
             none. Two let a key hold the token before it, which recall needs in small models.
+        pooling: What a class for a whole sequence is read from: the "mean" of its tokens, or the "first" token, where
+            the task has one that stands for all, as the outermost operator of a list.
         tied: Whether the output head shares the embedding's weights.
         embedding_std: Standard deviation of the embedding at initialisation, in units of width ** -0.5.
     """
@@ -71,6 +73,7 @@ class ModelConfig:
     positions: Literal["rotary", "learned", "none"] = "rotary"
     rope_base: float = 10000.0
     convolution: int = 1
+    pooling: Literal["mean", "first"] = "mean"
     tied: bool = True
     embedding_std: float = 1.0
 

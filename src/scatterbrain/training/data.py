@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -106,3 +107,38 @@ class Batches:
             self._order = torch.randperm(self.sequences_per_pass, generator=generator)
             self._pass_number = pass_number
         return self._offset + int(self._order[index]) * self.context
+
+
+class GrowingBatches:
+    """Batches whose sequences grow while a run goes on. Shorter ones are more in a batch, so that a batch has about as
+    many tokens. Each is a function of its number and of the share of the run that is done.
+
+    Args:
+        tokens: Integers (tokens,), such as bytes.
+        context: Tokens of the longest sequence.
+        batch: Sequences of a batch of the longest.
+        seed: Of offsets and orders.
+        tokens_at: Tokens of a sequence when a share of the run is done.
+        unit: What a token is, in errors.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        context: int,
+        batch: int,
+        seed: int,
+        tokens_at: Callable[[float], int],
+        unit: str = "bytes",
+    ) -> None:
+        self.tokens, self.context, self.batch, self.seed, self.unit = tokens, context, batch, seed, unit
+        self.tokens_at = tokens_at
+        self._batches = {context: Batches(tokens, context, batch, seed, unit=unit)}
+
+    def at(self, number: int, fraction: float) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of batch ``number`` when ``fraction`` of the run is done."""
+        length = self.tokens_at(fraction)
+        if length not in self._batches:
+            rows = self.batch * self.context // length
+            self._batches[length] = Batches(self.tokens, length, rows, self.seed, unit=self.unit)
+        return self._batches[length][number]

@@ -24,7 +24,7 @@ SMALL = {
     "recall_long": {"pairs": 4, "tokens": 12, "keys": 6, "values": 3, "first_pairs": 2},
     "majority": {"votes": 8, "tokens": 24, "keys": 2, "values": 3, "right": 0.9},
     "majority_long": {"votes": 8, "tokens": 24, "keys": 2, "values": 3, "right": 0.9},
-    "listops": {"tokens": 24, "shortest": 8, "depth": 3, "arguments": 4},
+    "listops": {"tokens": 24, "shortest": 8, "depth": 3, "arguments": 4, "first_tokens": 8},
     "pathfinder": {"size": 24, "dashes": 3, "distractors": 0},
     "pathfinder128": {"size": 24, "dashes": 3, "distractors": 0},
     "cifar": {"side": 6},

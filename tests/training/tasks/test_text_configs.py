@@ -22,14 +22,16 @@ CAUSAL = {"full", "window", "favor", "quadratic", "routed", "window-favor", "win
 METHODS = {
     **dict.fromkeys(("text", "retrieval"), CAUSAL | {"lsh", "centroid", "lsh-favor", "routed-centroid"}),
     **dict.fromkeys(("names", "words"), CAUSAL),
-    "lm": CAUSAL | {"window-32-keys"},
+    **dict.fromkeys(("lm", "lm_2048"), CAUSAL | {"window-32-keys"}),
 }
+TEXT_MODELS = ("lm", "lm_2048", "words")  # of which train.context says how long sequences are
 UNEQUAL = {"window-32-keys"}  # methods that cost less on purpose
 SMALL = {
     "text": {"tokens": 200, "classes": 2},
     "retrieval": {"tokens": 200},
     "names": {"tokens": 256, "distance": 16},
-    "lm": {},
+    "lm": {"first_tokens": 64},
+    "lm_2048": {"first_tokens": 64},
     "words": {"vocabulary": 300},
 }
 CASES = [(task, method) for task, methods in METHODS.items() for method in sorted(methods)]
@@ -67,17 +69,15 @@ def test_it_trains(task: str, method: str, source: Path, tmp_path: Path, capsys:
         "train": {"steps": 20, "batch": 2, "warmup": 2, "validate_every": 20, "validation_batches": 2},
         "output": str(tmp_path / "run"),
     }
-    if task in ("lm", "words"):
+    if task in TEXT_MODELS:
         changes["train"]["context"] = 200
-        changes["task"] = read_config(config_path(task, method))["task"]
-        if task == "words":
-            changes["task"] |= SMALL[task]
+        changes["task"] = read_config(config_path(task, method))["task"] | SMALL[task]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(changes))
     assert main(["train", str(tmp_path / "run.yaml")]) == 0, capsys.readouterr().err
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["kind"] == "train"]
     assert len(losses) == 20
-    if task in ("names", "lm", "words"):
+    if task in ("names", *TEXT_MODELS):
         assert sum(losses[-5:]) < sum(losses[:5])
     metric = build_task(read_config(config_path(task, method))["task"]).metric.name
     assert records[-1]["kind"] == "validation" and records[-1][metric] >= 0
@@ -91,7 +91,7 @@ def test_methods_cost_the_same(task: str):
     stated = int(re.search(r"routed-quadratic's ([\d,]+)", (folder / "task.yaml").read_text())[1].replace(",", ""))
     for method in METHODS[task]:
         config = read_config(config_path(task, method))
-        tokens = config["train"]["context"] if task in ("lm", "words") else config["task"]["tokens"]
+        tokens = config["train"]["context"] if task in TEXT_MODELS else config["task"]["tokens"]
         head_dim = config["model"]["width"] // config["model"]["heads"]
         is_causal = build_task(config["task"]).is_causal
         parts = build_support_and_low_rank(AttentionConfig(**config["attention"]), is_causal)

@@ -72,15 +72,19 @@ class Encoder(Transformer):
 
 
 class SequenceClassifier(Encoder):
-    """An encoder with one class for a sequence, from the mean of its tokens' features."""
+    """An encoder with one class for a sequence, from the mean of its tokens' features or from the first token's, as
+    ``config.pooling`` says."""
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, classes)."""
         return self.head(self.pooled(inputs, mask))
 
     def pooled(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mean features (B, width) of the tokens that count."""
+        """Features (B, width): the mean of the tokens that count, or those of the first one that does."""
         x = self.features(inputs, mask)
+        if self.config.pooling == "first":
+            first = x.new_zeros(x.shape[0], dtype=torch.int64) if mask is None else mask.int().argmax(dim=1)
+            return x[torch.arange(x.shape[0], device=x.device), first]
         if mask is None:
             return x.mean(dim=1)
         # Padding content must not matter, and NaN times zero is NaN.

@@ -11,6 +11,7 @@ from scatterbrain.training.config import DataConfig, TrainConfig, require
 from scatterbrain.training.metrics import ACCURACY, Metric
 from scatterbrain.training.tasks import listops_sequences
 from scatterbrain.training.tasks.base import Task
+from scatterbrain.training.tasks.curriculum import require_shares, tokens_at
 from scatterbrain.training.tasks.listops_sequences import Shape, draw_sequences
 
 
@@ -25,6 +26,12 @@ class ListOps(Task):
         shortest: tokens of the shortest.
         depth: operators around a digit, at most.
         arguments: of an operator, at most; at least 2.
+        first_tokens: of the longest sequence at the beginning of the run: short lists are learned much sooner, and
+            what operators do with them. The shortest has fewer tokens in proportion, and a batch has more sequences in
+            return. None for ``tokens`` from the beginning.
+        first_share: of the run that stays at ``first_tokens``. From there to the share ``full_share`` the longest
+            becomes twice as long again and again.
+        full_share: of the run from which on the longest has ``tokens``.
     """
 
     kind: ClassVar[str] = "listops"
@@ -35,6 +42,9 @@ class ListOps(Task):
     shortest: int = 128
     depth: int = 10
     arguments: int = 10
+    first_tokens: int | None = None
+    first_share: float = 0.4
+    full_share: float = 0.8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,11 +58,20 @@ class ListOps(Task):
             self.tokens,
         )
         require(4 <= self.shortest <= self.tokens, "task.shortest", f"4 to tokens = {self.tokens}", self.shortest)
+        first = self.first_tokens
+        require(first is None or 4 <= first <= self.tokens, "task.first_tokens", f"4 to tokens = {self.tokens}", first)
+        require_shares(self.first_share, self.full_share)
 
     @property
     def shape(self) -> Shape:
         """Which lists are drawn."""
         return Shape(self.shortest, self.tokens, self.depth, self.arguments)
+
+    def shape_at(self, fraction: float) -> Shape:
+        """Which lists are drawn when ``fraction`` of the run is done."""
+        longest = tokens_at(fraction, self.first_tokens, self.tokens, self.first_share, self.full_share)
+        shortest = max(self.shortest * longest // self.tokens, 4)
+        return self.shape._replace(shortest=shortest, longest=longest)
 
     def open(self, data: DataConfig, train: TrainConfig) -> ListOpsData:
         return ListOpsData(self, train.batch, train.seed)
@@ -72,7 +91,7 @@ class ListOpsData:
     classes = 10
 
     def __init__(self, task: ListOps, batch: int, seed: int) -> None:
-        self.shape, self.batch, self.seed = task.shape, batch, seed
+        self.task, self.shape, self.batch, self.seed = task, task.shape, batch, seed
         self.tokens = task.tokens
         frequent, by_operator = self._guesses()
         self.description = (
@@ -81,7 +100,9 @@ class ListOpsData:
         )
 
     def training_batch(self, number: int, fraction: float) -> Batch:
-        return Batch(*draw_sequences(self.batch, self.shape, self.seed, "training", number))
+        shape = self.task.shape_at(fraction)
+        rows = self.batch * self.tokens // shape.longest
+        return Batch(*draw_sequences(rows, shape, self.seed, "training", number))
 
     @functools.cache  # one of several sequences is for validation, so that these take longer to find
     def validation_batch(self, number: int) -> Batch:

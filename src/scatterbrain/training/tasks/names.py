@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from scatterbrain.training.config import DataConfig, TrainConfig, require
 from scatterbrain.training.metrics import BITS_PER_TOKEN, Metric
 from scatterbrain.training.tasks.base import Task
-from scatterbrain.training.tasks.curriculum import grown, require_shares
+from scatterbrain.training.tasks.curriculum import require_first_tokens, require_shares, tokens_at
 from scatterbrain.training.tasks.documents import read_documents, split_documents
 from scatterbrain.training.tasks.renamed_source import RenamedSource
 
@@ -59,10 +58,7 @@ class Names(Task):
             0 <= self.distance < self.tokens, "task.distance", f"0 to below task.tokens {self.tokens}", self.distance
         )
         require(0 <= self.repeats < 1, "task.repeats", "0 to below 1", self.repeats)
-        first = self.first_tokens
-        require(
-            first is None or 0 < first <= self.tokens, "task.first_tokens", f"1 to task.tokens {self.tokens}", first
-        )
+        require_first_tokens(self.first_tokens, self.tokens)
         require_shares(self.first_share, self.full_share)
 
     def open(self, data: DataConfig, train: TrainConfig) -> RenamedSource:
@@ -72,7 +68,4 @@ class Names(Task):
 
     def tokens_at(self, fraction: float) -> int:
         """Tokens of a training sequence when ``fraction`` of the run is done."""
-        if self.first_tokens is None:
-            return self.tokens
-        octaves = math.log2(self.tokens / self.first_tokens) * grown(fraction, self.first_share, self.full_share)
-        return min(self.first_tokens * 2 ** math.ceil(octaves), self.tokens)
+        return tokens_at(fraction, self.first_tokens, self.tokens, self.first_share, self.full_share)

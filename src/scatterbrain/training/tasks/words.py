@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,9 +10,10 @@ from tokenizers import Tokenizer
 
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import DataConfig, TrainConfig, require
-from scatterbrain.training.data import Batches
+from scatterbrain.training.data import Batches, GrowingBatches
 from scatterbrain.training.metrics import PERPLEXITY, Metric
 from scatterbrain.training.tasks.base import Task
+from scatterbrain.training.tasks.curriculum import require_first_tokens, require_shares, tokens_at
 from scatterbrain.training.tasks.fingerprint import fingerprint_of
 from scatterbrain.training.tasks.tokenized_text import (
     KINDS,
@@ -37,6 +39,11 @@ class Words(Task):
         tokenizer: "words" (the most frequent words; the others are <unk>), "bpe" (byte-pair encoding), both made from
             the training text, or the path of a tokenizer.json of the tokenizers library.
         vocabulary: entries at most of a tokenizer that is made here; WikiText-2 has 33,278 words in all.
+        first_tokens: of a sequence at the beginning of the run; a batch has more sequences in return. None for
+            ``train.context`` from the beginning.
+        first_share: of the run that stays at ``first_tokens``. From there to the share ``full_share`` sequences become
+            twice as long again and again.
+        full_share: of the run from which on sequences have ``train.context``.
     """
 
     kind: ClassVar[str] = "words"
@@ -50,20 +57,29 @@ class Words(Task):
 
     tokenizer: str = "words"
     vocabulary: int = 8192
+    first_tokens: int | None = None
+    first_share: float = 0.4
+    full_share: float = 0.8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.tokenizer != "", "task.tokenizer", f"{', '.join(KINDS)} or a path", self.tokenizer)
         require(self.vocabulary > 0, "task.vocabulary", "positive", self.vocabulary)
+        require_shares(self.first_share, self.full_share)
 
     def open(self, data: DataConfig, train: TrainConfig) -> TokenizedText:
+        require_first_tokens(self.first_tokens, train.context, "train.context")
         if self.tokenizer in KINDS:
             training, validation = read_text_parts(data)
             tokenizer = train_tokenizer(training, self.tokenizer, self.vocabulary)
         else:
             tokenizer = read_tokenizer(self.tokenizer)  # first, since texts can be long
             training, validation = read_text_parts(data)
-        return TokenizedText(tokenizer, encode(tokenizer, training), encode(tokenizer, validation), train)
+
+        def length(fraction: float) -> int:
+            return tokens_at(fraction, self.first_tokens, train.context, self.first_share, self.full_share)
+
+        return TokenizedText(tokenizer, encode(tokenizer, training), encode(tokenizer, validation), train, length)
 
 
 class TokenizedText:
@@ -73,13 +89,21 @@ class TokenizedText:
         tokenizer: That made them.
         training: Tokens to learn from. validation: Those of the validation part.
         train: Sizes of a batch, and the seed.
+        tokens_at: Tokens of a training sequence when a share of the run is done. Shorter ones are more in a batch.
 
     ``files`` are stored with the run.
     """
 
-    def __init__(self, tokenizer: Tokenizer, training: Tokens, validation: Tokens, train: TrainConfig) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        training: Tokens,
+        validation: Tokens,
+        train: TrainConfig,
+        tokens_at: Callable[[float], int],
+    ) -> None:
         sizes = (train.context, train.batch, train.seed)
-        self.batches = Batches(training.tokens, *sizes, unit="tokens")
+        self.training = GrowingBatches(training.tokens, *sizes, tokens_at, unit="tokens")
         self.validation = Batches(validation.tokens, *sizes, name="validation", unit="tokens")
         self.input_size = self.classes = token_count(tokenizer)
         self.tokens = train.context
@@ -94,7 +118,7 @@ class TokenizedText:
 
     def training_batch(self, number: int, fraction: float) -> Batch:
         """Consecutive tokens from random places, each pass over the text in another order."""
-        return Batch(*self.batches[number])
+        return Batch(*self.training.at(number, fraction))
 
     def validation_batch(self, number: int) -> Batch:
         """Sequences of the validation part."""
