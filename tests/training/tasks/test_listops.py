@@ -137,17 +137,17 @@ def test_the_task_gives_sequences_of_its_shape_and_states_what_guesses_reach():
 
 def test_lists_grow_and_a_batch_has_fewer_of_them():
     data = opened(tokens=64, shortest=16, depth=4, arguments=4, first_tokens=16, first_share=0.25, full_share=0.75)
-    for fraction, rows, shortest, longest in ((0.0, 8, 4, 16), (0.5, 4, 8, 32), (0.75, 2, 16, 64)):
+    for fraction, rows, shortest, longest in ((0.0, 12, 4, 16), (0.5, 6, 8, 32), (0.75, 3, 16, 64)):
         lengths = torch.cat([data.training_batch(number, fraction).mask.sum(1) for number in range(20)])
         assert lengths.numel() == 20 * rows
         assert shortest - 2 <= lengths.min() and lengths.max() <= longest and lengths.max() > 3 * longest // 4
-    assert data.validation_batch(0).inputs.shape[0] == 2 and data.validation_batch(0).mask.sum(1).min() >= 16
+    assert data.validation_batch(0).inputs.shape[0] == 3 and data.validation_batch(0).mask.sum(1).min() >= 16
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"first_tokens": 3}, "task.first_tokens: expected 4 to tokens = 512, got 3"),
+        ({"first_tokens": 3}, "task.first_tokens: expected 4 to task.tokens 512, got 3"),
         ({"first_share": 0.9}, "task.full_share: expected first_share = 0.9 to 1, got 0.8"),
         ({"depth": 3, "arguments": 4}, "task.tokens: expected 4 to 53, which depth = 3 and arguments = 4 leave room"),
         ({"shortest": 513}, "task.shortest: expected 4 to tokens = 512, got 513"),

@@ -112,10 +112,10 @@ def test_training_scores_every_token_and_validation_far_names_alone():
 def test_sequences_grow_and_a_batch_has_fewer_of_them():
     task = Names(tokens=512, names=64, distance=256, first_tokens=64, first_share=0.25, full_share=0.75)
     shares = (0.0, 0.24, 0.25, 0.3, 0.5, 0.6, 0.75, 1.0)
-    assert [task.tokens_at(share) for share in shares] == [64, 64, 64, 128, 256, 512, 512, 512]
-    assert Names(tokens=512).tokens_at(0.0) == 512
+    assert [task.tokens_at(share, 512) for share in shares] == [64, 64, 64, 128, 256, 512, 512, 512]
+    assert Names(tokens=512).tokens_at(0.0, 512) == 512
     documents = [Document("a", SOURCE)]
-    batches = RenamedSource(documents, documents, 512, 64, 0, 0.5, 2, 0, task.tokens_at)
+    batches = RenamedSource(documents, documents, 512, 64, 0, 0.5, 2, 0, lambda fraction: task.tokens_at(fraction, 512))
     short, long = batches.training_batch(3, 0.0), batches.training_batch(3, 1.0)
     assert short.inputs.shape == (16, 64) and long.inputs.shape == (2, 512)
     assert torch.equal(long.inputs, batches.training_batch(3, 0.8).inputs)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from scatterbrain.training.config import require
+from scatterbrain.training.tasks.base import Task
 
 
 def require_shares(first_share: float, full_share: float) -> None:
@@ -24,23 +26,41 @@ def grown(fraction: float, first_share: float, full_share: float) -> float:
     return (fraction - first_share) / (full_share - first_share) if fraction > first_share else 0.0
 
 
-def require_first_tokens(first: int | None, tokens: int, of_all: str = "task.tokens") -> None:
-    """Of a task's settings.
+@dataclass(frozen=True)
+class GrowingSequences(Task):
+    """A task whose run begins with short sequences, in which what is to be found is near and learned much sooner. A
+    batch has more of them in return.
 
     Args:
-        first: tokens of the first sequences; None where all have ``tokens``.
-        tokens: of the last ones. of_all: the key that says so, for the error.
-
-    Raises:
-        ValueError: first sequences without tokens, or longer than the last.
+        first_tokens: of the longest sequence at the beginning of the run; None for the full length from the beginning.
+        first_share: of the run that stays at ``first_tokens``. From there to the share ``full_share`` sequences become
+            twice as long again and again.
+        full_share: of the run from which on sequences have their full length.
     """
-    require(first is None or 0 < first <= tokens, "task.first_tokens", f"1 to {of_all} {tokens}", first)
 
+    first_tokens: int | None = None
+    first_share: float = 0.4
+    full_share: float = 0.8
 
-def tokens_at(fraction: float, first: int | None, tokens: int, first_share: float, full_share: float) -> int:
-    """Tokens of a training sequence when ``fraction`` of the run is done: ``first``, or ``tokens`` where it is None,
-    until ``first_share``. From there to ``full_share`` they become twice as many again and again."""
-    if first is None:
-        return tokens
-    octaves = math.log2(tokens / first) * grown(fraction, first_share, full_share)
-    return min(first * 2 ** math.ceil(octaves), tokens)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_shares(self.first_share, self.full_share)
+
+    def require_first_tokens(self, tokens: int, key: str = "task.tokens", least: int = 1) -> None:
+        """Of the settings.
+
+        Args:
+            tokens: of a sequence in the end. key: that says so, for the error. least: of any sequence.
+
+        Raises:
+            ValueError: first sequences that are too short, or longer than the last.
+        """
+        first = self.first_tokens
+        require(first is None or least <= first <= tokens, "task.first_tokens", f"{least} to {key} {tokens}", first)
+
+    def tokens_at(self, fraction: float, tokens: int) -> int:
+        """Tokens of the longest sequence when ``fraction`` of the run is done and those of the end have ``tokens``."""
+        if self.first_tokens is None:
+            return tokens
+        octaves = math.log2(tokens / self.first_tokens) * grown(fraction, self.first_share, self.full_share)
+        return min(self.first_tokens * 2 ** math.ceil(octaves), tokens)

@@ -10,28 +10,21 @@ from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import DataConfig, TrainConfig, require
 from scatterbrain.training.metrics import ACCURACY, Metric
 from scatterbrain.training.tasks import listops_sequences
-from scatterbrain.training.tasks.base import Task
-from scatterbrain.training.tasks.curriculum import require_shares, tokens_at
+from scatterbrain.training.tasks.curriculum import GrowingSequences
 from scatterbrain.training.tasks.listops_sequences import Shape, draw_sequences
 
 
 @dataclass(frozen=True)
-class ListOps(Task):
+class ListOps(GrowingSequences):
     """Operators MIN, MAX, MED (median) and SM (sum modulo 10) over digits and further lists; the class of a sequence is
     its value, a digit. The Long Range Arena has 500 to 2000 tokens; 512 at most are enough here that small models tell
-    methods apart.
+    methods apart. Lists grow with the run as in :class:`GrowingSequences`, the shortest in proportion to the longest.
 
     Args:
         tokens: of the longest sequence.
         shortest: tokens of the shortest.
         depth: operators around a digit, at most.
         arguments: of an operator, at most; at least 2.
-        first_tokens: of the longest sequence at the beginning of the run: short lists are learned much sooner, and
-            what operators do with them. The shortest has fewer tokens in proportion, and a batch has more sequences in
-            return. None for ``tokens`` from the beginning.
-        first_share: of the run that stays at ``first_tokens``. From there to the share ``full_share`` the longest
-            becomes twice as long again and again.
-        full_share: of the run from which on the longest has ``tokens``.
     """
 
     kind: ClassVar[str] = "listops"
@@ -42,9 +35,6 @@ class ListOps(Task):
     shortest: int = 128
     depth: int = 10
     arguments: int = 10
-    first_tokens: int | None = None
-    first_share: float = 0.4
-    full_share: float = 0.8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,9 +48,7 @@ class ListOps(Task):
             self.tokens,
         )
         require(4 <= self.shortest <= self.tokens, "task.shortest", f"4 to tokens = {self.tokens}", self.shortest)
-        first = self.first_tokens
-        require(first is None or 4 <= first <= self.tokens, "task.first_tokens", f"4 to tokens = {self.tokens}", first)
-        require_shares(self.first_share, self.full_share)
+        self.require_first_tokens(self.tokens, least=4)
 
     @property
     def shape(self) -> Shape:
@@ -69,7 +57,7 @@ class ListOps(Task):
 
     def shape_at(self, fraction: float) -> Shape:
         """Which lists are drawn when ``fraction`` of the run is done."""
-        longest = tokens_at(fraction, self.first_tokens, self.tokens, self.first_share, self.full_share)
+        longest = self.tokens_at(fraction, self.tokens)
         shortest = max(self.shortest * longest // self.tokens, 4)
         return self.shape._replace(shortest=shortest, longest=longest)
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from scatterbrain.training.config import DataConfig, TrainConfig, require
 from scatterbrain.training.metrics import BITS_PER_TOKEN, Metric
-from scatterbrain.training.tasks.base import Task
-from scatterbrain.training.tasks.curriculum import require_first_tokens, require_shares, tokens_at
+from scatterbrain.training.tasks.curriculum import GrowingSequences
 from scatterbrain.training.tasks.documents import read_documents, split_documents
 from scatterbrain.training.tasks.renamed_source import RenamedSource
 
 
 @dataclass(frozen=True)
-class Names(Task):
+class Names(GrowingSequences):
     """Python source in which every sequence gives each identifier a token of its own, drawn at random, the same at
     every occurrence; what is between identifiers are bytes. A name is then predictable from its earlier occurrences in
     the sequence alone. A share of the passages repeats one that stands at least ``distance`` tokens before, as code
@@ -22,6 +22,7 @@ class Names(Task):
     name of names that were seen before, but not within the last ``distance`` tokens.
 
     ``data.path`` is a folder of source files or a .zip archive of one; no file is in both parts.
+    Sequences grow with the run as in :class:`GrowingSequences`, ``distance`` in proportion.
 
     Args:
         tokens: of a sequence.
@@ -30,12 +31,6 @@ class Names(Task):
             validation. 128 leaves out what a window of 128 tokens sees. 0 counts every token, names or not.
         repeats: share of passages, of 64 to 128 tokens, that repeat an earlier one. By default half of them: of names
             that come again far behind, the repeated ones alone can be told well.
-        first_tokens: of a sequence at the beginning of the run: to repeat a name is learned much sooner where it is
-            near. ``distance`` is smaller in proportion, and a batch has more sequences in return. None for sequences of
-            ``tokens`` from the beginning.
-        first_share: of the run that stays at ``first_tokens``. From there to the share ``full_share`` sequences become
-            twice as long again and again.
-        full_share: of the run from which on sequences have ``tokens``.
     """
 
     kind: ClassVar[str] = "names"
@@ -46,9 +41,6 @@ class Names(Task):
     names: int = 1024
     distance: int = 128
     repeats: float = 0.5
-    first_tokens: int | None = None
-    first_share: float = 0.4
-    full_share: float = 0.8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,14 +50,9 @@ class Names(Task):
             0 <= self.distance < self.tokens, "task.distance", f"0 to below task.tokens {self.tokens}", self.distance
         )
         require(0 <= self.repeats < 1, "task.repeats", "0 to below 1", self.repeats)
-        require_first_tokens(self.first_tokens, self.tokens)
-        require_shares(self.first_share, self.full_share)
+        self.require_first_tokens(self.tokens)
 
     def open(self, data: DataConfig, train: TrainConfig) -> RenamedSource:
         parts = split_documents(read_documents(data), data.validation_fraction)
         sizes = self.tokens, self.names, self.distance, self.repeats
-        return RenamedSource(*parts, *sizes, train.batch, train.seed, self.tokens_at)
-
-    def tokens_at(self, fraction: float) -> int:
-        """Tokens of a training sequence when ``fraction`` of the run is done."""
-        return tokens_at(fraction, self.first_tokens, self.tokens, self.first_share, self.full_share)
+        return RenamedSource(*parts, *sizes, train.batch, train.seed, partial(self.tokens_at, tokens=self.tokens))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from tokenizers import Tokenizer
@@ -12,8 +13,7 @@ from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import DataConfig, TrainConfig, require
 from scatterbrain.training.data import Batches, GrowingBatches
 from scatterbrain.training.metrics import PERPLEXITY, Metric
-from scatterbrain.training.tasks.base import Task
-from scatterbrain.training.tasks.curriculum import require_first_tokens, require_shares, tokens_at
+from scatterbrain.training.tasks.curriculum import GrowingSequences
 from scatterbrain.training.tasks.fingerprint import fingerprint_of
 from scatterbrain.training.tasks.tokenized_text import (
     KINDS,
@@ -27,8 +27,9 @@ from scatterbrain.training.tasks.tokenized_text import (
 
 
 @dataclass(frozen=True)
-class Words(Task):
-    """Each token of a text from those before it. Sequences have ``train.context`` tokens.
+class Words(GrowingSequences):
+    """Each token of a text from those before it. Sequences have ``train.context`` tokens. They grow with the run
+    as in :class:`GrowingSequences`.
 
     ``data.path`` is a folder with wiki.train.tokens and wiki.valid.tokens, as WikiText-2 and WikiText-103 have them
     (https://huggingface.co/datasets/Salesforce/wikitext), or any text: a file, a folder or "stdlib".
@@ -39,11 +40,6 @@ class Words(Task):
         tokenizer: "words" (the most frequent words; the others are <unk>), "bpe" (byte-pair encoding), both made from
             the training text, or the path of a tokenizer.json of the tokenizers library.
         vocabulary: entries at most of a tokenizer that is made here; WikiText-2 has 33,278 words in all.
-        first_tokens: of a sequence at the beginning of the run; a batch has more sequences in return. None for
-            ``train.context`` from the beginning.
-        first_share: of the run that stays at ``first_tokens``. From there to the share ``full_share`` sequences become
-            twice as long again and again.
-        full_share: of the run from which on sequences have ``train.context``.
     """
 
     kind: ClassVar[str] = "words"
@@ -57,29 +53,27 @@ class Words(Task):
 
     tokenizer: str = "words"
     vocabulary: int = 8192
-    first_tokens: int | None = None
-    first_share: float = 0.4
-    full_share: float = 0.8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.tokenizer != "", "task.tokenizer", f"{', '.join(KINDS)} or a path", self.tokenizer)
         require(self.vocabulary > 0, "task.vocabulary", "positive", self.vocabulary)
-        require_shares(self.first_share, self.full_share)
 
     def open(self, data: DataConfig, train: TrainConfig) -> TokenizedText:
-        require_first_tokens(self.first_tokens, train.context, "train.context")
+        self.require_first_tokens(train.context, "train.context")
         if self.tokenizer in KINDS:
             training, validation = read_text_parts(data)
             tokenizer = train_tokenizer(training, self.tokenizer, self.vocabulary)
         else:
             tokenizer = read_tokenizer(self.tokenizer)  # first, since texts can be long
             training, validation = read_text_parts(data)
-
-        def length(fraction: float) -> int:
-            return tokens_at(fraction, self.first_tokens, train.context, self.first_share, self.full_share)
-
-        return TokenizedText(tokenizer, encode(tokenizer, training), encode(tokenizer, validation), train, length)
+        return TokenizedText(
+            tokenizer,
+            encode(tokenizer, training),
+            encode(tokenizer, validation),
+            train,
+            partial(self.tokens_at, tokens=train.context),
+        )
 
 
 class TokenizedText:
