@@ -61,7 +61,8 @@ class Registry(dict[str, type]):
             return self._imported(kind, where)
         if not isinstance(kind, str) or kind not in self:
             error = ValueError if isinstance(kind, str) else TypeError
-            raise error(f"{where}: expected one of {', '.join(self)} (as the kind), got {shown(given)}")
+            advice = "; give the kind too" if isinstance(given, Mapping) and "kind" not in given else ""
+            raise error(f"{where}: expected one of {', '.join(self)} (as the kind), got {shown(given)}{advice}")
         return self[kind]
 
     def fields_of(self, cls: type, given: object, where: str, **defaults: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # What to install for a package that a command imports, where that is not the package itself.
 INSTALLS = {name: f"'scatterbrain[{name}]'" for name in ("transformers", "timm", "diffusers")} | {"PIL": "pillow"}
 INSTALLS |= dict.fromkeys(
-    ("jsonargparse", "matplotlib", "numpy", "yaml", "safetensors", "tqdm"), "'scatterbrain[train]'"
+    ("jsonargparse", "matplotlib", "numpy", "yaml", "safetensors", "tokenizers", "tqdm"), "'scatterbrain[train]'"
 )
 
 

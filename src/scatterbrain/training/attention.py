@@ -45,7 +45,8 @@ def build_support_and_low_rank(config: AttentionConfig, is_causal: bool = True, 
         low_rank = _build_low_rank(config.low_rank, seed)
     if support.is_full and low_rank is not None:
         raise ValueError(
-            f"attention.low_rank: support full leaves nothing to approximate, got {low_rank}; leave it out"
+            f"attention.low_rank: support full leaves nothing to approximate, got {low_rank}; leave it out, or give "
+            "--attention.low_rank none"
         )
     if low_rank is not None:
         with _naming(f"attention.low_rank{'.statistics' * hasattr(low_rank, 'statistics')}"):

@@ -12,8 +12,8 @@ class Batch(NamedTuple):
     """Inputs and targets of a forward pass.
 
     Args:
-        inputs: int64 (batch, tokens), float32 (batch, tokens, features), images (batch, 3, height, width), or int64
-            (batch, 2, tokens) of pairs.
+        inputs: int64 (batch, tokens), float32 (batch, tokens, features), images (batch, channels, height, width), or
+            int64 (batch, 2, tokens) of pairs.
         targets: int64 (batch, tokens), or (batch,) where a sequence has one; -100 is not scored.
         mask: bool (batch, tokens), of pairs (batch, 2, tokens), True where a token counts; None where all do.
             Attention modules take the opposite, a padding mask.

@@ -76,7 +76,7 @@ def comparison_table(own: RunLog, exact: RunLog, metric: Metric) -> str:
     lines.insert(1, "-" * len(lines[0]))
     note = (
         f"{metric.label.capitalize()} is of the validation part. Exact attention was stepped from the same initial "
-        "weights over the\nsame batches at the same learning rates, for fewer steps than the run. Times are medians "
+        "weights over the\nsame batches at the same learning rates, for the steps of its column. Times are medians "
         "over steps."
     )
     return "\n".join(["", *lines, "", note])

@@ -23,8 +23,9 @@ class DataConfig:
             images, pairs or classes say what they expect there.
         glob: Which files of a folder are read; folders below it are searched too.
         exclude: Folder names that are skipped wherever they appear below the path.
-        validation_fraction: Share of the bytes kept for validation: the last bytes when the files are ordered by a hash
-            of their names and joined. No byte is used for both.
+        validation_fraction: Share kept for validation. Of language models it is a share of the bytes: the last ones
+            when the files are ordered by a hash of their names and joined. Of tasks of documents (names, retrieval,
+            text_classification) it is a share of the files. Nothing is used for both. Images bring their own.
     """
 
     path: str = "stdlib"
@@ -50,7 +51,7 @@ class ModelConfig:
         kv_heads: Key/value heads (grouped queries); null for as many as heads.
         mlp: "swiglu" (gated) or "gelu".
         mlp_width: Hidden features of the MLP; null for 8/3 of the width (rounded up to a multiple of 16) with swiglu
-            and 4 times the width with gelu.
+            and 4 times the width with gelu, 3 times in a T2T-ViT as published.
         norm: "rms" or "layer".
         positions: "rotary" (relative, by rotating queries and keys), "learned" (a vector added to each position) or
             "none".
@@ -59,7 +60,7 @@ class ModelConfig:
             none. Two let a key hold the token before it, which recall needs in small models.
         pooling: What a class for a whole sequence is read from: the "mean" of its tokens, or the "first" token, where
             the task has one that stands for all, as the outermost operator of a list.
-        tied: Whether the output head shares the embedding's weights.
+        tied: Whether the output head of a causal model shares the embedding's weights.
         embedding_std: Standard deviation of the embedding at initialisation, in units of width ** -0.5.
     """
 
@@ -136,8 +137,8 @@ class TrainConfig:
         batch: Sequences per forward pass.
         accumulate: Batches per optimizer step, of all processes together.
         learning_rate: Peak of AdamW's learning rate.
-        schedule: After the warm-up the learning rate falls along half a "cosine" or along a line ("linear"), or stays
-            at its peak ("constant").
+        schedule: The learning rate falls along half a "cosine" or along a line ("linear") from the first step to the
+            last, or stays at its peak ("constant"); the warm-up is multiplied with that.
         final_learning_rate: Where cosine and line end, as a share of the peak.
         warmup: Steps of linear warm-up.
         betas: AdamW's two momenta.

@@ -94,7 +94,10 @@ class Processes:
                 "first; give every machine the same files and options"
             )
         if differs:
-            raise ValueError(f"{what}: expected the same in all processes, and that of another one differs")
+            raise ValueError(
+                f"{what}: expected the same in all processes, and that of another one differs from the first's; "
+                "give every machine the same files and options"
+            )
 
     def largest(self, *values: float) -> list[float]:
         """The largest of each number over the processes. A collective."""

@@ -174,7 +174,10 @@ def _scored(batch: Batch) -> int:
 
 def _require_scored(scored: float) -> None:
     if scored == 0:
-        raise ValueError("expected batches with at least one target that is scored, got none")
+        raise ValueError(
+            "expected batches with at least one target that is scored, got none: a target of -100 is not; choose "
+            "settings of the task that leave something to learn"
+        )
 
 
 def scheduled_learning_rate(config: TrainConfig, step: int, fraction: float) -> float:

@@ -53,6 +53,7 @@ def test_a_missing_path_says_what_is_expected(kind):
         ({"kind": "names", "repeats": 1.0}, "task.repeats: expected 0 to below 1, got 1.0"),
         ({"kind": "names", "first_tokens": 5000}, "task.first_tokens: expected 1 to task.tokens 4096, got 5000"),
         ({"kind": "names", "first_share": 0.9}, "task.full_share: expected first_share = 0.9 to 1, got 0.8"),
+        ({"first_tokens": 16}, r"^task: expected one of language, .*got \{'first_tokens': 16\}; give the kind too"),
         ({"kind": "language", "first_share": 0.9}, "task.full_share: expected first_share = 0.9 to 1, got 0.8"),
         ({"kind": "words", "full_share": 1.1}, "task.full_share: expected first_share = 0.4 to 1, got 1.1"),
     ],
@@ -70,6 +71,14 @@ def test_sequences_of_text_grow_with_the_run_up_to_its_context(kind):
     data = task.open(DataConfig(glob="a*.py"), TrainConfig(context=64, batch=2))
     shapes = [tuple(data.training_batch(0, fraction).inputs.shape) for fraction in (0.0, 0.5, 0.8)]
     assert shapes == [(8, 16), (4, 32), (2, 64)] and data.validation_batch(0).inputs.shape == (2, 64)
+
+
+def test_a_task_that_pools_nothing_has_no_pooling():
+    task = build_task("language")
+    data = task.open(DataConfig(glob="a*.py"), TrainConfig(context=64))
+    config = ModelConfig(layers=1, width=32, heads=2, pooling="first")
+    with pytest.raises(ValueError, match="model.pooling: expected mean, as language pools nothing, got 'first'"):
+        task.build_model(data, config, lambda *sizes: None, torch.Generator())
 
 
 def test_text_classification_says_where_labelled_texts_come_from(tmp_path):

@@ -94,7 +94,8 @@ class SequenceClassifier(Encoder):
 
 class PairClassifier(SequenceClassifier):
     """One class for a pair of sequences, which go through the same encoder apart from one another. A hidden layer reads
-    both means, their product and the size of their difference: whether two are alike is no linear function of them."""
+    the pooled features of both, their product and the size of their difference: whether two are alike is no linear
+    function of them."""
 
     def _build_head(self, classes: int) -> nn.Module:
         width = self.config.width

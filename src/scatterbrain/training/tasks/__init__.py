@@ -51,6 +51,9 @@ def build_task(given: str | dict[str, Any]) -> Task:
     """
     try:
         cls = TASKS.class_of(given, "task", imports=True)
+    except TypeError as error:
+        raise WrongType(str(error)) from error
+    try:
         return cls(**TASKS.fields_of(cls, given, "task"))
     except TypeError as error:
         raise WrongType(f"task: {error}") from error

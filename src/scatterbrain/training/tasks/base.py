@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from scatterbrain.training.batch import Batch
-from scatterbrain.training.config import DataConfig, ModelConfig, TrainConfig, check_types
+from scatterbrain.training.config import DataConfig, ModelConfig, TrainConfig, check_types, require
 from scatterbrain.training.metrics import Metric
 from scatterbrain.training.models.blocks import AttentionFactory
 from scatterbrain.training.models.decoder import Decoder
@@ -97,9 +97,18 @@ class Task(ABC):
         """The model, which maps inputs and mask of a batch to logits (..., classes), one for each target.
 
         Args:
+            data: what is trained on, which says how wide inputs and outputs are.
+            config: the section ``model``.
             attention: makes the attention of a layer.
             generator: draws every other weight.
+
+        Raises:
+            ValueError: naming the key, for a setting that such a model has no use for.
         """
+        has_pool = self.head in ("sequence", "pair")
+        require(
+            has_pool or config.pooling == "mean", "model.pooling", f"mean, as {self.kind} pools nothing", config.pooling
+        )
         if self.head == "next":
             return Decoder(config, data.input_size, attention, generator, data.tokens)
         model = {"token": Encoder, "sequence": SequenceClassifier, "pair": PairClassifier}[self.head]
@@ -112,6 +121,8 @@ class Task(ABC):
         """Text that the model writes after a prompt; None where it writes none.
 
         Args:
+            model: that :meth:`build_model` made.
+            prompt: what the text begins with.
             length: tokens to add.
             temperature: 0 takes the most likely token.
             context: the longest sequence that is read.

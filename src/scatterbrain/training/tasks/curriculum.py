@@ -33,9 +33,10 @@ class GrowingSequences(Task):
 
     Args:
         first_tokens: of the longest sequence at the beginning of the run; None for the full length from the beginning.
-        first_share: of the run that stays at ``first_tokens``. From there to the share ``full_share`` sequences become
-            twice as long again and again.
-        full_share: of the run from which on sequences have their full length.
+        first_share: of the run that stays at ``first_tokens``; not read without it. Then sequences become twice as long
+            again and again.
+        full_share: of the run by which sequences have their full length: of n doublings the first comes at
+            ``first_share``, and each other one an n-th of the way from there to ``full_share`` later.
     """
 
     first_tokens: int | None = None

@@ -37,7 +37,7 @@ class ImageClassification(Task):
         hilbert: whether attention sees tokens in the order of a Hilbert curve, in which near tokens are near in the
             image, in place of raster order.
         shift: training images move by up to so many pixels.
-        mirror: whether every other training image is mirrored.
+        mirror: whether training images are mirrored, each by the toss of a coin.
     """
 
     kind: ClassVar[str] = "image_classification"
@@ -114,9 +114,10 @@ class ImageClassification(Task):
     def _check(self, config: ModelConfig) -> None:
         """Both models have one form, which published weights fit; a setting of another one is not dropped silently."""
         positions = "learned" if self.model == "vit" else "none"  # T2T-ViT adds sines, which nothing learns
-        form = {"mlp": "gelu", "norm": "layer", "positions": positions, "convolution": 1}
+        form = {"mlp": "gelu", "norm": "layer", "positions": positions, "convolution": 1, "pooling": "mean"}
         for name, expected in form.items():
             got = getattr(config, name)
-            require(got == expected, f"model.{name}", f"{expected!r}, the one form of {self.model}", got)
+            elsewhere = " (a vit's is task.pooling)" * (name == "pooling")
+            require(got == expected, f"model.{name}", f"{expected!r}, the one form of {self.model}{elsewhere}", got)
         got = config.kv_heads
         require(got in (None, config.heads), "model.kv_heads", f"null, since {self.model} has no grouped queries", got)

@@ -22,7 +22,8 @@ class Names(GrowingSequences):
     name of names that were seen before, but not within the last ``distance`` tokens.
 
     ``data.path`` is a folder of source files or a .zip archive of one; no file is in both parts.
-    Sequences grow with the run as in :class:`GrowingSequences`, ``distance`` in proportion.
+    Sequences grow with the run as in :class:`GrowingSequences`; what repeats then stands ``distance`` before in
+    proportion, but not less than 128 tokens.
 
     Args:
         tokens: of a sequence.

@@ -102,7 +102,7 @@ class RenamedSource:
         batch: Sequences per batch.
         seed: Of the training sequences. Validation sequences are the same for every seed.
         tokens_at: Tokens of a training sequence when a share of the run is done; by default always ``tokens``. Shorter
-            sequences have ``distance`` in proportion, and a batch as many more of them.
+            sequences have ``distance`` in proportion, but not below 128, and a batch as many more of them.
     """
 
     def __init__(
