@@ -109,7 +109,8 @@ class Route {
                           (kept + tail) * (p.tile_rows > 0 ? int64_t(1) : kLeaf)});
       p.groups = ceil_div(p.blocks, kGroup / p.pools), tasks *= p.groups;
     } else {
-      p.units = std::max(p.coarse_runs + 1, (candidate_superblocks(p.keys, p.window, p.pools) + 2) * kBranch);
+      const int64_t kept = std::min<int64_t>(candidate_superblocks(p.keys, p.window, p.pools), p.coarse_runs);
+      p.units = std::max(p.coarse_runs + 1, (kept + 2) * kBranch);
       tasks *= p.tile_rows > 0 ? ceil_div(p.q_tokens, kGroup) : p.q_tokens;
     }
     p.scratch_words = route_scratch_words(p);

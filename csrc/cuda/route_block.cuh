@@ -7,10 +7,12 @@ namespace sb::cuda {
 inline constexpr int kRouteThreads = 128;
 inline constexpr int kRouteWarps = kRouteThreads / kWarp;
 inline constexpr int32_t kNever = int32_t(0x807fffff);  // the sortable form of -inf
+inline constexpr int32_t kNoNumber = 0x7fc00000;        // of NaN, whose sign differs between machines
 
-// Integers in the order of the floats.
+// Integers in the order of the floats. What is no number comes first, as no approximation may leave it out.
 SB_DEVICE int32_t sortable(float v) {
   const auto bits = same_bits<int32_t>(v);
+  if (v != v) return kNoNumber;
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 

@@ -23,6 +23,7 @@ from supports.test_route import (
     padded,
     random_mask,
 )
+from supports.test_route_groups import assert_runs_of_infinite_keys_come_first
 from testkit import rand
 from torch import Tensor
 
@@ -253,6 +254,12 @@ def test_numbers_that_are_none_and_clusters_that_do_not_exist_break_no_list(seed
     units, used = -(-arguments.key.shape[2] // arguments.block_k), torch.arange(index.shape[-1]) < count[..., None]
     assert (index[~used] == -1).all() and (index[used] >= 0).all() and (index[used] < units).all()
     assert ((index.diff() > 0) | ~used[..., 1:]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # bfloat16: on tensor cores
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_scores_that_are_no_numbers_come_first(value: float, dtype: torch.dtype) -> None:
+    assert_runs_of_infinite_keys_come_first(value, dtype)
 
 
 def test_equal_scores_go_to_the_lowest_keys() -> None:

@@ -21,6 +21,21 @@ def test_keys_that_are_no_numbers_are_listed_where_the_mask_says_so(pools: int) 
     assert sb.attention(query, key, query, support, None, is_causal=True).isnan().all()
 
 
+def assert_runs_of_infinite_keys_come_first(value: float, dtype: torch.dtype = torch.float32) -> None:
+    """Two groups of a run with an infinite key are inf - inf apart, a NaN whose sign differs between processors."""
+    query, key = rand(1, 1, 64, 16).to(dtype), rand(1, 1, 64, 16, seed=1).to(dtype)
+    key[:, :, 20, 3] = value
+    support = sb.Routed(24, 1, 8, 8, pools=2)
+    expected, _ = sb.reference.routed_lists(support, sb.reference.Inputs.of(query, key))
+    for index in (expected, sb.route(query, key, support, None).index):
+        assert all(2 in row for row in index[0, 0].tolist())
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_scores_that_are_no_numbers_come_first(value: float) -> None:
+    assert_runs_of_infinite_keys_come_first(value)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -3e38])
 @pytest.mark.parametrize("pools", [1, 2])
 def test_no_list_depends_on_later_keys_beside_a_hole(pools: int, value: float) -> None:

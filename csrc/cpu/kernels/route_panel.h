@@ -10,6 +10,7 @@
 namespace sb::SB_ISA {
 
 inline constexpr int32_t kNever = int32_t(0x807fffff);  // the sortable form of -inf
+inline constexpr int32_t kNoNumber = 0x7fc00000;        // of NaN, whose sign differs between machines
 constexpr int kRouteWidth = kWidth<float>;
 constexpr int kBlockWidth = kRouteWidth < kBranch ? kRouteWidth : kBranch;  // at most the keys of a listed block
 typedef Vector<float, kRouteWidth> RouteVec;
@@ -34,11 +35,11 @@ SB_INLINE Ints<float, W> lane_numbers() {
   static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return load_ints<W>(numbers);
 }
-// Integers in the order of the floats v.
+// Integers in the order of the floats v. What is no number comes first, as no approximation may leave it out.
 template <int W = kRouteWidth>
 SB_INLINE Ints<float, W> sortable(Vector<float, W> v) {
   const auto i = (Ints<float, W>)v;
-  return i ^ ((i >> 31) & 0x7fffffff);
+  return v == v ? i ^ ((i >> 31) & 0x7fffffff) : Ints<float, W>{} + kNoNumber;
 }
 SB_INLINE int64_t clamp_to(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;

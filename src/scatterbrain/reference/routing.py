@@ -279,8 +279,9 @@ class Pool(NamedTuple):
 
 
 def best(score: Tensor, eligible: list[int], n: int) -> list[int]:
-    """The n of ``eligible`` (ascending) with the highest scores, ascending; ties go to the lowest."""
-    value = score.tolist()
+    """The n of ``eligible`` (ascending) with the highest scores, ascending; ties go to the lowest. What is no number
+    comes before all others."""
+    value = score.nan_to_num(torch.inf, torch.inf, -torch.inf).tolist()
     order = sorted(eligible, key=lambda i: -value[i])  # sorted() is stable
     return sorted(order[: max(n, 0)])
 
