@@ -418,7 +418,7 @@ class TileKeys {
           // Of keys behind the state L itself, else what the list takes back.
           const float of_pair = kIsBehind ? exp2_of(state_weight + kappa[r]) * inverse : -(state_weight * share[r]),
                       low_rank = has_low_rank ? of_pair * root[n][at] : 0.0f;
-          weight += low_rank * root[n][at];
+          weight += has_low_rank ? low_rank * root[n][at] : 0.0f;  // 0 times what is no number is none either
           root[n][at] = has_low_rank ? low_rank * gradient : 0.0f;
         }
         value[n][at] = weight;

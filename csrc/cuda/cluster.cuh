@@ -206,7 +206,9 @@ class CentresOfHead {
     orthonormalise();
     T column[kDirections];
     for (int r = 0; r < kDirections; ++r)
-      column[r] = thread < d ? T(memory.rows.get(r * d + thread) * memory.unit.get(r)) : T(0);
+      column[r] = thread < d && memory.unit.get(r) != 0  // a row that vanished may hold infinities
+                      ? T(memory.rows.get(r * d + thread) * memory.unit.get(r))
+                      : T(0);
     sync_block();
     for (int r = 0; r < kDirections && thread < d; ++r) memory.directions.set(thread * kDirections + r, column[r]);
     sync_block();

@@ -19,6 +19,8 @@ void launch_cluster(const ClusteringParams& p, Element element, Stream stream);
 void launch_route(const RoutingParams& p, Element element, Stream stream);
 // Of a block, in global memory.
 int64_t route_scratch_words(const RoutingParams& p);
+// Whether every device has the shared memory of pooled lists on tensor cores.
+bool route_tile_fits(const RoutingParams& p, Element element);
 
 // The keys that states in float64 hold out: before the states.
 void launch_held_keys(const ForwardParams& p, Element element, Stream stream);

@@ -56,4 +56,13 @@ int64_t route_scratch_words(const RoutingParams& p) {
   return p.tile_rows > 0 ? QueryTileScratch::words(p.units) : PerQueryScratch::words(p.units);
 }
 
+bool route_tile_fits(const RoutingParams& p, Element element) {
+  bool fits = false;
+  with_element(element, [&](auto* e) {
+    using E = std::remove_pointer_t<decltype(e)>;
+    if constexpr (sizeof(E) == 2) fits = PooledTileMemory<E>::bytes(p) <= kMostShared;
+  });
+  return fits;
+}
+
 }  // namespace sb::cuda

@@ -138,21 +138,24 @@ struct ChunkOfFeatures {
   }
 };
 
-// The largest kappa of keys, kLowestLog for none; all threads get it. Begins or ends with no barrier that the caller
-// could lean on.
+// The largest kappa of keys, kLowestLog for none; all threads get it. Where no kappa is a number it is 0, so that the
+// segment counts: its sums are no numbers at any scale. Begins or ends with no barrier that the caller could lean on.
 template <class M, class T>
 SB_DEVICE T largest_kappa(const ForwardParams& p, const Segment& s, const EnteringKeys& keys,
                           const Shared<T>& of_warps) {
+  constexpr T kNoNumber = T(kLowestLog / 2);  // below every kappa, as kLowestLog is
   T top = T(kLowestLog);
   for (int64_t i = thread_index(); i < keys.count(); i += kStateThreads) {
     const int64_t j = keys.key_at(i);
-    if (j >= 0) top = larger(top, MapRow<M, T>(p.y_map, s.b, s.kv, j).log());
+    if (j < 0) continue;
+    const T log = MapRow<M, T>(p.y_map, s.b, s.kv, j).log();
+    top = larger(top, log == log ? log : kNoNumber);
   }
   top = warp_max(top);
   if (lane_index() == 0) of_warps.set(warp_index(), top);
   sync_block();
   for (int w = 0; w < kStateThreads / kWarp; ++w) top = larger(top, of_warps.get(w));
-  return top;
+  return top == kNoNumber ? T(0) : top;
 }
 
 // Sums of features: a block per segment and kFeatureTile features.

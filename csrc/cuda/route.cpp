@@ -130,6 +130,10 @@ class Route {
                     rows = std::max({kLongRow / kLeaf / 32, ceil_div((2 * kept + 1) * kSuper, 32), kept + tail});
       if (rows > kMostRouteRows || (p.has_clusters() && p.rank > 32 * rows)) return;
       p.tile_rows = rows;
+      if (!route_tile_fits(p, element_of(query))) {
+        p.tile_rows = 0;
+        return;
+      }
       // Kernels reach the 32 keys of a leaf by offsets of 32 bits.
       p.k = call.read_aligned_rows(key.stride(2) < int64_t(1) << 30 ? key : Call::contiguous(key));
       p.key_numbers = floats({p.batch, p.kv_heads, p.fine_runs, p.key_columns(), 32});

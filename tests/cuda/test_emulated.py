@@ -89,6 +89,22 @@ def test_segments_count_from_the_rows_first_key(emulator: Emulator, low_rank: ob
         assert_same_bits(attend(emulator, moved, sb.Empty(), low_rank, key_padding_mask=mask), base)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # bfloat16: on tensor cores
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("low_rank", [sb.Quadratic(4), sb.Favor(16)], ids=["quadratic", "favor"])
+def test_segments_without_a_number_stay_none(
+    emulator: Emulator, low_rank: object, is_causal: bool, dtype: torch.dtype
+) -> None:
+    """Keys 64 to 127, a causal segment, and 512 to 575, which begin a segment and here are all of it."""
+    query, key, value = (rand(1, 1, 576, 16, seed=i, dtype=dtype) for i in range(3))
+    statistics = sb.fit_statistics(query.float(), key.float(), 4) if isinstance(low_rank, sb.Quadratic) else None
+    first = 64 if is_causal else 512
+    key[:, :, first : first + 64] = torch.nan
+    with emulator.installed():
+        out = sb.attention(query, key, value, sb.Window(8), low_rank, statistics=statistics, is_causal=is_causal)
+    assert out[:, :, first if is_causal else 0 :].isnan().all() and not (is_causal and out[:, :, :first].isnan().any())
+
+
 # -------------------- causality and padding
 
 

@@ -99,16 +99,16 @@ def test_gradients_of_maps_are_exact(emulator: Emulator) -> None:
 # -------------------- what is no number
 
 
-def reached_by_no_number(emulator: Emulator) -> str:
-    """Whether a query that is none reaches dk or dv of keys that it does not see, though its tile does, or leaves those
-    that it sees a number; then the same of its gradient."""
+def reached_by_no_number(emulator: Emulator, at: int) -> str:
+    """Whether query ``at`` that is none reaches dk or dv of keys that it does not see, though its tile does, or leaves
+    those that it sees a number; then the same of its gradient."""
     more = dict(is_causal=True, statistics=statistics_of(QUADRATIC, given_of(torch.bfloat16, n=N)))
 
     def of(given: list[Tensor]) -> tuple[Tensor, ...]:
         with on_tensor_cores(emulator):
             return gradients(given, sb.Window(20), QUADRATIC, **more)
 
-    base, at = of(given_of(torch.bfloat16, n=N)), 140  # of a tile with a state
+    base = of(given_of(torch.bfloat16, n=N))
     for which in (0, 3):
         given = given_of(torch.bfloat16, n=N)
         given[which][:, 0, at, 3] = torch.nan
@@ -120,8 +120,9 @@ def reached_by_no_number(emulator: Emulator) -> str:
     return ""
 
 
-def test_queries_that_are_no_numbers_reach_the_keys_that_they_see_alone(emulator: Emulator) -> None:
-    assert reached_by_no_number(emulator) == ""
+@pytest.mark.parametrize("at", [70, 140], ids=["a tile without a state", "a tile with one"])
+def test_queries_that_are_no_numbers_reach_the_keys_that_they_see_alone(emulator: Emulator, at: int) -> None:
+    assert reached_by_no_number(emulator, at) == ""
 
 
 def changed_by_the_future(emulator: Emulator, block_q: int) -> str:
@@ -187,6 +188,12 @@ FAULTS = {
         "true",
         "maps|d[kv]",
     ),
+    "zeros that meet a root that is no number": (
+        KEYS,
+        "weight += has_low_rank ? low_rank * root[n][at] : 0.0f;",
+        "weight += low_rank * root[n][at];",
+        "dv: keys",
+    ),
     "zeros that meet what is no number": (KEYS, "if (kIsCareful && is_careful)", "if (false)", "d[kv]: keys"),
 }
 
@@ -204,7 +211,7 @@ def first_complaint(emulator: Emulator) -> str:
             wrong = excess(emulator, given_of(torch.bfloat16, n=n), support, low_rank, is_causal=True)
             if wrong:
                 return wrong
-        return reached_by_no_number(emulator)
+        return reached_by_no_number(emulator, 140) or reached_by_no_number(emulator, 70)
     except RuntimeError as error:
         return str(error)
 

@@ -71,6 +71,20 @@ def test_lists_are_those_of_the_definition(emulator: Emulator, form: dict, dtype
         assert_as_defined(emulator, inputs.causal([m - n]), form)
 
 
+@pytest.mark.parametrize(("keys", "fits"), [(312, True), (336, False)])
+def test_lists_that_need_more_memory_than_every_device_has_are_made_without_tensor_cores(
+    emulator: Emulator, keys: int, fits: bool
+) -> None:
+    query, key = (rand(1, 1, 40, 128, dtype=torch.float16), rand(1, 1, 700, 128, seed=1, dtype=torch.float16))
+    support, low_rank = sb.Routed(keys, 16), sb.Centroid(64)
+    statistics = sb.reference.cluster(query.float(), key.float(), 64)
+    with on_tensor_cores(emulator, fits):
+        found = sb.route(query, key, support, low_rank, statistics=statistics)
+    expected = sb.reference.routed_lists(support, sb.reference.Inputs.of(query, key, low_rank, statistics=statistics))
+    assert torch.equal(found.count, expected[1])
+    assert (found.index != expected[0]).any(-1).float().mean() <= 0.4  # float32 swaps a near tie
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=ids)
 def test_clusters_serve_keys_as_in_the_definition(emulator: Emulator, form: dict, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Blocks of keys as one mean and as two groups, where keys are no numbers, unequal in place or all alike."""
+"""Routing where keys are no numbers; blocks of keys as one mean and as two groups, unequal in place or all alike."""
 
 import pytest
 import torch
@@ -55,3 +55,19 @@ def test_runs_whose_keys_weigh_the_same_tie_exactly_with_two_pools() -> None:
     for size in (1.0, 1e20):
         index = sb.route(torch.zeros(1, 1, 900, 16), size * key, sb.Routed(40, 1, 8, pools=2), None).index
         assert (index[..., :5] == torch.arange(5)).all()
+
+
+@pytest.mark.parametrize("pools", [1, 2])
+@pytest.mark.parametrize("tokens", [96, 700])  # of more than 512 keys candidates are chosen first
+def test_pooled_lists_begin_with_keys_that_are_no_numbers(tokens: int, pools: int) -> None:
+    """In whichever lane of a vector such a key is, the others keep their order; among several pools, whose scores are
+    relative to a sum over all keys, they have none."""
+    query, keys = rand(1, 1, 32, 16), rand(1, 1, tokens, 16, seed=1)
+    support = sb.Routed(24, 16, pools=pools)
+    for at in range(tokens - 40, tokens - 8, 3):
+        key = keys.clone()
+        key[:, :, at] = torch.nan
+        index = sb.route(query, key, support, None).index
+        assert (index == at).any(-1).all()
+        expected, _ = sb.reference.routed_lists(support, sb.reference.Inputs.of(query, key))
+        assert pools == 2 or torch.equal(index, expected)

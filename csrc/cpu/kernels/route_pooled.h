@@ -178,7 +178,7 @@ SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* le
   each([&](int64_t at, const float* kappa, RouteInts eligible) SB_INLINE_LAMBDA {
     RouteVec exponent = load_lanes(s + at);
     if (has_low_rank) exponent = max_lanes(exponent, load_lanes(kappa) + w.rho[g]);
-    top = max_lanes(top, eligible ? exponent : top);
+    top = max_lanes(eligible ? exponent : top, top);  // what is no number is passed over
   });
   float largest = top[0];
   SB_UNROLL
@@ -199,7 +199,7 @@ SB_INLINE void residuals(const RouteParams& p, PooledScratch& w, const float* le
       const RouteVec L =
           exp2v<kRouteWidth>(load_lanes(kappa) + (w.rho[g] - largest)) * kernel.value(load_lanes(t + at));
       score = (RouteVec)((RouteInts)(exp2v<kRouteWidth>(score) - L) & 0x7fffffff);
-      best = max_lanes(best, eligible ? score : best);
+      best = max_lanes(eligible ? score : best, best);
     }
     const RouteVec allowed = eligible ? score : never;
     if constexpr (kKeys)
@@ -233,7 +233,7 @@ SB_INLINE void squared_residuals(const RouteParams& p, PooledScratch& w, const f
   each([&](int64_t at, const float* kappa, RouteInts seen) SB_INLINE_LAMBDA {
     RouteVec exponent = load_lanes(s + at);
     if (has_low_rank) exponent = max_lanes(exponent, load_lanes(kappa) + w.rho[g]);
-    top = max_lanes(top, seen ? exponent : top);
+    top = max_lanes(seen ? exponent : top, top);
   });
   float largest = top[0];
   SB_UNROLL
@@ -290,9 +290,10 @@ SB_INLINE int64_t shared_top(const RouteParams& p, PooledScratch& w, const float
     rows[used] = g, factor[used++] = splat<float, kRouteWidth>(w.inverse[g]);
   }
   for (int64_t i = 0; i < chunks * kLanes; i += kRouteWidth) {
-    RouteVec score = load_lanes(w.s + rows[0] * w.units + i) * factor[0];
-    for (int r = 1; r < used; ++r) score = max_lanes(score, load_lanes(w.s + rows[r] * w.units + i) * factor[r]);
-    store_ints(w.key + i, sortable(score));
+    const auto of_pool = [&](int r) { return sortable(load_lanes(w.s + rows[r] * w.units + i) * factor[r]); };
+    RouteInts score = of_pool(0);
+    for (int r = 1; r < used; ++r) score = max_lanes(of_pool(r), score);
+    store_ints(w.key + i, score);
   }
   const int64_t taken = take_top(w.key, chunks * kLanes, n, out, w.guess[kLanes == kSuper ? 1 : 0]);
   for (int64_t i = 0; i < taken; ++i) out[i] = chunk[out[i] / kLanes] * kLanes + out[i] % kLanes;

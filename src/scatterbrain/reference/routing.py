@@ -118,18 +118,23 @@ class Keys(NamedTuple):
         """Every run of ``size`` keys as one key: the mean key, and the mean of the low-rank features, (1, y / 2)
         exp(kappa / 2) of the quadratic kernel, y exp(kappa) of others."""
         count = -(-len(self.valid) // size)
-        member = torch.zeros(count, len(self.valid), dtype=self.key.dtype)
-        position = torch.arange(len(self.valid))
-        member[position // size, position] = self.valid.to(self.key.dtype)
+
+        def runs(t: Tensor) -> Tensor:  # (count, size, ..), so that what is no number stays in its run
+            filled = torch.zeros(count * size, *t.shape[1:], dtype=self.key.dtype)
+            filled[: len(t)] = t
+            return filled.unflatten(0, (count, size))
+
+        member = runs(self.valid)
         total = member.sum(1)
         share = member / total.clamp_min(1)[:, None]
+        key = (share[:, :, None] * runs(self.key)).sum(1)
         if self.y is None:
-            return Keys(share @ self.key, total > 0, None, None)
+            return Keys(key, total > 0, None, None)
         power = 2 if self.is_quadratic else 1
-        log_share = torch.log(share) + self.kappa / power
+        log_share = torch.log(share) + runs(self.kappa) / power
         mean = torch.logsumexp(log_share, 1)
-        y = torch.exp(log_share - mean[:, None]).nan_to_num(0.0) @ self.y
-        return Keys(share @ self.key, total > 0, y, power * mean, self.is_quadratic)
+        y = (torch.exp(log_share - mean[:, None]).nan_to_num(0.0)[:, :, None] * runs(self.y)).sum(1)
+        return Keys(key, total > 0, y, power * mean, self.is_quadratic)
 
     def spread(self, size: int) -> Tensor:
         """Mean squared distance of the valid keys of every run of ``size`` to their mean."""
@@ -298,7 +303,8 @@ def list_score(pools: list[Pool], keys: Keys, counted: list[int]) -> Tensor:
 def shared_score(pools: list[Pool], means: Keys, eligible: list[int]) -> Tensor:
     """The largest residual of each run of keys over some pools, each pool's relative to its own largest."""
     scores = [pool.log_residual(means) for pool in pools]
-    return torch.stack([s - s[eligible].max() for s in scores]).amax(0) if eligible else scores[0]
+    tops = [s[eligible].nan_to_num(-torch.inf, torch.inf, -torch.inf).max() for s in scores if eligible]
+    return torch.stack([s - top for s, top in zip(scores, tops)]).amax(0) if eligible else scores[0]
 
 
 def pooled_lists(

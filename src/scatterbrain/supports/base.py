@@ -22,7 +22,8 @@ class BlockLists(NamedTuple):
         index, count, query_order: as :class:`scatterbrain.Blocks`; None without lists.
         span: int32 (1 or B, blocks, 2), a window [lo, hi) of absolute key positions per block; None without one.
         block_q: queries that share a list. block_k: consecutive keys of an entry.
-        span_keys: upper bound of hi - lo.
+        span_keys: upper bound of hi - lo, as close as it is known: on GPUs causal calls with a low-rank kernel read
+            states only behind the longest list, so a bound of the number of tokens costs them quadratic time.
         span_sinks: so many first keys of the row are listed besides the window.
     """
 
