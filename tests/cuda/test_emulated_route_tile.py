@@ -80,9 +80,8 @@ def test_lists_that_need_more_memory_than_every_device_has_are_made_without_tens
     statistics = sb.reference.cluster(query.float(), key.float(), 64)
     with on_tensor_cores(emulator, fits):
         found = sb.route(query, key, support, low_rank, statistics=statistics)
-    expected = sb.reference.routed_lists(support, sb.reference.Inputs.of(query, key, low_rank, statistics=statistics))
-    assert torch.equal(found.count, expected[1])
-    assert (found.index != expected[0]).any(-1).float().mean() <= 0.4  # float32 swaps a near tie
+    inputs = sb.reference.Inputs.of(query, key, low_rank, statistics=statistics)
+    assert_near((found.index, found.count), support, inputs)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
