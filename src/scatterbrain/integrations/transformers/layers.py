@@ -26,7 +26,11 @@ CORE = "scatterbrain"  # attribute of an attention module that holds its Scatter
 PARKED = "_scatterbrain_parked"  # holds it outside of the state dict while another implementation runs
 
 _INTERFACE = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface")
-_CROSS = re.compile(r"key_value|encoder|cross|context|memory|latent|image|vision|text|media|kv|query|queries|value")
+# Names of parameters of forward: states of other tokens, the cache of the layer's own, and keys or values apart, which
+# in a causal layer are of the same tokens.
+_OTHER_TOKENS = re.compile(r"key_value|encoder|cross|context|memory|latent|image|vision|text|media")
+_CACHE = re.compile(r"past_|cache")
+_APART = re.compile(r"kv|query|queries|value")
 _CROSS_NAME = re.compile(r"cross|encoder_att|enc_?dec", re.IGNORECASE)
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_attn_heads", "encoder_attention_heads")
 _HEAD_DIM = (
@@ -300,11 +304,17 @@ def _is_self(module: nn.Module, path: str) -> bool:
         return True
     if "self" in names.lower() or "self" in type(module).__name__.lower():
         return True
-    others = {name for name in _parameters(type(module)) if _CROSS.search(name)}
+    others = _other_tokens(_parameters(type(module)), getattr(module, "is_causal", None) is True)
     has_encoder = getattr(module.config, "is_encoder_decoder", False) or getattr(
         module.config, "add_cross_attention", False
     )
     return not others or (others == {"key_value_states"} and not has_encoder)
+
+
+def _other_tokens(parameters: list[str], is_causal: bool) -> set[str]:
+    """Those of the parameters of a layer's forward, by name, that may bring in other tokens than the queries'."""
+    patterns = (_OTHER_TOKENS,) if is_causal else (_OTHER_TOKENS, _APART)
+    return {name for name in parameters if not _CACHE.match(name) and any(p.search(name) for p in patterns)}
 
 
 def _parameters(cls: type[nn.Module]) -> list[str]:
