@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import scatterbrain as sb
 from scatterbrain.supports import Support
@@ -249,6 +250,28 @@ def count_calls(model: nn.Module) -> list[nn.Module]:
     return calls
 
 
+def under_grad(function: Callable[[], object]) -> None:
+    """Calls ``function`` inside torch.func.grad."""
+
+    def loss(x: Tensor) -> Tensor:
+        function()
+        return x.sum()
+
+    torch.func.grad(loss)(torch.ones(2))
+
+
+def under_inference_mode(function: Callable[[], object]) -> None:
+    with torch.inference_mode():
+        function()
+
+
+def under_fake_mode(function: Callable[[], object]) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        function()
+
+
+# What tensors that are made inside must not outlive.
+PASSING = [under_inference_mode, under_grad, under_fake_mode]
 COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 
 # -------------------- results

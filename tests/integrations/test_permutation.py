@@ -1,10 +1,13 @@
-"""Orders of tokens that differ from image to image of a batch."""
+"""Orders of image tokens, of one grid and from image to image of a batch."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+from testkit import PASSING, rand
 
-from scatterbrain.integrations.permutation import coordinate_order
+from scatterbrain.hilbert import hilbert_order
+from scatterbrain.integrations.permutation import coordinate_order, grid_permutation
 
 
 def test_coordinates_are_ordered_for_each_image_and_padding_keeps_its_place():
@@ -22,3 +25,15 @@ def test_coordinates_are_ordered_for_each_image_and_padding_keeps_its_place():
         cells = coordinates[row, kept[valid[row]]]
         steps = (cells[1:] - cells[:-1]).abs().sum(-1)
         assert len(cells) == height * width and steps.max() <= 3
+
+
+@pytest.mark.parametrize("passing", PASSING)
+def test_the_order_of_a_grid_that_was_first_made_elsewhere_can_be_trained_with(passing):
+    size = (3 + PASSING.index(passing), 11)  # sizes that no other test has
+    passing(lambda: grid_permutation(*size, 1, torch.device("cpu")))
+    permutation = grid_permutation(*size, 1, torch.device("cpu"))
+    assert torch.equal(permutation.order[1:] - 1, hilbert_order(*size))
+    tokens = rand(2, 1 + size[0] * size[1], 4).requires_grad_()
+    ordered = permutation.apply(tokens)
+    ordered.square().sum().backward()
+    assert torch.equal(permutation.undo(ordered), tokens) and torch.equal(tokens.grad, 2 * tokens)

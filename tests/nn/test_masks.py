@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from testkit import rand, under_grad, under_inference_mode
 from torch import Tensor
 
-from scatterbrain.nn.masks import kept_keys_and_offset, once_per_mask
+from scatterbrain.nn.masks import as_bool_padding, kept_keys_and_offset, once_per_mask
 
 KEEP = torch.tensor([[True, True, False, True, True], [False, True, True, True, True]])[:, None, None, :]
 
@@ -41,3 +42,13 @@ def test_an_answer_is_kept_until_the_mask_is_written_to():
     assert [once_per_mask(mask, question), once_per_mask(mask, question, 5), once_per_mask(mask, question)] == [1, 2, 1]
     mask[0, 1] = False
     assert once_per_mask(mask, question) == 3 and asked == [(), (5,), ()]
+
+
+@pytest.mark.parametrize("passing", [under_inference_mode, under_grad])
+def test_an_answer_that_was_first_asked_elsewhere_can_be_trained_with(passing):
+    mask = torch.zeros(2, 3).masked_fill(KEEP[:, 0, 0, :3].logical_not(), -torch.inf)
+    passing(lambda: as_bool_padding(mask))
+    x = rand(2, 3).requires_grad_()
+    x.masked_fill(as_bool_padding(mask), 0).sum().backward()
+    assert torch.equal(x.grad, (mask == 0).float())
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(as_bool_padding(mask))

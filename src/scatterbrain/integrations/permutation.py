@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from scatterbrain.hilbert import hilbert_distance, hilbert_order, inverse_order
+from scatterbrain.operators.device_constants import kept
+from scatterbrain.operators.tracing import is_untraced
 
 
-@functools.lru_cache(maxsize=32)
-def _grid_orders(height: int, width: int, prefix: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _make_grid_orders(height: int, width: int, prefix: int, device: torch.device) -> Tensor:
     patches = hilbert_order(height, width)
     order = torch.cat([torch.arange(prefix), patches + prefix])
-    return order.to(device), inverse_order(order).to(device)
+    return torch.stack([order, inverse_order(order)]).to(device)
+
+
+def _grid_orders(height: int, width: int, prefix: int, device: torch.device) -> Tensor:
+    """int64 (2, prefix + height * width): the order and its inverse, which nobody may write to."""
+    if is_untraced():
+        return kept(_make_grid_orders, device, height, width, prefix)
+    return _make_grid_orders(height, width, prefix, device)
 
 
 @torch.library.custom_op("scatterbrain::grid_order", mutates_args=())
 def _grid_order(height: int, width: int, prefix: int, inverse: bool, device: torch.device) -> Tensor:
     """:func:`_grid_orders` as an operator for compiled graphs, whose sizes may be symbols. Returns a copy, since a
     graph may write into its inputs."""
-    return _grid_orders(height, width, prefix, device)[inverse].clone()
+    return _grid_orders(height, width, prefix, device)[int(inverse)].clone()
 
 
 @_grid_order.register_fake

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from scatterbrain.operators.tracing import is_batched, is_capturing
+from scatterbrain.operators.tracing import is_batched, is_capturing, is_untraced
 
 MASK_STRIPE = 128  # rows of a mask compared at a time
 _ANSWERS = WeakTensorKeyDictionary()  # mask -> (version, {(question, *arguments): answer})
@@ -29,7 +29,8 @@ def is_unreadable(mask: Tensor) -> bool:
 def once_per_mask(mask: Tensor, question: Callable[..., Any], *arguments: Hashable) -> Any:
     """``question(mask, *arguments)``, computed again only after the mask was written to. The answer must not hold the
     mask itself, which would then never be freed."""
-    if mask.is_inference():  # inference tensors have no version
+    # Inference tensors have no version, and what a trace or a transform makes is of no use outside of it.
+    if mask.is_inference() or not is_untraced():
         return question(mask, *arguments)
     version, answers = _ANSWERS.get(mask, (None, {}))
     if version != mask._version:
@@ -37,7 +38,8 @@ def once_per_mask(mask: Tensor, question: Callable[..., Any], *arguments: Hashab
         _ANSWERS[mask] = (mask._version, answers)
     key = (question, *arguments)
     if key not in answers:
-        answers[key] = question(mask, *arguments)
+        with torch.inference_mode(False), torch.no_grad():  # a later call may train with it
+            answers[key] = question(mask, *arguments)
     return answers[key]
 
 

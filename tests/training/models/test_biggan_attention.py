@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from testkit import cores, rand
+from testkit import PASSING, cores, rand, under_fake_mode
 from torch import Tensor
 
 import scatterbrain as sb
@@ -188,3 +188,12 @@ def test_sizes_that_do_not_fit_are_refused():
         BigGANAttention(20)
     with pytest.raises(ValueError, match="even height and width, got 5 x 4; pad the image"):
         BigGANAttention(CHANNELS)(rand(1, CHANNELS, 5, 4))
+
+
+@pytest.mark.parametrize("passing", [passing for passing in PASSING if passing is not under_fake_mode])
+def test_an_image_size_that_was_first_seen_elsewhere_can_be_trained_on(passing):
+    size = (6 + 2 * PASSING.index(passing), 22)  # sizes that no other test has
+    layer, x = block(hilbert=True).eval(), rand(1, CHANNELS, *size, dtype=torch.float64)
+    passing(lambda: layer(x))
+    mine, exact = (gradients(b, b, x) for b in (block(hilbert=True), block(hilbert=False)))
+    torch.testing.assert_close(mine, exact)

@@ -3,13 +3,13 @@ its published weights. Queries are all pixels, keys and values a quarter of them
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scatterbrain.hilbert import hilbert_order, inverse_order
+from scatterbrain.operators.device_constants import kept
+from scatterbrain.operators.tracing import is_untraced
 from scatterbrain.training.models.blocks import AttentionFactory
 from scatterbrain.training.models.exchangeable import ExchangeableAttention, exact_attention
 
@@ -70,7 +70,7 @@ class BigGANAttention(ExchangeableAttention):
         query = _tokens(self.theta(x))
         key, value = (_tokens(F.max_pool2d(layer(x), 2)) for layer in (self.phi, self.g))
         if self.hilbert:
-            pixels, back, cells = (order.to(x.device) for order in _orders(height, width))
+            pixels, back, cells = _orders(height, width, x.device)
             out = self.attend(query[:, :, pixels], key[:, :, cells], value[:, :, cells])[:, :, back]
         else:
             out = self.attend(query, key, value)
@@ -82,14 +82,19 @@ def _tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)[:, None]
 
 
-@functools.lru_cache(maxsize=16)
-def _orders(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _orders(height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
     """The order of pixels, the one that undoes it, and that of pooled cells: the t-th pixel belongs to the cell t // 4
     of the last."""
+    orders = kept(_make_orders, device, height, width) if is_untraced() else _make_orders(height, width, device)
+    pixels = height * width
+    return orders.split([pixels, pixels, pixels // 4])
+
+
+def _make_orders(height: int, width: int, device: torch.device) -> Tensor:
     cells = hilbert_order(height // 2, width // 2)
     row, column = 2 * (cells // (width // 2)), 2 * (cells % (width // 2))
     pixels = torch.stack([(row + down) * width + column + right for down in (0, 1) for right in (0, 1)], 1).flatten()
-    return pixels, inverse_order(pixels), cells
+    return torch.cat([pixels, inverse_order(pixels), cells]).to(device)
 
 
 class SpectralNormConv2d(nn.Conv2d):
