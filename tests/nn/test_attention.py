@@ -253,6 +253,17 @@ def test_causal_attention_has_no_exact_queries_and_fewer_queries_than_named_are_
     torch.testing.assert_close(core(*inputs), F.scaled_dot_product_attention(*inputs))
 
 
+def test_exact_queries_of_other_tokens_than_the_keys_are_not_padded_where_there_are_as_many() -> None:
+    q, _, _ = qkv()
+    k, v = (t[:, :, :20] for t in qkv(seed=1)[1:])
+    mask = padding(20, (0, 7))
+    out = sb.ScatterbrainAttention(4, 16, support=sb.Window(8), low_rank=sb.Centroid(4), exact_queries=20)(
+        q, k, v, mask
+    )
+    exact = F.scaled_dot_product_attention(q[:, :, :20], k, v, attn_mask=~mask[:, None, None])
+    torch.testing.assert_close(out[:, :, :20], exact)
+
+
 @pytest.mark.parametrize("wrong", [-1, 1.0, True])
 def test_exact_queries_must_be_a_count(wrong: object) -> None:
     with pytest.raises(ValueError, match="exact_queries must be an int of at least 0"):

@@ -184,8 +184,11 @@ class ScatterbrainAttention(KernelState):
         first = min(self.exact_queries, query.shape[2])
         if first == 0 or is_causal or support.is_full:
             return out
-        if query_padding_mask is None and key_padding_mask is not None and query.shape[2] == key.shape[2]:
-            query_padding_mask = key_padding_mask
+        if query_padding_mask is None and key_padding_mask is not None:
+            if query.shape[2] == key.shape[2]:
+                query_padding_mask = key_padding_mask
+            elif first == key.shape[2]:  # without a mask these queries would be taken for the keys' tokens
+                query_padding_mask = torch.zeros_like(key_padding_mask)
         exact = functional.attention(
             query[:, :, :first],
             key,
