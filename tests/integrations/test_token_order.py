@@ -4,9 +4,13 @@ the model's order, and an ordered model compiles, traces and exports."""
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from testkit import COPIES
 from testkit import assert_close_in_scale as close
 from token_orders import ORDERED, WINDOW
 
@@ -14,6 +18,18 @@ import scatterbrain as sb
 
 timm = pytest.importorskip("timm")
 import timm_models as models
+
+
+class Allowed:
+    """A hook that may see tokens along the curve."""
+
+    __module__ = "scatterbrain.tests"
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self.hook = hook
+
+    def __call__(self, *args: object) -> None:
+        self.hook(*args)
 
 
 def test_one_model_takes_images_of_any_size():
@@ -36,6 +52,29 @@ def test_gradients_stay():
     out = model(x)
     (sum(out) if isinstance(out, tuple) else out).square().sum().backward()
     close(x.grad, before)
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, *COPIES], ids=["itself", "deepcopy", "pickle"])
+def test_threads_that_run_one_model_at_once_get_the_models_order(copied):
+    model, images = models.build("vit"), models.images("vit").split(1)
+    with torch.no_grad():
+        before = [model.forward_features(x) for x in images]
+    sb.replace_attention(model, **ORDERED)
+    model, both = copied(model), threading.Barrier(2, timeout=60)
+
+    def wait(*args: object) -> None:
+        both.wait()
+
+    model.patch_embed.register_forward_hook(wait)
+    model.blocks[1].register_forward_hook(Allowed(wait))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model.forward_features(x)
+
+    with ThreadPoolExecutor(2) as threads:
+        for out, expected in zip(threads.map(run, images), before):
+            close(out, expected)
 
 
 # -------------------- what would see the curve

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,14 @@ PermutationFor = Callable[[Tensor], Permutation | None]
 """Called with the tokens before the first block; None leaves them in the model's order."""
 
 
+class Running(threading.local):
+    """The forward that the current thread runs: each thread may run one of the same model, as nn.DataParallel's do."""
+
+    def __init__(self) -> None:
+        self.pending: PermutationFor | None = None
+        self.applied: Permutation | None = None
+
+
 class Order:
     """Shared by an ordered model and what reorders its tokens: the permutation of the running forward.
 
@@ -39,13 +48,19 @@ class Order:
 
     def __init__(self, prefix: int, is_strict: bool) -> None:
         self.prefix, self.is_strict = prefix, is_strict
-        self.pending: PermutationFor | None = None
-        self.applied: Permutation | None = None
+        self.running = Running()
 
     def enter(self, tokens: Tensor) -> Permutation | None:
         """The permutation of these tokens before the first block; None leaves them as they are."""
-        self.applied = None if self.pending is None else self.pending(tokens)
-        return self.applied
+        running = self.running
+        running.applied = None if running.pending is None else running.pending(tokens)
+        return running.applied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"prefix": self.prefix, "is_strict": self.is_strict}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["prefix"], state["is_strict"])
 
     def refuse(self, reason: str, error: type[Exception] = ValueError) -> None:
         """A call cannot be ordered."""
@@ -76,7 +91,7 @@ class RotationHook:
         self.order = order
 
     def __call__(self, module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        permutation = self.order.applied
+        permutation = self.order.running.applied
         return output if permutation is None else tuple(map(permutation.apply_to_patches, output))
 
 
@@ -120,7 +135,7 @@ class Family(ABC):
         order: Order | None = getattr(model, "_token_order", None)
         # A new instance of an ordered class has no order. When one of METHODS calls another, the outer one puts the
         # tokens back.
-        if order is None or order.pending is not None:
+        if order is None or order.running.pending is not None:
             return function(model, **arguments)
         for reason, error in (
             (hook_inside(model, self.INSIDE), RuntimeError),
@@ -129,12 +144,13 @@ class Family(ABC):
             if reason is not None:
                 order.refuse(reason, error)
                 return function(model, **arguments)
-        order.pending = self.prepare(model, arguments)
+        running = order.running
+        running.pending = self.prepare(model, arguments)
         try:
             out = function(model, **arguments)
-            return out if order.applied is None else self.put_back(order.applied, out)
+            return out if running.applied is None else self.put_back(running.applied, out)
         finally:
-            order.pending = order.applied = None
+            running.pending = running.applied = None
 
 
 # Modules whose hooks work on tokens in any order, or whose results are put back with the outputs.
