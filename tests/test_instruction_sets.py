@@ -93,3 +93,35 @@ def test_two_instruction_sets_agree_up_to_rounding(tmp_path: Path) -> None:
     result = run_python("-c", program, path, **{ISA_VARIABLE: "baseline"})
     assert result.returncode == 0, result.stderr
     assert_all_close(outputs_and_gradients(), torch.load(path))
+
+
+PAYLOADS = """
+import itertools
+import torch
+import scatterbrain as sb
+
+print("in use:", torch.ops.scatterbrain.instruction_set())
+supports = sb.Window(64), sb.Window(16, block_q=1), sb.Routed(32)
+for dtype, of_bits, digits in ((torch.float32, torch.int32, 23), (torch.float64, torch.int64, 52)):
+    quiet = torch.iinfo(of_bits).max - 2 ** (digits - 1) + 1
+    for bits, support, kernel, is_causal in itertools.product(
+        (-1, quiet, quiet + 1, quiet + 253, torch.iinfo(of_bits).max), supports, (None, sb.Favor(16)), (False, True)
+    ):
+        tokens = [torch.randn(1, 1, 200, 32, dtype=dtype) for _ in range(3)]
+        tokens[0][0, 0, 50] = torch.full((32,), bits, dtype=of_bits).view(dtype)
+        query, key, value = (t.requires_grad_() for t in tokens)
+        out, lse = sb.attention(query, key, value, support, kernel, is_causal=is_causal, return_lse=True)
+        case = dtype, bits, support, kernel, is_causal
+        assert out[0, 0, 50].isnan().all() and lse[0, 0, 50].isnan(), case
+        assert torch.autograd.grad(out.sum(), query)[0][0, 0, 50].isnan().all(), case
+"""
+
+
+@pytest.mark.parametrize("name", _build_info.instruction_sets)
+def test_nan_is_not_swallowed_whatever_its_bits_are(name: str) -> None:
+    """Powers of two are made of bits: those of a NaN must not add up to a number."""
+    result = run_python("-c", PAYLOADS, **{ISA_VARIABLE: name})
+    if f"{ISA_VARIABLE}='{name}' is not available here" in result.stderr:
+        pytest.skip(f"this processor has no {name}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"in use: {name}" in result.stdout

@@ -252,6 +252,7 @@ SB_INLINE void squared_terms(const AttentionParams& p, const T* xT, const T* alp
 // terms of F(x).hz. Where L overflows, den is NaN. A call that sums by key is of such queries alone.
 template <class T>
 SB_INLINE bool is_beyond_bound(const AttentionParams& p, T removed, T den, double squared_terms) {
+  if (!p.has_low_rank()) return false;
   if (p.sums_by_key || removed > T(p.fallback_bound) * den || removed > T(1e37)) return true;
   return p.needs_again && !(squared_terms <= kTermsBound * kTermsBound * double(den) * double(den));
 }

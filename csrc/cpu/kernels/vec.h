@@ -77,7 +77,7 @@ SB_INLINE V max_lanes(V a, V b) {
 // 2^x, relative error 1e-7 (float) and 1e-16 (double). Results below the smallest normal number are exactly zero, and
 // those above the largest power of two are that power; the exponents of weights are never positive, so neither changes
 // a weight that matters. x = n + f with n an integer and |f| <= 1/2: adding 1.5 * 2^mantissa rounds x to n and leaves n
-// in the low bits, ready to be added to the exponent.
+// in the low bits, ready to be added to the exponent. NaN stays NaN, though its bits may add up to a number.
 template <int N>
 SB_INLINE Vector<float, N> exp2_fraction(Vector<float, N> f) {
   // Minimax in relative error on [-1/2, 1/2], degree 6: 2e-9 before rounding.
@@ -112,7 +112,7 @@ SB_INLINE Vector<float, N> exp2v(Vector<float, N> x) {
   const V shifted = clamped + 12582912.0f;
   const V f = clamped - (shifted - 12582912.0f);
   const V y = (V)((Ints<float, N>)exp2_fraction<N>(f) + ((Ints<float, N>)shifted << 23));
-  return x < tiny ? V{} : y;
+  return x < tiny ? V{} : x == x ? y : x;
 }
 template <int N>
 SB_INLINE Vector<double, N> exp2v(Vector<double, N> x) {
@@ -127,7 +127,7 @@ SB_INLINE Vector<double, N> exp2v(Vector<double, N> x) {
   V p = f * (1.0 / 6227020800.0) + 1.0 / kFactorial[0];
   SB_EACH (i, 12) p = p * f + 1.0 / kFactorial[i + 1];
   const V y = (V)((Ints<double, N>)p + ((Ints<double, N>)shifted << 52));
-  return x < tiny ? V{} : y;
+  return x < tiny ? V{} : x == x ? y : x;
 }
 
 // log2 of positive normal numbers to about 1e-12; infinity and NaN pass through.
