@@ -65,7 +65,6 @@ void backward_unit_of(const AttentionParams& p, BackwardTask& task) {
     for_each_tile<E, kLanes, kShared && !kBitmask>(p, task.b, task.h, task.unit, task.zero_row, tile, count);
     task.tiles = count.tiles;
   } else if (task.stage == BackwardTask::kCountKeys || task.stage == BackwardTask::kScatter) {
-    if (!kShared && task.stage == BackwardTask::kScatter) clear_block_scatter<E>(p, visitor.blocks);
     for (int64_t i = 0; i < task.tiles; ++i) {
       const ScatterRecord<E>* r =
           reinterpret_cast<const ScatterRecord<E>*>(static_cast<char*>(task.records) + i * size.used);
@@ -83,7 +82,6 @@ void backward_unit_of(const AttentionParams& p, BackwardTask& task) {
       const KVState<AccType<E>> d = d_kv_state_slot<AccType<E>>(p, task.b * p.q_heads + task.h, task.unit);
       for (int64_t i = 0; i < p.slot_size; ++i) d.H[i] = 0;
     }
-    if (!kShared && !task.keep) clear_block_scatter<E>(p, visitor.blocks);
     for_each_tile<E, kLanes, kShared && !kBitmask>(p, task.b, task.h, task.unit, task.zero_row, tile, visitor);
     task.tiles = visitor.tiles;
   }

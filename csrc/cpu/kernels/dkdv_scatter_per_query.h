@@ -15,7 +15,7 @@ struct Piece {
 template <class E>
 struct BlockScatter {
   typedef AccType<E> T;
-  int32_t* index;                 // block -> its entry in what follows, or -1
+  int32_t* index;                 // block -> its entry in what follows if that names it, else anything
   int32_t *block, *first, *last;  // blocks that have pieces, and their first and last piece
   Piece* piece;
   T *w, *ds, *dt;             // weights of one block, [piece][key]
@@ -39,10 +39,11 @@ SB_INLINE void allocate_block_scatter(const AttentionParams& p, Arena& arena, Bl
   s.wide = arena.take<T>(kPaired<E> ? 2 * kBackwardLanes * s.width : 0);
   s.blocks = s.pieces = 0;
 }
-// Once per unit; every tile leaves the index cleared.
+// The entry of a block, or -1. The index is never cleared: that would take the time of all keys for a few.
 template <class E>
-SB_INLINE void clear_block_scatter(const AttentionParams& p, BlockScatter<E>& s) {
-  for (int64_t i = 0; i <= p.k_tokens / kScatterBlockKeys; ++i) s.index[i] = -1;
+SB_INLINE int32_t entry_of_block(const BlockScatter<E>& s, int64_t block) {
+  const int32_t entry = s.index[block];
+  return entry >= 0 && entry < s.blocks && s.block[entry] == block ? entry : -1;
 }
 
 // Cuts the record of one query into pieces. Blocks count from the row's first key, like those of its lists.
@@ -60,9 +61,9 @@ SB_INLINE void add_pieces(const ScatterRecord<E>& r, int lane, int64_t first_key
         for (n = 1; r.key[at + n] == r.key[at] + n;) ++n;
       const int32_t here = int32_t(s.pieces++);
       s.piece[here] = {-1, int32_t(at), int8_t(lane), int8_t(i), int8_t(offset), int8_t(n)};
-      int32_t& entry = s.index[block];
+      int32_t entry = entry_of_block<E>(s, block);
       if (entry < 0) {
-        entry = int32_t(s.blocks++);
+        entry = s.index[block] = int32_t(s.blocks++);
         s.block[entry] = int32_t(block), s.first[entry] = here;
       } else {
         s.piece[s.last[entry]].next = here;
@@ -141,7 +142,6 @@ void dkdv_scatter_per_query(const AttentionParams& p, int64_t b, int64_t kv, con
     const int64_t begin = first_key + int64_t(s.block[entry]) * kScatterBlockKeys;
     if (entry + 1 < s.blocks)
       fetch_block<AccType<E>>(p, b, kv, first_key + int64_t(s.block[entry + 1]) * kScatterBlockKeys);
-    s.index[s.block[entry]] = -1;
     bool whole = begin >= key_begin && begin + kScatterBlockKeys <= key_end;
     for (int32_t i = s.first[entry]; i >= 0; i = s.piece[i].next) whole &= s.piece[i].n == kScatterBlockKeys;
     if (whole) {

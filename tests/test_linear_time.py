@@ -1,0 +1,36 @@
+"""Time is that of what a call evaluates. Calls are compared with calls that evaluate as much, by the stage that
+evaluates it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from testkit import leaves, qkv, rand
+
+import scatterbrain as sb
+
+
+def seconds(stage: str, function: Callable[[], object], calls: int = 5) -> float:
+    """Of the fastest call, on one thread."""
+    threads, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for _ in range(calls):
+        with sb.profile() as profile:
+            function()
+        times.append(profile.stages[stage].seconds)
+    torch.set_num_threads(threads)
+    return min(times)
+
+
+def test_the_backward_pass_of_single_queries_does_not_pass_over_keys_that_none_lists() -> None:
+    """Against queries in blocks, whose gradients are scattered otherwise."""
+    queries, keys = 32, 2**18
+    times = []
+    for block_q in (1, 8):
+        tokens = leaves(qkv(queries, keys, batch=1, heads=1, head_dim=16))
+        out = sb.attention(*tokens, sb.Window(16, block_q), None, is_causal=True, query_offset=keys - queries)
+        gradient = rand(*out.shape, seed=3)
+        backward = lambda: torch.autograd.grad(out, tokens, gradient, retain_graph=True)
+        times.append(seconds("backward of queries", backward))
+    assert times[0] < 10 * times[1]
