@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
-from testkit import leaves, qkv, rand
+from testkit import assert_same_bits, leaves, out_and_gradients, qkv, rand
 
 import scatterbrain as sb
 
@@ -34,3 +35,15 @@ def test_the_backward_pass_of_single_queries_does_not_pass_over_keys_that_none_l
         backward = lambda: torch.autograd.grad(out, tokens, gradient, retain_graph=True)
         times.append(seconds("backward of queries", backward))
     assert times[0] < 10 * times[1]
+
+
+@pytest.mark.parametrize("low_rank", [None, sb.Favor(8)], ids=["none", "favor"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_block_of_a_billion_queries_is_one_of_all_queries(is_causal: bool, low_rank: sb.Favor | None) -> None:
+    tokens, times, results = qkv(100, batch=1, head_dim=16), [], []
+    for block_q in (2**30, 256):
+        call = lambda *given: sb.attention(*given, sb.Window(64, block_q), low_rank, is_causal=is_causal)
+        results.append(out_and_gradients(call, tokens))
+        times.append(seconds("forward of queries", lambda: call(*tokens)))
+    assert_same_bits(*results)
+    assert times[0] < 20 * times[1]

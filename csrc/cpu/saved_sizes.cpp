@@ -26,7 +26,7 @@ StateLayout state_layout(const AttentionShape& s) {
 ScoreLayout score_layout(const AttentionShape& s) {
   ScoreLayout layout;
   layout.lanes = s.block_q == 1 ? 1 : s.block_q <= 8 ? 8 : s.block_q < 32 ? 16 : 32;
-  layout.slots = pad_to(ceil_div(s.q_tokens, s.block_q) * s.block_q, kPad);
+  layout.slots = pad_to(s.q_tokens, std::max(layout.lanes, kPad));  // a block may be far larger than the row
   const bool all_keys = s.block_q == 1 && s.low_rank != int64_t(LowRank::kNone) && s.k_tokens <= kBitmaskKeys;
   const int64_t most = all_keys ? s.k_tokens : std::min(s.listed_keys, s.k_tokens);
   const int64_t keys = layout.lanes == 1 ? pad_to(most, kPad) : most;  // rows of single queries are whole vectors

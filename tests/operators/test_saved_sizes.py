@@ -87,6 +87,13 @@ def test_sizes_are_those_of_what_the_operator_returns() -> None:
     assert all(30 < n < 370 for n in saved.values()), saved
 
 
+@pytest.mark.parametrize("block_q", [2**20, 2**31 - 1])
+def test_a_block_far_larger_than_the_row_takes_no_more_room(block_q: int) -> None:
+    shape = 1, 1, 100, 16, 1, 100, 16, 0, 0, 64
+    large, fitting = (OPERATORS.saved_sizes("cpu", torch.float32, *shape, b, False) for b in (block_q // 32 * 32, 128))
+    assert large == fitting and large[1] == [1, 1, 128, 64]
+
+
 def test_widths_and_capacities_are_those_of_the_operators() -> None:
     for rank in (1, 9, 13, 14, 15, 30):
         weight = torch.randn(1, 2, rank + 1, 32)

@@ -82,13 +82,12 @@ SB_INLINE void for_each_tile(const AttentionParams& p, int64_t b, int64_t h, int
   if (unit == 0 || begin < 0) begin = 0;
   if (unit == last || end > slots) end = slots;
   if constexpr (kShared) {
-    const int64_t parts = ceil_div(p.block_q, kLanes);
     int64_t at = 0, filled = 0;
-    for (int64_t block = begin / p.block_q; block * p.block_q < end; ++block)
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t first = block * p.block_q + part * kLanes;
-        if (first < begin || first >= end) continue;
-        int64_t stop = first + kLanes < (block + 1) * p.block_q ? first + kLanes : (block + 1) * p.block_q;
+    for (int64_t block = begin / p.block_q; block * p.block_q < end; ++block) {
+      const int64_t of_block = block * p.block_q, behind = of_block + p.block_q, before = begin - of_block;
+      for (int64_t first = of_block + (before > 0 ? pad_to(before, kLanes) : 0); first < behind && first < end;
+           first += kLanes) {
+        int64_t stop = first + kLanes < behind ? first + kLanes : behind;
         stop = stop < slots ? stop : slots;
         QueryTile<E, kLanes>& next = tile[at];
         if (!fill_tile<E, kLanes>(p, b, h, first, stop - first, zero_row, next)) continue;
@@ -96,6 +95,7 @@ SB_INLINE void for_each_tile(const AttentionParams& p, int64_t b, int64_t h, int
         at = 1 - at;
         if (filled++) visit(tile[at], &next);
       }
+    }
     if (filled) visit(tile[1 - at], nullptr);
   } else {
     for (int64_t first = begin; first < end;) {
