@@ -7,7 +7,7 @@ import pytest
 import torch
 from heavy_keys import SINKS, Call, D, N
 from oracle import assert_as_exact, row_error
-from testkit import RESULTS, assert_same_bits, padding, supports
+from testkit import RESULTS, assert_same_bits, attend, padding, rand, supports
 
 import scatterbrain as sb
 
@@ -125,6 +125,22 @@ def test_padding_around_sinks_changes_no_bit(is_causal: bool) -> None:
     arguments = {"key_padding_mask": mask, "query_padding_mask": mask}
     out, lse, *_ = padded.run(SUPPORTS["window"], is_causal, **arguments)
     assert_same_bits([out[:, :, inner], lse[:, :, inner]], want[:2])
+
+
+@pytest.mark.parametrize("zeros", [slice(64), slice(64, 128)], ids=["first", "second"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_keys_whose_features_are_all_zero_leave_later_sinks_held(is_causal: bool, zeros: slice) -> None:
+    """A whole chunk of them weighs nothing in a state."""
+    query, key, value = (rand(1, 2, N, D, seed=seed) for seed in range(3))
+    query, key = query.abs(), key.abs()
+    key[:, :, zeros] *= -1
+    key[:, :, 250, : D // 2], key[:, :, 250, D // 2 :] = 5000, -6000  # weighs much where it is not listed, else nothing
+    kernel = sb.Features(torch.relu, lambda t: 1000 * torch.relu(t))
+    with sb.profile() as profile:
+        out, *_ = attend([query, key, value], sb.Window(32), kernel, is_causal=is_causal)
+    assert not [stage for stage in profile.stages if stage.startswith("queries again")]
+    want = sb.reference.attention(query, key, value, sb.Window(32), kernel, is_causal=is_causal)
+    assert row_error(out, want) < 1e-5
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

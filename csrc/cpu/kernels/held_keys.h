@@ -86,6 +86,7 @@ int64_t chunk_weights(const AttentionParams& p, int64_t b, int64_t kv, int64_t f
   }
   T top = most[0];
   SB_EACH (i, N) top = most[i] > top ? most[i] : top;
+  if (top == T(0)) return arena.used;  // features that are all zero weigh nothing
   weights.top = double(keys.reference) + __builtin_log2(double(top)), weights.mass = sum_lanes<T, N>(sum) / top;
   return arena.used;
 }
