@@ -12,7 +12,7 @@ import pytest
 import torch
 from testkit import COPIES
 from testkit import assert_close_in_scale as close
-from token_orders import ORDERED, WINDOW
+from token_orders import EVERY_KEY, ORDERED, WINDOW
 
 import scatterbrain as sb
 
@@ -101,6 +101,54 @@ def test_hooks_that_would_see_the_curve_are_refused_by_name(where: str):
     handle.remove()
     model.patch_embed.register_forward_hook(lambda module, args, out: None)
     close(model(x), models.build("vit")(x))
+
+
+def hooks(module: torch.nn.Module) -> dict[str, Callable]:
+    return {
+        "forward": module.register_forward_hook,
+        "backward": module.register_full_backward_hook,
+        "backward, before": module.register_full_backward_pre_hook,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "kind"),
+    [("vit", where, kind) for where in ("blocks.1", "norm_pre") for kind in ("backward", "backward, before")]
+    + [("vit", "norm_pre", "forward"), ("dinov3", "norm_pre", "forward"), ("eva02", "norm_pre", "forward")],
+)
+def test_hooks_of_gradients_and_where_the_curve_begins_see_the_models_order(name: str, where: str, kind: str):
+    model, seen = models.build(name), []
+    natural = copy.deepcopy(model)
+    sb.replace_attention(model, **EVERY_KEY | {"token_order": "auto"})
+    for ordered in (natural, model):
+        hooks(ordered.get_submodule(where))[kind](lambda module, *args: seen.append(args[-1]))
+    out = [natural(models.images(name))]
+    with pytest.warns(UserWarning, match=f"a {kind[:8].strip(',')} hook on {where} would see (gradients of )?tokens"):
+        out.append(model(models.images(name)))
+    for result in out:
+        result.square().sum().backward()
+    close(*(x[0] if isinstance(x, tuple) else x for x in seen))
+
+
+def test_hooks_on_every_module_are_refused():
+    model, x = models.build("vit"), models.images("vit")
+    sb.replace_attention(model, **ORDERED)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        with pytest.raises(RuntimeError, match="a forward hook on every module would see tokens"):
+            model(x)
+    finally:
+        handle.remove()
+    close(model(x), models.build("vit")(x))
+
+
+def test_a_hook_before_the_curve_begins_changes_nothing():
+    model, x, seen = models.build("vit"), models.images("vit"), []
+    model.norm_pre.register_forward_hook(lambda module, args, out: seen.append(out))
+    before = model(x)
+    sb.replace_attention(model, **ORDERED)
+    close(model(x), before)
+    close(*seen)
 
 
 def test_calls_that_speak_of_the_models_order_run_in_it_and_say_so():

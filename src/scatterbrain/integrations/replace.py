@@ -80,7 +80,7 @@ def replace_attention(
             intermediate outputs are in the model's own order. "natural" (or None) keeps the model's order everywhere.
             Default "auto": Hilbert order where the model is one that supports it and the support gains from it (windows
             and lists that neighbours share), the model's order elsewhere, and in single calls that need it (masks
-            between patches, forward hooks inside the blocks), which warn; the report says which.
+            between patches, hooks that would see the curve), which warn; the report says which.
         causal_support: the support of calls that are causal (nn.MultiheadAttention with the causal mask, decoders of
             transformers); default ``support`` where that is given. Cross-attention is never causal.
         causal_low_rank: the kernel of causal calls; default ``low_rank`` where that is given.

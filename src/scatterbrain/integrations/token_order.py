@@ -12,7 +12,7 @@ import functools
 import inspect
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -101,10 +101,14 @@ class Family(ABC):
     METHODS: tuple[str, ...] = ("forward",)  # each takes images and returns tokens
     INSIDE: tuple[str, ...] = ()  # submodules that see tokens along the curve
 
-    @abstractmethod
+    def entries(self) -> dict[str, type[EntryHook | RotationHook]]:
+        """Submodules that return the tokens before the first block, and whatever else the blocks get with them, with
+        the hooks that let these take the order."""
+        return {}
+
     def attach(self, model: nn.Module, order: Order) -> list[RemovableHandle]:
-        """Lets the tokens before the first block take the order, and whatever else the blocks get with them. Returns
-        the hooks that do it."""
+        """Adds the hooks."""
+        return [getattr(model, name).register_forward_hook(hook(order)) for name, hook in self.entries().items()]
 
     def overrides(self, base: type[nn.Module]) -> dict[str, Any]:
         """Methods besides METHODS that an ordered class has instead of those of ``base``."""
@@ -138,7 +142,7 @@ class Family(ABC):
         if order is None or order.running.pending is not None:
             return function(model, **arguments)
         for reason, error in (
-            (hook_inside(model, self.INSIDE), RuntimeError),
+            (hook_inside(model, self), RuntimeError),
             (self.refused(model, arguments), ValueError),
         ):
             if reason is not None:
@@ -157,19 +161,43 @@ class Family(ABC):
 HARMLESS_HOOKS = ("torch.", "scatterbrain.", "transformers.utils.output_capturing")
 
 
-def hook_inside(model: nn.Module, inside: tuple[str, ...]) -> str | None:
-    """What a forward hook on a module inside would see; None without one."""
-    for name in inside:
-        for path, module in getattr(model, name).named_modules(prefix=name):
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                hook = getattr(hook, "func", hook)  # of functools.partial
-                if not str(getattr(hook, "__module__", "")).startswith(HARMLESS_HOOKS):
-                    return (
-                        f"a forward hook on {path} would see tokens in the order of a Hilbert curve; take "
-                        "intermediate outputs from forward_intermediates (timm) or output_hidden_states=True "
-                        "(transformers), which are in the model's order"
-                    )
+def hook_inside(model: nn.Module, family: Family) -> str | None:
+    """What a hook of somebody else would see along the curve; None without one."""
+    for path, of_forward, of_backward in _hooks_inside(model, family):
+        kinds = (("forward", "tokens", of_forward), ("backward", "gradients of tokens", of_backward))
+        for kind, sees, hooks in kinds:
+            if not all(map(_is_harmless, hooks)):
+                return (
+                    f"a {kind} hook on {path} would see {sees} in the order of a Hilbert curve; take "
+                    "intermediate outputs from forward_intermediates (timm) or output_hidden_states=True "
+                    "(transformers), which are in the model's order"
+                )
     return None
+
+
+def _hooks_inside(model: nn.Module, family: Family) -> Iterator[tuple[str, tuple, tuple]]:
+    """(name of a module, its forward hooks, its backward hooks), those that get something along the curve."""
+    for name in family.INSIDE:
+        for path, module in getattr(model, name).named_modules(prefix=name):
+            yield path, (*module._forward_pre_hooks.values(), *module._forward_hooks.values()), _backward_hooks(module)
+    for name in family.entries():
+        module = getattr(model, name)
+        hooks = tuple(module._forward_hooks.values())
+        own = [isinstance(hook, (EntryHook, RotationHook)) for hook in hooks]
+        yield name, hooks[own.index(True) :] if any(own) else (), _backward_hooks(module)
+    of_all = torch.nn.modules.module
+    forward = (*of_all._global_forward_pre_hooks.values(), *of_all._global_forward_hooks.values())
+    backward = (*of_all._global_backward_pre_hooks.values(), *of_all._global_backward_hooks.values())
+    yield "every module", forward, backward
+
+
+def _backward_hooks(module: nn.Module) -> tuple[Callable[..., Any], ...]:
+    return *module._backward_pre_hooks.values(), *module._backward_hooks.values()
+
+
+def _is_harmless(hook: Callable[..., Any]) -> bool:
+    hook = getattr(hook, "func", hook)  # of functools.partial
+    return str(getattr(hook, "__module__", "")).startswith(HARMLESS_HOOKS)
 
 
 def warn_of_dropped_patches() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from scatterbrain.integrations.permutation import Permutation, coordinate_order
 from scatterbrain.integrations.token_order import (
@@ -32,8 +31,8 @@ class Timm(Family):
     METHODS = ("forward_features", "forward_intermediates")
     INSIDE = ("blocks", "norm")
 
-    def attach(self, model: nn.Module, order: Order) -> list[RemovableHandle]:
-        return [model.norm_pre.register_forward_hook(EntryHook(order))]
+    def entries(self) -> dict[str, type[EntryHook | RotationHook]]:
+        return {"norm_pre": EntryHook}
 
     def prefix(self, model: nn.Module) -> int:
         return model.num_prefix_tokens
@@ -73,8 +72,10 @@ class Timm(Family):
 class TimmRotary(Timm):
     """timm.models.Eva: EVA-02, DINOv3, rope ViTs. Their blocks get the rotations of the patches with the tokens."""
 
-    def attach(self, model: nn.Module, order: Order) -> list[RemovableHandle]:
-        return []
+    INSIDE = ("norm_pre", "blocks", "norm")
+
+    def entries(self) -> dict[str, type[EntryHook | RotationHook]]:
+        return {}  # a method of the model, which has an override
 
     def overrides(self, base: type[nn.Module]) -> dict[str, Any]:
         original = base._pos_embed
@@ -161,8 +162,8 @@ class Transformers(Family):
     def __init__(self, inside: tuple[str, ...], prefix: int, entry: str = "embeddings") -> None:
         self.INSIDE, self._prefix, self._entry = inside, prefix, entry
 
-    def attach(self, model: nn.Module, order: Order) -> list[RemovableHandle]:
-        return [getattr(model, self._entry).register_forward_hook(EntryHook(order))]
+    def entries(self) -> dict[str, type[EntryHook | RotationHook]]:
+        return {self._entry: EntryHook}
 
     def prefix(self, model: nn.Module) -> int:
         return self._prefix
@@ -230,8 +231,8 @@ class WithRegisters(Transformers):
 class TransformersRotary(WithRegisters):
     """The same with rotations of the patches, which a module of its own returns."""
 
-    def attach(self, model: nn.Module, order: Order) -> list[RemovableHandle]:
-        return [*super().attach(model, order), model.rope_embeddings.register_forward_hook(RotationHook(order))]
+    def entries(self) -> dict[str, type[EntryHook | RotationHook]]:
+        return super().entries() | {"rope_embeddings": RotationHook}
 
 
 _DINOV2_REGISTERS = "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters"
