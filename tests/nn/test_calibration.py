@@ -163,3 +163,21 @@ def test_an_uncalibrated_module_names_the_preset_for_training(is_causal: bool):
         with pytest.raises(ValueError, match=r"not calibrated.*sb.presets.train\(\)") as caught:
             call(*batch(1, 50), is_causal=is_causal)
         assert ("statistics='input'" in str(caught.value)) != is_causal
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """A copy as those that nn.DataParallel runs on several devices."""
+    return module._replicate_for_data_parallel()
+
+
+def test_the_copies_of_data_parallel_refuse_to_gather_what_would_be_lost():
+    message = "run model.module itself, or DistributedDataParallel"
+    module, tokens = core(), batch(2, 200)
+    with pytest.raises(RuntimeError, match=message), sb.calibrate(module):
+        replica(module)(*tokens)
+    average = sb.ScatterbrainAttention(4, 16, 2, sb.Window(16), sb.Quadratic(4, "ema"))
+    with pytest.raises(RuntimeError, match=message):
+        replica(average)(*tokens)
+    with sb.calibrate(module), torch.no_grad():
+        module(*tokens)
+    assert torch.equal(replica(module)(*tokens), module(*tokens))

@@ -330,6 +330,12 @@ class ScatterbrainAttention(KernelState):
         query_padding_mask: Tensor | None,
         scale: float,
     ) -> None:
+        if getattr(self, "_is_replica", False):  # what it gathers is gone with it
+            raise RuntimeError(
+                "ScatterbrainAttention: nn.DataParallel runs copies of the model that last for one call, so nothing "
+                "remembers the statistics of the tokens; run model.module itself, or DistributedDataParallel, whose "
+                "processes merge their statistics"
+            )
         before = self.gathered_scale if self.is_collecting else self.scale  # a calibration starts anew
         if before is not None and abs(before - scale) > 1e-6 * abs(scale):
             raise ValueError(

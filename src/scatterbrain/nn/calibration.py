@@ -43,6 +43,7 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
 
     Raises:
         ValueError: no layer that can be calibrated, or none of them was run; NaN or infinity in a batch.
+        RuntimeError: nn.DataParallel ran copies of the model inside the block; calibrate ``model.module``.
 
     Warns:
         UserWarning: nothing to calibrate, in a model whose kernels read the tokens of each call, or where all calls in
@@ -135,6 +136,9 @@ def update_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) 
     Where torch.distributed is initialised and the model has moving averages this is a collective operation: what all
     ranks gathered is merged, as that of several forward passes of one step is, so that every rank commits the same.
     Every rank must call it after every step.
+
+    Moving averages need DistributedDataParallel where a model runs on several devices: the copies that nn.DataParallel
+    runs raise RuntimeError, since what they gather is gone with them.
 
     Args:
         model: any module.
