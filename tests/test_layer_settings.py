@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import testkit
 import torch
-from testkit import randomized
+from testkit import cores, randomized
 from torch import nn
 
 import scatterbrain as sb
@@ -89,6 +89,20 @@ def test_what_is_no_settings_is_refused() -> None:
         LayerSettings({"x": sb.Window(8)})
     with pytest.raises(ValueError, match="give no others"):
         sb.replace_attention(encoder(), sb.Window(8), layers=PAIRS)
+
+
+class FullyShardedDataParallel(nn.Sequential):
+    """What data parallelism is known by: its name."""
+
+
+def test_parameters_are_not_added_inside_data_parallelism():
+    learned = {"0.layers.1.self_attn": (sb.Window(8), sb.Quadratic(4, "learned"))}
+    model = FullyShardedDataParallel(encoder())
+    with pytest.raises(ValueError, match="model that is not yet in FullyShardedDataParallel, .* Quadratic.*learned"):
+        sb.replace_attention(model, layers=learned)
+    assert not cores(model)
+    assert len(sb.replace_attention(model, layers={"0.layers.1.self_attn": (sb.Window(8), None)}).replaced) == 1
+    assert len(sb.replace_attention(nn.Sequential(encoder()), layers=learned).replaced) == 1
 
 
 def test_replace_attention_gives_every_layer_its_own() -> None:

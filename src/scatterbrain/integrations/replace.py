@@ -106,7 +106,7 @@ def replace_attention(
         if (support, low_rank, causal_support, causal_low_rank) != (None, ..., None, ...):
             raise ValueError("replace_attention: layers has a support and a kernel for every layer; give no others")
     pairs = Pairs.chosen(support, low_rank, causal_support, causal_low_rank)
-    _check_arguments(model, pairs, token_order)
+    _check_arguments(model, pairs, layers, token_order)
     _check_where(where)
     check_count("replace_attention: exact_below", exact_below)
     prepare_replacers(model)
@@ -171,7 +171,7 @@ def _settings(pairs: Pairs) -> str:
     return f"{pairs.support}, {pairs.low_rank}{causal}"
 
 
-def _check_arguments(model: nn.Module, pairs: Pairs, token_order: str | None) -> None:
+def _check_arguments(model: nn.Module, pairs: Pairs, layers: LayerSettings | None, token_order: str | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_attention: model must be an nn.Module, got {type(model).__name__}")
     try:
@@ -182,7 +182,8 @@ def _check_arguments(model: nn.Module, pairs: Pairs, token_order: str | None) ->
     except (TypeError, ValueError) as error:
         raise type(error)(f"replace_attention: {error}") from error
     check_token_order(token_order, "replace_attention: token_order")
-    kernels = () if pairs.is_exact else (pairs.low_rank, pairs.low_rank_of(True))
+    of_layers = [pairs] if layers is None else [Pairs(*pair) for pair in layers.values()]
+    kernels = (kernel for p in of_layers if not p.is_exact for kernel in (p.low_rank, p.low_rank_of(True)))
     adding = next((kernel for kernel in kernels if kernel is not None and kernel.adds_parameters), None)
     if adding is not None and (wrapper := parallel_wrapper(model)):
         raise ValueError(
