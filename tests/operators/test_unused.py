@@ -18,8 +18,9 @@ SPECIAL = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 3.0]
 
 
 def draws() -> tuple[Tensor, list[Tensor]]:
-    """An output, and parameters of other dtypes, one of which holds infinity and NaN."""
-    return rand(2, 3), [*leaves([rand(4, 2), rand(5, dtype=torch.float64)]), SPECIAL.clone().requires_grad_()]
+    """An output, and parameters of other dtypes, one without dimensions and one that holds infinity and NaN."""
+    parameters = [rand(4, 2), rand(5, dtype=torch.float64), rand(), SPECIAL.clone()]
+    return rand(2, 3), leaves(parameters)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def test_nothing_happens_where_nothing_wants_a_gradient(way: str):
 
 
 def test_frozen_parameters_get_no_gradient():
-    out, (trained, frozen, _) = draws()
+    out, (trained, frozen, *_) = draws()
     frozen.requires_grad_(False)
     with_zero_gradients(out, (trained, frozen)).sum().backward()
     assert trained.grad is not None and frozen.grad is None

@@ -17,7 +17,7 @@ def with_zero_gradients(out: Tensor, parameters: Iterable[Tensor]) -> Tensor:
 
     Args:
         out: any shape; a view of nothing that is written to later.
-        parameters: each of at least one dimension.
+        parameters: of any shapes.
     """
     if not torch.is_grad_enabled():
         return out
@@ -28,7 +28,7 @@ def with_zero_gradients(out: Tensor, parameters: Iterable[Tensor]) -> Tensor:
         return _Unused.apply(out, *unused)
     # In torch's own operations, which every trace and transform knows. A sum of nothing is 0, x - 0 has the bits of x
     # even for -0, and the gradient of an empty slice is zeros whatever arrives there.
-    return out - sum(parameter[:0].sum() for parameter in unused)
+    return out - sum((parameter if parameter.dim() else parameter[None])[:0].sum() for parameter in unused)
 
 
 class _Unused(torch.autograd.Function):
