@@ -19,7 +19,7 @@ SPECIAL = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 3.0]
 
 def draws() -> tuple[Tensor, list[Tensor]]:
     """An output, and parameters of other dtypes, one without dimensions and one that holds infinity and NaN."""
-    parameters = [rand(4, 2), rand(5, dtype=torch.float64), rand(), SPECIAL.clone()]
+    parameters = [rand(4, 2), rand(5, dtype=torch.float64), torch.tensor(0.5), SPECIAL.clone()]
     return rand(2, 3), leaves(parameters)
 
 
