@@ -168,6 +168,59 @@ def test_functions_of_a_model_of_16_bits_stay_in_float32() -> None:
     assert attention.query_features[0].weight.dtype == torch.float64
 
 
+def assigned(attention: torch.nn.Module, doubled: torch.nn.Module) -> torch.nn.Module:
+    attention.query_features = doubled
+    return attention
+
+
+def replica(attention: torch.nn.Module, doubled: torch.nn.Module) -> torch.nn.Module:
+    """As nn.DataParallel makes them."""
+    copied = attention._replicate_for_data_parallel()
+    copied._modules["query_features"] = doubled
+    return copied
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("put", [assigned, replica, lambda a, doubled: copy.deepcopy(assigned(a, doubled))])
+def test_what_takes_the_place_of_a_function_is_what_runs(put, is_causal: bool) -> None:
+    torch.manual_seed(0)
+    first, other, of_keys = softplus_of(), softplus_of(), softplus_of()
+    for before, after in (
+        (sb.Features(first), sb.Features(other)),
+        (sb.Features(first, first), sb.Features(other)),
+        (sb.Features(first, of_keys), sb.Features(other, of_keys)),
+    ):
+        attention, want = (sb.ScatterbrainAttention(4, D, 2, sb.Window(16), kernel) for kernel in (before, after))
+        expected = want(*tokens, is_causal=is_causal)
+        assert not torch.equal(attention(*tokens, is_causal=is_causal), expected)
+        assert torch.equal(put(attention, other)(*tokens, is_causal=is_causal), expected)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = torch.nn.Linear(D, D)
+        self.attention = sb.ScatterbrainAttention(4, D, 2, sb.Window(16), sb.Features(softplus_of()))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.attention(self.projection(query), key, value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_function_that_an_adapter_trains_is_what_runs() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = Layer()
+    before = model(*tokens)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["projection"], modules_to_save=["query_features"])
+    )
+    assert torch.equal(adapted(*tokens), before)
+    adapted(*tokens).square().sum().backward()
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad and "query_features" in name}
+    assert len(trained) == 2 and all(p.grad.abs().sum() > 0 for p in trained.values())
+
+
 def test_every_function_of_both_kinds_of_calls_is_the_layers() -> None:
     both = softplus_of(), softplus_of(6)
     attention = sb.ScatterbrainAttention(

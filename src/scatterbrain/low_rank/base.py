@@ -184,6 +184,10 @@ class LowRankKernel:
         own: they are trained, saved and moved with it."""
         return {}
 
+    def with_modules(self, modules: dict[str, nn.Module]) -> LowRankKernel:
+        """This kernel with others under some of the names of :meth:`modules`. By default those are fields."""
+        return replace(self, **modules)
+
     def initial_state(self, heads: Heads) -> State:
         """State of a new module."""
         return State({}, {})

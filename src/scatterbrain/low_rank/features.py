@@ -35,7 +35,8 @@ class Features(LowRankKernel):
     causal attention, later tokens in, which nothing here can see. Gradients reach the tokens and whatever the functions
     read. Functions that are modules are modules of a :class:`ScatterbrainAttention` too, ``query_features`` and
     ``key_features``: its parameters, its state dict and ``.to()`` have theirs, which ``.half()`` and ``.bfloat16()``
-    leave in float32. Layers that are given the same kernel share them.
+    leave in float32. Layers that are given the same kernel share them. What takes their place there, such as a
+    quantized module or that of an adapter, is what runs.
 
     ``sb.reference.attention`` takes the same kernel, and calls the functions with tokens of its own dtype, float64.
 

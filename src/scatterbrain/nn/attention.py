@@ -155,7 +155,7 @@ class ScatterbrainAttention(KernelState):
         self._warn_frozen(query, key, value)
         if self.lacks_statistics(is_causal) and self.bypassed is not None:  # in this order: graphs know nothing of
             raise self.uncalibrated(type(self).__name__, is_causal)  # earlier calls
-        support, low_rank = self.support_of(is_causal), self.low_rank_of(is_causal)
+        support, low_rank = self.support_of(is_causal), self.kernel_that_runs(is_causal)
         runs_with_state, collects = self._runs_with_state(is_causal), self.collects(is_causal)
         if collects or (runs_with_state and self._gathers_average()):
             query, key, value = functional.cast_for_autocast(query, key, value)

@@ -3,7 +3,7 @@ they are read, written, loaded and moved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_, itemgetter
 from typing import Any
 
@@ -66,12 +66,36 @@ class KernelState(nn.Module):
         """For whenever kernels are set: the modules that they compute with are those of this one."""
         for name in self._of_kernels:
             del self._modules[name]
-        before = set(self._modules)
+        self._of_kernels = []
+        for _, _, module, own in self._modules_of_kernels():
+            if own not in self._of_kernels:
+                self.add_module(own, module)
+                self._of_kernels.append(own)
+
+    def _modules_of_kernels(self) -> Iterator[tuple[LowRank, str, nn.Module, str]]:
+        """(kernel, the name that it has for a module, the module that it was made with, the name that this module has
+        for it); one that occurs twice has one name here."""
+        names: list[tuple[nn.Module, str]] = []
         for prefix, kernel in (("", self.low_rank), ("causal_", self.causal_low_rank)):
             for name, module in {} if kernel is None else kernel.modules().items():
-                if not any(module is own for own in self._modules.values()):
-                    self.add_module(prefix + name, module)
-        self._of_kernels = [name for name in self._modules if name not in before]
+                own = next((own for known, own in names if known is module), prefix + name)
+                names.append((module, own))
+                yield kernel, name, module, own
+
+    def kernel_that_runs(self, is_causal: bool) -> LowRank:
+        """The kernel of causal or of bidirectional calls with the modules that this one has now: quantization, adapters
+        and data parallelism put others in the place of those that it was made with."""
+        kernel = self.causal_low_rank if is_causal else self.low_rank
+        if not self._of_kernels:
+            return kernel
+        present = {
+            name: self._modules.get(own, module)
+            for made_for, name, module, own in self._modules_of_kernels()
+            if made_for is kernel
+        }
+        made_with = kernel.modules()
+        others = {name: module for name, module in present.items() if module is not made_with[name]}
+        return kernel.with_modules(others) if others else kernel
 
     def _initial_state(self) -> State:
         if self.kernel_of_state is None:

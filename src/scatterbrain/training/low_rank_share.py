@@ -50,7 +50,7 @@ def low_rank_share(
     is_causal: bool = False,
 ) -> float | None:
     """Mean over queries and heads of one call; None where the layer has no low-rank part."""
-    support, low_rank = attention.support_of(is_causal), attention.low_rank_of(is_causal)
+    support, low_rank = attention.support_of(is_causal), attention.kernel_that_runs(is_causal)
     if support.is_full or low_rank is None:
         return None
     lse = attention(query, key, value, key_padding_mask, is_causal, return_lse=True)[1]
