@@ -26,6 +26,7 @@ struct BackwardScratch {
   T slope[kLanes];         // sum of weight (dO.v - dO.o)
   T den[kLanes];           // sum of weights
   double squares[kLanes];  // of the terms of the state's part, see squared_terms
+  T zero[kLanes];          // 0 unless something is not finite in a row of q, dO or x that pairs with unseen keys read
   T inverse[kLanes];       // 1 / den, or 0
   T correction[kLanes];    // what slope adds to delta, minus d_lse
   const E *d_out[kLanes], *out[kLanes];
@@ -64,6 +65,7 @@ SB_INLINE ScatterRecord<E>* take_records(const AttentionParams& p, Arena& arena)
     r.dt = arena.take<T>(p.max_keys * kOfRecord);
     r.q = arena.take<const E*>(kOfRecord), r.d_out = arena.take<const E*>(kOfRecord);
     r.x = arena.take<const T*>(kOfRecord);
+    r.last_seen = arena.take<int32_t>(kOfRecord);
     r.by_key = arena.take<ByKeyQuery<E>>(kOfRecord);
     T* z = arena.take<T>(kOfRecord * p.map_pad);
     for (int64_t i = 0; i < kOfRecord && records; ++i) r.by_key[i].z = z + i * p.map_pad;

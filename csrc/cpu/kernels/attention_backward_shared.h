@@ -4,6 +4,7 @@
 #include "kv_state.h"
 #include "stabiliser.h"
 #include "tile_prefetch.h"
+#include "unseen_keys.h"
 
 namespace sb::SB_ISA {
 
@@ -72,8 +73,8 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
   for (int64_t i = 0; i < list.n; ++i) r.key[i] = list.key[i];
   const int64_t chunk_first = tile.chunk_first;
   const int64_t L_begin = first_low_rank(list);
-  r.lanes = kLanes, r.by_key_count = 0, r.n_chunk = list.n_chunk, r.n_listed = list.n_listed, r.n = list.n,
-  r.L_begin = L_begin;
+  r.lanes = kLanes, r.by_key_count = 0, r.has_unseen_pairs = false, r.n_chunk = list.n_chunk,
+  r.n_listed = list.n_listed, r.n = list.n, r.L_begin = L_begin;
   r.first_key = first_key(list), r.last_key = last_key(list);
   const auto k = listed<E>(p.k, tile.b, tile.kv, list.key), v_rows = listed<E>(p.v, tile.b, tile.kv, list.key);
   if constexpr (!kPaired<E>) s.P = r.ds, s.g = r.w;  // ds and w, which replace them, have the same type
@@ -111,6 +112,12 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
   SB_EACH (v, NQ) a[v] = load<T, N>(s.weight + v * N);
   if (list.bitmask) return weigh_bitmask<E, kLanes>(p, tile, kappa, S, s, r);
   if (list.uses_kv_state) decay_of_keys<T>(kappa, kappa_ref, list.key, list.n_chunk, list.n_listed, s.exponent);
+  SB_EACH (v, NQ) {
+    V zero = delta[v] * T(0);
+    if (list.n_chunk > 0) zero += load<T, N>(S + v * N) * T(0);
+    if (list.n > list.n_listed && !p.has_clusters()) zero += load<T, N>(r.dt + v * N) * T(0);
+    store<T, N>(s.zero + v * N, zero);
+  }
   for (int64_t begin = 0; begin < list.n; begin += kShortChain) {
     const int64_t end = begin + kShortChain < list.n ? begin + kShortChain : list.n;
     V sum[NQ] = {}, taken[NQ] = {}, moment[NQ] = {};
@@ -119,8 +126,9 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
       const V at = splat<T, N>(T(list.key[i] - chunk_first));
       SB_EACH (v, NQ) {
         const int64_t o = i * kLanes + v * N;
-        const V weight = at <= edge[v] ? exp2v<N>(load<T, N>(S + i * stride + v * N) - lse[v]) : V{};
-        const V grad = load<T, N>(grad_of + o) - delta[v];
+        const auto sees = at <= edge[v];
+        const V weight = sees ? exp2v<N>(load<T, N>(S + i * stride + v * N) - lse[v]) : V{},
+                grad = sees ? load<T, N>(grad_of + o) - delta[v] : V{};
         sum[v] += weight, moment[v] += weight * grad;
         store<T, N>(P + o, weight), store<T, N>(s.net + o, weight), store<T, N>(grad_of + o, grad);
       }
@@ -151,14 +159,16 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
         SB_EACH (v, NQ) {
           const int64_t o = i * kLanes + v * N;
           T* dt = r.dt + (i - L_begin) * kLanes + v * N;
-          const V t = load<T, N>(dt), grad = load<T, N>(grad_of + o) - delta[v];
+          const auto sees = at <= edge[v];
+          const V t = load<T, N>(dt), grad = sees ? load<T, N>(grad_of + o) - delta[v] : V{};
           V slope, weight;
           if constexpr (has_clusters) {
-            slope = weight = at <= edge[v] ? exp2v<N>((t - lse[v]) + kj) : V{};
+            slope = weight = exp2v<N>((t - lse[v]) + kj);
           } else {
-            const V e = at <= edge[v] ? exp2v<N>((rho[v] - lse[v]) + kj) : V{};
+            const V e = exp2v<N>((rho[v] - lse[v]) + kj);
             weight = e * kernel.value(t), slope = e * kernel.slope(t);
           }
+          weight = sees ? weight : V{}, slope = sees ? slope : V{};
           sum[v] += weight, moment[v] += weight * grad;
           store<T, N>(dt, slope);
           store<T, N>(s.net + o, weight), store<T, N>(grad_of + o, grad);
@@ -172,6 +182,38 @@ SB_INLINE void weigh_shared(const AttentionParams& p, const QueryTile<E, kLanes>
     store<T, N>(s.exact + v * N, exact[v]);
     store<T, N>(s.removed + v * N, removed[v]);
     store<T, N>(s.slope + v * N, slope[v]);
+  }
+}
+
+// Where something of a tile is not finite: w, ds and dt of the pairs that do not see each other become zero, dq and dX
+// are formed again of what each query sees, and the scatter is told what that is.
+template <class E, int kLanes>
+__attribute__((noinline)) void part_unseen_pairs(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
+                                                 AccType<E>* const* dq, BackwardScratch<E, kLanes>& s,
+                                                 ScatterRecord<E>& r) {
+  typedef AccType<E> T;
+  constexpr int N = kWidth<T>;
+  r.has_unseen_pairs = true, r.zero_row = tile.zero_row;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    r.last_seen[lane] = int32_t(last_seen_key<E, kLanes>(tile, lane));
+    for (int64_t i = 0; i < r.n; ++i) {
+      if (r.key[i] <= r.last_seen[lane]) continue;
+      const int64_t at = i * kLanes + lane;
+      r.w[at] = E{};
+      if (i < r.n_listed) s.P[at] = T(0), r.ds[at] = E{};
+      if (i >= r.L_begin) r.dt[at - r.L_begin * kLanes] = T(0);
+    }
+  }
+  const StepOf<E>* W = weight_steps<E, kLanes>(r.n_listed, s.P, s.W);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const auto k_rows = rows_seen<E, kLanes>(tile, lane, listed<E>(p.k, tile.b, tile.kv, r.key));
+    combine_listed<E, false>(1, p.head_pad, r.n_listed, W + lane, kLanes, k_rows, tile.zero_row,
+                             DenseRows<T>{dq[lane], 0});
+    if (!p.has_maps()) continue;
+    const auto y_rows = rows_seen<E, kLanes>(tile, lane, listed<T>(p.y, tile.b, tile.kv, r.key + r.L_begin));
+    gemm<T, N, false>(1, p.map_pad, r.n - r.L_begin, Strided<T>{r.dt + lane, 1, kLanes}, y_rows,
+                      DenseRows<T>{s.row, 0});
+    for (int64_t a = 0; a < gradient_rows(p.low_rank, p.rank); ++a) s.dX[a * kLanes + lane] = s.row[a];
   }
 }
 
@@ -213,13 +255,18 @@ SB_INLINE void gradients_shared(const AttentionParams& p, const QueryTile<E, kLa
     W = weight_steps<E, kLanes>(r.n_listed, s.P, s.W);
   else
     W = r.ds;
-  combine_listed<E, false>(kLanes, p.head_pad, r.n_listed, W, listed<E>(p.k, tile.b, tile.kv, r.key), tile.zero_row,
-                           PointedRows<T>{dq});
+  combine_listed<E, false>(kLanes, p.head_pad, r.n_listed, W, kLanes, listed<E>(p.k, tile.b, tile.kv, r.key),
+                           tile.zero_row, PointedRows<T>{dq});
   if (p.has_clusters())
     add_exponent_gradients<kLanes>(clusters_of_keys(p, tile.b, tile.kv), tile.list.uses_kv_state, r.n - r.L_begin,
                                    r.key + r.L_begin, s.xT, r.dt, s.dX);
   else if (p.has_low_rank())
     add_x_gradients<E, kLanes>(p, tile, r.n - r.L_begin, r.key + r.L_begin, r.dt, s.dX);
+  if (!has_unseen_keys<E, kLanes>(p, tile)) return;
+  auto zero = times_zero<T, N>(dq[0], p.head_pad);
+  SB_EACH (v, NQ) zero += load<T, N>(s.zero + v * N) + (inverse[v] + correction[v]) * T(0);
+  if (p.has_maps() && r.n > r.n_listed) zero += times_zero<T, N>(s.dX, gradient_rows(p.low_rank, p.rank) * kLanes);
+  if (sum_lanes<T, N>(zero) != T(0)) part_unseen_pairs<E, kLanes>(p, tile, dq, s, r);
 }
 
 }  // namespace sb::SB_ISA

@@ -5,21 +5,38 @@
 #include "low_rank_products.h"
 #include "stabiliser.h"
 #include "tile_prefetch.h"
+#include "unseen_keys.h"
 
 namespace sb::SB_ISA {
 
-// Step 4: O = W V.
+// Step 4: O = W V, of `lanes` queries of the tile from lane `first` on.
+template <class E, int kLanes, class R>
+SB_INLINE void combine_lanes(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int64_t lanes, int64_t first,
+                             const StepOf<E>* W, const R& v_rows, AccType<E>* O) {
+  const DenseRows<AccType<E>> to{O + first * p.value_pad, p.value_pad};
+  if (p.index)
+    combine_scattered<E>(lanes, p.value_pad, tile.list.n, W + first, kLanes, v_rows, p.k_tokens > kNearKeys,
+                         tile.zero_row, to);
+  else
+    combine_listed<E, false>(lanes, p.value_pad, tile.list.n, W + first, kLanes, v_rows, tile.zero_row, to);
+}
+template <class E, int kLanes>
+__attribute__((noinline)) void combine_seen_values(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
+                                                   const StepOf<E>* W, AccType<E>* O) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const auto v_rows = listed<E>(p.v, tile.b, tile.kv, tile.list.key);
+    combine_lanes<E, kLanes>(p, tile, 1, lane, W, rows_seen<E, kLanes>(tile, lane, v_rows), O);
+  }
+}
 template <class E, int kLanes>
 SB_INLINE void combine_weights(const AttentionParams& p, const QueryTile<E, kLanes>& tile,
                                ForwardScratch<E, kLanes>& s) {
-  const KeyList& list = tile.list;
-  const auto v_rows = listed<E>(p.v, tile.b, tile.kv, list.key);
-  const StepOf<E>* W = weight_steps<E, kLanes>(list.n, s.S, s.W);
-  const DenseRows<AccType<E>> to{s.O, p.value_pad};
-  if (p.index)
-    combine_scattered<E>(kLanes, p.value_pad, list.n, W, v_rows, p.k_tokens > kNearKeys, tile.zero_row, to);
-  else
-    combine_listed<E, false>(kLanes, p.value_pad, list.n, W, v_rows, tile.zero_row, to);
+  typedef AccType<E> T;
+  constexpr int N = kWidth<T>;
+  const StepOf<E>* W = weight_steps<E, kLanes>(tile.list.n, s.S, s.W);
+  combine_lanes<E, kLanes>(p, tile, kLanes, 0, W, listed<E>(p.v, tile.b, tile.kv, tile.list.key), s.O);
+  if (has_unseen_keys<E, kLanes>(p, tile) && sum_lanes<T, N>(times_zero<T, N>(s.O, p.value_pad)) != T(0))
+    combine_seen_values<E, kLanes>(p, tile, W, s.O);
 }
 
 // Steps 2 and 3 of a list with a bitmask.

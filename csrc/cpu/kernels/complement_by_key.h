@@ -4,6 +4,7 @@
 #include "features.h"
 #include "low_rank_products.h"
 #include "scores.h"
+#include "unseen_keys.h"
 
 namespace sb::SB_ISA {
 
@@ -141,7 +142,8 @@ T forward_by_key(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int
   }
   for (int64_t i = 0; i < list.n_listed; i += N) store<T, N>(S + i, exp2v<N>(load<T, N>(S + i) - c));
   *total = sum_short<T>(S, list.n_listed);
-  combine_rows<E>(list.n_listed, S, listed<E>(p.v, tile.b, tile.kv, list.key), p.value_pad, out);
+  const auto v_rows = listed<E>(p.v, tile.b, tile.kv, list.key);
+  combine_rows<E>(list.n_listed, S, rows_seen<E, kLanes>(tile, lane, v_rows), p.value_pad, out);
   unlisted([&](const int32_t* key, int64_t n) {
     T e[kChunk], t[kChunk], top = c;
     for (int64_t i = 0; i < n; ++i) {

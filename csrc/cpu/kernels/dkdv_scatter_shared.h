@@ -16,6 +16,9 @@ struct ScatterRecord {
   const E** q;  // rows of the lanes
   const E** d_out;
   const T** x;
+  bool has_unseen_pairs;  // some of which is not finite: a key reads the lanes alone that see it
+  int32_t* last_seen;     // then, the last key that each lane sees
+  const void* zero_row;
   int64_t by_key_count;  // lanes whose complement is summed key by key
   ByKeyQuery<E>* by_key;
 };
@@ -58,6 +61,19 @@ SB_INLINE void scatter_rows(int64_t n, int64_t columns, int64_t lanes, const E* 
   if (column < columns) gemm_from<T, N, true>(column, n, columns, steps, a, b, target);
 }
 
+// scatter_rows of a record with unseen pairs, whose weights are zero.
+template <class E>
+__attribute__((noinline)) void scatter_seen_rows(int64_t n, int64_t columns, int64_t lanes, const E* weight,
+                                                 const E* const* rows, const int32_t* last_seen, const void* zero_row,
+                                                 const ListedRows<AccType<E>>& target) {
+  for (int64_t i = 0; i < n; ++i) {
+    const E* seen[kBackwardLanes];
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      seen[lane] = target.list[i] <= last_seen[lane] ? rows[lane] : static_cast<const E*>(zero_row);
+    scatter_rows<E>(1, columns, lanes, weight + i * lanes, seen, target.from(i));
+  }
+}
+
 // Counts every eighth key of a record by chunk: an estimate of where the work of a scatter lies.
 template <class E>
 SB_INLINE void count_keys_of_record(const ScatterRecord<E>& r, int64_t* keys_of_chunk) {
@@ -98,6 +114,13 @@ void dkdv_scatter_shared(const AttentionParams& p, int64_t b, int64_t kv, const 
   const int64_t part[4] = {0, r.n_chunk, r.n_listed, r.n};
   const bool listed_here = r.last_key >= key_begin && r.first_key < key_end;
   enum { kValues, kKeys, kMaps };
+  const auto scatter = [&](int64_t n, int64_t columns, const auto* weight, const auto* const* rows,
+                           const ListedRows<T>& to) SB_INLINE_LAMBDA {
+    if (r.has_unseen_pairs)
+      scatter_seen_rows(n, columns, r.lanes, weight, rows, r.last_seen, r.zero_row, to);
+    else
+      scatter_rows(n, columns, r.lanes, weight, rows, to);
+  };
   for (int target = kValues; target <= kMaps; ++target)  // one after the other: a target's rows stay in cache
     for (int i = 0; i < 3 && listed_here; ++i) {
       const int64_t begin = lower_bound_key(r.key, part[i], part[i + 1], key_begin),
@@ -106,14 +129,13 @@ void dkdv_scatter_shared(const AttentionParams& p, int64_t b, int64_t kv, const 
       if (n == 0) continue;
       const int32_t* key = r.key + begin;
       if (target == kValues)
-        scatter_rows<E>(n, p.value_pad, r.lanes, r.w + begin * r.lanes, r.d_out, listed_target<T>(p.dv, b, kv, key));
+        scatter(n, p.value_pad, r.w + begin * r.lanes, r.d_out, listed_target<T>(p.dv, b, kv, key));
       if (target == kKeys && i < 2)
-        scatter_rows<E>(n, p.head_pad, r.lanes, r.ds + begin * r.lanes, r.q, listed_target<T>(p.dk, b, kv, key));
+        scatter(n, p.head_pad, r.ds + begin * r.lanes, r.q, listed_target<T>(p.dk, b, kv, key));
       if (target == kMaps && begin >= r.L_begin && p.has_clusters())
         add_to_keys<T>(p, b, kv, n, key, r.dt + begin - r.L_begin);
       if (target == kMaps && begin >= r.L_begin && p.has_maps())
-        scatter_rows<T>(n, p.map_pad, r.lanes, r.dt + (begin - r.L_begin) * r.lanes, r.x,
-                        listed_target<T>(p.dy, b, kv, key));
+        scatter(n, p.map_pad, r.dt + (begin - r.L_begin) * r.lanes, r.x, listed_target<T>(p.dy, b, kv, key));
     }
   scatter_by_key<E>(p, b, kv, r, key_begin, key_end);
 }

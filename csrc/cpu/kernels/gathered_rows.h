@@ -109,28 +109,28 @@ SB_INLINE auto rows_in_steps(const R& rows, [[maybe_unused]] int64_t n, [[maybe_
     return rows;
 }
 
-// C = W rows, of a few dense rows of weights and n listed rows. W is [step][lane].
-template <class E, bool kAccumulate, class C>
-SB_INLINE void combine_listed(int64_t lanes, int64_t columns, int64_t n, const StepOf<E>* W,
-                              const ListedRows<const E>& rows, const E* zero_row, const C& c) {
+// C = W rows, of a few dense rows of weights and n listed rows. W is [step][lane], in rows of `stride` lanes.
+template <class E, bool kAccumulate, class R, class C>
+SB_INLINE void combine_listed(int64_t lanes, int64_t columns, int64_t n, const StepOf<E>* W, int64_t stride,
+                              const R& rows, const E* zero_row, const C& c) {
   typedef AccType<E> T;
-  gemm<T, kWidth<T>, kAccumulate>(lanes, columns, steps_of<E>(n), Strided<StepOf<E>>{W, 1, lanes},
+  gemm<T, kWidth<T>, kAccumulate>(lanes, columns, steps_of<E>(n), Strided<StepOf<E>>{W, 1, stride},
                                   rows_in_steps<E>(rows, n, zero_row), c);
 }
 
 // The same where the listed rows are scattered, kScatteredRows at a time: they stay in the first level of cache while
 // their columns pass, and the next ones are prefetched if they are far.
-template <class E, class C>
-SB_INLINE void combine_scattered(int64_t lanes, int64_t columns, int64_t n, const StepOf<E>* W,
-                                 const ListedRows<const E>& rows, bool far, const E* zero_row, const C& c) {
+template <class E, class R, class C>
+SB_INLINE void combine_scattered(int64_t lanes, int64_t columns, int64_t n, const StepOf<E>* W, int64_t stride,
+                                 const R& rows, bool far, const E* zero_row, const C& c) {
   const auto to = [&](int64_t k) { return k < n ? k : n; };
   for (int64_t k = 0; k < n || k == 0; k += kScatteredRows) {
     for (int64_t i = to(k + kScatteredRows); far && i < to(k + 2 * kScatteredRows); ++i) fetch_row(rows(i), columns);
     if (k == 0)
-      combine_listed<E, false>(lanes, columns, to(kScatteredRows), W, rows, zero_row, c);
+      combine_listed<E, false>(lanes, columns, to(kScatteredRows), W, stride, rows, zero_row, c);
     else
-      combine_listed<E, true>(lanes, columns, to(k + kScatteredRows) - k, W + steps_of<E>(k) * lanes, rows.from(k),
-                              zero_row, c);
+      combine_listed<E, true>(lanes, columns, to(k + kScatteredRows) - k, W + steps_of<E>(k) * stride, stride,
+                              rows.from(k), zero_row, c);
   }
 }
 
