@@ -132,6 +132,7 @@ struct AttentionParams {
   void* kv_state;
   bool uses_kv_state;           // false where every complement is summed key by key
   const int32_t* valid_before;  // (B, slots): keys before segment s that are not ignored
+  const int32_t* valid_keys;    // (B, M): those of every row, ascending; null without a mask
   // T (B, Hkv, centre_slots, map_pad), or null where no head has one: states hold F(y - centre). Column r is 1 where it
   // differs from 0. centre_slots is 1 where the slots of a head share it, else slots.
   const void* centre;

@@ -47,3 +47,15 @@ def test_a_block_of_a_billion_queries_is_one_of_all_queries(is_causal: bool, low
         times.append(seconds("forward of queries", lambda: call(*tokens)))
     assert_same_bits(*results)
     assert times[0] < 20 * times[1]
+
+
+def test_ignored_keys_between_few_others_take_no_time() -> None:
+    """60 keys, far apart or next to each other, that every query evaluates one by one."""
+    queries, keys, times = 64, 2**18, []
+    query, key, value = qkv(queries, keys, batch=1, heads=1, head_dim=16)
+    for step in (keys // 60, 1):
+        mask = torch.ones(1, keys, dtype=torch.bool)
+        mask[:, : 60 * step : step] = False
+        call = lambda: sb.attention(query, key, value, sb.Window(16), sb.Favor(8), key_padding_mask=mask)
+        times.append(seconds("forward of queries", call))
+    assert times[0] < 10 * times[1]

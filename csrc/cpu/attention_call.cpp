@@ -67,13 +67,16 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
 template <class E>
 void AttentionCall<E>::count_valid() {
   valid_before.resize(size_t(p.batch * p.slots));
+  if (p.k_mask) valid_keys.resize(size_t(p.batch * p.k_tokens)), p.valid_keys = valid_keys.data();
   for (int64_t b = 0; b < p.batch; ++b) {
     const RowRange& row = padding.rows[size_t(b)];
     int32_t valid = 0;
     for (int64_t slot = 0; slot < p.slots; ++slot) {
       valid_before[size_t(b * p.slots + slot)] = valid;
       const int64_t begin = row.k_first + slot * p.segment, end = std::min<int64_t>(begin + p.segment, row.k_end);
-      for (int64_t j = begin; j < end; ++j) valid += !(p.k_mask && p.k_mask[b * p.k_tokens + j]);
+      if (!p.k_mask) valid += int32_t(std::max<int64_t>(end - begin, 0));
+      for (int64_t j = begin; j < end && p.k_mask; ++j)
+        if (!p.k_mask[b * p.k_tokens + j]) valid_keys[size_t(b * p.k_tokens + valid++)] = int32_t(j);
     }
   }
 }

@@ -43,7 +43,7 @@ struct AttentionCall {
   AttentionParams p{};
   const Padding padding;
   const BlockLists lists;
-  std::vector<int32_t> valid_before;
+  std::vector<int32_t> valid_before, valid_keys;
   KeyCentres<T> centres;
   HeldKeys held;
   TensorRows q, k, v;

@@ -1,6 +1,7 @@
 // Key lists: the keys that a query tile, or one query, evaluates, in the three parts of docs/algorithm.md, section 7.
 #pragma once
 #include "../../math/edges.h"
+#include "gathered_rows.h"
 #include "held_keys.h"
 
 namespace sb::SB_ISA {
@@ -35,16 +36,23 @@ struct KeyAppender {
 };
 
 // Appends the keys in [begin, end), counted from the row's first key, that are neither masked nor among the ascending
-// list.key[listed, listed_end).
-SB_INLINE void append_unlisted(KeyList& list, const uint8_t* mask, int64_t first, int64_t begin, int64_t end,
+// list.key[listed, listed_end). Masked keys take no time: few may be left of a long row.
+SB_INLINE void append_unlisted(const AttentionParams& p, int64_t b, KeyList& list, int64_t begin, int64_t end,
                                int64_t listed, int64_t listed_end) {
-  for (int64_t j = begin; j < end; ++j) {
-    const int32_t absolute = int32_t(first + j);
-    if (listed < listed_end && list.key[listed] == absolute)
+  const int64_t first = p.rows[b].k_first;
+  const auto append = [&](int32_t key) SB_INLINE_LAMBDA {
+    if (listed < listed_end && list.key[listed] == key)
       ++listed;
-    else if (!(mask && mask[j]))
-      list.key[list.n++] = absolute;
+    else
+      list.key[list.n++] = key;
+  };
+  if (!p.valid_keys) {
+    for (int64_t j = begin; j < end; ++j) append(int32_t(first + j));
+    return;
   }
+  const int32_t* valid = p.valid_keys + b * p.k_tokens;
+  const int64_t n = p.valid_before[(b + 1) * p.slots - 1];
+  for (int64_t i = lower_bound_key(valid, 0, n, first + begin); i < n && valid[i] < first + end; ++i) append(valid[i]);
 }
 
 // Number of the ascending keys that are held.
@@ -141,8 +149,7 @@ SB_INLINE void collect_keys(const AttentionParams& p, int64_t b, int64_t h, int6
   // A complement of few keys is summed key by key: cheaper than the state's features, and nothing cancels.
   list.uses_kv_state = in_state > by_key_limit(p, range);
   if (!list.uses_kv_state) {
-    if (unlisted > 0)
-      append_unlisted(list, mask, range.k_first, 0, chunk_first < length ? chunk_first : length, from_chunk, n);
+    if (unlisted > 0) append_unlisted(p, b, list, 0, chunk_first < length ? chunk_first : length, from_chunk, n);
   } else if (held.n > 0) {
     held_to_front(list, from_chunk, before, held);
     list.n_chunk += held_listed;
@@ -151,8 +158,7 @@ SB_INLINE void collect_keys(const AttentionParams& p, int64_t b, int64_t h, int6
       if (at == held_listed || key[at] != held.key[i]) key[list.n++] = held.key[i];
     }
   }
-  if (p.is_causal)
-    append_unlisted(list, mask, range.k_first, chunk_first, edge + 1, list.n_chunk - from_chunk, list.n_chunk);
+  if (p.is_causal) append_unlisted(p, b, list, chunk_first, edge + 1, list.n_chunk - from_chunk, list.n_chunk);
 }
 
 // First entry whose x.y is needed.
