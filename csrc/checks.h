@@ -331,7 +331,8 @@ inline void check_route(const RouteArguments& a) {
            "max(window, block_q) + sinks; or block_q 1 with block_k 8, keys and window in multiples of 8, and keys >= "
            "window + sinks rounded up to 8; got block_q ",
            a.block_q, ", block_k ", a.block_k, ", keys ", a.keys, ", window ", a.window, ", sinks ", a.sinks);
-  SB_CHECK(a.pools == 1 || a.pools == 2, "route: expected 1 or 2 pools, got ", a.pools);
+  SB_CHECK(a.pools == 1 || a.pools == 2 || (a.pools == 0 && per_query),
+           "route: expected 1 or 2 pools, or 0 with block_k 8, got ", a.pools, " with block_k ", a.block_k);
   if (a.head_keys) check_head_keys(*a.head_keys, q.size(1), a);
   check_low_rank("route", a.low_rank);
   check_padding("route", a);

@@ -220,8 +220,9 @@ struct RouteParams {
 
   SB_HD bool has_low_rank() const { return low_rank != LowRank::kNone; }
   SB_HD bool has_clusters() const { return low_rank == LowRank::kCentroid; }
-  // Per query: whether every run of keys is two groups.
+  // Per query: whether every run of keys is two groups, or keys are found by sketches of their own (csrc/math/sketch.h).
   SB_HD bool has_groups() const { return block_k > 1 && pools == 2; }
+  SB_HD bool has_sketches() const { return block_k > 1 && pools == 0; }
 };
 
 }  // namespace sb

@@ -95,6 +95,7 @@ SUPPORTS = {
     "pooled": sb.Routed(24, 16),
     "per query": sb.Routed(32, block_q=1, block_k=8, window=16),
     "per query of two pools": sb.Routed(32, block_q=1, block_k=8, window=16, pools=2),
+    "per query by sketches": sb.Routed(32, block_q=1, block_k=8, window=16, pools=0),
     "empty": sb.Empty(),
 }
 LOW_RANKS = {"none": None, "quadratic": sb.Quadratic(4), "favor": sb.Favor(16), "centroid": sb.Centroid(5)}

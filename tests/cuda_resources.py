@@ -10,7 +10,7 @@ import torch
 from cuda_compiler import ARCHITECTURES, NEEDS_NVCC, ROOT, Needs, kernel_names, needs_by_symbol, nvcc, of_all_sources
 from emulated import Emulator, Observed, build
 from marked import Marked
-from supports.test_route import PER_QUERY, POOLED, Inputs
+from supports.test_route import BY_SKETCH, PER_QUERY, POOLED, Inputs
 from testkit import rand
 
 import scatterbrain as sb
@@ -64,6 +64,8 @@ def run_usual_calls(dtype: torch.dtype) -> None:
         (1, wide, 64),
         (1, per_query, 20),
         (1, per_query, 64),
+        (0, BY_SKETCH[1], 20),
+        (0, BY_SKETCH[1], 64),
     ):
         given = Inputs(150, low_rank=low_rank, d=d)
         given.query, given.key = given.query.to(dtype), given.key.to(dtype)

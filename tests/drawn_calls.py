@@ -258,7 +258,7 @@ def _supports(draw: st.DrawFn) -> dict[str, Any]:
         keys = draw(st.integers(1, 12))
         window = draw(st.integers(0, keys))
         always = dict(window=8 * window, sinks=_few(draw, 8 * (keys - window)))
-        return dict(kind="routed", keys=8 * keys, block_q=1, block_k=8, pools=2 - keys % 2, **always)
+        return dict(kind="routed", keys=8 * keys, block_q=1, block_k=8, pools=keys % 3, **always)
     if kind == "lsh":
         rounds = draw(st.integers(1, 4))
         budget = dict(keys=rounds * draw(st.integers(1, 20)), rounds=rounds)

@@ -203,7 +203,7 @@ def pooled(keys: int, block_q: int) -> sb.Routed:
 
 
 def per_query(keys: int, window: int) -> sb.Routed:
-    return sb.Routed(keys, block_q=1, block_k=8, window=window, sinks=9 if keys == 40 else 0, pools=2 - keys // 8 % 2)
+    return sb.Routed(keys, block_q=1, block_k=8, window=window, sinks=9 if keys == 40 else 0, pools=keys // 8 % 3)
 
 
 SUPPORTS = [

@@ -51,6 +51,7 @@ SUPPORTS = [
     sb.Routed(32, block_q=8),
     sb.Routed(32, block_q=1, block_k=8, window=16),
     sb.Routed(32, block_q=1, block_k=8, window=16, pools=2),
+    sb.Routed(32, block_q=1, block_k=8, window=16, pools=0),
 ]
 
 

@@ -48,6 +48,7 @@ SUPPORTS = {
     "per query with sinks": sb.Routed(40, block_q=1, block_k=8, window=16, sinks=5),
     "per query without window": sb.Routed(24, block_q=1, block_k=8),
     "per query of two pools": sb.Routed(32, block_q=1, block_k=8, window=16, pools=2),
+    "per query by sketches": sb.Routed(32, block_q=1, block_k=8, window=16, pools=0),
     "blocks": "blocks",
 }
 BIDIRECTIONAL = SUPPORTS | {"full": sb.Full(), "lsh": sb.LSH(16, rounds=2)}

@@ -18,6 +18,7 @@ SUPPORTS = {
     "routed": sb.Routed(32, 16),
     "routed per query": sb.Routed(32, 1, 8, 16),
     "routed per query of two pools": sb.Routed(32, 1, 8, 16, pools=2),
+    "routed per query by sketches": sb.Routed(32, 1, 8, 16, pools=0),
     "window with sinks": sb.Window(44, 16, sinks=4),
     "routed with window and sinks": sb.Routed(48, 16, window=32, sinks=4),
     "lsh": sb.LSH(32, rounds=2),

@@ -51,6 +51,7 @@ SUPPORTS = {
     "per query, wide window": sb.Routed(32, 1, 8, 24),
     "per query without window": sb.Routed(24, 1, 8),
     "per query of two pools": sb.Routed(24, 1, 8, 8, pools=2),
+    "per query by sketches": sb.Routed(24, 1, 8, 8, pools=0),
     "lsh": sb.LSH(24, rounds=2),
     "empty": sb.Empty(),
 }

@@ -188,6 +188,7 @@ def supports() -> dict[str, Support]:
         "pooled": sb.Routed(32),
         "per query": sb.Routed(32, block_q=1, block_k=8, window=16),
         "per query of two pools": sb.Routed(32, block_q=1, block_k=8, window=16, pools=2),
+        "per query by sketches": sb.Routed(32, block_q=1, block_k=8, window=16, pools=0),
         "lsh": sb.LSH(32),
         "empty": sb.Empty(),
     }

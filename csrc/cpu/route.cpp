@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../math/sketch.h"
 #include "../profile.h"
 #include "cluster_rows.h"
 #include "launchers.h"
@@ -21,13 +22,16 @@ int64_t place_panels(RouteParams& p) {
     p.level_offset[2] = p.level_offset[1] + panels_of(segments * kRouteSegment / kRouteLanes);
     return p.level_offset[2] + panels_of(segments);
   }
-  const int64_t supers = ceil_div(p.k_tokens, 64);
-  p.level_offset[1] = supers * p.panel_rows * 8 * p.pools;
+  const int64_t supers = ceil_div(p.k_tokens, kBranch * kBranch);
+  if (p.has_sketches()) return supers * kSketchPanelFloats;
+  p.level_offset[1] = supers * p.panel_rows * kBranch * p.pools;
   return p.level_offset[1] + panels_of(supers * p.pools);
 }
 
-// What the keys' side works in: a panel, or the means of a superblock's groups and of its own.
+// What the keys' side works in: a panel, the means of a superblock's groups and of its own, or what sketches are made
+// from.
 int64_t key_scratch_floats(const RouteParams& p) {
+  if (p.has_sketches()) return sketch_width(p.head_dim) * kRouteLanes;
   return p.has_groups() ? (2 * kBranch + 2) * p.head_pad : p.key_rows * kRouteLanes;
 }
 

@@ -41,6 +41,7 @@ inline constexpr int64_t kProjectRows = 16, kProjectBackwardRows = 64;
 inline constexpr int64_t kRouteLanes = kLeaf;             // tokens of a panel
 inline constexpr int64_t kRouteSegment = kLeaf * kSuper;  // keys that one task prepares: a superblock
 inline constexpr int kRoutedQueries = 16;                 // queries scored together (per query)
+inline constexpr int64_t kSketchPanelFloats = 144;        // of the sketches of kBranch^2 keys
 
 // Query blocks whose lists one task makes.
 SB_HD int64_t blocks_per_group(int64_t block_k, int64_t pools) {

@@ -3,6 +3,7 @@
 #include "route_per_query_tile.cuh"
 #include "route_pooled.cuh"
 #include "route_pooled_tile.cuh"
+#include "route_sketch.cuh"
 
 namespace sb::cuda {
 namespace {
@@ -25,11 +26,19 @@ void launch_tiles(const RoutingParams& p, Stream stream) {
            p);
 }
 
+template <class E>
+void launch_by_sketch(const RoutingParams& p, Stream stream) {
+  launch(stream, "route_sketches", ceil_div(p.batch * p.kv_heads * p.k_tokens, kRouteWarps), kRouteThreads,
+         kRouteWarps * sketch_width(p.head_dim) * int64_t(sizeof(float)), route_sketches<E>, p);
+  launch(stream, "route_by_sketch", p.scratch_blocks, kRouteThreads, SketchMemory::bytes(p), route_by_sketch<E>, p);
+}
+
 }  // namespace
 
 void launch_route(const RoutingParams& p, Element element, Stream stream) {
   with_element(element, [&](auto* e) {
     using E = std::remove_pointer_t<decltype(e)>;
+    if (p.has_sketches()) return launch_by_sketch<E>(p, stream);
     const int64_t heads = p.batch * p.kv_heads;
     if (p.has_clusters()) {
       launch(stream, "route_segment_tops", heads * ceil_div(p.k_tokens, kTopSegment), kRouteThreads,

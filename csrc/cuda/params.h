@@ -111,6 +111,9 @@ struct RoutingParams : RouteParams {
   int64_t run_width;
   int64_t groups;        // of pools, in a head
   float *fine, *coarse;  // (B, Hkv, runs, run_width)
+  // With sketches, in place of runs: the two halves of a key's (B, Hkv, M, 2), and whether it is finite (B, Hkv, M).
+  uint32_t* sketch;
+  uint8_t* is_finite;
   // What a block needs for the lists that it makes: 4 byte words. `units`: the most keys or runs that it scores at
   // once.
   int64_t units, scratch_words, scratch_blocks;

@@ -94,6 +94,11 @@ class Route {
     p.fine_keys = p.block_k == 1 ? kLeaf : kBranch;
     p.coarse_keys = p.block_k == 1 ? kLeaf * kSuper : kBranch * kBranch;
     p.fine_runs = ceil_div(p.k_tokens, p.fine_keys), p.coarse_runs = ceil_div(p.k_tokens, p.coarse_keys);
+    if (p.has_sketches()) {
+      p.sketch = static_cast<uint32_t*>(call.write(call.empty({p.batch, p.kv_heads, p.k_tokens, 2}, ScalarType::Int)));
+      p.is_finite = static_cast<uint8_t*>(call.write(call.empty({p.batch, p.kv_heads, p.k_tokens}, ScalarType::Byte)));
+      return;
+    }
     p.run_width = p.has_groups() ? 2 * (p.head_dim + 2) : p.head_dim + 4 + (p.has_low_rank() ? p.rank : 0);
     p.fine = floats({p.batch, p.kv_heads, p.fine_runs, p.run_width});
     p.coarse = floats({p.batch, p.kv_heads, p.coarse_runs, p.run_width});
@@ -108,6 +113,8 @@ class Route {
                           // On tensor cores keys are scored in shared memory.
                           (kept + tail) * (p.tile_rows > 0 ? int64_t(1) : kLeaf)});
       p.groups = ceil_div(p.blocks, kGroup / p.pools), tasks *= p.groups;
+    } else if (p.has_sketches()) {
+      p.units = p.fine_runs + 1, tasks *= p.q_tokens;
     } else {
       const int64_t kept = std::min<int64_t>(candidate_superblocks(p.keys, p.window, p.pools), p.coarse_runs);
       p.units = std::max(p.coarse_runs + 1, (kept + 2) * kBranch);
@@ -123,7 +130,7 @@ class Route {
   // On tensor cores: decided by types, widths and what lists hold, never by the number of tokens, so that padding
   // changes no bit.
   void set_tile() {
-    if (query.element_size() > 2 || p.head_dim % 8 || p.head_dim == 0 || p.head_dim > kWidest) return;
+    if (p.has_sketches() || query.element_size() > 2 || p.head_dim % 8 || p.head_dim == 0 || p.head_dim > kWidest) return;
     if (p.block_k == 1) {
       // Leaves of a row that is not long, or of the kept superblocks and one more; kept leaves and those of the group.
       const int64_t kept = candidate_blocks(a.keys), tail = p.is_causal ? kGroup * p.block_q / kLeaf + 2 : 0,

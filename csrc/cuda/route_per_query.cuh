@@ -55,6 +55,25 @@ SB_DEVICE int64_t position_of(const RoutingParams& p, const RouteRow& row, const
   return i + (p.is_causal ? range.offset : 0) - range.k_first;
 }
 
+// Writes the list of a query: the sinks' blocks, then the `taken` chosen ones, block_of(i) ascending, with the window's
+// blocks between them. Blocks that have no key are left out.
+template <class BlockOf, class HasKeys>
+SB_DEVICE void write_query_list(const RoutingParams& p, const RouteBlock& threads, const QueryWindow& window,
+                                int64_t list, int64_t taken, const BlockOf& block_of, const HasKeys& has_keys) {
+  const int thread = thread_index();
+  int32_t *const begin = p.index + list * p.capacity, *out = begin;
+  int32_t before = 0;
+  for (int64_t i = thread; i < taken; i += kRouteThreads) before += block_of(i) < window.low ? 1 : 0;
+  before = threads.sum(before);
+  out += threads.write_wanted(0, window.first, has_keys, out);
+  for (int64_t i = thread; i < before; i += kRouteThreads) store(out + i, int32_t(block_of(i)));
+  out += before;
+  out += threads.write_wanted(window.low > window.first ? window.low : window.first, window.high, has_keys, out);
+  for (int64_t i = before + thread; i < taken; i += kRouteThreads) store(out + i - before, int32_t(block_of(i)));
+  if (thread == 0) store(p.count + list, int32_t(out - begin + (taken - before)));
+  sync_block();
+}
+
 template <class E>
 class RoutedQuery {
  public:
@@ -78,8 +97,10 @@ class RoutedQuery {
     const QueryWindow window(p, h, row.length, position);
     low = window.low, high = window.high, first = window.first, wanted = window.wanted;
     read_query(i);
-    const int64_t supers = choose_supers(), taken = take_blocks(supers);
-    write_list(taken);
+    const int64_t supers = choose_supers(), taken = take_blocks(supers), list = (b * p.q_heads + h) * p.blocks + slot;
+    write_query_list(
+        p, m.block, window, list, taken, [&](int64_t at) { return block_at(load(w.taken + at)); },
+        [&](int64_t block) { return has_keys(fine(block)); });
   }
 
  private:
@@ -146,24 +167,6 @@ class RoutedQuery {
     }
     sync_block();
     return m.block.take_top(w.key, supers * kBranch, wanted, w.taken);
-  }
-
-  // The sinks' blocks, then the best blocks with the window's blocks between them.
-  SB_DEVICE void write_list(int64_t taken) const {
-    const int64_t list = (b * p.q_heads + h) * p.blocks + slot;
-    int32_t *const begin = p.index + list * p.capacity, *out = begin;
-    const auto counts = [&](int64_t block) { return has_keys(fine(block)); };
-    const auto block_of = [&](int64_t i) { return int32_t(block_at(load(w.taken + i))); };
-    int32_t before = 0;
-    for (int64_t i = thread; i < taken; i += kRouteThreads) before += block_of(i) < low ? 1 : 0;
-    before = m.block.sum(before);
-    out += m.block.write_wanted(0, first, counts, out);
-    for (int64_t i = thread; i < before; i += kRouteThreads) store(out + i, block_of(i));
-    out += before;
-    out += m.block.write_wanted(low > first ? low : first, high, counts, out);
-    for (int64_t i = before + thread; i < taken; i += kRouteThreads) store(out + i - before, block_of(i));
-    if (thread == 0) store(p.count + list, int32_t(out - begin + (taken - before)));
-    sync_block();
   }
 
   const RoutingParams& p;

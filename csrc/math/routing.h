@@ -17,9 +17,13 @@ inline constexpr int kBranch = 8;  // keys of a listed block, and listed blocks 
 
 // Candidate blocks (pooled) and candidate superblocks (per query) that are kept. Fewer lose accuracy on real attention.
 SB_HD int64_t candidate_blocks(int64_t keys) { return keys > 85 ? (3 * keys + 15) / 16 : 16; }
+// Per query, candidate superblocks or, by sketches, candidate blocks.
+SB_HD int64_t candidates_per_query(int64_t keys, int64_t window) {
+  return keys - window > 64 ? (keys - window) / kBranch * 2 : 16;
+}
 // Two pools know better which: half as many do.
 SB_HD int64_t candidate_superblocks(int64_t keys, int64_t window, int64_t pools) {
-  return (keys - window > 64 ? (keys - window) / 8 * 2 : 16) / pools;
+  return candidates_per_query(keys, window) / pools;
 }
 
 // Entries of a list at most, in units of block_k keys: a window touches one block more than it fills.

@@ -118,6 +118,7 @@ ROUTED = {
     "two pools": sb.Routed(48, block_q=16, pools=2),
     "per query": sb.Routed(32, block_q=1, block_k=8, window=16),
     "per query of two pools": sb.Routed(32, block_q=1, block_k=8, window=16, pools=2),
+    "per query by sketches": sb.Routed(32, block_q=1, block_k=8, window=16, pools=0),
 }
 
 

@@ -11,6 +11,7 @@ from emulated import Emulator
 from operator_cases import operator_arguments
 from supports.test_route import (
     ALWAYS,
+    BY_SKETCH,
     PER_QUERY,
     PER_QUERY_IN_TWO,
     POOLED,
@@ -40,7 +41,7 @@ def installed(emulator: Emulator):
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
-@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY[1:] + PER_QUERY_IN_TWO + ALWAYS, ids=ids)
+@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY[1:] + PER_QUERY_IN_TWO + BY_SKETCH + ALWAYS, ids=ids)
 def test_lists_are_those_of_the_definition(form: dict, is_causal: bool) -> None:
     for n, m in ((0, 0), (5, 0), (1, 1), (77, 77), (40, 130)):
         inputs = Inputs(n, m, low_rank=(n + m + form["keys"] // 8) % 3, d=24, seed=n + m)
@@ -50,7 +51,7 @@ def test_lists_are_those_of_the_definition(form: dict, is_causal: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # bfloat16: on tensor cores
-@pytest.mark.parametrize("form", [ALWAYS[2], PER_QUERY[2], PER_QUERY_IN_TWO[1]], ids=ids)
+@pytest.mark.parametrize("form", [ALWAYS[2], PER_QUERY[2], PER_QUERY_IN_TWO[1], BY_SKETCH[1]], ids=ids)
 def test_heads_list_their_own_numbers_of_keys(form: dict, dtype: torch.dtype) -> None:
     support = sb.Routed(**form | {"keys": tuple(form["keys"] + 8 * more for more in (2, 0, 5, 2))})
     query, key = (rand(1, heads, 150, 16, seed=heads).to(dtype) for heads in (4, 2))
@@ -81,7 +82,7 @@ def test_blocks_of_threads_make_lists_in_turn(form: dict, inputs: dict) -> None:
     assert_as_defined(Inputs(**inputs, d=4), **form)
 
 
-@pytest.mark.parametrize("pools", [1, 2])
+@pytest.mark.parametrize("pools", [0, 1, 2])
 def test_queries_choose_among_the_best_superblocks(pools: int) -> None:
     assert_as_defined(Inputs(3, 1400, heads=1, batch=1), **PER_QUERY[1] | {"pools": pools})
 
@@ -215,7 +216,8 @@ def drawn_route(seed: int) -> RouteArguments:
         given |= dict(block_q=block_q, window=window, keys=keys, pools=r.choice([1, 2]))
     else:
         window = r.choice([0, 0, 8, 24, 48])
-        given |= dict(block_q=1, block_k=8, window=window, keys=window + -(-sinks // 8) * 8 + r.choice([8, 24, 160]))
+        keys = window + -(-sinks // 8) * 8 + r.choice([8, 24, 160])
+        given |= dict(block_q=1, block_k=8, window=window, keys=keys, pools=r.choice([0, 1, 2]))
     return operator_arguments(RouteArguments, **given, sinks=sinks)
 
 

@@ -30,7 +30,7 @@ import scatterbrain as sb
 
 HALF = [torch.bfloat16, torch.float16]
 FORMS = [POOLED[1], TWO_POOLS[1], ALWAYS[2]]
-OF_QUERIES = [*PER_QUERY, *PER_QUERY_IN_TWO, *ALWAYS[5:]]
+OF_QUERIES = [*PER_QUERY, *PER_QUERY_IN_TWO, *ALWAYS[5:8]]
 WIDE = {"keys": 200, "block_q": 32, "window": 40, "sinks": 3, "pools": 2}  # more candidates than most lists need
 
 

@@ -15,7 +15,7 @@ from emulated import Emulator, build
 from heavy_keys import RANK, Call, late_call
 from oracle import assert_parity, draw, row_error
 from planted import FLOAT, Kernels
-from supports.test_route import PER_QUERY, POOLED, TWO_POOLS, Inputs, assert_as_defined, random_mask
+from supports.test_route import BY_SKETCH, PER_QUERY, POOLED, TWO_POOLS, Inputs, assert_as_defined, random_mask
 from testkit import rand
 
 import scatterbrain as sb
@@ -113,6 +113,13 @@ FAULTS = {
     "missing rescale of a state": Fault("kv_state.cuh", " * exp2_of(of_segment - top);", ";", "states"),
     "wrong mask bound of a run": Fault(
         "route_groups.cuh", "key < length && !(mask", "key <= length && !(mask", "out of bounds|lists"
+    ),
+    "last additions of a sketch": Fault("route_sketch.cuh", "half < width; half", "half < width / 2; half", "lists"),
+    "missing warp barrier of a sketch": Fault(
+        "route_sketch.cuh",
+        "b), value.set(at + half, a - b);\n        }\n        sync_warp();",
+        "b), value.set(at + half, a - b);\n        }",
+        "race",
     ),
     "lost group offset of a routed head": Fault(
         "route_pooled.cuh", "p.kv_heads + h / (p.q_heads / p.kv_heads)", "p.kv_heads + h % p.kv_heads", "lists"
@@ -213,8 +220,14 @@ def wrong_states_of_two_segments(emulator: Emulator) -> str:
 
 
 def wrong_lists(emulator: Emulator) -> str:
-    for form in (POOLED[1], TWO_POOLS[1], PER_QUERY[2]):
-        inputs = Inputs(75, heads=4, kv_heads=2).mask(random_mask(2, 75, 1))
+    for form, queries, keys in (
+        (POOLED[1], 75, 75),
+        (TWO_POOLS[1], 75, 75),
+        (PER_QUERY[2], 75, 75),
+        (BY_SKETCH[0], 9, 300),
+    ):
+        inputs = Inputs(queries, keys, heads=4, kv_heads=2)
+        inputs.mask(random_mask(2, keys, 1), random_mask(2, queries, 1))
         try:
             with emulator.installed():
                 assert_as_defined(inputs, **form)

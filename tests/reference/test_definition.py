@@ -74,6 +74,7 @@ supports = [
     sb.Routed(blocks, block_q=1, block_k=8, window=blocks),
     sb.Routed(blocks, block_q=1, block_k=8, sinks=blocks),
     sb.Routed(blocks, block_q=1, block_k=8, pools=2),
+    sb.Routed(blocks, block_q=1, block_k=8, pools=0),
     sb.LSH(most, rounds=1),
 ]
 for support in supports:
@@ -90,7 +91,7 @@ for support in supports:
 
 def test_the_largest_supports_are_all_keys_and_as_quick_as_those() -> None:
     result = run_python("-c", LARGEST, seconds=120)
-    assert result.returncode == 0 and len(result.stdout) == 21, result.stderr
+    assert result.returncode == 0 and len(result.stdout) == 23, result.stderr
 
 
 def test_the_query_mask_defaults_to_the_key_mask_of_the_same_tokens() -> None:

@@ -29,9 +29,11 @@ ALWAYS = [
     {"keys": 40, "block_q": 1, "block_k": 8, "window": 16, "sinks": 4},
     {"keys": 40, "block_q": 1, "block_k": 8, "window": 0, "sinks": 11},
     {"keys": 40, "block_q": 1, "block_k": 8, "window": 16, "sinks": 4, "pools": 2},
+    {"keys": 40, "block_q": 1, "block_k": 8, "window": 16, "sinks": 4, "pools": 0},
 ]
 PER_QUERY_IN_TWO = [form | {"pools": 2} for form in PER_QUERY[::2]]
-FORMS = [POOLED[1], TWO_POOLS[1], PER_QUERY[2], PER_QUERY_IN_TWO[1], ALWAYS[2], ALWAYS[5]]
+BY_SKETCH = [form | {"pools": 0} for form in PER_QUERY[::2]]
+FORMS = [POOLED[1], TWO_POOLS[1], PER_QUERY[2], PER_QUERY_IN_TWO[1], BY_SKETCH[1], ALWAYS[2], ALWAYS[5]]
 
 
 def ids(form: dict) -> str:
@@ -150,7 +152,7 @@ def assert_as_defined(inputs: Inputs, **form: int) -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
 @pytest.mark.parametrize("n, m", [(0, 0), (1, 1), (9, 9), (77, 77), (700, 700), (130, 900), (640, 63), (5, 0)])
-@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY + PER_QUERY_IN_TWO, ids=ids)
+@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY + PER_QUERY_IN_TWO + BY_SKETCH, ids=ids)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_lists_are_those_of_the_definition(form: dict, n: int, m: int, masked: bool, is_causal: bool) -> None:
     inputs = Inputs(n, m, low_rank=(n + m + form["keys"] // 8) % 3, d=24, seed=n + m)
@@ -343,7 +345,7 @@ def test_heads_with_their_own_numbers_of_keys_choose_among_the_candidates_of_the
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
-@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY + PER_QUERY_IN_TWO, ids=ids)
+@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY + PER_QUERY_IN_TWO + BY_SKETCH, ids=ids)
 def test_lists_are_ascending_within_the_budget_and_hold_valid_keys(form: dict, is_causal: bool) -> None:
     n, block_k = 333, form.get("block_k", 1)
     inputs = Inputs(n).mask(random_mask(2, n, 3))
@@ -471,7 +473,7 @@ def test_causality_holds_for_shifted_queries_and_long_rows(form: dict) -> None:
         assert torch.equal(new_count[:, :, :unchanged], count[:, :, :unchanged])
 
 
-@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY + PER_QUERY_IN_TWO, ids=ids)
+@pytest.mark.parametrize("form", POOLED + TWO_POOLS + PER_QUERY + PER_QUERY_IN_TWO + BY_SKETCH, ids=ids)
 def test_no_listed_key_is_after_the_block(form: dict) -> None:
     index, _ = Inputs(300).causal().route(**form)
     block_q, block_k = form["block_q"], form.get("block_k", 1)

@@ -7,7 +7,7 @@ from testkit import rand
 import scatterbrain as sb
 
 
-@pytest.mark.parametrize("pools", [1, 2])
+@pytest.mark.parametrize("pools", [0, 1, 2])
 def test_keys_that_are_no_numbers_are_listed_where_the_mask_says_so(pools: int) -> None:
     """Key 56 begins block 7, which a superblock of valid keys has besides: a window holds it, and hides no other."""
     query, key = rand(1, 1, 64, 16), rand(1, 1, 64, 16, seed=1)
@@ -37,7 +37,7 @@ def test_scores_that_are_no_numbers_come_first(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -3e38])
-@pytest.mark.parametrize("pools", [1, 2])
+@pytest.mark.parametrize("pools", [0, 1, 2])
 def test_no_list_depends_on_later_keys_beside_a_hole(pools: int, value: float) -> None:
     query, key = rand(1, 1, 64, 16), 5 + 0.01 * rand(1, 1, 64, 16, seed=1)
     mask = torch.zeros(1, 64, dtype=torch.bool)

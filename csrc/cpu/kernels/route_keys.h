@@ -2,6 +2,7 @@
 #pragma once
 #include "features.h"
 #include "route_groups.h"
+#include "route_sketch.h"
 #include "transpose.h"
 
 namespace sb::SB_ISA {
@@ -217,6 +218,12 @@ inline void route_keys(const RouteParams& p, int64_t b, int64_t kv, int64_t segm
                   mean, kLeaf);
       finish_means(p, mean, kLeaf, 1, false);
     }
+    return;
+  }
+  if (p.has_sketches()) {
+    auto* panel = reinterpret_cast<SketchPanel*>(panels);
+    for (int64_t first = begin; first < end; first += kBranch * kBranch)
+      sketch_panel(p, b, kv, first, zero_row, scratch, panel[first / (kBranch * kBranch)]);
     return;
   }
   for (int64_t first = begin; first < end; first += kBranch * kBranch) {

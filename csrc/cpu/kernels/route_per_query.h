@@ -3,7 +3,7 @@
 #include "arena.h"
 #include "gemm.h"
 #include "route_groups.h"
-#include "route_select.h"
+#include "route_windows.h"
 
 namespace sb::SB_ISA {
 
@@ -45,35 +45,24 @@ SB_INLINE BlockVec score_of(const float* score, const float* keys, int64_t secon
 template <int kPools>
 inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t group, const float* panels,
                             PerQueryScratch& w) {
-  const RowRange& range = p.rows[b];
-  const int64_t length = int64_t(range.k_end) - range.k_first, count = ceil_div(length, kBranch),
-                panel_size = p.panel_rows * kLeaf;
-  const int64_t shift = (p.is_causal ? range.offset : 0) - int64_t(range.k_first),
-                sink_blocks = ceil_div(p.sinks, kBranch), routed = (keys_of(p, h) - p.window) / kBranch - sink_blocks;
-  const int64_t kept = candidate_superblocks(p.keys, p.window, kPools), depth = p.head_dim + 1,
-                all_supers = ceil_div(count, kBranch);
+  const QueryWindows windows(p, b, h, group);
+  const int64_t panel_size = p.panel_rows * kLeaf, kept = candidate_superblocks(p.keys, p.window, kPools),
+                depth = p.head_dim + 1, all_supers = ceil_div(windows.count, kBranch);
   constexpr int kSupersOfPanel = kLeaf / kPools, kBlockLanes = kBranch * kPools;
   // Logs of two groups are added in base 2.
   const float unit_of_score = kPools == 2 ? float(kLog2e) : 1.0f;
-  int64_t low[kRoutedQueries], high[kRoutedQueries], supers[kRoutedQueries], lists[kRoutedQueries] = {};
-  int64_t first[kRoutedQueries];  // blocks before it hold the sinks
-  bool live[kRoutedQueries], choose = false;
+  int64_t supers[kRoutedQueries], lists[kRoutedQueries] = {};
+  bool choose = false;
   for (int64_t s = 0; s < all_supers; ++s) w.wanted[s] = 0;
 
-  // 1. Scaled queries, windows [low, high) in blocks, blocks of sinks, superblocks that may be listed from.
+  // 1. Scaled queries, and superblocks that may be listed from.
   for (int r = 0; r < kRoutedQueries; ++r) {
-    const int64_t slot = group * kRoutedQueries + r, i = range.q_first + slot;
+    const float* row = windows.row[r];
     float* query = w.query + r * depth;
-    live[r] = i < range.q_end && !(p.q_mask && p.q_mask[b * p.q_tokens + i]);
-    int64_t position = i + shift;
-    if (!p.is_causal && p.q_tokens != p.k_tokens && live[r])
-      position = slot * length / (int64_t(range.q_end) - range.q_first);
-    live[r] = live[r] && !(p.is_causal && position < 0);
-    if (!live[r]) {
+    if (!row) {
       for (int64_t e = 0; e < depth; ++e) query[e] = 0;
       continue;
     }
-    const float* row = p.q.at<const float>(b, h, i);
     BlockVec square{};
     for (int64_t e = 0; e < p.head_pad; e += kBlockWidth) {
       const BlockVec q = load_lanes<kBlockWidth>(row + e) * p.scale;
@@ -81,19 +70,7 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
     }
     for (int64_t e = 0; e < p.head_dim; ++e) query[e] = row[e] * p.scale * unit_of_score;
     query[p.head_dim] = sum_lanes<float, kBlockWidth>(square) * (0.5f / float(p.head_dim)) * unit_of_score;
-    if (p.is_causal) {
-      const int64_t start = position - p.window + 1;
-      low[r] = (start > 0 ? start : 0) / kBranch;
-      high[r] = position / kBranch + 1;
-    } else {
-      const int64_t start = position - p.window / 2, end = position + p.window / 2;
-      low[r] = (start > 0 ? start : 0) / kBranch;
-      // Without a window no block is forced into the list.
-      high[r] = p.window < 2 ? low[r] : -floor_div(-(end < length ? end : length), kBranch);
-    }
-    low[r] = clamp_to(low[r], 0, count), high[r] = clamp_to(high[r], low[r], count);
-    first[r] = p.is_causal ? clamp_to(sink_blocks, 0, high[r]) : clamp_to(sink_blocks, 0, count);
-    supers[r] = p.is_causal ? low[r] / kBranch : all_supers;
+    supers[r] = p.is_causal ? windows.low[r] / kBranch : all_supers;
     choose = choose || supers[r] > kept;
   }
 
@@ -106,7 +83,7 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
           DenseRows<float>{w.super_score + lane, w.lanes});
   const BlockVec never = splat<float, kBlockWidth>(-__builtin_inff());
   for (int r = 0; r < kRoutedQueries; ++r) {
-    if (!live[r]) continue;
+    if (!windows.row[r]) continue;
     const uint16_t bit = uint16_t(1u << r);
     if (supers[r] <= kept) {
       for (int64_t s = 0; s < supers[r]; ++s) w.wanted[s] |= bit;
@@ -125,7 +102,7 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
       const int64_t taken = take_top(w.key, padded, kept, w.taken, w.guess[0]);
       for (int64_t i = 0; i < taken; ++i) w.wanted[w.taken[i]] |= bit;
     }
-    if (p.is_causal && low[r] % kBranch) w.wanted[low[r] / kBranch] |= bit;
+    if (p.is_causal && windows.low[r] % kBranch) w.wanted[windows.low[r] / kBranch] |= bit;
   }
 
   // 3. Blocks of every superblock that some query wants, a few queries at a time.
@@ -146,12 +123,9 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
       for (int i = 0; i < kTogether && at + i < n; ++i) {
         const int r = rows[at + i];
         for (int lane = 0; lane < kBranch; lane += kBlockWidth) {
-          const BlockInts unit = lane_numbers<kBlockWidth>() + int32_t(s * kBranch + lane);
-          const BlockInts outside =
-              p.is_causal ? unit < int32_t(low[r]) : (unit < int32_t(low[r])) | (unit >= int32_t(high[r]));
           const float* keys_behind = panel + (p.panel_rows - 1) * kBlockLanes + lane;
           const BlockInts eligible =
-              outside & (unit >= int32_t(first[r])) & (load_lanes<kBlockWidth>(keys_behind) > 0.0f);
+              windows.may_choose(p, r, s * kBranch + lane) & (load_lanes<kBlockWidth>(keys_behind) > 0.0f);
           const BlockVec of_block = score_of<kPools>(score + i * kBlockLanes + lane, keys_behind, kBranch);
           store_ints<kBlockWidth>(w.candidate + (r * w.width + lists[r]) * kBranch + lane,
                                   sortable<kBlockWidth>(eligible ? of_block : never));
@@ -161,30 +135,22 @@ inline void route_per_query(const RouteParams& p, int64_t b, int64_t h, int64_t 
     }
   }
 
-  // 4. The list: the sinks' blocks, then the best blocks with the window's blocks between them.
+  // 4. The lists, from the best blocks.
   for (int r = 0; r < kRoutedQueries; ++r) {
-    if (!live[r]) continue;
+    if (!windows.row[r]) continue;
     int32_t* candidate = w.candidate + r * w.width * kBranch;
     int64_t candidates = lists[r] * kBranch;
     for (; candidates % kRouteWidth; candidates += kBranch)
       for (int i = 0; i < kBranch; ++i) candidate[candidates + i] = kNever;
-    const int64_t taken = take_top(candidate, candidates, routed, w.taken, w.guess[1]);
-    const int64_t list = (b * p.q_heads + h) * p.blocks + group * kRoutedQueries + r;
-    int32_t* out = p.index + list * p.capacity;
-    int64_t n = 0, i = 0;
-    const auto unit = [&](int64_t at) {
-      return w.chosen[r * w.width + w.taken[at] / kBranch] * kBranch + w.taken[at] % kBranch;
-    };
-    const auto append = [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block)
-        if (panels[(block / kBranch * p.panel_rows + p.panel_rows - 1) * kBlockLanes + block % kBranch] > 0)
-          out[n++] = int32_t(block);
-    };
-    append(0, first[r]);
-    for (; i < taken && unit(i) < low[r]; ++i) out[n++] = unit(i);
-    append(low[r] > first[r] ? low[r] : first[r], high[r]);
-    for (; i < taken; ++i) out[n++] = unit(i);
-    p.count[list] = int32_t(n);
+    const int64_t taken = take_top(candidate, candidates, windows.routed, w.taken, w.guess[1]);
+    windows.write_list(
+        p, b, h, group, r, taken,
+        [&](int64_t i) {
+          return w.chosen[r * w.width + w.taken[i] / kBranch] * int64_t(kBranch) + w.taken[i] % kBranch;
+        },
+        [&](int64_t block) {
+          return panels[(block / kBranch * p.panel_rows + p.panel_rows - 1) * kBlockLanes + block % kBranch] > 0;
+        });
   }
 }
 

@@ -54,9 +54,29 @@ SB_INLINE int64_t append_lanes(uint32_t bits, int64_t first, int32_t* out) {
 #endif
 }
 
-// Writes the positions of the n largest of `count` keys (a multiple of the width), ascending; ties go to the lowest,
-// kNever is never taken. `out` has room for a vector more. The search for the smallest key taken starts at `guess`,
-// which receives it: neighbouring queries have similar ones. It changes the time, not the result.
+// Writes the positions of the n largest of `count` keys, ascending, where `from_low` are at least `low` and
+// `from_high`, fewer than n, are more. Ties go to the lowest position. `out` has room for a vector more.
+SB_INLINE int64_t write_top(const int32_t* key, int64_t count, int64_t n, int32_t low, int64_t from_low,
+                            int64_t from_high, int32_t* out) {
+  int64_t taken = 0;
+  if (from_low <= n) {
+    for (int64_t i = 0; i < count; i += kRouteWidth)
+      taken += append_lanes(lanes_from(load_ints(key + i), low), i, out + taken);
+    return taken;
+  }
+  int64_t ties = n - from_high;
+  for (int64_t i = 0; i < count; i += kRouteWidth) {
+    const uint32_t above = lanes_from(load_ints(key + i), low + 1);  // no key is the largest integer
+    uint32_t tied = lanes_from(load_ints(key + i), low) & ~above;
+    while (__builtin_popcount(tied) > ties) tied &= ~(0x80000000u >> __builtin_clz(tied));
+    ties -= __builtin_popcount(tied);
+    taken += append_lanes(above | tied, i, out + taken);
+  }
+  return taken;
+}
+
+// As write_top, of `count` keys, a multiple of the width; kNever is never taken. The search for the smallest key taken
+// starts at `guess`, which receives it: neighbouring queries have similar ones. It changes the time, not the result.
 SB_INLINE int64_t take_top(const int32_t* key, int64_t count, int64_t n, int32_t* out, int32_t& guess) {
   if (n <= 0) return 0;
   // Fewer than n keys are >= high, at least n are >= low: narrow until exactly n are, or until only ties of `low` are
@@ -80,22 +100,7 @@ SB_INLINE int64_t take_top(const int32_t* key, int64_t count, int64_t n, int32_t
     }
     guess = int32_t(low);
   }
-  int64_t taken = 0;
-  if (from_low <= n) {
-    for (int64_t i = 0; i < count; i += kRouteWidth)
-      taken += append_lanes(lanes_from(load_ints(key + i), int32_t(low)), i, out + taken);
-    return taken;
-  }
-  int64_t ties = n - from_high;
-  for (int64_t i = 0; i < count; i += kRouteWidth) {
-    uint32_t bits = lanes_from(load_ints(key + i), int32_t(low));
-    for (; bits; bits &= bits - 1) {
-      const int64_t at = i + __builtin_ctz(bits);
-      if (key[at] == low && ties-- <= 0) continue;
-      out[taken++] = int32_t(at);
-    }
-  }
-  return taken;
+  return write_top(key, count, n, int32_t(low), from_low, from_high, out);
 }
 
 }  // namespace sb::SB_ISA

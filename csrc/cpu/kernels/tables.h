@@ -12,6 +12,7 @@
 #include "route_keys.h"
 #include "route_per_query.h"
 #include "route_pooled.h"
+#include "route_sketch.h"
 
 namespace sb::SB_ISA {
 
@@ -45,6 +46,11 @@ inline int64_t route_group(const RouteParams& p, int64_t b, int64_t h, int64_t g
   if (p.block_k == 1) {
     PooledScratch w(p, scratch);
     if (scratch) route_pooled(p, b, h, group, panels, w);
+    return w.bytes;
+  }
+  if (p.has_sketches()) {
+    SketchScratch w(p, scratch);
+    if (scratch) route_by_sketch(p, b, h, group, panels, w);
     return w.bytes;
   }
   PerQueryScratch w(p, scratch);

@@ -1,7 +1,8 @@
 """Multiply-adds per query and head of a support with a low-rank kernel: what "equal cost" means in this package.
 
-One product and its addition count one; additions, exponentials, comparisons and sorting count nothing. What is done
-once for each key is shared out over the queries. For N queries, M keys, head_dim d, values of dv, and
+One product and its addition count one; additions, exponentials, comparisons and sorting count nothing, but those of
+sketches (Routed, pools=0) do. What is done once for each key is shared out over the queries. For N queries, M keys,
+head_dim d, values of dv, and
 
     n   listed keys of a query                        m   features of the kernel: Quadratic (r + 1)(r + 2) / 2
     r   rank: products of a pair's low-rank weight    C   clusters of Centroid, of D = min(16, d) directions
@@ -43,6 +44,8 @@ from scatterbrain.supports import LSH, Blocks, Empty, Routed, Support, Window
 # csrc/math/routing.h, csrc/math/clustering.h and low_rank/input_statistics.py; docs/algorithm.md, sections 2 and 3.
 RUN, SUPER, LONG_ROW = 32, 16, 16384
 DIRECTIONS, SAMPLES = 16, 256
+BITS, ROUNDS = 64, 3  # of sketches
+COMPARISON = 5  # two sketches take the time of about so many multiply-adds
 
 Sized = TypeVar("Sized", Support, LowRankKernel)
 
@@ -148,13 +151,24 @@ def _per_query(support: Routed, shape: Shape) -> float:
     """Every query scores the mean keys of blocks of 8, or those of 64 and then the blocks of the best: d + 1 products
     each. Squared distances from the mean take d products of a key once. With two pools there are two means of each,
     and half as many superblocks do. Distances are then from the mean, from two keys and from the own group's mean; a
-    superblock of 64 keys divides the 16 groups of its blocks in the same way."""
+    superblock of 64 keys divides the 16 groups of its blocks in the same way. By sketches a query compares its own with
+    every key's, makes one as every key does, and scores the keys of the best blocks."""
+    blocks, kept = math.ceil(shape.keys / 8), max(16, 2 * (support.most_keys - support.window) // 8)
     pools = support.pools
-    blocks, best = math.ceil(shape.keys / 8), max(16, 2 * (support.most_keys - support.window) // 8) // pools
+    if pools == 0:
+        found = COMPARISON * shape.keys if blocks > kept else 0
+        return found + 8 * min(kept, blocks) * shape.head_dim + sketch_cost(shape) * (1 + shape.keys_per_query)
+    best = kept // pools
     superblocks = math.ceil(blocks / 8)
     scored = pools * (blocks if superblocks <= best else superblocks + 8 * best)
     of_key = shape.head_dim if pools == 1 else 4 * (1 + 16 / 64) * shape.head_dim
     return scored * (shape.head_dim + 1) + shape.head_dim + of_key * shape.keys_per_query
+
+
+def sketch_cost(shape: Shape) -> float:
+    """Of a token: additions, which take as long as multiply-adds."""
+    width = max(BITS, 2 ** math.ceil(math.log2(shape.head_dim)))
+    return ROUNDS * width * math.log2(width)
 
 
 # -------------------- low-rank kernels: multiply-adds of attention, and of what is found in the input beforehand

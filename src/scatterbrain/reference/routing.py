@@ -8,7 +8,7 @@ multiply-add per pair instead of head_dim. L_j is the kernel at the block's mean
 replace keys by others at its mean query, and single keys are then scored by the expected squared residual. Where
 several pools stand for a block, the squared residuals of each, relative to the square of its sum of exp(s_j) over the
 candidates, are added. The per-query form scores blocks of keys by q.mean(k) and the spread of their keys, or by the
-same of two groups of their keys.
+same of two groups of their keys, or by the keys themselves, of blocks that have a key whose sketch is like the query's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scatterbrain.reference.inputs import Inputs
 from scatterbrain.reference.low_rank import Coordinates, coordinates
+from scatterbrain.reference.sketch import BITS, agreement, sketches
 from scatterbrain.supports import Routed
 
 LEAF = 32  # keys of a candidate block (pooled)
@@ -38,8 +39,8 @@ def candidate_blocks(keys: int) -> int:
 
 
 def candidate_superblocks(routed: int, pools: int = 1) -> int:
-    """Superblocks that the per-query form keeps for ``routed`` listed blocks."""
-    return max(16, 2 * routed) // pools
+    """Superblocks, or without pools blocks, that the per-query form keeps for ``routed`` listed blocks."""
+    return max(16, 2 * routed) // max(pools, 1)
 
 
 def budget_of(support: Routed, head: int) -> int:
@@ -192,10 +193,12 @@ def run_scores(query: Tensor, groups: list[Group]) -> Tensor:
 
 @dataclass
 class Queries:
-    """The scaled queries of one batch row and head with their low-rank coordinates, in blocks that start at the first
-    valid one. Query i stands at position i + ``shift`` among the keys."""
+    """The queries of one batch row and head with their low-rank coordinates, in blocks that start at the first valid
+    one. Query i stands at position i + ``shift`` among the keys."""
 
-    query: Tensor  # (N, d)
+    token: Tensor  # (N, d)
+    query: Tensor  # the same, scaled
+    is_turned: bool  # by a negative scale
     valid: Tensor
     x: Tensor | None
     rho: Tensor | None
@@ -211,8 +214,11 @@ class Queries:
     def of(cls, inputs: Inputs, maps: Coordinates | None, block_q: int, b: int, h: int) -> Queries:
         valid = ~inputs.query_padding[b].cpu()
         x, rho = (None, None) if maps is None else (maps.x[b, h].cpu(), maps.rho[b, h].cpu())
+        token = inputs.query[b, h].cpu()
         return cls(
-            inputs.query[b, h].cpu() * inputs.scale,
+            token,
+            token * inputs.scale,
+            inputs.scale < 0,
             valid,
             x,
             rho,
@@ -364,9 +370,28 @@ def pooled_lists(
             yield t, sorted(always | set(best(score, eligible, budget - len(always)))), score
 
 
+def agreeing_blocks(block_k: int, queries: Queries, keys: Keys, turned: bool) -> Tensor:
+    """(N, blocks): in how many bits of its sketch a query agrees with the key of every block that agrees best, more
+    than all of them where a key is not finite; with the opposite of the query where it is ``turned`` around."""
+    sign, _ = sketches(queries.token.float())
+    of_key, is_finite = sketches(keys.key.float())
+    found = agreement(sign ^ turned, of_key).masked_fill(~is_finite, BITS + 1).masked_fill(~keys.valid, -1)
+    short = -len(keys.valid) % block_k
+    return torch.nn.functional.pad(found, (0, short), value=-1).unflatten(1, (-1, block_k)).amax(-1)
+
+
 def block_scorers(support: Routed, keys: Keys) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """From a query to the scores of all blocks, and to those of all superblocks."""
     block_k = support.block_k
+    if support.pools == 0:
+        alone = torch.cat([keys.key, keys.key.new_zeros(-len(keys.key) % block_k, keys.key.shape[1])])
+        present = torch.zeros(len(alone), dtype=torch.bool)
+        present[: len(keys.valid)] = keys.valid
+
+        def by_keys(q: Tensor) -> Tensor:
+            return (alone @ q).masked_fill(~present, -torch.inf).unflatten(0, (-1, block_k)).logsumexp(1)
+
+        return by_keys, by_keys
     if support.pools == 2:
         fine = keys.runs_in_two(block_k)
         # A superblock's points are the groups of its blocks: the first ones, then the second ones.
@@ -399,6 +424,8 @@ def per_query_lists(
     routed = (budget - window) // block_k - sinks
     fine, coarse = keys.means(block_k), keys.means(block_k * BRANCH)
     score_blocks, score_supers = block_scorers(support, keys)
+    has_sketches = stages and support.pools == 0
+    agreeing = agreeing_blocks(block_k, queries, keys, queries.is_turned) if has_sketches else None
     for i in range(queries.first, queries.end):
         if not queries.valid[i]:
             continue
@@ -424,7 +451,9 @@ def per_query_lists(
             for c in range(len(first_blocks), count)
             if fine.valid[c] and (c < low or (c >= max(high, low) and not queries.is_causal))
         ]
-        if stages:
+        if agreeing is not None:
+            elsewhere = best(agreeing[i].double(), elsewhere, kept_supers)
+        elif stages:
             supers = low // BRANCH if queries.is_causal else -(-count // BRANCH)
             if supers > kept_supers:
                 eligible = [c for c in range(supers) if coarse.valid[c]]

@@ -32,7 +32,10 @@ class Routed(Support):
     8`` blocks of 8 keys by ``q . mean(k)``, in the causal form among the complete blocks before the window. The per-
     query form is for training from scratch, the pooled one for pretrained models. A block's score is the log of what
     the query would weigh its keys with, to second order around their mean; with ``pools`` = 2 around the means of two
-    groups of the 8 keys, which finds a single key that fits among seven that do not.
+    groups of the 8 keys, which finds a single key that fits among seven that do not. With ``pools`` = 0 no mean stands
+    for a block: the candidates are the blocks with the key whose sketch, the signs of 64 random projections (SimHash,
+    Charikar 2002), agrees best with the query's, and their scores are exact. It finds single keys most surely, and its
+    search takes an eighth of a microsecond or so per query and 1,000 keys of a head.
 
     Args:
         keys: keys per query in all: sinks, window, own and listed keys. The per-query form rounds its window to whole
@@ -46,7 +49,8 @@ class Routed(Support):
             form rounds them up to whole blocks of 8 keys.
         pools: means that stand for a block when lists are chosen, 1 or 2: of the ``block_q`` queries that share a
             list, or, in the per-query form, of the ``block_k`` keys that are chosen together. 2 pay for lists of 96
-            keys and more that 32 queries share, and per query wherever attention looks for single keys.
+            keys and more that 32 queries share, and per query wherever attention looks for single keys. 0, in the
+            per-query form alone: keys are found by their sketches.
 
     Raises:
         TypeError, ValueError: naming the field, where one is no int or out of its range, or the window and the sinks
@@ -79,12 +83,17 @@ class Routed(Support):
         check_int("Routed", "block_k", self.block_k, 1)
         check_int("Routed", "window", self.window, 0)
         check_int("Routed", "sinks", self.sinks, 0)
-        check_int("Routed", "pools", self.pools, 1, 2)
+        check_int("Routed", "pools", self.pools, 0, 2)
         if (self.block_q, self.block_k) not in ((8, 1), (16, 1), (32, 1), (1, 8)):
             raise ValueError(
                 "Routed: expected block_q in (8, 16, 32) with block_k=1 (pooled), or block_q=1 with "
                 f"block_k=8 (per query), got block_q={self.block_q}, "
                 f"block_k={self.block_k}"
+            )
+        if self.is_pooled and self.pools == 0:
+            raise ValueError(
+                "Routed: pools=0 finds every query's keys by sketches, expected block_q=1 with block_k=8, got "
+                f"block_q={self.block_q}, block_k={self.block_k}; use 1 or 2 pools for lists that queries share"
             )
         if self.fewest_keys < self.block_q:
             raise ValueError(

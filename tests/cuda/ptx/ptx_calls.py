@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from oracle import CASES, draw
-from supports.test_route import PER_QUERY, PER_QUERY_IN_TWO, POOLED, Inputs
+from supports.test_route import BY_SKETCH, PER_QUERY, PER_QUERY_IN_TWO, POOLED, Inputs
 from testkit import rand
 
 import scatterbrain as sb
@@ -89,8 +89,15 @@ def _lists(dtype: torch.dtype) -> None:
 @call("routes")
 def _routes(dtype: torch.dtype) -> None:
     """The operator itself: supports route float64 tokens as float32."""
-    for low_rank, form in ((0, POOLED[1]), (1, POOLED[1]), (1, PER_QUERY[2]), (1, PER_QUERY_IN_TWO[1])):
-        given = Inputs(45, low_rank=low_rank, heads=4, kv_heads=2)
+    for low_rank, form in (
+        (0, POOLED[1]),
+        (1, POOLED[1]),
+        (1, PER_QUERY[2]),
+        (1, PER_QUERY_IN_TWO[1]),
+        (0, BY_SKETCH[0]),
+    ):
+        queries, keys = (9, 170) if form in BY_SKETCH else (45, 45)
+        given = Inputs(queries, keys, low_rank=low_rank, heads=4, kv_heads=2)
         given.query, given.key = given.query.to(dtype), given.key.to(dtype)
         given.route(**form)
 
