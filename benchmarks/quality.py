@@ -113,6 +113,7 @@ def methods(keys: int, rank: int) -> Iterator[tuple[str, bool | None, Method]]:
         (f"routed, block_q 16, {2 * keys} keys", None, sb.Routed(2 * keys, **POOLED), quadratic),
         ("routed per query, blocks of 8, window 16", None, sb.Routed(keys, **PER_QUERY), quadratic),
         ("routed per query, 2 pools", None, sb.Routed(keys, **PER_QUERY, pools=2), quadratic),
+        ("routed per query, by sketches", None, sb.Routed(keys, **PER_QUERY, pools=0), quadratic),
         (f"window {keys} + centroid 64", False, sb.Window(keys), sb.Centroid(64)),
         ("routed, block_q 32 + centroid 64", False, sb.Routed(keys, block_q=32), sb.Centroid(64)),
         (
@@ -139,6 +140,7 @@ def methods(keys: int, rank: int) -> Iterator[tuple[str, bool | None, Method]]:
         ("routed, block_q 16, only", None, sb.Routed(keys, **POOLED), None),
         ("routed per query, only", None, sb.Routed(keys, **PER_QUERY), None),
         ("routed per query, 2 pools, only", None, sb.Routed(keys, **PER_QUERY, pools=2), None),
+        ("routed per query, by sketches, only", None, sb.Routed(keys, **PER_QUERY, pools=0), None),
         (f"window {keys} + FAVOR+ 64", None, sb.Window(keys), sb.Favor(64)),
         ("LSH + FAVOR+ 64 (the paper's)", False, *sb.presets.paper(keys)),
         ("LSH + centred FAVOR+ 64", False, sb.LSH(keys), sb.Favor(64, centred=True)),

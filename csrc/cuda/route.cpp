@@ -130,7 +130,8 @@ class Route {
   // On tensor cores: decided by types, widths and what lists hold, never by the number of tokens, so that padding
   // changes no bit.
   void set_tile() {
-    if (p.has_sketches() || query.element_size() > 2 || p.head_dim % 8 || p.head_dim == 0 || p.head_dim > kWidest) return;
+    if (p.has_sketches() || query.element_size() > 2 || p.head_dim % 8 || p.head_dim == 0 || p.head_dim > kWidest)
+      return;
     if (p.block_k == 1) {
       // Leaves of a row that is not long, or of the kept superblocks and one more; kept leaves and those of the group.
       const int64_t kept = candidate_blocks(a.keys), tail = p.is_causal ? kGroup * p.block_q / kLeaf + 2 : 0,

@@ -1,5 +1,5 @@
-// Routing per query by sketches (docs/algorithm.md, section 3): a warp makes the sketch of a key, and a block of threads
-// the list of a query, from blocks that have a key whose sketch agrees with the query's in many bits.
+// Routing per query by sketches (docs/algorithm.md, section 3): a warp makes the sketch of a key, and a block of
+// threads the list of a query, from blocks that have a key whose sketch agrees with the query's in many bits.
 #pragma once
 #include "../math/sketch.h"
 #include "route_per_query.cuh"
@@ -15,8 +15,7 @@ class TokenSketch {
   SB_DEVICE TokenSketch(const RoutingParams& p, const E* token, const Shared<float>& value) {
     const int lane = lane_index();
     const int64_t width = sketch_width(p.head_dim);
-    for (int64_t e = lane; e < width; e += kWarp)
-      value.set(e, e < p.head_dim ? float(widened(load(token + e))) : 0.0f);
+    for (int64_t e = lane; e < width; e += kWarp) value.set(e, e < p.head_dim ? float(widened(load(token + e))) : 0.0f);
     sync_warp();
     for (int round = 0; round < kSketchRounds; ++round) {
       for (int64_t e = lane; e < width; e += kWarp)
@@ -31,18 +30,25 @@ class TokenSketch {
         sync_warp();
       }
     }
+    float y[2], largest = 0;
     for (int i = 0; i < 2; ++i) {
-      const float y = value.get(i * kWarp + lane);
-      word[i] = ballot(y < 0.0f);
-      is_finite = is_finite && ballot(y - y != 0.0f) == 0;
+      y[i] = value.get(i * kWarp + lane);
+      word[i] = ballot(y[i] < 0.0f);
+      is_finite = is_finite && ballot(y[i] - y[i] != 0.0f) == 0;
+      largest = larger(largest, size_of(y[i]));
     }
+    largest = warp_max(largest);
+    for (int i = 0; i < 2; ++i) counted[i] = ballot(is_finite && size_of(y[i]) * kSmallShare > largest);
     sync_warp();
   }
   // The first lane has the first half of the bits, the second one the other.
   SB_DEVICE uint32_t of_lane() const { return lane_index() == 0 ? word[0] : word[1]; }
+  // Which of those count in a query.
+  SB_DEVICE uint32_t counted_of_lane() const { return lane_index() == 0 ? counted[0] : counted[1]; }
 
  private:
-  uint32_t word[2];
+  static SB_DEVICE float size_of(float y) { return y < 0.0f ? -y : y; }
+  uint32_t word[2], counted[2];
 };
 
 template <class E>
@@ -64,11 +70,11 @@ SB_KERNEL route_sketches(RoutingParams p) {
 struct SketchMemory {
   static SB_HD int64_t of_query(const RoutingParams& p) { return p.head_dim * int64_t(sizeof(float)); }
   static SB_HD int64_t of_sketch(const RoutingParams& p) {
-    return (sketch_width(p.head_dim) + 2) * int64_t(sizeof(float));
+    return (sketch_width(p.head_dim) + 4) * int64_t(sizeof(float));
   }
   static SB_HD int64_t bytes(const RoutingParams& p) { return of_query(p) + of_sketch(p) + RouteBlock::bytes(); }
   Shared<float> query, value;  // scaled, in base 2; what its sketch is made in
-  Shared<uint32_t> word;
+  Shared<uint32_t> word;       // of its sketch, two, and which of their bits count
   RouteBlock block;
   SB_DEVICE explicit SketchMemory(const RoutingParams& p)
       : query(shared_array<float>(0)),
@@ -120,7 +126,10 @@ class SketchedQuery {
     if (warp_index() == 0) {
       const TokenSketch<E> sketch(p, q, m.value);
       // A negative scale turns the query around.
-      if (lane_index() < 2) m.word.set(lane_index(), p.scale < 0 ? ~sketch.of_lane() : sketch.of_lane());
+      if (lane_index() < 2) {
+        m.word.set(lane_index(), p.scale < 0 ? ~sketch.of_lane() : sketch.of_lane());
+        m.word.set(2 + lane_index(), sketch.counted_of_lane());
+      }
     }
     sync_block();
   }
@@ -129,14 +138,14 @@ class SketchedQuery {
     for (int i = 0; i < kBranch; ++i) any = any || row.is_valid(block * kBranch + i);
     return any;
   }
-  // In how many bits the key of a block agrees that agrees best; kNever where the block has none.
+  // In how many bits the key of a block that agrees best does, or does not count; kNever where the block has none.
   SB_DEVICE int32_t agreement(int64_t block) const {
     int32_t most = kNever;
     for (int i = 0; i < kBranch; ++i) {
       if (!row.is_valid(block * kBranch + i)) continue;
       const int64_t at = int64_t(row.head) * p.k_tokens + row.first + block * kBranch + i;
-      const int apart = bits_set(load(p.sketch + 2 * at) ^ m.word.get(0)) +
-                        bits_set(load(p.sketch + 2 * at + 1) ^ m.word.get(1));
+      const int apart = bits_set((load(p.sketch + 2 * at) ^ m.word.get(0)) & m.word.get(2)) +
+                        bits_set((load(p.sketch + 2 * at + 1) ^ m.word.get(1)) & m.word.get(3));
       const int32_t own = load(p.is_finite + at) ? kSketchBits - apart : kMostAgreement;
       most = own > most ? own : most;
     }
@@ -147,8 +156,7 @@ class SketchedQuery {
     const int64_t blocks = p.is_causal ? window.low : ceil_div(row.length, kBranch),
                   kept = candidates_per_query(p.keys, p.window);
     for (int64_t block = thread_index(); block < blocks; block += kRouteThreads) {
-      const bool may_choose =
-          block >= window.first && (block < window.low || (!p.is_causal && block >= window.high));
+      const bool may_choose = block >= window.first && (block < window.low || (!p.is_causal && block >= window.high));
       store(w.key + block, !may_choose ? kNever : blocks > kept ? agreement(block) : has_keys(block) ? 0 : kNever);
     }
     sync_block();

@@ -1,6 +1,7 @@
 // Sketches of tokens: the signs of kSketchBits random projections (SimHash, Charikar 2002). A projection is a row of
 // (H D)^3, where H are Walsh-Hadamard matrices and D random signs (Ailon & Chazelle 2006; Andoni et al. 2015). It takes
-// additions alone, in one order, so a float32 token has the same sketch on every machine.
+// additions alone, in one order, so a float32 token has the same sketch on every machine. A query compares the bits
+// alone whose projections are not small: a small one has the sign of a key's own by chance.
 #pragma once
 #include <cstdint>
 
@@ -9,6 +10,7 @@
 namespace sb {
 
 inline constexpr int kSketchBits = 64, kSketchRounds = 3;
+inline constexpr float kSmallShare = 4;  // a projection counts that is more than the largest one divided by this
 // The agreement of a key that is no number, or not finite, with any query: no approximation may leave it out.
 inline constexpr int kMostAgreement = kSketchBits + 1;
 

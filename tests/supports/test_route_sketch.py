@@ -40,12 +40,15 @@ def test_one_key_in_thousands_is_found(is_causal: bool) -> None:
 def test_a_sketch_is_the_signs_of_projections_that_keep_angles() -> None:
     """Two tokens disagree in a share of bits that is the angle between them, in half turns."""
     first, second = rand(3000, 24), rand(3000, 24, seed=1)
-    (bits, _), (others, _) = sketches(first), sketches(second)
+    (bits, counts, _), (others, _, _) = sketches(first), sketches(second)
     angle = torch.nn.functional.cosine_similarity(first, second).acos() / torch.pi
     apart = (bits != others).float().mean(1)
     assert (apart - angle).mean().abs() < 0.005
     assert (apart - angle).std() < 1.1 * (0.25 / 64) ** 0.5  # as of independent signs
     assert bits.float().mean(0).sub(0.5).abs().max() < 0.05
+    assert 0.4 < counts.float().mean() < 0.7
+    wrong = sketches(first + 0.5 * second)[0] != bits
+    assert wrong[counts].float().mean() < wrong[~counts].float().mean() / 3
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])

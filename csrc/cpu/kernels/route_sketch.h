@@ -22,9 +22,20 @@ struct SketchPanel {
 };
 static_assert(sizeof(SketchPanel) == kSketchPanelFloats * sizeof(float));
 
-// Sketches of kLeaf rows, which end in zeros, and whether all of their coordinates are finite. work: (sketch_width(),
-// kLeaf).
-SB_INLINE void sketch_rows(const float* const* rows, int64_t head_dim, float* work, uint64_t* sketch, bool* is_finite) {
+// The bits of 64 vectors: bit i of a lane says whether is_set(vector i).
+template <class IsSet>
+SB_INLINE void write_bits(const float* rows, const IsSet& is_set, uint64_t* out) {
+  RouteInts half[2]{};
+  for (int h = 0; h < 2; ++h)
+    for (int i = 0; i < kSketchBits / 2; ++i)
+      half[h] |= is_set(load_lanes(rows + (h * (kSketchBits / 2) + i) * kLeaf)) & int32_t(uint32_t(1) << i);
+  for (int i = 0; i < kRouteWidth; ++i) out[i] = uint64_t(uint32_t(half[0][i])) | uint64_t(uint32_t(half[1][i])) << 32;
+}
+
+// Sketches of kLeaf rows, which end in zeros, and whether their projections are finite; `counts`, if not null: which
+// bits of theirs count as queries. work: (sketch_width(), kLeaf).
+SB_INLINE void sketch_rows(const float* const* rows, int64_t head_dim, float* work, uint64_t* sketch, bool* is_finite,
+                           uint64_t* counts) {
   const int64_t width = sketch_width(head_dim);
   transpose_rows<float, kLeaf>(rows, head_dim, 1.0f, work);
   for (int64_t i = head_dim * kLeaf; i < width * kLeaf; ++i) work[i] = 0;
@@ -40,19 +51,19 @@ SB_INLINE void sketch_rows(const float* const* rows, int64_t head_dim, float* wo
           store<float, kRouteWidth>(work + i, a + b), store<float, kRouteWidth>(work + half * kLeaf + i, a - b);
         }
   }
-  const RouteVec largest = splat<float, kRouteWidth>(-kLowest<float>);
   for (int lane = 0; lane < kLeaf; lane += kRouteWidth) {
-    RouteInts bits[2]{}, odd{};
-    for (int half = 0; half < 2; ++half)
-      for (int i = 0; i < kSketchBits / 2; ++i) {
-        const RouteVec y = load_lanes(work + (half * (kSketchBits / 2) + i) * kLeaf + lane);
-        bits[half] |= (y < RouteVec{}) & int32_t(uint32_t(1) << i);
-        odd |= ~((y <= largest) & (y >= -largest));
-      }
-    for (int i = 0; i < kRouteWidth; ++i) {
-      sketch[lane + i] = uint64_t(uint32_t(bits[0][i])) | uint64_t(uint32_t(bits[1][i])) << 32;
-      is_finite[lane + i] = odd[i] == 0;
+    RouteInts odd{};
+    RouteVec largest{};
+    for (int i = 0; i < kSketchBits; ++i) {
+      const RouteVec y = load_lanes(work + i * kLeaf + lane), size = max_lanes(y, -y);
+      odd |= ~(size <= -kLowest<float>), largest = max_lanes(size, largest);
     }
+    for (int i = 0; i < kRouteWidth; ++i) is_finite[lane + i] = odd[i] == 0;
+    write_bits(work + lane, [](RouteVec y) SB_INLINE_LAMBDA { return y < RouteVec{}; }, sketch + lane);
+    if (!counts) continue;
+    write_bits(
+        work + lane, [&](RouteVec y) SB_INLINE_LAMBDA { return (max_lanes(y, -y) * kSmallShare > largest) & ~odd; },
+        counts + lane);
   }
 }
 
@@ -69,7 +80,7 @@ SB_INLINE void sketch_panel(const RouteParams& p, int64_t b, int64_t kv, int64_t
       is_valid[i] = j < range.k_end && !(p.k_mask && p.k_mask[b * p.k_tokens + j]);
       rows[i] = is_valid[i] ? p.k.at<const float>(b, kv, j) : zero_row;
     }
-    sketch_rows(rows, p.head_dim, work, sketch, is_finite);
+    sketch_rows(rows, p.head_dim, work, sketch, is_finite, nullptr);
     for (int i = 0; i < kLeaf; i += kBranch) {
       int any = kBranch;
       int32_t state = SketchPanel::kNumbers;
@@ -111,13 +122,15 @@ SB_INLINE SketchVec bits_set(SketchVec word) {
 #endif
 }
 
-// Writes how many bits of `sketch` the key of every block of the panel shares that shares most, or what its state says.
-SB_INLINE void write_agreements(const SketchPanel& panel, uint64_t sketch, int32_t* out) {
-  const SketchVec query = SketchVec{} + sketch;
+// Writes in how many bits the key of every block of the panel that agrees best does with `sketch`, or does not count,
+// or what the block's state says.
+SB_INLINE void write_agreements(const SketchPanel& panel, uint64_t sketch, uint64_t counts, int32_t* out) {
+  const SketchVec query = SketchVec{} + sketch, counted = SketchVec{} + counts;
   for (int block = 0; block < kBranch; block += kSketchWidth) {
     SketchVec apart = SketchVec{} + uint64_t(kSketchBits);
     for (int key = 0; key < kBranch; ++key) {
-      const SketchVec bits = bits_set(*reinterpret_cast<const UnalignedSketches*>(panel.word[key] + block) ^ query);
+      const SketchVec bits =
+          bits_set((*reinterpret_cast<const UnalignedSketches*>(panel.word[key] + block) ^ query) & counted);
       apart = bits < apart ? bits : apart;
     }
     const auto shared = kSketchBits - __builtin_convertvector(apart, AgreementVec);
@@ -219,11 +232,11 @@ inline void route_by_sketch(const RouteParams& p, int64_t b, int64_t h, int64_t 
   const auto* panel = reinterpret_cast<const SketchPanel*>(panels);
   const int64_t kv = h / (p.q_heads / p.kv_heads), kept = candidates_per_query(p.keys, p.window);
   const float* rows[kLeaf];
-  uint64_t sketch[kLeaf];
+  uint64_t sketch[kLeaf], counts[kLeaf];
   bool is_finite[kLeaf];
   for (int64_t e = 0; e < p.head_pad; ++e) w.zeros[e] = 0;
   for (int r = 0; r < kLeaf; ++r) rows[r] = r < kRoutedQueries && windows.row[r] ? windows.row[r] : w.zeros;
-  sketch_rows(rows, p.head_dim, w.work, sketch, is_finite);
+  sketch_rows(rows, p.head_dim, w.work, sketch, is_finite, counts);
   for (int r = 0; r < kRoutedQueries; ++r)
     for (int64_t e = 0; e < p.head_pad; ++e) w.query[r * p.head_pad + e] = rows[r][e] * p.scale * float(kLog2e);
 
@@ -237,7 +250,7 @@ inline void route_by_sketch(const RouteParams& p, int64_t b, int64_t h, int64_t 
       int32_t* agreement = w.agreement + block;
       const bool is_there = block < blocks;
       if (is_there && blocks > kept)
-        write_agreements(panel[block / kBranch], of_query, agreement);
+        write_agreements(panel[block / kBranch], of_query, counts[r], agreement);
       else
         for (int i = 0; i < kBranch; ++i)
           agreement[i] = is_there ? panel[block / kBranch].state[i] : SketchPanel::kNoKeys;

@@ -373,9 +373,9 @@ def pooled_lists(
 def agreeing_blocks(block_k: int, queries: Queries, keys: Keys, turned: bool) -> Tensor:
     """(N, blocks): in how many bits of its sketch a query agrees with the key of every block that agrees best, more
     than all of them where a key is not finite; with the opposite of the query where it is ``turned`` around."""
-    sign, _ = sketches(queries.token.float())
-    of_key, is_finite = sketches(keys.key.float())
-    found = agreement(sign ^ turned, of_key).masked_fill(~is_finite, BITS + 1).masked_fill(~keys.valid, -1)
+    sign, counts, _ = sketches(queries.token.float())
+    of_key, _, is_finite = sketches(keys.key.float())
+    found = agreement(sign ^ turned, counts, of_key).masked_fill(~is_finite, BITS + 1).masked_fill(~keys.valid, -1)
     short = -len(keys.valid) % block_k
     return torch.nn.functional.pad(found, (0, short), value=-1).unflatten(1, (-1, block_k)).amax(-1)
 

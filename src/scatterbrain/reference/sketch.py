@@ -8,11 +8,13 @@ from torch import Tensor
 
 BITS = 64
 ROUNDS = 3
+SMALL = 4  # a query's bit counts where its projection is more than the largest one divided by this
 _WORD = (1 << 64) - 1
 
 
-def sketches(token: Tensor) -> tuple[Tensor, Tensor]:
-    """Of float32 tokens (n, d): signs (n, 64), whether a projection is negative, and (n,) whether all are finite.
+def sketches(token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of float32 tokens (n, d): signs (n, 64), whether a projection is negative; (n, 64) which of them count in a query,
+    those of projections that are not small; and (n,) whether all are finite.
 
     A projection takes additions alone, in an order that is part of the definition: no bit depends on the machine.
     """
@@ -23,12 +25,14 @@ def sketches(token: Tensor) -> tuple[Tensor, Tensor]:
     value[:, : token.shape[1]] = token
     for step in range(ROUNDS):
         value = _hadamard(value * torch.tensor([_sign(step, column) for column in range(width)]))
-    return value[:, :BITS] < 0, value[:, :BITS].isfinite().all(1)
+    value = value[:, :BITS]
+    size, is_finite = value.abs(), value.isfinite().all(1)
+    return value < 0, (size * SMALL > size.amax(1, keepdim=True)) & is_finite[:, None], is_finite
 
 
-def agreement(query: Tensor, key: Tensor) -> Tensor:
-    """(n, m): in how many bits sketches (n, 64) and (m, 64) agree."""
-    return (query[:, None] == key[None]).sum(-1)
+def agreement(query: Tensor, counts: Tensor, key: Tensor) -> Tensor:
+    """(n, m): in how many bits the signs (n, 64) and (m, 64) agree, or the query's do not count."""
+    return ((query[:, None] == key[None]) | ~counts[:, None]).sum(-1)
 
 
 def _hadamard(value: Tensor) -> Tensor:
