@@ -77,8 +77,10 @@ class RouteBlock {
     return total;
   }
 
-  // Writes the positions of the n largest of `count` keys, ascending; ties go to the lowest, kNever is never taken.
-  SB_DEVICE int64_t take_top(const int32_t* key, int64_t count, int64_t n, int32_t* out) const {
+  // Writes the positions of the n largest of `count` keys, ascending; ties go to the lowest, kNever is never taken. A
+  // round for every bit of the numbers from `low`, the least that is taken, to below `high`.
+  SB_DEVICE int64_t take_top(const int32_t* key, int64_t count, int64_t n, int32_t* out,
+                             int64_t low = int64_t(kNever) + 1, int64_t high = int64_t(0x7fffffff) + 1) const {
     if (n <= 0) return 0;
     const auto from = [&](int64_t threshold) {
       int32_t hits = 0;
@@ -86,7 +88,6 @@ class RouteBlock {
       return sum(hits);
     };
     // At least n keys are >= low, fewer are >= high.
-    int64_t low = int64_t(kNever) + 1, high = int64_t(0x7fffffff) + 1;
     int32_t hits = from(low);
     while (hits > n && high - low > 1) {
       const int64_t middle = low + (high - low) / 2;

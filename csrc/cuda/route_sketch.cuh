@@ -60,6 +60,8 @@ SB_KERNEL route_sketches(RoutingParams p) {
     if (at >= keys) return;
     const RouteRow row(p, at / p.k_tokens);
     const int64_t j = at % p.k_tokens;
+    // A row of so few blocks that all are candidates is not searched.
+    if (ceil_div(int64_t(row.length), kBranch) <= candidates_per_query(p.keys, p.window)) return;
     if (j < row.first || !row.is_valid(j - row.first)) return;
     const TokenSketch<E> sketch(p, p.k.at<const E>(row.b, row.kv, j), value);
     if (lane_index() < 2) store(p.sketch + 2 * at + lane_index(), sketch.of_lane());
@@ -160,7 +162,7 @@ class SketchedQuery {
       store(w.key + block, !may_choose ? kNever : blocks > kept ? agreement(block) : has_keys(block) ? 0 : kNever);
     }
     sync_block();
-    return m.block.take_top(w.key, blocks, kept, candidate);
+    return m.block.take_top(w.key, blocks, kept, candidate, 0, kMostAgreement + 1);
   }
   // log2 of what the query weighs the keys of a block with, sortable, by a warp: four lanes for a key.
   SB_DEVICE int32_t weight_of(int64_t block) const {

@@ -52,6 +52,14 @@ def test_exact_and_low_rank_are_half_of_the_flops_that_torch_counts(
     assert (found.exact + found.low_rank) * 2 * HEADS * 96 == pytest.approx(counted)
 
 
+def test_the_search_by_sketches_by_hand() -> None:
+    """A token of 80 columns is filled up to 128, 7 doublings, three times; 112 keys behind the window are 14 blocks, so
+    28 are scored of 1,024 keys, and all of 200."""
+    support, making = sb.Routed(128, block_q=1, block_k=8, window=16, pools=0), 3 * 128 * 7
+    assert cost(support, None, Shape(512, 1024, 80, 80)).search == 5 * 1024 + 28 * 8 * 80 + making * (1 + 2)
+    assert cost(support, None, Shape(200, 200, 80, 80)).search == 25 * 8 * 80 + making * 2
+
+
 def test_the_search_of_pooled_lists_by_hand() -> None:
     """1024 keys are 32 runs, of which 16 are kept: 32 means and 512 keys are scored for each block of 16 queries."""
     shape = Shape(1024, 1024, 64, 64)

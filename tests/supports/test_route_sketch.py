@@ -62,6 +62,16 @@ def test_blocks_of_keys_that_are_not_finite_are_candidates(value: float) -> None
     assert torch.equal(index, expected[0, 0])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+def test_more_blocks_that_are_not_finite_than_candidates(value: float, is_causal: bool) -> None:
+    """A step of training that has diverged."""
+    query, key = rand(1, 1, 300, 16).abs(), torch.full((1, 1, 300, 16), value)
+    index = sb.route(query, key, BY_SKETCH, None, is_causal=is_causal).index
+    expected, _ = sb.reference.routed_lists(BY_SKETCH, sb.reference.Inputs.of(query, key, is_causal=is_causal))
+    assert torch.equal(index, expected)
+
+
 def test_padded_keys_have_no_sketch() -> None:
     """What they hold does not matter, and a block that has no other key is not listed."""
     query, key = rand(2, 2, 60, 16), rand(2, 2, 500, 16, seed=1)

@@ -2,6 +2,7 @@
 // the ones that the query weighs most, by their keys themselves.
 #pragma once
 #include "../../math/sketch.h"
+#include "arena.h"
 #include "route_groups.h"
 #include "route_windows.h"
 #include "transpose.h"
@@ -71,16 +72,19 @@ SB_INLINE void sketch_rows(const float* const* rows, int64_t head_dim, float* wo
 SB_INLINE void sketch_panel(const RouteParams& p, int64_t b, int64_t kv, int64_t first, const float* zero_row,
                             float* work, SketchPanel& panel) {
   const RowRange& range = p.rows[b];
+  // A row of so few blocks that all are candidates is not searched.
+  const bool is_searched =
+      ceil_div(int64_t(range.k_end) - range.k_first, kBranch) > candidates_per_query(p.keys, p.window);
   for (int block = 0; block < kBranch; block += kLeaf / kBranch) {
     const float* rows[kLeaf];
-    uint64_t sketch[kLeaf];
-    bool is_valid[kLeaf], is_finite[kLeaf];
+    uint64_t sketch[kLeaf] = {};
+    bool is_valid[kLeaf], is_finite[kLeaf] = {};
     for (int i = 0; i < kLeaf; ++i) {
       const int64_t j = range.k_first + first + block * kBranch + i;
       is_valid[i] = j < range.k_end && !(p.k_mask && p.k_mask[b * p.k_tokens + j]);
       rows[i] = is_valid[i] ? p.k.at<const float>(b, kv, j) : zero_row;
     }
-    sketch_rows(rows, p.head_dim, work, sketch, is_finite, nullptr);
+    if (is_searched) sketch_rows(rows, p.head_dim, work, sketch, is_finite, nullptr);
     for (int i = 0; i < kLeaf; i += kBranch) {
       int any = kBranch;
       int32_t state = SketchPanel::kNumbers;
@@ -143,10 +147,14 @@ SB_INLINE void write_agreements(const SketchPanel& panel, uint64_t sketch, uint6
 SB_INLINE int64_t take_agreeing(const int32_t* agreement, int64_t count, int64_t n, int32_t* out, int32_t& guess) {
   if (n <= 0) return 0;
   int64_t hits = count_from(agreement, count, guess), above = 0;
-  if (hits >= n) {
-    for (; guess < kMostAgreement && (above = count_from(agreement, count, guess + 1)) >= n; ++guess) hits = above;
-  } else {
-    for (; hits < n && guess > 0; --guess) above = hits, hits = count_from(agreement, count, guess - 1);
+  // At least n are `guess` or more, or all that there are, and fewer than n are more. None is more than kMostAgreement.
+  for (; hits < n && guess > 0; --guess) above = hits, hits = count_from(agreement, count, guess - 1);
+  for (int64_t next = 0; hits >= n && guess < kMostAgreement; ++guess, hits = next) {
+    next = count_from(agreement, count, guess + 1);
+    if (next < n) {
+      above = next;
+      break;
+    }
   }
   return write_top(agreement, count, n, guess, hits, above, out);
 }
