@@ -404,17 +404,20 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
         if (is_flagged) store(p.any_flagged + head, uint8_t(1));  // by whom does not matter
       }
       const float largest = kIsHalf ? quad_max(of.largest) : 0.0f;
+      // All weights together are one: a total that rounding made negative counts as it is. A query that sees nothing
+      // has no gradients, whatever those of its result and lse are: zero times what is no number would be none.
+      const float sum = exact + left > 0.0f ? exact + left : den;
+      const bool is_left_out = is_flagged || sum == 0.0f;
       sync_warp();
-      if (is_flagged && t == 0) queries.set(row_of(r), -1);
+      if (is_left_out && t == 0) queries.set(row_of(r), -1);
       sync_warp();
-      if (query < 0 || is_flagged) continue;
+      if (query < 0 || is_left_out) continue;
       has_any = true;
       if (kIsRagged && kHasLowRank && unlisted == 0) a = 0;  // the state has nothing else
 
-      // All weights together are one: a total that rounding made negative counts as it is.
-      const float sum = exact + left > 0.0f ? exact + left : den, most = 0x1p100f / larger(a, 1.0f);
+      const float most = 0x1p100f / larger(a, 1.0f);
       Slot& to = slot[r];
-      to.log = of.top, to.inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      to.log = of.top, to.inverse = 1.0f / sum;
       if (to.inverse > most) to.inverse = most;
       to.state_weight = a * to.inverse;
       const float delta = ((exact_value + a * total_value) - a * removed_value) * to.inverse;

@@ -227,7 +227,12 @@ class ForwardQuery : AttentionQuery<E, T> {
   SB_DEVICE void finish(SlotKind kind, T den, T state_weight = T(0)) {
     if (p.flags && !p.only_flagged && lane == 0) store(flag(), uint8_t(0));
     for (int c = 0; c < kColumns; ++c) sum[c] = den == T(0) ? T(0) : sum[c] / den;
-    if (p.records) return write_record(kind, den, state_weight);
+    if (p.records) {
+      // A query that sees nothing has no gradients, whatever those of its result and lse are: zero times what is no
+      // number would be none.
+      if (den != T(0)) write_record(kind, den, state_weight);
+      return;
+    }
     const int64_t row = (b * p.q_heads + h) * p.q_tokens;
     E* out = p.out.template at<E>(b, h, query);
     for (int c = 0; c < kColumns; ++c) {
@@ -247,7 +252,7 @@ class ForwardQuery : AttentionQuery<E, T> {
     if (lane == 0) {
       // A state far above all that a query takes from it has gradients beyond what T holds: they are limited.
       const T most = (sizeof(T) == sizeof(double) ? T(0x1p900) : T(0x1p100)) / larger(state_weight, T(1)),
-              rounded = den == T(0) ? T(0) : T(1) / den, inverse = rounded > most ? most : rounded;
+              rounded = T(1) / den, inverse = rounded > most ? most : rounded;
       const E* d_out = p.d_out.template at<const E>(b, h, query);
       const T delta =
           sum_of_terms(p.value_pad, [&](int64_t e) { return T(widened(load(d_out + e))) * memory.out.get(e); });

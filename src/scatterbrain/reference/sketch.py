@@ -13,8 +13,8 @@ _WORD = (1 << 64) - 1
 
 
 def sketches(token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of float32 tokens (n, d): signs (n, 64), whether a projection is negative; (n, 64) which of them count in a query,
-    those of projections that are not small; and (n,) whether all are finite.
+    """Of float32 tokens (n, d): signs (n, 64), whether a projection is negative; (n, 64), which of them count in a
+    query, those of projections that are not small; and (n,), whether all are finite.
 
     A projection takes additions alone, in an order that is part of the definition: no bit depends on the machine.
     """
