@@ -20,20 +20,28 @@ std::deque<Timed> running;  // in the order in which they were started
 // A recording of a whole process holds no more than about so many events: what has ended is read on the way.
 constexpr size_t kMostRunning = 4096;
 
+// Takes back what a refusal, or an event that is not over, leaves as the last error: the next launch, of whomever,
+// would report it.
+bool succeeded(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess;
+}
+
 // Null where the stream takes none: while it is captured in a graph, whose replays are not recorded.
 cudaEvent_t record(Stream stream) {
   const auto handle = static_cast<cudaStream_t>(stream.handle);
   cudaStreamCaptureStatus capture;
   cudaEvent_t event = nullptr;
-  if (cudaStreamIsCapturing(handle, &capture) != cudaSuccess || capture != cudaStreamCaptureStatusNone) return nullptr;
-  if (cudaEventCreate(&event) != cudaSuccess) return nullptr;
-  cudaEventRecord(event, handle);
-  return event;
+  if (!succeeded(cudaStreamIsCapturing(handle, &capture)) || capture != cudaStreamCaptureStatusNone) return nullptr;
+  if (!succeeded(cudaEventCreate(&event))) return nullptr;
+  if (succeeded(cudaEventRecord(event, handle))) return event;
+  cudaEventDestroy(event);
+  return nullptr;
 }
 
 void read(const Timed& timed) {
   float milliseconds = 0;
-  if (cudaEventElapsedTime(&milliseconds, timed.start, timed.end) == cudaSuccess)
+  if (succeeded(cudaEventElapsedTime(&milliseconds, timed.start, timed.end)))
     add_stage(timed.name, int64_t(double(milliseconds) * 1e6));
   cudaEventDestroy(timed.start);
   cudaEventDestroy(timed.end);
@@ -42,7 +50,7 @@ void read(const Timed& timed) {
 void read_all() {
   const std::lock_guard<std::mutex> lock(guard);
   for (const Timed& timed : running) {
-    cudaEventSynchronize(timed.end);
+    succeeded(cudaEventSynchronize(timed.end));
     read(timed);
   }
   running.clear();
@@ -66,7 +74,7 @@ KernelTime::~KernelTime() {
   }
   const std::lock_guard<std::mutex> lock(guard);
   running.push_back({name, started, end});
-  while (running.size() > kMostRunning && cudaEventQuery(running.front().end) == cudaSuccess) {
+  while (running.size() > kMostRunning && succeeded(cudaEventQuery(running.front().end))) {
     read(running.front());
     running.pop_front();
   }

@@ -22,7 +22,9 @@ enum cudaError_t { cudaSuccess, cudaErrorNotReady, cudaErrorInvalidValue };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 inline double device_ms = 0;
 inline int events = 0, waits = 0;
-inline bool is_captured = false;
+inline bool is_captured = false, is_behind = false;
+inline cudaError_t last = cudaSuccess;
+inline cudaError_t cudaGetLastError() { const cudaError_t error = last; last = cudaSuccess; return error; }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = is_captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
@@ -30,7 +32,11 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
 inline cudaError_t cudaEventCreate(cudaEvent_t* event) { ++events; *event = new Event; return cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) { event->at = device_ms; return cudaSuccess; }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t event) { ++waits; event->is_over = true; return cudaSuccess; }
-inline cudaError_t cudaEventQuery(cudaEvent_t event) { event->is_over = true; return cudaSuccess; }
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (is_behind) return last = cudaErrorNotReady;
+  event->is_over = true;
+  return cudaSuccess;
+}
 inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
   if (!end->is_over) return cudaErrorNotReady;
   *ms = float(end->at - start->at);
@@ -64,6 +70,9 @@ int main() {
   sb::record_stages(true);
   for (int i = 0; i < 10000; ++i) kernel("many", 0.001);
   std::printf("few are kept %d\n", events <= 2 * 4096);
+  is_behind = true;
+  for (int i = 0; i < 3; ++i) kernel("many", 0.001);
+  std::printf("last error %d\n", int(last));
   std::printf("%s", sb::record_stages(false).c_str());
   std::printf("events %d\n", events);
 }
@@ -80,7 +89,7 @@ def test_kernels_are_timed_by_events_that_are_read_at_the_end(tmp_path: Path) ->
     lines = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[0] == "waits 0"
     assert lines[1:3] == ["rows\t1\t500000", "forward\t2\t6000000"]
-    assert lines[3:5] == ["rest 0, events 0", "few are kept 1"]
-    name, calls, nanoseconds = lines[5].split("\t")
-    assert (name, calls) == ("many", "10000") and abs(int(nanoseconds) - 10_000_000) < 100_000
-    assert lines[6:] == ["events 0"]
+    assert lines[3:6] == ["rest 0, events 0", "few are kept 1", "last error 0"]
+    name, calls, nanoseconds = lines[6].split("\t")
+    assert (name, calls) == ("many", "10003") and abs(int(nanoseconds) - 10_003_000) < 100_000
+    assert lines[7:] == ["events 0"]
