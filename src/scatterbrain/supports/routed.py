@@ -34,8 +34,8 @@ class Routed(Support):
     the query would weigh its keys with, to second order around their mean; with ``pools`` = 2 around the means of two
     groups of the 8 keys, which finds a single key that fits among seven that do not. With ``pools`` = 0 no mean stands
     for a block: the candidates are the blocks with the key whose sketch, the signs of 64 random projections (SimHash,
-    Charikar 2002), agrees best with the query's, and their scores are exact. It finds single keys most surely, and its
-    search takes an eighth of a microsecond or so per query and 1,000 keys of a head.
+    Charikar 2002), agrees best with the query's, and their scores are exact. It finds single keys most surely; its
+    search takes up to twice as long as by two means, or 2.7 times without AVX2 (``docs/performance.md``).
 
     Args:
         keys: keys per query in all: sinks, window, own and listed keys. The per-query form rounds its window to whole
