@@ -72,6 +72,18 @@ def test_more_blocks_that_are_not_finite_than_candidates(value: float, is_causal
     assert torch.equal(index, expected)
 
 
+@pytest.mark.parametrize("pools", [0, 2])
+def test_no_number_comes_before_infinity(pools: int) -> None:
+    query, key = rand(1, 1, 3, 16).abs(), rand(1, 1, 400, 16, seed=1)
+    key[:, :, 80], key[:, :, 320] = torch.inf, torch.nan
+    support = sb.Routed(8, block_q=1, block_k=8, pools=pools)
+    if pools == 2:  # an infinite key is inf - inf from its group's mean: no number either
+        key[:, :, 80] = 1e30
+    index = sb.route(query, key, support, None).index
+    expected, _ = sb.reference.routed_lists(support, sb.reference.Inputs.of(query, key))
+    assert (index[..., 0] == 40).all() and torch.equal(index, expected)
+
+
 def test_padded_keys_have_no_sketch() -> None:
     """What they hold does not matter, and a block that has no other key is not listed."""
     query, key = rand(2, 2, 60, 16), rand(2, 2, 500, 16, seed=1)

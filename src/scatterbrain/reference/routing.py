@@ -14,6 +14,7 @@ same of two groups of their keys, or by the keys themselves, of blocks that have
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -292,8 +293,8 @@ class Pool(NamedTuple):
 def best(score: Tensor, eligible: list[int], n: int) -> list[int]:
     """The n of ``eligible`` (ascending) with the highest scores, ascending; ties go to the lowest. What is no number
     comes before all others."""
-    value = score.nan_to_num(torch.inf, torch.inf, -torch.inf).tolist()
-    order = sorted(eligible, key=lambda i: -value[i])  # sorted() is stable
+    value = score.tolist()
+    order = sorted(eligible, key=lambda i: (not math.isnan(value[i]), -value[i]))  # sorted() is stable
     return sorted(order[: max(n, 0)])
 
 
