@@ -18,7 +18,7 @@ constexpr int kSketchWidth = int(SB_VECTOR_BYTES / sizeof(uint64_t));
 struct SketchPanel {
   static constexpr int32_t kNoKeys = -1, kNumbers = 0;
   uint64_t word[kBranch][kBranch];
-  int32_t state[kBranch];  // of a block: kNoKeys, kNumbers, or kMostAgreement where a key is not finite
+  int32_t state[kBranch];   // of a block: kNoKeys, kNumbers, or kMostAgreement where a key is not finite
   int32_t unused[kBranch];  // whole lines of cache
 };
 static_assert(sizeof(SketchPanel) == kSketchPanelFloats * sizeof(float));
