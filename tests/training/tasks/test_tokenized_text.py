@@ -121,3 +121,14 @@ def test_a_tokenizer_whose_numbers_have_gaps_counts_up_to_the_largest(tmp_path):
     path.write_text(stored)
     tokenizer = read_tokenizer(str(path))
     assert token_count(tokenizer) == 10 == int(encode(tokenizer, TEXT).tokens.max()) + 1
+
+
+@pytest.mark.parametrize("length", [8, 10_000])
+def test_a_tokenizer_that_cuts_or_pads_what_a_model_reads_keeps_a_whole_text(tmp_path, length):
+    tokenizer = train_tokenizer(TEXT, "words", 8)
+    whole = encode(tokenizer, TEXT).tokens
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_str(), encoding="utf-8")
+    assert torch.equal(encode(read_tokenizer(str(path)), TEXT).tokens, whole)

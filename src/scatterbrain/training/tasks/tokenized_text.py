@@ -92,7 +92,8 @@ def train_tokenizer(text: str, kind: str, vocabulary: int) -> Tokenizer:
 
 
 def read_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a file in the format of the ``tokenizers`` library (tokenizer.json).
+    """The tokenizer of a file in the format of the ``tokenizers`` library (tokenizer.json), without a limit of length
+    and without padding: those of a model that reads short texts would cut a whole corpus to a few tokens.
 
     Raises:
         ValueError: if there is no such file, or it holds no tokenizer.
@@ -105,12 +106,15 @@ def read_tokenizer(path: str) -> Tokenizer:
     try:
         text = file.read_text(encoding="utf-8")
         json.loads(text)
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises Exception itself
         raise ValueError(
             f"task.tokenizer: expected a file of the tokenizers library, as Tokenizer.save writes it, got {file}, "
             f"which cannot be read: {error}"
         ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Tokens:
