@@ -135,7 +135,7 @@ def test_a_batch_of_nothing_is_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_cross_attention_runs_query_by_query() -> None:
-    of = call(False, False, queries=20)
+    of = replace(call(False, False, queries=20), is_query_by_query=True)
     found = compare_call(of, {"drop_in": sb.presets.drop_in(), "lsh": sb.presets.paper(16)}, of, 1)
     assert found.figures["drop_in"].note == "" and found.queries == 20 and found.keys == 90
     assert "LSH" in found.figures["lsh"].note

@@ -36,6 +36,8 @@ class LayerCall:
         scale: factor of q.k.
         query_offset: position of the first query among the keys.
         exact_queries: of these first queries the layer computes exact attention whatever its support is.
+        is_query_by_query: whether the layer is the cross-attention of a decoder, of which
+            :func:`scatterbrain.replace_attention` decides that every query has a list of its own.
     """
 
     path: str
@@ -48,6 +50,7 @@ class LayerCall:
     scale: float
     query_offset: int | Tensor
     exact_queries: int = 0
+    is_query_by_query: bool = False
 
     def masks(self) -> dict[str, Any]:
         """The arguments of :func:`scatterbrain.attention` beside tokens, support and kernel."""
@@ -221,7 +224,8 @@ class _StandIn:
         masks = key_padding_mask, query_padding_mask
         tokens = (t.detach() for t in functional.cast_for_autocast(query, key, value))
         first = 0 if is_causal else min(self.core.exact_queries, query.shape[2])
-        call = LayerCall(self.path, *tokens, *masks, is_causal, scale, query_offset, first)
+        by_query = self.core.is_query_by_query
+        call = LayerCall(self.path, *tokens, *masks, is_causal, scale, query_offset, first, by_query)
         return self.attend(call, return_lse)
 
 
@@ -295,7 +299,9 @@ def capture(
 
 
 def _is_self_attention(call: LayerCall) -> bool:
-    return call.query.shape[2] == call.key.shape[2] and isinstance(call.query_offset, int) and call.query_offset == 0
+    same_count = call.query.shape[2] == call.key.shape[2]
+    is_whole = isinstance(call.query_offset, int) and call.query_offset == 0
+    return same_count and is_whole and not call.is_query_by_query
 
 
 def _rows(call: LayerCall) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -8,7 +8,7 @@ import os
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from scatterbrain import functional, presets
 from scatterbrain.analysis.captured import Batch, LayerCall, calls_of
 from scatterbrain.analysis.exact import Exact, by_torch, exact
 from scatterbrain.checks import check_pair, lists_keys
-from scatterbrain.integrations.restrictions import NotReplaceable, query_by_query
+from scatterbrain.integrations.restrictions import NotReplaceable, pairs_that_run
 from scatterbrain.low_rank import LowRank
 from scatterbrain.nn.pairs import Pairs
 from scatterbrain.supports import Empty, Support, Window
@@ -58,6 +58,7 @@ class Figures:
         low_rank: share of the weight of a query that the low-rank part carries, mean over queries.
         seconds: median of one forward call.
         note: why there are no figures; "" where there are.
+        ran: the pair that ran, where that is another one than asked for; "" elsewhere.
     """
 
     error: list[float] = field(default_factory=list)
@@ -65,6 +66,7 @@ class Figures:
     low_rank: list[float] = field(default_factory=list)
     seconds: float | None = None
     note: str = ""
+    ran: str = ""
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,9 @@ def compare(
         repeats: timed calls of each, of which the median counts.
 
     Returns:
-        :class:`Comparison`. Calls of queries to other tokens (cross-attention) run with lists of single queries, as
-        :func:`scatterbrain.replace_attention` runs them.
+        :class:`Comparison`. The cross-attention of a decoder runs with lists of single queries and a kernel that reads
+        no other query, as ``replace_attention(model, support, low_rank, causal_low_rank=presets.causal()[1])`` runs it;
+        ``Figures.ran`` says with what. Other calls of queries to other tokens run with the pair as it is.
 
     Raises:
         TypeError, ValueError: naming the argument; a model without attention that is known: what was looked at.
@@ -273,6 +276,8 @@ def compare_call(call: LayerCall, configurations: dict[str, Pair], fit_on: Layer
         try:
             run = attention_of(call, pair, fit_on)
             figures[name], timed[name] = figures_of(call, run, target, valid), run.out
+            if run.pair != pair:
+                figures[name] = replace(figures[name], ran=f"{run.support}, {run.low_rank or 'no low-rank part'}")
         except (ValueError, NotReplaceable, RuntimeError) as refusal:
             figures[name] = Figures(note=" ".join(str(refusal).split()))
     seconds = medians(timed, repeats)
@@ -288,7 +293,7 @@ def compare_call(call: LayerCall, configurations: dict[str, Pair], fit_on: Layer
         head_dim,
         by_group(call, mean_over_queries(target.entropy, valid)),
         seconds.pop(""),
-        {name: Figures(**asdict(f) | {"seconds": seconds.get(name)}) for name, f in figures.items()},
+        {name: replace(f, seconds=seconds.get(name)) for name, f in figures.items()},
     )
 
 
@@ -298,6 +303,11 @@ class Run:
     def __init__(self, call: LayerCall, support: Support, low_rank: LowRank, statistics: object) -> None:
         self.call, self.support, self.low_rank, self.statistics = call, support, low_rank, statistics
         self.out = partial(call.attention, support, low_rank, statistics=statistics)
+
+    @property
+    def pair(self) -> Pair:
+        """What runs."""
+        return self.support, self.low_rank
 
     def lists_keys(self) -> bool:
         """Whether anything is left without the low-rank part."""
@@ -311,12 +321,24 @@ class Run:
         return functional.route(self.call.query, self.call.key, self.support, self.low_rank, **arguments)
 
 
+def pair_that_runs(call: LayerCall, pair: Pair) -> Pair:
+    """What :func:`scatterbrain.replace_attention` runs in the layer of the call for a pair that a user asks for: in the
+    cross-attention of a decoder lists of single queries, and the kernel of causal calls in place of one that reads all
+    queries. What runs there runs as itself: of that pair this is the pair.
+
+    Raises:
+        NotReplaceable: if there is nothing.
+    """
+    support, low_rank = pair
+    kernel = presets.causal()[1]
+    kernel = replace(kernel, rank=min(kernel.rank, call.query.shape[3]))
+    pairs, _ = pairs_that_run(Pairs(support, low_rank, causal_low_rank=kernel), call.is_query_by_query)
+    return pairs.support, pairs.low_rank
+
+
 def attention_of(call: LayerCall, pair: Pair, fit_on: LayerCall) -> Run:
     """The call with a configuration. Raises ValueError or NotReplaceable where it cannot run so."""
-    support, low_rank = pair
-    if call.query.shape[2] != call.key.shape[2] and not call.is_causal:
-        pairs, _ = query_by_query(Pairs(support, low_rank, causal_low_rank=presets.causal()[1]))
-        support, low_rank = pairs.support, pairs.low_rank
+    support, low_rank = pair_that_runs(call, pair)
     check_pair(support, low_rank, call.is_causal)
     fitted = None
     if low_rank is not None and low_rank.is_calibrated_from_data:

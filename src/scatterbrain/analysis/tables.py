@@ -34,6 +34,8 @@ def comparison_tables(comparison: Comparison) -> str:
     for label, layer in zip(labels, layers):
         rows.append([label, *(shares(layer.figures.get(name)) for name in names)])
     lines += aligned(rows)
+    ran = {f"{name} in cross-attention: {f.ran}" for layer in layers for name, f in layer.figures.items() if f.ran}
+    lines += [""] * bool(ran) + sorted(ran)
     notes = {f"{name}: {f.note}" for layer in layers for name, f in layer.figures.items() if f.note}
     return "\n".join([*lines, *([""] + [f"not measured: {note}" for note in sorted(notes)] if notes else [])])
 
@@ -57,8 +59,10 @@ def tuning_table(tuning: Tuning) -> str:
         rows.append([name, f"{step.error:.4f}", f"{step.held_out:.4f}", f"{1e3 * step.seconds:.2f}", f"{faster:.2f}"])
     lines += aligned(rows)
     if tuning.uniform is not None:
-        pair = next(iter(tuning.uniform.pairs.values()))
-        lines.append(f"the one pair: {'exact attention' if pair[0].is_full else f'{pair[0]}, {pair[1]}'}")
+        pairs = [f"{s}, {k}" if not s.is_full else "exact attention" for s, k in tuning.uniform.pairs.values()]
+        lines.append(
+            f"the one pair: {', which is '.join(dict.fromkeys(pairs))}{' in cross-attention' * (len(set(pairs)) > 1)}"
+        )
     return "\n".join(lines)
 
 

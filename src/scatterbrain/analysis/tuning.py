@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scatterbrain import presets
 from scatterbrain.analysis.captured import Batch, LayerCall, calls_of, run, stand_in
-from scatterbrain.analysis.comparison import Pair, attention_of, medians, norms_of
+from scatterbrain.analysis.comparison import Pair, attention_of, medians, norms_of, pair_that_runs
 from scatterbrain.analysis.exact import Exact, by_torch, exact
 from scatterbrain.checks import check_pair
 from scatterbrain.integrations.restrictions import NotReplaceable
@@ -225,6 +225,7 @@ class _Search:
         self.seconds: dict[str, dict[Pair, float]] = {}
         self.fronts: dict[str, list[Pair]] = {}
         self.attention_error: dict[str, dict[Pair, float]] = {}
+        self.runs_as: dict[str, dict[Pair, Pair]] = {}  # by path: what candidates are there
         for path in self.layers:
             progress(f"{path}: candidates")
             self._measure(path, candidates)
@@ -241,7 +242,10 @@ class _Search:
         first, targets = calls[0], [exact(call) for call in calls]
         if candidates is None:
             candidates = causal_candidates(first.query.shape[3]) if first.is_causal else bidirectional_candidates()
-        candidates = [tuple(pair) for pair in candidates]
+        runs_as = self.runs_as[path] = {EXACT: EXACT}
+        for pair in map(tuple, candidates):
+            with suppress(NotReplaceable):
+                runs_as[pair] = pair_that_runs(first, pair)
         squares: dict[Pair, Tensor] = {EXACT: torch.zeros(first.query.shape[1], dtype=torch.float64)}
         seconds = self.times.of(first, {EXACT: by_torch(first)})
 
@@ -256,7 +260,7 @@ class _Search:
                 squares[pair], timed[pair] = sum(shares) / len(shares), runs[0].out
             seconds.update(self.times.of(first, timed))
 
-        measure(candidates)
+        measure([pair for pair in dict.fromkeys(runs_as.values()) if pair != EXACT])
         measure(by_head(seconds, squares))
         self.seconds[path] = {pair: seconds[pair] for pair in squares}
         self.attention_error[path] = {pair: float(of_heads.sum()) ** 0.5 for pair, of_heads in squares.items()}
@@ -344,16 +348,26 @@ class _Search:
     def best_uniform(self, max_error: float) -> Step | None:
         """The fastest pair for all layers whose error is at most that, of those that nothing beats in the time and the
         error of attention."""
-        measured = [self.seconds[path] for path in self.layers]
-        common = [pair for pair in measured[0] if all(pair in of_layer for of_layer in measured)]
-        seconds = {pair: sum(of_layer[pair] for of_layer in measured) for pair in common}
-        errors = {pair: sum(self.attention_error[path][pair] ** 2 for path in self.layers) for pair in common}
+        first, *others = (self._everywhere(path) for path in self.layers)
+        common = {
+            pair: [first[pair], *(of[pair] for of in others)] for pair in first if all(pair in of for of in others)
+        }
+        places = {pair: list(zip(self.layers, runs)) for pair, runs in common.items()}
+        seconds = {pair: sum(self.seconds[path][run] for path, run in runs) for pair, runs in places.items()}
+        errors = {
+            pair: sum(self.attention_error[path][run] ** 2 for path, run in runs) for pair, runs in places.items()
+        }
         for pair in reversed(_front(seconds, errors)):
             self.progress(f"one pair for all layers: {pair[0]}, {pair[1]}")
-            step = self._step(dict.fromkeys(self.layers, pair))
+            step = self._step(dict(places[pair]))
             if step.error <= max_error:
                 return step
         return None
+
+    def _everywhere(self, path: str) -> dict[Pair, Pair]:
+        """What pairs run as in one layer: those that were measured themselves, and candidates that are others there."""
+        measured = self.seconds[path]
+        return {pair: pair for pair in measured} | {p: run for p, run in self.runs_as[path].items() if run in measured}
 
 
 def _squares(call: LayerCall, out: Tensor, target: Exact) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from scatterbrain.integrations import multihead  # noqa: F401  (registers its replacer)
 from scatterbrain.integrations.replacer import PACKAGES, causal_arguments, prepare_replacers, replacer_of
 from scatterbrain.integrations.report import Entry, Report
-from scatterbrain.integrations.restrictions import NotReplaceable, parallel_wrapper, query_by_query
+from scatterbrain.integrations.restrictions import NotReplaceable, pairs_that_run, parallel_wrapper
 from scatterbrain.integrations.vision import (
     apply_order,
     apply_order_where_possible,
@@ -158,8 +158,11 @@ def _pairs_of_layer(layers: LayerSettings, path: str, entry: Entry) -> Pairs | N
 
 def _cores(model: nn.Module, report: Report) -> list[ScatterbrainAttention]:
     """The attention of every module that was replaced."""
-    replaced = (model.get_submodule(entry.path) for entry in report.replaced)
-    return [core for host in replaced for core in host.modules() if isinstance(core, ScatterbrainAttention)]
+    return [core for entry in report.replaced for core in _cores_of(model.get_submodule(entry.path))]
+
+
+def _cores_of(host: nn.Module) -> list[ScatterbrainAttention]:
+    return [core for core in host.modules() if isinstance(core, ScatterbrainAttention)]
 
 
 def _settings(pairs: Pairs) -> str:
@@ -215,14 +218,15 @@ def _replace(module: nn.Module, entry: Entry, pairs: Pairs, is_cross_attention: 
     if replacer is None:
         entry.note = _why_not_replaced(module)
         return None
-    why = ""
     try:
-        if is_cross_attention:
-            pairs, why = query_by_query(pairs)
+        pairs, why = pairs_that_run(pairs, is_cross_attention)
         note, undo = replacer.replace(module, pairs.support, pairs.low_rank, **causal_arguments(replacer, pairs))
     except NotReplaceable as reason:
         entry.note = str(reason)
         return None
+    if is_cross_attention:
+        for core in _cores_of(module):
+            core.is_query_by_query = True
     entry.note = "; ".join(text for text in (why, note) if text)
     now = _class_name(module)
     entry.now = now if now != entry.was else f"{now}, scatterbrain inside"

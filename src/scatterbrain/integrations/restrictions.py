@@ -31,6 +31,21 @@ def parallel_wrapper(model: nn.Module) -> str | None:
     return next(found, None)
 
 
+def pairs_that_run(pairs: Pairs, is_query_by_query: bool) -> tuple[Pairs, str]:
+    """What a layer runs with that is given ``pairs``, and a note if that is something else. What replaces attention and
+    what measures it both ask here.
+
+    Args:
+        pairs: what was asked for.
+        is_query_by_query: whether the layer is the cross-attention of a decoder, as
+            :attr:`ScatterbrainAttention.is_query_by_query` says of one that was replaced.
+
+    Raises:
+        NotReplaceable: if there is nothing that it may run with.
+    """
+    return query_by_query(pairs) if is_query_by_query else (pairs, "")
+
+
 def query_by_query(pairs: Pairs) -> tuple[Pairs, str]:
     """What the cross-attention of a decoder runs with, and a note if that is something else than bidirectional calls
     run with. The keys that one target token reads, and the weights of the others, must depend neither on the tokens

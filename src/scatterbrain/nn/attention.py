@@ -57,6 +57,9 @@ class ScatterbrainAttention(KernelState):
         is_collecting: whether the module is inside a :func:`calibrate` block.
         observed: how much it has seen there; None outside.
         bypassed: why the layer around this module last ran exact attention without it; None if it never has.
+        is_query_by_query: whether this is the cross-attention of a decoder, where neither later queries nor their
+            number may choose a query's keys. Who replaces attention sets it, having chosen such a support and kernel;
+            calls do not look at it.
 
     Args:
         num_heads: query heads.
@@ -83,6 +86,7 @@ class ScatterbrainAttention(KernelState):
 
     observed: Observed | None = None
     bypassed: str | None = None
+    is_query_by_query: bool = False
     # Of modules that were pickled without them: as for bidirectional calls.
     causal_support: Support | None = None
     _causal_low_rank: Choice = ...

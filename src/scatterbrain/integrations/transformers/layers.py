@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scatterbrain.integrations.restrictions import NotReplaceable, query_by_query
+from scatterbrain.integrations.restrictions import NotReplaceable, pairs_that_run
 from scatterbrain.integrations.transformers.masks import is_silent
 from scatterbrain.integrations.transformers.registry import SETTINGS, Settings, add
 from scatterbrain.layer_settings import LayerSettings
@@ -124,6 +124,11 @@ class LayerAttention(ScatterbrainAttention):
     is_guess = False
     seed = 0
     registered: tuple[str, Settings | LayerSettings] | None = None
+
+    @property
+    def is_query_by_query(self) -> bool:
+        """Cross-attention, which :func:`cross_pairs` decides on."""
+        return not self.is_self
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -254,7 +259,7 @@ def cross_pairs(pairs: Pairs) -> tuple[Pairs, str]:
     depend on later target tokens, and a note if that is something else than asked for. Exact attention if there is
     nothing."""
     try:
-        return query_by_query(pairs)
+        return pairs_that_run(pairs, is_query_by_query=True)
     except NotReplaceable as reason:
         return Pairs(Full(), None), f"exact: {reason}"
 
