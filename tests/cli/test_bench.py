@@ -280,6 +280,9 @@ BAD_FILES = {
     "no such entry": (["--entry", "c"], "--entry c is not in"),
     "too few tokens": (["--entry", "a.N60.layer0", "--lengths", "61"], "has 60 tokens, too few for a length of 61"),
     "batch": (["--batch", "2"], "--batch comes from the file"),
+    "seed": (["--seed", "1"], "--seed comes from the file"),
+    "width": (["--head_dim", "16"], "--head_dim comes from the file of --inputs, which has 8; leave it out"),
+    "rank": (["--rank", "9"], "--rank must be at most --head_dim 8, got 9"),
 }
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from scatterbrain.analysis import models
 from scatterbrain.cli import main
 
 MODULE = """
@@ -94,6 +93,63 @@ def test_a_text_model_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert "expected the model's tokenizer in the folder" in capsys.readouterr().err
 
 
+def test_positions_that_no_token_has_are_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """RoBERTa numbers its tokens from behind the padding's position on."""
+    hf = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40)
+    config = hf.RobertaConfig(**sizes, max_position_embeddings=66, pad_token_id=1)
+    hf.RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    assert main(["compare", str(tmp_path / "roberta"), *FEW]) == 0
+    assert " 64 " in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "roberta"), "--tokens", "65", *FEW]) == 1
+    assert "--tokens: the model takes at most 64, got 65" in capsys.readouterr().err
+
+
+def test_options_that_would_change_nothing_are_refused_by_name(
+    module: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    hf = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40)
+    hf.BertModel(hf.BertConfig(**sizes, vocab_size=30, max_position_embeddings=64)).save_pretrained(tmp_path / "text")
+    hf.ViTModel(hf.ViTConfig(**sizes, patch_size=4, image_size=32)).save_pretrained(tmp_path / "vit")
+    (tmp_path / "weights.pth").write_bytes(b"")
+    save_file({"src": torch.randn(4, 90, 32)}, tmp_path / "batch.safetensors")
+    np.savez(tmp_path / "images.npz", x=np.zeros((3, 8, 8, 3), np.uint8))
+    of_file = [f"{module}:encoder", "--inputs", str(tmp_path / "batch.safetensors")]
+    of_images = [str(tmp_path / "vit"), "--inputs", str(tmp_path / "images.npz")]
+    text, vision, own = [str(tmp_path / "text")], [str(tmp_path / "vit")], [f"{module}:with_batch"]
+    weights = ["--checkpoint", str(tmp_path / "weights.pth")]
+    for arguments, kinds in (
+        (weights, [own, of_file, text, vision]),
+        (["--tokens", "20"], [own, of_file, vision]),
+        (["--size", "32"], [own, of_file, text]),
+        (["--rows", "2"], [own]),
+        (["--seed", "1"], [own, of_file, of_images]),
+    ):
+        for model in kinds:
+            assert main(["compare", *model, *arguments, *FEW]) == 1, (model, arguments)
+            error = capsys.readouterr().err
+            assert arguments[0] in error and arguments[1] in error and "leave it out" in error, error
+
+
+def test_images_of_a_folder_are_read_as_far_as_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    hf, image = pytest.importorskip("transformers"), pytest.importorskip("PIL.Image")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, patch_size=4)
+    hf.ViTModel(hf.ViTConfig(**sizes, image_size=32)).save_pretrained(tmp_path / "vit")
+    (tmp_path / "images").mkdir()
+    for i in range(9):
+        image.new("RGB", (20, 20), (i, i, i)).save(tmp_path / "images" / f"{i}.png")
+    opened, open_image = [], image.open
+    monkeypatch.setattr(image, "open", lambda path: opened.append(path) or open_image(path))
+    arguments = ["compare", str(tmp_path / "vit"), "--inputs", str(tmp_path / "images"), "--rows", "2", *FEW]
+    assert main(arguments) == 0
+    assert len(opened) == 4 and "4 images of" in capsys.readouterr().out
+    assert main([*arguments, "--rows", "6"]) == 0
+    assert "9 images of" in capsys.readouterr().out
+
+
 def test_a_vision_model_of_a_folder_on_an_array_and_on_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     hf, image = pytest.importorskip("transformers"), pytest.importorskip("PIL.Image")
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, patch_size=4)
@@ -107,7 +163,9 @@ def test_a_vision_model_of_a_folder_on_an_array_and_on_files(tmp_path: Path, cap
         arguments = ["compare", str(tmp_path / "vit"), "--inputs", str(tmp_path / inputs), "--size", "40", *FEW]
         assert main(arguments) == 0
         assert " 101 " in capsys.readouterr().out  # 10 x 10 patches and a class token
-    chosen = models._images(tmp_path / "images", 3, 16), models._images(tmp_path / "images.npz", 3, 16)
+    from scatterbrain.analysis import input_files
+
+    chosen = [input_files.images(tmp_path / inputs, 3, 16) for inputs in ("images", "images.npz")]
     assert torch.equal(*chosen) and chosen[0].shape == (3, 3, 16, 16) and 0 <= chosen[0].min() < chosen[0].max() <= 1
     np.save(tmp_path / "floats.npy", np.zeros((2, 3)))
     assert main(["compare", str(tmp_path / "vit"), "--inputs", str(tmp_path / "floats.npy")]) == 1

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from scatterbrain.analysis.captured import Batch
+from scatterbrain.analysis.input_files import files, images
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as most vision transformers take
 WAYS = """\
 a Hugging Face folder                   config.json and weights, as from_pretrained reads them; a text model also needs
@@ -53,8 +53,11 @@ class Source:
         checkpoint: a state dict of a timm model.
         tokens: of a text batch row; None: as many as the model takes, at most 1024.
         size: side of images in pixels; None: the model's.
-        rows: of a batch.
+        rows: of a batch; None: 1.
         batches: how many at most; inputs that last for one alone give one.
+        seed: of random inputs; None: 0.
+
+    Options that say nothing for a model and its inputs are refused by name when it is loaded.
     """
 
     model: str
@@ -62,9 +65,9 @@ class Source:
     checkpoint: Path | None = None
     tokens: int | None = None
     size: int | None = None
-    rows: int = 1
+    rows: int | None = None
     batches: int = 1
-    seed: int = field(default=0)
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "size", "rows", "batches"):
@@ -97,6 +100,20 @@ class Source:
         loaded.model.eval()
         return loaded
 
+    @property
+    def _row_count(self) -> int:
+        return self.rows or 1
+
+    def _takes_only(self, what: str, *names: str) -> None:
+        """Raises ValueError for an option besides ``names`` that was given: it would change nothing."""
+        for name in ("checkpoint", "tokens", "size", "rows", "seed"):
+            value = getattr(self, name)
+            if value is None or (name in names and (name != "seed" or self.inputs is None)):
+                continue
+            if name == "seed":
+                raise ValueError(f"--seed is of random inputs, got {value} for others; leave it out")
+            raise ValueError(f"--{name}: {what} takes none, got {value}; leave it out")
+
     # -------------------- models
 
     def _by_function(self) -> Loaded:
@@ -114,19 +131,26 @@ class Source:
             raise ValueError(f"{self.model}: expected a model or (model, batch), got {type(found).__name__}")
         if batches is not None and self.inputs is None:
             batches = batches if isinstance(batches, list) else [batches]
+            self._takes_only(f"{self.model}, which brings its own inputs,")
             if not batches:
                 raise ValueError(f"{self.model}: expected a batch or a list of batches, got an empty list")
             return Loaded(model, batches, f"inputs of {self.model}")
         if self.inputs is None or self.inputs.suffix == ".safetensors":
             return self._with_own_arguments(model, f"{self.model} returns a model without a batch")
+        self._takes_only(f"{self.model}, a function of images,", "rows", "size")
         return self._with_images(model, self.size or 224, MEAN, DEVIATION)
 
     def _of_transformers(self) -> Loaded:
         from transformers import AutoConfig, AutoModel
 
         config = AutoConfig.from_pretrained(self.model, local_files_only=True)
+        of_arguments = self.inputs is not None and self.inputs.suffix == ".safetensors"
+        is_vision = getattr(config, "image_size", None) is not None
+        if not of_arguments and (is_vision or hasattr(config, "vocab_size")):
+            kind, own = ("a model of images", "size") if is_vision else ("a model of text", "tokens")
+            self._takes_only(f"{self.model}, {kind},", "rows", "seed", own)
         model = AutoModel.from_pretrained(self.model, local_files_only=True)
-        if self.inputs is not None and self.inputs.suffix == ".safetensors":
+        if of_arguments:
             return self._with_own_arguments(model, "")
         size = getattr(config, "image_size", None)
         if size is not None:
@@ -141,6 +165,7 @@ class Source:
 
         if not timm.is_model(self.model):
             raise ValueError(f"{self.model}: expected one of\n{WAYS}")
+        self._takes_only(f"{self.model}, a model of images,", "rows", "size", "checkpoint", "seed")
         size = {} if self.size is None else {"img_size": self.size}
         model = timm.create_model(self.model, pretrained=self.checkpoint is None, **size)
         if self.checkpoint is not None:
@@ -166,6 +191,7 @@ class Source:
                 f"{why}; give its arguments by name as tensors of a file: --inputs FILE.safetensors "
                 "(safetensors.torch.save_file({'input_ids': ...}, FILE)), or a function that returns (model, batch)"
             )
+        self._takes_only(f"a file of arguments, {self.inputs},", "rows")
         from safetensors.torch import load_file
 
         arguments = load_file(self.inputs)
@@ -175,27 +201,29 @@ class Source:
                     f"{self.inputs}: {name}: expected a tensor of rows, got a single number; give it a row"
                 )
         starts = self._starts(min(t.shape[0] for t in arguments.values()), "rows")
-        batches = [{k: t[i : i + self.rows] for k, t in arguments.items()} for i in starts]
+        batches = [{k: t[i : i + self._row_count] for k, t in arguments.items()} for i in starts]
         return Loaded(model, batches, str(self.inputs))
 
     def _starts(self, available: int, what: str) -> range:
         """The first rows of as many batches as there are, at least one."""
-        if available < self.rows:
-            raise ValueError(f"{self.inputs}: expected at least {self.rows} {what}, got {available}; lower --rows")
-        return range(0, min(self.batches, available // self.rows) * self.rows, self.rows)
+        if available < self._row_count:
+            raise ValueError(
+                f"{self.inputs}: expected at least {self._row_count} {what}, got {available}; lower --rows"
+            )
+        return range(0, min(self.batches, available // self._row_count) * self._row_count, self._row_count)
 
     def _with_text(self, model: nn.Module, config: Any) -> Loaded:
         longest = getattr(config, "max_position_embeddings", None) or 1024
-        tokens = self._tokens(longest)
-        count = self.rows * self.batches
+        tokens = self._tokens(longest - _reserved_positions(model, longest))
+        count = self._row_count * self.batches
         if self.inputs is None:
-            generator = torch.Generator().manual_seed(self.seed)
+            generator = torch.Generator().manual_seed(self.seed or 0)
             rows, about = torch.randint(0, config.vocab_size, (count, tokens), generator=generator), _random("tokens")
         else:
             rows, about = self._tokenized(tokens, count)
         names = ("input_ids", "decoder_input_ids") if getattr(config, "is_encoder_decoder", False) else ("input_ids",)
         starts = self._starts(len(rows), f"rows of {tokens} tokens")
-        return Loaded(model, [{name: rows[i : i + self.rows] for name in names} for i in starts], about)
+        return Loaded(model, [{name: rows[i : i + self._row_count] for name in names} for i in starts], about)
 
     def _tokens(self, longest: int) -> int:
         tokens = self.tokens or min(longest, 1024)
@@ -207,7 +235,7 @@ class Source:
         from transformers import AutoTokenizer
         from transformers.utils import logging
 
-        text = "\n".join(path.read_text(errors="replace") for path in _files(self.inputs, None))
+        text = "\n".join(path.read_text(errors="replace") for path in files(self.inputs, None))
         logging.set_verbosity_error()  # that the text is longer than one input is meant
         tokenizer = AutoTokenizer.from_pretrained(self.model, local_files_only=True)
         ids = tokenizer(text[: 40 * tokens * count], add_special_tokens=False, truncation=False)["input_ids"]
@@ -221,9 +249,10 @@ class Source:
     def _of_run(self) -> Loaded:
         from scatterbrain.training.trained import load_trained
 
+        self._takes_only(f"{self.model}, a run of scatterbrain train,", "rows", "tokens")
         run = load_trained(Path(self.model))
         if self.inputs is None:
-            rows, masks = self._validation_rows(run.data, self.rows * self.batches)
+            rows, masks = self._validation_rows(run.data, self._row_count * self.batches)
             if rows.ndim < 4:
                 about = f"rows of {rows.shape[1]} {run.task.inputs}"
             else:
@@ -235,11 +264,11 @@ class Source:
                     f"--inputs: the run in {self.model} has the task {run.task.kind}, whose own validation inputs are "
                     "measured; leave --inputs out"
                 )
-            content = b"\n".join(path.read_bytes() for path in _files(self.inputs, None))
+            content = b"\n".join(path.read_bytes() for path in files(self.inputs, None))
             text, tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8), self._tokens(run.train.context)
-            rows, masks = _rows(text.long(), tokens, self.rows * self.batches), None
+            rows, masks = _rows(text.long(), tokens, self._row_count * self.batches), None
             about = f"rows of {tokens} bytes of {self.inputs}"
-        starts = [slice(i, i + self.rows) for i in self._starts(len(rows), "rows")]
+        starts = [slice(i, i + self._row_count) for i in self._starts(len(rows), "rows")]
         batches = [rows[part] if masks is None else (rows[part], masks[part]) for part in starts]
         return Loaded(run.model, batches, about)
 
@@ -252,25 +281,35 @@ class Source:
             masks.append(batch.mask)
             number += 1
         rows, mask = torch.cat(inputs)[:count], None if masks[0] is None else torch.cat(masks)[:count]
+        if rows.ndim >= 4:
+            self._takes_only(f"{self.model}, a run on images,", "rows")
         if self.tokens is not None and rows.ndim < 4:  # of images all pixels
             tokens = self._tokens(rows.shape[1])
             rows, mask = rows[:, :tokens], None if mask is None else mask[:, :tokens]
         return rows, mask
 
     def _with_images(self, model: nn.Module, size: int, mean: Sequence[float], deviation: Sequence[float]) -> Loaded:
-        count = self.rows * self.batches
+        count = self._row_count * self.batches
         if self.inputs is None:
             pixels, about = (
-                torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(self.seed)),
+                torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(self.seed or 0)),
                 _random("pixels"),
             )
         else:
-            pixels, about = _images(self.inputs, count, size), f"{count} images of {self.inputs}, {size} px"
+            pixels = images(self.inputs, count, size)
+            about = f"{len(pixels)} image{'s' * (len(pixels) > 1)} of {self.inputs}, {size} px"
         pixels = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(deviation).view(3, 1, 1)
         takes = "pixel_values" if type(model).__module__.startswith("transformers.") else None
-        parts = [pixels[i : i + self.rows] for i in self._starts(len(pixels), "images")]
+        parts = [pixels[i : i + self._row_count] for i in self._starts(len(pixels), "images")]
         interpolates = {"interpolate_pos_encoding": True} if takes and _takes(model, "interpolate_pos_encoding") else {}
         return Loaded(model, [{takes: part} | interpolates if takes else part for part in parts], about)
+
+
+def _reserved_positions(model: nn.Module, longest: int) -> int:
+    """How many of a table of positions no token has: models that number tokens from behind the padding's position on,
+    as RoBERTa does, say so by the padding index of the table."""
+    tables = (m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name)
+    return max((t.padding_idx + 1 for t in tables if t.padding_idx is not None and len(t.weight) == longest), default=0)
 
 
 def _rows(tokens: Tensor, length: int, count: int) -> Tensor:
@@ -316,50 +355,3 @@ def _normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
     file = folder / "preprocessor_config.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
     return known.get("image_mean", MEAN), known.get("image_std", DEVIATION)
-
-
-def _files(path: Path, suffixes: Sequence[str] | None) -> list[Path]:
-    """The file, or the files of a folder, in the order of their names."""
-    if path.is_file():
-        return [path]
-    found = [p for p in sorted(path.rglob("*")) if p.is_file() and (suffixes is None or p.suffix.lower() in suffixes)]
-    if not found:
-        raise ValueError(f"{path}: expected a folder with {' or '.join(suffixes or ['files'])}, found none")
-    return found
-
-
-def _images(path: Path, count: int, size: int) -> Tensor:
-    """At most (count, 3, size, size) in [0, 1], resized bicubically; evenly spread over what there is."""
-    if path.suffix in (".npz", ".npy"):
-        pixels = _array(path)
-    else:
-        pixels = [_read_image(p) for p in _files(path, IMAGES)]
-    count = min(count, len(pixels))
-    chosen = [pixels[i * len(pixels) // count] for i in range(count)]
-    resized = [
-        torch.nn.functional.interpolate(image[None], (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        for image in chosen
-    ]
-    return torch.cat(resized)
-
-
-def _array(path: Path) -> list[Tensor]:
-    import numpy as np
-
-    content = np.load(path)
-    arrays = [content] if isinstance(content, np.ndarray) else [content[name] for name in content.files]
-    for array in arrays:
-        if array.ndim == 4 and array.dtype == np.uint8 and 3 in (array.shape[1], array.shape[3]):
-            pixels = torch.from_numpy(array)
-            return list((pixels if array.shape[1] == 3 else pixels.permute(0, 3, 1, 2)).float() / 255)
-    raise ValueError(
-        f"{path}: expected an array of images, uint8 (count, height, width, 3) or (count, 3, height, width)"
-    )
-
-
-def _read_image(path: Path) -> Tensor:
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from scatterbrain.bench.allocator import ALLOCATORS
-from scatterbrain.bench.inputs import entries, tokens_in
+from scatterbrain.bench.inputs import entries, tokens_in, width_in
 from scatterbrain.bench.methods import parse_method
 
 DTYPES = {
@@ -145,14 +145,14 @@ class BenchConfig:
         for name in _not_empty("methods", self.methods or ["sdpa"]):
             parse_method(name)
         self._check_device()
+        if self.inputs is not None:
+            self._check_inputs()
         if self.rank > self.head_dim:
             raise ValueError(f"--rank must be at most --head_dim {self.head_dim}, got {self.rank}")
         if self.resume and self.json is None:
             raise ValueError("--resume goes on with the results in a file; give it as --json FILE")
         if self.entry is not None and self.inputs is None:
             raise ValueError("--entry names an entry of a file; give the file as --inputs FILE")
-        if self.inputs is not None:
-            self._check_inputs()
         self.settings()
 
     def _check_device(self) -> None:
@@ -169,8 +169,15 @@ class BenchConfig:
         """The device that is measured."""
         return torch.device(self.device)
 
+    def _take_width(self, entry: str) -> None:
+        """The width of heads of the file; another one that was given is refused."""
+        width = width_in(self.inputs, entry)
+        if self.head_dim not in (BenchConfig.head_dim, width):
+            raise ValueError(f"--head_dim comes from the file of --inputs, which has {width}; leave it out")
+        self.head_dim = width
+
     def _check_inputs(self) -> None:
-        for name, plain in (("batch", 1), ("kv_heads", None)):
+        for name, plain in (("batch", 1), ("kv_heads", None), ("seed", 0)):
             if getattr(self, name) != plain:
                 raise ValueError(f"--{name} comes from the file of --inputs; leave it out")
         found = entries(self.inputs)
@@ -183,6 +190,7 @@ class BenchConfig:
                 f"{self.inputs}: entry {entry} has {available} tokens, too few for a length of {longest}; choose "
                 "shorter --lengths"
             )
+        self._take_width(entry)
 
     def settings(self) -> list[tuple[Setting, list[str]]]:
         """The grid, each point with the methods to measure there."""

@@ -167,6 +167,14 @@ def tokens_in(path: Path, entry: str) -> int:
         return file.get_slice(f"{entry}.q").get_shape()[-2]
 
 
+def width_in(path: Path, entry: str) -> int:
+    """The width of an entry's heads, without reading them."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_slice(f"{entry}.q").get_shape()[-1]
+
+
 def calibration_entry(entry: str) -> str:
     return ".".join("cal" if part[:1] == "N" and part[1:].isdigit() else part for part in entry.split("."))
 

@@ -34,9 +34,9 @@ def parser_of(command: str, usage: str, description: str) -> argparse.ArgumentPa
     add("--checkpoint", type=Path, metavar="FILE", help="state dict of a timm model")
     add("--tokens", type=int, metavar="N", help="tokens of a text (default: the model's most, at most 1024)")
     add("--size", type=int, metavar="PIXELS", help="side of images (default: the model's)")
-    add("--rows", type=int, default=1, metavar="N", help="sequences or images of a batch (default 1)")
+    add("--rows", type=int, metavar="N", help="sequences or images of a batch (default 1)")
     add("--threads", type=int, default=1, metavar="N", help="threads of torch (default 1)")
-    add("--seed", type=int, default=0, metavar="N", help="of random inputs (default 0)")
+    add("--seed", type=int, metavar="N", help="of random inputs (default 0)")
     return parser
 
 
