@@ -9,17 +9,22 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from testkit import environment
 
-from scatterbrain.training import table_runs
+from scatterbrain.training import table_runs, table_workers
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import AttentionConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from scatterbrain.training.files import UnusableRun
+from scatterbrain.training.files import FolderLock, UnusableRun
+from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.metrics import ACCURACY, PERPLEXITY, Evaluation
 from scatterbrain.training.table import Row, Table, as_csv, baseline_of, equal_cost, markdown, multiply_adds, row_of
 from scatterbrain.training.table_picture import curve
@@ -350,19 +355,123 @@ def test_two_tables_in_one_folder_at_a_time_are_refused(make_run, monkeypatch):
     assert "another run is writing" in run.failed_for()
 
 
+def test_a_run_that_another_process_does_is_no_failure(make_run, capsys):
+    run = make_run()
+    run.folder.path.mkdir(parents=True)
+    run.ended.write_text("4 steps\n")
+    lock = FolderLock(run.folder.path)
+    with StopRequest() as stop:
+        assert table_runs.do(run, stop) is None
+    assert run.failed_for() is None and run.ended.exists()
+    assert "full-0 is still running in another process" in capsys.readouterr().out
+    lock.release()
+    finish(run)
+    assert is_complete(run)
+
+
+def without_line(run: TableRun, number: int) -> None:
+    lines = run.folder.metrics.read_text().splitlines(keepends=True)
+    run.folder.metrics.write_text("".join(lines[:number] + lines[number + 1 :]))
+
+
+def test_a_run_whose_log_lacks_a_step_is_done_anew(make_run, capsys):
+    run, other = make_run(), make_run(seed=1)
+    finish(run, other)
+    kept, losses = other.folder.metrics.stat().st_mtime_ns, train_losses(run)
+    without_line(run, 1)
+    assert not is_complete(run)
+    finish(run, other)
+    assert "full-0 is done anew: its log lacks steps that its checkpoint has" in capsys.readouterr().out
+    assert is_complete(run) and train_losses(run) == losses and run.failed_for() is None
+    assert other.folder.metrics.stat().st_mtime_ns == kept
+
+
+def test_a_log_that_cannot_be_read_fails_its_run_alone(make_run):
+    broken, whole = make_run(), make_run(seed=1)
+    finish(broken)
+    broken.folder.metrics.write_text("nonsense\n" + broken.folder.metrics.read_text())
+    finish(broken, whole)
+    assert "metrics.jsonl, line 1: expected a record" in broken.failed_for()
+    assert is_complete(whole) and not is_complete(broken)
+
+
+def test_a_run_remembers_every_machine_it_was_done_on(make_run, monkeypatch):
+    run = make_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(table_runs, "machine", lambda device: "a slow machine")
+        before_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(TableStopped):
+            finish(run)
+    here = table_runs.machine("cpu")
+    for _ in range(2):
+        run.failure.write_text("tried again\n")
+        finish(run)
+        assert run.machine.read_text().splitlines() == ["a slow machine", here]
+    finish(make_run(batch=1), overwrite=True)
+    assert run.machine.read_text().splitlines() == [here]
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+from scatterbrain.training.config import AttentionConfig, ModelConfig, RunConfig, TrainConfig
+from scatterbrain.training.table_runs import TableRun, carry_out
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    runs = [
+        TableRun("full", seed, RunConfig(
+            task={"kind": "copy", "tokens": 31, "symbols": 8},
+            model=ModelConfig(layers=1, width=16, heads=2),
+            attention=AttentionConfig(support="full"),
+            train=TrainConfig(steps=10**6, checkpoint_every=10**6, threads=1, seed=seed),
+            output=str(folder / f"full-{seed}"),
+        ))
+        for seed in (0, 1)
+    ]
+    carry_out(runs, folder, 2, False, "again")
+"""
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_stop_after_their_step_when_the_table_is_killed(tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    folder = tmp_path / "table"
+    table = subprocess.Popen([sys.executable, script, folder], env=environment())
+    logs = [folder / f"full-{seed}" / "metrics.jsonl" for seed in (0, 1)]
+    wait_until(lambda: all(log.exists() and log.stat().st_size > 500 for log in logs))
+    table.kill()
+    table.wait(timeout=60)
+    checkpoints = [log.with_name("checkpoint.safetensors") for log in logs]
+    wait_until(lambda: all(checkpoint.exists() for checkpoint in checkpoints))
+    sizes = [log.stat().st_size for log in logs]
+    time.sleep(1)
+    assert [log.stat().st_size for log in logs] == sizes
+    for log in logs:
+        FolderLock(log.parent).release()  # nothing runs there any more
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_runs_side_by_side_are_those_one_after_the_other_and_a_killed_process_fails_its_own_alone(
     make_run, tmp_path, monkeypatch, capsys
 ):
     runs = [make_run(seed=seed) for seed in (0, 1)] + [make_run("endless", steps=10**6)]
-    original = table_runs._Worker.collect
+    original = table_workers.Worker.collect
 
     def collect(worker):
         if worker.run is not None and worker.run.method == "endless" and worker.run.folder.metrics.exists():
             worker.process.kill()
         return original(worker)
 
-    monkeypatch.setattr(table_runs._Worker, "collect", collect)
+    monkeypatch.setattr(table_workers.Worker, "collect", collect)
     finish(*runs, jobs=2)
     assert all(map(is_complete, runs[:2])) and "exit code -9" in runs[2].failed_for()
     assert "full-0 is complete" in capsys.readouterr().out and "step 4: checkpoint in" in runs[0].output.read_text()
@@ -374,15 +483,15 @@ def test_runs_side_by_side_are_those_one_after_the_other_and_a_killed_process_fa
 @pytest.mark.slow
 def test_a_signal_stops_runs_side_by_side_after_their_step(make_run, monkeypatch):
     runs = [make_run(seed=seed, steps=10**6, checkpoint_every=10**6) for seed in (0, 1)]
-    original = table_runs._Worker.collect
+    original = table_workers.Worker.collect
 
     def collect(worker):
         if all(run.folder.metrics.exists() and run.folder.metrics.stat().st_size > 500 for run in runs):
             os.kill(os.getpid(), signal.SIGTERM)
-            monkeypatch.setattr(table_runs._Worker, "collect", original)
+            monkeypatch.setattr(table_workers.Worker, "collect", original)
         return original(worker)
 
-    monkeypatch.setattr(table_runs._Worker, "collect", collect)
+    monkeypatch.setattr(table_workers.Worker, "collect", collect)
     with pytest.raises(TableStopped, match="stopped by SIGTERM; 0 of 2"):
         finish(*runs, jobs=2)
     assert all(run.folder.checkpoint.exists() and run.failed_for() is None for run in runs)

@@ -112,6 +112,28 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, monkeypatch):
     ]
 
 
+def test_the_log_is_on_the_disk_before_a_checkpoint_that_knows_its_steps_is(tiny, monkeypatch):
+    config, synced, replaced = tiny(), {}, []
+    metrics = Path(config.output) / "metrics.jsonl"
+    fsync, replace = os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+        fsync(descriptor)
+
+    def put(source: Path, target: Path) -> None:
+        if target.name == "checkpoint.safetensors":
+            found = metrics.stat()
+            replaced.append(synced.get(found.st_ino) == found.st_size)
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "fsync", sync)
+    monkeypatch.setattr(files.os, "replace", put)
+    Trainer(config).run()
+    assert replaced == [True] * 3
+
+
 def test_a_run_writes_its_loss_curve_and_a_sample(tiny):
     config = tiny()
     Trainer(config).run()

@@ -21,6 +21,10 @@ class UnusableRun(ValueError):
     exit_code = 2
 
 
+class FolderInUse(UnusableRun):
+    """An output folder that another process writes to."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """The files of a run."""
@@ -87,7 +91,7 @@ class FolderLock:
     file is left behind. File systems without locks are used without.
 
     Raises:
-        UnusableRun: another run holds the folder.
+        FolderInUse: another run holds the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -101,7 +105,7 @@ class FolderLock:
         except OSError as error:
             self.release()
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UnusableRun(
+                raise FolderInUse(
                     f"output: another run is writing to {path}; wait for its end, stop it, or choose another folder "
                     "with --output"
                 ) from error
@@ -125,6 +129,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes what was written to the file survive a power cut. A file that does not exist is made.
+
+    Raises:
+        OSError: if the content cannot be written, on a full disk for example.
+    """
+    with open(path, "ab") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

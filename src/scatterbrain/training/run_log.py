@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scatterbrain.training.board import Board, flat
-from scatterbrain.training.files import UnusableRun, write_atomically
+from scatterbrain.training.files import UnusableRun, sync, write_atomically
 from scatterbrain.training.metrics import Evaluation, Metric
 from scatterbrain.training.train_step import StepResult
 
@@ -40,6 +40,16 @@ class RunLog:
             file.write(json.dumps(record) + "\n")
         if self._board is not None:
             self._board.add(record)
+
+    def sync(self) -> None:
+        """Makes the records survive a power cut. Before a checkpoint is replaced: one that knows more steps than the
+        log leaves a gap that nothing fills.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        if self._path is not None:
+            sync(self._path)
 
     def table(self) -> str:
         """All records as CSV, a line for each, with a column for every number of either kind."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,11 @@ import yaml
 from scatterbrain.training import initial_weights, same_run
 from scatterbrain.training.checkpoint import read_progress
 from scatterbrain.training.config import RunConfig
-from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, write_atomically
+from scatterbrain.training.files import FolderInUse, FolderLock, RunFolder, UnusableRun, write_atomically
 from scatterbrain.training.initial_weights import initial_fingerprint
 from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.run_log import Record, read_records
+from scatterbrain.training.table_workers import Worker
 from scatterbrain.training.tasks import TaskData, build_task, described_task, open_data
 from scatterbrain.training.trainer import RunStopped, Trainer
 
@@ -33,7 +32,7 @@ FREE_TRAIN_KEYS = tuple(
     key for key in same_run.FREE_TRAIN_KEYS if key not in ("steps", "minutes", "validate_every", "validation_batches")
 )
 
-_POLL_SECONDS, _CLOSE_SECONDS = 0.2, 10.0
+_POLL_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ class TableRun:
 
     @property
     def machine(self) -> Path:
-        """What it ran on."""
+        """What it ran on, a line for everything it was started on."""
         return Path(f"{self.config.output}.machine.txt")
 
     def records(self) -> list[Record]:
@@ -102,20 +101,32 @@ class TableStopped(Exception):
 # -------------------- what is there
 
 
-def steps_done(run: TableRun) -> int:
-    """Steps in the log of a run."""
-    return max((record["step"] for record in run.records() if record["kind"] == "train"), default=0)
-
-
 def is_complete(run: TableRun) -> bool:
     """Whether a run has been validated and saved after its last step, without a failure since. The last step is that of
-    ``train.steps``, or the one at which a table saw it reach ``train.minutes``, which its log does not tell."""
-    done, train, records = steps_done(run), run.config.train, run.records()
+    ``train.steps``, or the one at which a table saw it reach ``train.minutes``, which its log does not tell. A run
+    whose log cannot be read is not complete."""
+    try:
+        records = run.records()
+    except UnusableRun:
+        return False
+    steps, train = [record["step"] for record in records if record["kind"] == "train"], run.config.train
+    done = max(steps, default=0)
     if done == 0 or not any(record["kind"] == "validation" and record["step"] == done for record in records):
         return False
-    if sum(record["kind"] == "train" for record in records) != done or run.failure.exists() or not _is_saved(run, done):
+    if len(steps) != done or run.failure.exists() or not _is_saved(run, done):
         return False
     return done >= train.steps or (train.minutes is not None and run.ended.exists())
+
+
+def missing_records(run: TableRun) -> int:
+    """How many of the steps before its checkpoint the log of a run lacks: no further step makes such a run complete. 0
+    where log or checkpoint cannot be read, of which its start tells."""
+    try:
+        done = read_progress(run.folder.checkpoint).step  # first: the log of a run that goes on is never behind it
+        records = run.records()
+    except UnusableRun:
+        return 0
+    return done - sum(record["kind"] == "train" and record["step"] <= done for record in records)
 
 
 def _is_saved(run: TableRun, done: int) -> bool:
@@ -213,8 +224,12 @@ def carry_out(runs: list[TableRun], folder: Path, jobs: int, overwrite: bool, ag
                 f"output: {len(others)} of {len(runs)} runs in {folder} have other settings ({name}: {found}); replace "
                 "them with --overwrite, or choose another folder with --output"
             )
+        gaps = {run.name for run in runs if run.name not in others and missing_records(run)}
+        for name in sorted(gaps):
+            print(f"{name} is done anew: its log lacks steps that its checkpoint has")
+        replaced = others.keys() | gaps
         missing = [
-            _to_start(run, run.name in others, jobs) for run in runs if run.name in others or not is_complete(run)
+            _to_start(run, run.name in replaced, jobs) for run in runs if run.name in replaced or not is_complete(run)
         ]
         print(f"{len(missing)} of {len(runs)} runs to do, {jobs} at a time, {cores()} cores")
         with StopRequest() as stop:
@@ -250,12 +265,16 @@ def _one_by_one(runs: list[TableRun], missing: list[TableRun], stop: StopRequest
 
 def do(run: TableRun, stop: StopRequest) -> signal.Signals | None:
     """Does one run; the signal that stopped it, or None for one that has ended, also by a failure, which is printed and
-    written down."""
-    for note in (run.failure, run.ended):
-        note.unlink(missing_ok=True)
+    written down. A run that another process is doing is left to it."""
     try:
-        trainer = Trainer(run.config)
-        write_atomically(run.machine, machine(run.config.train.device).encode())
+        try:
+            trainer = Trainer(run.config)
+        except FolderInUse:
+            print(f"{run.name} is still running in another process, which is left to do it")
+            return None
+        for note in (run.failure, run.ended):
+            note.unlink(missing_ok=True)
+        _note_machine(run, continues=trainer.steps_done > 0)
         if stop.check():
             return stop.signal
         trainer.run()
@@ -271,6 +290,13 @@ def do(run: TableRun, stop: StopRequest) -> signal.Signals | None:
     return None
 
 
+def _note_machine(run: TableRun, continues: bool) -> None:
+    """Writes down what the run computes on, beside what it was computed on before."""
+    before = run.machine.read_text(encoding="utf-8").splitlines() if continues and run.machine.exists() else []
+    lines = dict.fromkeys([*before, machine(run.config.train.device)])
+    write_atomically(run.machine, "".join(f"{line}\n" for line in lines).encode())
+
+
 def _fail(run: TableRun, reason: str) -> None:
     reason = " ".join(reason.split())
     write_atomically(run.failure, (reason + "\n").encode())
@@ -279,14 +305,14 @@ def _fail(run: TableRun, reason: str) -> None:
 
 def _side_by_side(runs: list[TableRun], missing: list[TableRun], jobs: int, stop: StopRequest) -> signal.Signals | None:
     """In processes that do one run after the other. A process that is killed, as by lack of memory, fails its run."""
-    waiting, workers = list(missing), [_Worker() for _ in range(min(jobs, len(missing)))]
+    waiting, workers = list(missing), [Worker(do) for _ in range(min(jobs, len(missing)))]
     try:
         while any(worker.run is not None for worker in workers) or (waiting and not stop.check()):
             for index, worker in enumerate(workers):
                 if worker.run is not None or not waiting or stop.check():
                     continue
                 if not worker.process.is_alive():
-                    workers[index] = worker = _Worker()
+                    workers[index] = worker = Worker(do)
                 worker.start(waiting.pop(0))
                 print(f"{worker.run.name} starts, its output is in {worker.run.output}")
             if stop.check():
@@ -300,72 +326,17 @@ def _side_by_side(runs: list[TableRun], missing: list[TableRun], jobs: int, stop
                     print(f"{ended.name} is complete, {sum(map(_has_ended, runs))} of {len(runs)}{_left(runs, jobs)}")
                 elif ended.failure.exists():
                     print(f"{ended.name} failed: {ended.failed_for()}")
-                elif not stop.check():
+                elif worker.has_crashed and not stop.check():
                     _fail(
                         ended, f"its process ended with exit code {worker.process.exitcode} (is there enough memory?)"
                     )
+                elif not stop.check():
+                    print(f"{ended.name} is not complete, the end of {ended.output} says why")
             time.sleep(_POLL_SECONDS)
     finally:
         for worker in workers:
             worker.close()
     return stop.signal
-
-
-class _Worker:
-    """A process that does the runs it is sent, one at a time."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other,), daemon=True)
-        self.process.start()
-        other.close()
-        self.run: TableRun | None = None
-        self._told = False
-
-    def start(self, run: TableRun) -> None:
-        self.run = run
-        self.connection.send(run)
-
-    def collect(self) -> TableRun | None:
-        """The run, if it has ended."""
-        if self.run is None or (self.process.is_alive() and not self.connection.poll()):
-            return None
-        try:
-            self.connection.recv()
-        except EOFError:
-            self.process.join()
-        run, self.run = self.run, None
-        return run
-
-    def stop(self) -> None:
-        """Asks once for the end of the step: a second signal would end it at once."""
-        if not self._told and self.process.is_alive():
-            self.process.terminate()
-        self._told = True
-
-    def close(self) -> None:
-        self.connection.close()
-        if self.run is None:
-            self.process.join(_CLOSE_SECONDS)
-        self.process.kill()
-
-
-def _work(connection: Connection) -> None:
-    """What a process does until its pipe is closed."""
-    os.setsid()  # Ctrl-C reaches the table alone, which asks every run to stop once
-    while True:
-        try:
-            run = connection.recv()
-        except EOFError:
-            return
-        with open(run.output, "a", encoding="utf-8", buffering=1) as output:
-            sys.stdout = sys.stderr = output
-            with StopRequest() as stop:
-                stopped_by = do(run, stop)
-        connection.send(None)
-        if stopped_by is not None:
-            return
 
 
 def _has_ended(run: TableRun) -> bool:
@@ -403,7 +374,11 @@ def time_left(runs: list[tuple[TableRun, list[float]]]) -> float | None:
 
 
 def _seconds_of_steps(run: TableRun) -> list[float]:
-    return [record["seconds"] for record in run.records() if record["kind"] == "train"]
+    """Of an unreadable log none."""
+    try:
+        return [record["seconds"] for record in run.records() if record["kind"] == "train"]
+    except UnusableRun:
+        return []
 
 
 def cores() -> int:

@@ -22,7 +22,15 @@ from scatterbrain.training.table import (
     row_of,
 )
 from scatterbrain.training.table_picture import draw_table
-from scatterbrain.training.table_runs import OpenedData, TableRun, TableStopped, carry_out, difference, is_complete
+from scatterbrain.training.table_runs import (
+    OpenedData,
+    TableRun,
+    TableStopped,
+    carry_out,
+    difference,
+    is_complete,
+    missing_records,
+)
 from scatterbrain.training.tasks import build_task, open_data
 
 SHARED = "task.yaml"
@@ -89,7 +97,8 @@ def make_table(options: TableOptions, runs: Sequence[TableRun], configs: dict[st
         again: the command that goes on after a stop.
 
     Returns:
-        The exit code: 0, or 1 where a run failed or, with ``only_collect``, none is complete.
+        The exit code: 0, or 1 where a run failed or is left to another process or, with ``only_collect``, none is
+        complete.
 
     Raises:
         ValueError: missing data, settings that do not fit, or a folder with runs of other settings.
@@ -103,7 +112,7 @@ def make_table(options: TableOptions, runs: Sequence[TableRun], configs: dict[st
         _collect(options, runs, known)
         raise
     found = _collect(options, runs, known)
-    failed = any(run.failed_for() for run in runs)
+    failed = any(run.failed_for() for run in runs) or not (options.only_collect or all(map(is_complete, runs)))
     return 1 if failed or not found else 0
 
 
@@ -141,15 +150,11 @@ def _collect(options: TableOptions, runs: Sequence[TableRun], known: _Known) -> 
         elif (reason := run.failed_for()) is not None:
             notes.append(f"{run.name} failed: {reason}")
         else:
-            notes.append(f"{run.name} is not complete")
+            notes.append(f"{run.name} is not complete{_reason(run)}")
     if not complete:
         print("\n".join([f"{options.output}: no run is complete", *notes]))
         return False
-    machines = {
-        run.machine.read_text(encoding="utf-8").strip() if run.machine.exists() else "an unrecorded machine"
-        for group in complete.values()
-        for run in group
-    }
+    machines = {line for group in complete.values() for run in group for line in _machines(run)}
     metric = known.task.metric
     table = Table(
         title=f"{options.folder.name}: {known.description}",
@@ -173,6 +178,19 @@ def _collect(options: TableOptions, runs: Sequence[TableRun], known: _Known) -> 
     draw_table(options.output / "table.png", table, logs)
     print(f"in {options.output}: table.md, table.csv, table.png")
     return True
+
+
+def _reason(run: TableRun) -> str:
+    """Why a run that has not failed is not complete, where that is more than missing steps."""
+    if (lost := missing_records(run)) > 0:
+        return f": its log lacks {lost} of the steps of its checkpoint; the table does it anew without --only-collect"
+    unusable = _unless_usable(lambda: run.records() and None)
+    return "" if unusable is None else f": {unusable}"
+
+
+def _machines(run: TableRun) -> list[str]:
+    """What a run was done on."""
+    return run.machine.read_text(encoding="utf-8").splitlines() if run.machine.exists() else ["an unrecorded machine"]
 
 
 def _unless_usable(check: Callable[[], str | None]) -> str | None:

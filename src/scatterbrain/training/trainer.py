@@ -314,6 +314,7 @@ class Trainer:
         return any(record["step"] == self.steps_done for record in self.log.of_kind("validation"))
 
     def _save(self) -> None:
+        self.processes.first(self.log.sync)
         save_checkpoint(
             self.folder.checkpoint, self.train_state, Progress(self.steps_done, self._seconds(), self._description)
         )
