@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 import scatterbrain as sb
 from scatterbrain.analysis import calls_of
 from scatterbrain.analysis.exact import exact
+from scatterbrain.integrations import register_replacer
+from scatterbrain.integrations.replacer import REPLACERS
 
 E, H, L = 48, 4, 60
 
@@ -99,6 +102,104 @@ def test_an_error_inside_the_model_leaves_it_as_it_was() -> None:
     with pytest.raises((RuntimeError, AssertionError)):
         calls_of(model, torch.randn(2, L, E + 1))
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+
+
+class Block(nn.Module):
+    """Two ways of attention in one module, made with this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.other = (sb.ScatterbrainAttention(H, E // H, support=sb.Window(8)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (H, -1)).transpose(1, 2)
+        out = self.own(heads, heads, heads) + self.other(heads, 2 * heads, heads)
+        return out.transpose(1, 2).flatten(2)
+
+
+def test_layers_of_one_module_have_paths_of_their_own() -> None:
+    assert [call.path for call in calls_of(nn.Sequential(Block()), torch.randn(1, L, E))] == ["0.own", "0.other"]
+    found = sb.compare(nn.Sequential(Block(), Block()), torch.randn(1, L, E), {"sparse": (sb.Window(8), None)})
+    assert [layer.path for layer in found.layers] == ["0.own", "0.other", "1.own", "1.other"]
+
+
+def test_a_layer_is_named_as_its_replacer_names_it(tmp_path: Path) -> None:
+    """However deep the module inside it is that computes."""
+
+    class Inner(nn.Module):
+        def __init__(self, support: sb.Window) -> None:
+            super().__init__()
+            self.attention = sb.ScatterbrainAttention(H, E // H, support=support, low_rank=None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = x.unflatten(-1, (H, -1)).transpose(1, 2)
+            return self.attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.processor: nn.Module = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.processor(x)
+
+    class Replacer:
+        def matches(self, module: nn.Module) -> bool:
+            return type(module) is Layer
+
+        def replace(self, module: Layer, support: sb.Window, low_rank: object) -> tuple[str, object]:
+            before, module.processor = module.processor, Inner(support)
+            return "", lambda: setattr(module, "processor", before)
+
+    register_replacer(Replacer())
+    try:
+        model, x = nn.Sequential(Layer(), nn.Linear(E, E)), torch.randn(1, L, E)
+        report = sb.replace_attention(model, sb.Window(8), None)
+        assert [call.path for call in calls_of(model, x)] == [entry.path for entry in report.replaced] == ["0"]
+        report.restore()
+        assert [call.path for call in calls_of(model, x)] == ["0"]
+    finally:
+        REPLACERS.pop(0)
+
+
+def test_what_is_not_looked_at_is_told_with_the_reason(tmp_path: Path) -> None:
+    model, x = nn.Sequential(encoder(), OwnAttention()), torch.randn(1, L, E)
+    pairs = {"sparse": (sb.Window(8), None)}
+    found = sb.compare(model, x, pairs, repeats=1)
+    assert list(found.left) == ["1"] and "an attention module of its own" in found.left["1"]
+    assert "not looked at: 1: an attention module of its own" in str(found)
+    found.write_json(tmp_path / "c.json")
+    assert list(json.loads((tmp_path / "c.json").read_text())["facts"]["not_compared"]) == ["1"]
+    model = encoder()
+    sb.replace_attention(model, layers={"layers.1.self_attn": (sb.Window(8), None)})
+    left = sb.compare(model, x, pairs, repeats=1).left
+    assert (
+        list(left) == ["layers.0.self_attn"]
+        and "left as it is when other layers were replaced" in left["layers.0.self_attn"]
+    )
+    assert sb.compare(encoder(), x, pairs, repeats=1).left == {}
+
+
+def test_calls_that_run_exactly_are_told_with_the_reason() -> None:
+    model = encoder().layers[0].self_attn
+    sb.replace_attention(model, sb.Window(8), None)
+    model.attention.bypassed = "before"
+    x = torch.randn(2, L, E)
+    with pytest.warns(UserWarning, match="need_weights"), pytest.raises(ValueError, match=r"(?s)none of.*need_weights"):
+        calls_of(model, (x, x, x))
+    assert model.attention.bypassed == "before"
+
+
+def test_layers_of_a_decoder_that_attend_locally_are_told() -> None:
+    hf = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
+    kinds = dict(sliding_window=20, layer_types=["sliding_attention", "full_attention"], head_dim=16)
+    model = hf.Gemma3TextModel(hf.Gemma3TextConfig(**sizes, **kinds, num_key_value_heads=2)).eval()
+    with pytest.warns(UserWarning, match="sliding window"):
+        found = sb.compare(model, {"input_ids": torch.arange(50)[None]}, {"sparse": (sb.Window(8), None)}, repeats=1)
+    assert [layer.path for layer in found.layers] == ["layers.1.self_attn"]
+    assert list(found.left) == ["layers.0.self_attn"] and "it ran exactly" in found.left["layers.0.self_attn"]
+    assert "sliding window, 20 tokens wide" in str(found)
 
 
 class OwnAttention(nn.Module):

@@ -14,7 +14,7 @@ from testkit import randomized
 from torch import Tensor, nn
 
 import scatterbrain as sb
-from scatterbrain.analysis import tuning
+from scatterbrain.analysis import trade, tuning
 from scatterbrain.analysis.tuning import Tuning
 
 E, H, L = 64, 4, 120
@@ -184,12 +184,12 @@ def test_heads_that_err_more_get_more_keys() -> None:
     other = sb.Routed(64, pools=2), sb.Centroid(8)
     seconds = {EXACT: 100.0, few: 10.0, more: 20.0, most: 40.0, other: 45.0}
     squares = {EXACT: [0, 0, 0], few: [9, 1, 4], more: [3, 0.9, 1], most: [0.1, 0.8, 0.9], other: [9, 9, 9]}
-    found = tuning.by_head(seconds, {pair: torch.tensor(s, dtype=torch.float64) for pair, s in squares.items()})
+    found = trade.by_head(seconds, {pair: torch.tensor(s, dtype=torch.float64) for pair, s in squares.items()})
     assert (sb.Routed((64, 16, 32)), sb.Centroid(8)) in found
     for support, low_rank in found:
         assert low_rank == sb.Centroid(8) and support.keys[0] >= support.keys[2] >= support.keys[1] == 16
     alike = {pair: torch.tensor([s[0]] * 3, dtype=torch.float64) for pair, s in squares.items()}
-    assert tuning.by_head(seconds, alike) == []
+    assert trade.by_head(seconds, alike) == []
 
 
 def test_a_layer_whose_heads_differ_is_tuned_head_by_head(tmp_path: Path) -> None:
@@ -212,5 +212,5 @@ def test_the_front_and_the_hull_keep_what_nothing_beats() -> None:
     names = [EXACT, *((sb.Window(keys), None) for keys in (1, 2, 3, 4))]
     seconds = dict(zip(names, (10.0, 8.0, 4.0, 3.0, 5.0)))
     errors = dict(zip(names, (0.0, 0.29, 0.3, 0.5, 0.4)))
-    assert tuning._front(seconds, errors) == [names[0], names[1], names[2], names[3]]
-    assert tuning._hull(seconds, errors) == [names[0], names[2], names[3]]
+    assert trade.front(seconds, errors) == [names[0], names[1], names[2], names[3]]
+    assert trade.hull(seconds, errors) == [names[0], names[2], names[3]]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from scatterbrain import functional, presets
-from scatterbrain.analysis.captured import Batch, LayerCall, calls_of
+from scatterbrain.analysis.captured import Batch, recorded
 from scatterbrain.analysis.exact import Exact, by_torch, exact
+from scatterbrain.analysis.layer_call import LayerCall
 from scatterbrain.checks import check_pair, lists_keys
 from scatterbrain.integrations.restrictions import NotReplaceable, pairs_that_run
 from scatterbrain.low_rank import LowRank
@@ -105,12 +106,14 @@ class Comparison:
         fitted_on: what statistics were fitted on.
         total: calls to compare.
         layers: those that are compared, in the order of their calls.
+        left: why modules that look like attention, or calls of them, are not compared, by path.
     """
 
     model: str
     fitted_on: str
     total: int
     layers: list[LayerComparison] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
 
     def configurations(self) -> list[str]:
         """Names, in the order given."""
@@ -139,6 +142,7 @@ class Comparison:
             "threads": torch.get_num_threads(),
             "model": self.model,
             "statistics": self.fitted_on,
+            "not_compared": self.left,
             "error": "||o - o*|| / ||o*|| of a head against exact attention, mean over heads and batch rows",
         }
 
@@ -226,10 +230,11 @@ def comparing(
     chosen = None if configurations is None else checked_configurations(configurations)
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"compare: repeats must be an int of at least 1, got {repeats!r}")
-    calls = calls_of(model, batch)
-    others = calls if calibration is None else calls_of(model, calibration)
+    seen = recorded(model, batch)
+    calls = seen.calls
+    others = calls if calibration is None else recorded(model, calibration).calls
     fitted_on = "the measured tokens themselves: errors are flattered" if calibration is None else "another batch"
-    comparison = Comparison(type(model).__name__, fitted_on, len(calls))
+    comparison = Comparison(type(model).__name__, fitted_on, len(calls), left=seen.left)
     yield comparison
     for number, call in enumerate(calls):
         fit_on = others[number] if number < len(others) and others[number].path == call.path else call

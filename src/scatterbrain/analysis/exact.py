@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scatterbrain.analysis.captured import LayerCall
+from scatterbrain.analysis.layer_call import LayerCall
 
 ROWS = 256  # queries at a time, so that their weights need little memory
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def comparison_tables(comparison: Comparison) -> str:
     lines += aligned(rows)
     ran = {f"{name} in cross-attention: {f.ran}" for layer in layers for name, f in layer.figures.items() if f.ran}
     lines += [""] * bool(ran) + sorted(ran)
+    lines += left_out(comparison.left)
     notes = {f"{name}: {f.note}" for layer in layers for name, f in layer.figures.items() if f.note}
     return "\n".join([*lines, *([""] + [f"not measured: {note}" for note in sorted(notes)] if notes else [])])
 
@@ -49,7 +50,7 @@ def tuning_table(tuning: Tuning) -> str:
         rows.append(
             [label, "exact" if support.is_full else support_text(support), "" if support.is_full else str(low_rank)]
         )
-    lines += [*aligned(rows), ""]
+    lines += [*aligned(rows), *left_out(tuning.left), ""]
     rows = [["", "error", "on held-out batches", "attention, ms", "times faster"]]
     for name, step in (("exact", tuning.steps[0]), ("layer by layer", chosen), ("one pair for all", tuning.uniform)):
         if step is None:
@@ -64,6 +65,15 @@ def tuning_table(tuning: Tuning) -> str:
             f"the one pair: {', which is '.join(dict.fromkeys(pairs))}{' in cross-attention' * (len(set(pairs)) > 1)}"
         )
     return "\n".join(lines)
+
+
+def left_out(left: Mapping[str, str]) -> list[str]:
+    """What was not looked at, a line for every reason, behind an empty one; nothing where that is nothing."""
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in left.items():
+        by_reason.setdefault(reason, []).append(path or "the model")
+    lines = [f"not looked at: {', '.join(paths)}: {reason}" for reason, paths in by_reason.items()]
+    return ["", *lines] if lines else []
 
 
 def tokens_of(layer: LayerComparison) -> str:

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from scatterbrain import presets
-from scatterbrain.analysis.captured import Batch, LayerCall, calls_of, run, stand_in
+from scatterbrain.analysis.captured import Batch, recorded, run
 from scatterbrain.analysis.comparison import Pair, attention_of, medians, norms_of, pair_that_runs
 from scatterbrain.analysis.exact import Exact, by_torch, exact
+from scatterbrain.analysis.layer_call import LayerCall
+from scatterbrain.analysis.stand_in import stand_in
+from scatterbrain.analysis.trade import EXACT, Combination, best_of_every_step, by_head, front, hull
 from scatterbrain.checks import check_pair
 from scatterbrain.integrations.restrictions import NotReplaceable
 from scatterbrain.layer_settings import LayerSettings
 from scatterbrain.low_rank import Centroid, Quadratic
-from scatterbrain.supports import Full, Routed, Window
+from scatterbrain.supports import Routed, Window
 from scatterbrain.version import __version__
 
-EXACT: Pair = (Full(), None)
 FEW = 4  # batches that single layers are measured on
 SLACK = 1.5  # combinations are tried from this many times the bound on, as the layers' own errors predict it
 NEAR = 1.2  # times the bound on a few batches, and all batches are asked
 APART = 0.004  # of exact attention's time: a step of the time of combinations
-KEPT, UNSURE = 4, 1.2  # combinations of a step that are tried, and by how much predicted squared errors may be wrong
 KEYS, CLUSTERS = (48, 64, 96, 128, 192), (32, 64, 96, 128)
 
 
@@ -90,6 +91,7 @@ class Tuning:
         bound: in words.
         max_error: the bound on errors; None where it is on time.
         about: facts that are saved with the settings.
+        left: why modules that look like attention, or calls of them, are not tuned, by path.
     """
 
     model: str
@@ -100,6 +102,7 @@ class Tuning:
     bound: str
     max_error: float | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def settings(self) -> LayerSettings:
@@ -186,7 +189,8 @@ def tune(
         "bound": bound,
         "error": float(f"{chosen.error:.3g}"),
     }
-    return Tuning(type(model).__name__, chosen, steps, uniform, search.exact_seconds, bound, max_error, about)
+    name = type(model).__name__
+    return Tuning(name, chosen, steps, uniform, search.exact_seconds, bound, max_error, about, search.left)
 
 
 def checked_pairs(candidates: object) -> None:
@@ -218,7 +222,9 @@ class _Search:
         self.model, self.output, self.times, self.progress = model, output, times, progress
         self.batches, self.held_out = list(batches), list(held_out)
         progress("exact attention")
-        self.calls = [_by_path(calls_of(model, batch)) for batch in self.batches[:FEW]]
+        seen = [recorded(model, batch) for batch in self.batches[:FEW]]
+        self.left = seen[0].left
+        self.calls = [_by_path(of_batch.calls) for of_batch in seen]
         self.fit_on = self.calls[0]
         self.layers = list(self.fit_on)
         self.exact = {id(batch): self._run({}, batch) for batch in (*self.batches, *self.held_out)}
@@ -264,7 +270,7 @@ class _Search:
         measure(by_head(seconds, squares))
         self.seconds[path] = {pair: seconds[pair] for pair in squares}
         self.attention_error[path] = {pair: float(of_heads.sum()) ** 0.5 for pair, of_heads in squares.items()}
-        self.fronts[path] = _hull(self.seconds[path], self.attention_error[path])
+        self.fronts[path] = hull(self.seconds[path], self.attention_error[path])
 
     def _run(self, pairs: Mapping[str, Pair], batch: Batch) -> Tensor:
         with assigned(self.model, pairs, self.fit_on):
@@ -308,15 +314,15 @@ class _Search:
         """Pairs of all layers and their predicted squared error, from the fastest on: of every step of time some of the
         best, since predictions err, as far as nothing faster is predicted to err less by more than they do."""
         squares = self._squares()
-        kept: list[_Combination] = [(0.0, 0.0, ())]
+        kept: list[Combination] = [(0.0, 0.0, ())]
         for path in self.layers:
             grown = [
                 (seconds + self.seconds[path][pair], square + own, (*pairs, pair))
                 for seconds, square, pairs in kept
                 for pair, own in squares[path].items()
             ]
-            kept = _best_of_every_step(grown, APART * self.exact_seconds / len(self.layers))
-        kept = _best_of_every_step(kept, APART * self.exact_seconds)
+            kept = best_of_every_step(grown, APART * self.exact_seconds / len(self.layers))
+        kept = best_of_every_step(kept, APART * self.exact_seconds)
         return [(dict(zip(self.layers, pairs)), square) for _, square, pairs in kept]
 
     def _squares(self) -> dict[str, dict[Pair, float]]:
@@ -357,7 +363,7 @@ class _Search:
         errors = {
             pair: sum(self.attention_error[path][run] ** 2 for path, run in runs) for pair, runs in places.items()
         }
-        for pair in reversed(_front(seconds, errors)):
+        for pair in reversed(front(seconds, errors)):
             self.progress(f"one pair for all layers: {pair[0]}, {pair[1]}")
             step = self._step(dict(places[pair]))
             if step.error <= max_error:
@@ -374,88 +380,6 @@ def _squares(call: LayerCall, out: Tensor, target: Exact) -> Tensor:
     """Squared errors of the heads (Hq,), as shares of the squared norm of all of exact attention's output."""
     lost, whole = (t.double().square().sum(0) for t in norms_of(call, out, target, call.valid_queries()))
     return (lost / whole.sum().clamp(min=1e-300)).cpu()
-
-
-def by_head(seconds: Mapping[Pair, float], squares: Mapping[Pair, Tensor]) -> list[Pair]:
-    """Pairs whose heads have their own numbers of keys, made of those that differ in nothing else: of every head the
-    number that costs least, where time, shared out evenly over the heads, has a price in squared error. Prices are
-    those at which one number for all heads changes to the next, and between these. Of all pairs those on the lower
-    convex hull of the squared error and the time that are expected.
-
-    Args:
-        seconds: measured, by pair.
-        squares: squared errors by head, (Hq,), by pair.
-    """
-    families: dict[tuple, list[Pair]] = {}
-    for support, low_rank in squares:
-        if support.takes_keys_by_head and isinstance(support.keys, int):
-            others = *(getattr(support, f.name) for f in fields(support) if f.name != "keys"), low_rank
-            families.setdefault(others, []).append((support, low_rank))
-    expected_seconds, expected_errors = (
-        dict(seconds),
-        {p: float(of_heads.sum()) ** 0.5 for p, of_heads in squares.items()},
-    )
-    for members in families.values():
-        members.sort(key=lambda pair: pair[0].keys)
-        times = torch.tensor([seconds[pair] for pair in members], dtype=torch.float64)
-        lost = torch.stack([squares[pair] for pair in members])  # (members, heads)
-        for price in _prices(times, lost.sum(1)):
-            choice = (times[:, None] / lost.shape[1] + price * lost).argmin(0)
-            pair = replace(members[0][0], keys=tuple(members[i][0].keys for i in choice.tolist())), members[0][1]
-            if len(set(pair[0].keys)) > 1:
-                expected_seconds[pair] = float(times[choice].mean())
-                expected_errors[pair] = float(lost.gather(0, choice[None]).sum()) ** 0.5
-    return [pair for pair in _hull(expected_seconds, expected_errors) if pair not in squares]
-
-
-def _prices(times: Tensor, squares: Tensor) -> list[float]:
-    """Of squared error in time, ascending."""
-    steps = zip(times.diff().tolist(), squares.diff().neg().tolist())
-    rates = sorted(more / less for more, less in steps if more > 0 and less > 0)
-    return [*rates, *((a * b) ** 0.5 for a, b in zip(rates, rates[1:]))]
-
-
-_Combination = tuple[float, float, tuple[Pair, ...]]  # seconds, squared error, pairs
-
-
-def _best_of_every_step(combinations: list[_Combination], width: float) -> list[_Combination]:
-    """The few that err least of each step of time, none much more than a faster one, from the fastest on."""
-    found: list[_Combination] = []
-    least, step, count = float("inf"), -1, 0
-    for combination in sorted(combinations, key=lambda c: (int(c[0] / width), c[1], c[0])):
-        if int(combination[0] / width) != step:
-            step, count = int(combination[0] / width), 0
-        if count < KEPT and combination[1] < UNSURE * least:
-            found.append(combination)
-            least, count = min(least, combination[1]), count + 1
-    return found
-
-
-def _front(seconds: Mapping[Pair, float], errors: Mapping[Pair, float]) -> list[Pair]:
-    """The pairs of which no other is faster and errs less, from exact attention and the slowest on."""
-    kept: list[Pair] = []
-    least = float("inf")
-    for pair in sorted(errors, key=lambda pair: (seconds[pair], errors[pair])):
-        if errors[pair] < least:
-            kept.append(pair)
-            least = errors[pair]
-    return [EXACT, *(pair for pair in reversed(kept) if pair != EXACT)]
-
-
-def _hull(seconds: Mapping[Pair, float], errors: Mapping[Pair, float]) -> list[Pair]:
-    """Of the front those on the lower convex hull of squared error over time."""
-    hull: list[Pair] = []
-
-    def rate(a: Pair, b: Pair) -> float:
-        return (seconds[a] - seconds[b]) / max(errors[b] ** 2 - errors[a] ** 2, 1e-30)
-
-    for pair in _front(seconds, errors):
-        if hull and seconds[pair] >= seconds[hull[-1]]:
-            continue
-        while len(hull) > 1 and rate(hull[-2], hull[-1]) <= rate(hull[-1], pair):
-            hull.pop()
-        hull.append(pair)
-    return hull
 
 
 def _by_path(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:

@@ -40,7 +40,7 @@ def compare(arguments: Sequence[str]) -> int:
     """
     options = _parser().parse_args(list(arguments))
     with readable_errors():
-        from scatterbrain.analysis.captured import capture
+        from scatterbrain.analysis.captured_file import capture
         from scatterbrain.analysis.comparison import checked_configurations, comparing
 
         chosen = None if options.configurations is None else checked_configurations(options.configurations)

@@ -110,7 +110,7 @@ def replace_attention(
     _check_where(where)
     check_count("replace_attention: exact_below", exact_below)
     prepare_replacers(model)
-    modules = list(_attention_modules(model))
+    modules = list(attention_modules(model))
     left_out = {path for path, _ in modules if where is not None and not where(path)}
     report = Report(_settings(pairs) if layers is None else f"layer by layer, {len(layers)} of them")
     cross_attention = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
@@ -249,7 +249,7 @@ def _stop_nested_tensors(model: nn.Module, report: Report) -> None:
 # -------------------- recognition
 
 
-def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of what a replacer takes or what is attention by class or name, under every path that a module
     has; of nested ones only the innermost."""
     found = [

@@ -1,0 +1,95 @@
+"""What the self-attention layers of a model compute with, as a file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scatterbrain.analysis.captured import Batch, calls_of
+from scatterbrain.analysis.layer_call import LayerCall
+
+
+def capture(
+    model: nn.Module,
+    batch: Batch,
+    file: str | os.PathLike[str],
+    calibration: Batch | None = None,
+    name: str = "model",
+) -> list[str]:
+    """Runs ``model`` once and writes what its self-attention layers compute with to a safetensors file, for
+    ``benchmarks/quality.py``, ``scatterbrain bench --inputs`` and ``scatterbrain analyze --inputs``.
+
+    A layer of a batch row is the float32 tensors ``<name>.N<tokens>.layer<l>.q``, ``.k`` and ``.v``, each (heads,
+    tokens, head_dim): valid tokens alone, in the model's own order, key/value heads repeated for their query heads, and
+    queries scaled such that attention is softmax(q k^T / sqrt(head_dim)) v. Layers count from 0 in the order of their
+    calls. Rows of a batch after the first are named ``<name>_<row>``, causal models ``lm_<name>``; rows without tokens
+    are left out. Beside them stand ``<name>.cal.layer<l>.q`` and ``.k``, of all rows of the calibration batch, or,
+    without one, of the same tokens.
+
+    Args:
+        model, batch: as :func:`scatterbrain.compare`.
+        file: where to write; folders are made.
+        calibration: another batch, to fit statistics on; without one they are fitted on the tokens that are measured,
+            which flatters them.
+        name: of the model in the file, letters, digits and underscores.
+
+    Returns:
+        The names of the layers: what stands before ``.q``, ``.k`` and ``.v``.
+
+    Raises:
+        ValueError: a name of other characters; a folder for a file; no attention that is known; no self-attention among
+            it.
+        ModuleNotFoundError: safetensors is not installed.
+    """
+    from safetensors.torch import save_file
+
+    if not re.fullmatch(r"\w+", name):
+        raise ValueError(f"capture: name must be letters, digits and underscores, got {name!r}")
+    file = Path(file)
+    if file.is_dir():
+        raise ValueError(f"capture: file: expected a file to write, got {file}, which is a folder")
+    calls = [call for call in calls_of(model, batch, "natural") if _is_self_attention(call)]
+    if not calls:
+        raise ValueError(
+            "capture: expected self-attention layers, whose queries and keys are the same tokens, got none"
+        )
+    others = calls
+    if calibration is not None:
+        others = [call for call in calls_of(model, calibration, "natural") if _is_self_attention(call)]
+    tensors: dict[str, Tensor] = {}
+    entries = []
+    for layer, call in enumerate(calls):
+        prefix = f"lm_{name}" if call.is_causal else name
+        fitted = dict(zip("qk", (torch.cat(t, 1) for t in zip(*_rows(others[min(layer, len(others) - 1)])))))
+        for row, parts in enumerate(_rows(call)):
+            if parts[0].shape[1] == 0:  # a row without tokens
+                continue
+            of_row = prefix if row == 0 else f"{prefix}_{row}"
+            entries.append(f"{of_row}.N{parts[0].shape[1]}.layer{layer}")
+            tensors |= {f"{entries[-1]}.{part}": t for part, t in zip("qkv", parts)}
+            tensors |= {f"{of_row}.cal.layer{layer}.{part}": t.clone() for part, t in fitted.items()}
+    if not entries:
+        raise ValueError("capture: expected a batch with tokens that are not padding, got none")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: t.contiguous() for key, t in tensors.items()}, file)
+    return entries
+
+
+def _is_self_attention(call: LayerCall) -> bool:
+    same_count = call.query.shape[2] == call.key.shape[2]
+    is_whole = isinstance(call.query_offset, int) and call.query_offset == 0
+    return same_count and is_whole and not call.is_query_by_query
+
+
+def _rows(call: LayerCall) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """By batch row, float32 (heads, tokens, width), of tokens that count."""
+    group = call.query.shape[1] // call.key.shape[1]
+    factor = call.scale * call.query.shape[3] ** 0.5
+    for row, valid in enumerate(call.valid_queries()):
+        q, k, v = (t[row, :, valid].float().cpu() for t in (call.query, call.key, call.value))
+        yield q * factor, k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)

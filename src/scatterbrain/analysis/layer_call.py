@@ -1,0 +1,67 @@
+"""One call of the attention of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scatterbrain import functional
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of the attention of one layer.
+
+    Args:
+        path: of the layer in the model.
+        query: (B, Hq, N, d). key, value: (B, Hkv, M, d), (B, Hkv, M, dv). Detached, in the model's dtype.
+        key_padding_mask, query_padding_mask: bool (B, M), (B, N), True = ignore; None: every token counts.
+        is_causal: whether query i sees keys <= i + ``query_offset`` only.
+        scale: factor of q.k.
+        query_offset: position of the first query among the keys.
+        exact_queries: of these first queries the layer computes exact attention whatever its support is.
+        is_query_by_query: whether the layer is the cross-attention of a decoder, of which
+            :func:`scatterbrain.replace_attention` decides that every query has a list of its own.
+    """
+
+    path: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_padding_mask: Tensor | None
+    query_padding_mask: Tensor | None
+    is_causal: bool
+    scale: float
+    query_offset: int | Tensor
+    exact_queries: int = 0
+    is_query_by_query: bool = False
+
+    def masks(self) -> dict[str, Any]:
+        """The arguments of :func:`scatterbrain.attention` beside tokens, support and kernel."""
+        return dict(
+            key_padding_mask=self.key_padding_mask,
+            query_padding_mask=self.query_padding_mask,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            query_offset=self.query_offset,
+        )
+
+    def valid_queries(self) -> Tensor:
+        """bool (B, N), True where a query counts."""
+        mask = self.query_padding_mask
+        if mask is None and self.key_padding_mask is not None and self.query.shape[2] == self.key.shape[2]:
+            mask = self.key_padding_mask
+        batch, _, queries, _ = self.query.shape
+        return torch.ones(batch, queries, dtype=torch.bool, device=self.query.device) if mask is None else ~mask
+
+    def first_queries(self, count: int) -> LayerCall:
+        """The call of its first queries alone."""
+        valid = self.valid_queries()[:, :count]
+        return replace(self, query=self.query[:, :, :count], query_padding_mask=~valid)
+
+    def attention(self, support: object, low_rank: object, **arguments: Any) -> Any:
+        """:func:`scatterbrain.attention` of these tokens."""
+        return functional.attention(self.query, self.key, self.value, support, low_rank, **self.masks(), **arguments)
