@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from scatterbrain.training.config import DataConfig
+
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
 def read_corpus(config: DataConfig) -> tuple[Tensor, Tensor]:
@@ -34,19 +37,56 @@ def read_corpus(config: DataConfig) -> tuple[Tensor, Tensor]:
 
 
 def find_files(config: DataConfig) -> list[Path]:
-    """The files of the corpus in the order of a hash of their path below the folder."""
+    """The files of the corpus in the order of a hash of their path below the folder.
+
+    Raises:
+        ValueError: if the path does not exist, the glob is no pattern below it, or nothing there matches.
+    """
     root = corpus_root(config)
     if root.is_file():
         return [root]
-    excluded = set(config.exclude)
-    names = (path.relative_to(root) for path in root.rglob(config.glob) if path.is_file())
-    names = [name for name in names if not excluded.intersection(name.parts[:-1])]
+    return kept_files(root, files_below(root, config.glob), config)
+
+
+def kept_files(root: Path, names: list[Path], config: DataConfig) -> list[Path]:
+    """Of the files that match those outside ``data.exclude``, in the order of :func:`find_files`.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    names = outside_excluded(names, config.exclude)
     if not names:
         raise ValueError(
             f"data.path: no file under {root} matches data.glob {config.glob!r} outside data.exclude "
             f"{list(config.exclude)}; name the files with data.glob, such as '*.txt'"
         )
-    return [root / name for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())]
+    return [root / name for name in sorted(names, key=lambda name: hash_of_name(name.as_posix()))]
+
+
+def files_below(root: Path, glob: str) -> list[Path]:
+    """Paths below a folder of the files that match, those in excluded folders too.
+
+    Raises:
+        ValueError: the glob is no pattern below a folder.
+    """
+    try:
+        return [path.relative_to(root) for path in root.rglob(glob) if path.is_file()]
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"data.glob: expected a pattern of file names below data.path, such as '*.txt', got {glob!r}: {error}"
+        ) from error
+
+
+def outside_excluded(names: Iterable[AnyPath], exclude: Iterable[str]) -> list[AnyPath]:
+    """The paths that no excluded folder is part of."""
+    excluded = set(exclude)
+    return [name for name in names if not excluded.intersection(name.parts[:-1])]
+
+
+def hash_of_name(name: str) -> bytes:
+    """Of a path with "/" between its parts. File names need not be text: Python reads bytes that are none as code
+    points that UTF-8 does not have, which count as they are."""
+    return hashlib.sha256(name.encode(errors="surrogatepass")).digest()
 
 
 def corpus_root(config: DataConfig) -> Path:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from scatterbrain.training.config import DataConfig
+from scatterbrain.training.config import DataConfig, TrainConfig
+from scatterbrain.training.data import find_files
 from scatterbrain.training.tasks.documents import Document, label_documents, read_documents, split_documents
+from scatterbrain.training.tasks.text_classification import TextClassification
 
 FILES = {
     "neg/a.txt": "bad",
@@ -141,11 +145,68 @@ def test_a_broken_archive_is_refused_by_name(tmp_path):
         read_documents(DataConfig(path=str(path), glob="*.txt"))
 
 
-def test_a_default_that_would_lose_the_folder_test_is_refused(tmp_path):
-    for part in ("train", "test"):
-        (tmp_path / part / "a").mkdir(parents=True)
-        (tmp_path / part / "a" / "1.txt").write_text(part)
-    config = DataConfig(path=str(tmp_path), glob="*.txt")
+@pytest.mark.parametrize("around", ["", "reviews/", "archive/reviews/"])
+@pytest.mark.parametrize("write", [write_folder, write_archive], ids=["folder", "archive"])
+def test_a_default_that_would_lose_the_folder_test_is_refused(tmp_path, write, around):
+    files = {f"{around}{part}/{name}/1.txt": f"{part} {name}" for part in ("train", "test") for name in ("pos", "neg")}
+    config = DataConfig(path=write(tmp_path / "texts", files), glob="*.txt")
     with pytest.raises(ValueError, match=r"data.exclude: expected to keep both train and test of .* set data.exclude"):
         read_documents(config)
-    assert len(read_documents(dataclasses.replace(config, exclude=()))) == 2
+    assert len(read_documents(dataclasses.replace(config, exclude=()))) == 4
+    assert len(read_documents(dataclasses.replace(config, exclude=("train",)))) == 2
+    tests_of_source = {name.replace("train/", "code/"): text for name, text in files.items()}
+    config = dataclasses.replace(config, path=write(tmp_path / "source", tests_of_source))
+    assert len(read_documents(config)) == 2
+
+
+def test_an_archive_of_the_current_folder_is_read_like_any_other(tmp_path):
+    plain = write_archive(tmp_path / "plain", FILES)
+    dotted = write_archive(tmp_path / "dotted", {f"./{name}": text for name, text in FILES.items()})
+    found = [read_documents(DataConfig(path=path, glob="*.txt")) for path in (plain, dotted)]
+    assert found[0] == found[1] and len(found[0]) == 10
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), EOFError("x"), zlib.error("x")], ids=lambda error: type(error).__name__
+)
+def test_whatever_an_archive_cannot_be_read_for_is_said(tmp_path, monkeypatch, error):
+    path = write_archive(tmp_path / "texts", FILES)
+
+    def read(*_) -> bytes:
+        raise error
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", read)
+    with pytest.raises(ValueError, match="data.path: expected a .zip archive .*cannot be read"):
+        read_documents(DataConfig(path=path, glob="*.txt"))
+
+
+def test_a_file_name_that_is_no_text_ends_nothing(tmp_path):
+    write_folder(tmp_path / "texts", FILES)
+    config = DataConfig(path=str(tmp_path / "texts"), glob="*.txt")
+    before = [document.name for document in read_documents(config)]
+    odd = os.fsdecode(b"pos/na\xefve.txt")
+    try:
+        (tmp_path / "texts" / odd).write_text("naive")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    found = [document.name for document in read_documents(config)]
+    assert odd in found and [name for name in found if name != odd] == before
+    assert odd in {str(path.relative_to(tmp_path / "texts")) for path in find_files(config)}
+
+
+def test_a_class_whose_name_is_no_text_can_be_shown(tmp_path):
+    folder = tmp_path / "texts"
+    write_folder(folder, FILES)
+    try:
+        (folder / "neg").rename(folder / os.fsdecode(b"n\xefg"))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    data = DataConfig(path=str(folder), glob="*.txt", exclude=("skipped",), validation_fraction=0.4)
+    opened = TextClassification(tokens=8).open(data, TrainConfig(batch=2))
+    assert opened.description.encode().endswith(b"3 classes: neutral, n?g, pos")
+
+
+def test_a_glob_that_is_no_pattern_below_the_folder_is_refused_by_its_key(tmp_path):
+    path = write_folder(tmp_path / "texts", FILES)
+    with pytest.raises(ValueError, match="data.glob: expected a pattern of file names below data.path.*got "):
+        read_documents(DataConfig(path=path, glob="/*.txt"))

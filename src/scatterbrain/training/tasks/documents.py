@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
-from pathlib import Path, PurePosixPath
+import zlib
+from collections.abc import Iterable
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 from scatterbrain.training.config import DataConfig
-from scatterbrain.training.data import corpus_root, find_files
+from scatterbrain.training.data import corpus_root, files_below, hash_of_name, kept_files, outside_excluded
 
 TRAINING_FOLDER = "train"
 VALIDATION_FOLDERS = ("test", "valid", "validation", "val", "dev")
@@ -47,32 +48,53 @@ def read_documents(config: DataConfig) -> list[Document]:
     a hash of the names.
 
     Raises:
-        ValueError: if the path does not exist or is no readable archive, or nothing there matches the glob.
+        ValueError: if the path does not exist or is no readable archive, or nothing there matches the glob, or
+            ``data.exclude`` leaves out the part for validation.
     """
     root = corpus_root(config)
-    _check_no_part_is_excluded(root, config)
-    if root.is_file() and zipfile.is_zipfile(root):
+    if root.is_dir():
+        names = files_below(root, config.glob)
+        _check_no_part_is_excluded(root, config, names)
+        found = [
+            Document(path.relative_to(root).as_posix(), path.read_bytes()) for path in kept_files(root, names, config)
+        ]
+    elif zipfile.is_zipfile(root):
         found = _read_archive(root, config)
     else:
-        below = root.parent if root.is_file() else root
-        found = [Document(path.relative_to(below).as_posix(), path.read_bytes()) for path in find_files(config)]
+        found = [Document(root.name, root.read_bytes())]
     first: dict[bytes, Document] = {}
     for document in sorted(found):
         if document.text.strip():
             first.setdefault(document.text, document)
     if not first:
         raise ValueError(f"data.path: expected texts in {root}, and all files that match {config.glob!r} are empty")
-    return sorted(first.values(), key=lambda document: _hash(document.name))
+    return sorted(first.values(), key=lambda document: hash_of_name(document.name))
 
 
-def _check_no_part_is_excluded(root: Path, config: DataConfig) -> None:
-    """The tests of program text are left out by default. In a folder with train and test they are half of the data."""
-    lost = [name for name in VALIDATION_FOLDERS if name in config.exclude and (root / name).is_dir()]
-    if lost and (root / TRAINING_FOLDER).is_dir() and TRAINING_FOLDER not in config.exclude:
-        raise ValueError(
-            f"data.exclude: expected to keep both train and {lost[0]} of {root}, got {list(config.exclude)}, which "
-            f"leaves {lost[0]} out; set data.exclude, for instance to []"
-        )
+def _check_no_part_is_excluded(root: Path, config: DataConfig, names: Iterable[PurePath]) -> None:
+    """The tests of program text are left out by default. Beside a folder train they are half of the data, be these two
+    what ``data.path`` names, or further down in it.
+
+    Args:
+        root: what is read.
+        config: what is left out there.
+        names: of all files that match.
+    """
+    if TRAINING_FOLDER in config.exclude:
+        return
+    excluded = [name for name in VALIDATION_FOLDERS if name in config.exclude]
+    others = set(config.exclude).difference(excluded)
+    below = [name.parts for name in outside_excluded(names, others)]
+    common = _common_folders(below)
+    tops = {parts[common] for parts in below if len(parts) > common + 1}
+    beside = {path.name for path in root.iterdir() if path.is_dir()} if root.is_dir() else set()
+    for found in (tops, beside):
+        lost = [name for name in excluded if name in found]
+        if lost and TRAINING_FOLDER in found:
+            raise ValueError(
+                f"data.exclude: expected to keep both train and {lost[0]} of {root}, got {list(config.exclude)}, which "
+                f"leaves {lost[0]} out; set data.exclude, for instance to []"
+            )
 
 
 def split_documents(documents: list[Document], validation_fraction: float) -> tuple[list[Document], list[Document]]:
@@ -88,7 +110,7 @@ def split_documents(documents: list[Document], validation_fraction: float) -> tu
             f"data.path: expected at least 2 different documents, one of them for validation, got {len(documents)}; "
             "name a folder with more text files"
         )
-    ordered = sorted(documents, key=lambda document: _hash(document.name))
+    ordered = sorted(documents, key=lambda document: hash_of_name(document.name))
     kept = min(max(round(len(ordered) * validation_fraction), 1), len(ordered) - 1)
     return ordered[:-kept], ordered[-kept:]
 
@@ -131,13 +153,15 @@ def label_documents(documents: list[Document], validation_fraction: float, large
 
 
 def _read_archive(path: Path, config: DataConfig) -> list[Document]:
-    excluded = set(config.exclude)
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [PurePosixPath(info.filename) for info in archive.infolist() if not info.is_dir()]
-            names = [name for name in names if name.match(config.glob) and not excluded.intersection(name.parts[:-1])]
-            found = [Document(name.as_posix(), archive.read(name.as_posix())) for name in names]
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+            # By entry: a path has no "./" at its beginning, an entry may.
+            entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist() if not entry.is_dir()}
+            names = [name for name in entries if name.match(config.glob)]
+            _check_no_part_is_excluded(path, config, names)
+            kept = outside_excluded(names, config.exclude)
+            found = [Document(name.as_posix(), archive.read(entries[name])) for name in kept]
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, KeyError, zlib.error) as error:
         raise ValueError(
             f"data.path: expected a .zip archive without a password, got {path}, which cannot be read: {error}; "
             "unpack it and name the folder"
@@ -150,10 +174,16 @@ def _read_archive(path: Path, config: DataConfig) -> list[Document]:
 def _below_common_folders(documents: list[Document]) -> list[tuple[tuple[str, ...], Document]]:
     """Each document with the parts of its name, without the folders that all of them are in."""
     names = [tuple(document.name.split("/")) for document in documents]
-    common = 0
-    while all(len(parts) > common + 1 for parts in names) and len({parts[common] for parts in names}) == 1:
-        common += 1
+    common = _common_folders(names)
     return [(parts[common:], document) for parts, document in zip(names, documents, strict=True)]
+
+
+def _common_folders(names: list[tuple[str, ...]]) -> int:
+    """How many folders all files are in, from the parts of their names."""
+    common = 0
+    while names and all(len(parts) > common + 1 for parts in names) and len({parts[common] for parts in names}) == 1:
+        common += 1
+    return common
 
 
 def _by_first_folder(below: list[tuple[tuple[str, ...], Document]]) -> dict[str, list[Document]]:
@@ -180,7 +210,3 @@ def _largest(
             "check data.path, data.glob and data.exclude"
         )
     return tuple(sorted(sorted(size, key=lambda name: (-size[name], name))[:largest]))
-
-
-def _hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()

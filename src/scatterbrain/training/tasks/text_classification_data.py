@@ -42,7 +42,7 @@ class LabelledPassages:
         passage_count = sum(map(len, self.validation))
         self.description = (
             f"{count:,} texts to train on, {passage_count:,} passages of {tokens:,} bytes to validate on; "
-            f"{self.classes} classes: {', '.join(texts.classes)}"
+            f"{self.classes} classes: {', '.join(map(_shown, texts.classes))}"
         )
 
     def training_batch(self, number: int, fraction: float = 0.0) -> Batch:
@@ -82,6 +82,11 @@ class LabelledPassages:
     def _batch(self, passages: list[Tensor], classes: Tensor) -> Batch:
         inputs, mask = pad(passages, self.tokens)
         return Batch(inputs, classes, mask)
+
+
+def _shown(name: str) -> str:
+    """The name of a folder, which need not be text, as text."""
+    return name.encode(errors="replace").decode()
 
 
 def as_tensor(text: bytes) -> Tensor:
