@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,26 @@ def number():
 
 def of_argument(width):
     return encoder()
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.encoder = nn.Embedding(20, 32), encoder()
+
+    def forward(self, words):
+        return self.encoder(self.table(words))
+
+def with_text():
+    return encoder(), "text"
+
+def with_other_names():
+    return encoder(), {"source": torch.randn(1, 90, 32)}
+
+def with_other_widths():
+    return encoder(), (torch.randn(1, 90, 31),)
+
+def with_unknown_words():
+    return Words(), torch.arange(3, 25)[None]
 
 def without_batches():
     return encoder(), []
@@ -233,6 +254,35 @@ def test_what_is_no_model_or_no_input_says_what_was_expected(
         assert main(["compare", *arguments]) == 1, arguments
         errors = capsys.readouterr().err
         assert all(word in errors for word in words) and "Traceback" not in errors, errors
+
+
+@pytest.mark.parametrize("command", [["compare", *FEW], ["tune", "--max-error", "1"]], ids=["compare", "tune"])
+def test_what_the_model_does_not_take_is_named(
+    module: Path, tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    name, *options = command
+    file = tmp_path / "batch.safetensors"
+    save_file({"source": torch.randn(2, 90, 32)}, file)
+    cases = (
+        ([f"{module}:with_text"], "expected a batch that is a tensor, .* got str"),
+        ([f"{module}:with_other_names"], r"failed on its inputs, source=float32 \(1, 90, 32\): TypeError: .*'source'"),
+        ([f"{module}:encoder", "--inputs", str(file)], r"source=float32 \(1, 90, 32\): TypeError: .*'source'"),
+        ([f"{module}:with_other_widths"], r"inputs, \(float32 \(1, 90, 31\)\): "),
+        ([f"{module}:with_unknown_words"], r"inputs, int64 \(1, 22\) of 3 to 24: IndexError"),
+    )
+    for arguments, words in cases:
+        if name == "tune" and "--inputs" not in arguments and "with_text" not in arguments[0]:
+            continue  # two batches are needed
+        assert main([name, *arguments, *options]) == 1
+        assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_timm_model_that_has_no_size_of_images_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("timm")
+    (tmp_path / "weights.pth").write_bytes(b"")
+    options = ["--checkpoint", str(tmp_path / "weights.pth"), "--size", "64"]
+    assert main(["compare", "resnet18", *options]) == 1
+    assert "--size: expected a model that is made for a size of images, got resnet18" in capsys.readouterr().err
 
 
 def test_ctrl_c_shows_the_layers_so_far(module: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

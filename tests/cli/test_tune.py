@@ -32,6 +32,10 @@ def of_classes():
     model = Returning(lambda out: out[:, 0])
     return model, model.batches
 
+def of_sums():
+    model = Returning(lambda out: out.sum())
+    return model, model.batches
+
 def of_names():
     model = Returning(lambda out: {"features": out})
     return model, model.batches
@@ -81,6 +85,7 @@ def test_what_cannot_be_judged_or_written_is_refused_by_name(
             ("--of", "mean"),
             "--of mean: expected a model whose output is (rows, tokens, ...), got shape (1, 32)",
         ),
+        ("of_sums", (), "expected a model that returns a tensor (rows, ...), got a single number"),
         ("of_names", (), "expected a model that returns a tensor, last_hidden_state or logits, got dict"),
         ("with_batches", ("--yaml", str(tmp_path)), "--yaml: expected a file to write"),
         ("with_batches", ("--threads", "0"), "--threads must be at least 1, got 0"),
@@ -88,6 +93,15 @@ def test_what_cannot_be_judged_or_written_is_refused_by_name(
         times = ("--times", str(tmp_path / "times.json"))
         assert main(["tune", f"{file}:{function}", "--max-error", "1", *arguments, *times]) == 1
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"a": "b"}', "3"])
+def test_a_file_that_holds_no_times_is_named(
+    model: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "times.json").write_text(content)
+    assert main(["tune", model, "--max-error", "1", "--times", str(tmp_path / "times.json")]) == 1
+    assert "is not a file of times: expected seconds by name, got" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_the_times(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,12 @@ class Source:
             self._takes_only(f"{self.model}, which brings its own inputs,")
             if not batches:
                 raise ValueError(f"{self.model}: expected a batch or a list of batches, got an empty list")
+            for batch in batches:
+                if not (isinstance(batch, (Tensor, Mapping, tuple, list)) or callable(batch)):
+                    raise ValueError(
+                        f"{self.model}: expected a batch that is a tensor, a mapping of arguments, a tuple or list of "
+                        f"them, or a function of the model, got {type(batch).__name__}"
+                    )
             return Loaded(model, batches, f"inputs of {self.model}")
         if self.inputs is None or self.inputs.suffix == ".safetensors":
             return self._with_own_arguments(model, f"{self.model} returns a model without a batch")
@@ -167,7 +173,15 @@ class Source:
             raise ValueError(f"{self.model}: expected one of\n{WAYS}")
         self._takes_only(f"{self.model}, a model of images,", "rows", "size", "checkpoint", "seed")
         size = {} if self.size is None else {"img_size": self.size}
-        model = timm.create_model(self.model, pretrained=self.checkpoint is None, **size)
+        try:
+            model = timm.create_model(self.model, pretrained=self.checkpoint is None, **size)
+        except TypeError as error:
+            if "img_size" not in size:
+                raise
+            raise ValueError(
+                f"--size: expected a model that is made for a size of images, got {self.model}, which is not; leave it "
+                "out"
+            ) from error
         if self.checkpoint is not None:
             from timm.models import load_checkpoint
 

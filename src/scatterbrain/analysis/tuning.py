@@ -26,6 +26,7 @@ from scatterbrain.checks import check_pair
 from scatterbrain.integrations.restrictions import NotReplaceable
 from scatterbrain.layer_settings import LayerSettings
 from scatterbrain.low_rank import Centroid, Quadratic
+from scatterbrain.registry import shown
 from scatterbrain.supports import Routed, Window
 from scatterbrain.version import __version__
 
@@ -276,7 +277,8 @@ class _Search:
         with assigned(self.model, pairs, self.fit_on):
             out = self.output(run(self.model, batch))
         if not isinstance(out, Tensor) or out.dim() == 0:
-            raise TypeError(f"tune: output must return a tensor (rows, ...), got {type(out).__name__}")
+            got = "a single number, such as a loss" if isinstance(out, Tensor) else type(out).__name__
+            raise TypeError(f"tune: output must return a tensor (rows, ...), got {got}; give output=, which takes one")
         return out.double()
 
     def _error(self, pairs: Mapping[str, Pair], batches: Sequence[Batch]) -> float:
@@ -440,6 +442,11 @@ class _Times:
                 self.known = json.loads(self.path.read_text())
             except ValueError as error:
                 raise ValueError(f"tune: times: {self.path} is not a file of times: {error}; remove it") from None
+            if not isinstance(self.known, dict) or not all(isinstance(s, (int, float)) for s in self.known.values()):
+                raise ValueError(
+                    f"tune: times: {self.path} is not a file of times: expected seconds by name, got "
+                    f"{shown(self.known)}; remove it"
+                )
 
     def of(self, call: LayerCall, timed: Mapping[Pair, Callable[[], object]], repeats: int = 5) -> dict[Pair, float]:
         """Of every pair on tensors of this shape; what the file lacks is measured and added."""

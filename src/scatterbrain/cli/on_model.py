@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scatterbrain.cli.command import CommandError
+from scatterbrain.cli.command import CommandError, one_line
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from scatterbrain.analysis.captured import Batch
     from scatterbrain.analysis.models import Loaded
 
 
@@ -56,5 +60,38 @@ def load(options: argparse.Namespace, batches: int) -> Loaded:
     source = Source(options.model, *named, batches, options.seed)
     torch.set_num_threads(options.threads)
     loaded = source.load()
+    loaded.batches = [_readable(batch) for batch in loaded.batches]
     print(loaded.about, flush=True)
     return loaded
+
+
+def _readable(batch: Batch) -> Batch:
+    """A batch with which the model's own errors end the command: they are mostly of the inputs."""
+    from scatterbrain.analysis.captured import run
+
+    def run_model(model: nn.Module) -> object:
+        try:
+            return run(model, batch)
+        except (TypeError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+            said = f"{type(error).__name__}: {one_line(error)}"
+            raise CommandError(
+                f"{type(model).__name__} failed on its inputs, {described(batch)}: {said}; expected names, shapes "
+                "and values that the model takes"
+            ) from error
+
+    return run_model
+
+
+def described(batch: Batch) -> str:
+    """Names, types and shapes of what a batch holds; of integers, which may be ids, the range too."""
+    from torch import Tensor
+
+    if isinstance(batch, Tensor):
+        kind = f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+        counts = batch.numel() and not batch.is_floating_point() and not batch.is_complex()
+        return f"{kind} of {batch.min()} to {batch.max()}" if counts else kind
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{name}={described(value)}" for name, value in batch.items())
+    if isinstance(batch, (tuple, list)):
+        return f"({', '.join(map(described, batch))})"
+    return "a function that runs it" if callable(batch) else repr(batch)

@@ -91,6 +91,11 @@ def _output(of: str) -> Callable[[Any], Tensor]:
                 f"expected a model that returns a tensor, last_hidden_state or logits, got {type(returned).__name__}; "
                 "let module:function return one that does, or call sb.tune with output="
             ) from error
+        if out.dim() == 0:
+            raise CommandError(
+                "expected a model that returns a tensor (rows, ...), got a single number, such as a loss; let "
+                "module:function return a model that does"
+            )
         if of == "output":
             return out
         if out.dim() < 3:
