@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from scatterbrain.analysis.models import Source
-from scatterbrain.training.config import AttentionConfig, ModelConfig, RunConfig, TrainConfig
+from scatterbrain.training.config import AttentionConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from scatterbrain.training.files import UnusableRun
 from scatterbrain.training.trained import load_trained
 from scatterbrain.training.trainer import Trainer
 
@@ -45,3 +46,33 @@ def test_other_inputs_are_for_language_models(run, tmp_path):
     (tmp_path / "text.txt").write_text("text")
     with pytest.raises(ValueError, match="--inputs: the run in .* has the task copy, whose own validation inputs"):
         Source(run.config.output, inputs=tmp_path / "text.txt").load()
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (
+            {"kind": "words", "tokenizer": "bpe", "vocabulary": 300},
+            "tokenizer.json: expected what the data of this run",
+        ),
+        ({"kind": "language"}, "data: the content of the files has changed"),
+    ],
+)
+def test_data_that_have_changed_are_refused(tmp_path, task, words):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"the cat number {number:03d} sat on the mat\n" for number in range(300)))
+    config = RunConfig(
+        task=task,
+        data=DataConfig(path=str(text), validation_fraction=0.3),
+        model=ModelConfig(layers=1, width=16, heads=2),
+        attention=AttentionConfig(support="full"),
+        train=TrainConfig(steps=1, batch=1, context=24, threads=1, validation_batches=1),
+        output=str(tmp_path / "run"),
+    )
+    Trainer(config).run()
+    assert load_trained(tmp_path / "run").task.kind == task["kind"]
+    text.write_text(text.read_text().replace("cat", "dog"))
+    with pytest.raises(UnusableRun, match=words):
+        Source(config.output).load()
+    if task["kind"] == "language":
+        assert Source(config.output, inputs=text).load().batches, "other inputs do not read the data of the run"

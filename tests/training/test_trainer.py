@@ -220,6 +220,32 @@ def test_resuming_as_another_run_is_refused_by_key(tiny):
         Trainer(tiny(resume=True, batch=1))
 
 
+OWN_TASK = """
+from dataclasses import dataclass
+
+from scatterbrain.training.tasks.copy import Copy
+
+
+@dataclass(frozen=True)
+class Own(Copy):
+    lengths: tuple[int, ...] = (3, 5)
+    pairs: tuple[tuple[int, int], ...] = ((1, 2), (3, 4))
+"""
+
+
+def test_a_run_of_an_own_task_with_lists_among_its_fields_goes_on(tiny, tmp_path, monkeypatch):
+    (tmp_path / "own_task_with_lists.py").write_text(OWN_TASK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = dataclasses.replace(tiny(steps=1), task="own_task_with_lists:Own")
+    Trainer(config).run()
+    for task in (config.task, {"kind": config.task, "lengths": [3, 5]}):
+        trainer = Trainer(dataclasses.replace(config, task=task, resume=True))
+        assert trainer.steps_done == 1
+        trainer._lock.release()
+    with pytest.raises(ValueError, match=r"task.lengths: the checkpoint was made with \[3, 5\], got \[3, 6\]"):
+        Trainer(dataclasses.replace(config, task={"kind": config.task, "lengths": [3, 6]}, resume=True))
+
+
 def test_the_comparison_with_exact_attention_reports_both_at_the_same_step(tiny, capsys):
     config = dataclasses.replace(tiny(ATTENTIONS["train"]), compare=CompareConfig(steps=3))
     Trainer(config).run()

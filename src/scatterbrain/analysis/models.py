@@ -264,7 +264,7 @@ class Source:
         from scatterbrain.training.trained import load_trained
 
         self._takes_only(f"{self.model}, a run of scatterbrain train,", "rows", "tokens")
-        run = load_trained(Path(self.model))
+        run = load_trained(Path(self.model), reads_data=self.inputs is None)
         if self.inputs is None:
             rows, masks = self._validation_rows(run.data, self._row_count * self.batches)
             if rows.ndim < 4:

@@ -17,12 +17,15 @@ FREE_TRAIN_KEYS += ("parallel", "recompute", "compile", "tensorboard")  # how th
 
 def as_plain_data(config: RunConfig) -> dict[str, Any]:
     """The configuration in the types of YAML and JSON, without the settings of a single start of the run."""
-    plain = dataclasses.asdict(config, dict_factory=_with_lists)
+    plain = _with_lists(dataclasses.asdict(config))
     return {name: value for name, value in plain.items() if name not in ("resume", "overwrite")}
 
 
-def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+def _with_lists(value: Any) -> Any:
+    """Lists in place of tuples, however deep, as in the fields of a user's own task."""
+    if isinstance(value, dict):
+        return {name: _with_lists(one) for name, one in value.items()}
+    return [_with_lists(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def check_same_run(stored: dict[str, Any], current: dict[str, Any]) -> None:
@@ -65,6 +68,22 @@ def data_difference(folder: RunFolder, data: TaskData) -> str | None:
     is_about_content = before[:1] == now[:1]
     told = f"{before[0] if before else 'nothing'!r} there, {now[0]!r} now"
     return "the content of the files has changed" if is_about_content else told
+
+
+def check_same_data(folder: RunFolder, data: TaskData) -> None:
+    """
+    Raises:
+        UnusableRun: the data of the run in the folder, or what they were read with, such as a tokenizer, are not these.
+    """
+    for name, content in getattr(data, "files", {}).items():
+        path = folder.path / name
+        if path.exists() and path.read_bytes() != content:
+            raise UnusableRun(
+                f"{path}: expected what the data of this run are read with now, got another one, with which the "
+                "checkpoint was trained; restore the data, or start anew in another folder with --output"
+            )
+    if changed := data_difference(folder, data):
+        raise UnusableRun(f"data: {changed}; restore the files, or start anew in another folder with --output")
 
 
 def _is_same(before: object, now: object) -> bool:

@@ -13,6 +13,7 @@ from scatterbrain.training.attention import attention_of_layers
 from scatterbrain.training.checkpoint import load_checkpoint, read_progress
 from scatterbrain.training.config import AttentionConfig, DataConfig, ModelConfig, TrainConfig
 from scatterbrain.training.files import RunFolder
+from scatterbrain.training.same_run import check_same_data
 from scatterbrain.training.tasks import Task, TaskData, build_task, open_data
 from scatterbrain.training.train_step import TrainState
 
@@ -33,23 +34,30 @@ class Trained:
     train: TrainConfig
 
 
-def load_trained(folder: Path) -> Trained:
+def load_trained(folder: Path, reads_data: bool = True) -> Trained:
     """Reads the last checkpoint of a run.
 
+    Args:
+        folder: of the run.
+        reads_data: whether batches will be asked for; else the data need not be those that the run was trained on.
+
     Raises:
-        UnusableRun: no checkpoint of ``scatterbrain train``, or a changed one.
+        UnusableRun: no checkpoint of ``scatterbrain train``, or a changed one, or data that have changed since: their
+            tokens need not be those that the model was trained on.
         ValueError: the data of the run, which say how large its model is, are not where they were.
     """
-    file = RunFolder(folder).checkpoint
-    stored = read_progress(file).config
+    files = RunFolder(folder)
+    stored = read_progress(files.checkpoint).config
     task = build_task(stored["task"])
     train = dataclasses.replace(_section(TrainConfig, stored["train"]), device="cpu", compile=False, parallel="none")
     data = open_data(task, _section(DataConfig, stored["data"]), train)
+    if reads_data:
+        check_same_data(files, data)
     build = partial(task.build_model, data, _section(ModelConfig, stored["model"]))
     section = _section(AttentionConfig, stored["attention"])
     attention = attention_of_layers(section, task.is_causal, train.seed)
     state = TrainState(build, train, attention)
-    load_checkpoint(file, state)
+    load_checkpoint(files.checkpoint, state)
     return Trained(state.model.eval(), task, data, train)
 
 

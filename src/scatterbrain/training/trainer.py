@@ -5,32 +5,31 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-import shutil
 import sys
 import time
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 from tqdm import tqdm
 
 from scatterbrain.training import board
 from scatterbrain.training.attention import attention_of_layers, describe_attention, is_exact
 from scatterbrain.training.batch import Batch
-from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_progress, save_checkpoint, save_weights
+from scatterbrain.training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
 from scatterbrain.training.compare import compare_with_exact, comparison_table
 from scatterbrain.training.config import AttentionConfig, RunConfig
 from scatterbrain.training.curves import draw_curves
 from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, write_atomically
-from scatterbrain.training.initial_weights import initial_fingerprint, initialize_from
+from scatterbrain.training.initial_weights import initialize_from
 from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.low_rank_share import low_rank_shares
 from scatterbrain.training.metrics import Evaluation
 from scatterbrain.training.models.blocks import AttentionFactory
 from scatterbrain.training.processes import FirstProcessFailed, join, lost_a_process
-from scatterbrain.training.run_log import Record, RunLog, read_records
-from scatterbrain.training.same_run import as_plain_data, check_same_run, data_difference, data_text
+from scatterbrain.training.run_log import RunLog
+from scatterbrain.training.run_start import lock_folder, progress_in, write_first_files
+from scatterbrain.training.same_run import as_plain_data, data_text
 from scatterbrain.training.tasks import build_task, described_task, open_data
 from scatterbrain.training.train_step import StepResult, TrainState, scheduled_learning_rate
 
@@ -163,7 +162,9 @@ class Trainer:
                 raise FirstProcessFailed(str(error), error.exit_code) from error
             self.steps_done, self._seconds_before = progress.step, progress.seconds
             self._checkpointed_step = progress.step
-        records = self.processes.first(self._write_first_files)
+        records = self.processes.first(
+            lambda: write_first_files(self.folder, self.config, self._description, self.data, progress)
+        )
         self._board = None
         if self.config.train.tensorboard and self.processes.is_first:
             self._board = board.Board(self.folder.board, self.steps_done)
@@ -171,65 +172,8 @@ class Trainer:
 
     def _look_into_folder(self) -> Progress | None:
         """Makes and locks the folder; what the run in it has come to, if it is to be continued."""
-        checkpoint, resume = self.folder.checkpoint, self.config.resume
-        if resume is True and not checkpoint.exists():
-            raise ValueError(f"resume: expected a checkpoint at {checkpoint}, found none; leave resume out to start")
-        try:
-            self.folder.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UnusableRun(
-                f"output: expected a folder, or a path where one can be made, got {self.folder.path}, where a file is "
-                "in the way; choose another with --output"
-            ) from error
-        self._lock = FolderLock(self.folder.path)
-        found = checkpoint.exists()
-        if not resume and found and not self.config.overwrite:
-            raise ValueError(
-                f"output: {self.folder.path} already has a checkpoint; continue it with --resume true, replace it with "
-                "--overwrite true, or choose another folder with --output"
-            )
-        if not (resume and found):
-            return None
-        progress = read_progress(checkpoint)
-        check_same_run(progress.config, self._description)
-        return progress
-
-    def _write_first_files(self) -> list[Record]:
-        """Of a run that continues, its records; what is left of another one is removed."""
-        continues, records = self._checkpointed_step is not None, []
-        if continues:
-            records = read_records(self.folder.metrics, self.steps_done)
-            known = sum(record["kind"] == "train" for record in records)
-            if known < self.steps_done:
-                print(
-                    f"{self.folder.metrics} has records of {known} of {self.steps_done} steps; the others are not drawn"
-                )
-        else:
-            # Before the new settings are written: a log must never stand beside settings that are not its own.
-            for path in self.folder.results:
-                path.unlink(missing_ok=True)
-            shutil.rmtree(self.folder.board, ignore_errors=True)
-            if self.config.train.initialize_from is not None:
-                fingerprint = initial_fingerprint(self.config.train.initialize_from)
-                write_atomically(self.folder.initial_weights, fingerprint.encode())
-        self._write_data_files(continues)
-        write_atomically(self.folder.config, yaml.safe_dump(self._description, sort_keys=False).encode())
-        return records
-
-    def _write_data_files(self, continues: bool) -> None:
-        """Writes what the data are read with, such as a tokenizer, and what they are. A run that is continued must have
-        the same."""
-        for name, content in getattr(self.data, "files", {}).items():
-            path = self.folder.path / name
-            if continues and path.exists() and path.read_bytes() != content:
-                raise UnusableRun(
-                    f"{path}: expected what the data of this run are read with now, got another one, with which the "
-                    "checkpoint was trained; restore the data, or start anew in another folder with --output"
-                )
-            write_atomically(path, content)
-        if continues and (changed := data_difference(self.folder, self.data)):
-            raise UnusableRun(f"data: {changed}; restore the files, or start anew in another folder with --output")
-        write_atomically(self.folder.data, data_text(self.data).encode())
+        self._lock = lock_folder(self.folder, self.config)
+        return progress_in(self.folder, self.config, self._description)
 
     def _say(self, text: str) -> None:
         if self.processes.is_first:
