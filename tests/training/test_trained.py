@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from scatterbrain.analysis.models import Source
+from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import AttentionConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from scatterbrain.training.files import UnusableRun
 from scatterbrain.training.trained import load_trained
@@ -40,6 +42,48 @@ def test_a_command_measures_a_run_on_its_own_validation_inputs(run):
     expected = [run.data.validation_batch(number).inputs for number in range(2)]
     assert [batch.tolist() for batch in loaded.batches] == [batch.tolist() for batch in expected]
     assert "copy" in loaded.about
+
+
+def batch_of(rows: list[list[int]], width: int, is_padded: bool) -> Batch:
+    inputs = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows]) if is_padded else None
+    return Batch(inputs, torch.zeros(len(rows), dtype=torch.int64), mask)
+
+
+WHOLE, CUT, WIDE = batch_of([[1, 2, 3]], 3, False), batch_of([[4, 5]], 3, True), batch_of([[6, 7, 8, 9, 1]], 5, False)
+
+
+@pytest.mark.parametrize(
+    "batches", [(WHOLE, CUT), (CUT, WHOLE), (WHOLE, WIDE), (WIDE, WHOLE), (CUT, WIDE, WHOLE), (WIDE, CUT)]
+)
+def test_rows_of_batches_of_other_widths_are_padded_and_masked(batches):
+    data = SimpleNamespace(validation_batch=lambda number: batches[number])
+    rows, mask = Source("run")._validation_rows(data, len(batches))
+    assert rows.shape == mask.shape == (len(batches), max(batch.inputs.shape[1] for batch in batches))
+    for batch, row, known in zip(batches, rows, mask):
+        expected = batch.inputs[0] if batch.mask is None else batch.inputs[0][batch.mask[0]]
+        assert row[known].tolist() == expected.tolist() and not row[~known].any()
+
+
+def test_rows_of_batches_without_padding_have_no_mask():
+    rows, mask = Source("run")._validation_rows(SimpleNamespace(validation_batch=lambda number: WHOLE), 2)
+    assert mask is None and rows.tolist() == [[1, 2, 3]] * 2
+
+
+def test_a_run_of_listops_is_measured_on_more_rows_than_a_batch_has(tmp_path):
+    config = RunConfig(
+        task={"kind": "listops", "tokens": 40, "shortest": 10, "depth": 4},
+        model=ModelConfig(layers=1, width=16, heads=2),
+        attention=AttentionConfig(support="full"),
+        train=TrainConfig(steps=1, batch=2, threads=1, validation_batches=1),
+        output=str(tmp_path / "run"),
+    )
+    Trainer(config).run()
+    loaded = Source(config.output, rows=5, batches=2).load()
+    widths = {mask.shape[1] for _, mask in loaded.batches}
+    assert [len(rows) for rows, _ in loaded.batches] == [5, 5] and len(widths) == 1
+    with torch.no_grad():
+        assert all(loaded.model(*batch).isfinite().all() for batch in loaded.batches)
 
 
 def test_other_inputs_are_for_language_models(run, tmp_path):

@@ -294,7 +294,8 @@ class Source:
             inputs.append(batch.inputs)
             masks.append(batch.mask)
             number += 1
-        rows, mask = torch.cat(inputs)[:count], None if masks[0] is None else torch.cat(masks)[:count]
+        rows, mask = _joined(inputs, masks)
+        rows, mask = rows[:count], None if mask is None else mask[:count]
         if rows.ndim >= 4:
             self._takes_only(f"{self.model}, a run on images,", "rows")
         if self.tokens is not None and rows.ndim < 4:  # of images all pixels
@@ -324,6 +325,21 @@ def _reserved_positions(model: nn.Module, longest: int) -> int:
     as RoBERTa does, say so by the padding index of the table."""
     tables = (m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name)
     return max((t.padding_idx + 1 for t in tables if t.padding_idx is not None and len(t.weight) == longest), default=0)
+
+
+def _joined(inputs: list[Tensor], masks: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """The rows of batches of one task, the shorter ones padded, and the mask of what is no padding; None where no batch
+    has any."""
+    widest = max(part.shape[1] for part in inputs)
+    if all(mask is None for mask in masks) and all(part.shape[1] == widest for part in inputs):
+        return torch.cat(inputs), None
+    rows, known = [], []
+    for part, mask in zip(inputs, masks, strict=True):
+        mask = part.new_ones(part.shape[:2], dtype=torch.bool) if mask is None else mask
+        missing = widest - part.shape[1]
+        rows.append(torch.cat((part, part.new_zeros(len(part), missing, *part.shape[2:])), dim=1))
+        known.append(torch.cat((mask, mask.new_zeros(len(mask), missing)), dim=1))
+    return torch.cat(rows), torch.cat(known)
 
 
 def _rows(tokens: Tensor, length: int, count: int) -> Tensor:
