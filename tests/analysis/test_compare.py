@@ -14,8 +14,8 @@ from testkit import padding, randomized
 from torch import Tensor, nn
 
 import scatterbrain as sb
-from scatterbrain.analysis import LayerCall
-from scatterbrain.analysis.comparison import compare_call
+from scatterbrain.analysis import LayerCall, comparison
+from scatterbrain.analysis.comparison import attention_of, compare_call
 from scatterbrain.analysis.exact import exact
 from scatterbrain.analysis.tables import short_labels, spread
 
@@ -103,6 +103,24 @@ def test_calls_behind_a_prefix_and_first_exact_queries_count_as_they_run() -> No
         compare_call(call(False, False, exact_queries=n), {"w": PAIRS["sparse"]}, of, 1).figures["w"] for n in (0, 90)
     )
     assert max(with_first.error) == 0 and with_first.in_lists == pytest.approx([1, 1]) and min(plain.error) > 0.1
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_first_exact_queries_are_timed_as_the_module_computes_them(
+    padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = call(False, padded, exact_queries=5)
+    run = attention_of(of, PAIRS["sparse"], of)
+    module = sb.ScatterbrainAttention(4, 16, 2, *PAIRS["sparse"], exact_queries=5)
+    with torch.no_grad():
+        want = module(of.query, of.key, of.value, of.key_padding_mask, scale=of.scale, return_lse=True)
+        for got in (run.whole(return_lse=True), (run.whole(), want[1])):
+            for one, other in zip(got, want):
+                torch.testing.assert_close(one, other)
+    timed = []
+    monkeypatch.setattr(comparison, "medians", lambda some, repeats: timed.append(some) or dict.fromkeys(some, 1.0))
+    compare_call(of, {"sparse": PAIRS["sparse"]}, of, 1)
+    torch.testing.assert_close(timed[0]["sparse"](), want[0])
 
 
 def test_batch_rows_without_tokens_count_for_nothing() -> None:

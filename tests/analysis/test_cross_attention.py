@@ -12,7 +12,7 @@ from testkit import randomized
 from torch import nn
 
 import scatterbrain as sb
-from scatterbrain.analysis import calls_of, comparison, tuning
+from scatterbrain.analysis import calls_of, configured, tuning
 
 WIDTH, HEADS = 64, 4
 ROUTED, CENTROID = sb.Routed(40, block_q=32), sb.Centroid(8)
@@ -87,7 +87,7 @@ def test_as_many_queries_as_keys_are_cross_attention_all_the_same(build: Callabl
     model, batches = build(70, 70)
     calls = calls_of(model, batches[0])
     assert [call.is_query_by_query for call in calls] == [False, False, True]
-    ran = [comparison.pair_that_runs(call, (ROUTED, CENTROID)) for call in calls]
+    ran = [configured.pair_that_runs(call, (ROUTED, CENTROID)) for call in calls]
     assert ran == [(ROUTED, CENTROID)] * 2 + [(BY_QUERY, sb.Quadratic(9))]
     sb.replace_attention(model, ROUTED, CENTROID, causal_support=sb.Window(8), causal_low_rank=sb.Quadratic(9))
     again = calls_of(model, batches[0])

@@ -14,7 +14,8 @@ from testkit import randomized
 from torch import Tensor, nn
 
 import scatterbrain as sb
-from scatterbrain.analysis import trade, tuning
+from scatterbrain import prepared
+from scatterbrain.analysis import calls_of, times, trade, tuning
 from scatterbrain.analysis.tuning import Tuning
 
 E, H, L = 64, 4, 120
@@ -136,6 +137,13 @@ def test_causal_models_get_causal_pairs(tmp_path: Path) -> None:
     assert all(pair[1] is None or pair[1].is_calibrated_from_data for pair in found.settings.values())
 
 
+def test_layers_that_no_candidate_runs_in_say_why(tuned: Callable[..., Tuning]) -> None:
+    found = tuned(budget=0.5, candidates=[(sb.Window(16), sb.Quadratic(99))])
+    assert set(found.settings.values()) == {EXACT} and list(found.left) == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert "no candidate runs there: " in str(found) and "99" in str(found)
+    assert tuned(budget=0.5, candidates=[*CANDIDATES, (sb.Window(16), sb.Quadratic(99))]).left == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -206,6 +214,61 @@ def test_a_layer_whose_heads_differ_is_tuned_head_by_head(tmp_path: Path) -> Non
     chosen.save(tmp_path / "tuned.yaml")
     assert dict(sb.LayerSettings.load(tmp_path / "tuned.yaml")) == chosen.chosen.pairs
     assert error_with(model, tmp_path / "tuned.yaml", batches()[2:]) == pytest.approx(chosen.chosen.held_out, rel=1e-3)
+
+
+def test_padding_does_not_dilute_the_error(tmp_path: Path) -> None:
+    """A row errs as much with padding behind it as without."""
+
+    def tuned(some: list[object]) -> Tuning:
+        candidates = [(sb.Window(16), sb.Centroid(8))]
+        return sb.tune(encoder(), some, budget=0.5, candidates=candidates, times=tmp_path / "times.json")
+
+    plain = [{"src": x} for x in batches(2)]
+    more = torch.randn(1, 4 * L, E, generator=torch.Generator().manual_seed(7))
+    mask = (torch.arange(5 * L) >= L)[None]
+    padded = [{"src": torch.cat([x, more], 1), "src_key_padding_mask": mask} for x in batches(2)]
+    want, got = tuned(plain).chosen, tuned(padded).chosen
+    assert got.pairs == want.pairs and want.error > 0.01
+    assert got.error == pytest.approx(want.error, rel=1e-3) and got.held_out == pytest.approx(want.held_out, rel=1e-3)
+
+
+def test_a_layer_that_runs_several_times_costs_as_often(tmp_path: Path) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = encoder().layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(self.one(self.one(self.one(x)[:, : L // 2])))
+
+    arguments = dict(budget=0.5, candidates=CANDIDATES[1:], times=tmp_path / "times.json")
+    found = sb.tune(Shared().eval(), batches(2), **arguments)
+    assert found.exact_seconds == 4.0  # by the times above every exact call takes one second
+    seconds = {CANDIDATES[1]: 0.6, CANDIDATES[2]: 0.4, EXACT: 1.0}
+    calls = {"one.self_attn": 3, "other.self_attn": 1}
+    want = sum(calls[path] * seconds[pair] for path, pair in found.chosen.pairs.items())
+    assert found.chosen.seconds == pytest.approx(want) and want < 4
+
+
+def test_exact_attention_is_timed_beside_every_few_candidates(tmp_path: Path) -> None:
+    """Fewer at a time than calls are kept prepared; a machine that gets slower is slower for both."""
+    groups = []
+
+    def slower_every_time(timed: dict[str, object], repeats: int) -> dict[str, float]:
+        groups.append(list(timed))
+        return {name: len(groups) * (2.0 if name == str(EXACT) else 1.0) for name in timed}
+
+    (call, *_) = calls_of(encoder(), batches(1)[0])
+    pairs = [(sb.Window(16 + i), None) for i in range(88)]
+    found = times.Times(tmp_path / "times.json", slower_every_time).of(call, dict.fromkeys(pairs, lambda: None))
+    assert all(str(EXACT) in group and len(group) < prepared._MOST - 8 for group in groups) and len(groups) > 1
+    assert found == dict.fromkeys(pairs, 1.0) | {EXACT: 2.0}
+    assert times.Times(tmp_path / "times.json", lambda *_: pytest.fail("again")).of(call, dict.fromkeys(pairs)) == found
+
+
+def test_of_a_step_of_time_the_faster_combination_comes_first() -> None:
+    some = [(0.203, 1.0, ("a",)), (0.201, 1.1, ("b",)), (0.1, 2.0, ("c",))]
+    assert trade.best_of_every_step(some, 0.01) == [some[2], some[1], some[0]]
 
 
 def test_the_front_and_the_hull_keep_what_nothing_beats() -> None:

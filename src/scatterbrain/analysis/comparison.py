@@ -9,25 +9,22 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scatterbrain import functional, presets
+from scatterbrain import presets
 from scatterbrain.analysis.captured import Batch, recorded
+from scatterbrain.analysis.configured import Pair, Run, attention_of
 from scatterbrain.analysis.exact import Exact, by_torch, exact
 from scatterbrain.analysis.layer_call import LayerCall
-from scatterbrain.checks import check_pair, lists_keys
-from scatterbrain.integrations.restrictions import NotReplaceable, pairs_that_run
-from scatterbrain.low_rank import LowRank
-from scatterbrain.nn.pairs import Pairs
-from scatterbrain.supports import Empty, Support, Window
+from scatterbrain.checks import check_pair
+from scatterbrain.integrations.restrictions import NotReplaceable
+from scatterbrain.supports import Empty, Window
 from scatterbrain.version import __version__
 
-Pair = tuple[Support, LowRank]
 Configurations = Mapping[str, Pair] | Sequence[str]
 """Pairs of a support and a low-rank kernel by name, or names of methods of ``scatterbrain bench``."""
 
@@ -57,7 +54,7 @@ class Figures:
         error: ||o - o*|| / ||o*|| against exact attention, mean over heads and batch rows.
         in_lists: share of the softmax weights that lies in the lists, mean over queries.
         low_rank: share of the weight of a query that the low-rank part carries, mean over queries.
-        seconds: median of one forward call.
+        seconds: median of one forward call, with that of the first queries that the layer computes exactly.
         note: why there are no figures; "" where there are.
         ran: the pair that ran, where that is another one than asked for; "" elsewhere.
     """
@@ -280,7 +277,7 @@ def compare_call(call: LayerCall, configurations: dict[str, Pair], fit_on: Layer
     for name, pair in configurations.items():
         try:
             run = attention_of(call, pair, fit_on)
-            figures[name], timed[name] = figures_of(call, run, target, valid), run.out
+            figures[name], timed[name] = figures_of(call, run, target, valid), run.whole
             if run.pair != pair:
                 figures[name] = replace(figures[name], ran=f"{run.support}, {run.low_rank or 'no low-rank part'}")
         except (ValueError, NotReplaceable, RuntimeError) as refusal:
@@ -300,57 +297,6 @@ def compare_call(call: LayerCall, configurations: dict[str, Pair], fit_on: Layer
         seconds.pop(""),
         {name: replace(f, seconds=seconds.get(name)) for name, f in figures.items()},
     )
-
-
-class Run:
-    """A configuration on a captured call: what it computes, and with which lists."""
-
-    def __init__(self, call: LayerCall, support: Support, low_rank: LowRank, statistics: object) -> None:
-        self.call, self.support, self.low_rank, self.statistics = call, support, low_rank, statistics
-        self.out = partial(call.attention, support, low_rank, statistics=statistics)
-
-    @property
-    def pair(self) -> Pair:
-        """What runs."""
-        return self.support, self.low_rank
-
-    def lists_keys(self) -> bool:
-        """Whether anything is left without the low-rank part."""
-        return lists_keys(self.support, self.call.is_causal)
-
-    def lists(self) -> Support:
-        """A support with the lists that the call uses."""
-        if not self.support.depends_on_content:
-            return self.support
-        arguments = self.call.masks() | {"statistics": self.statistics}
-        return functional.route(self.call.query, self.call.key, self.support, self.low_rank, **arguments)
-
-
-def pair_that_runs(call: LayerCall, pair: Pair) -> Pair:
-    """What :func:`scatterbrain.replace_attention` runs in the layer of the call for a pair that a user asks for: in the
-    cross-attention of a decoder lists of single queries, and the kernel of causal calls in place of one that reads all
-    queries. What runs there runs as itself: of that pair this is the pair.
-
-    Raises:
-        NotReplaceable: if there is nothing.
-    """
-    support, low_rank = pair
-    kernel = presets.causal()[1]
-    kernel = replace(kernel, rank=min(kernel.rank, call.query.shape[3]))
-    pairs, _ = pairs_that_run(Pairs(support, low_rank, causal_low_rank=kernel), call.is_query_by_query)
-    return pairs.support, pairs.low_rank
-
-
-def attention_of(call: LayerCall, pair: Pair, fit_on: LayerCall) -> Run:
-    """The call with a configuration. Raises ValueError or NotReplaceable where it cannot run so."""
-    support, low_rank = pair_that_runs(call, pair)
-    check_pair(support, low_rank, call.is_causal)
-    fitted = None
-    if low_rank is not None and low_rank.is_calibrated_from_data:
-        fitted = functional.fit_statistics(
-            fit_on.query, fit_on.key, low_rank.rank, fit_on.key_padding_mask, fit_on.scale
-        )
-    return Run(call, support, low_rank, fitted)
 
 
 def figures_of(call: LayerCall, run: Run, target: Exact, valid: Tensor) -> Figures:

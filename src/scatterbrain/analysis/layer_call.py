@@ -59,8 +59,9 @@ class LayerCall:
 
     def first_queries(self, count: int) -> LayerCall:
         """The call of its first queries alone."""
-        valid = self.valid_queries()[:, :count]
-        return replace(self, query=self.query[:, :, :count], query_padding_mask=~valid)
+        is_padded = self.key_padding_mask is not None or self.query_padding_mask is not None
+        mask = ~self.valid_queries()[:, :count] if is_padded else None
+        return replace(self, query=self.query[:, :, :count], query_padding_mask=mask)
 
     def attention(self, support: object, low_rank: object, **arguments: Any) -> Any:
         """:func:`scatterbrain.attention` of these tokens."""

@@ -58,7 +58,7 @@ Combination = tuple[float, float, tuple[Pair, ...]]  # seconds, squared error, p
 
 
 def best_of_every_step(combinations: list[Combination], width: float) -> list[Combination]:
-    """The few that err least of each step of time, none much more than a faster one, from the fastest on."""
+    """The few that err least of each step of time, none much more than a faster step's, from the fastest on."""
     found: list[Combination] = []
     least, step, count = float("inf"), -1, 0
     for combination in sorted(combinations, key=lambda c: (int(c[0] / width), c[1], c[0])):
@@ -67,7 +67,7 @@ def best_of_every_step(combinations: list[Combination], width: float) -> list[Co
         if count < KEPT and combination[1] < UNSURE * least:
             found.append(combination)
             least, count = min(least, combination[1]), count + 1
-    return found
+    return sorted(found, key=lambda combination: combination[:2])
 
 
 def front(seconds: Mapping[Pair, float], errors: Mapping[Pair, float]) -> list[Pair]:

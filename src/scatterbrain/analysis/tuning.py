@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +14,17 @@ from torch import Tensor, nn
 
 from scatterbrain import presets
 from scatterbrain.analysis.captured import Batch, recorded, run
-from scatterbrain.analysis.comparison import Pair, attention_of, medians, norms_of, pair_that_runs
-from scatterbrain.analysis.exact import Exact, by_torch, exact
+from scatterbrain.analysis.comparison import medians, norms_of
+from scatterbrain.analysis.configured import Pair, attention_of, pair_that_runs
+from scatterbrain.analysis.exact import Exact, exact
 from scatterbrain.analysis.layer_call import LayerCall
 from scatterbrain.analysis.stand_in import stand_in
+from scatterbrain.analysis.times import Times
 from scatterbrain.analysis.trade import EXACT, Combination, best_of_every_step, by_head, front, hull
 from scatterbrain.checks import check_pair
 from scatterbrain.integrations.restrictions import NotReplaceable
 from scatterbrain.layer_settings import LayerSettings
 from scatterbrain.low_rank import Centroid, Quadratic
-from scatterbrain.registry import shown
 from scatterbrain.supports import Routed, Window
 from scatterbrain.version import __version__
 
@@ -68,7 +66,7 @@ class Step:
 
     Args:
         pairs: by layer.
-        seconds: of all attention, one forward pass of a tuning batch.
+        seconds: of all attention in a forward pass of the first batch: the sum of what every call takes by itself.
         error: of the model's output, on the batches it was chosen on and on those held out.
         held_out: the latter alone.
     """
@@ -154,7 +152,8 @@ def tune(
         batches: two or more, as for :func:`scatterbrain.compare`. The second half is held out for judging. Statistics
             of ``Quadratic`` are fitted on the first.
         max_error: largest ||y - y*|| / ||y*|| of the model's output against that with exact attention, the mean over
-            batch rows, on the batches of either half.
+            batch rows, on the batches of either half. Of outputs by token, (rows, tokens, ...), those of padding do not
+            count.
         budget: largest time of all attention, as a share of exact attention's.
         output: of what the model returns, the tensor (rows, ...) that errors are of; default ``last_hidden_state``,
             ``logits`` or the tensor itself.
@@ -179,7 +178,9 @@ def tune(
     if candidates is not None:
         checked_pairs(candidates)
     half = (len(batches) + 1) // 2
-    search = _Search(model, batches[:half], batches[half:], output or output_of, candidates, _Times(times), progress)
+    search = _Search(
+        model, batches[:half], batches[half:], output or output_of, candidates, Times(times, medians), progress
+    )
     chosen = search.within(budget) if max_error is None else search.keeping(max_error)
     steps = sorted([search.first, *search.measured], key=lambda step: -step.seconds)
     bound = f"error at most {max_error:g}" if budget is None else f"at most {budget:g} of exact attention's time"
@@ -217,7 +218,7 @@ class _Search:
         held_out: Sequence[Batch],
         output: Callable[[Any], Tensor],
         candidates: Sequence[Pair] | None,
-        times: _Times,
+        times: Times,
         progress: Callable[[str], None],
     ) -> None:
         self.model, self.output, self.times, self.progress = model, output, times, progress
@@ -228,7 +229,10 @@ class _Search:
         self.calls = [_by_path(of_batch.calls) for of_batch in seen]
         self.fit_on = self.calls[0]
         self.layers = list(self.fit_on)
-        self.exact = {id(batch): self._run({}, batch) for batch in (*self.batches, *self.held_out)}
+        everything = *self.batches, *self.held_out
+        masks: dict[int, list[Tensor]] = {id(batch): [] for batch in everything}
+        self.exact = {id(batch): self._run({}, batch, masks[id(batch)]) for batch in everything}
+        self.padded = {key: _padded(out, masks[key]) for key, out in self.exact.items()}
         self.seconds: dict[str, dict[Pair, float]] = {}
         self.fronts: dict[str, list[Pair]] = {}
         self.attention_error: dict[str, dict[Pair, float]] = {}
@@ -249,32 +253,48 @@ class _Search:
         first, targets = calls[0], [exact(call) for call in calls]
         if candidates is None:
             candidates = causal_candidates(first.query.shape[3]) if first.is_causal else bidirectional_candidates()
+        refusals: list[Exception] = []
         runs_as = self.runs_as[path] = {EXACT: EXACT}
         for pair in map(tuple, candidates):
-            with suppress(NotReplaceable):
+            try:
                 runs_as[pair] = pair_that_runs(first, pair)
+            except NotReplaceable as refusal:
+                refusals.append(refusal)
         squares: dict[Pair, Tensor] = {EXACT: torch.zeros(first.query.shape[1], dtype=torch.float64)}
-        seconds = self.times.of(first, {EXACT: by_torch(first)})
+        fit_on = self.fit_on[path][0]
+        alike: dict[str, list[LayerCall]] = {}  # calls of one forward pass whose times are the same
+        for call in self.calls[0][path]:
+            alike.setdefault(self.times.key(call, EXACT), []).append(call)
+        seconds: dict[Pair, float] = {}
 
         def measure(pairs: Sequence[Pair]) -> None:
-            timed: dict[Pair, Callable[[], object]] = {}
+            timed: dict[Pair, list[Callable[[], object]]] = {}
             for pair in pairs:
                 try:
-                    runs = [attention_of(call, pair, self.fit_on[path][0]) for call in calls]
+                    timed_runs = [attention_of(call, pair, fit_on).whole for call, *_ in alike.values()]
+                    runs = [attention_of(call, pair, fit_on) for call in calls]
                     shares = [_squares(run.call, run.out(), target) for run, target in zip(runs, targets)]
-                except (ValueError, NotReplaceable):
+                except (ValueError, NotReplaceable) as refusal:
+                    refusals.append(refusal)
                     continue
-                squares[pair], timed[pair] = sum(shares) / len(shares), runs[0].out
-            seconds.update(self.times.of(first, timed))
+                squares[pair], timed[pair] = sum(shares) / len(shares), timed_runs
+            found = dict.fromkeys((EXACT, *timed), 0.0)
+            for number, (call, *others) in enumerate(alike.values()):
+                of_one = self.times.of(call, {pair: of_kinds[number] for pair, of_kinds in timed.items()})
+                found = {pair: sum_ + (1 + len(others)) * of_one[pair] for pair, sum_ in found.items()}
+            seconds.update(found)
 
         measure([pair for pair in dict.fromkeys(runs_as.values()) if pair != EXACT])
+        if len(squares) == 1 and refusals:
+            reasons = dict.fromkeys(" ".join(str(refusal).split()) for refusal in refusals)
+            self.left[path] = f"it stays exact, since no candidate runs there: {'; '.join(reasons)}"
         measure(by_head(seconds, squares))
         self.seconds[path] = {pair: seconds[pair] for pair in squares}
         self.attention_error[path] = {pair: float(of_heads.sum()) ** 0.5 for pair, of_heads in squares.items()}
         self.fronts[path] = hull(self.seconds[path], self.attention_error[path])
 
-    def _run(self, pairs: Mapping[str, Pair], batch: Batch) -> Tensor:
-        with assigned(self.model, pairs, self.fit_on):
+    def _run(self, pairs: Mapping[str, Pair], batch: Batch, masks: list[Tensor] | None = None) -> Tensor:
+        with assigned(self.model, pairs, self.fit_on, masks):
             out = self.output(run(self.model, batch))
         if not isinstance(out, Tensor) or out.dim() == 0:
             got = "a single number, such as a loss" if isinstance(out, Tensor) else type(out).__name__
@@ -285,8 +305,11 @@ class _Search:
         """Mean over the rows of all batches."""
         errors = []
         for batch in batches:
-            target = self.exact[id(batch)]
-            lost, whole = (t.reshape(len(t), -1).norm(dim=1) for t in (self._run(pairs, batch) - target, target))
+            target, padded = self.exact[id(batch)], self.padded[id(batch)]
+            parts = self._run(pairs, batch) - target, target
+            if padded is not None:  # what a model computes there is nothing that anybody reads
+                parts = (t.masked_fill(padded.to(t.device), 0) for t in parts)
+            lost, whole = (t.reshape(len(t), -1).norm(dim=1) for t in parts)
             errors.append(lost / whole.clamp(min=1e-300))
         return float(torch.cat(errors).mean())
 
@@ -391,6 +414,15 @@ def _by_path(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:
     return found
 
 
+def _padded(out: Tensor, masks: Sequence[Tensor]) -> Tensor | None:
+    """Where a model's output (B, N, ...) is that of padding, (B, N, 1, ...): by the last layer with as many tokens.
+    None where none is, or the output is not by token."""
+    if out.dim() < 3:
+        return None
+    mask = next((~mask for mask in reversed(masks) if mask.shape == out.shape[:2]), None)
+    return None if mask is None or not mask.any() else mask[(..., *[None] * (out.dim() - 2))]
+
+
 def output_of(returned: Any) -> Tensor:
     """What a model computes: ``last_hidden_state``, ``logits``, the first of a sequence, or the tensor itself."""
     for name in ("last_hidden_state", "logits"):
@@ -407,71 +439,22 @@ def output_of(returned: Any) -> Tensor:
 
 
 @contextmanager
-def assigned(model: nn.Module, pairs: Mapping[str, Pair], fit_on: Mapping[str, Sequence[LayerCall]]) -> Iterator[None]:
-    """Inside, layers run with the pairs of their paths, the others exactly."""
+def assigned(
+    model: nn.Module,
+    pairs: Mapping[str, Pair],
+    fit_on: Mapping[str, Sequence[LayerCall]],
+    masks: list[Tensor] | None = None,
+) -> Iterator[None]:
+    """Inside, layers run with the pairs of their paths, the others exactly. ``masks`` gets which tokens count in their
+    calls, (B, N); not of a decoder's cross-attention, which is not told of padded queries."""
 
     def attend(call: LayerCall, return_lse: bool) -> Any:
+        if masks is not None and not call.is_query_by_query:
+            masks.append(call.valid_queries())
         pair = pairs.get(call.path, EXACT)
         if pair[0].is_full:
             return call.attention(*EXACT, return_lse=return_lse)
-        out = attention_of(call, pair, fit_on[call.path][0]).out(return_lse=True)
-        first = call.exact_queries
-        if first:
-            rows = call.first_queries(first).attention(*EXACT, return_lse=True)
-            out = tuple(torch.cat([t, o[:, :, first:]], 2) for t, o in zip(rows, out))
-        return out if return_lse else out[0]
+        return attention_of(call, pair, fit_on[call.path][0]).whole(return_lse=return_lse)
 
     with stand_in(model, attend):
         yield
-
-
-# -------------------- times
-
-
-class _Times:
-    """Measured seconds, kept in a file: times that are measured twice differ, and decisions would with them."""
-
-    def __init__(self, file: str | os.PathLike[str] | None) -> None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.path = folder / "scatterbrain" / "times.json" if file is None else Path(file)
-        self.known: dict[str, float] = {}
-        if self.path.is_dir():
-            raise ValueError(f"tune: times must be a JSON file, got the folder {self.path}")
-        if self.path.is_file():
-            try:
-                self.known = json.loads(self.path.read_text())
-            except ValueError as error:
-                raise ValueError(f"tune: times: {self.path} is not a file of times: {error}; remove it") from None
-            if not isinstance(self.known, dict) or not all(isinstance(s, (int, float)) for s in self.known.values()):
-                raise ValueError(
-                    f"tune: times: {self.path} is not a file of times: expected seconds by name, got "
-                    f"{shown(self.known)}; remove it"
-                )
-
-    def of(self, call: LayerCall, timed: Mapping[Pair, Callable[[], object]], repeats: int = 5) -> dict[Pair, float]:
-        """Of every pair on tensors of this shape; what the file lacks is measured and added."""
-        keys = {pair: self._key(call, pair) for pair in timed}
-        missing = {str(pair): timed[pair] for pair in timed if keys[pair] not in self.known}
-        if missing:
-            found = medians(missing, repeats)
-            self.known |= {keys[pair]: found[str(pair)] for pair in timed if str(pair) in found}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            aside.write_text(json.dumps(self.known, indent=0, sort_keys=True))
-            os.replace(aside, self.path)
-        return {pair: self.known[keys[pair]] for pair in timed}
-
-    def _key(self, call: LayerCall, pair: Pair) -> str:
-        tensors = call.query, call.key, call.value
-        machine = platform.node(), platform.processor() or platform.machine(), torch.ops.scatterbrain.instruction_set()
-        facts = (
-            __version__,
-            torch.__version__,
-            *machine,
-            torch.get_num_threads(),
-            [(tuple(t.shape), str(t.dtype), str(t.device)) for t in tensors],
-            call.is_causal,
-            call.key_padding_mask is not None,
-            repr(pair),
-        )
-        return hashlib.sha256(repr(facts).encode()).hexdigest()[:24] + " " + repr(pair)
