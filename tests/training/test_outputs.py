@@ -20,7 +20,7 @@ from scatterbrain.training.config import AttentionConfig
 from scatterbrain.training.initial_weights import initialize_from
 from scatterbrain.training.metrics import Evaluation
 from scatterbrain.training.train_step import TrainState
-from scatterbrain.training.trainer import Trainer
+from scatterbrain.training.trainer import RunStopped, Trainer
 
 TRAIN = AttentionConfig(preset="train", keys=32)
 
@@ -77,6 +77,57 @@ def test_a_continued_run_compares_with_the_best_before(tiny, monkeypatch):
     assert best == [True, False, False, True]
     Trainer(dataclasses.replace(tiny(TRAIN), overwrite=True))
     assert not (Path(config.output) / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize(("later", "kept"), [([2.5, 2.2], "4"), ([2.0, 3.0], "4"), ([2.5, 1.5], "6")])
+def test_the_best_weights_stay_those_that_a_killed_run_kept_last(tiny, monkeypatch, later, kept):
+    """Killed at step 5 after the checkpoint of step 3, the run goes on without the validation of step 4."""
+    config, path = tiny(TRAIN, validate_every=2, steps=6), Path(tiny().output) / "best.safetensors"
+    with monkeypatch.context() as patch:
+        with_losses(patch, [3.0, 2.0])
+        original = Trainer._record
+
+        def record(self, *arguments):
+            original(self, *arguments)
+            if self.steps_done == 5:
+                raise MemoryError
+
+        patch.setattr(Trainer, "_record", record)
+        with pytest.raises(MemoryError):
+            Trainer(config).run()
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert file.metadata()["step"] == "4"
+    weights = safetensors.torch.load_file(path)
+    with_losses(monkeypatch, later)
+    Trainer(dataclasses.replace(config, resume=True)).run()
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert file.metadata()["step"] == kept
+    if kept == "4":  # also where step 4 was taken once more
+        for name, value in safetensors.torch.load_file(path).items():
+            torch.testing.assert_close(value, weights[name], rtol=0, atol=0, equal_nan=True)
+    best = [record["best"] for record in records(config) if record["kind"] == "validation"]
+    assert best == [
+        True,
+        *(loss <= 2.0 and loss == min([2.0, *later[: index + 1]]) for index, loss in enumerate(later)),
+    ]
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("broke"), ValueError("unusable"), OSError("full")])
+def test_the_table_of_the_records_is_written_also_where_an_error_ends_the_run(tiny, monkeypatch, error):
+    config, original, count = tiny(TRAIN), TrainState.step, 0
+
+    def step(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise error
+        return original(self, *arguments)
+
+    monkeypatch.setattr(TrainState, "step", step)
+    with pytest.raises(RunStopped):
+        Trainer(config).run()
+    with open(Path(config.output) / "metrics.csv", newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
 def test_the_table_has_every_number_of_every_record(tiny):

@@ -14,7 +14,7 @@ import torch
 from scatterbrain.training import files
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.checkpoint import read_progress
-from scatterbrain.training.config import AttentionConfig, CompareConfig, RunConfig
+from scatterbrain.training.config import AttentionConfig, CompareConfig, DataConfig, RunConfig
 from scatterbrain.training.train_step import Sums, TrainState
 from scatterbrain.training.trainer import RunStopped, Trainer
 
@@ -252,6 +252,94 @@ def test_the_comparison_with_exact_attention_reports_both_at_the_same_step(tiny,
     table = (Path(config.output) / "comparison.txt").read_text()
     rows = ("bits per byte after 3 steps", "tokens/s", "in attention", "outside")
     assert all(row in table for row in rows) and table in capsys.readouterr().out
+
+
+def with_validation(monkeypatch: pytest.MonkeyPatch, trainer: Trainer, broken_from: int) -> None:
+    """Makes the validation data of a trainer unusable after so many batches."""
+    drawn, draw = 0, trainer.data.validation_batch
+
+    def validation_batch(number: int) -> Batch:
+        nonlocal drawn
+        drawn += 1
+        if drawn > broken_from:
+            raise ValueError("task.distance: expected names that come again,\ngot none")
+        return draw(number)
+
+    monkeypatch.setattr(trainer.data, "validation_batch", validation_batch)
+
+
+def test_data_that_a_later_step_finds_unusable_end_the_run_in_one_line_and_cost_no_step(tiny, monkeypatch):
+    config = tiny(checkpoint_every=100)
+    trainer = Trainer(config)
+    with_validation(monkeypatch, trainer, 1)
+    message = (
+        r"^task.distance: expected names that come again, got none\. The checkpoint of step 8 is whole.*--resume true"
+    )
+    with pytest.raises(RunStopped, match=message) as stopped:
+        trainer.run()
+    assert stopped.value.exit_code == 1
+    assert read_progress(Path(config.output) / "checkpoint.safetensors").step == 8
+    trainer = Trainer(dataclasses.replace(config, resume=True))
+    assert trainer.steps_done == 8
+    trainer.run()
+    assert [step for kind, step, _ in losses(config) if kind == "train"] == list(range(1, 9))
+
+
+def test_validation_data_that_cannot_be_drawn_are_found_before_the_first_step(tiny, tmp_path):
+    source = tmp_path / "scripts"
+    source.mkdir()
+    for number in range(10):
+        (source / f"script{number}.py").write_text(f"a{number} = 1\n")
+    config = dataclasses.replace(
+        tiny(), task={"kind": "names", "tokens": 256, "repeats": 0.0}, data=DataConfig(path=str(source))
+    )
+    with pytest.raises(ValueError, match="task.distance: expected validation texts in which names come again"):
+        Trainer(config)
+    assert not Path(config.output).exists()
+
+
+def test_a_comparison_that_breaks_is_no_failure_of_the_run(tiny, monkeypatch, capsys):
+    config = dataclasses.replace(tiny(ATTENTIONS["train"]), compare=CompareConfig(steps=4))
+    before_step(monkeypatch, 8 + 3, lambda: raise_error(FloatingPointError("expected a finite loss")))
+    Trainer(config).run()
+    assert "compare.steps: exact attention diverged at step 3: expected a finite loss" in capsys.readouterr().out
+    assert not (Path(config.output) / "comparison.txt").exists()
+
+
+def test_a_comparison_whose_initial_weights_are_gone_is_no_failure_of_the_run(tiny, monkeypatch, tmp_path, capsys):
+    Trainer(tiny(ATTENTIONS["train"], output="first", steps=1)).run()
+    weights = tmp_path / "first" / "checkpoint.safetensors"
+    config = tiny(ATTENTIONS["train"], initialize_from=str(weights))
+    before_step(monkeypatch, 3, weights.unlink)
+    Trainer(dataclasses.replace(config, compare=CompareConfig(steps=2))).run()
+    assert "compare.steps: no comparison, exact attention cannot be trained: train.initialize_from: expected" in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_comparison_of_a_run_that_its_time_limit_ended_is_of_what_was_run(tiny, monkeypatch, capsys):
+    trainer = Trainer(dataclasses.replace(tiny(ATTENTIONS["train"], minutes=1), compare=CompareConfig(steps=8)))
+    monkeypatch.setattr(trainer, "_seconds", lambda: 12 * trainer.steps_done)
+    trainer.run()
+    assert trainer.steps_done == 5
+    assert "bits per byte after 5 steps" in (Path(trainer.config.output) / "comparison.txt").read_text()
+
+
+def test_the_comparison_of_a_run_that_went_on_with_more_steps_repeats_its_batches(tiny, monkeypatch):
+    growing = {"task": {"kind": "language", "first_tokens": 12}}
+    Trainer(dataclasses.replace(tiny(ATTENTIONS["train"], steps=4), **growing)).run()
+    config = dataclasses.replace(tiny(ATTENTIONS["train"], resume=True), **growing, compare=CompareConfig(steps=8))
+    trainer = Trainer(config)
+    drawn, draw = [], trainer.data.training_batch
+
+    def record(number: int, fraction: float) -> Batch:
+        drawn.append((number, fraction))
+        return draw(number, fraction)
+
+    monkeypatch.setattr(trainer.data, "training_batch", record)
+    trainer.run()
+    assert drawn[4:8] == [(number, number / 4) for number in range(4)], "as the first four steps were"
+    assert drawn[8:] == drawn[:4]
 
 
 def test_the_comparison_of_a_run_by_the_clock_repeats_its_batches(tiny, monkeypatch):

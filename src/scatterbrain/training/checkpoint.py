@@ -73,6 +73,16 @@ def save_weights(path: Path, train_state: TrainState, step: int, metric: str, va
     train_state.processes.first(lambda: write_atomically(path, safetensors.torch.save(tensors, metadata)))
 
 
+def read_worth(path: Path, metric: str) -> tuple[int, float] | None:
+    """The step and the metric of a file of :func:`save_weights`; None where there is none that can be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return int(metadata["step"]), float(metadata[metric])
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError):
+        return None
+
+
 def _gathered(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
     """Whole tensors on the first process, nothing on the others."""
     result = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shlex
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from scatterbrain.training import board
 from scatterbrain.training.attention import attention_of_layers, describe_attention, is_exact
 from scatterbrain.training.batch import Batch
-from scatterbrain.training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
+from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_worth, save_checkpoint, save_weights
 from scatterbrain.training.compare import compare_with_exact, comparison_table
 from scatterbrain.training.config import AttentionConfig, RunConfig
 from scatterbrain.training.curves import draw_curves
@@ -69,10 +70,12 @@ class Trainer:
             if config.train.tensorboard:
                 self.processes.first(board.check_installed)
             self.processes.require_same("data", data_text(self.data))
+            self.data.validation_batch(0)  # what cannot be drawn is found now, not after hundreds of steps
             starts_anew = self.processes.first(lambda: not (config.resume and self.folder.checkpoint.exists()))
             self.train_state = self._train_state(config.attention, starts_anew)
             self.steps_done, self._seconds_before = 0, 0.0
             self._checkpointed_step: int | None = None
+            self._kept_value: float | None = None
             self._lock: FolderLock | None = None
             self._open()
         except BaseException as error:
@@ -86,8 +89,9 @@ class Trainer:
         """Trains to the end of the schedule, then writes the sample.
 
         Raises:
-            RunStopped: after SIGINT or SIGTERM, once the current step is finished and saved, or if a file cannot be
-                written; the last checkpoint is whole in both cases.
+            RunStopped: after SIGINT or SIGTERM, once the current step is finished and saved; if a file cannot be
+                written; for a loss that is not finite; and for data or settings that a later step finds unusable, once
+                the steps before are saved. The last checkpoint is whole in all cases.
         """
         try:
             self._run()
@@ -102,12 +106,9 @@ class Trainer:
         self._introduce()
         with StopRequest(self.processes) as stop:
             try:
-                self._fit(stop)
-                if not stop.check():
-                    self._write_sample()
-                if not stop.check():
-                    self._compare(stop)
-                stop.check()
+                self._do_everything(stop)
+            except RunStopped:
+                raise
             except FloatingPointError as error:
                 raise self._stopped(str(error), 1) from error
             except OSError as error:
@@ -119,8 +120,25 @@ class Trainer:
         if stop.signal is not None:
             raise self._stopped(f"stopped by {stop.signal.name}", 128 + stop.signal)
 
+    def _do_everything(self, stop: StopRequest) -> None:
+        try:
+            self._fit(stop)
+            if not stop.check():
+                self._write_sample()
+            if not stop.check():
+                self._compare(stop)
+            stop.check()
+        except ValueError as error:
+            is_alone = not self.processes.are_several  # else this may be the only process with the error
+            if is_alone and self.steps_done > 0 and self._checkpointed_step != self.steps_done:
+                self._save()
+            self._write_table()
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise RunStopped(f"{reason}. {self._whereabouts()}", getattr(error, "exit_code", 1)) from error
+
     def _stopped(self, reason: str, exit_code: int) -> Exception:
         """The end of the run, of which the first process tells."""
+        self._write_table()
         message = f"{reason}. {self._whereabouts()}"
         return (RunStopped if self.processes.is_first else FirstProcessFailed)(message, exit_code)
 
@@ -162,6 +180,9 @@ class Trainer:
                 raise FirstProcessFailed(str(error), error.exit_code) from error
             self.steps_done, self._seconds_before = progress.step, progress.seconds
             self._checkpointed_step = progress.step
+            kept = self.processes.first(lambda: read_worth(self.folder.best, self.task.metric.name))
+            # Of a run that was killed the best weights may be those of a validation that its log has no more.
+            self._kept_value = kept[1] if kept is not None and kept[0] > progress.step else None
         records = self.processes.first(
             lambda: write_first_files(self.folder, self.config, self._description, self.data, progress)
         )
@@ -227,9 +248,8 @@ class Trainer:
         return self._seconds_before + time.perf_counter() - self._started
 
     def _record(self, result: StepResult, learning_rate: float, fraction: float) -> None:
-        record = {"kind": "train", "step": self.steps_done, "learning_rate": learning_rate}
-        if self.config.train.minutes is not None:  # the step alone does not tell which batch it was
-            record["fraction"] = fraction
+        # The step alone does not tell the batch: train.steps may change when the run goes on.
+        record = {"kind": "train", "step": self.steps_done, "learning_rate": learning_rate, "fraction": fraction}
         metric = {self.task.metric.name: self.task.metric.of(Evaluation(result.loss, result.accuracy))}
         self.log.append(record | metric | dataclasses.asdict(result))
 
@@ -242,6 +262,8 @@ class Trainer:
         is_best = math.isfinite(value) and not any(
             before == value or metric.better(before, value) for before in self.log.metric("validation", metric)
         )
+        if self._kept_value is not None and metric.better(self._kept_value, value):
+            is_best = False
         if is_best:
             save_weights(self.folder.best, self.train_state, self.steps_done, metric.name, value)
         record = {"kind": "validation", "step": self.steps_done, "seconds": self._trained_seconds()}
@@ -281,18 +303,25 @@ class Trainer:
         if is_exact(self.config.attention):
             self._say("compare.steps: nothing to compare, the run itself used exact attention")
             return
-        steps, train = self.config.compare.steps, self.config.train
-        if [record["step"] for record in self.log.of_kind("train")[:steps]] != list(range(1, steps + 1)):
+        train = self.config.train
+        steps = min(self.config.compare.steps, self.steps_done)  # train.minutes may have ended the run before
+        if not steps or [record["step"] for record in self.log.of_kind("train")[:steps]] != list(range(1, steps + 1)):
             self._say(
                 f"compare.steps: nothing to compare, {self.folder.metrics} lacks records of the first {steps} steps"
             )
             return
         exact = RunLog(self.folder.exact_metrics if self.processes.is_first else None, [])
-        train_state = self._train_state(AttentionConfig(support="full"))
         batches = (self.training_batches, self.validation_batches())
-        if compare_with_exact(self.log, exact, steps, train_state, *batches, train.validate_every, stop):
-            if not self.processes.is_first:
-                return
+        try:
+            train_state = self._train_state(AttentionConfig(support="full"))
+            is_whole = compare_with_exact(self.log, exact, steps, train_state, *batches, train.validate_every, stop)
+        except FloatingPointError as error:
+            self._say(f"compare.steps: exact attention diverged at step {len(exact.of_kind('train')) + 1}: {error}")
+            return
+        except ValueError as error:
+            self._say(f"compare.steps: no comparison, exact attention cannot be trained: {error}")
+            return
+        if is_whole and self.processes.is_first:
             table = comparison_table(self.log, exact, self.task.metric)
             write_atomically(self.folder.comparison, (table + "\n").encode())
             self._say(table)
@@ -305,6 +334,12 @@ class Trainer:
         attention = self._attention()
         name = "exact attention" if is_exact(self.config.attention) else "scatterbrain"
         draw_curves(self.folder.loss_curve, {name: self.log} | others, self.task.metric, attention)
+
+    def _write_table(self) -> None:
+        """The records so far as a table, also where the run ends by an error; on a full disk without it."""
+        if self.processes.is_first:
+            with contextlib.suppress(OSError):
+                write_atomically(self.folder.table, self.log.table().encode())
 
     def _attention(self) -> str:
         return describe_attention(self.config.attention, self.task.is_causal)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import DataConfig, TrainConfig, require
 from scatterbrain.training.metrics import ACCURACY, Metric
 from scatterbrain.training.tasks.base import Task
-from scatterbrain.training.tasks.pathfinder_images import Shape, draw_pictures
+from scatterbrain.training.tasks.pathfinder_images import Pictures, Shape, draw_pictures
 from scatterbrain.training.tasks.randomness import generator_of
 
 
@@ -47,10 +49,7 @@ class Pathfinder(Task):
         return Shape(self.size, self.dashes, self.distractors, self.distractor_dashes)
 
     def open(self, data: DataConfig, train: TrainConfig) -> PathfinderData:
-        try:
-            draw_pictures(1, self.shape, generator_of(0, "pathfinder", "trial"))
-        except ValueError as error:
-            raise ValueError(f"task.dashes, task.distractors, task.size: {error}") from error
+        _draw(1, self.shape, generator_of(0, "pathfinder", "trial"))
         return PathfinderData(self, train.batch, train.seed)
 
 
@@ -82,5 +81,12 @@ class PathfinderData:
         return self._batch("validation", number)
 
     def _batch(self, part: str, number: int) -> Batch:
-        pictures = draw_pictures(self.batch, self.shape, generator_of(self.seed, "pathfinder", part, number))
+        pictures = _draw(self.batch, self.shape, generator_of(self.seed, "pathfinder", part, number))
         return Batch(2 * pictures.images.flatten(1)[..., None] - 1, pictures.labels)
+
+
+def _draw(pictures: int, shape: Shape, generator: torch.Generator) -> Pictures:
+    try:
+        return draw_pictures(pictures, shape, generator)
+    except ValueError as error:
+        raise ValueError(f"task.dashes, task.distractors, task.size: {error}") from error
