@@ -61,6 +61,56 @@ def test_methods_and_keys_of_a_run_are_options_and_collecting_starts_nothing(fol
     assert "window-3 is left out, it has other settings: train.steps: 2 there, 3 now" in capsys.readouterr().out
 
 
+LANGUAGE = """\
+data: {path: text.txt, validation_fraction: 0.3}
+model: {layers: 1, width: 32, heads: 2}
+train: {steps: 2, batch: 2, context: 32, warmup: 1, threads: 1, validation_batches: 1}
+"""
+
+
+def test_collecting_needs_no_data_and_says_what_it_leaves_out(folder, tmp_path, capsys):
+    (folder / "task.yaml").write_text(LANGUAGE)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {number:04d}\n" for number in range(100)))
+    command = ["table", str(folder), "--seeds", "0", "--methods", "full", "window"]
+    assert main(command) == 0
+    table = tmp_path / "runs" / "tiny" / "table.md"
+    title, before = table.read_text().splitlines()[0], rows(table.read_text())
+    text.unlink()
+    capsys.readouterr()
+    assert main(command) == 1 and "data.path: " in capsys.readouterr().err
+    assert main([*command, "--only-collect"]) == 0
+    found = table.read_text()
+    assert found.splitlines()[0] == title and rows(found)[1:] == ["full", "window"]
+    assert before[-1] == "frequencies of the targets"
+    assert "without multiply-adds and the guess that reads no input: the data are not here (data.path: " in found
+    assert "baseline" not in (tmp_path / "runs" / "tiny" / "table.csv").read_text()
+    (tmp_path / "runs" / "tiny" / "window-0" / "data.txt").write_text("something else\n")
+    assert main([*command, "--only-collect"]) == 0
+    assert "window-0 is left out, it has other settings: data: " in table.read_text()
+
+
+def test_a_log_that_cannot_be_read_is_a_note_where_runs_are_collected(folder, tmp_path, capsys):
+    command = ["table", str(folder), "--seeds", "0", "--methods", "full", "window"]
+    assert main(command) == 0
+    log = tmp_path / "runs" / "tiny" / "window-0" / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text("nonsense\n" + whole)
+    capsys.readouterr()
+    assert main([*command, "--only-collect"]) == 0
+    text = capsys.readouterr().out
+    assert "window-0 is not complete: " in text and "metrics.jsonl, line 1: expected a record" in text
+    log.write_text("".join(whole.splitlines(keepends=True)[1:]))
+    assert main([*command, "--only-collect"]) == 0
+    assert "window-0 is not complete: its log lacks 1 of the steps of its checkpoint" in capsys.readouterr().out
+
+
+def test_the_title_is_the_folder_s_name_also_from_inside(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(["table", ".", "--seeds", "0", "--methods", "full", "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "table.md").read_text().startswith("# tiny: ")
+
+
 def test_a_stop_says_the_command_that_goes_on(folder, monkeypatch, capsys):
     original = TrainState.step
 

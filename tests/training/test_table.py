@@ -103,6 +103,19 @@ def test_the_best_accuracy_is_the_largest(make_run):
     assert row.best == (0.5,) and row.final == (0.25,) and row.reached == (2.0,)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_a_validation_that_is_no_number_is_neither_the_best_nor_good_enough(make_run, order):
+    run = make_run()
+    perplexities = [[math.nan, 3.0, 2.0][index] for index in order]
+    log = [validation(number, perplexity, float(number)) for number, perplexity in enumerate(perplexities, 1)]
+    write_log(run, *[step(number) for number in (1, 2, 3)], *log)
+    found = row_of([run], PERPLEXITY, None, until=2.0)
+    assert found.best == pytest.approx((2.0,)) and found.reached == (1.0 + perplexities.index(2.0),)
+    write_log(run, step(1), validation(1, math.nan, 1.0))
+    found = row_of([run], ACCURACY, None, until=0.0)
+    assert math.isnan(found.best[0]) and found.reached == (None,)
+
+
 def table_of(*rows: Row, reference: float | None = 1000.0) -> Table:
     return Table("copy", PERPLEXITY, rows, Evaluation(math.log(8), 0.2), reference, 2.0, ("a note",))
 
@@ -138,6 +151,13 @@ def test_the_csv_has_numbers_in_full_and_every_seed():
     assert float(lines[0]["perplexity_mean"]) == 1.5 and lines[0]["perplexity_by_seed"] == "1.25 1.75"
     assert lines[0]["at_equal_cost"] == "False" and lines[1]["multiply_adds"] == lines[1]["perplexity_deviation"] == ""
     assert float(lines[2]["perplexity_mean"]) == pytest.approx(8.0)
+
+
+def test_the_csv_says_of_equal_cost_only_what_is_known():
+    rows = row("window", 1000.0, 1.0), row("favor", None, 1.0), row("full", 1000.0, 1.0)
+    for reference, expected in ((1000.0, ["True", "", "False"]), (None, ["", "", "False"])):
+        lines = list(csv.DictReader(io.StringIO(as_csv(table_of(*rows, reference=reference)))))
+        assert [line["at_equal_cost"] for line in lines[:3]] == expected
 
 
 def test_a_run_that_broke_leaves_the_table_readable():

@@ -77,7 +77,7 @@ class Table:
         title: the task.
         metric: of the task.
         rows: in order.
-        baseline: what an answer that reads no input gets.
+        baseline: what an answer that reads no input gets; None without the data.
         reference: multiply-adds of a row at equal cost; None where no method is the reference.
         until: the metric whose time is a column; None for no such column.
         notes: lines below: the data, the machine, runs that failed.
@@ -86,7 +86,7 @@ class Table:
     title: str
     metric: Metric
     rows: tuple[Row, ...]
-    baseline: Evaluation
+    baseline: Evaluation | None
     reference: float | None
     until: float | None
     notes: tuple[str, ...]
@@ -114,7 +114,7 @@ def row_of(runs: Sequence[TableRun], metric: Metric, multiply_adds: float | None
         seeds=tuple(run.seed for run in runs),
         steps=max(len(log) for log in steps),
         final=tuple(found[-1] for found in values),
-        best=tuple(max(found) if metric.rises else min(found) for found in values),
+        best=tuple(_best(found, metric) for found in values),
         reached=tuple(_reached(records, metric, until) for records in validations),
         seconds=tuple(seconds),
         in_attention=tuple(part / whole for part, whole in zip(attention, seconds)),
@@ -127,11 +127,22 @@ def _value(record: Record, metric: Metric) -> float:
     return metric.of(Evaluation(record["loss"], record["accuracy"]))
 
 
+def _best(values: Sequence[float], metric: Metric) -> float:
+    """Of those that are numbers: NaN is neither less nor more than another one, so that it would stay where it is
+    first. NaN where all are."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return (max if metric.rises else min)(numbers, default=math.nan)
+
+
 def _reached(records: list[Record], metric: Metric, until: float | None) -> float | None:
     if until is None:
         return None
-    good = (record for record in records if not metric.better(until, _value(record, metric)))
+    good = (record for record in records if _is_as_good(_value(record, metric), until, metric))
     return next((record["seconds"] for record in good), None)
+
+
+def _is_as_good(value: float, until: float, metric: Metric) -> bool:
+    return value == until or metric.better(value, until)
 
 
 def multiply_adds(config: RunConfig, task: Task, tokens: int) -> float | None:
@@ -167,7 +178,8 @@ def markdown(table: Table) -> str:
     columns = _columns(table)
     rows = [[heading for heading, _ in columns]]
     rows += [[cell(row) for _, cell in columns] for row in table.rows]
-    rows.append(_baseline(table, len(columns)))
+    if table.baseline is not None:
+        rows.append(_baseline(table, table.baseline, len(columns)))
     widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
     padded.insert(1, ["-" * width for width in widths])
@@ -198,9 +210,9 @@ def _columns(table: Table) -> list[tuple[str, Callable[[Row], str]]]:
     return columns
 
 
-def _baseline(table: Table, columns: int) -> list[str]:
+def _baseline(table: Table, baseline: Evaluation, columns: int) -> list[str]:
     name = "most frequent target" if table.metric.rises else "frequencies of the targets"
-    return [name, f"{table.metric.of(table.baseline):{table.metric.format}}", *["-"] * (columns - 2)]
+    return [name, f"{table.metric.of(baseline):{table.metric.format}}", *["-"] * (columns - 2)]
 
 
 def _marked(table: Table, row: Row) -> bool:
@@ -208,6 +220,13 @@ def _marked(table: Table, row: Row) -> bool:
     if table.reference is None or row.multiply_adds is None or row.method == "full":
         return False
     return abs(row.multiply_adds / table.reference - 1) > TOLERANCE
+
+
+def _at_equal_cost(table: Table, row: Row) -> bool | str:
+    """Empty where it is not known."""
+    if row.method == "full":
+        return False
+    return "" if table.reference is None or row.multiply_adds is None else not _marked(table, row)
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -246,7 +265,7 @@ def as_csv(table: Table) -> str:
             f"{name}_by_seed": " ".join(map(repr, row.final)),
             "seconds_to_until_by_seed": " ".join("-" if time is None else repr(time) for time in row.reached),
             "multiply_adds": "" if row.multiply_adds is None else row.multiply_adds,
-            "at_equal_cost": not _marked(table, row) and row.method != "full",
+            "at_equal_cost": _at_equal_cost(table, row),
             "seconds_mean": statistics.fmean(row.seconds),
             "in_attention_mean": statistics.fmean(row.in_attention),
             "low_rank_share_mean": statistics.fmean(row.low_rank_share) if row.low_rank_share else "",
@@ -255,7 +274,8 @@ def as_csv(table: Table) -> str:
         }
         for row in table.rows
     ]
-    lines.append({"method": "baseline", f"{name}_mean": table.metric.of(table.baseline)})
+    if table.baseline is not None:
+        lines.append({"method": "baseline", f"{name}_mean": table.metric.of(table.baseline)})
     fields = list(dict.fromkeys(key for line in lines for key in line))
     file = io.StringIO()
     writer = csv.DictWriter(file, fields, lineterminator="\n")

@@ -40,9 +40,10 @@ def draw_table(path: Path, table: Table, logs: dict[str, Sequence[Sequence[Recor
         curves.fill_between(seconds, lowest, highest, color=color, alpha=0.15, linewidth=0)
         ends.plot(row.final, [number] * len(row.final), "o", color=color, markersize=5, alpha=0.6)
         ends.plot(statistics.fmean(row.final), number, "|", color=color, markersize=18, markeredgewidth=2)
-    baseline = table.metric.of(table.baseline)
-    curves.axhline(baseline, color="grey", linewidth=0.8, linestyle=":", label="without reading the input")
-    ends.axvline(baseline, color="grey", linewidth=0.8, linestyle=":")
+    if table.baseline is not None:
+        baseline = table.metric.of(table.baseline)
+        curves.axhline(baseline, color="grey", linewidth=0.8, linestyle=":", label="without reading the input")
+        ends.axvline(baseline, color="grey", linewidth=0.8, linestyle=":")
     curves.set(xlabel="seconds of training", ylabel=table.metric.label)
     ends.set(xlabel=f"{table.metric.label} after the last step, by seed")
     ends.set_yticks(range(len(table.rows)), [row.method for row in table.rows])

@@ -148,8 +148,26 @@ def difference(run: TableRun, opened: OpenedData | None = None) -> str | None:
 
     Raises:
         UnusableRun: the folder's config.yaml is none of a run.
+        ValueError: the data are not where they were.
     """
-    if not run.folder.metrics.exists() or not run.folder.config.exists():
+    found = difference_of_settings(run)
+    if found is not None or not _is_begun(run):
+        return found
+    changed = same_run.data_difference(run.folder, (opened or OpenedData()).of(run.config))
+    return None if changed is None else f"data: {changed}"
+
+
+def _is_begun(run: TableRun) -> bool:
+    return run.folder.metrics.exists() and run.folder.config.exists()
+
+
+def difference_of_settings(run: TableRun) -> str | None:
+    """As :func:`difference`, without a look at the data.
+
+    Raises:
+        UnusableRun: the folder's config.yaml is none of a run.
+    """
+    if not _is_begun(run):
         return None
     try:
         stored = yaml.safe_load(run.folder.config.read_text(encoding="utf-8"))
@@ -170,8 +188,7 @@ def difference(run: TableRun, opened: OpenedData | None = None) -> str | None:
     there = "" if source is None else initial_fingerprint(source)
     if there and kept.exists() and kept.read_text(encoding="utf-8") != there:
         return f"{initial_weights.KEY}: other weights were in {source}"
-    changed = same_run.data_difference(run.folder, (opened or OpenedData()).of(run.config))
-    return None if changed is None else f"data: {changed}"
+    return None
 
 
 class OpenedData:

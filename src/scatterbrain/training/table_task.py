@@ -28,6 +28,7 @@ from scatterbrain.training.table_runs import (
     TableStopped,
     carry_out,
     difference,
+    difference_of_settings,
     is_complete,
     missing_records,
 )
@@ -101,10 +102,11 @@ def make_table(options: TableOptions, runs: Sequence[TableRun], configs: dict[st
         complete.
 
     Raises:
-        ValueError: missing data, settings that do not fit, or a folder with runs of other settings.
+        ValueError: missing data, but with ``only_collect``, which then leaves out what follows from them; settings that
+            do not fit; or a folder with runs of other settings.
         TableStopped: after SIGINT or SIGTERM. The table of the runs that are complete is written before.
     """
-    known = _Known(configs)
+    known = _Known(configs, runs, options.only_collect)
     try:
         if not options.only_collect:
             carry_out(list(runs), options.output, options.jobs, options.overwrite, again)
@@ -121,17 +123,50 @@ class _Known:
 
     Args:
         configs: of every method.
+        runs: of the table, whose folders know what their data were.
+        only_collect: whether the data may be missing.
+
+    Without data ``lacks_data`` says why, and there are no baseline and no costs, which follow from them.
     """
 
-    def __init__(self, configs: dict[str, RunConfig]) -> None:
+    def __init__(self, configs: dict[str, RunConfig], runs: Sequence[TableRun], only_collect: bool) -> None:
         first = next(iter(configs.values()))
         self.task = build_task(first.task)
-        data = open_data(self.task, first.data, first.train)
-        self.description, self.tokens = data.description, data.tokens
-        self.baseline = baseline_of([data.validation_batch(number) for number in range(first.train.validation_batches)])
+        self.baseline, self.tokens, self.lacks_data = None, None, ""
+        self._opened = OpenedData()
+        stored = [run.folder.data.read_text(encoding="utf-8") for run in runs if run.folder.data.exists()]
+        try:
+            data = open_data(self.task, first.data, first.train)
+        except ValueError as error:
+            if not (only_collect and stored and str(error).startswith("data.path")):
+                raise
+            self.lacks_data, self._stored = " ".join(str(error).split()), stored[0]
+            self.description = stored[0].partition("\n")[0]
+        else:
+            self.description, self.tokens = data.description, data.tokens
+            batches = [data.validation_batch(number) for number in range(first.train.validation_batches)]
+            self.baseline = baseline_of(batches)
         self.costs = {name: self._cost(name, config) for name, config in configs.items()}
 
+    def difference(self, run: TableRun) -> str | None:
+        """In what the run in the folder is not the one that is asked for. Without data its own are to be those of the
+        other runs."""
+        if not self.lacks_data:
+            return difference(run, self._opened)
+        found = difference_of_settings(run)
+        if found is None and run.folder.data.exists() and run.folder.data.read_text(encoding="utf-8") != self._stored:
+            return f"data: {run.folder.data} is not that of the other runs"
+        return found
+
+    def notes(self) -> list[str]:
+        """Of what the figures stand on."""
+        if not self.lacks_data:
+            return [f"multiply-adds at {self.tokens} tokens, counted by scatterbrain.analysis.cost"]
+        return [f"without multiply-adds and the guess that reads no input: the data are not here ({self.lacks_data})"]
+
     def _cost(self, name: str, config: RunConfig) -> float | None:
+        if self.tokens is None:
+            return None
         try:
             return multiply_adds(config, self.task, self.tokens)
         except ValueError as error:
@@ -141,9 +176,9 @@ class _Known:
 def _collect(options: TableOptions, runs: Sequence[TableRun], known: _Known) -> bool:
     """Prints and writes the table of the complete runs; whether there is any."""
     complete: dict[str, list[TableRun]] = {}
-    notes, opened = [], OpenedData()
+    notes: list[str] = []
     for run in runs:
-        if (other := _unless_usable(lambda: difference(run, opened))) is not None:
+        if (other := _unless_usable(lambda: known.difference(run))) is not None:
             notes.append(f"{run.name} is left out, it has other settings: {other}")
         elif is_complete(run):
             complete.setdefault(run.method, []).append(run)
@@ -157,7 +192,7 @@ def _collect(options: TableOptions, runs: Sequence[TableRun], known: _Known) -> 
     machines = {line for group in complete.values() for run in group for line in _machines(run)}
     metric = known.task.metric
     table = Table(
-        title=f"{options.folder.name}: {known.description}",
+        title=f"{options.folder.resolve().name}: {known.description}",
         metric=metric,
         rows=tuple(row_of(group, metric, known.costs[name], options.until) for name, group in complete.items()),
         baseline=known.baseline,
@@ -165,7 +200,7 @@ def _collect(options: TableOptions, runs: Sequence[TableRun], known: _Known) -> 
         until=options.until,
         notes=(
             "± is the standard deviation over seeds; seconds are those of training steps, without validation",
-            f"multiply-adds at {known.tokens} tokens, counted by scatterbrain.analysis.cost",
+            *known.notes(),
             f"run on {'; '.join(sorted(machines))}",
             *notes,
         ),
