@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import scatterbrain as sb
+from scatterbrain.bench.inputs import calibration_of
 
 LOW_RANK = sb.presets.causal()[1]
 
@@ -101,9 +102,11 @@ def of_file(path: str) -> list[Layer]:
             raise SystemExit(f"{path}: expected tensors named lm.N<tokens>.layer<l>.q, found none")
         layers = []
         for name in names:
-            model, layer = name.split(".")[0], name.split(".")[-1]
             q, k, v = (file.get_tensor(f"{name}.{part}").float()[None] for part in "qkv")
-            of_other_text = (file.get_tensor(f"{model}.cal.{layer}.{part}").float()[None] for part in "qk")
+            others = calibration_of(name, file.keys())
+            if others is None:
+                raise SystemExit(f"{path}: {name}: expected .cal in place of .N<tokens> to calibrate on, found none")
+            of_other_text = (file.get_tensor(f"{others}.{part}").float()[None] for part in "qk")
             layers.append(Layer(q, k, v, sb.fit_statistics(*of_other_text, LOW_RANK.rank)))
         return layers
 

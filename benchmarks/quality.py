@@ -30,6 +30,7 @@ from torch import Tensor
 
 import scatterbrain as sb
 from scatterbrain.analysis.cost import Shape, cost, with_keys_for, with_size_for
+from scatterbrain.bench.inputs import calibration_of
 from scatterbrain.hilbert import hilbert_order
 
 
@@ -71,9 +72,10 @@ def load(path: str, rank: int, calibration_tokens: int | None) -> dict[str, list
             model = match[1]
             q, k, v = (file.get_tensor(f"{match[0][:-1]}{part}").float()[None] for part in "qkv")
             cal = slice(calibration_tokens)
-            q_cal, k_cal = (
-                file.get_tensor(f"{model}.cal.layer{match[2]}.{part}").float()[None, :, cal] for part in "qk"
-            )
+            others = calibration_of(match[0][:-2], file.keys())
+            if others is None:
+                raise SystemExit(f"{path}: expected {model}.cal.layer{match[2]}.q and .k to calibrate on, found none")
+            q_cal, k_cal = (file.get_tensor(f"{others}.{part}").float()[None, :, cal] for part in "qk")
             if model.startswith("dino"):
                 side = math.isqrt(q.shape[2] - 1)
                 order = torch.cat([1 + hilbert_order(side, side), torch.tensor([0])])

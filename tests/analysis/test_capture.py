@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import scatterbrain as sb
 from scatterbrain.analysis import calls_of
 from scatterbrain.analysis.exact import exact
+from scatterbrain.analysis.regimes.inputs import captured_heads
+from scatterbrain.bench.inputs import calibration_of, file_inputs
 from scatterbrain.integrations import register_replacer
 from scatterbrain.integrations.replacer import REPLACERS
 
@@ -278,6 +280,93 @@ def test_rows_of_padding_alone_are_left_out(tmp_path: Path) -> None:
         sb.capture(encoder(), batch | {"src_key_padding_mask": torch.ones_like(mask)}, file)
     with pytest.raises(ValueError, match="expected a file to write, .* which is a folder"):
         sb.capture(encoder(), lambda model: pytest.fail("it ran"), tmp_path)
+
+
+def test_what_statistics_are_fitted_on_is_written_once_for_all_rows(tmp_path: Path) -> None:
+    file, rows = tmp_path / "qkv.safetensors", 6
+    model = encoder()
+    sb.capture(model, torch.randn(rows, L, E), file)
+    tensors = load_file(file)
+    names = {name for name in tensors if ".cal." in name}
+    assert names == {f"model.cal.layer{layer}.{part}" for layer in range(2) for part in "qk"}
+    assert tensors["model.cal.layer1.q"].shape == (H, rows * L, E // H)
+    for entry in ("model.N60.layer1", "model_5.N60.layer1"):
+        found = file_inputs(file, entry, L, H, 4)
+        assert found.fitted_on == "entry model.cal.layer1"
+        heads = list(captured_heads(file, [entry], None, None, "natural"))
+        assert heads[0].fitted_on[0].shape == (1, 1, rows * L, E // H)
+    assert calibration_of("model_2.N60.layer1", ["model_2.cal.layer1.q", "model_2.cal.layer1.k", *names]) == (
+        "model_2.cal.layer1"
+    )
+    run = run_python(ROOT / "benchmarks" / "quality.py", file, "--keys", "32", "--only", "window 32 + centroid 64")
+    assert run.returncode == 0 and "| window 32 + centroid 64 | 0." in run.stdout, run.stderr
+
+
+class Depths(nn.Module):
+    """Layers that run as often as the batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = encoder().layers
+
+    def forward(self, x: Tensor, order: tuple[int, ...]) -> Tensor:
+        for number in order:
+            x = self.layers[number](x)
+        return x
+
+
+def test_layers_are_fitted_on_their_own_calls_of_the_other_batch(tmp_path: Path) -> None:
+    model, x, other = Depths().eval(), torch.randn(1, L, E), torch.randn(1, 300, E)
+    file = tmp_path / "qkv.safetensors"
+    sb.capture(model, (x, (0, 1)), file, calibration=(other, (1, 0)))
+    want = {call.path: call.query for call in calls_of(model, (other, (1, 0)))}
+    tensors = load_file(file)
+    for layer in range(2):
+        torch.testing.assert_close(tensors[f"model.cal.layer{layer}.q"], want[f"layers.{layer}.self_attn"][0])
+    sb.capture(model, (x, (0, 1, 0)), file, calibration=(other, (0,)))
+    assert [load_file(file)[f"model.cal.layer{layer}.q"].shape[1] for layer in range(3)] == [300, L, L]
+    pairs = {"quadratic": (sb.Window(8), sb.Quadratic(4))}
+    found = sb.compare(model, (x, (0, 1)), pairs, calibration=(other, (1, 0)), repeats=1)
+    assert not any(layer.is_fitted_on_itself for layer in found.layers) and "they did not run" not in str(found)
+    found = sb.compare(model, (x, (0, 1)), pairs, calibration=(other, (0,)), repeats=1)
+    assert [layer.is_fitted_on_itself for layer in found.layers] == [False, True]
+    assert "since they did not run on the other batch: layers.1.self_attn" in str(found)
+
+
+def test_padded_keys_are_left_out_whatever_the_queries_mask_is(tmp_path: Path) -> None:
+    file, model, x, mask = (
+        tmp_path / "qkv.safetensors",
+        encoder().layers[0].self_attn,
+        torch.randn(2, L, E),
+        padding(L, (9, 0)),
+    )
+    model.batch_first = True
+    run = lambda m: m(x, x.clone(), x.clone(), key_padding_mask=mask, need_weights=False)  # no query is padded
+    assert sb.capture(model, run, file) == ["model.N51.layer0", "model_1.N60.layer0"]
+    (call,) = calls_of(model, run)
+    torch.testing.assert_close(load_file(file)["model.N51.layer0.k"], call.key[0, :, ~mask[0]])
+
+
+@pytest.mark.parametrize("order", ["hilbert", "auto"])
+def test_a_vision_model_that_is_swapped_is_captured_in_its_own_order(tmp_path: Path, order: str) -> None:
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=E, num_hidden_layers=2, num_attention_heads=H, intermediate_size=40, patch_size=4)
+    model, pixels = (
+        hf.ViTModel(hf.ViTConfig(**sizes, image_size=32)).eval(),
+        {"pixel_values": torch.randn(1, 3, 32, 32)},
+    )
+    sb.capture(model, pixels, tmp_path / "before.safetensors")
+    want, plain = load_file(tmp_path / "before.safetensors"), [call.query for call in calls_of(model, pixels)]
+    report = sb.replace_attention(model, sb.Window(16), None, token_order=order)
+    out = model(**pixels).last_hidden_state
+    sb.capture(model, pixels, tmp_path / "after.safetensors")
+    got = load_file(tmp_path / "after.safetensors")
+    assert want.keys() == got.keys() and all(torch.allclose(want[name], got[name], atol=1e-4) for name in want)
+    assert torch.equal(model(**pixels).last_hidden_state, out)  # in the order of the curve as before
+    for a, b in zip(calls_of(model, pixels), plain):  # compare measures that order
+        torch.testing.assert_close(a.query, b, rtol=1e-3, atol=1e-4)
+    report.restore()
 
 
 def test_padding_holds_anything() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,21 @@ def recorded(model: nn.Module, batch: Batch, token_order: str | None = "auto") -
                 f"{tuple(call.query.shape)} and keys {tuple(call.key.shape)} in {call.path}"
             )
     return Recorded(calls, left)
+
+
+def counterparts(calls: Sequence[LayerCall], others: Sequence[LayerCall]) -> list[LayerCall | None]:
+    """For every call the one of the same layer among ``others``, the first for the first; None where there is none."""
+
+    def places(of: Sequence[LayerCall]) -> list[tuple[str, int]]:
+        seen: Counter[str] = Counter()
+        found = []
+        for call in of:
+            found.append((call.path, seen[call.path]))
+            seen[call.path] += 1
+        return found
+
+    by_place = dict(zip(places(others), others))
+    return [by_place.get(place) for place in places(calls)]
 
 
 def run(model: nn.Module, batch: Batch) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scatterbrain.analysis.captured import Batch, calls_of
+from scatterbrain.analysis.captured import Batch, calls_of, counterparts
 from scatterbrain.analysis.layer_call import LayerCall
 
 
@@ -28,8 +28,9 @@ def capture(
     tokens, head_dim): valid tokens alone, in the model's own order, key/value heads repeated for their query heads, and
     queries scaled such that attention is softmax(q k^T / sqrt(head_dim)) v. Layers count from 0 in the order of their
     calls. Rows of a batch after the first are named ``<name>_<row>``, causal models ``lm_<name>``; rows without tokens
-    are left out. Beside them stand ``<name>.cal.layer<l>.q`` and ``.k``, of all rows of the calibration batch, or,
-    without one, of the same tokens.
+    are left out. Beside them stand ``<name>.cal.layer<l>.q`` and ``.k``, once for all rows (``lm_`` before them
+    likewise): of all rows of the calibration batch, or, without one or where a layer did not run on it, of the same
+    tokens. A model whose image patches run in Hilbert order runs in its own order here.
 
     Args:
         model, batch: as :func:`scatterbrain.compare`.
@@ -58,21 +59,21 @@ def capture(
         raise ValueError(
             "capture: expected self-attention layers, whose queries and keys are the same tokens, got none"
         )
-    others = calls
+    others: list[LayerCall | None] = list(calls)
     if calibration is not None:
-        others = [call for call in calls_of(model, calibration, "natural") if _is_self_attention(call)]
+        others = counterparts(calls, calls_of(model, calibration, "natural"))
     tensors: dict[str, Tensor] = {}
     entries = []
     for layer, call in enumerate(calls):
         prefix = f"lm_{name}" if call.is_causal else name
-        fitted = dict(zip("qk", (torch.cat(t, 1) for t in zip(*_rows(others[min(layer, len(others) - 1)])))))
+        fitted = dict(zip("qk", (torch.cat(t, 1) for t in zip(*_rows(others[layer] or call)))))
+        tensors |= {f"{prefix}.cal.layer{layer}.{part}": t for part, t in fitted.items()}
         for row, parts in enumerate(_rows(call)):
             if parts[0].shape[1] == 0:  # a row without tokens
                 continue
             of_row = prefix if row == 0 else f"{prefix}_{row}"
             entries.append(f"{of_row}.N{parts[0].shape[1]}.layer{layer}")
             tensors |= {f"{entries[-1]}.{part}": t for part, t in zip("qkv", parts)}
-            tensors |= {f"{of_row}.cal.layer{layer}.{part}": t.clone() for part, t in fitted.items()}
     if not entries:
         raise ValueError("capture: expected a batch with tokens that are not padding, got none")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -87,9 +88,12 @@ def _is_self_attention(call: LayerCall) -> bool:
 
 
 def _rows(call: LayerCall) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """By batch row, float32 (heads, tokens, width), of tokens that count."""
+    """By batch row, float32 (heads, tokens, width), of tokens that count as queries and as keys."""
     group = call.query.shape[1] // call.key.shape[1]
     factor = call.scale * call.query.shape[3] ** 0.5
-    for row, valid in enumerate(call.valid_queries()):
+    valid_rows = call.valid_queries()
+    if call.key_padding_mask is not None:
+        valid_rows = valid_rows & ~call.key_padding_mask
+    for row, valid in enumerate(valid_rows):
         q, k, v = (t[row, :, valid].float().cpu() for t in (call.query, call.key, call.value))
         yield q * factor, k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)

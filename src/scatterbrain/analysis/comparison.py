@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scatterbrain import presets
-from scatterbrain.analysis.captured import Batch, recorded
+from scatterbrain.analysis.captured import Batch, counterparts, recorded
 from scatterbrain.analysis.configured import Pair, Run, attention_of
 from scatterbrain.analysis.exact import Exact, by_torch, exact
 from scatterbrain.analysis.layer_call import LayerCall
@@ -79,6 +79,8 @@ class LayerComparison:
             weight evenly.
         exact_seconds: median of torch's exact attention.
         figures: by configuration.
+        is_fitted_on_itself: whether statistics were fitted on the measured tokens: without a calibration batch, or
+            where this layer did not run on it.
     """
 
     path: str
@@ -92,6 +94,7 @@ class LayerComparison:
     entropy: list[float]
     exact_seconds: float
     figures: dict[str, Figures]
+    is_fitted_on_itself: bool = False
 
 
 @dataclass
@@ -233,10 +236,10 @@ def comparing(
     fitted_on = "the measured tokens themselves: errors are flattered" if calibration is None else "another batch"
     comparison = Comparison(type(model).__name__, fitted_on, len(calls), left=seen.left)
     yield comparison
-    for number, call in enumerate(calls):
-        fit_on = others[number] if number < len(others) and others[number].path == call.path else call
+    for call, other in zip(calls, counterparts(calls, others)):
         of_call = (CAUSAL if call.is_causal else BIDIRECTIONAL) if chosen is None else chosen
-        comparison.layers.append(compare_call(call, of_call, fit_on, repeats))
+        layer = compare_call(call, of_call, call if other is None else other, repeats)
+        comparison.layers.append(replace(layer, is_fitted_on_itself=calibration is None or other is None))
         yield comparison
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from scatterbrain import functional
 from scatterbrain.analysis.layer_call import LayerCall
 from scatterbrain.integrations.replace import attention_modules, replace_attention
 from scatterbrain.integrations.report import Report
+from scatterbrain.integrations.token_order import natural_order
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.supports import Window
 
@@ -39,7 +40,8 @@ def stand_in(
             core.forward = _StandIn(layers[path], core, attend)
             core.lacks_statistics = lambda is_causal: False  # nothing is computed with those of the module
             core.bypassed = None
-        yield Stage(model, report, {layers[path]: core for path, core in cores.items()})
+        with natural_order(model) if token_order in ("natural", None) else nullcontext():
+            yield Stage(model, report, {layers[path]: core for path, core in cores.items()})
     finally:
         for core, own in before.items():
             for name in _REPLACED:

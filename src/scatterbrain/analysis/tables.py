@@ -36,6 +36,9 @@ def comparison_tables(comparison: Comparison) -> str:
     lines += aligned(rows)
     ran = {f"{name} in cross-attention: {f.ran}" for layer in layers for name, f in layer.figures.items() if f.ran}
     lines += [""] * bool(ran) + sorted(ran)
+    itself = [layer.path for layer in layers if layer.is_fitted_on_itself]
+    if itself and len(itself) < len(layers):
+        lines += ["", f"fitted on the measured tokens, since they did not run on the other batch: {', '.join(itself)}"]
     lines += left_out(comparison.left)
     notes = {f"{name}: {f.note}" for layer in layers for name, f in layer.figures.items() if f.note}
     return "\n".join([*lines, *([""] + [f"not measured: {note}" for note in sorted(notes)] if notes else [])])

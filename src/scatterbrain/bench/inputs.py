@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,7 @@ def file_inputs(path: Path, entry: str | None, tokens: int, heads: int | None, r
     """The first ``tokens`` tokens of one entry of a safetensors file.
 
     An entry is three tensors ``<entry>.q``, ``<entry>.k`` and ``<entry>.v`` of shape (heads, tokens, head_dim) or
-    (batch, heads, tokens, head_dim). Statistics come from ``<entry with .N<tokens> replaced by .cal>``, where the file
+    (batch, heads, tokens, head_dim). Statistics come from the entry that :func:`calibration_of` names, where the file
     has its q and k, else from the tokens after the measured ones, if there are 512 or more, else from all tokens.
 
     Raises:
@@ -111,14 +113,10 @@ def file_inputs(path: Path, entry: str | None, tokens: int, heads: int | None, r
 
     with safe_open(path, "pt") as file:
         query, key, value = (read_tokens(file, path, f"{entry}.{part}") for part in "qkv")
-        calibration = calibration_entry(entry)
-        names = set(file.keys())
-        pair = [f"{calibration}.{part}" for part in "qk"]
-        others = (
-            [read_tokens(file, path, name) for name in pair]
-            if calibration != entry and names.issuperset(pair)
-            else None
-        )
+        calibration = calibration_of(entry, file.keys())
+        others = None
+        if calibration is not None:
+            others = [read_tokens(file, path, f"{calibration}.{part}") for part in "qk"]
     available = query.shape[2]
     if tokens > available:
         raise ValueError(f"{path}: entry {entry!r} has {available} tokens, too few for a length of {tokens}")
@@ -175,8 +173,15 @@ def width_in(path: Path, entry: str) -> int:
         return file.get_slice(f"{entry}.q").get_shape()[-1]
 
 
-def calibration_entry(entry: str) -> str:
-    return ".".join("cal" if part[:1] == "N" and part[1:].isdigit() else part for part in entry.split("."))
+def calibration_of(entry: str, names: Collection[str]) -> str | None:
+    """The entry whose q and k, among ``names``, statistics of an entry are fitted on: ``.cal`` in place of
+    ``.N<tokens>``, of the entry's own model or of the one that it is a further row of (``<model>_<row>``). None without
+    one."""
+    own = ".".join("cal" if part[:1] == "N" and part[1:].isdigit() else part for part in entry.split("."))
+    if own == entry:
+        return None
+    of_first_row = re.sub(r"_\d+\.cal(?=\.|$)", ".cal", own, count=1)
+    return next((name for name in (own, of_first_row) if {f"{name}.q", f"{name}.k"} <= set(names)), None)
 
 
 def read_tokens(file: Any, path: Path, name: str) -> Tensor:

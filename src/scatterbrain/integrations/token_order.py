@@ -13,6 +13,7 @@ import inspect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -247,6 +248,19 @@ def restore_order(model: nn.Module) -> None:
         handle.remove()
     del model._token_order, model._token_order_hooks
     model.__class__ = base
+
+
+@contextmanager
+def natural_order(model: nn.Module) -> Iterator[None]:
+    """Inside, ordered models in ``model`` run in their own order, in this thread."""
+    orders = [module._token_order for module in model.modules() if hasattr(module, "_token_order")]
+    for order in orders:
+        order.running.pending = lambda tokens: None  # as inside of a method that puts nothing back
+    try:
+        yield
+    finally:
+        for order in orders:
+            order.running.pending = order.running.applied = None
 
 
 FAMILIES: dict[str, Family] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scatterbrain.bench.inputs import calibration_entry, entries, read_tokens
+from scatterbrain.bench.inputs import calibration_of, entries, read_tokens
 from scatterbrain.hilbert import hilbert_order
 
 
@@ -112,10 +112,10 @@ def _read(path: Path, name: str) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, 
 
     with safe_open(path, "pt") as file:
         query, key, value = (read_tokens(file, path, f"{name}.{part}") for part in "qkv")
-        other = [f"{calibration_entry(name)}.{part}" for part in "qk"]
-        if not set(other) <= set(file.keys()):
+        calibration = calibration_of(name, file.keys())
+        if calibration is None:
             return query, key, value, (query, key)
-        return query, key, value, tuple(read_tokens(file, path, part) for part in other)
+        return query, key, value, tuple(read_tokens(file, path, f"{calibration}.{part}") for part in "qk")
 
 
 def _hilbert(tokens: int, name: str) -> Tensor:
