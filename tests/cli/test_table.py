@@ -111,6 +111,13 @@ def test_the_title_is_the_folder_s_name_also_from_inside(folder, tmp_path, monke
     assert (tmp_path / "out" / "table.md").read_text().startswith("# tiny: ")
 
 
+def test_the_output_may_be_in_the_user_s_own_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert main(["table", str(folder), "--seeds", "0", "--methods", "full", "--output", "~/out"]) == 0
+    assert (tmp_path / "home" / "out" / "full-0" / "checkpoint.safetensors").exists()
+    assert (tmp_path / "home" / "out" / "table.md").exists() and not (tmp_path / "~").exists()
+
+
 def test_a_stop_says_the_command_that_goes_on(folder, monkeypatch, capsys):
     original = TrainState.step
 

@@ -113,6 +113,9 @@ def test_a_bad_key_of_the_file_is_named(config, capsys):
         (["--sample.prompt", ""], "sample.prompt"),
         (["--train.device", "gpu"], "train.device"),
         (["--train.device", "meta"], "train.device: expected a device that holds values"),
+        (["--train.device", "vulkan"], "train.device: expected a device of this machine, got 'vulkan'"),
+        (["--train.device", "hpu"], "train.device: expected a device of this machine, got 'hpu'"),
+        (["--output", "~no_such_user_here/run"], "output: expected a folder, got '~no_such_user_here/run'"),
     ],
 )
 def test_a_bad_value_is_named_in_one_line(config, capsys, arguments, named):
@@ -286,6 +289,41 @@ def test_the_shipped_configuration_trains_routed_attention_and_one_option_makes_
 def test_options_override_the_file():
     config = parse_run_config([str(STDLIB), "--attention.keys", "48", "--model.layers", "3", "--data.path", "notes"])
     assert (config.attention.keys, config.model.layers, config.data.path) == (48, 3, "notes")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["CONFIG", "--train.warmup", "3"],
+        ["--config", "CONFIG", "--train.warmup", "3"],
+        ["--config=CONFIG", "--train.warmup", "3"],
+        ["--train.warmup", "3", "--config", "CONFIG"],
+        ["--train.warmup", "3", "--config=CONFIG"],
+        ["SHARED", "--train.warmup", "3", "--config=CONFIG"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_extends_another_wherever_it_is_named(config, tmp_path, arguments):
+    extending = tmp_path / "extending.yaml"
+    extending.write_text("extends: config.yaml\nmodel: {layers: 2}\n")
+    paths = {"CONFIG": str(extending), "SHARED": str(config)}
+    found = parse_run_config(
+        [argument.replace("CONFIG", paths["CONFIG"]).replace("SHARED", paths["SHARED"]) for argument in arguments]
+    )
+    assert (found.model.layers, found.model.width, found.train.context, found.train.warmup) == (2, 32, 64, 3)
+
+
+def test_a_section_of_something_else_is_refused_wherever_its_file_is_named(config, tmp_path, capsys):
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": "words"}))
+    assert run_to_its_exit_code("train", "--train.steps=1", f"--config={config}", "--model.layers=1") == 2
+    assert "model" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_the_output_may_be_in_the_user_s_own_folder(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(config), "--train.steps", "1", "--output", "~/run"]) == 0
+    assert (tmp_path / "home" / "run" / "checkpoint.safetensors").exists() and not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize("package", ["jsonargparse", "tqdm", "matplotlib", "safetensors"])

@@ -13,9 +13,10 @@ import safetensors
 import safetensors.torch
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from scatterbrain.cli import main
+from scatterbrain.training.tasks import Task
 
 Files = tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]  # tensors, metadata, progress
 
@@ -188,6 +189,47 @@ def test_a_changed_checkpoint_is_refused_in_one_line(name: str, stopped: Path, c
     metadata = {key: value for key, value in metadata.items() if value is not None}
     safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, checkpoint, metadata)
     assert_refused(stopped, copied, capsys, words)
+
+
+def with_unused(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Models with two parameters that no loss depends on."""
+
+    def build_model(self: Task, *arguments: Any) -> nn.Module:
+        model = original(self, *arguments)
+        model.unused = nn.ParameterList([torch.full((3,), 1.0), torch.full((2, 2), 2.0)])
+        return model
+
+    return build_model
+
+
+def test_a_run_with_parameters_that_have_no_gradient_goes_on(
+    stopped: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(Task, "build_model", with_unused(Task.build_model))
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    assert main(["train", str(stopped), "--output", str(cut), "--train.schedule", "constant"]) == 0
+    assert go_on(stopped, cut, "--train.schedule", "constant") == 0
+    options = ["--train.schedule", "constant", "--train.steps", "3"]
+    assert main(["train", str(stopped), "--output", str(whole), *options]) == 0
+    expected, found = (safetensors.torch.load_file(path / "checkpoint.safetensors") for path in (whole, cut))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    untrained = [name for name in found if name.endswith("/untrained")]
+    assert len(untrained) == 2 and not any(name.rpartition("/")[0] + "/step" in found for name in untrained)
+
+    checkpoint = cut / "checkpoint.safetensors"
+    with safetensors.safe_open(checkpoint, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    number = untrained[0].split("/")[1]
+    for change, words in (
+        ({f"optimizer/{number}/step": torch.tensor(3.0)}, f"optimizer/{number}/step belongs to no parameter"),
+        ({untrained[0]: None}, f"optimizer/{number}/exp_avg is missing"),
+        ({untrained[0]: torch.zeros(2)}, f"{untrained[0]} must be float32 of shape (0,), got float32 of shape (2,)"),
+    ):
+        edited = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
+        safetensors.torch.save_file(edited, checkpoint, metadata)
+        capsys.readouterr()
+        assert main(["train", str(stopped), "--output", str(cut), "--resume", "true", *options[:2]]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_number_may_be_written_as_one_with_a_point_or_without(stopped: Path, copied: Path) -> None:

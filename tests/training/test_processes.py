@@ -213,3 +213,14 @@ def test_rows_that_do_not_divide_are_shared_out_to_all():
     assert torch.equal(torch.cat([share.inputs for share in shares]), batch.inputs)
     with pytest.raises(ValueError, match="train.batch: .* a row for each of 4 processes, got a batch of 3"):
         Processes(0, 4, 0, "ddp").own_rows(Batch(batch.inputs[:3], batch.targets[:3]), 1)
+
+
+def test_more_processes_than_gpus_are_refused_by_the_key_of_the_device(monkeypatch: pytest.MonkeyPatch):
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        ValueError, match="train.device: expected a GPU for each process of a machine, which has 2, got "
+    ):
+        join(TrainConfig(device="cuda", parallel="ddp", accumulate=4))

@@ -67,6 +67,7 @@ def table(arguments: Sequence[str]) -> int:
 def _parse(arguments: Sequence[str]) -> tuple[TableOptions, list[str]]:
     """The table's own options, and the keys of ``scatterbrain train`` after them."""
     from scatterbrain.training.config import RunConfig
+    from scatterbrain.training.files import output_folder
     from scatterbrain.training.table_task import TableOptions, method_files
 
     if not arguments or arguments[0].startswith("-"):
@@ -95,7 +96,7 @@ def _parse(arguments: Sequence[str]) -> tuple[TableOptions, list[str]]:
             raise ValueError(f"--{name}: expected {'1' if name == 'jobs' else '0'} or more, got {min(values)}")
     return TableOptions(
         folder=folder,
-        output=Path("runs") / folder.resolve().name if found.output is None else Path(found.output),
+        output=Path("runs") / folder.resolve().name if found.output is None else output_folder(found.output),
         methods=methods,
         seeds=tuple(dict.fromkeys(found.seeds)),
         jobs=found.jobs,

@@ -60,10 +60,10 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def parse_run_config(arguments: Sequence[str]) -> RunConfig:
-    """A configuration from a YAML file, if the first argument is one, and the options after it.
+    """A configuration from a YAML file, if the first argument is one or --config names one, and the options after it.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: for a value out of range, or a file that extends one that cannot be read.
         SystemExit: with code 2, after a message that names the key, for an unknown key or a value of the wrong type;
             with code 0 after --print_config.
     """
@@ -75,10 +75,14 @@ def parse_run_config(arguments: Sequence[str]) -> RunConfig:
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--config")
-    if arguments[:1] == ["--config"] and len(arguments) > 1:
-        arguments[1] = _with_extended(arguments[1])
-    if arguments[:1] == ["--config"]:  # by itself, since options put a mapping in the place of anything else
-        _check_sections(parse(parser, arguments[:2]), Namespace)
+    for index, argument in enumerate(arguments):
+        name, equals, config = argument.partition("=")
+        if name != "--config" or not (equals or index + 1 < len(arguments)):
+            continue
+        config = _with_extended(config if equals else arguments[index + 1])
+        arguments[index if equals else index + 1] = f"--config={config}" if equals else config
+        # By itself, since options put a mapping in the place of anything else.
+        _check_sections(parse(parser, ["--config", config]), Namespace)
     namespace = parse(parser, arguments)
     _check_sections(namespace, Namespace)
     namespace = parser.instantiate(namespace)

@@ -22,6 +22,7 @@ from scatterbrain.training.train_step import TrainState
 
 FORMAT = "scatterbrain-train-1"
 WEIGHTS = "scatterbrain-weights-1"
+UNTRAINED = "untrained"  # in place of the optimizer's state of a parameter, where no step has had a gradient for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ def save_checkpoint(path: Path, train_state: TrainState, progress: Progress) -> 
     for index, state in train_state.optimizer.state_dict()["state"].items():
         sources |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
     tensors = _gathered(sources, processes)
+    if processes.is_first:
+        tensors |= {f"optimizer/{index}/{UNTRAINED}": torch.empty(0) for index in _untrained(train_state.optimizer)}
     tensors |= {f"scaler/{name}": value for name, value in train_state.precision.state().items()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if train_state.device.type == "cuda":
@@ -81,6 +84,13 @@ def read_worth(path: Path, metric: str) -> tuple[int, float] | None:
         return int(metadata["step"]), float(metadata[metric])
     except (safetensors.SafetensorError, OSError, KeyError, ValueError):
         return None
+
+
+def _untrained(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Numbers of the parameters that have had no gradient so far, beside others that have."""
+    known = optimizer.state_dict()
+    numbers = [number for group in known["param_groups"] for number in group["params"]]
+    return [number for number in numbers if number not in known["state"]] if known["state"] else []
 
 
 def _gathered(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
@@ -178,8 +188,8 @@ def _load_model(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> Non
 
 
 def _load_optimizer(path: Path, tensors: dict[str, Tensor], train_state: TrainState, step: int) -> None:
-    """AdamW's state of every parameter: its number of steps, and two averages of the parameter's shape. Steps that
-    float16 left out are not counted, so there may be none."""
+    """AdamW's state of every parameter: its number of steps, and two averages of the parameter's shape, or the note
+    that no step had a gradient for it. Steps that float16 left out are not counted, so there may be none."""
     skips = train_state.precision.scales_loss
     has_steps = bool(tensors) if skips else step > 0
     optimizer = train_state.optimizer.state_dict()
@@ -187,7 +197,11 @@ def _load_optimizer(path: Path, tensors: dict[str, Tensor], train_state: TrainSt
     likes = {
         f"{index}/{field}": own
         for index, parameter in enumerate(parameters if has_steps else [])
-        for field, own in (("step", torch.tensor(0.0)), ("exp_avg", parameter), ("exp_avg_sq", parameter))
+        for field, own in (
+            ((UNTRAINED, torch.empty(0)),)
+            if f"{index}/{UNTRAINED}" in tensors
+            else (("step", torch.tensor(0.0)), ("exp_avg", parameter), ("exp_avg_sq", parameter))
+        )
     }
     for name in sorted(likes.keys() ^ tensors.keys()):
         expected = "is missing" if name in likes else "belongs to no parameter"
@@ -196,6 +210,8 @@ def _load_optimizer(path: Path, tensors: dict[str, Tensor], train_state: TrainSt
     for name, own in likes.items():
         _require_like(path, f"optimizer/{name}", tensors[name], own.detach())
         index, field = name.split("/")
+        if field == UNTRAINED:
+            continue
         if field == "step":
             taken = tensors[name].item()
             is_possible = 0 < taken <= step if skips else taken == step

@@ -25,6 +25,20 @@ class FolderInUse(UnusableRun):
     """An output folder that another process writes to."""
 
 
+def output_folder(path: str | Path) -> Path:
+    """The path of an output folder, in which ~ is the user's own.
+
+    Raises:
+        ValueError: ~ stands before the name of a user who has no folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"output: expected a folder, got {str(path)!r}: {error}; write the whole path, or ./ before the ~"
+        ) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """The files of a run."""

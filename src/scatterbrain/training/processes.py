@@ -198,7 +198,8 @@ def join(train: TrainConfig) -> Processes:
     there is already is used as it is.
 
     Raises:
-        ValueError: naming the key: several processes without ``train.parallel``, or batches that they cannot share out.
+        ValueError: naming the key: several processes without ``train.parallel``, batches that they cannot share out, or
+            fewer GPUs than processes.
     """
     has_group = dist.is_available() and dist.is_initialized()
     count = dist.get_world_size() if has_group else int(os.environ.get("WORLD_SIZE", "1"))
@@ -211,6 +212,8 @@ def join(train: TrainConfig) -> Processes:
     processes = Processes(rank, count, local_rank, train.parallel, owns_group=not has_group)
     device = torch.device(processes.device(train.device))
     if device.type == "cuda" and torch.cuda.is_available():
+        number, there = processes.local_rank, torch.cuda.device_count()
+        require(number < there, "train.device", f"a GPU for each process of a machine, which has {there}", device)
         torch.cuda.set_device(device)
     if not has_group:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -202,4 +202,11 @@ def _device(name: str) -> torch.device:
         raise ValueError(
             f"train.device: expected a device of this machine, got {name!r}, and torch finds no GPU; use cpu"
         )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # by the kind of device
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"train.device: expected a device of this machine, got {name!r}, which torch cannot use: {reason}; use cpu"
+        ) from error
     return device

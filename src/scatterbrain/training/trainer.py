@@ -8,7 +8,6 @@ import math
 import shlex
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_wor
 from scatterbrain.training.compare import compare_with_exact, comparison_table
 from scatterbrain.training.config import AttentionConfig, RunConfig
 from scatterbrain.training.curves import draw_curves
-from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, write_atomically
+from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, output_folder, write_atomically
 from scatterbrain.training.initial_weights import initialize_from
 from scatterbrain.training.interrupt import StopRequest
 from scatterbrain.training.low_rank_share import low_rank_shares
@@ -58,7 +57,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.folder = RunFolder(Path(config.output))
+        self.folder = RunFolder(output_folder(config.output))
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
         self.processes = join(config.train)
