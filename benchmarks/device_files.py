@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from scatterbrain.json_text import json_text
+
 
 def write(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.write_text(json_text(content))
     os.replace(aside, path)
 
 

@@ -201,6 +201,16 @@ def test_wrong_configurations_are_named_before_the_model_runs(wrong: object, mes
         sb.compare(encoder(), lambda model: pytest.fail("it ran"), wrong)
 
 
+def test_the_defaults_fit_narrow_heads() -> None:
+    q, k, v = testkit.qkv(90, 90, heads=4, kv_heads=2, head_dim=6, seed=3)
+    for is_causal in (False, True):
+        narrow = LayerCall("layer", q, k, v, None, None, is_causal, 0.4, 0)
+        found = compare_call(narrow, comparison.defaults(narrow), narrow, 1)
+        assert [figures.note for figures in found.figures.values()] == [""] * len(found.figures)
+    wide = replace(narrow, **{name: torch.zeros(1, 2, 8, 32) for name in ("query", "key", "value")})
+    assert comparison.defaults(wide) == comparison.CAUSAL
+
+
 @pytest.mark.parametrize("repeats", [0, 1.5, True])
 def test_repeats_are_a_count(repeats: object) -> None:
     with pytest.raises(ValueError, match="repeats must be an int of at least 1"):

@@ -14,7 +14,7 @@ from testkit import rand, run_python
 pytest.importorskip("jsonargparse")
 pytest.importorskip("tqdm")
 
-from scatterbrain.bench import measure, memory
+from scatterbrain.bench import measure, memory, report
 from scatterbrain.bench.config import SUITES, BenchConfig
 from scatterbrain.bench.inputs import random_inputs
 from scatterbrain.bench.methods import parse_method
@@ -182,6 +182,62 @@ def test_ctrl_c_prints_and_writes_what_there_is(
     for key, row in after.items():
         assert row["repeats"] == 2 and not row["note"]
         assert (row == before[key]) == (key[1] == 16)
+
+
+def test_memory_that_ctrl_c_cut_off_is_measured_by_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path, filled = tmp_path / "out.json", []
+
+    def fill(self: object, row: measure.Row) -> None:
+        filled.append(row.method)
+        if len(filled) == 2:
+            raise KeyboardInterrupt
+        row.peak_bytes = 5
+
+    monkeypatch.setattr(memory.PeakMemory, "fill", fill)
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path)
+    command = ["bench", "--lengths", "16", "--methods", "sdpa", "window-8", "--directions", "F", *TINY]
+    command += ["--json", str(path)]
+    assert main(command) == 130
+    assert "window-8 at 16 tokens: stopped before its memory was measured" in capsys.readouterr().out
+    assert [row["peak_bytes"] for row in rows(path).values()] == [5, None]
+    assert main([*command, "--resume"]) == 0
+    assert filled == ["sdpa", "window-8"] * 2
+    assert [(row["peak_bytes"], row["note"]) for row in rows(path).values()] == [(5, "")] * 2
+    assert main([*command, "--resume"]) == 0 and len(filled) == 4
+
+
+def test_memory_of_kinds_of_ones_own_is_measured(tmp_path: Path) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("Linux only")
+    (tmp_path / "my_kinds.py").write_text(
+        "from dataclasses import dataclass\n"
+        "import scatterbrain as sb\n"
+        "from scatterbrain import supports\n"
+        "@supports.register\n"
+        "@dataclass(frozen=True)\n"
+        "class Near(supports.Support):\n"
+        "    kind = 'near'\n"
+        "    keys: int\n"
+        "    def lists(self, call, query_map, key_map):\n"
+        "        return sb.Window(self.keys).lists(call, query_map, key_map)\n"
+    )
+    command = ["bench", "--lengths", "600", "--methods", "window-16", "near-16", *TINY, "--repeats", "1"]
+    command += ["--directions", "F", "--json", str(tmp_path / "out.json")]
+    program = "import my_kinds, sys\nfrom scatterbrain.cli import main\nsys.exit(main({!r}))"
+    (tmp_path / "program.py").write_text(program.format(command))
+    done = run_python(tmp_path / "program.py")
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / "out.json")
+    assert all(row["peak_bytes"] is not None and row["note"] == "" for row in found.values()), found
+
+
+def test_json_has_no_word_for_what_is_no_number(tmp_path: Path) -> None:
+    row = measure.Row("sdpa", 16, 1, 1, 8, 1, "float32", False, "F", seconds=1.0, error=float("nan"))
+    report.write_json(tmp_path / "out.json", [row], BenchConfig(head_dim=8, rank=3), is_complete=True)
+    content = json.loads((tmp_path / "out.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert content["rows"][0]["error"] is None
 
 
 def test_resume_refuses_other_options_and_other_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import random
 import statistics
@@ -17,11 +15,12 @@ from torch import Tensor, nn
 
 from scatterbrain import presets
 from scatterbrain.analysis.captured import Batch, counterparts, recorded
-from scatterbrain.analysis.configured import Pair, Run, attention_of
+from scatterbrain.analysis.configured import Pair, Run, attention_of, fitting
 from scatterbrain.analysis.exact import Exact, by_torch, exact
 from scatterbrain.analysis.layer_call import LayerCall
 from scatterbrain.checks import check_pair
 from scatterbrain.integrations.restrictions import NotReplaceable
+from scatterbrain.json_text import json_text
 from scatterbrain.supports import Empty, Window
 from scatterbrain.version import __version__
 
@@ -151,7 +150,7 @@ class Comparison:
         content = {"facts": self.facts(), "layers": [asdict(layer) for layer in self.layers]}
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_without_nan(content), indent=1) + "\n")
+        path.write_text(json_text(content))
 
     def draw(self, file: str | os.PathLike[str]) -> None:
         """A picture: error, where the weight lies and entropy by layer. Needs matplotlib."""
@@ -163,15 +162,6 @@ class Comparison:
         from scatterbrain.analysis.tables import comparison_tables
 
         return comparison_tables(self)
-
-
-def _without_nan(content: Any) -> Any:
-    """None in place of what is no finite number, which JSON has no word for."""
-    if isinstance(content, dict):
-        return {name: _without_nan(value) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -237,10 +227,16 @@ def comparing(
     comparison = Comparison(type(model).__name__, fitted_on, len(calls), left=seen.left)
     yield comparison
     for call, other in zip(calls, counterparts(calls, others)):
-        of_call = (CAUSAL if call.is_causal else BIDIRECTIONAL) if chosen is None else chosen
+        of_call = defaults(call) if chosen is None else chosen
         layer = compare_call(call, of_call, call if other is None else other, repeats)
         comparison.layers.append(replace(layer, is_fitted_on_itself=calibration is None or other is None))
         yield comparison
+
+
+def defaults(call: LayerCall) -> dict[str, Pair]:
+    """What a call is compared with where a user says nothing; of narrow heads with ranks that fit."""
+    pairs = CAUSAL if call.is_causal else BIDIRECTIONAL
+    return {name: (support, fitting(kernel, call.query.shape[3])) for name, (support, kernel) in pairs.items()}
 
 
 def checked_configurations(configurations: Configurations) -> dict[str, Pair]:

@@ -51,6 +51,12 @@ class Run:
         return functional.route(self.call.query, self.call.key, self.support, self.low_rank, **arguments)
 
 
+def fitting(low_rank: LowRank, head_dim: int) -> LowRank:
+    """A kernel whose rank is at most the width of the heads, as modules choose it where they are given none."""
+    is_wide = low_rank is not None and low_rank.least_head_dim > head_dim
+    return replace(low_rank, rank=head_dim) if is_wide else low_rank
+
+
 def pair_that_runs(call: LayerCall, pair: Pair) -> Pair:
     """What :func:`scatterbrain.replace_attention` runs in the layer of the call for a pair that a user asks for: in the
     cross-attention of a decoder lists of single queries, and the kernel of causal calls in place of one that reads all
@@ -60,8 +66,7 @@ def pair_that_runs(call: LayerCall, pair: Pair) -> Pair:
         NotReplaceable: if there is nothing.
     """
     support, low_rank = pair
-    kernel = presets.causal()[1]
-    kernel = replace(kernel, rank=min(kernel.rank, call.query.shape[3]))
+    kernel = fitting(presets.causal()[1], call.query.shape[3])
     pairs, _ = pairs_that_run(Pairs(support, low_rank, causal_low_rank=kernel), call.is_query_by_query)
     return pairs.support, pairs.low_rank
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scatterbrain import presets
 from scatterbrain.analysis.captured import Batch, recorded, run
 from scatterbrain.analysis.comparison import medians, norms_of
-from scatterbrain.analysis.configured import Pair, attention_of, pair_that_runs
+from scatterbrain.analysis.configured import Pair, attention_of, fitting, pair_that_runs
 from scatterbrain.analysis.exact import Exact, exact
 from scatterbrain.analysis.layer_call import LayerCall
 from scatterbrain.analysis.stand_in import stand_in
@@ -24,7 +24,7 @@ from scatterbrain.analysis.trade import EXACT, Combination, best_of_every_step, 
 from scatterbrain.checks import check_pair
 from scatterbrain.integrations.restrictions import NotReplaceable
 from scatterbrain.layer_settings import LayerSettings
-from scatterbrain.low_rank import Centroid, Quadratic
+from scatterbrain.low_rank import Centroid
 from scatterbrain.supports import Routed, Window
 from scatterbrain.version import __version__
 
@@ -50,7 +50,7 @@ def bidirectional_candidates() -> list[Pair]:
 
 def causal_candidates(head_dim: int) -> list[Pair]:
     """Windows with the first keys, and windows with routed keys, with the quadratic kernel."""
-    kernel = Quadratic(min(presets.causal()[1].rank, head_dim))
+    kernel = fitting(presets.causal()[1], head_dim)
     windows = [(Window(keys, sinks=4), kernel) for keys in (32, 64, 96, 128, 192, 256)]
     mixed = [(Routed(keys + keys // 2, block_q=16, window=keys), kernel) for keys in (64, 128)]
     per_query = [(Routed(keys, block_q=1, block_k=8, window=16, pools=2), kernel) for keys in (64, 128)]

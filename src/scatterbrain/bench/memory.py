@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import json
 import re
 import subprocess
@@ -80,9 +81,15 @@ class PeakMemory:
         """Adds the peak to a row that ran."""
         if self.reason is not None:
             return
+        modules = parse_method(row.method).modules()
+        if "__main__" in modules:
+            row.note = row.note or "memory is measured in another process, which knows the kinds of modules alone"
+            return
         process = self._start()
         job = {
-            "config": _plain(self.config),
+            "config": _plain(self.config) | {"methods": [row.method]},  # the others may be of kinds it does not know
+            "modules": modules,
+            "path": sys.path,
             "setting": asdict(row.setting()),
             "method": row.method,
             "direction": row.direction,
@@ -177,9 +184,12 @@ def _trim() -> None:
 def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
-        config = _config(job["config"])
-        torch.set_num_threads(config.threads)
         try:
+            sys.path += [place for place in job["path"] if place not in sys.path]
+            for module in job["modules"]:
+                importlib.import_module(module)
+            config = _config(job["config"])
+            torch.set_num_threads(config.threads)
             answer = {"peak": peak_of(config, Setting(**job["setting"]), job["method"], job["direction"])}
         except Exception as failure:  # the parent decides what to do with it
             answer = {"failure": describe_failure(failure)}

@@ -118,6 +118,13 @@ class Method:
         """The support and the low-rank kernel that the name stands for."""
         return _supports()[self.kind](self.keys), _low_rank(self.kernel, rank)
 
+    def modules(self) -> list[str]:
+        """Where its support and kernel are defined, outside of this package: what another process has to import."""
+        if self.is_baseline:
+            return []
+        found = (type(part).__module__ for part in self.pair() if part is not None)
+        return list(dict.fromkeys(module for module in found if module.split(".")[0] != "scatterbrain"))
+
     def bytes_needed(self, batch: int, heads: int, tokens: int, head_dim: int, is_causal: bool) -> int:
         """About what one forward and backward of a method in plain torch holds at once; 0 where it is linear."""
         wide = self.kind == "torch-window" or (self.kind == "torch-performer" and is_causal)

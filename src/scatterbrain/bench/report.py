@@ -15,6 +15,7 @@ import scatterbrain
 from scatterbrain.bench.clock import clock_of
 from scatterbrain.bench.config import BenchConfig
 from scatterbrain.bench.measure import Row
+from scatterbrain.json_text import json_text
 
 
 def facts(config: BenchConfig) -> dict[str, object]:
@@ -113,7 +114,7 @@ def write_json(path: Path, rows: list[Row], config: BenchConfig, is_complete: bo
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.write_text(json_text(content))
     os.replace(aside, path)
 
 

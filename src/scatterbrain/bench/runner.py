@@ -13,6 +13,7 @@ from scatterbrain.bench.measure import Measurement, Row
 from scatterbrain.bench.memory import peak_memory
 from scatterbrain.bench.report import draw, read_rows, tables, write_json
 
+STOPPED = "stopped"  # how notes of rows begin that --resume measures again
 INTERRUPTED = 130  # 128 and the number of SIGINT
 
 
@@ -92,7 +93,10 @@ def _measure_all(config: BenchConfig, rows: list[Row]) -> list[Row]:
         except KeyboardInterrupt:
             cut_short = [row for row in current.rows.values() if row.seconds is not None] if current else []
             for row in cut_short:
-                row.note = row.note or f"stopped after {row.repeats} of {config.repeats} repeats"
+                if row.repeats < config.repeats:
+                    row.note = row.note or f"{STOPPED} after {row.repeats} of {config.repeats} repeats"
+                elif memory is not None and memory.reason is None and row.peak_bytes is None:
+                    row.note = row.note or f"{STOPPED} before its memory was measured"
             raise _Stopped(rows + cut_short) from None
         finally:
             if memory is not None:
@@ -113,9 +117,10 @@ def _follow(measurement: Measurement, bar: tqdm, total: int) -> None:
 
 
 def _is_done(rows: list[Row], setting: object, methods: list[str], config: BenchConfig) -> bool:
-    """Whether an earlier run has every row of a setting, each with all repeats or a reason."""
+    """Whether an earlier run has every row of a setting, each with all that is measured of it or a reason."""
     mine = [r for r in rows if _same(r, setting, config)]
-    found = {(r.method, r.direction) for r in mine if r.repeats == config.repeats or r.seconds is None}
+    whole = (r for r in mine if (r.repeats == config.repeats or r.seconds is None) and not r.note.startswith(STOPPED))
+    found = {(r.method, r.direction) for r in whole}
     complete = found >= {(m, d) for m in methods for d in config.directions}
     if not complete:
         for row in mine:
