@@ -306,3 +306,23 @@ def test_an_entry_of_other_tensors_is_refused_by_name(
 def test_an_entry_that_the_file_lacks_is_named_with_those_it_has(captured: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["analyze", "--inputs", str(captured), "--entries", "m.N200.layer7"]) == 1
     assert "m.N200.layer7 is not in" in (errors := capsys.readouterr().err) and "m.N200.layer0, m.N200.layer1" in errors
+
+
+def test_more_keys_than_tokens_leave_the_oracle_all_entries(tmp_path: Path) -> None:
+    options = ["--support", "lsh", "--keys", "128", "--tokens", "100", "--low_rank", "favor", "--temperatures", "1"]
+    assert main(["analyze", *options, "--draws", "1", *files(tmp_path)]) == 0
+    oracle = table(tmp_path)["seed 0", 1.0, "oracle"]
+    assert oracle["settings"].startswith("100 entries a row and rank ") and float(oracle["matrix_error"]) < 1e-3
+
+
+def test_resume_tells_causal_rows_from_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = [*TINY, "--low_rank", "favor", "--support", "window", "--temperatures", "1", "--oracle", "false"]
+    command = ["analyze", *options, *files(tmp_path)]
+    assert main(command) == 0
+    assert main([*command, "--causal", "true", "--resume"]) == 1
+    assert "was measured with other options" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert main([*command, "--causal", "true"]) == 0
+    assert main([*command, "--causal", "true", "--resume"]) == 0
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert all(row["inputs"].endswith(", causal") for row in csv.DictReader(file))

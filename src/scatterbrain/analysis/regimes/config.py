@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 from scatterbrain.analysis.cost import SIZES, Shape, cost, feature_count, with_keys_for, with_size_for
@@ -116,6 +116,11 @@ class AnalyzeConfig:
             self.methods(Shape(*[self.tokens or 1024] * 2, self.head_dim, self.head_dim))
 
     def all_heads(self) -> Iterator[Head]:
+        """What is measured. Heads of causal attention say so: their rows are other ones."""
+        for head in self._heads():
+            yield replace(head, source=f"{head.source}, causal") if self.causal else head
+
+    def _heads(self) -> Iterator[Head]:
         if self.inputs is not None:
             yield from captured_heads(self.inputs, self.entries, self.tokens, self.heads, self.token_order)
             return
@@ -158,13 +163,20 @@ class AnalyzeConfig:
         ]
         if self.oracle:
             found.append(
-                Method("oracle", f"{self.keys} entries a row and rank {rank}, chosen from all of the exact matrix")
+                Method(
+                    "oracle",
+                    f"{self.oracle_keys(shape)} entries a row and rank {rank}, chosen from all of the exact matrix",
+                )
             )
         return found
 
     def _method(self, name: str, support: Support, low_rank: LowRank, shape: Shape) -> Method:
         parts = [part for part in (support, low_rank) if part not in (None, Empty())]
         return Method(name, " + ".join(map(str, parts)), support, low_rank, cost(support, low_rank, shape).total)
+
+    def oracle_keys(self, shape: Shape) -> int:
+        """Entries of a row of the matrix, of which it has no more than keys."""
+        return min(self.keys, shape.keys)
 
     def oracle_rank(self, shape: Shape) -> int:
         return min(feature_count(self._kernel()), shape.queries, shape.keys)

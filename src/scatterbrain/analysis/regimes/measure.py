@@ -59,7 +59,7 @@ def measure(head: Head, temperature: float, config: AnalyzeConfig) -> Iterator[R
     for method in config.methods(shape):
         if method.support is None:
             rank = config.oracle_rank(shape)
-            found = robust_pca(exact.float(), config.keys * shape.queries, rank)
+            found = robust_pca(exact.float(), config.oracle_keys(shape) * shape.queries, rank)
             weights = (found.sparse + found.low_rank).double()
             out = weights @ value
         else:
