@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import scatterbrain as sb
-from scatterbrain.training.config import ModelConfig
+from scatterbrain.training.config import DataConfig, ModelConfig, TrainConfig
 from scatterbrain.training.models.blocks import ShortConvolution
 from scatterbrain.training.models.encoder import Encoder, PairClassifier, SequenceClassifier
+from scatterbrain.training.tasks.copy import Copy
+from scatterbrain.training.tasks.majority import Majority
+from scatterbrain.training.tasks.pathfinder import Pathfinder
 
 CONFIG = ModelConfig(layers=2, width=16, heads=2, positions="learned", convolution=2)
 
@@ -81,3 +84,21 @@ def test_a_convolution_reads_fewer_tokens_than_it_has_taps():
     x = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(3))
     for tokens in (1, 2, 6):
         torch.testing.assert_close(convolution(x[:, :tokens]), convolution(x)[:, :tokens])
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "said"),
+    [
+        (
+            Copy(tokens=5),
+            {"positions": "learned", "rope_base": 500.0},
+            "model.rope_base: .* learned rotates nothing, got",
+        ),
+        (Majority(), {"positions": "none", "rope_base": 500.0}, "model.rope_base: .* none rotates nothing, got 500.0"),
+        (Pathfinder(), {"embedding_std": 2.0}, "model.embedding_std: expected the default 1.0, as path"),
+    ],
+)
+def test_a_setting_that_a_model_has_no_use_for_is_not_dropped_silently(task, settings, said):
+    data = task.open(DataConfig(), TrainConfig(batch=2))
+    with pytest.raises(ValueError, match=said):
+        task.build_model(data, ModelConfig(width=16, heads=2, **settings), lambda *_: None, torch.Generator())

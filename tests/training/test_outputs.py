@@ -16,7 +16,7 @@ import torch
 
 from scatterbrain.cli.command import CommandError, readable_errors
 from scatterbrain.training.board import flat
-from scatterbrain.training.config import AttentionConfig
+from scatterbrain.training.config import AttentionConfig, SampleConfig
 from scatterbrain.training.initial_weights import initialize_from
 from scatterbrain.training.metrics import Evaluation
 from scatterbrain.training.train_step import TrainState
@@ -165,3 +165,12 @@ def test_a_missing_tensorboard_is_named_before_anything_is_created(tiny, monkeyp
         with readable_errors():
             Trainer(config)
     assert not Path(config.output).exists()
+
+
+def test_a_sample_of_a_task_that_writes_none_is_said_to_be_left_out(tiny, capsys):
+    config = dataclasses.replace(tiny(steps=1), task={"kind": "copy", "tokens": 15})
+    Trainer(config).run()
+    assert "sample: not written, the task copy writes no text" in capsys.readouterr().out
+    for silent in (SampleConfig(), SampleConfig(length=0)):
+        Trainer(dataclasses.replace(config, sample=silent, overwrite=True)).run()
+        assert "sample:" not in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
+from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -137,9 +138,10 @@ class TrainConfig:
         batch: Sequences per forward pass.
         accumulate: Batches per optimizer step, of all processes together.
         learning_rate: Peak of AdamW's learning rate.
-        schedule: The learning rate falls along half a "cosine" or along a line ("linear") from the first step to the
-            last, or stays at its peak ("constant"); the warm-up is multiplied with that.
-        final_learning_rate: Where cosine and line end, as a share of the peak.
+        schedule: The learning rate falls along half a "cosine" or along a line ("linear"), or stays at its peak
+            ("constant"); the warm-up is multiplied with that. It is read at the share of the run that is done before a
+            step: 0 at the first of n steps, (n - 1) / n at the last.
+        final_learning_rate: Where cosine and line end, at a share of 1, as a share of the peak.
         warmup: Steps of linear warm-up.
         betas: AdamW's two momenta.
         weight_decay: AdamW's decay, of matrices only.
@@ -315,6 +317,14 @@ def require(condition: bool, key: str, expected: str, got: object) -> None:
     """Raises ValueError unless the condition holds."""
     if not condition:
         raise ValueError(f"{key}: expected {expected}, got {got!r}")
+
+
+def require_defaults(section: Any, names: Iterable[str], prefix: str, why: str) -> None:
+    """Raises ValueError for a setting that has no use here and is not left at its default: it would be dropped."""
+    defaults = {field.name: field.default for field in dataclasses.fields(section)}
+    for name in names:
+        got = getattr(section, name)
+        require(got == defaults[name], f"{prefix}{name}", f"the default {defaults[name]!r}, as {why}", got)
 
 
 def check_types(section: Any, prefix: str) -> None:

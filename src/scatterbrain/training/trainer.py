@@ -18,7 +18,7 @@ from scatterbrain.training.attention import attention_of_layers, describe_attent
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_worth, save_checkpoint, save_weights
 from scatterbrain.training.compare import compare_with_exact, comparison_table
-from scatterbrain.training.config import AttentionConfig, RunConfig
+from scatterbrain.training.config import AttentionConfig, RunConfig, SampleConfig
 from scatterbrain.training.curves import draw_curves
 from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, output_folder, write_atomically
 from scatterbrain.training.initial_weights import initialize_from
@@ -292,6 +292,8 @@ class Trainer:
         text = self.task.sample(
             self.train_state.model, config.prompt, config.length, config.temperature, train.context, train.seed
         )
+        if text is None and config != SampleConfig():
+            self._say(f"sample: not written, the task {self.task.kind} writes no text")
         if text is not None and self.processes.is_first:
             write_atomically(self.folder.sample, text.encode())
             self._say(f"sample, in {self.folder.sample}:\n{text}")

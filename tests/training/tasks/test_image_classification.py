@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,28 @@ def test_data_that_are_missing_or_not_square_are_named(tmp_path: Path):
     np.savez(tmp_path / "images.npz", **pixels, y_train=[0, 1], y_test=[0, 1])
     with pytest.raises(ValueError, match="data.path: expected square images, got '8 x 6 pixels'"):
         VIT.open(DataConfig(path=str(tmp_path / "images.npz")), TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"first_kernel": 8}, "task.first_kernel: expected the default 7, as vit has no use for it, got 8"),
+        ({"token_width": 32}, "task.token_width: expected the default 64, as vit"),
+        ({"tokens": "performer"}, "task.tokens: expected the default 'transformer', as vit"),
+        ({"attend": "all"}, "task.attend: expected the default 'tokens', as vit"),
+        ({"model": "t2t_vit", "patch_size": 4}, "task.patch_size: expected the default 1, as t2t_vit"),
+        ({"model": "t2t_vit", "pooling": "class"}, "task.pooling: expected the default 'mean', as t2t_vit"),
+    ],
+)
+def test_a_field_of_the_other_model_is_not_dropped_silently(fields: dict, said: str):
+    with pytest.raises(ValueError, match=said):
+        ImageClassification(**fields)
+
+
+@pytest.mark.parametrize("task", [VIT, T2T], ids=lambda task: task.model)
+@pytest.mark.parametrize("changes", [{"rope_base": 500.0}, {"tied": False}, {"embedding_std": 2.0}], ids=str)
+def test_a_setting_of_the_model_that_images_have_no_use_for_is_not_dropped_silently(data, task, changes: dict):
+    opened = task.open(data, TrainConfig())
+    config = dataclasses.replace(FIXED if task is T2T else CONFIG, **changes)
+    with pytest.raises(ValueError, match=f"model.{next(iter(changes))}: expected the default .* no use for it, got"):
+        task.build_model(opened, config, lambda *_: None, torch.Generator())

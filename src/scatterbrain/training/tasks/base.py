@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from scatterbrain.training.batch import Batch
-from scatterbrain.training.config import DataConfig, ModelConfig, TrainConfig, check_types, require
+from scatterbrain.training.config import DataConfig, ModelConfig, TrainConfig, check_types, require, require_defaults
 from scatterbrain.training.metrics import Metric
 from scatterbrain.training.models.blocks import AttentionFactory
 from scatterbrain.training.models.decoder import Decoder
@@ -109,11 +109,17 @@ class Task(ABC):
         require(
             has_pool or config.pooling == "mean", "model.pooling", f"mean, as {self.kind} pools nothing", config.pooling
         )
+        has_features = getattr(data, "has_features", False)
+        if config.positions != "rotary":
+            require_defaults(config, ["rope_base"], "model.", f"model.positions {config.positions} rotates nothing")
+        if has_features and config.positions != "learned":
+            why = f"{self.kind} embeds no vocabulary and model.positions {config.positions} no positions"
+            require_defaults(config, ["embedding_std"], "model.", why)
         if self.head == "next":
             return Decoder(config, data.input_size, attention, generator, data.tokens)
         model = {"token": Encoder, "sequence": SequenceClassifier, "pair": PairClassifier}[self.head]
         sizes = (data.input_size, data.classes)
-        return model(config, *sizes, attention, generator, data.tokens, getattr(data, "has_features", False))
+        return model(config, *sizes, attention, generator, data.tokens, has_features)
 
     def sample(
         self, model: nn.Module, prompt: str, length: int, temperature: float, context: int, seed: int

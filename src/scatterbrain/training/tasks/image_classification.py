@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from scatterbrain.training.config import DataConfig, ModelConfig, TrainConfig, require
+from scatterbrain.training.config import DataConfig, ModelConfig, TrainConfig, require, require_defaults
 from scatterbrain.training.metrics import ACCURACY, Metric
 from scatterbrain.training.models.blocks import AttentionFactory
 from scatterbrain.training.models.exchangeable import exact_attention
@@ -17,6 +17,11 @@ from scatterbrain.training.models.vit import VisionTransformer
 from scatterbrain.training.tasks.base import Task
 from scatterbrain.training.tasks.image_batches import ImageBatches
 from scatterbrain.training.tasks.images import read_images
+
+OWN_FIELDS = {
+    "vit": ("patch_size", "pooling"),
+    "t2t_vit": ("first_kernel", "first_stride", "token_width", "tokens", "attend"),
+}  # of one model alone
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class ImageClassification(Task):
         require(kernel >= stride, "task.first_kernel", f"task.first_stride = {stride} or more", kernel)
         step = self.patch_size if self.model == "vit" else 4 * stride
         require(self.image_size % step == 0, "task.image_size", f"a multiple of {step}", self.image_size)
+        of_others = [name for kind, names in OWN_FIELDS.items() if kind != self.model for name in names]
+        require_defaults(self, of_others, "task.", f"{self.model} has no use for it")
 
     @property
     def sequence_length(self) -> int:
@@ -119,5 +126,7 @@ class ImageClassification(Task):
             got = getattr(config, name)
             elsewhere = " (a vit's is task.pooling)" * (name == "pooling")
             require(got == expected, f"model.{name}", f"{expected!r}, the one form of {self.model}{elsewhere}", got)
+        why = f"{self.model} has no use for it"
+        require_defaults(config, ("rope_base", "tied", "embedding_std"), "model.", why)
         got = config.kv_heads
         require(got in (None, config.heads), "model.kv_heads", f"null, since {self.model} has no grouped queries", got)
