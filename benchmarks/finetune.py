@@ -15,6 +15,7 @@ and a second call goes on from there.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import zipfile
@@ -280,7 +281,7 @@ class Comparison:
 
     def after(self, swap: Swap | None, seed: int) -> float:
         """Accuracy after fine-tuning."""
-        steps, name = self.options.finetune_steps, f"{name_of(swap)}, seed {seed}"
+        steps, name = self.options.finetune_steps, f"{name_of(swap)}, seed {seed}, rate {self.options.rate:g}"
 
         def tune() -> float:
             model, state = self.model(swap), self.options.out / f"{name.replace(' ', '-')}-{steps}.pt"
@@ -306,6 +307,23 @@ def name_of(swap: Swap | None) -> str:
     return "exact" if swap is None else str(swap)
 
 
+def digest(file: Path) -> str:
+    return f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}"
+
+
+def check_folder(folder: Path, now: dict[str, object]) -> None:
+    """That the model and the results in a folder are of the same task, data and training steps; writes what they are
+    of. All of them come from one trained model."""
+    file = folder / "options.json"
+    before = json.loads(file.read_text()) if file.exists() else now
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise SystemExit(
+                f"{folder}: expected results of the same {name}, {before.get(name)}, got {value}; choose another --out"
+            )
+    file.write_text(json.dumps(now, indent=1))
+
+
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
@@ -313,6 +331,7 @@ def main() -> None:
     data = task.load(options.data)
     options.out.mkdir(parents=True, exist_ok=True)
     steps = options.steps or task.steps
+    check_folder(options.out, {"task": options.task, "data": digest(options.data), "steps": steps})
     torch.manual_seed(0)
     train(Classifier(task), data, steps, task.batch, task.learning_rate, 0, "train", options.out / "exact.pt")
 

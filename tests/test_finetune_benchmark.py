@@ -52,6 +52,29 @@ def test_it_prints_accuracies_and_does_not_repeat_itself(
     assert all("before 12.50" in line for line in capsys.readouterr().out.splitlines()[1:])
 
 
+def test_results_of_other_options_are_not_taken_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    data, out = images(tmp_path), tmp_path / "out"
+
+    def run(*more: str, file: Path = data) -> dict[str, float]:
+        call = [str(SCRIPT), "images", str(file), "--out", str(out), "--seeds", "0", "--low-rank", "centroid"]
+        monkeypatch.setattr(sys, "argv", [*call, "--finetune-steps", "1", *more])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return json.loads((out / "results.json").read_text())
+
+    first = run("--steps", "1")
+    other_rate = run("--steps", "1", "--rate", "0.4")
+    assert first.items() < other_rate.items() and len(other_rate) == len(first) + 2
+    with pytest.raises(SystemExit, match="expected results of the same steps, 1, got 2; choose another --out"):
+        run("--steps", "2")
+    (tmp_path / "more").mkdir()
+    others = images(tmp_path / "more")
+    with np.load(others) as arrays:
+        np.savez(others, **dict(arrays) | {"y_test": (arrays["y_test"] + 1) % 10})
+    with pytest.raises(SystemExit, match="expected results of the same data"):
+        run("--steps", "1", file=others)
+
+
 def test_centroid_is_swapped_in_without_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import scatterbrain
 

@@ -192,6 +192,18 @@ def test_calls_that_run_exactly_are_told_with_the_reason() -> None:
     assert model.attention.bypassed == "before"
 
 
+def test_scores_that_are_capped_name_a_cure_that_applies() -> None:
+    hf = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
+    model = hf.Gemma2Model(hf.Gemma2Config(**sizes, num_key_value_heads=2, head_dim=16)).eval()
+    words = {"input_ids": torch.arange(50)[None]}
+    for look in (calls_of, lambda *given: sb.tune(model, [words, words], max_error=0.1)):
+        with pytest.raises(ValueError, match=r"to compare, tune or capture: Gemma2Attention caps the scores") as error:
+            look(model, words)
+        assert "where=" not in str(error.value)  # a layer that is left out would still run on our masks
+    assert model(**words).last_hidden_state.isfinite().all()
+
+
 def test_layers_of_a_decoder_that_attend_locally_are_told() -> None:
     hf = pytest.importorskip("transformers")
     sizes = dict(vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)

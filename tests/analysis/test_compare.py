@@ -201,6 +201,32 @@ def test_wrong_configurations_are_named_before_the_model_runs(wrong: object, mes
         sb.compare(encoder(), lambda model: pytest.fail("it ran"), wrong)
 
 
+def test_samples_of_short_calls_are_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a call alone between two events is timed with the gaps before it."""
+
+    class FakeClock:
+        name = "a clock"
+        now = 0.0
+
+        def seconds(self, calls: list) -> float:
+            before, counted = FakeClock.now, [call() for call in calls]
+            samples.append(len(counted))
+            return FakeClock.now - before + 1e-5  # what starting and stopping costs
+
+    def taking(seconds: float) -> object:
+        def call() -> Tensor:
+            FakeClock.now += seconds
+            return torch.zeros(1)
+
+        return call
+
+    samples: list[int] = []
+    monkeypatch.setattr("scatterbrain.bench.clock.clock_of", lambda *_: FakeClock())
+    found = comparison.medians({"short": taking(5e-5), "long": taking(0.02)}, 3)
+    assert sorted(samples) == [1] * 5 + [83] * 3
+    assert found == pytest.approx({"short": 5e-5, "long": 0.02}, rel=1e-2)
+
+
 def test_the_defaults_fit_narrow_heads() -> None:
     q, k, v = testkit.qkv(90, 90, heads=4, kv_heads=2, head_dim=6, seed=3)
     for is_causal in (False, True):

@@ -158,8 +158,8 @@ def test_wrong_arguments_are_named(tuned: Callable[..., Tuning], arguments: dict
 
 
 def test_too_few_batches_and_a_file_that_is_none(tmp_path: Path) -> None:
-    for wrong in (batches(1), batches(1)[0], "text"):
-        with pytest.raises(ValueError, match="batches must be a list of two or more"):
+    for wrong, got in ((batches(1), "a list of 1"), (batches(1)[0], "Tensor"), ("text", "str")):
+        with pytest.raises(ValueError, match=f"batches must be a list of two or more.*, got {got}"):
             sb.tune(encoder(), wrong, max_error=0.1)
     (tmp_path / "times.json").write_text("nothing")
     with pytest.raises(ValueError, match="is not a file of times"):

@@ -104,7 +104,10 @@ def test_a_text_model_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture)
     out = capsys.readouterr().out
     assert f"rows of 60 tokens of {text}" in out and "another batch" in out
     assert main([*arguments[:-5], "--rows", "9", *FEW]) == 1
-    assert "expected at least 9 rows of 60 tokens, got 5" in capsys.readouterr().err
+    assert "expected at least 9 rows of 60 tokens, got 5; lower --tokens or lower --rows" in capsys.readouterr().err
+    (tmp_path / "short.txt").write_text("a b c d e f g h " * 5)
+    assert main([*arguments[:3], str(tmp_path / "short.txt"), *arguments[4:]]) == 1
+    assert "expected at least 1 rows of 60 tokens, got 0; lower --tokens\n" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "bert"), "--tokens", "65"]) == 1
     assert "--tokens: the model takes at most 64, got 65" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "bert"), "--tokens", "40", *FEW]) == 0

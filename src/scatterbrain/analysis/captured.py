@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from scatterbrain.analysis.layer_call import LayerCall
 from scatterbrain.analysis.stand_in import stand_in
+from scatterbrain.integrations.restrictions import NotExpressible
 from scatterbrain.supports import Full
 
 Batch = Tensor | Mapping[str, Any] | tuple | list | Callable[[nn.Module], Any]
@@ -60,7 +61,13 @@ def recorded(model: nn.Module, batch: Batch, token_order: str | None = "auto") -
         return call.attention(Full(), None, return_lse=return_lse)
 
     with stand_in(model, attend, token_order) as stage:
-        run(model, batch)
+        try:
+            run(model, batch)
+        except NotExpressible as error:
+            raise ValueError(
+                f"expected attention that sparse + low-rank attention can stand in for, of which there is something to "
+                f"compare, tune or capture: {error}"
+            ) from error
         left = stage.left({call.path for call in calls})
     if not calls:
         raise ValueError(

@@ -193,7 +193,7 @@ def compare(
             as "routed-64+centroid". Default the presets, a window alone and the low-rank part alone.
         calibration: another batch, to fit statistics of ``Quadratic`` on; without one they are fitted on ``batch``
             itself, which flatters them.
-        repeats: timed calls of each, of which the median counts.
+        repeats: timed samples of each, of which the median counts.
 
     Returns:
         :class:`Comparison`. The cross-attention of a decoder runs with lists of single queries and a kernel that reads
@@ -341,16 +341,16 @@ def by_group(call: LayerCall, values: Tensor) -> list[float]:
 
 @torch.no_grad()
 def medians(timed: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of each, after a first call that does not count, in another order every time. CPU time of one thread,
-    wall time of several, events on a GPU."""
-    from scatterbrain.bench.clock import clock_of
+    """Seconds of a call of each, after calls that do not count, in another order every time. A sample is as many calls
+    as take several ms. CPU time of one thread, wall time of several, events on a GPU."""
+    from scatterbrain.bench.clock import calls_of_a_sample, clock_of
 
     samples: dict[str, list[float]] = {name: [] for name in timed}
-    clock = None
-    for function in timed.values():
-        out = function()
-        clock = clock or clock_of(out.device, torch.get_num_threads())
+    counts: dict[str, int] = {}
+    for name, function in timed.items():
+        clock = clock_of(function().device, torch.get_num_threads())
+        counts[name] = calls_of_a_sample(clock, function)
     for repeat in range(repeats):
         for name in random.Random(repeat).sample(list(timed), len(timed)):
-            samples[name].append(clock.seconds([timed[name]]))
+            samples[name].append(clock.seconds([timed[name]] * counts[name]) / counts[name])
     return {name: statistics.median(some) for name, some in samples.items()}

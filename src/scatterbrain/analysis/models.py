@@ -218,11 +218,14 @@ class Source:
         batches = [{k: t[i : i + self._row_count] for k, t in arguments.items()} for i in starts]
         return Loaded(model, batches, str(self.inputs))
 
-    def _starts(self, available: int, what: str) -> range:
-        """The first rows of as many batches as there are, at least one."""
+    def _starts(self, available: int, what: str, sized_by: str | None = None) -> range:
+        """The first rows of as many batches as there are, at least one. ``sized_by``: the option that says how much a
+        row takes of the inputs."""
         if available < self._row_count:
+            cures = [name for name in (sized_by, "rows" if self._row_count > 1 else None) if name is not None]
             raise ValueError(
-                f"{self.inputs}: expected at least {self._row_count} {what}, got {available}; lower --rows"
+                f"{self.inputs}: expected at least {self._row_count} {what}, got {available}; "
+                f"{' or '.join(f'lower --{name}' for name in cures) or 'give more'}"
             )
         return range(0, min(self.batches, available // self._row_count) * self._row_count, self._row_count)
 
@@ -236,7 +239,7 @@ class Source:
         else:
             rows, about = self._tokenized(tokens, count)
         names = ("input_ids", "decoder_input_ids") if getattr(config, "is_encoder_decoder", False) else ("input_ids",)
-        starts = self._starts(len(rows), f"rows of {tokens} tokens")
+        starts = self._starts(len(rows), f"rows of {tokens} tokens", "tokens")
         return Loaded(model, [{name: rows[i : i + self._row_count] for name in names} for i in starts], about)
 
     def _tokens(self, longest: int) -> int:
@@ -282,7 +285,9 @@ class Source:
             text, tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8), self._tokens(run.train.context)
             rows, masks = _rows(text.long(), tokens, self._row_count * self.batches), None
             about = f"rows of {tokens} bytes of {self.inputs}"
-        starts = [slice(i, i + self._row_count) for i in self._starts(len(rows), "rows")]
+        what = f"rows of {rows.shape[1]} {run.task.inputs}" if rows.ndim < 4 else "images"
+        sized_by = None if self.inputs is None else "tokens"
+        starts = [slice(i, i + self._row_count) for i in self._starts(len(rows), what, sized_by)]
         batches = [rows[part] if masks is None else (rows[part], masks[part]) for part in starts]
         return Loaded(run.model, batches, about)
 

@@ -174,7 +174,11 @@ def tune(
     if (max_error is None) == (budget is None):
         raise ValueError("tune: give either max_error or budget, the bound to keep")
     if not isinstance(batches, Sequence) or isinstance(batches, (str, bytes)) or len(batches) < 2:
-        raise ValueError("tune: batches must be a list of two or more, of which the second half judges the choice")
+        is_list = isinstance(batches, Sequence) and not isinstance(batches, (str, bytes))
+        raise ValueError(
+            "tune: batches must be a list of two or more, of which the second half judges the choice, got "
+            f"{f'a list of {len(batches)}' if is_list else type(batches).__name__}"
+        )
     if candidates is not None:
         checked_pairs(candidates)
     half = (len(batches) + 1) // 2

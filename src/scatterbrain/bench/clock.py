@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+SAMPLE_SECONDS = 0.005  # a sample is repeated calls of at least this long, so that the clock does not count
+
 
 class Clock(Protocol):
     """``name`` says what it counts."""
@@ -56,6 +58,11 @@ class EventClock:
 
 def clock_of(device: torch.device, threads: int = 1) -> Clock:
     return EventClock(device) if device.type == "cuda" else HostClock(threads)
+
+
+def calls_of_a_sample(clock: Clock, call: Callable[[], object]) -> int:
+    """How many calls take :data:`SAMPLE_SECONDS`, by one that is timed now."""
+    return max(1, round(SAMPLE_SECONDS / max(clock.seconds([call]), 1e-7)))
 
 
 def sets_beyond_cache(bytes_of_a_set: int, device: torch.device) -> int:

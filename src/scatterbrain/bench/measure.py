@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from scatterbrain.bench.clock import clock_of, sets_beyond_cache
+from scatterbrain.bench.clock import calls_of_a_sample, clock_of, sets_beyond_cache
 from scatterbrain.bench.config import DTYPES, BenchConfig, Setting
 from scatterbrain.bench.inputs import Inputs, file_inputs, random_inputs
 from scatterbrain.bench.methods import Attention, Method, exact_attention, parse_method
 
-SAMPLE_SECONDS = 0.005  # a sample is repeated calls of at least this long, so that the clock does not count
 FAILURES = (RuntimeError, ValueError, TypeError, MemoryError)  # of a method that cannot run, which the table notes
 
 
@@ -170,8 +169,7 @@ class Measurement:
                     if method.is_compiled:
                         runs[0][direction]()
                     on_sets = [run[direction] for run in runs]
-                    once = max(self.clock.seconds(on_sets[:1]), 1e-7)
-                    found[name, direction] = on_sets, max(1, round(SAMPLE_SECONDS / once))
+                    found[name, direction] = on_sets, calls_of_a_sample(self.clock, on_sets[0])
                     row.error = error
                 except FAILURES as failure:
                     row.note = describe_failure(failure)

@@ -14,6 +14,10 @@ class NotReplaceable(Exception):
     """Raised by a :class:`Replacer` for a module of its family that it cannot replace; the text is the reason."""
 
 
+class NotExpressible(ValueError):
+    """Raised by a layer that was replaced, for arguments that sparse + low-rank attention does not have."""
+
+
 @contextmanager
 def errors_as_reasons() -> Iterator[None]:
     """Turns a ValueError into the reason for which a module cannot be replaced."""

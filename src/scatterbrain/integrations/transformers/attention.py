@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scatterbrain.functional import cast_for_autocast
+from scatterbrain.integrations.restrictions import NotExpressible
 from scatterbrain.integrations.transformers import layers
 from scatterbrain.integrations.transformers.masks import Visible, compacted, dense_mask, is_compact, read_mask
 from scatterbrain.integrations.transformers.registry import PER_LAYER, SETTINGS, settings_of_layer
@@ -111,13 +112,14 @@ def _check_mask(module: nn.Module, mask: Tensor | None) -> None:
 
 
 def _refuse(module: nn.Module, mask: Tensor | None, queries: int, keys: int, arguments: dict[str, Any]) -> None:
-    """Raises ValueError, with layer and cure, for arguments that sparse + low-rank attention cannot express."""
+    """Raises NotExpressible or another ValueError, with layer and cure, for arguments that sparse + low-rank attention
+    cannot express."""
     layer = type(module).__name__
     for argument, what in REFUSED.items():
         if arguments.get(argument) is not None:
-            raise ValueError(
-                f"{layer} {what}, which sparse + low-rank attention does not have; use attn_implementation='eager', or "
-                "sb.replace_attention(model, where=...) to leave this layer out"
+            raise NotExpressible(
+                f"{layer} {what}, which sparse + low-rank attention does not have; use attn_implementation='eager' for "
+                "the whole model"
             )
     compact = is_compact(mask, queries)
     if compact and any(arguments.get(argument) is not None for argument in PACKED):
