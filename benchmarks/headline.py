@@ -18,7 +18,8 @@ head over the N of exact attention,
 
     (listed keys + clusters of the centroid kernel, or features of another one) / N.
 
-A block's list counts in full, so what is listed is never more. Differences to exact attention are paired: a standard
+A block's list counts in full, so what patches list is never more. The class token, which attends to every key exactly,
+is left out of it: it adds 1 / N at most. Differences to exact attention are paired: a standard
 error is that of the mean over images of (right under the setting) - (right under exact attention), and where no
 prediction changed, the true share of changed ones is below 3 / images at 95 %.
 

@@ -180,10 +180,11 @@ def compare(
 ) -> Comparison:
     """Looks at a model's attention on real inputs, and at what configurations make of it.
 
-    The model runs once with exact attention. Then every layer's own queries, keys and values are put through exact
-    attention and through every configuration: how spread the softmax weights are (entropy), how much of them lies in
-    the lists, how much of a query's weight the low-rank part carries, the error, and the time of a forward call, taken
-    in turn. A layer whose entropy is low needs the right keys; one whose entropy is high needs a good low-rank part.
+    The model runs with exact attention, once, and once more on ``calibration``. Then every layer's own queries, keys
+    and values are put through exact attention and through every configuration: how spread the softmax weights are
+    (entropy), how much of them lies in the lists, how much of a query's weight the low-rank part carries, the error,
+    and the time of a forward call, taken in turn. A layer whose entropy is low needs the right keys; one whose entropy
+    is high needs a good low-rank part.
 
     Args:
         model: any model that :func:`scatterbrain.replace_attention` takes, or has replaced. It is left as it was.

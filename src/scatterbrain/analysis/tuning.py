@@ -157,7 +157,10 @@ def tune(
         budget: largest time of all attention, as a share of exact attention's.
         output: of what the model returns, the tensor (rows, ...) that errors are of; default ``last_hidden_state``,
             ``logits`` or the tensor itself.
-        candidates: pairs to choose from besides exact attention; default those of this module's docstring.
+        candidates: pairs to choose from besides exact attention. Default windows of 64 and 128 keys and ``Routed`` with
+            48 to 192 keys, each with ``Centroid`` of 32 to 128 clusters; in causal layers windows of 32 to 256 keys
+            with 4 sinks, windows with routed keys, and keys per query, with ``Quadratic``. In a decoder's
+            cross-attention they become lists of single queries with ``Quadratic`` before they are measured.
         times: JSON file of measured times, read and added to, so that the same machine decides the same again; default
             ``scatterbrain/times.json`` in the user's cache folder (XDG_CACHE_HOME, ~/.cache).
         progress: called with what is done next.

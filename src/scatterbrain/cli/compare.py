@@ -13,7 +13,8 @@ from scatterbrain.cli.on_model import load, parser_of
 DESCRIPTION = """\
 Shows how a model's attention looks on real inputs, and what configurations make of it, layer by layer: entropy of the
 softmax weights, their share in the lists, the share of weight that the low-rank part carries, error and time against
-exact attention. The model runs once, exactly; nothing is trained or changed.
+exact attention. The model runs exactly, once on every batch (and once more for --capture); nothing is trained or
+changed.
 
   scatterbrain compare FOLDER --inputs text.txt                       a Hugging Face model on its own text
   scatterbrain compare FOLDER --inputs images/ --size 518 --png compare.png
