@@ -14,6 +14,7 @@ from scatterbrain.training.config import (
     SampleConfig,
     TrainConfig,
 )
+from scatterbrain.training.table_run import TableRun
 
 
 @pytest.fixture
@@ -40,5 +41,23 @@ def tiny(text: Path, tmp_path: Path) -> Callable[..., RunConfig]:
             output=str(tmp_path / output),
             resume=resume,
         )
+
+    return make
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., TableRun]:
+    """Makes a run of four steps of a copy task that takes a second; keywords replace fields of ``train``."""
+
+    def make(method: str = "full", seed: int = 0, attention: AttentionConfig | None = None, **train) -> TableRun:
+        settings = {"steps": 4, "batch": 2, "warmup": 1, "threads": 1, "validate_every": 2, "validation_batches": 1}
+        config = RunConfig(
+            task={"kind": "copy", "tokens": 31, "symbols": 8},
+            model=ModelConfig(layers=1, width=16, heads=2),
+            attention=attention or AttentionConfig(support="full"),
+            train=TrainConfig(**(settings | {"checkpoint_every": 2, "seed": seed} | train)),
+            output=str(tmp_path / "table" / f"{method}-{seed}"),
+        )
+        return TableRun(method, seed, config)
 
     return make

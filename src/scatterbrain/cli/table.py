@@ -14,7 +14,7 @@ from scatterbrain.cli.command import CommandError, HelpParser, asks_for_help, on
 
 if TYPE_CHECKING:
     from scatterbrain.training.config import RunConfig
-    from scatterbrain.training.table_runs import TableRun
+    from scatterbrain.training.table_run import TableRun
     from scatterbrain.training.table_task import TableOptions
 
 USAGE = "scatterbrain table FOLDER [options] [--key value ...]"
@@ -40,7 +40,7 @@ def table(arguments: Sequence[str]) -> int:
     """Runs the command.
 
     Returns:
-        The exit code: 0, or 1 where a run failed or none is complete.
+        The exit code: 0, or 1 where a run failed, is left to another process, or none is complete.
 
     Raises:
         CommandError: with exit code 1 for bad input and missing data, 2 for a value of the wrong type and for a folder
@@ -118,7 +118,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: TableOptions, method: str, seed: int, config: RunConfig) -> TableRun:
-    from scatterbrain.training.table_runs import TableRun
+    from scatterbrain.training.table_run import TableRun
 
     output = str(options.output / f"{method}-{seed}")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed), output=output)

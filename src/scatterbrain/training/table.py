@@ -18,7 +18,7 @@ from scatterbrain.training.batch import Batch
 from scatterbrain.training.config import RunConfig
 from scatterbrain.training.metrics import Evaluation, Metric
 from scatterbrain.training.run_log import Record
-from scatterbrain.training.table_runs import TableRun
+from scatterbrain.training.table_run import TableRun
 from scatterbrain.training.tasks import Task
 
 # The order of rows. Others follow by name: variants, which need not be at equal cost.

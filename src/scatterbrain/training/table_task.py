@@ -22,16 +22,15 @@ from scatterbrain.training.table import (
     row_of,
 )
 from scatterbrain.training.table_picture import draw_table
-from scatterbrain.training.table_runs import (
+from scatterbrain.training.table_run import (
     OpenedData,
     TableRun,
-    TableStopped,
-    carry_out,
     difference,
     difference_of_settings,
     is_complete,
     missing_records,
 )
+from scatterbrain.training.table_runs import TableStopped, carry_out
 from scatterbrain.training.tasks import build_task, open_data
 
 SHARED = "task.yaml"

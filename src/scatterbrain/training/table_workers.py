@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from scatterbrain.training.interrupt import StopRequest
 
 if TYPE_CHECKING:
-    from scatterbrain.training.table_runs import TableRun
+    from scatterbrain.training.table_run import TableRun
 
 _CLOSE_SECONDS = 10.0
 
