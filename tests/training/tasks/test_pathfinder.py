@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from scatterbrain.training.config import DataConfig, TrainConfig
+from scatterbrain.training.tasks import pathfinder
 from scatterbrain.training.tasks.pathfinder import Pathfinder
 from scatterbrain.training.tasks.pathfinder_images import Pictures, Shape, draw_pictures
 
@@ -156,3 +157,15 @@ def test_the_task_gives_pixels_row_by_row_with_their_labels():
 def test_a_bad_field_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
         Pathfinder(**fields).open(DataConfig(), TrainConfig())
+
+
+def test_pictures_of_a_later_batch_that_have_no_room_name_their_keys(monkeypatch):
+    data = Pathfinder().open(DataConfig(), TrainConfig(batch=2))
+
+    def draw(*_):
+        raise ValueError("expected paths that leave room for each other")
+
+    monkeypatch.setattr(pathfinder, "draw_pictures", draw)
+    for batch in (lambda: data.training_batch(3, 0.5), lambda: data.validation_batch(1)):
+        with pytest.raises(ValueError, match="^task.dashes, task.distractors, task.size: expected paths"):
+            batch()
