@@ -326,3 +326,14 @@ def test_resume_tells_causal_rows_from_others(tmp_path: Path, capsys: pytest.Cap
     assert main([*command, "--causal", "true", "--resume"]) == 0
     with (tmp_path / "out.csv").open(newline="") as file:
         assert all(row["inputs"].endswith(", causal") for row in csv.DictReader(file))
+
+
+@pytest.mark.parametrize("option", [["--head_dim", "32"], ["--draws", "2"], ["--seed", "1"], ["--scale", "2"]])
+def test_options_of_drawn_inputs_are_refused_beside_a_file(
+    tmp_path: Path, option: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({f"a.N600.layer0.{part}": rand(2, 600, 64) for part in "qkv"}, tmp_path / "qkv.safetensors")
+    command = ["analyze", "--inputs", str(tmp_path / "qkv.safetensors"), "--temperatures", "1", *files(tmp_path)]
+    assert main([*command, *option]) == 1
+    assert f"{option[0]} is of inputs that are drawn" in capsys.readouterr().err

@@ -88,6 +88,7 @@ def test_what_cannot_be_judged_or_written_is_refused_by_name(
         ("of_sums", (), "expected a model that returns a tensor (rows, ...), got a single number"),
         ("of_names", (), "expected a model that returns a tensor, last_hidden_state or logits, got dict"),
         ("with_batches", ("--yaml", str(tmp_path)), "--yaml: expected a file to write"),
+        ("with_batches", ("--batches", "2"), "brings its own, got 2; leave it out"),
         ("with_batches", ("--threads", "0"), "--threads must be at least 1, got 0"),
     ):
         times = ("--times", str(tmp_path / "times.json"))

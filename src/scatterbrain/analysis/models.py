@@ -54,7 +54,8 @@ class Source:
         tokens: of a text batch row; None: as many as the model takes, at most 1024.
         size: side of images in pixels; None: the model's.
         rows: of a batch; None: 1.
-        batches: how many at most; inputs that last for one alone give one.
+        batches: how many at most; inputs that last for one alone give one. None: ``most_batches``.
+        most_batches: how many at most where nobody asked for a number.
         seed: of random inputs; None: 0.
 
     Options that say nothing for a model and its inputs are refused by name when it is loaded.
@@ -66,7 +67,8 @@ class Source:
     tokens: int | None = None
     size: int | None = None
     rows: int | None = None
-    batches: int = 1
+    batches: int | None = None
+    most_batches: int = 1
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -104,6 +106,10 @@ class Source:
     def _row_count(self) -> int:
         return self.rows or 1
 
+    @property
+    def _batch_count(self) -> int:
+        return self.batches or self.most_batches
+
     def _takes_only(self, what: str, *names: str) -> None:
         """Raises ValueError for an option besides ``names`` that was given: it would change nothing."""
         for name in ("checkpoint", "tokens", "size", "rows", "seed"):
@@ -132,6 +138,8 @@ class Source:
         if batches is not None and self.inputs is None:
             batches = batches if isinstance(batches, list) else [batches]
             self._takes_only(f"{self.model}, which brings its own inputs,")
+            if self.batches is not None:
+                raise ValueError(f"--batches: {self.model} brings its own, got {self.batches}; leave it out")
             if not batches:
                 raise ValueError(f"{self.model}: expected a batch or a list of batches, got an empty list")
             for batch in batches:
@@ -227,12 +235,12 @@ class Source:
                 f"{self.inputs}: expected at least {self._row_count} {what}, got {available}; "
                 f"{' or '.join(f'lower --{name}' for name in cures) or 'give more'}"
             )
-        return range(0, min(self.batches, available // self._row_count) * self._row_count, self._row_count)
+        return range(0, min(self._batch_count, available // self._row_count) * self._row_count, self._row_count)
 
     def _with_text(self, model: nn.Module, config: Any) -> Loaded:
         longest = getattr(config, "max_position_embeddings", None) or 1024
         tokens = self._tokens(longest - _reserved_positions(model, longest))
-        count = self._row_count * self.batches
+        count = self._row_count * self._batch_count
         if self.inputs is None:
             generator = torch.Generator().manual_seed(self.seed or 0)
             rows, about = torch.randint(0, config.vocab_size, (count, tokens), generator=generator), _random("tokens")
@@ -269,7 +277,7 @@ class Source:
         self._takes_only(f"{self.model}, a run of scatterbrain train,", "rows", "tokens")
         run = load_trained(Path(self.model), reads_data=self.inputs is None)
         if self.inputs is None:
-            rows, masks = self._validation_rows(run.data, self._row_count * self.batches)
+            rows, masks = self._validation_rows(run.data, self._row_count * self._batch_count)
             if rows.ndim < 4:
                 about = f"rows of {rows.shape[1]} {run.task.inputs}"
             else:
@@ -283,7 +291,7 @@ class Source:
                 )
             content = b"\n".join(path.read_bytes() for path in files(self.inputs, None))
             text, tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8), self._tokens(run.train.context)
-            rows, masks = _rows(text.long(), tokens, self._row_count * self.batches), None
+            rows, masks = _rows(text.long(), tokens, self._row_count * self._batch_count), None
             about = f"rows of {tokens} bytes of {self.inputs}"
         what = f"rows of {rows.shape[1]} {run.task.inputs}" if rows.ndim < 4 else "images"
         sized_by = None if self.inputs is None else "tokens"
@@ -309,7 +317,7 @@ class Source:
         return rows, mask
 
     def _with_images(self, model: nn.Module, size: int, mean: Sequence[float], deviation: Sequence[float]) -> Loaded:
-        count = self._row_count * self.batches
+        count = self._row_count * self._batch_count
         if self.inputs is None:
             pixels, about = (
                 torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(self.seed or 0)),

@@ -45,7 +45,7 @@ def parser_of(command: str, usage: str, description: str) -> argparse.ArgumentPa
 
 
 def load(options: argparse.Namespace, batches: int) -> Loaded:
-    """The model and at most so many batches. Prints what they are.
+    """The model and at most so many batches, or as many as ``--batches`` says. Prints what they are.
 
     Raises:
         ValueError: naming the option, or what the model was expected to be.
@@ -56,8 +56,8 @@ def load(options: argparse.Namespace, batches: int) -> Loaded:
 
     if options.threads < 1:
         raise CommandError(f"--threads must be at least 1, got {options.threads}")
-    named = options.inputs, options.checkpoint, options.tokens, options.size, options.rows
-    source = Source(options.model, *named, batches, options.seed)
+    names = ("model", "inputs", "checkpoint", "tokens", "size", "rows", "batches", "seed")
+    source = Source(**{name: getattr(options, name, None) for name in names}, most_batches=batches)
     torch.set_num_threads(options.threads)
     loaded = source.load()
     loaded.batches = [_readable(batch) for batch in loaded.batches]

@@ -50,7 +50,7 @@ def tune(arguments: Sequence[str]) -> int:
         from scatterbrain.analysis.tuning import tune as choose
 
         check_outputs(options, "yaml", "png", "times")
-        loaded = load(options, options.batches)
+        loaded = load(options, 8)
         bounds = {"max_error": options.max_error, "budget": options.budget}
         try:
             tuning = choose(
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=["output", "mean", "first"],
         help="what errors are of: the whole output (default), its mean over tokens, or its first token",
     )
-    add("--batches", type=int, default=8, metavar="N", help="batches, of which the second half judges (default 8)")
+    add("--batches", type=int, metavar="N", help="batches, of which the second half judges (default 8)")
     add("--yaml", type=Path, metavar="FILE", help="write the settings there")
     add("--png", type=Path, metavar="FILE", help="draw error against time")
     add("--times", type=Path, metavar="FILE", help="JSON file of measured times (default: in the user's cache)")

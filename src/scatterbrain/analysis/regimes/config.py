@@ -96,9 +96,16 @@ class AnalyzeConfig:
                     raise ValueError(f"--{name} chooses from a file; give the file as --inputs FILE")
             if self.token_order != "natural":
                 raise ValueError("--token_order is for images in a file; give the file as --inputs FILE")
-        elif self.entries is not None:
-            self.entries = self._named_entries()
+        else:
+            self._refuse_options_of_drawn_inputs()
+            if self.entries is not None:
+                self.entries = self._named_entries()
         self._check_methods()
+
+    def _refuse_options_of_drawn_inputs(self) -> None:
+        for name in ("head_dim", "clusters", "spread", "scale", "run", "draws", "seed"):
+            if getattr(self, name) != getattr(AnalyzeConfig, name):
+                raise ValueError(f"--{name} is of inputs that are drawn, not of those of --inputs; leave it out")
 
     def _named_entries(self) -> list[str]:
         """Entries by their names, or by the parts with which names begin."""
