@@ -86,19 +86,28 @@ def test_a_convolution_reads_fewer_tokens_than_it_has_taps():
         torch.testing.assert_close(convolution(x[:, :tokens]), convolution(x)[:, :tokens])
 
 
-@pytest.mark.parametrize(
-    ("task", "settings", "said"),
-    [
-        (
-            Copy(tokens=5),
-            {"positions": "learned", "rope_base": 500.0},
-            "model.rope_base: .* learned rotates nothing, got",
-        ),
-        (Majority(), {"positions": "none", "rope_base": 500.0}, "model.rope_base: .* none rotates nothing, got 500.0"),
-        (Pathfinder(), {"embedding_std": 2.0}, "model.embedding_std: expected the default 1.0, as path"),
-    ],
-)
-def test_a_setting_that_a_model_has_no_use_for_is_not_dropped_silently(task, settings, said):
+@pytest.mark.parametrize(("task", "positions"), [(Copy(tokens=5), "learned"), (Majority(), "none")])
+def test_a_base_of_rotation_that_nothing_rotates_by_is_not_dropped_silently(task, positions):
     data = task.open(DataConfig(), TrainConfig(batch=2))
+    config = ModelConfig(width=16, heads=2, positions=positions, rope_base=500.0)
+    said = f"model.rope_base: 500.0 is not used, model.positions {positions} rotates nothing"
+    assert task.check_unused(data, config) == [said]
+    for used in ({"positions": "rotary"}, {"rope_base": 10000.0}):
+        assert task.check_unused(data, dataclasses.replace(config, **used)) == []
+
+
+def test_a_setting_that_a_model_has_no_use_for_is_not_dropped_silently():
+    task = Pathfinder()
+    data = task.open(DataConfig(), TrainConfig(batch=2))
+    said = "model.embedding_std: expected the default 1.0, as path.*, got 2.0; leave it out, or set it to 1.0 where"
     with pytest.raises(ValueError, match=said):
-        task.build_model(data, ModelConfig(width=16, heads=2, **settings), lambda *_: None, torch.Generator())
+        task.check_unused(data, ModelConfig(width=16, heads=2, embedding_std=2.0))
+
+
+def test_a_model_of_ones_own_may_use_any_setting():
+    class Own(Pathfinder):
+        def build_model(self, *arguments: object) -> nn.Module:
+            return nn.Linear(1, 2)
+
+    data = Pathfinder().open(DataConfig(), TrainConfig(batch=2))
+    assert Own().check_unused(data, ModelConfig(width=16, heads=2, embedding_std=2.0)) == []

@@ -15,7 +15,9 @@ from scatterbrain.training import files
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.checkpoint import read_progress
 from scatterbrain.training.config import AttentionConfig, CompareConfig, DataConfig, RunConfig
+from scatterbrain.training.tasks import Task
 from scatterbrain.training.train_step import Sums, TrainState
+from scatterbrain.training.trained import load_trained
 from scatterbrain.training.trainer import RunStopped, Trainer
 
 ATTENTIONS = {
@@ -199,6 +201,23 @@ def test_bfloat16_autocast_trains_close_to_float32(tiny, attention):
     for config in (single, half):
         Trainer(config).run()
     assert [loss for *_, loss in losses(half)] == pytest.approx([loss for *_, loss in losses(single)], rel=0.02)
+
+
+def test_settings_that_nothing_uses_stop_a_new_run_alone(tiny, monkeypatch, capsys):
+    config = tiny(steps=2)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, positions="learned", rope_base=1000.0))
+    Trainer(config).run()
+    said = "model.rope_base: 1000.0 is not used"
+    assert said in capsys.readouterr().out
+
+    def refused(*_: object) -> list[str]:
+        raise ValueError("model.rope_base: refused")
+
+    monkeypatch.setattr(Task, "check_unused", refused)
+    load_trained(Path(config.output))
+    Trainer(dataclasses.replace(config, resume=True, train=dataclasses.replace(config.train, steps=3))).run()
+    with pytest.raises(ValueError, match="model.rope_base: refused"):
+        Trainer(dataclasses.replace(config, overwrite=True))
 
 
 def test_an_occupied_output_folder_is_refused_with_the_ways_out(tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Iterable
@@ -323,8 +324,12 @@ def require_defaults(section: Any, names: Iterable[str], prefix: str, why: str) 
     """Raises ValueError for a setting that has no use here and is not left at its default: it would be dropped."""
     defaults = {field.name: field.default for field in dataclasses.fields(section)}
     for name in names:
-        got = getattr(section, name)
-        require(got == defaults[name], f"{prefix}{name}", f"the default {defaults[name]!r}, as {why}", got)
+        got, default = getattr(section, name), defaults[name]
+        if got != default:
+            raise ValueError(
+                f"{prefix}{name}: expected the default {default!r}, as {why}, got {got!r}; leave it out, or set it to "
+                f"{json.dumps(default)} where a file sets it"
+            )
 
 
 def check_types(section: Any, prefix: str) -> None:

@@ -71,6 +71,8 @@ class Trainer:
             self.processes.require_same("data", data_text(self.data))
             self.data.validation_batch(0)  # what cannot be drawn is found now, not after hundreds of steps
             starts_anew = self.processes.first(lambda: not (config.resume and self.folder.checkpoint.exists()))
+            for line in self.task.check_unused(self.data, config.model) if starts_anew else []:
+                self._say(line)
             self.train_state = self._train_state(config.attention, starts_anew)
             self.steps_done, self._seconds_before = 0, 0.0
             self._checkpointed_step: int | None = None

@@ -109,17 +109,34 @@ class Task(ABC):
         require(
             has_pool or config.pooling == "mean", "model.pooling", f"mean, as {self.kind} pools nothing", config.pooling
         )
-        has_features = getattr(data, "has_features", False)
-        if config.positions != "rotary":
-            require_defaults(config, ["rope_base"], "model.", f"model.positions {config.positions} rotates nothing")
-        if has_features and config.positions != "learned":
-            why = f"{self.kind} embeds no vocabulary and model.positions {config.positions} no positions"
-            require_defaults(config, ["embedding_std"], "model.", why)
         if self.head == "next":
             return Decoder(config, data.input_size, attention, generator, data.tokens)
         model = {"token": Encoder, "sequence": SequenceClassifier, "pair": PairClassifier}[self.head]
         sizes = (data.input_size, data.classes)
-        return model(config, *sizes, attention, generator, data.tokens, has_features)
+        return model(config, *sizes, attention, generator, data.tokens, getattr(data, "has_features", False))
+
+    def check_unused(self, data: TaskData, config: ModelConfig) -> list[str]:
+        """Looks for settings that the model makes no use of. Asked of a run that starts anew alone: one that goes on,
+        or is only read, has the settings of its checkpoint, which nobody can leave out any more.
+
+        Args:
+            data: what is trained on.
+            config: the section ``model``.
+
+        Returns:
+            A line for each that is merely left out: files that others extend set it for every form of the model.
+
+        Raises:
+            ValueError: naming the key and the way out, for any other one that is not at its default.
+        """
+        if type(self).build_model is not Task.build_model:  # a model of its own, which may use all of them
+            return []
+        if getattr(data, "has_features", False) and config.positions != "learned":
+            why = f"{self.kind} embeds no vocabulary and model.positions {config.positions} no positions"
+            require_defaults(config, ["embedding_std"], "model.", why)
+        if config.positions == "rotary" or config.rope_base == ModelConfig.rope_base:
+            return []
+        return [f"model.rope_base: {config.rope_base} is not used, model.positions {config.positions} rotates nothing"]
 
     def sample(
         self, model: nn.Module, prompt: str, length: int, temperature: float, context: int, seed: int

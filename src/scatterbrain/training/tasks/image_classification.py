@@ -71,8 +71,6 @@ class ImageClassification(Task):
         require(kernel >= stride, "task.first_kernel", f"task.first_stride = {stride} or more", kernel)
         step = self.patch_size if self.model == "vit" else 4 * stride
         require(self.image_size % step == 0, "task.image_size", f"a multiple of {step}", self.image_size)
-        of_others = [name for kind, names in OWN_FIELDS.items() if kind != self.model for name in names]
-        require_defaults(self, of_others, "task.", f"{self.model} has no use for it")
 
     @property
     def sequence_length(self) -> int:
@@ -118,6 +116,13 @@ class ImageClassification(Task):
             **sizes,
         )
 
+    def check_unused(self, data: ImageBatches, config: ModelConfig) -> list[str]:
+        why = f"{self.model} has no use for it"
+        of_others = [name for kind, names in OWN_FIELDS.items() if kind != self.model for name in names]
+        require_defaults(self, of_others, "task.", why)
+        require_defaults(config, ("rope_base", "tied", "embedding_std"), "model.", why)
+        return []
+
     def _check(self, config: ModelConfig) -> None:
         """Both models have one form, which published weights fit; a setting of another one is not dropped silently."""
         positions = "learned" if self.model == "vit" else "none"  # T2T-ViT adds sines, which nothing learns
@@ -126,7 +131,5 @@ class ImageClassification(Task):
             got = getattr(config, name)
             elsewhere = " (a vit's is task.pooling)" * (name == "pooling")
             require(got == expected, f"model.{name}", f"{expected!r}, the one form of {self.model}{elsewhere}", got)
-        why = f"{self.model} has no use for it"
-        require_defaults(config, ("rope_base", "tied", "embedding_std"), "model.", why)
         got = config.kv_heads
         require(got in (None, config.heads), "model.kv_heads", f"null, since {self.model} has no grouped queries", got)
