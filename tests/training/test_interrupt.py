@@ -20,6 +20,17 @@ def test_a_signal_between_two_requests_reaches_the_inner_one():
         assert not later.check()
 
 
+def test_whether_a_stop_was_asked_for_is_known_before_anyone_checks():
+    assert not StopRequest.is_asked()
+    with StopRequest():
+        assert not StopRequest.is_asked()
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert StopRequest.is_asked()
+        assert StopRequest.is_asked()
+    assert not StopRequest.is_asked()
+
+
 def test_a_second_signal_acts_as_usual_also_for_a_request_inside_another():
     received: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))

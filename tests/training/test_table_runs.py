@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -221,6 +222,7 @@ def test_a_run_that_another_process_does_is_no_failure(make_run, capsys):
     run = make_run()
     run.folder.path.mkdir(parents=True)
     run.ended.write_text("4 steps\n")
+    run.failure.write_text("of an earlier start\n")
     lock = FolderLock(run.folder.path)
     with StopRequest() as stop:
         assert table_runs.do(run, stop) is None
@@ -246,6 +248,24 @@ def test_a_run_whose_log_lacks_a_step_is_done_anew(make_run, capsys):
     assert "full-0 is done anew: its log lacks steps that its checkpoint has" in capsys.readouterr().out
     assert is_complete(run) and train_losses(run) == losses and run.failed_for() is None
     assert other.folder.metrics.stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("lost", ["metrics", "config"])
+def test_a_checkpoint_of_other_settings_is_kept_also_where_its_log_or_settings_are_gone(make_run, lost):
+    run = make_run()
+    finish(run)
+    getattr(run.folder, lost).unlink()
+    before, other = run.folder.checkpoint.read_bytes(), make_run(batch=1)
+    with pytest.raises(UnusableRun, match="full-0: train.batch: 2 there, 1 now.*--overwrite"):
+        finish(other)
+    assert run.folder.checkpoint.read_bytes() == before
+    finish(other, overwrite=True)
+    assert is_complete(other) and difference(other) is None
+    run = make_run("second")
+    finish(run)
+    getattr(run.folder, lost).unlink()
+    finish(run)
+    assert is_complete(run) and difference(run) is None
 
 
 def test_a_log_that_cannot_be_read_fails_its_run_alone(make_run):
@@ -313,6 +333,43 @@ def test_runs_side_by_side_stop_after_their_step_when_the_table_is_killed(tmp_pa
     assert [log.stat().st_size for log in logs] == sizes
     for log in logs:
         FolderLock(log.parent).release()  # nothing runs there any more
+
+
+SLOW_STEPS = """
+import time
+from scatterbrain.training.train_step import TrainState
+
+step = TrainState.step
+TrainState.step = lambda *arguments: (time.sleep(3), step(*arguments))[1]
+"""
+
+
+@pytest.mark.slow
+def test_runs_that_were_asked_to_stop_save_their_step_also_when_the_table_dies_meanwhile(tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(SLOW_STEPS + ENDLESS)
+    folder = tmp_path / "table"
+    table = subprocess.Popen([sys.executable, script, folder], env=environment())
+    logs = [folder / f"full-{seed}" / "metrics.jsonl" for seed in (0, 1)]
+    wait_until(lambda: all(log.exists() and log.stat().st_size > 0 for log in logs))
+    table.terminate()
+    time.sleep(1)  # the table has asked its processes, and their steps go on
+    table.kill()
+    table.wait(timeout=60)
+    wait_until(lambda: all(log.with_name("checkpoint.safetensors").exists() for log in logs))
+
+
+def test_a_process_that_alone_is_stopped_says_so_where_its_output_goes(make_run, monkeypatch):
+    run = make_run()
+    run.folder.path.parent.mkdir(parents=True)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    monkeypatch.setattr(table_workers, "_stop_without_parent", lambda: None)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(run)
+    table_workers._work(theirs, lambda run, stop: signal.SIGTERM)
+    assert run.output.read_text().startswith("stopped by SIGTERM; the next call of the table goes on")
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

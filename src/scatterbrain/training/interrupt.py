@@ -48,6 +48,11 @@ class StopRequest:
             StopRequest._innermost = self._outer
         self._restore()
 
+    @classmethod
+    def is_asked(cls) -> bool:
+        """Whether a signal has come to the innermost request that is active; for any thread of this process alone."""
+        return cls._innermost is not None and cls._innermost._received != 0
+
     def check(self) -> bool:
         """Whether to stop now. All processes must call it, and all get the same answer."""
         if self.signal is None:

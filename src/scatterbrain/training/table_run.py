@@ -137,24 +137,38 @@ def difference(run: TableRun, opened: OpenedData | None = None) -> str | None:
 
 
 def _is_begun(run: TableRun) -> bool:
+    """A checkpoint alone is a run too: it is hours of work, and no one else's settings are to replace it."""
+    return _is_logged(run) or _checkpointed(run) is not None
+
+
+def _is_logged(run: TableRun) -> bool:
     return run.folder.metrics.exists() and run.folder.config.exists()
+
+
+def _checkpointed(run: TableRun) -> dict[str, Any] | None:
+    """The settings in the checkpoint; None where none can be read, of which its start tells."""
+    try:
+        return read_progress(run.folder.checkpoint).config
+    except UnusableRun:
+        return None
 
 
 def difference_of_settings(run: TableRun) -> str | None:
     """As :func:`difference`, without a look at the data.
 
     Raises:
-        UnusableRun: the folder's config.yaml is none of a run.
+        UnusableRun: the folder's config.yaml, or its checkpoint where log or config.yaml are gone, is none of a run.
     """
     if not _is_begun(run):
         return None
+    file = run.folder.config if _is_logged(run) else run.folder.checkpoint
     try:
-        stored = yaml.safe_load(run.folder.config.read_text(encoding="utf-8"))
+        stored = yaml.safe_load(file.read_text(encoding="utf-8")) if _is_logged(run) else _checkpointed(run)
     except (yaml.YAMLError, UnicodeDecodeError):
         stored = None
     if not isinstance(stored, dict) or not all(isinstance(stored.get(name), dict) for name in SECTIONS):
         raise UnusableRun(
-            f"{run.folder.config}: expected the settings of a run, with the sections {', '.join(SECTIONS)}, got "
+            f"{file}: expected the settings of a run, with the sections {', '.join(SECTIONS)}, got "
             "something else; remove the folder, or choose another one with --output"
         )
     plain = dataclasses.asdict(dataclasses.replace(run.config, task=described_task(run.config.task)))

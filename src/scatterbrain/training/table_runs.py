@@ -95,14 +95,14 @@ def _one_by_one(runs: list[TableRun], missing: list[TableRun], stop: StopRequest
 def do(run: TableRun, stop: StopRequest) -> signal.Signals | None:
     """Does one run; the signal that stopped it, or None for one that has ended, also by a failure, which is printed and
     written down. A run that another process is doing is left to it."""
+    run.failure.unlink(missing_ok=True)  # of an earlier start, whoever does the run now
     try:
         try:
             trainer = Trainer(run.config)
         except FolderInUse:
             print(f"{run.name} is still running in another process, which is left to do it")
             return None
-        for note in (run.failure, run.ended):
-            note.unlink(missing_ok=True)
+        run.ended.unlink(missing_ok=True)
         _note_machine(run, continues=trainer.steps_done > 0)
         if stop.check():
             return stop.signal

@@ -85,6 +85,8 @@ def _work(connection: Connection, do: Do) -> None:
             sys.stdout = sys.stderr = output
             with StopRequest() as stop:
                 stopped_by = do(run, stop)
+            if stopped_by is not None:
+                print(f"stopped by {stopped_by.name}; the next call of the table goes on with what is saved")
         try:
             connection.send(None)
         except OSError:  # the table is gone
@@ -94,6 +96,8 @@ def _work(connection: Connection, do: Do) -> None:
 
 
 def _stop_without_parent() -> None:
-    """Nobody would start the next run, and the table of the next call could not have this one."""
+    """Nobody would start the next run, and the table of the next call could not have this one. A table that has asked
+    already is not asked for again: a second signal would end the step unsaved."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
+    if not StopRequest.is_asked():
+        os.kill(os.getpid(), signal.SIGTERM)
