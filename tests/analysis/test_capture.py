@@ -22,6 +22,7 @@ from scatterbrain.analysis.regimes.inputs import captured_heads
 from scatterbrain.bench.inputs import calibration_of, file_inputs
 from scatterbrain.integrations import register_replacer
 from scatterbrain.integrations.replacer import REPLACERS
+from scatterbrain.integrations.restrictions import NotExpressible
 
 E, H, L = 48, 4, 60
 
@@ -53,6 +54,17 @@ def test_calls_are_those_of_the_layers_and_the_model_is_as_before() -> None:
         and calls[0].key_padding_mask is None
     )
     assert model.training and [type(m) for m in model.modules()] == names and torch.equal(model.eval()(x), before)
+
+
+def test_a_cure_that_is_for_other_attention_is_not_given() -> None:
+    def masks_heads(module: nn.Module, inputs: object) -> None:
+        raise NotExpressible("Layer masks heads", "use attn_implementation='eager' for the whole model")
+
+    model = encoder()
+    model.layers[0].register_forward_pre_hook(masks_heads)
+    with pytest.raises(ValueError, match="Layer masks heads; leave that out of the model or its inputs") as refused:
+        calls_of(model, torch.randn(2, L, E))
+    assert "eager" not in str(refused.value) and "eager" in str(refused.value.__cause__)
 
 
 def test_a_batch_may_be_arguments_in_every_form() -> None:

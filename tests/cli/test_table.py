@@ -90,6 +90,23 @@ def test_collecting_needs_no_data_and_says_what_it_leaves_out(folder, tmp_path, 
     assert "window-0 is left out, it has other settings: data: " in table.read_text()
 
 
+def test_without_data_rows_are_of_the_data_of_runs_that_are_asked_for(folder, tmp_path, capsys):
+    (folder / "task.yaml").write_text(LANGUAGE)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"other line {number:04d}\n" for number in range(100)))
+    command = ["table", str(folder), "--seeds", "0", "--methods"]
+    assert main([*command, "full", "--train.steps", "1"]) == 0
+    text.write_text("".join(f"line {number:04d}\n" for number in range(100)))
+    assert main([*command, "window"]) == 0
+    table = tmp_path / "runs" / "tiny" / "table.md"
+    title = table.read_text().splitlines()[0]
+    text.unlink()
+    assert main([*command, "full", "window", "--only-collect"]) == 0
+    found = table.read_text()
+    assert found.splitlines()[0] == title and rows(found)[1:] == ["window"]
+    assert "full-0 is left out, it has other settings: train.steps: 1 there, 2 now" in found
+
+
 def test_a_log_that_cannot_be_read_is_a_note_where_runs_are_collected(folder, tmp_path, capsys):
     command = ["table", str(folder), "--seeds", "0", "--methods", "full", "window"]
     assert main(command) == 0

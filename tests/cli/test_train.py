@@ -116,6 +116,7 @@ def test_a_bad_key_of_the_file_is_named(config, capsys):
         (["--train.device", "vulkan"], "train.device: expected a device of this machine, got 'vulkan'"),
         (["--train.device", "hpu"], "train.device: expected a device of this machine, got 'hpu'"),
         (["--output", "~no_such_user_here/run"], "output: expected a folder, got '~no_such_user_here/run'"),
+        (["--output", "./~no_such_user_here/run"], "home directory.; write the whole path\n"),
     ],
 )
 def test_a_bad_value_is_named_in_one_line(config, capsys, arguments, named):

@@ -92,7 +92,7 @@ TAMPERED: dict[str, tuple[Callable[[Files], object], str]] = {
     "half a step": (progress(step=1.5), "step must be an int from 0, got 1.5"),
     "a step before the first": (progress(step=-1), "step must be an int from 0, got -1"),
     "a true step": (progress(step=True), "step must be an int from 0, got True"),
-    "another step": (progress(step=1), "step must be the run's step 1, got 2.0"),
+    "another step": (progress(step=1), "step must be from 1 to the run's step 1, got 2.0"),
     "time in words": (progress(seconds="long"), "seconds must be a number from 0, got 'long'"),
     "no time at all": (progress(seconds=float("nan")), "seconds must be a number from 0, got nan"),
     "a list of settings": (progress(config=[1]), "config must be the sections data, model"),
@@ -167,7 +167,14 @@ TAMPERED: dict[str, tuple[Callable[[Files], object], str]] = {
     "an unknown average": (tensor("optimizer/0/colour", torch.zeros(1)), "optimizer/0/colour belongs to no parameter"),
     "an unknown parameter": (tensor("optimizer/99/step", torch.zeros(1)), "optimizer/99/step belongs to no parameter"),
     "a parameter without a number": (tensor("optimizer/a/step", torch.zeros(1)), "optimizer/a/step belongs to no"),
-    "other steps of a parameter": (tensor("optimizer/0/step", torch.tensor(9.0)), "must be the run's step 2, got 9.0"),
+    "other steps of a parameter": (
+        tensor("optimizer/0/step", torch.tensor(9.0)),
+        "must be from 1 to the run's step 2, got 9.0",
+    ),
+    "no steps of a parameter": (
+        tensor("optimizer/0/step", torch.tensor(0.0)),
+        "must be from 1 to the run's step 2, got 0.0",
+    ),
     "no generator": (tensor("rng/cpu", None), "rng/cpu is missing"),
     "a short generator": (tensor("rng/cpu", lambda t: t[:16]), "rng/cpu must be uint8 of shape (5056,), got uint8 of"),
     "a float generator": (tensor("rng/cpu", Tensor.float), "rng/cpu must be uint8"),
@@ -230,6 +237,35 @@ def test_a_run_with_parameters_that_have_no_gradient_goes_on(
         capsys.readouterr()
         assert main(["train", str(stopped), "--output", str(cut), "--resume", "true", *options[:2]]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_run_with_a_parameter_that_a_later_step_uses_first_goes_on(
+    stopped: Path, tmp_path: Path, monkeypatch
+) -> None:
+    original, passes = Task.build_model, 0
+
+    def build_model(self: Task, *arguments: Any) -> nn.Module:
+        model = original(self, *arguments)
+        model.late = nn.Parameter(torch.zeros(1))
+
+        def add_late(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+            nonlocal passes
+            passes += module.training
+            return output + module.late if passes > 1 else output
+
+        model.register_forward_hook(add_late)
+        return model
+
+    monkeypatch.setattr(Task, "build_model", build_model)
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    assert main(["train", str(stopped), "--output", str(cut), "--train.schedule", "constant"]) == 0
+    assert go_on(stopped, cut, "--train.schedule", "constant") == 0
+    passes = 0
+    options = ["--train.schedule", "constant", "--train.steps", "3"]
+    assert main(["train", str(stopped), "--output", str(whole), *options]) == 0
+    expected, found = (safetensors.torch.load_file(path / "checkpoint.safetensors") for path in (whole, cut))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert {float(value) for name, value in found.items() if name.endswith("/step")} == {2.0, 3.0}
 
 
 def test_a_number_may_be_written_as_one_with_a_point_or_without(stopped: Path, copied: Path) -> None:

@@ -221,6 +221,8 @@ def test_more_processes_than_gpus_are_refused_by_the_key_of_the_device(monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(
-        ValueError, match="train.device: expected a GPU for each process of a machine, which has 2, got "
+        ValueError,
+        match="train.device: expected a GPU for each process of a machine, which has 2, got "
+        "'cuda:3'; start 2 processes there at most",
     ):
         join(TrainConfig(device="cuda", parallel="ddp", accumulate=4))

@@ -116,7 +116,9 @@ def test_data_that_have_changed_are_refused(tmp_path, task, words):
     Trainer(config).run()
     assert load_trained(tmp_path / "run").task.kind == task["kind"]
     text.write_text(text.read_text().replace("cat", "dog"))
-    with pytest.raises(UnusableRun, match=words):
+    with pytest.raises(UnusableRun, match=words) as refused:
         Source(config.output).load()
+    cure = "--inputs FILE" if task["kind"] == "language" else "or train the task anew"
+    assert cure in str(refused.value) and "--output" not in str(refused.value)
     if task["kind"] == "language":
         assert Source(config.output, inputs=text).load().batches, "other inputs do not read the data of the run"

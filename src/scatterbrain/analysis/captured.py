@@ -66,7 +66,8 @@ def recorded(model: nn.Module, batch: Batch, token_order: str | None = "auto") -
         except NotExpressible as error:
             raise ValueError(
                 f"expected attention that sparse + low-rank attention can stand in for, of which there is something to "
-                f"compare, tune or capture: {error}"
+                f"compare, tune or capture: {error.what}; leave that out of the model or its inputs, or take another "
+                "model"
             ) from error
         left = stage.left({call.path for call in calls})
     if not calls:

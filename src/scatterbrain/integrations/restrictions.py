@@ -15,7 +15,16 @@ class NotReplaceable(Exception):
 
 
 class NotExpressible(ValueError):
-    """Raised by a layer that was replaced, for arguments that sparse + low-rank attention does not have."""
+    """Raised by a layer that was replaced, for arguments that sparse + low-rank attention does not have.
+
+    Args:
+        what: was given.
+        cure: for who runs the model; nothing for who measures it with attention that stands in.
+    """
+
+    def __init__(self, what: str, cure: str = "") -> None:
+        super().__init__(f"{what}; {cure}" if cure else what)
+        self.what = what
 
 
 @contextmanager

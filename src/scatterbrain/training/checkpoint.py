@@ -189,7 +189,8 @@ def _load_model(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> Non
 
 def _load_optimizer(path: Path, tensors: dict[str, Tensor], train_state: TrainState, step: int) -> None:
     """AdamW's state of every parameter: its number of steps, and two averages of the parameter's shape, or the note
-    that no step had a gradient for it. Steps that float16 left out are not counted, so there may be none."""
+    that no step had a gradient for it. Only steps that had one are counted, so a parameter may have fewer than the run,
+    and with float16, which leaves steps out, the run none."""
     skips = train_state.precision.scales_loss
     has_steps = bool(tensors) if skips else step > 0
     optimizer = train_state.optimizer.state_dict()
@@ -214,8 +215,7 @@ def _load_optimizer(path: Path, tensors: dict[str, Tensor], train_state: TrainSt
             continue
         if field == "step":
             taken = tensors[name].item()
-            is_possible = 0 < taken <= step if skips else taken == step
-            _require(path, is_possible, f"optimizer/{name}", f"the run's step {step}{' or less' * skips}", taken)
+            _require(path, 0 < taken <= step, f"optimizer/{name}", f"from 1 to the run's step {step}", taken)
         if field == "exp_avg_sq":
             least = float(tensors[name].min())
             _require(path, least >= 0, f"optimizer/{name}", "an average of squares, 0 or more", least)

@@ -34,9 +34,7 @@ def output_folder(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(
-            f"output: expected a folder, got {str(path)!r}: {error}; write the whole path, or ./ before the ~"
-        ) from error
+        raise ValueError(f"output: expected a folder, got {str(path)!r}: {error}; write the whole path") from error
 
 
 @dataclasses.dataclass(frozen=True)

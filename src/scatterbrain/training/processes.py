@@ -213,7 +213,11 @@ def join(train: TrainConfig) -> Processes:
     device = torch.device(processes.device(train.device))
     if device.type == "cuda" and torch.cuda.is_available():
         number, there = processes.local_rank, torch.cuda.device_count()
-        require(number < there, "train.device", f"a GPU for each process of a machine, which has {there}", device)
+        if number >= there:
+            raise ValueError(
+                f"train.device: expected a GPU for each process of a machine, which has {there}, got {str(device)!r}; "
+                f"start {there} processes there at most (torchrun --nproc-per-node {there}), or train on the cpu"
+            )
         torch.cuda.set_device(device)
     if not has_group:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -15,6 +15,9 @@ FREE_TRAIN_KEYS = ("steps", "minutes", "device", "threads", "validate_every", "v
 FREE_TRAIN_KEYS += ("parallel", "recompute", "compile", "tensorboard")  # how the same model is computed
 
 
+_ANEW = "start anew in another folder with --output"
+
+
 def as_plain_data(config: RunConfig) -> dict[str, Any]:
     """The configuration in the types of YAML and JSON, without the settings of a single start of the run."""
     plain = _with_lists(dataclasses.asdict(config))
@@ -70,20 +73,39 @@ def data_difference(folder: RunFolder, data: TaskData) -> str | None:
     return "the content of the files has changed" if is_about_content else told
 
 
-def check_same_data(folder: RunFolder, data: TaskData) -> None:
+def check_same_data(folder: RunFolder, data: TaskData, otherwise: str = _ANEW) -> None:
     """
+    Args:
+        folder: of the run.
+        data: that there are now.
+        otherwise: the way out for who cannot restore them.
+
     Raises:
         UnusableRun: the data of the run in the folder, or what they were read with, such as a tokenizer, are not these.
     """
+    changed = data_difference(folder, data)
     for name, content in getattr(data, "files", {}).items():
         path = folder.path / name
-        if path.exists() and path.read_bytes() != content:
+        before = path.read_bytes() if path.exists() else content
+        if before != content and (changed or not _differ_in_padding(name, before, content)):
             raise UnusableRun(
                 f"{path}: expected what the data of this run are read with now, got another one, with which the "
-                "checkpoint was trained; restore the data, or start anew in another folder with --output"
+                f"checkpoint was trained; restore what makes it, the training text or the file that the task names, or "
+                f"{otherwise}"
             )
-    if changed := data_difference(folder, data):
-        raise UnusableRun(f"data: {changed}; restore the files, or start anew in another folder with --output")
+    if changed:
+        raise UnusableRun(f"data: {changed}; restore the files, or {otherwise}")
+
+
+def _differ_in_padding(name: str, before: bytes, now: bytes) -> bool:
+    """Whether two tokenizers are the same but for what fills short texts, which earlier versions stored unused."""
+    if name != "tokenizer.json":
+        return False
+    try:
+        one, other = (json.loads(content) | {"padding": None} for content in (before, now))
+    except (ValueError, TypeError):
+        return False
+    return one == other
 
 
 def _is_same(before: object, now: object) -> bool:

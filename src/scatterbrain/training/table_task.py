@@ -133,7 +133,10 @@ class _Known:
         self.task = build_task(first.task)
         self.baseline, self.tokens, self.lacks_data = None, None, ""
         self._opened = OpenedData()
-        stored = [run.folder.data.read_text(encoding="utf-8") for run in runs if run.folder.data.exists()]
+        there = [run for run in runs if run.folder.data.exists()]
+        # A run of other settings may have had other data, and is no row.
+        there.sort(key=lambda run: _unless_usable(lambda: difference_of_settings(run)) is not None)
+        stored = [run.folder.data.read_text(encoding="utf-8") for run in there]
         try:
             data = open_data(self.task, first.data, first.train)
         except ValueError as error:

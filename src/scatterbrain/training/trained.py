@@ -52,13 +52,17 @@ def load_trained(folder: Path, reads_data: bool = True) -> Trained:
     train = dataclasses.replace(_section(TrainConfig, stored["train"]), device="cpu", compile=False, parallel="none")
     data = open_data(task, _section(DataConfig, stored["data"]), train)
     if reads_data:
-        check_same_data(files, data)
+        check_same_data(files, data, _OTHER_INPUTS if task.kind == "language" else _NO_OTHER_INPUTS)
     build = partial(task.build_model, data, _section(ModelConfig, stored["model"]))
     section = _section(AttentionConfig, stored["attention"])
     attention = attention_of_layers(section, task.is_causal, train.seed)
     state = TrainState(build, train, attention)
     load_checkpoint(files.checkpoint, state)
     return Trained(state.model.eval(), task, data, train)
+
+
+_OTHER_INPUTS = "measure the model on another text with --inputs FILE"
+_NO_OTHER_INPUTS = "train the task anew: it is measured on its own validation inputs alone"
 
 
 def _section(section: type, stored: dict[str, Any]) -> Any:

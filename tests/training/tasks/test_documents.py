@@ -210,3 +210,9 @@ def test_a_glob_that_is_no_pattern_below_the_folder_is_refused_by_its_key(tmp_pa
     path = write_folder(tmp_path / "texts", FILES)
     with pytest.raises(ValueError, match="data.glob: expected a pattern of file names below data.path.*got "):
         read_documents(DataConfig(path=path, glob="/*.txt"))
+
+
+def test_a_pattern_of_nothing_is_named_by_its_key(tmp_path: Path):
+    path = write_archive(tmp_path / "texts", FILES)
+    with pytest.raises(ValueError, match="data.glob: expected a pattern, such as '.*', got '': empty pattern"):
+        read_documents(DataConfig(path=path, glob=""))

@@ -58,6 +58,23 @@ def test_the_tokenizer_is_stored_with_the_run_which_goes_on_with_no_other(tiny, 
         Trainer(again)
 
 
+def test_a_tokenizer_that_differs_in_unused_padding_alone_is_the_same(tiny, data, tmp_path):
+    config = dataclasses.replace(
+        tiny(AttentionConfig(support="full"), context=20), task={"kind": "words", "vocabulary": 50}, data=data
+    )
+    Trainer(config).run()
+    stored, again = tmp_path / "run" / "tokenizer.json", dataclasses.replace(config, resume=True)
+    tokenizer = Tokenizer.from_file(str(stored))
+    tokenizer.enable_padding(length=16)
+    stored.write_text(tokenizer.to_str(pretty=True))
+    Trainer(again)._lock.release()
+    assert Tokenizer.from_file(str(stored)).padding is None
+    tokenizer.enable_truncation(16)
+    stored.write_text(tokenizer.to_str(pretty=True))
+    with pytest.raises(ValueError, match="tokenizer.json: .* restore what makes it, the training text or the file"):
+        Trainer(again)
+
+
 def test_a_stored_tokenizer_is_used_again(data, tmp_path):
     train = TrainConfig(batch=2, context=20)
     first = build_task({"kind": "words", "tokenizer": "bpe", "vocabulary": 300}).open(data, train)

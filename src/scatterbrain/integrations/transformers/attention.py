@@ -118,8 +118,8 @@ def _refuse(module: nn.Module, mask: Tensor | None, queries: int, keys: int, arg
     for argument, what in REFUSED.items():
         if arguments.get(argument) is not None:
             raise NotExpressible(
-                f"{layer} {what}, which sparse + low-rank attention does not have; use attn_implementation='eager' for "
-                "the whole model"
+                f"{layer} {what}, which sparse + low-rank attention does not have",
+                "use attn_implementation='eager' for the whole model",
             )
     compact = is_compact(mask, queries)
     if compact and any(arguments.get(argument) is not None for argument in PACKED):

@@ -157,7 +157,7 @@ def _read_archive(path: Path, config: DataConfig) -> list[Document]:
         with zipfile.ZipFile(path) as archive:
             # By entry: a path has no "./" at its beginning, an entry may.
             entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist() if not entry.is_dir()}
-            names = [name for name in entries if name.match(config.glob)]
+            names = [name for name in entries if _matches(name, config.glob)]
             _check_no_part_is_excluded(path, config, names)
             kept = outside_excluded(names, config.exclude)
             found = [Document(name.as_posix(), archive.read(entries[name])) for name in kept]
@@ -169,6 +169,13 @@ def _read_archive(path: Path, config: DataConfig) -> list[Document]:
     if not found:
         raise ValueError(f"data.path: no file in {path} matches data.glob {config.glob!r} outside data.exclude")
     return found
+
+
+def _matches(name: PurePosixPath, glob: str) -> bool:
+    try:
+        return name.match(glob)
+    except ValueError as error:
+        raise ValueError(f"data.glob: expected a pattern, such as '*.txt', got {glob!r}: {error}") from error
 
 
 def _below_common_folders(documents: list[Document]) -> list[tuple[tuple[str, ...], Document]]:
