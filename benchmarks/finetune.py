@@ -315,6 +315,12 @@ def check_folder(folder: Path, now: dict[str, object]) -> None:
     """That the model and the results in a folder are of the same task, data and training steps; writes what they are
     of. All of them come from one trained model."""
     file = folder / "options.json"
+    unknown = [name for name in ("results.json", "exact.pt") if (folder / name).exists() and not file.exists()]
+    if unknown:
+        raise SystemExit(
+            f"{folder}: expected options.json beside {unknown[0]}, which says what it is of, found none; remove the "
+            "folder, or choose another --out"
+        )
     before = json.loads(file.read_text()) if file.exists() else now
     for name, value in now.items():
         if before.get(name) != value:

@@ -67,6 +67,10 @@ def test_results_of_other_options_are_not_taken_for_these(tmp_path: Path, monkey
     assert first.items() < other_rate.items() and len(other_rate) == len(first) + 2
     with pytest.raises(SystemExit, match="expected results of the same steps, 1, got 2; choose another --out"):
         run("--steps", "2")
+    (out / "options.json").rename(tmp_path / "options.json")
+    with pytest.raises(SystemExit, match="out: expected options.json beside results.json, .*; remove the folder, or"):
+        run("--steps", "1")
+    (tmp_path / "options.json").rename(out / "options.json")
     (tmp_path / "more").mkdir()
     others = images(tmp_path / "more")
     with np.load(others) as arrays:

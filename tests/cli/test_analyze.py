@@ -328,6 +328,25 @@ def test_resume_tells_causal_rows_from_others(tmp_path: Path, capsys: pytest.Cap
         assert all(row["inputs"].endswith(", causal") for row in csv.DictReader(file))
 
 
+@pytest.mark.parametrize(("kernel", "is_told"), [("quadratic", True), ("favor", False)])
+def test_resume_takes_causal_rows_without_the_mark_where_their_methods_tell_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture, kernel: str, is_told: bool
+) -> None:
+    options = [*TINY, "--low_rank", kernel, "--support", "window", "--temperatures", "1", "--oracle", "false"]
+    command = ["analyze", *options, *files(tmp_path), "--causal", "true"]
+    assert main(command) == 0
+    marked = (tmp_path / "out.csv").read_text()
+    (tmp_path / "out.csv").write_text(marked.replace(", causal", ""))
+    assert main([*command, "--resume"]) == (0 if is_told else 1)
+    if is_told:
+        assert (tmp_path / "out.csv").read_text() == marked
+    else:
+        errors = capsys.readouterr().err
+        assert "do not say whether they are causal; leave --resume out to measure them anew" in errors
+    assert main(command[:-2]) == 0
+    assert main([*command, "--resume"]) == 1, "rows that are not causal"
+
+
 @pytest.mark.parametrize("option", [["--head_dim", "32"], ["--draws", "2"], ["--seed", "1"], ["--scale", "2"]])
 def test_options_of_drawn_inputs_are_refused_beside_a_file(
     tmp_path: Path, option: list[str], capsys: pytest.CaptureFixture

@@ -6,6 +6,7 @@ import builtins
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("tqdm")
 
 from scatterbrain.bench import measure, memory, report
-from scatterbrain.bench.config import SUITES, BenchConfig
+from scatterbrain.bench.config import SUITES, BenchConfig, Setting
 from scatterbrain.bench.inputs import random_inputs
 from scatterbrain.bench.methods import parse_method
 from scatterbrain.cli import main
@@ -214,6 +215,7 @@ def test_memory_of_kinds_of_ones_own_is_measured(tmp_path: Path) -> None:
     (tmp_path / "my_kinds.py").write_text(
         "from dataclasses import dataclass\n"
         "import scatterbrain as sb\n"
+        "print('kinds of my own')\n"
         "from scatterbrain import supports\n"
         "@supports.register\n"
         "@dataclass(frozen=True)\n"
@@ -231,6 +233,30 @@ def test_memory_of_kinds_of_ones_own_is_measured(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path / "out.json")
     assert all(row["peak_bytes"] is not None and row["note"] == "" for row in found.values()), found
+
+
+def test_memory_of_kinds_of_the_program_itself_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "parse_method", lambda name: SimpleNamespace(modules=lambda: ["__main__"]))
+    row, peak = measure.Row("near-16", 16, 1, 1, 8, 1, "float32", False, "F"), memory.PeakMemory(BenchConfig())
+    peak.reason = None
+    peak.fill(row)
+    assert row.note.endswith("knows the kinds of modules alone; define them in a module and import it")
+
+
+def test_inputs_are_made_once_for_all_methods_whose_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("Linux only")
+    made, make = [], memory.make_inputs
+    monkeypatch.setattr(
+        memory, "make_inputs", lambda config, setting: made.append(setting.tokens) or make(config, setting)
+    )
+    memory._inputs.cache_clear()
+    setting = Setting(600, 1, 1, 8, 1, "float32", False)
+    for method in ("sdpa", "window-8"):
+        config = BenchConfig(head_dim=8, rank=3, heads=1, methods=[method])
+        memory.peak_of(config, setting, method, "F")
+    assert made == [512, 600]
+    memory._inputs.cache_clear()
 
 
 def test_json_has_no_word_for_what_is_no_number(tmp_path: Path) -> None:
@@ -330,6 +356,11 @@ def test_inputs_come_from_a_file(
     assert (row["heads"], row["head_dim"]) == (heads, 8)
     if entry == "a.N60.layer0":
         assert main([*command, "--heads", "2"]) == 0
+    content = json.loads(path.read_text())
+    content["options"]["head_dim"] = 64  # as versions that did not read it from the file have it
+    path.write_text(json.dumps(content))
+    assert main([*command, "--json", str(path), "--resume"]) == 0
+    assert rows(path)["window-8", 32, "F", False, "float32"] == row
 
 
 BAD_FILES = {

@@ -39,7 +39,7 @@ class DevicePeakMemory:
     def fill(self, row: Row) -> None:
         """Adds the peak to a row that ran."""
         try:
-            inputs = _inputs(json.dumps(_plain(self.config)), row.setting())
+            inputs = _inputs_of(self.config, row.setting())
             attention = parse_method(row.method).build(inputs.statistics, self.config.rank, row.is_causal)
             _note(row, device_peak(steps(attention, inputs)[row.direction], self.config.on()))
         except RuntimeError as failure:
@@ -83,7 +83,10 @@ class PeakMemory:
             return
         modules = parse_method(row.method).modules()
         if "__main__" in modules:
-            row.note = row.note or "memory is measured in another process, which knows the kinds of modules alone"
+            row.note = row.note or (
+                "memory is measured in another process, which knows the kinds of modules alone; define them in a "
+                "module and import it"
+            )
             return
         process = self._start()
         job = {
@@ -140,7 +143,7 @@ def peak_of(config: BenchConfig, setting: Setting, method: str, direction: str) 
     """Bytes above what is resident with the inputs in place."""
 
     def run(setting: Setting) -> int:
-        inputs = _inputs(json.dumps(_plain(config)), setting)
+        inputs = _inputs_of(config, setting)
         attention = parse_method(method).build(inputs.statistics, config.rank, setting.is_causal)
         step = steps(attention, inputs)[direction]
         if parse_method(method).is_compiled:
@@ -163,6 +166,11 @@ def _inputs(config: str, setting: Setting) -> Inputs:
     return make_inputs(_config(json.loads(config)), setting)
 
 
+def _inputs_of(config: BenchConfig, setting: Setting) -> Inputs:
+    """Those of all methods alike."""
+    return _inputs(json.dumps(_plain(config) | {"methods": None}), setting)
+
+
 def _plain(config: BenchConfig) -> dict[str, object]:
     """The options as JSON has them, without files to write."""
     options = asdict(config) | {"json": None, "png": None, "resume": False}
@@ -182,6 +190,7 @@ def _trim() -> None:
 
 
 def main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # modules with kinds of one's own may print
     for line in sys.stdin:
         job = json.loads(line)
         try:
@@ -193,7 +202,7 @@ def main() -> None:
             answer = {"peak": peak_of(config, Setting(**job["setting"]), job["method"], job["direction"])}
         except Exception as failure:  # the parent decides what to do with it
             answer = {"failure": describe_failure(failure)}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,8 @@ def read_rows(path: Path, config: BenchConfig) -> list[Row]:
         raise ValueError(f"--resume: {path} is not a file that scatterbrain bench wrote: {error}") from None
     mine = options(config)
     theirs = {"device": "cpu"} | theirs  # files of versions that had no other
+    if config.inputs is not None:
+        theirs["head_dim"] = mine["head_dim"]  # the file's own, whatever earlier versions wrote of it
     different = [name for name in mine if mine[name] != theirs.get(name)]
     if different:
         raise ValueError(

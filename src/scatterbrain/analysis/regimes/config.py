@@ -13,6 +13,7 @@ from scatterbrain.checks import check_pair
 from scatterbrain.low_rank import LOW_RANK_KERNELS, LowRank, LowRankKernel
 from scatterbrain.supports import SUPPORTS, Empty, Support
 
+CAUSAL = ", causal"  # how the inputs of causal rows end
 ERRORS = ("matrix", "output")
 TOKEN_ORDERS = ("natural", "hilbert")
 MOST_TOKENS = 8192
@@ -125,7 +126,7 @@ class AnalyzeConfig:
     def all_heads(self) -> Iterator[Head]:
         """What is measured. Heads of causal attention say so: their rows are other ones."""
         for head in self._heads():
-            yield replace(head, source=f"{head.source}, causal") if self.causal else head
+            yield replace(head, source=head.source + CAUSAL) if self.causal else head
 
     def _heads(self) -> Iterator[Head]:
         if self.inputs is not None:
@@ -176,6 +177,14 @@ class AnalyzeConfig:
                 )
             )
         return found
+
+    def methods_say_causal(self, shape: Shape) -> bool:
+        """Whether the same options without --causal mean other methods, or none."""
+        try:
+            others = replace(self, causal=False, resume=False).methods(shape)
+        except ValueError:
+            return True
+        return not {method.settings for method in self.methods(shape)} <= {method.settings for method in others}
 
     def _method(self, name: str, support: Support, low_rank: LowRank, shape: Shape) -> Method:
         parts = [part for part in (support, low_rank) if part not in (None, Empty())]

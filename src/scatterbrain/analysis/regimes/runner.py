@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from tqdm import tqdm
 
-from scatterbrain.analysis.regimes.config import AnalyzeConfig
+from scatterbrain.analysis.regimes.config import CAUSAL, AnalyzeConfig
 from scatterbrain.analysis.regimes.figure import draw
 from scatterbrain.analysis.regimes.inputs import Head
 from scatterbrain.analysis.regimes.measure import Row, measure, shape_of
@@ -61,13 +62,34 @@ def _measure_all(config: AnalyzeConfig, heads: list[Head], rows: list[Row]) -> t
     return rows, True
 
 
+def _marked(rows: list[Row], config: AnalyzeConfig, heads: list[Head]) -> list[Row]:
+    """The rows with the mark of causal inputs, which earlier versions did not write.
+
+    Raises:
+        ValueError: they may be of either kind.
+    """
+    by_place = {(head.source, head.name): head for head in heads}
+    found = []
+    for row in rows:
+        marked = replace(row, inputs=row.inputs + CAUSAL)
+        head = by_place.get((marked.inputs, marked.head))
+        if head is not None and not config.methods_say_causal(shape_of(head)):
+            raise ValueError(
+                f"--resume: {config.csv} was measured with other options, or by an earlier version, whose rows of "
+                f"{row.inputs} do not say whether they are causal; leave --resume out to measure them anew, or give "
+                "another file"
+            )
+        found.append(row if head is None else marked)
+    return found
+
+
 def _rows_so_far(config: AnalyzeConfig, heads: list[Head]) -> list[Row]:
     """Those of an interrupted run with the same heads and methods; a point that lacks a method is measured again.
 
     Raises:
         ValueError: not such a file, or one of other inputs or methods.
     """
-    rows = read_csv(config.csv)
+    rows = _marked(read_csv(config.csv), config, heads) if config.causal else read_csv(config.csv)
     wanted = {
         (head.source, head.name): {(m.name, m.settings, m.multiply_adds) for m in config.methods(shape_of(head))}
         for head in heads
