@@ -125,6 +125,48 @@ def test_an_exact_model_of_transformers_is_traced_as_with_sdpa(name: str) -> Non
         torch.testing.assert_close(*results)
 
 
+# -------------------- TorchScript inside other models
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(nn.Sequential(nn.Linear(16, 16), nn.GELU()))
+
+
+def test_models_that_hold_torchscript_are_swapped() -> None:
+    pytest.importorskip("transformers")
+    import scatterbrain.integrations.transformers  # noqa: F401  (whose replacer looks at every module's class)
+
+    model = nn.Sequential(encoder(), scripted())
+    report = sb.replace_attention(model, sb.Window(8), LEARNED)
+    assert len(report.replaced) == 2
+    assert sb.integrations.set_attention_dropout(model, 0.5)
+    report.restore()
+
+
+def test_transformers_models_that_hold_torchscript_are_built_and_changed() -> None:
+    pytest.importorskip("transformers")
+    from transformers import LlamaConfig, PreTrainedModel
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    import scatterbrain.integrations.transformers  # noqa: F401
+
+    class Model(PreTrainedModel):
+        config_class = LlamaConfig
+        _supports_sdpa = True
+
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.inner = scripted()
+            self.attention = LlamaAttention(config, 0)
+            self.post_init()
+
+    config = LlamaConfig(hidden_size=32, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1)
+    model = Model._from_config(config, attn_implementation="scatterbrain:train")
+    assert isinstance(model.attention.scatterbrain, sb.ScatterbrainAttention)
+    model.set_attn_implementation("sdpa")
+    assert not hasattr(model.attention, "scatterbrain")
+
+
 # -------------------- nested tensors
 
 

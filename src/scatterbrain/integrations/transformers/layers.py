@@ -48,7 +48,8 @@ _KEY = ("k_proj", "key", "k", "to_k", "k_lin", "linear_k")
 
 def routes(cls: type[nn.Module]) -> bool:
     """Whether modules of this class ask transformers' AttentionInterface for their attention function."""
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    # The class of TorchScript's modules has no forward of its own.
+    code = getattr(inspect.unwrap(getattr(cls, "forward", None)), "__code__", None)
     return code is not None and any(name in code.co_names for name in _INTERFACE)
 
 
