@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from scatterbrain.cli import main
+from scatterbrain.cli import main, on_model
+from scatterbrain.cli.command import CommandError
 
 MODULE = """
 import torch
@@ -278,6 +280,43 @@ def test_what_the_model_does_not_take_is_named(
             continue  # two batches are needed
         assert main([name, *arguments, *options]) == 1
         assert re.search(words, capsys.readouterr().err)
+
+
+class FailsLater(nn.Module):
+    """Runs once, then raises."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error, self.runs = error, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        if self.runs > 1:
+            raise self.error
+        return x
+
+
+def test_an_error_after_the_model_took_its_inputs_is_not_blamed_on_them() -> None:
+    model, run = FailsLater(RuntimeError("of an operator")), on_model._readable(torch.ones(2, 3))
+    assert run(model).shape == (2, 3)
+    with pytest.raises(RuntimeError, match="^of an operator$"):
+        run(model)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
+def test_a_model_that_runs_out_of_memory_is_said_to(error: Exception) -> None:
+    model, run = FailsLater(error), on_model._readable(torch.ones(2, 3))
+    for runs in (1, 2):
+        model.runs = runs
+        with pytest.raises(
+            CommandError, match=r"ran out of memory on its inputs, float32 \(2, 3\): .*; give fewer rows"
+        ):
+            run(model)
+
+
+def test_inputs_without_an_order_are_described_all_the_same() -> None:
+    found = on_model.described({"ids": torch.arange(3).to(torch.uint16), "mask": torch.tensor([2, 5])})
+    assert found == "ids=uint16 (3,), mask=int64 (2,) of 2 to 5"
 
 
 def test_a_timm_model_that_has_no_size_of_images_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -65,31 +65,52 @@ def load(options: argparse.Namespace, batches: int) -> Loaded:
     return loaded
 
 
+_FAILURES = (TypeError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError, MemoryError)
+_OUT_OF_MEMORY = ("not enough memory", "out of memory")
+
+
 def _readable(batch: Batch) -> Batch:
-    """A batch with which the model's own errors end the command: they are mostly of the inputs."""
+    """A batch with which the model's own errors end the command. Those of its first run, which is that with exact
+    attention, are mostly of the inputs; once a model has taken them, later ones are of something else."""
     from scatterbrain.analysis.captured import run
 
+    is_taken = False
+
     def run_model(model: nn.Module) -> object:
+        nonlocal is_taken
         try:
-            return run(model, batch)
-        except (TypeError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
-            said = f"{type(error).__name__}: {one_line(error)}"
+            returned = run(model, batch)
+        except _FAILURES as error:
+            said = f"{type(error).__name__}: {one_line(error)}".rstrip(": ")
+            if isinstance(error, MemoryError) or any(words in said for words in _OUT_OF_MEMORY):
+                raise CommandError(
+                    f"{type(model).__name__} ran out of memory on its inputs, {described(batch)}: {said}; give fewer "
+                    "rows, shorter ones or smaller images"
+                ) from error
+            if is_taken:
+                raise
             raise CommandError(
                 f"{type(model).__name__} failed on its inputs, {described(batch)}: {said}; expected names, shapes "
                 "and values that the model takes"
             ) from error
+        is_taken = True
+        return returned
 
     return run_model
 
 
 def described(batch: Batch) -> str:
-    """Names, types and shapes of what a batch holds; of integers, which may be ids, the range too."""
+    """Names, types and shapes of what a batch holds; of integers, which may be ids, the range too where torch can find
+    it."""
     from torch import Tensor
 
     if isinstance(batch, Tensor):
         kind = f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
         counts = batch.numel() and not batch.is_floating_point() and not batch.is_complex()
-        return f"{kind} of {batch.min()} to {batch.max()}" if counts else kind
+        try:
+            return f"{kind} of {batch.min()} to {batch.max()}" if counts else kind
+        except RuntimeError:  # of types such as uint16 it does not know the order
+            return kind
     if isinstance(batch, Mapping):
         return ", ".join(f"{name}={described(value)}" for name, value in batch.items())
     if isinstance(batch, (tuple, list)):
