@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from functools import partial
 
@@ -11,6 +12,7 @@ import testkit
 import torch
 import torch.nn.functional as F
 from testkit import counting_backend, leaves, padding
+from torch import nn
 
 import scatterbrain as sb
 from scatterbrain.low_rank.quadratic import EMA_EVERY
@@ -198,6 +200,35 @@ def test_a_step_of_padding_alone_commits_nothing() -> None:
     core(*qkv(), key_padding_mask=torch.ones(2, 80, dtype=torch.bool))
     sb.update_statistics(core)
     assert not core.is_calibrated
+
+
+def test_a_step_that_is_left_out_for_its_nan_leaves_nothing_behind() -> None:
+    core = sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=sb.Quadratic(4, "ema"))
+    clean, (q, k, v) = copy.deepcopy(core), qkv()
+    for spoiled in ((q * math.nan, k, v), (q, k.clone().index_fill_(1, torch.tensor(1), math.inf), v)):
+        core(*spoiled, is_causal=True)  # whose step the trainer skips, update_statistics too
+    for module in (core, clean):
+        module(q, k, v, is_causal=True)
+        sb.update_statistics(module)
+    assert core.is_calibrated and all(map(torch.equal, core.state_dict().values(), clean.state_dict().values()))
+
+
+def test_a_step_with_nan_in_one_layer_is_committed_in_none_and_forgotten() -> None:
+    layers = [sb.ScatterbrainAttention(4, 16, support=sb.Window(16), low_rank=sb.Quadratic(4, "ema")) for _ in range(3)]
+    model, (q, k, v) = nn.ModuleList(layers), qkv()
+    for factor, layer in zip((1, math.nan, 1), layers):
+        layer(q * factor, k, v, is_causal=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="update_statistics: the step's queries or keys hold NaN or infinity"):
+        sb.update_statistics(model)
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+    assert [layer.steps for layer in layers] == [0, 0, 0] and all(layer.gathered is None for layer in layers)
+    for layer in layers:
+        layer(q + 1, k, v, is_causal=True, scale=0.5)
+    sb.update_statistics(model)
+    for layer in layers:
+        assert torch.allclose(layer.query_mean, (q + 1).mean((0, 2)) / 2, atol=1e-6)
+        assert layer.steps == 1 and layer.moment_tokens.eq(160).all()
 
 
 def test_mixed_dtypes_under_autocast_are_cast_as_the_function_casts_them() -> None:

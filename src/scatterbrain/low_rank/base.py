@@ -211,6 +211,10 @@ class LowRankKernel:
             f"{type(self).__name__} must define store(owner, moments, is_average), since it is_calibrated_from_data"
         )
 
+    def check_step(self, owner: StateOwner) -> None:
+        """Raises ValueError where the moments that were gathered cannot be committed. Of all modules of a model it is
+        called before :meth:`finish_step` of the first."""
+
     def finish_step(self, owner: StateOwner) -> None:
         """An optimizer step is over: commits the moments that were gathered, redraws features."""
 

@@ -31,6 +31,12 @@ class Moments:
     key_mean: Tensor  # (..., d)
     key_second: Tensor  # (..., d, d)
 
+    def if_finite(self) -> Moments:
+        """These moments, or those of no tokens where anything is NaN or infinite; nothing is read on the host."""
+        tensors = [getattr(self, name) for name in MOMENTS]
+        is_finite = torch.stack([torch.isfinite(t).all() for t in tensors]).all()
+        return Moments(*(torch.where(is_finite, t, 0) for t in tensors))
+
     def merge(self, other: Moments) -> Moments:
         """The moments of both together, each weighted by its tokens."""
         total = self.tokens + other.tokens

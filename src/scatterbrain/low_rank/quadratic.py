@@ -245,17 +245,22 @@ class Quadratic(LowRankKernel):
         _copy(owner.tensors(GATHERED), (getattr(moments, name) for name in MOMENTS))
         owner.is_calibrated = True
 
+    def check_step(self, owner: StateOwner) -> None:
+        gathered = owner.gathered
+        if self.statistics != "ema" or gathered is None or not bool((gathered.tokens > 0).all()):
+            return
+        if not all(bool(torch.isfinite(getattr(gathered, name)).all()) for name in MOMENTS):
+            raise ValueError(
+                "update_statistics: the step's queries or keys hold NaN or infinity, which would spoil the moving "
+                "average; skip the update of steps whose loss is not finite"
+            )
+
     def finish_step(self, owner: StateOwner) -> None:
         if self.statistics != "ema" or owner.gathered is None:
             return
         gathered, owner.gathered = owner.gathered, None
         if not bool((gathered.tokens > 0).all()):
             return  # nothing but padding: there is nothing to learn from
-        if not all(bool(torch.isfinite(getattr(gathered, name)).all()) for name in MOMENTS):
-            raise ValueError(
-                "update_statistics: the step's queries or keys hold NaN or infinity, which would spoil the moving "
-                "average; skip the update of steps whose loss is not finite"
-            )
         if owner.is_calibrated:
             gathered = Moments(*owner.tensors(GATHERED)).blend(gathered, 1 - EMA_MOMENTUM)
         self.store(owner, gathered, is_average=True)

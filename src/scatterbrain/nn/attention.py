@@ -353,6 +353,8 @@ class ScatterbrainAttention(KernelState):
             gathered = checked_moments(query, key, scale, padding)
         else:
             gathered = moments(query, key, scale, padding.key_mask, padding.query_mask)
+            if self.gathered is not None:  # NaN is left of a step that was skipped for its loss
+                self.gathered = self.gathered.if_finite()
         # Merging is by tokens: a forward that checkpointing runs twice changes no mean.
         self.gathered = gathered if self.gathered is None else self.gathered.merge(gathered)
         self.gathered_scale = float(scale)
@@ -368,9 +370,18 @@ class ScatterbrainAttention(KernelState):
         gathered, self.gathered, self.is_collecting = self.gathered, None, False
         self.kernel_of_state.store(self, gathered)
 
+    def check_step(self) -> None:
+        """Raises ValueError for gathered moments that cannot be committed."""
+        if self.kernel_of_state is not None:
+            self.kernel_of_state.check_step(self)
+
+    def forget_step(self) -> None:
+        """Drops the moments that were gathered since the last commit."""
+        self.gathered = self.gathered_scale = None
+
     @torch.no_grad()
     def finish_step(self) -> None:
-        """One optimizer step is over."""
+        """One optimizer step is over, whose moments :meth:`check_step` has passed."""
         self.steps += 1
         if self.kernel_of_state is not None:
             if self.gathered is not None:

@@ -143,9 +143,22 @@ def update_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) 
     Args:
         model: any module.
         group: the ranks that share their statistics, those of data parallelism; default all.
+
+    Raises:
+        TypeError: model is no nn.Module.
+        ValueError: queries or keys of the step hold NaN or infinity. Then nothing is committed in any layer, the step
+            does not count, and what it gathered is dropped. Skip the call where the loss is not finite: the next
+            forward pass takes the place of what such a step gathered.
     """
     with torch.no_grad():
         cores = _cores(model)
         merge_over_ranks([m for m in cores if m.commits_average()], group)
+        try:
+            for m in cores:
+                m.check_step()
+        except ValueError:
+            for m in cores:
+                m.forget_step()
+            raise
         for m in cores:
             m.finish_step()
