@@ -18,7 +18,8 @@ from testkit import cores, run_python
 from torch import Tensor
 
 import scatterbrain as sb
-from scatterbrain.integrations.transformers import register
+from scatterbrain.integrations.transformers import layers, register
+from scatterbrain.low_rank import Heads
 
 files = pytest.importorskip("safetensors.torch")
 
@@ -231,3 +232,58 @@ def test_a_name_that_is_registered_already_keeps_its_meaning():
     assert all(core.support == SUPPORT and core.is_calibrated for core in cores(model).values())
     model.set_attn_implementation(name)
     assert all(core.support == sb.Window(16) and not core.is_calibrated for core in cores(model).values())
+
+
+# -------------------- projections of queries with gates beside them
+
+GATED = {
+    "qwen3_next": ("Qwen3NextForCausalLM", "Qwen3NextConfig"),
+    "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig"),
+}
+
+
+def gated(family: str, name: str) -> transformers.PreTrainedModel:
+    model, config = (getattr(transformers, cls, None) for cls in GATED[family])
+    if config is None:
+        pytest.skip(f"this transformers has no {family}")
+    torch.manual_seed(0)
+    sizes = hf.TEXT | {"num_key_value_heads": 2, "head_dim": 16, "layer_types": ["full_attention"] * 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    experts |= {"shared_expert_intermediate_size": 16}
+    return model(config(**sizes, **(experts if "next" in family else {}), attn_implementation=name)).eval()
+
+
+@pytest.mark.parametrize("family", GATED)
+@pytest.mark.parametrize("name", ["drop_in", "train", "favor"])
+def test_models_with_gates_beside_their_queries_are_saved_loaded_and_trained(family, name, tmp_path) -> None:
+    model, ids = gated(family, NAMES[name]), hf.tokens()
+    assert all(core.num_heads == hf.HEADS for core in cores(model).values())
+    if name == "drop_in":
+        with sb.calibrate(model), torch.no_grad():
+            model(ids)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation=NAMES[name]).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    loaded.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.ne(0).any() for core in cores(loaded).values() for p in core.parameters())
+
+
+@pytest.mark.parametrize("name", ["rank5", "favor"])
+def test_state_of_key_heads_serves_a_model_whose_query_heads_were_guessed_wrong(name, tmp_path, monkeypatch) -> None:
+    model, ids = hf.FAMILIES["llama"].build(NAMES[name]), hf.tokens()
+    if name == "rank5":
+        with sb.calibrate(model), torch.no_grad():
+            model(ids)
+    else:
+        for core in cores(model).values():
+            core.redraw(torch.Generator().manual_seed(5))
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        want = model(ids).logits
+    monkeypatch.setattr(layers, "heads_of", lambda module: Heads(2 * hf.HEADS, 16, 2))
+    torch.manual_seed(7)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation=NAMES[name]).eval()
+    assert all(core.num_heads == 2 * hf.HEADS for core in cores(loaded).values())
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, want)

@@ -78,7 +78,10 @@ def heads_of(module: nn.Module) -> Heads | None:
     if head_dim is None:
         return None
     query_width, key_width = _out_features(module, _QUERY), _out_features(module, _KEY)
-    heads = query_width // head_dim if query_width else heads or _first_int(module.config, _HEADS)
+    heads = heads or _first_int(module.config, _HEADS)
+    # Some projections of queries have gates of the output beside them, which are no heads.
+    if query_width and not (heads and query_width % (heads * head_dim) == 0):
+        heads = query_width // head_dim
     if heads is None:
         return None
     if key_width:
@@ -238,19 +241,21 @@ def _heads(core: ScatterbrainAttention) -> Heads:
 
 
 def fit_to(module: nn.Module, core: ScatterbrainAttention, query: Tensor, key: Tensor) -> None:
-    """Rebuilds ``core`` in place for the heads that came, if :func:`heads_of` had guessed others and ``core`` holds no
-    state yet."""
+    """Makes ``core`` in place one for the heads that came, if :func:`heads_of` had guessed others. What it remembers
+    stays where it does not depend on what was guessed wrong; learned projections of other heads, and statistics, raise
+    ValueError."""
     came = Heads(query.shape[1], query.shape[3], key.shape[1])
     if _heads(core) == came or not getattr(core, "is_guess", False):
         return  # ScatterbrainAttention raises for a mismatch
-    if core.is_calibrated or any(True for _ in core.parameters()):
+    fresh = _build(came, core.pairs, core.seed).to(query.device)
+    fits = all(fresh._buffers[name].shape == buffer.shape for name, buffer in core._buffers.items())
+    if any(True for _ in core.parameters()) or (core.is_calibrated and not fits):
         raise ValueError(
             f"{type(module).__name__}: its ScatterbrainAttention was made for {_heads(core)}, got {came}; it holds "
             "calibration or learned projections, which do not fit: attach it anew with set_attn_implementation"
         )
-    fresh = _build(came, core.pairs, 0).to(query.device)
-    for name, buffer in fresh._buffers.items():
-        core._buffers[name] = buffer
+    if not fits:
+        core._buffers.update(fresh._buffers)
     core.num_heads, core.head_dim, core.num_kv_heads = came
     core.is_guess = False
 
