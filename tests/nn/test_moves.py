@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from testkit import low_ranks, rand, swapped_encoder
+from testkit import cores, encoder, low_ranks, rand, swapped_encoder
 from torch import Tensor, nn
 
 import scatterbrain as sb
@@ -154,3 +155,92 @@ def test_a_double_model_computes_in_double(low_rank: str):
         out = model.double()(tokens().double())
     assert out.dtype == torch.float64
     torch.testing.assert_close(out.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+# -------------------- checkpoints of models without this library, into memory that holds nothing yet
+
+BLANK = LOW_RANKS | {"default": ...}
+
+
+def plain_checkpoint() -> dict[str, Tensor]:
+    return encoder(32, 2, nested=False, dim_feedforward=48).state_dict()
+
+
+def on_meta(low_rank: str, is_swapped_there: bool = True) -> nn.TransformerEncoder:
+    with torch.device("meta"):
+        model = encoder(32, 2, nested=False, dim_feedforward=48).eval()
+    with torch.device("meta" if is_swapped_there else "cpu"):
+        sb.replace_attention(model, sb.Routed(16, block_q=8), BLANK[low_rank])
+    return model
+
+
+def spoilt(model: nn.Module) -> None:
+    """Memory without content may hold anything; what it happens to hold in a test must not decide it."""
+    for tensor in model.state_dict().values():
+        tensor.fill_(math.nan if tensor.is_floating_point() else -7)
+
+
+def check_fresh(model: nn.Module, state: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in state.items())
+    assert not any(tensor.is_meta for tensor in (*own.values(), *model.buffers()))
+    assert all(tensor.isfinite().all() for tensor in own.values())
+    for core in cores(model).values():
+        assert not core.is_calibrated and not core.calibration_problem
+        if isinstance(core.low_rank, sb.Quadratic) and core.low_rank.statistics in ("ema", "learned"):
+            rows = core.query_projection.detach()
+            torch.testing.assert_close(rows @ rows.mT, torch.eye(rows.shape[1]).expand(len(rows), -1, -1))
+    if any(core.needs_calibration for core in cores(model).values()):
+        with sb.calibrate(model), torch.no_grad():
+            model(tokens())
+    with torch.no_grad():
+        assert model.to("cpu")(tokens()).isfinite().all()
+
+
+@pytest.mark.parametrize("is_swapped_there", [True, False], ids=["swapped on meta", "swapped in memory"])
+@pytest.mark.parametrize("is_copied", [False, True])
+@pytest.mark.parametrize("low_rank", BLANK)
+def test_a_plain_checkpoint_fills_a_model_of_empty_memory(low_rank: str, is_copied: bool, is_swapped_there: bool):
+    model, state = on_meta(low_rank, is_swapped_there).to_empty(device="cpu"), plain_checkpoint()
+    spoilt(model)
+    model = copy.deepcopy(model) if is_copied else model
+    model.load_state_dict(state, strict=True)
+    check_fresh(model, state)
+
+
+@pytest.mark.parametrize("low_rank", BLANK)
+def test_a_plain_checkpoint_is_assigned_to_a_model_on_meta(low_rank: str):
+    model, state = on_meta(low_rank), plain_checkpoint()
+    model.load_state_dict(state, strict=True, assign=True)
+    check_fresh(model, state)
+
+
+def test_learned_projections_stay_where_empty_memory_was_filled_before_a_plain_checkpoint():
+    trained = swapped("learned")
+    for core in cores(trained).values():
+        core.query_bias.data.add_(1)
+    by_loading, by_hand = on_meta("learned").to_empty(device="cpu"), on_meta("learned").to_empty(device="cpu")
+    by_loading.load_state_dict(trained.state_dict())
+    for module in by_hand.modules():
+        for reset in ("reset_parameters", "_reset_parameters"):
+            getattr(module, reset, lambda: None)()
+    for core in cores(by_hand).values():
+        core.query_bias.data.add_(1)
+    for model in (by_loading, by_hand):
+        model.load_state_dict(plain_checkpoint(), strict=True)
+        assert all(core.query_bias.eq(1).all() for core in cores(model).values())
+
+
+def test_statistics_are_not_made_where_nothing_can_keep_them():
+    model = ready("stored")
+    for core in cores(model).values():
+        for name in list(core._buffers):
+            core._buffers[name] = core._buffers[name].to("meta")
+    with pytest.raises(ValueError, match="calibrate: .*layers.0.self_attn.attention.*on the meta device.*load"):
+        with sb.calibrate(model):
+            raise AssertionError("the block was entered")
+    core = cores(swapped("stored").to("meta"))["layers.0.self_attn.attention"]
+    core.gathered_scale = 0.25
+    with pytest.raises(ValueError, match="is_calibrated = True needs statistics, .*on the meta device"):
+        core.is_calibrated = True
+    assert not core.is_calibrated

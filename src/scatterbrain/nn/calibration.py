@@ -42,7 +42,8 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
         group: the ranks that share their statistics; default all. A group of this rank alone calibrates it alone.
 
     Raises:
-        ValueError: no layer that can be calibrated, or none of them was run; NaN or infinity in a batch.
+        ValueError: no layer that can be calibrated, or none of them was run; buffers on the meta device; NaN or
+            infinity in a batch.
         RuntimeError: nn.DataParallel ran copies of the model inside the block; calibrate ``model.module``.
 
     Warns:
@@ -64,6 +65,13 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
         raise ValueError(
             "calibrate: expected at least one ScatterbrainAttention with Quadratic(statistics='stored' "
             "or 'ema') in the model, found none"
+        )
+    without_memory = [path for path, m in model.named_modules() if m in cores and m.lacks_memory]
+    if without_memory:
+        raise ValueError(
+            f"calibrate: expected buffers that can keep statistics, got those of {without_memory[0] or 'the module'} "
+            "on the meta device; load the model first (or call to_empty and reset_parameters), and calibrate before "
+            "accelerate offloads it"
         )
     before = [(m, m.gathered_scale, m.gathered) for m in cores]
     for m in cores:

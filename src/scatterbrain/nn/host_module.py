@@ -28,7 +28,8 @@ class HostModule:
     where the package's own exact attention was asked for.
 
     Checkpoints go both ways. One of the original module loads strictly; calibrated statistics are then reset, since
-    they belong to the weights that they were fitted with, and learned projections stay. A module whose low-rank kernel
+    they belong to the weights that they were fitted with, and learned projections stay, unless their memory was never
+    filled (``to_empty``, the meta device): then they start as in a new module. A module whose low-rank kernel
     remembers nothing has the state dict of the original module, and loads strictly into it; what a checkpoint holds for
     another kernel it leaves out, and says so. A module without ``attention`` ignores its entries in a checkpoint.
     """
@@ -89,9 +90,8 @@ class HostModule:
             for name in entries:
                 del state_dict[name]
         elif not entries and self._is_of_original(state_dict, prefix, missing_keys):
-            if self.attention.is_calibrated:
-                self.attention.reset_parameters()
-            state_dict.update(self.attention.state_dict(prefix=inner))
+            device = next((t.device for name, t in state_dict.items() if name.startswith(prefix)), torch.device("cpu"))
+            state_dict.update(self.attention.state_for_original(inner, device))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
 
 

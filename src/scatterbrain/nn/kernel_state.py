@@ -40,6 +40,8 @@ class KernelState(nn.Module):
         is_exact: whether the module never runs with its kernel; then it has no state, and takes none from checkpoints.
         gathered: moments of the forward passes since the last commit; None without any.
         gathered_scale: factor of q.k of these moments.
+        is_blank: whether the memory of the state was made without content (``to_empty``, a move from the meta device)
+            and neither :meth:`reset_parameters` nor a whole checkpoint of its own has filled it since.
     """
 
     num_heads: int
@@ -49,6 +51,7 @@ class KernelState(nn.Module):
     causal_low_rank: LowRank
     kernel_of_state: LowRank
     is_exact: bool
+    is_blank: bool = False
     _of_kernels: list[str] = []  # names of modules that the kernels compute with
 
     # -------------------- how it starts
@@ -124,6 +127,24 @@ class KernelState(nn.Module):
         state = self._initial_state()
         for name, tensor in (state.parameters | state.buffers).items():
             fill(getattr(self, name), tensor)
+        self.is_blank = False
+
+    @torch.no_grad()
+    def state_for_original(self, prefix: str, device: torch.device) -> dict[str, Tensor]:
+        """What a checkpoint of a model without this module lacks of its state dict: statistics start again, since they
+        belong to the weights that they were fitted with, learned projections and random features stay as they are.
+        Where there is no content yet, all of it is as in a new module; a module on the meta device gets tensors on
+        ``device``, for a loader that assigns them."""
+        on_meta = {name: t for name, t in (self._parameters | self._buffers).items() if t.is_meta}
+        if not on_meta and (self.is_blank or self.is_calibrated):
+            self.reset_parameters()
+        own = dict(self.state_dict(prefix=prefix))
+        if on_meta:
+            with torch.device("cpu"):
+                fresh = self._initial_state()
+            tensors = fresh.parameters | fresh.buffers
+            own |= {f"{prefix}{name}": tensors[name].to(device, t.dtype) for name, t in on_meta.items()}
+        return own
 
     def tensors(self, names: Iterable[str]) -> list[Tensor]:
         """Parameters and buffers by name."""
@@ -152,6 +173,11 @@ class KernelState(nn.Module):
                 "ScatterbrainAttention: is_calibrated = True needs the scale of q.k that the statistics hold for, and "
                 "none is known; calibrate (sb.calibrate), or set gathered_scale first"
             )
+        if value and self.lacks_memory:
+            raise ValueError(
+                "ScatterbrainAttention: is_calibrated = True needs statistics, and the buffers are on the meta device, "
+                "which keeps none; load the module, or call to_empty and reset_parameters, first"
+            )
         self._know(RECORD, Record(self.scale, "") if value else NOTHING)
         statistics = self.tensors(self._statistics())
         if statistics:
@@ -159,6 +185,12 @@ class KernelState(nn.Module):
             self._look(RECORD)
         if self.gathered is None:
             self.gathered_scale = None
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether statistics cannot be kept: their buffers are on the meta device, also where accelerate puts those
+        that it has offloaded."""
+        return any(self._buffers[name].is_meta for name in self._statistics())
 
     @property
     def calibrated_scale(self) -> float | None:
@@ -289,6 +321,8 @@ class KernelState(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if all(f"{prefix}{name}" in state_dict for name in (*self._parameters, *self._buffers)):
+            self.is_blank = False
         for what in self._known:
             self._look(what)
 
@@ -363,12 +397,17 @@ class KernelState(nn.Module):
         self._seen.clear()  # or it would keep the memory that the buffers leave
         kept = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         originals = dict(self._buffers)
+        # to_empty leaves memory without content behind, of tensors that had some too.
+        empties = getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+        had_none = empties or any(t.is_meta for t in (*self._parameters.values(), *originals.values()))
         super()._apply(fn, recurse=False)
         for module in self.children() if recurse else ():
             module._apply(_without_16_bits(fn))
         for name, dtype in kept.items():
             if self._buffers[name].dtype != dtype:
                 self._buffers[name] = originals[name].to(self._buffers[name].device)
+        if had_none and not any(t.is_meta for t in (*self._parameters.values(), *self._buffers.values())):
+            self.is_blank = self.has_state
         return self
 
 
