@@ -87,6 +87,36 @@ def test_a_batch_of_upstream_gradients_is_a_loop(kernel: str) -> None:
             torch.testing.assert_close(mine[i], theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("support", [sb.Window(16), sb.Routed(24)], ids=["window", "routed"])
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 32])
+@pytest.mark.parametrize("kernel", ["stored", "input", "centroid"])
+def test_a_batch_of_upstream_gradients_is_a_loop_for_kept_calls_too(
+    kernel: str, head_dim: int, is_padded: bool, support: object
+) -> None:
+    tensors = leaves(qkv(head_dim=head_dim))
+    core = sb.ScatterbrainAttention(H, head_dim, KV, support, KERNELS.get(kernel, sb.Centroid(12)))
+    if kernel == "stored":
+        with sb.calibrate(core):
+            core(*tensors)
+    mask = padding(N, (0, 9)) if is_padded else None
+    for _ in range(2):  # a call is kept from its first time on
+        out = core(*tensors, key_padding_mask=mask)
+        upstream = rand(3, *out.shape, seed=20)
+        batched = torch.autograd.grad(out, tensors, upstream, is_grads_batched=True, retain_graph=True)
+        for i in range(3):
+            for mine, theirs in zip(batched, torch.autograd.grad(out, tensors, upstream[i], retain_graph=True)):
+                torch.testing.assert_close(mine[i], theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_vectorized_jacobian_is_the_plain_one() -> None:
+    q, k, v = qkv(head_dim=16)
+    core = sb.ScatterbrainAttention(H, 16, KV, sb.Window(16), sb.Centroid(12))
+    some = lambda values: core(q, k, values)[0, :2, :2, :3]
+    jacobians = [torch.autograd.functional.jacobian(some, v, vectorize=vectorize) for vectorize in (True, False)]
+    torch.testing.assert_close(*jacobians, rtol=1e-5, atol=1e-6)
+
+
 def test_tokens_changed_before_the_backward_pass_are_noticed() -> None:
     tensors = leaves(qkv())
     query = tensors[0] * 1

@@ -304,6 +304,11 @@ class PreparedCall:
         return out
 
 
+def is_batched_by_autograd(tensor: Tensor) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) maps over ``tensor``."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 class _PreparedAttention(torch.autograd.Function):
     """As the other nodes, of a prepared call: there is no log-sum-exp to differentiate."""
 
@@ -332,8 +337,10 @@ class _PreparedAttention(torch.autograd.Function):
             gradients = _gradients_of_prepared(call, need, False, results, tokens, state, scores, made, *lists)
         else:
             with _BelowAutograd():
-                # A dispatch mode that watches does not know prepared calls.
-                if call.is_wide and not torch._C._len_torch_dispatch_stack():
+                # A dispatch mode that watches does not know prepared calls, nor does a map over gradients alone
+                # (is_grads_batched=True), which takes operators of tensors, not of lists of them.
+                is_alone = not (torch._C._len_torch_dispatch_stack() or is_batched_by_autograd(d_out))
+                if call.is_wide and is_alone:
                     gradients = _PREPARED_ATTENTION_BACKWARD(
                         d_out, out, lse, state, scores, query, key, value, made, call.number, *lists
                     )
@@ -354,7 +361,7 @@ def _gradients_of_prepared(
     index: Tensor | None = None,
     count: Tensor | None = None,
 ) -> tuple:
-    """Token gradients from the separate operators; used under dispatch modes and create_graph."""
+    """Token gradients from the separate operators; used under dispatch modes, create_graph and maps."""
     arguments = call.arguments
     if isinstance(arguments, CentroidArguments):
         inputs = KernelInputs(None, None, *made)
