@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from multihead_pairs import EVERY_KEY, INPUT, QUADRATIC, E, H, L, N, S, inputs, padding, pair
 from testkit import causal_mask, partial_mask
 from torch import Tensor, nn
@@ -452,3 +453,37 @@ def test_a_causal_mask_brings_the_causal_support():
             call = dict(need_weights=False, attn_mask=mask if causal else None)
             with torch.no_grad():
                 assert torch.equal(ours(x, x, x, **call)[0], same(x, x, x, **call)[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_changes_no_gradient_of_padded_self_attention(use_reentrant: bool):
+    """Reentrant checkpointing runs the second forward pass on a detached tensor for every argument."""
+    torch.manual_seed(0)
+    ours = sb.MultiheadAttention(E, H, batch_first=True, support=sb.Window(8), low_rank=sb.Centroid(4))
+    x = torch.randn(2, 60, E)
+    padding = torch.zeros(2, 60, dtype=torch.bool)
+    padding[0, 35:] = True
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ours(q, k, v, key_padding_mask=padding, need_weights=False)[0]
+
+    gradients = []
+    for checkpointed in (True, False):
+        leaf = x.clone().requires_grad_()
+        if checkpointed:
+            out = torch.utils.checkpoint.checkpoint(call, leaf, leaf, leaf, use_reentrant=use_reentrant)
+        else:
+            out = call(leaf, leaf, leaf)
+        out[~padding].square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_views_of_the_same_tokens_are_self_attention_and_others_are_not():
+    torch.manual_seed(0)
+    ours = sb.MultiheadAttention(E, H, batch_first=True, support=sb.Window(8), low_rank=sb.Centroid(4)).eval()
+    x = torch.randn(2, 60, E)
+    call = dict(key_padding_mask=torch.arange(60).expand(2, 60) >= 35, need_weights=False)
+    want = ours(x, x, x, **call)[0]
+    torch.testing.assert_close(ours(x, x.detach(), x.view_as(x), **call)[0], want)
+    assert not torch.allclose(ours(x, x.clone(), x.clone(), **call)[0], want)

@@ -50,8 +50,9 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
     default of causal calls
     ================================================== =============================================================
 
-    ``query`` and ``key`` that are the same tensor object are self-attention: ``key_padding_mask`` then marks padded
-    queries as well. Of two different tensors every query is computed. In a decoder's cross-attention the keys that one
+    ``query`` and ``key`` that are the same tensor object, or views of the same memory (outside of torch.compile), are
+    self-attention: ``key_padding_mask`` then marks padded queries as well. Of two different tensors every query is
+    computed. In a decoder's cross-attention the keys that one
     target token reads must not depend on later ones: give a support of single queries, ``Routed(keys, block_q=1,
     block_k=8)``, and ``Quadratic``, as :func:`scatterbrain.replace_attention` does; the centroid kernel of the default
     reads the mean of all queries.
@@ -170,7 +171,7 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
         if padding is not None and not batched:
             padding = padding[None]
         queries = None
-        if padding is not None and query is not key:
+        if padding is not None and not _are_same_tokens(query, key):
             queries = torch.zeros(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
         out = self.attention(q, k, v, key_padding_mask=padding, is_causal=causal, query_padding_mask=queries)
         # 3. Back to the layout of query, and through the output projection.
@@ -294,6 +295,19 @@ class MultiheadAttention(HostModule, nn.MultiheadAttention):
         """(N, L, E) or (L, N, E) to (N, heads, L, head_dim)."""
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         return x.permute(0, 2, 1, 3) if batch_first else x.permute(1, 2, 0, 3)
+
+
+def _are_same_tokens(query: Tensor, key: Tensor) -> bool:
+    """Whether queries and keys are one tensor, or two of the same memory: reentrant checkpointing runs the second
+    forward pass on a detached tensor for every argument."""
+    if query is key:
+        return True
+    if torch.compiler.is_compiling() or not all(type(t) in (Tensor, nn.Parameter) for t in (query, key)):
+        return False
+    if query.is_meta or torch._C._are_functorch_transforms_active():  # without an address
+        return False
+    same_layout = (query.shape, query.stride(), query.dtype) == (key.shape, key.stride(), key.dtype)
+    return same_layout and query.device == key.device and query.data_ptr() == key.data_ptr()
 
 
 def _must_be_called(module: nn.Module, arguments: tuple) -> None:
