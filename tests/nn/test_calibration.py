@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -181,3 +182,35 @@ def test_the_copies_of_data_parallel_refuse_to_gather_what_would_be_lost():
     with sb.calibrate(module), torch.no_grad():
         module(*tokens)
     assert torch.equal(replica(module)(*tokens), module(*tokens))
+
+
+def test_a_calibration_inside_another_is_refused_and_the_outer_one_goes_on():
+    model, tokens = encoder(dropout=0.0), rand(2, 200, 32)
+    sb.replace_attention(model, *sb.presets.quadratic())
+    other = copy.deepcopy(model)
+    with sb.calibrate(model), torch.no_grad():
+        with pytest.raises(ValueError, match="calibrate: self_attn.attention is .*calibrated already.*leave"):
+            with sb.calibrate(model.layers[1]):
+                raise AssertionError("the block was entered")
+        model(tokens)
+    with sb.calibrate(other), torch.no_grad():
+        other(tokens)
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
+def test_a_calibration_that_cannot_be_finished_leaves_no_module_collecting(monkeypatch: pytest.MonkeyPatch):
+    model, tokens = encoder(dropout=0.0), rand(2, 200, 32)
+    sb.replace_attention(model, *sb.presets.quadratic())
+    store = sb.Quadratic.store
+
+    def fail(self: sb.Quadratic, owner: nn.Module, moments: object, is_average: bool = False) -> None:
+        if owner is model.layers[1].self_attn.attention:
+            raise torch.linalg.LinAlgError("no convergence")
+        store(self, owner, moments, is_average)
+
+    monkeypatch.setattr(sb.Quadratic, "store", fail)
+    with pytest.raises(torch.linalg.LinAlgError), sb.calibrate(model), torch.no_grad():
+        model(tokens)
+    cores = [layer.self_attn.attention for layer in model.layers]
+    assert not any(core.is_collecting or core.observed for core in cores)
+    assert [(core.is_calibrated, core.scale) for core in cores] == [(True, 0.25), (False, None)]

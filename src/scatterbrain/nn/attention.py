@@ -367,8 +367,9 @@ class ScatterbrainAttention(KernelState):
     @torch.no_grad()
     def finish_calibration(self) -> None:
         """Turns the moments gathered by :func:`calibrate` into statistics."""
-        gathered, self.gathered, self.is_collecting = self.gathered, None, False
+        gathered, self.gathered = self.gathered, None
         self.kernel_of_state.store(self, gathered)
+        self.is_collecting = False
 
     def check_step(self) -> None:
         """Raises ValueError for gathered moments that cannot be committed."""

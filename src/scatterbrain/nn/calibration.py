@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.distributed import is_first_rank, merge_over_ranks, sum_over_ranks
 from scatterbrain.nn.observed import Observed, fewest_tokens, is_short
 from scatterbrain.nn.warn import warn
+
+_inside: WeakSet[ScatterbrainAttention] = WeakSet()  # modules that a block calibrates; copies made there are not
 
 
 def _cores(model: nn.Module) -> list[ScatterbrainAttention]:
@@ -42,8 +45,8 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
         group: the ranks that share their statistics; default all. A group of this rank alone calibrates it alone.
 
     Raises:
-        ValueError: no layer that can be calibrated, or none of them was run; buffers on the meta device; NaN or
-            infinity in a batch.
+        ValueError: no layer that can be calibrated, or none of them was run; buffers on the meta device; a block
+            inside another one that calibrates the same module; NaN or infinity in a batch.
         RuntimeError: nn.DataParallel ran copies of the model inside the block; calibrate ``model.module``.
 
     Warns:
@@ -73,30 +76,40 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
             "on the meta device; load the model first (or call to_empty and reset_parameters), and calibrate before "
             "accelerate offloads it"
         )
+    busy = [path for path, m in model.named_modules() if m in _inside]
+    if busy:
+        raise ValueError(
+            f"calibrate: {busy[0] or 'the module'} is being calibrated already by a block around this one; leave that "
+            "block first, or calibrate the whole model in one"
+        )
     before = [(m, m.gathered_scale, m.gathered) for m in cores]
     for m in cores:
         m.is_collecting, m.gathered, m.gathered_scale = True, None, None
         m.observed, m.bypassed = Observed(), None
+    _inside.update(cores)
     try:
-        yield model
-        merge_over_ranks(cores, group)
-        counts = [m.observed.distinct for m in cores] + [m.observed.other_calls for m in cores]
-        counts = sum_over_ranks(cores, counts, group)
-        distinct, other_calls = counts[: len(cores)], counts[len(cores) :]
-    except BaseException:
-        for m, scale, gathered in before:
-            m.is_collecting, m.gathered_scale, m.gathered = False, scale, gathered
-        raise
+        yield from _collected(model, cores, group)
     finally:
-        for m in cores:
+        _inside.difference_update(cores)
+        for m, scale, gathered in before:
             m.observed = None
+            if m.is_collecting:  # it was not run, or the block or the fit of another module failed
+                m.is_collecting, m.gathered_scale, m.gathered = False, scale, gathered
+
+
+def _collected(
+    model: nn.Module, cores: list[ScatterbrainAttention], group: dist.ProcessGroup | None
+) -> Iterator[nn.Module]:
+    """The block of :func:`calibrate`, while ``cores`` collect, and what is made of what they saw."""
+    yield model
+    merge_over_ranks(cores, group)
+    counts = [m.observed.distinct for m in cores] + [m.observed.other_calls for m in cores]
+    counts = sum_over_ranks(cores, counts, group)
+    distinct, other_calls = counts[: len(cores)], counts[len(cores) :]
     seen = {m: (m.gathered_tokens, n) for m, n in zip(cores, distinct, strict=True) if m.gathered is not None}
     few = {m: counts for m, counts in seen.items() if is_short(*counts)}
-    for m, scale, gathered in before:
-        if m in seen:
-            m.finish_calibration()
-        else:
-            m.is_collecting, m.gathered_scale, m.gathered = False, scale, gathered
+    for m in seen:
+        m.finish_calibration()
     if not seen and any(other_calls):
         if is_first_rank(group):
             m = next(m for m, calls in zip(cores, other_calls, strict=True) if calls)
@@ -106,7 +119,7 @@ def calibrate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Itera
                 f"calibrate: there was nothing to calibrate: every call inside the block was {ran}, and those run with "
                 f"{m.low_rank_of(is_causal)}, which has no statistics; calibrate for {others} calls, if the model has "
                 "any",
-                stacklevel=4,
+                stacklevel=5,
             )
     elif not seen:
         reasons = list(dict.fromkeys(m.bypassed for m in cores if m.bypassed))
@@ -130,7 +143,7 @@ def _warn_of_few_tokens(model: nn.Module, few: dict[ScatterbrainAttention, tuple
     warn(
         f"calibrate: statistics were fitted on {saw}{where and f' ({where})'}, expected at least {fewest_tokens()}; "
         "with fewer the error of the approximation grows: run more, longer or other sequences inside the block",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
