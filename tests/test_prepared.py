@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import scatterbrain as sb
 from scatterbrain import prepared
+from scatterbrain.analysis.times import GROUP
 
 H, N, D = 2, 150, 32
 SUPPORTS = [
@@ -142,9 +143,44 @@ def test_autocast_and_forward_mode_go_through_the_checks(tokens, statistics) -> 
 
 
 def test_the_number_of_prepared_calls_is_bounded(tokens, statistics) -> None:
-    for n in range(40, 40 + prepared._MOST + 5):
-        call([t[:, :, :n] for t in tokens], statistics)
+    short = [t[:, :, :48] for t in tokens]
+    for n in range(1, prepared._MOST + 6):
+        call(short, None, scale=1 / n)
     assert len(prepared._prepared) == prepared._MOST
+
+
+@pytest.fixture
+def missed(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Keys of the calls that had to be checked, of calls that can be kept."""
+    found, keep = [], prepared.keep
+
+    def noted(key: tuple, *arguments: object) -> None:
+        found.append(key)
+        keep(key, *arguments)
+
+    monkeypatch.setattr(prepared, "keep", noted)
+    prepared._prepared.clear()
+    return found
+
+
+def test_a_model_of_more_layers_than_calls_are_kept_finds_most_of_them(tokens, missed) -> None:
+    short = [t[:, :, :48] for t in tokens]
+    for _ in range(3):
+        missed.clear()
+        for n in range(1, prepared._MOST + 9):
+            call(short, None, scale=1 / n)
+    assert len(missed) < prepared._MOST / 4
+
+
+def test_calls_that_are_timed_in_turn_are_kept_all(tokens, missed) -> None:
+    short = [t[:, :, :48] for t in tokens]
+    for n in range(1, prepared._MOST + 1):
+        call(short, None, scale=1 / n)
+    missed.clear()
+    for _ in range(3):
+        for n in range(1, GROUP + 2):
+            call(short, None, scale=2.0 + n)
+    assert len(missed) == GROUP + 1
 
 
 def test_exact_attention_is_prepared_too(tokens, statistics) -> None:

@@ -7,7 +7,9 @@ interpreter out of the caches. Only the common case is kept: untraced calls on t
 
 from __future__ import annotations
 
+import random
 import threading
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from scatterbrain.operators.tracing import is_untraced
 from scatterbrain.operators.untraced import PreparedCall
 
-_MOST = 64  # kept calls; a program with more kinds of calls than this checks some of them anew
+_MOST = 256  # kept calls; a program with more kinds of calls than this checks some of them anew
 
 
 class Prepared(NamedTuple):
@@ -34,6 +36,7 @@ class Prepared(NamedTuple):
 
 
 _prepared: dict[tuple, Prepared] = {}
+_random = random.Random(0)  # of its own: nobody's random numbers depend on calls of attention
 _lock = threading.Lock()  # of changes; looking up needs none
 
 
@@ -92,8 +95,10 @@ def find(key: tuple | None) -> Prepared | None:
 
 
 def keep(key: tuple, tensors: tuple[Tensor, ...], call: PreparedCall | None, scale: float) -> None:
-    """Keeps a call that has passed every check, in place of the oldest one where there are too many."""
+    """Keeps a call that has passed every check, where there are too many in place of one of the older half. Which one
+    is drawn: a model of a few more layers than calls are kept, which calls them in turn, would always have lost the
+    oldest one just before it is needed."""
     with _lock:
-        if len(_prepared) >= _MOST:
-            del _prepared[next(iter(_prepared))]
+        if key not in _prepared and len(_prepared) >= _MOST:
+            del _prepared[next(islice(_prepared, _random.randrange(_MOST // 2), None))]
         _prepared[key] = Prepared(tensors, call, scale)
