@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from testkit import rand, under_grad, under_inference_mode
 from torch import Tensor
 
-from scatterbrain.nn.masks import as_bool_padding, kept_keys_and_offset, once_per_mask
+import scatterbrain as sb
+from scatterbrain.nn.masks import as_bool_padding, is_causal_mask, kept_keys_and_offset, once_per_mask, padding_of
 
 KEEP = torch.tensor([[True, True, False, True, True], [False, True, True, True, True]])[:, None, None, :]
 
@@ -52,3 +55,77 @@ def test_an_answer_that_was_first_asked_elsewhere_can_be_trained_with(passing):
     x.masked_fill(as_bool_padding(mask), 0).sum().backward()
     assert torch.equal(x.grad, (mask == 0).float())
     assert not torch._C._functorch.is_functorch_wrapped_tensor(as_bool_padding(mask))
+
+
+def by_numpy(mask: Tensor, index: tuple[int, ...], value: object) -> None:
+    mask.numpy()[index] = value
+
+
+def by_data(mask: Tensor, index: tuple[int, ...], value: object) -> None:
+    mask.data[index] = value
+
+
+def in_shared_memory(mask: Tensor, index: tuple[int, ...], value: object) -> None:
+    torch.from_dlpack(mask)[index] = value
+
+
+def compact(mask: Tensor) -> Tensor:
+    pytest.importorskip("transformers")
+    from scatterbrain.integrations.transformers.masks import compacted
+
+    return compacted(mask)
+
+
+def is_same(answer: object, other: object) -> bool:
+    if isinstance(answer, Tensor) and isinstance(other, Tensor):
+        return torch.equal(answer, other)
+    return type(answer) is type(other) and answer == other
+
+
+TRIANGLE = torch.ones(6, 6, dtype=torch.bool).tril()
+# name: (question, mask, the entry that changes, what it becomes)
+WRITTEN = {
+    "float padding": (as_bool_padding, torch.zeros(2, 6), (1, 5), -torch.inf),
+    "float padding of odd width": (as_bool_padding, torch.zeros(1, 5), (0, 4), -torch.inf),
+    "padding of NaN": (as_bool_padding, torch.tensor([[0.0, 0.0, torch.nan, 0.0]]), (0, 2), 0.0),
+    "causal attn_mask": (is_causal_mask, ~TRIANGLE, (0, 3), False),
+    "causal attn_mask, float": (is_causal_mask, torch.zeros(6, 6).masked_fill(~TRIANGLE, -torch.inf), (2, 1), -1.0),
+    "compacted": (compact, TRIANGLE.repeat(2, 1, 1, 1), (1, 0, 5, 0), False),
+    "padding of pairs": (
+        lambda mask: padding_of(mask, 2, 6),
+        torch.ones(2, 1, 1, 6, dtype=torch.bool),
+        (1, 0, 0, 5),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("write", [by_numpy, by_data, in_shared_memory])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_mask_that_is_written_to_behind_its_version_is_read_again(name: str, write: Callable) -> None:
+    question, mask, index, value = WRITTEN[name]
+    mask = mask.clone()
+    before, version = question(mask), mask._version
+    write(mask, index, value)
+    assert mask._version == version
+    after, want = question(mask), question(mask.clone())
+    assert is_same(after, want) and not is_same(after, before)
+
+
+def test_an_expanded_mask_is_compared_by_the_memory_that_it_has() -> None:
+    row = torch.zeros(1, 6)
+    mask = row.expand(3, 6)
+    assert not as_bool_padding(mask).any()
+    row.numpy()[0, 4] = -torch.inf
+    assert torch.equal(as_bool_padding(mask), mask < 0)
+
+
+def test_padding_that_numpy_writes_is_heeded() -> None:
+    padding = torch.zeros(2, 40)
+    ours = sb.MultiheadAttention(32, 2, batch_first=True, support=sb.Window(8), low_rank=sb.Centroid(4)).eval()
+    x = rand(2, 40, 32)
+    for length in (40, 25, 30):
+        padding.numpy()[:] = 0
+        padding.numpy()[:, length:] = -torch.inf
+        out, want = (ours(x, x, x, mask, need_weights=False)[0] for mask in (padding, padding < 0))
+        assert torch.equal(out, want)

@@ -1,8 +1,10 @@
 """What attention masks say: whether one is the causal mask, and which tokens are padding.
 
 Each library has its own convention; these functions name the one they take. Layers of a model share one mask tensor, so
-an answer is kept until the mask is written to, and a mask on a GPU is waited for once. Under torch.compile, where vmap
-maps over it, for meta tensors and while a CUDA graph is captured the content of a mask cannot be looked at.
+an answer is kept until the mask is written to. Numpy, ``.data`` and other processes write to memory behind the version
+counter of a tensor, so on the CPU a copy is kept beside the answer; a mask on a GPU is waited for once. Under
+torch.compile, where vmap maps over it, for meta tensors and while a CUDA graph is captured the content of a mask cannot
+be looked at.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from scatterbrain.operators.tracing import is_batched, is_capturing, is_untraced
 
 MASK_STRIPE = 128  # rows of a mask compared at a time
-_ANSWERS = WeakTensorKeyDictionary()  # mask -> (version, {(question, *arguments): answer})
+# mask -> (version, copy of its memory on the CPU, {(question, *arguments): answer})
+_ANSWERS = WeakTensorKeyDictionary()
 
 
 def is_unreadable(mask: Tensor) -> bool:
@@ -32,15 +35,43 @@ def once_per_mask(mask: Tensor, question: Callable[..., Any], *arguments: Hashab
     # Inference tensors have no version, and what a trace or a transform makes is of no use outside of it.
     if mask.is_inference() or not is_untraced():
         return question(mask, *arguments)
-    version, answers = _ANSWERS.get(mask, (None, {}))
-    if version != mask._version:
+    version, copy, answers = _ANSWERS.get(mask, (None, None, {}))
+    if version != mask._version or (mask.is_cpu and not _is_copy(copy, mask)):
+        with torch.inference_mode(False):
+            copy = _memory(mask).clone() if mask.is_cpu else None
         answers = {}
-        _ANSWERS[mask] = (mask._version, answers)
+        _ANSWERS[mask] = (mask._version, copy, answers)
     key = (question, *arguments)
     if key not in answers:
         with torch.inference_mode(False), torch.no_grad():  # a later call may train with it
             answers[key] = question(mask, *arguments)
     return answers[key]
+
+
+def _memory(mask: Tensor) -> Tensor:
+    """``mask`` without the repetitions that :meth:`torch.Tensor.expand` makes."""
+    mask = mask.detach()
+    for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride())):
+        mask = mask.narrow(dim, 0, 1) if stride == 0 and size > 1 else mask
+    return mask
+
+
+def _is_copy(copy: Tensor, mask: Tensor) -> bool:
+    """Whether ``copy`` holds what the memory of ``mask`` holds now. Words are compared where that can be, which takes a
+    fraction of the time of comparing numbers, and a small one of any question's."""
+    pair = copy, _memory(mask)
+    if pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
+        return False
+    if all(map(_is_words, pair)):
+        pair = [t.reshape(-1).view(torch.int64) for t in pair]
+    return torch.equal(*pair)
+
+
+def _is_words(tensor: Tensor) -> bool:
+    """Whether the memory of ``tensor`` is a number of aligned words of 8 bytes."""
+    size, start = tensor.element_size(), tensor.storage_offset()
+    ends = (tensor.numel() * size, start * size, tensor.data_ptr())
+    return tensor.is_contiguous() and not any(end % 8 for end in ends)
 
 
 # -------------------- causality
