@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -246,6 +247,32 @@ def test_generation_is_the_same_with_both_caches(name: str):
     dynamic, static = (model.generate(**arguments, cache_implementation=kind) for kind in ("dynamic", "static"))
     assert torch.equal(dynamic.sequences, static.sequences)
     torch.testing.assert_close(torch.stack(dynamic.logits), torch.stack(static.logits), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "opt"])
+def test_a_few_tokens_behind_a_cache_are_those_tokens_one_by_one(name: str, kind: str, side: str | None):
+    """So the verification of guessed tokens sees what decoding without guesses sees."""
+    model, ids, mask = calibrated(name), hf.tokens(), None if side is None else hf.keep(side)
+    one_by_one_, together = (
+        hf.in_pieces(model, ids, cuts, mask, kind)[:, 70:] for cuts in (one_by_one(70), (70, 72, 79, 84, 100))
+    )
+    torch.testing.assert_close(together, one_by_one_, rtol=1e-4, atol=1e-5)
+    more = hf.in_pieces(model, ids, (70, 87, 100), mask, kind)[:, 70:87]
+    assert (more - one_by_one_[:, :17]).norm() > 1e-3 * more.norm()  # 17 tokens are approximated
+
+
+@pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
+def test_guessed_tokens_change_nothing_of_what_is_written(way: str):
+    model = calibrated("llama")
+    ids = torch.cat([hf.tokens(12, batch=1)] * 8, 1)  # repeats itself, so that looking up guesses
+    arguments = {"input_ids": ids, "max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+    guessing: dict[str, Any] = {"prompt_lookup_num_tokens": 5}
+    if way == "assistant":
+        guessing = {"assistant_model": calibrated("llama", num_hidden_layers=1)}
+        guessing["assistant_model"].generation_config.num_assistant_tokens = 5
+    assert torch.equal(model.generate(**arguments, **guessing), model.generate(**arguments))
 
 
 def test_beams_and_assistants_generate():

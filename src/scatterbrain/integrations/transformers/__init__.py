@@ -32,8 +32,9 @@ that, "hilbert" insists on it, and "auto" is the default. It is an attribute of 
 call                                         what happens
 ============================================ =======================================================================
 no mask, padding on any side, causal         approximated; outputs of padded queries are zero before the projection
-several tokens behind a cache                approximated, each query at its position in the cache
-one token                                    exact over the cache
+more than 16 tokens behind a cache           approximated, each query at its position in the cache
+one token, or up to 16 behind a cache        exact over the cache, so that guessed tokens (speculative decoding) are
+                                             verified as they would be written
 cross-attention                              approximated, each query with a list of its own, since windows and shared
                                              lists depend on later target tokens, and with the kernel of causal calls
                                              where the other one reads all of them; with LSH and "input" exact

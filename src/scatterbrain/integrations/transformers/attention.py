@@ -17,6 +17,7 @@ from scatterbrain.low_rank import Heads
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.warn import warn
 from scatterbrain.operators.packed import exact_if_packed
+from scatterbrain.operators.tracing import is_known, is_readable
 
 # Arguments that change the scores beyond q.k and a mask. This package has no exact attention for them either.
 REFUSED = {
@@ -28,6 +29,9 @@ REFUSED = {
     "indices": "chooses keys itself (indices)",
     "block_indices": "chooses keys itself (block_indices)",
 }
+# Queries behind a cache up to which exact attention is run: it costs less than states of all keys that came before, and
+# the tokens that speculative decoding verifies are then those that decoding one by one would write.
+FEW_QUERIES = 16
 # Arguments that mark sequences packed into one row. Without a mask that separates them they would attend to each other.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "block_table")
 
@@ -74,7 +78,7 @@ def attention_forward(
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     is_self = core is None or getattr(core, "is_self", True)
     visible = read_mask(attention_mask, causal, query.shape[0], query.shape[2], key.shape[2], is_self)
-    if core is None or _is_exact(module, core, query, visible, dropout, arguments):
+    if core is None or _is_exact(module, core, query, key.shape[2], visible, dropout, arguments):
         out = _exact(query, key, value, visible, dropout, scaling)
         out = out if core is None else core.with_zero_gradients(out)
     else:
@@ -141,14 +145,16 @@ def _is_exact(
     module: nn.Module,
     core: ScatterbrainAttention,
     query: Tensor,
+    keys: int,
     visible: Visible,
     dropout: float,
     arguments: dict[str, Any],
 ) -> bool:
-    """Whether this call runs exact attention; warns of it unless exact attention was chosen or there is one query."""
+    """Whether this call runs exact attention; warns of it unless exact attention was chosen or there are few queries
+    behind a cache."""
     if core.collects(visible.is_causal) and visible.dense is None:
         return False
-    if core.support_of(visible.is_causal).is_full or query.shape[2] == 1:
+    if core.support_of(visible.is_causal).is_full or query.shape[2] == 1 or _are_few(core, query, keys, visible):
         return True
     reason, low_rank = None, core.low_rank_of(visible.is_causal)
     # A layer that is causal by itself raises with the cure: it was given a kernel that serves none of its calls.
@@ -186,6 +192,16 @@ def _is_exact(
             core.bypassed = reason
         warn(f"{type(module).__name__} runs exact attention, without approximation: {reason}", 3)
     return reason is not None
+
+
+def _are_few(core: ScatterbrainAttention, query: Tensor, keys: int, visible: Visible) -> bool:
+    """Whether these are a few tokens behind a cache, of any lengths that a graph serves. The prompt in a static cache
+    has empty slots behind it, and none before."""
+    is_causal = visible.is_causal and visible.dense is None and getattr(core, "is_self", True)
+    if not (is_causal and is_known(query.shape[2] <= FEW_QUERIES) and is_known(keys > query.shape[2])):
+        return False
+    offset = visible.query_offset
+    return visible.is_behind or (isinstance(offset, Tensor) and is_readable(offset) and bool((offset > 0).any()))
 
 
 # -------------------- compute

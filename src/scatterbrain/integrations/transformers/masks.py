@@ -6,6 +6,7 @@ of attention. All forms are plain 4-D tensors, which transformers passes on unto
     None                      every key; causal if the layer says that it is
     bool  (B, 1, 1, M)        True: every query sees key j
     int32 (B, 1, 1, M)        query i sees key j if i >= mask[j]; causal, with the offset of a cache and padding
+    int32 (B, 1, 2, M)        the same twice, where it is known without a look at it that the queries are behind others
     int32 (B, 1, N, 1)        under a trace: query i sees key j if i >= j and mask[i] == mask[j], packed sequences
     bool  (B, 1, N, M)        anything else (sliding windows, packed sequences, ...), as transformers' sdpa has it
 
@@ -110,7 +111,12 @@ def compact_mask(
     first_query = first_query.to(torch.int32)[None, :]
     if keep is not None:
         first_query = torch.where(keep, first_query, NEVER)
-    return first_query[:, None, None, :]
+    return _causal(first_query[:, None, None, :], is_behind=isinstance(q_offset, int) and q_offset > 0)
+
+
+def _causal(first_query: Tensor, is_behind: bool) -> Tensor:
+    """The form for causality and padding of int32 (B, 1, 1, M)."""
+    return first_query.expand(-1, -1, 2, -1) if is_behind else first_query
 
 
 def is_silent(owner: object) -> bool:
@@ -183,13 +189,13 @@ def _compact_form(mask: Tensor) -> Tensor | None:
     if offset is None:
         return keep
     first_query = torch.arange(mask.shape[3], dtype=torch.int32, device=mask.device) - offset
-    return torch.where(keep, first_query, NEVER)
+    return _causal(torch.where(keep, first_query, NEVER), is_behind=offset > 0)
 
 
 class Visible(NamedTuple):
     """The keys that the queries of one call may see: ``dense`` alone, a mask of F.scaled_dot_product_attention, or
     arguments of :func:`scatterbrain.attention`. ``sequence``, int32 (B, N): of causal calls, tokens see each other only
-    if they have the same number."""
+    if they have the same number. ``is_behind``: it is known that the queries are behind others in a cache."""
 
     is_causal: bool = False
     key_padding_mask: Tensor | None = None
@@ -197,13 +203,19 @@ class Visible(NamedTuple):
     query_offset: int | Tensor = 0
     dense: Tensor | None = None
     sequence: Tensor | None = None
+    is_behind: bool = False
 
 
 def is_compact(mask: Tensor | None, queries: int) -> bool:
     """Whether ``mask`` hides the same keys from all queries, apart from causality."""
-    return mask is None or (
-        queries > 1 and mask.shape[1] == 1 and mask.shape[2] == 1 and mask.dtype in (torch.bool, torch.int32)
-    )
+    if mask is None:
+        return True
+    is_row = mask.shape[2] == 1 and mask.dtype in (torch.bool, torch.int32)
+    return queries > 1 and mask.shape[1] == 1 and (is_row or _is_behind(mask))
+
+
+def _is_behind(mask: Tensor) -> bool:
+    return mask.shape[2] == 2 and mask.dtype == torch.int32
 
 
 def read_mask(mask: Tensor | None, is_causal: bool, batch: int, queries: int, keys: int, is_self: bool) -> Visible:
@@ -226,7 +238,7 @@ def read_mask(mask: Tensor | None, is_causal: bool, batch: int, queries: int, ke
         )
     if not is_compact(mask, queries):
         return Visible(dense=mask)
-    mask = mask[:, 0, 0, :].expand(batch, keys)
+    is_behind, mask = _is_behind(mask), mask[:, 0, 0, :].expand(batch, keys)
     if mask.dtype == torch.bool:
         padding = ~mask
         no_query = None if queries != keys or is_self else torch.zeros_like(padding)
@@ -237,7 +249,7 @@ def read_mask(mask: Tensor | None, is_causal: bool, batch: int, queries: int, ke
     position = torch.arange(keys, dtype=torch.int32, device=mask.device)
     offset = torch.where(mask == NEVER, 0, position - mask).amax(1)  # equal for all keys that are not padded
     slots = torch.arange(queries, device=mask.device) + offset[:, None]
-    return Visible(True, padding, padding.gather(1, slots.clamp(0, keys - 1)), offset)
+    return Visible(True, padding, padding.gather(1, slots.clamp(0, keys - 1)), offset, is_behind=is_behind)
 
 
 def dense_mask(visible: Visible, queries: int, keys: int) -> tuple[Tensor | None, bool]:
