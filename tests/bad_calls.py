@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import testkit
@@ -23,6 +24,11 @@ projections = partial(testkit.projections, 4, heads=H, kv_heads=KV)
 def qkv(**changed: object) -> tuple:
     tensors = dict(zip(("query", "key", "value"), testkit.qkv(N, heads=H, kv_heads=KV))) | changed
     return tuple(tensors.values())
+
+
+def numpy() -> Any:
+    """For values of its types."""
+    return pytest.importorskip("numpy")
 
 
 def attend(*args: object, **kwargs: object) -> Tensor:

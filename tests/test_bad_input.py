@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from bad_calls import KV, B, D, H, N, assert_refused, attend, qkv
+from bad_calls import KV, B, D, H, N, assert_refused, attend, numpy, qkv
 from testkit import rand
 
 import scatterbrain as sb
@@ -104,6 +104,16 @@ CALLS = {
         lambda: attend(key_padding_mask=torch.zeros(B, N, dtype=torch.bool, device="meta")),
         ValueError,
         "key_padding_mask must be on the device",
+    ),
+    "is_causal of numpy": (
+        lambda: attend(is_causal=numpy().bool_(False)),
+        TypeError,
+        r"is_causal must be a bool, got numpy\.bool.*; convert it with bool\(\)",
+    ),
+    "return_lse of numpy": (
+        lambda: attend(return_lse=numpy().bool_(True)),
+        TypeError,
+        r"return_lse must be a bool, got numpy\.bool.*; convert it with bool\(\)",
     ),
     "scale is a string": (lambda: attend(scale="1"), TypeError, "scale must be a number.*got str"),
     "scale is NaN": (lambda: attend(scale=math.nan), ValueError, "scale must be finite, got nan"),

@@ -9,6 +9,7 @@ import sys
 import torch
 from torch import Tensor
 
+from scatterbrain.fields import not_a_bool
 from scatterbrain.low_rank import LowRank, LowRankKernel, check_low_rank
 from scatterbrain.operators.tracing import NO_FORWARD_MODE, is_readable
 from scatterbrain.supports import Support, check_support
@@ -103,8 +104,9 @@ def check_no_forward_mode(*tensors: Tensor) -> None:
 
 
 def check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    error = not_a_bool(name, value)
+    if error is not None:
+        raise error
 
 
 def check_scale(scale: float | None) -> None:
@@ -177,11 +179,9 @@ def lists_keys(support: Support, is_causal: bool) -> bool:
 
 def check_pair(support: Support, low_rank: LowRank, is_causal: bool) -> None:
     """Support and low-rank kernel, and what causality rules out."""
-    if not isinstance(is_causal, bool):
-        raise TypeError(
-            f"is_causal must be a bool, got {type(is_causal).__name__}; a mask goes into "
-            "key_padding_mask, or into support=Blocks"
-        )
+    error = not_a_bool("is_causal", is_causal, cure="a mask goes into key_padding_mask, or into support=Blocks")
+    if error is not None:
+        raise error
     check_support(support)
     check_low_rank(low_rank)
     support.check(low_rank, is_causal)

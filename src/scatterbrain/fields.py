@@ -36,6 +36,17 @@ def check_int(owner: str, name: str, value: object, low: int, high: int = INT32_
         raise ValueError(f"{owner}: {name} must be at most {high}, got {value}")
 
 
+def not_a_bool(name: str, value: object, cure: str = "") -> TypeError | None:
+    """The error for anything but True and False; numpy has a bool of its own. ``name`` with its owner."""
+    if isinstance(value, bool):
+        return None
+    cls = type(value)
+    if cls.__name__.startswith("bool"):
+        cure = "convert it with bool()"
+    module = "" if cls.__module__ in ("builtins", "torch") else f"{cls.__module__}."
+    return TypeError(f"{name} must be a bool, got {module}{cls.__name__}{cure and f'; {cure}'}")
+
+
 def check_str(owner: str, name: str, value: object) -> None:
     """A string; which ones, the owner says.
 

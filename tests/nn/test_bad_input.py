@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from bad_calls import KV, NONE, STORED, B, D, H, N, assert_refused, qkv
+from bad_calls import KV, NONE, STORED, B, D, H, N, assert_refused, numpy, qkv
 from testkit import rand
 from torch import nn
 
@@ -60,6 +60,26 @@ CALLS = {
         lambda: sb.ScatterbrainAttention(2, D, 2, NONE, None)(*qkv()),
         ValueError,
         "expected query with 2 heads.*got 4",
+    ),
+    "module of 2-D tensors": (
+        lambda: sb.ScatterbrainAttention(H, D, KV)(*[rand(N, D)] * 3),
+        ValueError,
+        r"query must be \(batch, heads, tokens, head_dim\), got shape \(40, 8\)",
+    ),
+    "module without keys": (
+        lambda: sb.ScatterbrainAttention(H, D, KV)(qkv()[0], None, None),
+        TypeError,
+        "key must be a tensor, got NoneType",
+    ),
+    "module without values": (
+        lambda: sb.ScatterbrainAttention(H, D, KV)(*qkv()[:2], None),
+        TypeError,
+        "value must be a tensor, got NoneType",
+    ),
+    "module whose is_causal is numpy's": (
+        lambda: sb.ScatterbrainAttention(H, D, KV)(*qkv(), is_causal=numpy().bool_(False)),
+        TypeError,
+        r"is_causal must be a bool, got numpy\.bool.*; convert it with bool\(\)",
     ),
     "module redraw": (
         lambda: sb.ScatterbrainAttention(H, D, KV, NONE, None).redraw(torch.Generator()),

@@ -58,6 +58,7 @@ def test_an_answer_that_was_first_asked_elsewhere_can_be_trained_with(passing):
 
 
 def by_numpy(mask: Tensor, index: tuple[int, ...], value: object) -> None:
+    pytest.importorskip("numpy")
     mask.numpy()[index] = value
 
 
@@ -113,6 +114,7 @@ def test_a_mask_that_is_written_to_behind_its_version_is_read_again(name: str, w
 
 
 def test_an_expanded_mask_is_compared_by_the_memory_that_it_has() -> None:
+    pytest.importorskip("numpy")
     row = torch.zeros(1, 6)
     mask = row.expand(3, 6)
     assert not as_bool_padding(mask).any()
@@ -121,6 +123,7 @@ def test_an_expanded_mask_is_compared_by_the_memory_that_it_has() -> None:
 
 
 def test_padding_that_numpy_writes_is_heeded() -> None:
+    pytest.importorskip("numpy")
     padding = torch.zeros(2, 40)
     ours = sb.MultiheadAttention(32, 2, batch_first=True, support=sb.Window(8), low_rank=sb.Centroid(4)).eval()
     x = rand(2, 40, 32)

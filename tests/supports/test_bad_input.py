@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import testkit
 import torch
-from bad_calls import B, H, N, assert_refused, attend, qkv, statistics
+from bad_calls import B, H, N, assert_refused, attend, numpy, qkv, statistics
 from torch import Tensor
 
 import scatterbrain as sb
@@ -34,6 +34,21 @@ CALLS = {
         lambda: sb.Routed(()),
         ValueError,
         "Routed: keys must be an int, or one for every query head",
+    ),
+    "budget of numpy": (
+        lambda: sb.Routed(numpy().int64(64)),
+        TypeError,
+        "Routed: keys must be an int, got .*64.* of type int64",
+    ),
+    "budgets of numpy": (
+        lambda: sb.Routed(numpy().array([64, 32])),
+        TypeError,
+        "Routed: keys must be an int, got array",
+    ),
+    "budgets of a tensor": (
+        lambda: sb.Routed(torch.tensor([64])),
+        TypeError,
+        "Routed: keys must be an int, got tensor",
     ),
     "one budget below the block": (lambda: sb.Routed((32, 8)), ValueError, "Routed: keys.*at least block_q=16, got 8"),
     "one budget of no blocks": (

@@ -155,7 +155,7 @@ class ScatterbrainAttention(KernelState):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Arguments as :func:`scatterbrain.attention`; query (B, num_heads, N, head_dim), key and value (B,
         num_kv_heads, M, ...)."""
-        self._check_heads(query, key)
+        self._check_heads(query, key, value)
         self._warn_frozen(query, key, value)
         if self.lacks_statistics(is_causal) and self.bypassed is not None:  # in this order: graphs know nothing of
             raise self.uncalibrated(type(self).__name__, is_causal)  # earlier calls
@@ -229,10 +229,12 @@ class ScatterbrainAttention(KernelState):
                 stacklevel=4,
             )
 
-    def _check_heads(self, query: Tensor, key: Tensor) -> None:
-        """That queries and keys are those of this module. What else may be wrong with them, the function says."""
+    def _check_heads(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """That queries and keys are tensors with the heads of this module. What else may be wrong with them, the
+        function says."""
         if not (isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == key.dim() == 4):
-            return
+            checks.check_not_nested(query, key, value)
+            checks.check_tensors(query, key, value)
         if query.is_nested or key.is_nested:  # without sizes
             checks.check_not_nested(query, key)
         expected = (self.num_heads, self.num_kv_heads, self.head_dim)

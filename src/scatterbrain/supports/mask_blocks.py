@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from scatterbrain.fields import INT32_MAX, check_int
+from scatterbrain.fields import INT32_MAX, check_int, not_a_bool
 
 
 def lists_of_mask(
@@ -52,8 +52,9 @@ def _check(mask: object, block_q: object, block_k: object, is_causal: object, qu
     for name, value in (("block_q", block_q), ("block_k", block_k)):
         if value is not None:
             check_int("Blocks.from_mask", name, value, 1)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"Blocks.from_mask: is_causal must be a bool, got {type(is_causal).__name__}")
+    error = not_a_bool("Blocks.from_mask: is_causal", is_causal)
+    if error is not None:
+        raise error
     check_int("Blocks.from_mask", "query_offset", query_offset, -INT32_MAX)
     if query_offset and not is_causal:
         raise ValueError(

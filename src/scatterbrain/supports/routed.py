@@ -75,7 +75,7 @@ class Routed(Support):
     def __post_init__(self) -> None:
         if isinstance(self.keys, list):
             object.__setattr__(self, "keys", tuple(self.keys))
-        if self.keys == ():
+        if isinstance(self.keys, tuple) and not self.keys:
             raise ValueError("Routed: keys must be an int, or one for every query head, got an empty tuple")
         for keys in self.budgets:
             check_int("Routed", "keys", keys, 1)
