@@ -214,3 +214,15 @@ def test_a_calibration_that_cannot_be_finished_leaves_no_module_collecting(monke
     cores = [layer.self_attn.attention for layer in model.layers]
     assert not any(core.is_collecting or core.observed for core in cores)
     assert [(core.is_calibrated, core.scale) for core in cores] == [(True, 0.25), (False, None)]
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_calibrating_a_module_that_is_compiled_whole_says_what_to_do(is_causal: bool):
+    module, tokens = sb.ScatterbrainAttention(2, 16), qkv(300, heads=2, kv_heads=2, head_dim=16)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    cure = r"calibrat\w+ reads what passes through.*run the module that was compiled.*inside sb.calibrate"
+    with pytest.raises(Exception, match=f"(?s){cure}"), sb.calibrate(compiled):
+        compiled(*tokens, is_causal=is_causal)
+    with sb.calibrate(compiled):
+        module(*tokens, is_causal=True)
+    assert module.is_calibrated and compiled(*tokens, is_causal=True).isfinite().all()

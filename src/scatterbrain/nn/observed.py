@@ -23,6 +23,11 @@ def is_short(tokens: int, distinct: int) -> bool:
     return tokens < FEWEST_TOKENS or distinct < FEWEST_TOKENS * 7 / 8
 
 
+_NOT_IN_A_GRAPH = (
+    "calibration reads what passes through, which a graph cannot; run the module that was compiled, without "
+    "torch.compile or with fullgraph=False, inside sb.calibrate"
+)
+
 _GRID = 1e5  # cells of a fingerprint in the largest of the first batch: coarser than float32 rounding
 
 
@@ -40,7 +45,7 @@ class Observed:
         self._size: dict[str, float] = {}
         self.other_calls = 0
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=_NOT_IN_A_GRAPH)
     def add_other_call(self) -> None:
         """Counts a call whose kernel has no statistics."""
         self.other_calls += 1
@@ -50,7 +55,7 @@ class Observed:
         """Of queries or keys, whichever are more: a few learned queries of a decoder are all that there are."""
         return max((len(fingerprints) for fingerprints in self._fingerprints.values()), default=0)
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=_NOT_IN_A_GRAPH)
     @torch.no_grad()
     def add(self, query: Tensor, key: Tensor, padding: PaddingInfo) -> None:
         """query (B, Hq, N, d), key (B, Hkv, M, d)."""
