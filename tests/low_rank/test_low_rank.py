@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +15,7 @@ from testkit import padding, qkv
 import scatterbrain as sb
 from scatterbrain.low_rank.favor import draw_projection
 from scatterbrain.low_rank.moments import moments
+from scatterbrain.low_rank.quadratic_coefficients import on_one_thread
 from scatterbrain.reference import Inputs, log_kernel
 
 draw = partial(qkv, batch=1, kv_heads=2)
@@ -150,3 +153,33 @@ def test_favor_of_an_earlier_pickle_without_a_field_is_the_same_kernel() -> None
     assert loaded == sb.Favor(8, seed=3) and "centred" not in repr(loaded)
     tokens = qkv()
     assert torch.equal(*(sb.attention(*tokens, sb.Window(8), favor) for favor in (loaded, sb.Favor(8, seed=3))))
+
+
+# -------------------- threads
+
+
+def in_a_new_thread(function: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_statistics_take_no_threads_from_others() -> None:
+    """Torch gives a thread its number of threads when that first uses it, for good."""
+    before = torch.get_num_threads()
+
+    def fit_beside_a_block() -> tuple[int, int, int]:
+        number = torch.get_num_threads()
+        with on_one_thread():
+            inside = torch.get_num_threads()
+        return number, inside, torch.get_num_threads()
+
+    torch.set_num_threads(3)
+    try:
+        with on_one_thread():
+            assert torch.get_num_threads() == 1
+            assert in_a_new_thread(torch.get_num_threads) == 3
+            assert in_a_new_thread(fit_beside_a_block) == (3, 1, 3)
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3 == in_a_new_thread(torch.get_num_threads)
+    finally:
+        torch.set_num_threads(before)

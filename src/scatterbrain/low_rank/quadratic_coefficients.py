@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -190,16 +191,26 @@ def _root(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor, T
 @contextmanager
 def on_one_thread() -> Iterator[None]:
     """LAPACK's decompositions differ in the last bits between numbers of threads, and small matrices gain nothing from
-    them. A trace cannot hold the change."""
-    if torch.compiler.is_compiling():
+    them. A trace cannot hold the change.
+
+    Torch sets the number for the thread that asks, and for threads that use torch for the first time later, which keep
+    it. So another thread sets it back for those at once."""
+    if torch.compiler.is_compiling() or torch.get_num_threads() == 1:
         yield
         return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _changing_threads:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        helper = threading.Thread(target=torch.set_num_threads, args=(threads,))
+        helper.start()
+        helper.join()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+_changing_threads = threading.Lock()
 
 
 def statistics_from_moments(m: Moments, rank: int, scale: float, floor: float = STORED_FLOOR) -> Statistics:
