@@ -142,6 +142,16 @@ CALLS = {
         ValueError,
         "index names key block 39, past",
     ),
+    "key past a row's valid ones": (
+        lambda: attend(support=blocks([[0], [38]]), key_padding_mask=testkit.padding(N, (0, 0), (0, 7))),
+        ValueError,
+        "index names key block 38, past the 33 valid keys of row 1 in blocks of 1; drop .*, or give lists for all rows",
+    ),
+    "key past the end, for all rows": (
+        lambda: attend(support=blocks([[0], [40]], batch=1), key_padding_mask=testkit.padding(N, (0, 0), (0, 7))),
+        ValueError,
+        "index names key block 40, past the 40 keys in blocks of 1",
+    ),
     "key after its block": (
         lambda: attend(support=blocks([[20], [30]]), is_causal=True),
         ValueError,

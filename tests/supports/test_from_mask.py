@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import testkit
 import torch
 from bad_calls import assert_refused
 from testkit import assert_all_close, causal_mask, out_and_gradients, qkv, rand
@@ -90,6 +91,32 @@ def test_one_list_serves_every_row_and_head_in_a_module_too() -> None:
     query, key, value = qkv(40, batch=3, heads=4, kv_heads=2)
     each = sb.Blocks(lists.index.repeat(3, 2, 1, 1), lists.count.repeat(3, 2, 1), lists.block_q, lists.block_k)
     assert torch.equal(module(query, key, value), sb.attention(query, key, value, each, sb.Favor(8)))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_one_list_serves_padded_rows_up_to_their_last_keys(is_causal: bool, rows: int) -> None:
+    """Each row is as it is alone, with what is left of the mask; lists count from the first valid token."""
+    n, padded = 64, ((24, 0), (0, 0), (5, 60 - 5))[:rows]
+    mask = block_mask(n, n, 8, 4, seed=3)
+    support = sb.Blocks.from_mask(mask, 8, 4, is_causal=is_causal)
+    padding = testkit.padding(n, [right for right, _ in padded], [left for _, left in padded])
+    tokens, low_rank = qkv(n, batch=rows, heads=4, kv_heads=2), sb.Favor(8)
+    call = dict(key_padding_mask=padding, is_causal=is_causal)
+    got = out_and_gradients(
+        lambda *t: sb.attention(*t, support, low_rank, **call), tokens, d_out=rand(rows, 4, n, 8, seed=9)
+    )
+    want = out_and_gradients(
+        lambda *t: sb.reference.attention(*t, support, low_rank, **call),
+        [t.double() for t in tokens],
+        d_out=rand(rows, 4, n, 8, seed=9, dtype=torch.float64),
+    )
+    assert_all_close([t.double() for t in got], want)
+    for row, valid in enumerate(~padding):
+        length = int(valid.sum())
+        own = sb.Blocks.from_mask(mask[:length, :length], 8, 4, is_causal=is_causal)
+        alone = sb.attention(*(t[row : row + 1, :, valid] for t in tokens), own, low_rank, is_causal=is_causal)
+        torch.testing.assert_close(got[0][row, :, valid], alone[0], rtol=1e-5, atol=1e-5)
 
 
 def test_an_order_for_every_row_and_head_is_one_for_each() -> None:

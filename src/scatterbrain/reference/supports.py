@@ -87,7 +87,7 @@ def _(support: Blocks, inputs: Inputs) -> Tensor:
     index, count, order = support.index, support.count, support.query_order
     index, count = index.expand(batch, -1, -1, -1), count.expand(batch, -1, -1)
     order = None if order is None else order.expand(batch, -1, -1)
-    return _listed(inputs, index, count, support.block_q, support.block_k, order)
+    return _listed(inputs, index, count, support.block_q, support.block_k, order, are_for_all_rows=rows == 1)
 
 
 @computed_queries.register
@@ -102,9 +102,15 @@ def _(support: Blocks, inputs: Inputs) -> Tensor:
 
 
 def _listed(
-    inputs: Inputs, index: Tensor, count: Tensor, block_q: int, block_k: int, order: Tensor | None = None
+    inputs: Inputs,
+    index: Tensor,
+    count: Tensor,
+    block_q: int,
+    block_k: int,
+    order: Tensor | None = None,
+    are_for_all_rows: bool = False,
 ) -> Tensor:
-    """Pairs of lists as :class:`scatterbrain.Blocks` describes them."""
+    """Pairs of lists as :class:`scatterbrain.Blocks` describes them. Lists for all rows end with each row's keys."""
     chosen = inputs.pairs(False)
     batch, heads = chosen.shape[:2]
     for b in range(batch):
@@ -118,6 +124,8 @@ def _listed(
                 queries = [i for i in slots[t * block_q : (t + 1) * block_q] if i >= 0]
                 for entry in index[b, of_list, t, : int(count[b, of_list, t])].tolist():
                     low = k_first + entry * block_k
+                    if low >= k_end and are_for_all_rows and entry * block_k < inputs.key.shape[2]:
+                        break
                     if low >= k_end:
                         raise ValueError(
                             f"Blocks: index names key block {entry}, past the row's {k_end - k_first} keys"

@@ -28,7 +28,8 @@ class Blocks(Support):
 
     Args:
         index: int32 (batch, heads of query or of key, ceil(queries / block_q), capacity); each list strictly ascending,
-            unused slots -1 at its end. A batch or heads of 1 stand for every row and every head.
+            unused slots -1 at its end. A batch or heads of 1 stand for every row and every head; in a padded row a list
+            for all rows then ends with the row's last valid key.
         count: int32, the shape of ``index`` without its last dimension: entries in use.
         block_q: queries that share a list, at least 1.
         block_k: consecutive keys of an entry, at least 1.
@@ -154,7 +155,7 @@ class Blocks(Support):
 
     def lists(self, call: Call, query_map: Tensor | None, key_map: Tensor | None) -> BlockLists:
         self.check_fit(call)
-        index, count, order = self.index, self.count, self.query_order
+        index, count, order = self.index, self._count_in(call), self.query_order
         batch, heads = call.query.shape[0], index.shape[1]
         if index.shape[0] != batch or heads not in (call.query.shape[1], call.key.shape[1]):  # 1: for all of them
             heads = call.key.shape[1] if heads == 1 else heads
@@ -163,6 +164,16 @@ class Blocks(Support):
         if order is not None and order.shape[0] != batch:
             order = order.expand(batch, -1, -1).contiguous()
         return BlockLists(index, count, None, order, self.block_q, self.block_k)
+
+    def _count_in(self, call: Call) -> Tensor:
+        """``count``, with a batch of its own where one list stands for every row and rows have different keys: entries
+        past a row's last valid key are left out."""
+        key_range = call.padding.key_range
+        if key_range is None or self.index.shape[0] != 1:
+            return self.count
+        blocks = (key_range[:, 1] - key_range[:, 0] + self.block_k - 1).div(self.block_k, rounding_mode="floor")
+        in_row = (self.index >= 0) & (self.index < blocks[:, None, None, None])
+        return in_row.sum(-1, dtype=torch.int32).minimum(self.count)
 
     def check_fit(self, call: Call) -> None:
         """Raises where the lists do not have the shapes of the call or, on the CPU and with SCATTERBRAIN_CHECK=1, name
@@ -198,19 +209,28 @@ class Blocks(Support):
         device = self.index.device
         if not self.index.is_cpu and is_readable(self.query_order):  # on the CPU the operator looks at what it reads
             self._check_content()
-        used = torch.arange(self.index.shape[3], dtype=torch.int32, device=device) < self.count[..., None]
+        slots = torch.arange(self.index.shape[3], dtype=torch.int32, device=device)
+        used = slots < self.count[..., None]
         entry = torch.where(used, self.index, -1).long()
-        first, end = (
-            (0, k_tokens)
-            if padding.key_range is None
-            else (padding.key_range[:, 0, None, None, None].long(), padding.key_range[:, 1, None, None, None].long())
-        )
-        start = first + entry * self.block_k
-        if bool((used & (start >= end)).any()):
+        if bool((entry * self.block_k >= k_tokens).any()):
             raise ValueError(
                 f"Blocks: index names key block {int(entry.max())}, past the {k_tokens} keys in blocks of "
                 f"{self.block_k}; drop entries out of range"
             )
+        first = 0
+        if padding.key_range is not None:
+            first, end = (edge[:, None, None, None].long() for edge in padding.key_range.unbind(1))
+            used = slots < self._count_in(call)[..., None]
+            past = used & (first + entry * self.block_k >= end)
+            if bool(past.any()):
+                row = int(past.flatten(1).any(1).nonzero()[0])
+                raise ValueError(
+                    f"Blocks: index names key block {int(entry[row][past[row]].max())}, past the "
+                    f"{int(end[row] - first[row])} valid keys of row {row} in blocks of {self.block_k}; drop entries "
+                    "out of range, or give lists for all rows (an index with a batch of 1), which end with each row's "
+                    "keys"
+                )
+        start = first + entry * self.block_k
         if not is_causal or self.index.shape[2] == 0:
             return
         slot = (torch.arange(self.index.shape[2], device=device) + 1) * self.block_q
