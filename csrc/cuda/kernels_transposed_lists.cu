@@ -11,8 +11,7 @@ void launch_transposed_lists(const BackwardParams& p, Stream stream) {
     if (to.entries == 0) continue;
     const int64_t rows = p.batch * to.heads, parts = ceil_div(rows * to.parts, kTransposeThreads / kWarp);
     launch(stream, "transpose_count", parts, kTransposeThreads, 0, transpose_count, of);
-    launch(stream, "transpose_scan", rows, kTransposeThreads, kTransposeThreads * int64_t(sizeof(int32_t)),
-           transpose_scan, of);
+    launch(stream, "transpose_scan", rows, kScanThreads, kScanThreads * int64_t(sizeof(int32_t)), transpose_scan, of);
     launch(stream, "transpose_place", parts, kTransposeThreads, 0, transpose_place, of);
   }
 }

@@ -239,8 +239,8 @@ FAULTS = {
     "swapped position": (
         "transposed_lists.cuh",
         "none",
-        "int32_t(position)",
-        "int32_t(position ^ 1)",
+        "int32_t(named.place)",
+        "int32_t(named.place ^ 1)",
         "d[kv] r|uninit",
     ),
     "keys of the window count twice": (FILE, "quadratic", "ballot(of_lane.key >= 0)", "ballot(true)", "d[kv] e"),

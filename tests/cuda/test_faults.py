@@ -164,6 +164,9 @@ FAULTS_OF_GRADIENTS = {
     "lost last part of a list": Fault(
         "naming_blocks.cuh", "load(of.cursor + at + of.parts - 1)", "load(of.cursor + at)", "d[qkv]:"
     ),
+    "blocks of an entry in one place": Fault(
+        "transposed_lists.cuh", "int32_t(named.peers_before())", "0", "d[qkv]:|race|uninitialised global"
+    ),
     "missing decay of a state's gradient": Fault(
         "kv_state_backward.cuh", "sum *= exp2_of(log_of(segment) - log_of(segment + 1));", "sum *= T(1);", "d[qkv]:"
     ),
