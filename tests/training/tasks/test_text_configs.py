@@ -21,8 +21,8 @@ from scatterbrain.training.tasks import build_task
 CAUSAL = {"full", "window", "favor", "quadratic", "routed", "window-favor", "window-quadratic", "routed-quadratic"}
 METHODS = {
     **dict.fromkeys(("text", "retrieval"), CAUSAL | {"lsh", "centroid", "lsh-favor", "routed-centroid"}),
-    **dict.fromkeys(("names", "words"), CAUSAL),
-    **dict.fromkeys(("lm", "lm_2048"), CAUSAL | {"window-32-keys"}),
+    "names": CAUSAL,
+    **dict.fromkeys(("lm", "lm_2048", "words"), CAUSAL | {"window-32-keys"}),
 }
 TEXT_MODELS = ("lm", "lm_2048", "words")  # of which train.context says how long sequences are
 UNEQUAL = {"window-32-keys"}  # methods that cost less on purpose
@@ -32,7 +32,7 @@ SMALL = {
     "names": {"tokens": 256, "distance": 16},
     "lm": {"first_tokens": 64},
     "lm_2048": {"first_tokens": 64},
-    "words": {"vocabulary": 300},
+    "words": {"vocabulary": 300, "first_tokens": 64},
 }
 CASES = [(task, method) for task, methods in METHODS.items() for method in sorted(methods)]
 pytestmark = pytest.mark.skipif(
