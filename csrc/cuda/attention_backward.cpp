@@ -16,8 +16,7 @@ namespace {
 class Backward : AttentionCall {
  public:
   Backward(const AttentionArguments& a, const Tensor& d_out, const MaybeTensor& d_lse)
-      : AttentionCall(a),
-        by_tiles(fits_backward_tiles(a)),
+      : AttentionCall(a, false, fits_backward_tiles(a)),
         keys_by_tiles(fits_backward_tiles_of_keys(a)),
         by_shares(fits_backward_shares(a)),
         dq(gradient_of(a.query)),
@@ -25,8 +24,6 @@ class Backward : AttentionCall {
         dv(gradient_of(a.value)),
         d_query_map(gradient_of_map(p.q_heads, a.query_weight ? 0 : p.q_tokens)),
         d_key_map(gradient_of_map(p.kv_heads, a.key_weight ? 0 : p.k_tokens)) {
-    if (by_tiles)
-      p.q = call.read_aligned_rows(a.query), p.k = call.read_aligned_rows(a.key), p.v = call.read_aligned_rows(a.value);
     const bool by_products = a.query.element_size() == 2 && p.has_query_products();
     if (by_products && p.has_clusters() && !by_tiles) p.q = call.read_aligned_rows(a.query);
     static_cast<ForwardParams&>(params) = p;
@@ -161,7 +158,7 @@ class Backward : AttentionCall {
     }
   }
 
-  const bool by_tiles, keys_by_tiles, by_shares;  // queries, keys, and pairs of listed blocks, on tensor cores
+  const bool keys_by_tiles, by_shares;  // keys, and pairs of listed blocks, on tensor cores; queries are if by_tiles
   const Tensor dq, dk, dv, d_query_map, d_key_map;
   BackwardParams params{};
 };

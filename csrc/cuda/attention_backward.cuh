@@ -79,17 +79,19 @@ SB_DEVICE T log_gradient_of(const ForwardParams& p, const MapRow<M, T>& z, const
   });
 }
 
-// Adds weight F'(z)^T g to dz, both in shared memory: one lane, since every feature meets two coordinates.
+// Adds weight F'(z)^T g to dz, both in shared memory: a lane by itself where a feature meets two coordinates.
 template <class M, class T>
 SB_DEVICE void chain_features(const ForwardParams& p, T weight, const MapRow<M, T>& z, const Shared<T>& g,
                               const Shared<T>& dz) {
+  const auto of_feature = [&](int64_t f) { return g.get(f); };
+  const auto now = [&](int64_t a) { return dz.get(a); };
+  const auto put = [&](int64_t a, T value) { dz.set(a, value); };
   sync_warp();
-  if (lane_index() == 0)
-    visit_low_rank(p.low_rank, [&](auto kernel) SB_INLINE_LAMBDA {
-      kernel.chain(
-          p.rank, weight, z, [&](int64_t f) { return g.get(f); }, [&](int64_t a) { return dz.get(a); },
-          [&](int64_t a, T value) { dz.set(a, value); });
-    });
+  if (p.low_rank != LowRank::kQuadratic)
+    for (int64_t f = lane_index(); f < p.rank; f += kWarp)
+      FeatureKernel::chain_feature(f, weight, of_feature, now, put);
+  else if (lane_index() == 0)
+    QuadraticKernel::chain(p.rank, weight, z, of_feature, now, put);
   sync_warp();
 }
 

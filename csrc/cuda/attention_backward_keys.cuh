@@ -162,7 +162,7 @@ class BackwardKey {
     const int64_t state_slot = state_of_slot(p, range, slot);
     if (pair.is_listed && kind == SlotKind::kState) {
       pair.is_in_state = (!p.is_causal || key < state_slot * kChunk) && !is_held_out(p, head, j, state_slot);
-      pair.kappa_ref = load(static_cast<const T*>(p.state_log) + head * p.slots + state_slot);
+      pair.kappa_ref = log_of_state<T>(p, head, state_slot);
     }
     const E *q = p.q.template at<const E>(b, h, query), *d_out = p.d_out.template at<const E>(b, h, query);
     pair.value = sum_of_terms(p.value_pad, [&](int64_t e) { return T(widened(load(d_out + e))) * memory.v.get(e); });
@@ -211,7 +211,7 @@ class BackwardKey {
     }
     const MapRow<M, T> y(p.y_map, b, kv, j);
     const int64_t state_slot = p.is_causal ? at : p.slots - 1;
-    const T weight = exp2_of(kappa - load(static_cast<const T*>(p.state_log) + head * p.slots + state_slot));
+    const T weight = exp2_of(kappa - log_of_state<T>(p, head, state_slot));
     visit_low_rank(p.low_rank, [&](auto kernel) SB_INLINE_LAMBDA {
       kernel.expand(p.rank, weight, y, [&](int64_t f, T feature) { add_feature(feature, d_state + f * columns); });
     });

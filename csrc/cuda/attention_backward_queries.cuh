@@ -47,7 +47,7 @@ class BackwardQuery : AttentionQuery<E, T> {
     const bool uses_state = kind == SlotKind::kState;
     const int64_t state_end = !uses_state ? 0 : p.is_causal ? state_slot * kChunk : edge + 1;
     read();
-    if (uses_state) kappa_ref = load(static_cast<const T*>(p.state_log) + head * p.slots + state_slot);
+    if (uses_state) kappa_ref = log_of_state<T>(p, head, state_slot);
 
     // 1. The weights' sum, which becomes one, and their mean of dO.v - delta, which becomes zero: the error of either
     // is the same for all pairs. 2. Gradients.

@@ -50,7 +50,7 @@ void add_shares(const BackwardParams& of_call, const TileParams& operands, bool 
   static_cast<BackwardParams&>(p) = of_call;
   p.head_steps = ceil_div(p.head_dim, 16), p.value_steps = ceil_div(p.value_pad, 16);
   p.key_log = operands.key_log, p.key_coordinates = operands.key_coordinates, p.has_sums = has_sums;
-  p.by_groups = operands.by_groups, p.longest_list = operands.longest_list, p.span_queries = p.block_q;
+  p.by_groups = operands.by_groups, p.span_queries = p.block_q;
   if (p.block_q % kTile != 0) make_unions(p, call);
   p.keys_of_list = p.capacity * std::min(p.block_k, p.k_tokens);
   p.share_words = share_words(p.head_dim) + share_words(p.value_pad);

@@ -88,7 +88,7 @@ class TileShares {
       query = int32_t(query_of_slot(p, range, b, h, slot));
     sync_warp();  // the last tile is done with them
     if (lane < kTile) queries.set(lane, query);
-    has_queries = ballot(query >= 0) != 0;
+    computed = ballot(query >= 0);
     sync_warp();
   }
 
@@ -219,7 +219,7 @@ class TileShares {
   // The key at this lane's position, with those of its slots that see it and whose window does not have it. Entries of
   // any content are safe: what no key matches lists nothing.
   SB_DEVICE void find_key(Fetched& to) const {
-    if (has_queries && to.is_there) {
+    if (computed != 0 && to.is_there) {
       const auto named = uint32_t(load(entries + entry));
       const uint32_t key = named * keys + offset;
       if (named <= last_entry && key <= last_key && !(entry > 0 && load(entries + entry - 1) >= int32_t(named)))
@@ -227,7 +227,7 @@ class TileShares {
     }
     if (kIsRagged && to.key >= 0) {
       to.slots = slots_of_entries ? uint32_t(load(slots_of_entries + entry)) : kAllSlots;
-      to.slots &= bits_between(to.key - edges.first, kTile);
+      to.slots &= bits_between(to.key - edges.first, kTile) & computed;
     }
     if (p.span) {
       if (to.key < sinks) to.key = -1;
@@ -258,7 +258,7 @@ class TileShares {
     if (offset >= keys) offset -= keys, ++entry;
     if (kHasLowRank && of_lane.key >= 0) {
       of_lane.log = load(p.key_log + head * p.k_tokens + first_key + of_lane.key);
-      if (kHasQuadratic) of_lane.log -= load(static_cast<const float*>(p.state_log) + head * p.slots + state_slot());
+      if (kHasQuadratic) of_lane.log -= log_of_state<float>(p, head, state_slot());
       if (kHasQuadratic && kIsRagged && of_lane.key >= edges.state_end) of_lane.log = float(kLowestLog);
       if (kHasClusters) of_lane.cluster = int32_t(cluster_of(p, head, first_key + of_lane.key));
     }
@@ -351,7 +351,7 @@ class TileShares {
       const float share = kHasLowRank ? shuffle_from(own_share, key) : 0.0f;
       const int32_t cluster = kHasClusters ? shuffle_from(of_lane.cluster, key) : 0;
       // Of this lane's slots: those that list the key, and of these those that a state gives it for.
-      uint32_t slots = valid >> key & 1 ? kAllSlots : 0;
+      uint32_t slots = valid >> key & 1 ? computed >> 2 * t : 0;
       if (kIsRagged) slots = shuffle_from(of_lane.slots, key) >> 2 * t;
       const uint32_t holding = kIsRagged && kHasQuadratic && share == 0.0f ? 0 : slots;
       SB_UNROLL
@@ -510,7 +510,7 @@ class TileShares {
   const Shared<float> exponents;
   int32_t first_key = 0;
   const E *keys_from = nullptr, *values_from = nullptr;  // this lane's chunk of the row's first key
-  bool has_queries = false;
+  uint32_t computed = 0;                                 // slots with a query
   TileEdges edges;
   uint32_t has_no_number = 0, has_gradient = 0;  // patterns of slots
   const int32_t* entries = nullptr;              // of the list, and what lists each

@@ -29,7 +29,7 @@ BackwardTileParams backward_tile_params(const BackwardParams& of_call, const Til
   p.features_padded = operands.features_padded;
   p.cluster_operand = operands.cluster_operand, p.key_log = operands.key_log;
   p.key_coordinates = operands.key_coordinates, p.key_rows = operands.key_rows;
-  p.by_groups = operands.by_groups, p.longest_list = operands.longest_list;
+  p.by_groups = operands.by_groups;
   if (!p.has_low_rank() || p.key_rows) return p;
   const auto words = [&](std::initializer_list<int64_t> sizes) {
     return static_cast<FourWords*>(call.write(call.empty(sizes, ScalarType::Int)));
@@ -55,7 +55,7 @@ BackwardTileKeysParams backward_tile_keys_params(const BackwardParams& of_call, 
   p.head_steps = ceil_div(p.head_dim, 16), p.value_steps = ceil_div(p.value_pad, 16);
   p.features_padded = operands.features_padded;
   p.key_log = operands.key_log, p.key_coordinates = operands.key_coordinates, p.key_rows = operands.key_rows;
-  p.by_groups = operands.by_groups, p.longest_list = operands.longest_list;
+  p.by_groups = operands.by_groups;
   if (!p.has_low_rank()) return p;
   if (p.key_rows) {
     p.query_rows = static_cast<float*>(call.write(call.empty({p.batch, p.q_heads, p.q_tokens, 16}, ScalarType::Float)));

@@ -134,9 +134,6 @@ class TileKeys {
 
   // The first state slot that holds the keys.
   SB_DEVICE int64_t state_of_keys() const { return p.is_causal ? first / kChunk + 1 : p.slots - 1; }
-  SB_DEVICE float log_of_state(int64_t slot) const {
-    return load(static_cast<const float*>(p.state_log) + head * p.slots + slot);
-  }
   // What a state holds of the keys.
   SB_DEVICE void set_share(float state_log) {
     SB_UNROLL
@@ -148,7 +145,7 @@ class TileKeys {
   // b dH^T F(y) of values, and b F'(y)^T (dH v + dhz) of the map, with b = exp(kappa - kappa_ref). Ragged kernels take
   // dH as it is, so that the gradients of all causal states need no second place.
   SB_DEVICE void add_state() {
-    set_share(log_of_state(state_of_keys()));
+    set_share(log_of_state<float>(p, head, state_of_keys()));
     const int64_t group = quotient(p.q_heads, p.kv_heads), columns = p.value_pad + 1,
                   state = (b * p.q_heads + kv * group) * p.query_segments + (p.is_causal ? state_of_keys() : 0);
     const float* d_state = static_cast<const float*>(p.d_kv_state) + state * p.slot_size;
@@ -258,7 +255,7 @@ class TileKeys {
     for (; i < walk.stages; ++i) {
       stage = stage_of(walk, i);
       if (!(stage.lo < first + kTile && stage.hi > first && stage.lo < stage.hi && stage.slot < walk.slots)) continue;
-      stage.edge = TileEdges(p, range, stage.slot).first;
+      stage.edge = TileEdges::first_of(p, range, stage.slot);
       if (first < stage.edge + kTile) break;
     }
     return i;
@@ -292,7 +289,8 @@ class TileKeys {
       if constexpr (kIsRagged) of_lane.pattern = stage.pattern;
       if (kIsBehind) of_lane.state_weight = MapRow<float, float>(p.x_map, b, h, of_lane.query).log() - record.log;
     }
-    if constexpr (kIsRagged && kHasQuadratic && !kIsBehind) of_lane.state_log = log_of_state(stage.state_slot);
+    if constexpr (kIsRagged && kHasQuadratic && !kIsBehind)
+      of_lane.state_log = log_of_state<float>(p, head, stage.state_slot);
     const int64_t to = base + Layout::kStages + buffer * Layout::kStageBytes;
     SB_UNROLL_COPIES
     for (int j = 0; j < kTile * Rows::kRowChunks / kWarp; ++j) {

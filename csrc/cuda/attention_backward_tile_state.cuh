@@ -107,7 +107,7 @@ class BackwardTileState {
     }
     commit_copies();
     if (kHasQuadratic) {
-      kappa_ref = load(static_cast<const float*>(p.state_log) + head * p.slots + state_slot);
+      kappa_ref = log_of_state<float>(p, head, state_slot);
       for (int i = lane; i < kTile * kRowWidth; i += kWarp) {
         x.set(i, coordinate_of_query(p, b, h, queries.get(i / kRowWidth), i % kRowWidth)), d_x.set(i, 0.0f),
             of_hz.set(i, 0.0f);

@@ -8,9 +8,11 @@
 
 namespace sb::cuda {
 
-AttentionCall::AttentionCall(const AttentionArguments& a)
+AttentionCall::AttentionCall(const AttentionArguments& a, bool is_forward, bool by_tiles)
     : a(a),
       call(a.query),
+      by_tiles(by_tiles),
+      has_few_queries(is_forward && a.query.size(2) <= kByKeyQueries),
       map_dtype(accumulation_type(a.query)),
       is_wide(map_dtype == ScalarType::Double || a.query.size(3) < kNarrowHead),
       dtype(is_wide ? ScalarType::Double : ScalarType::Float) {
@@ -28,9 +30,12 @@ void AttentionCall::set_shape() {
            kWidest, " wide on a CUDA device, got ", p.head_dim, " and ", p.value_pad,
            "; use more heads, or move the tensors to the CPU");
   p.low_rank = static_cast<LowRank>(a.low_rank), p.is_causal = a.is_causal, p.scale = a.scale;
-  p.q = call.read_rows(q), p.k = call.read_rows(k), p.v = call.read_rows(v);
+  const auto rows_of = [&](const Tensor& t) { return by_tiles ? call.read_aligned_rows(t) : call.read_rows(t); };
+  p.q = rows_of(q), p.k = rows_of(k), p.v = rows_of(v);
   p.fallback_bound = is_wide && map_dtype != ScalarType::Double ? kFallbackBoundInDouble : kFallbackBound;
   p.segment = p.is_causal ? kChunk : kSegment, p.slots = ceil_div(p.k_tokens, p.segment) + 1;
+  p.has_one_state = has_few_queries && p.is_causal;
+  p.state_segment = p.has_one_state ? kSegment : p.segment, p.state_slots = ceil_div(p.k_tokens, p.state_segment) + 1;
 }
 
 void AttentionCall::set_lists() {
@@ -41,8 +46,9 @@ void AttentionCall::set_lists() {
   }
   if (a.span) {
     p.span = call.read_contiguous<int32_t>(a.span), p.span_batch = a.span->size(0) == 1 ? 0 : p.blocks * 2;
-    p.span_keys = a.span_keys, p.span_sinks = a.span_sinks;
+    p.span_keys = a.span_keys, p.span_sinks = std::min(a.span_sinks, p.k_tokens);
   }
+  p.longest_list = p.span_keys + p.span_sinks + p.capacity * std::min(p.block_k, p.k_tokens);
   if (a.query_order) p.order = call.read_contiguous<int32_t>(a.query_order), p.order_heads = a.query_order->size(1);
 }
 
@@ -81,15 +87,18 @@ void AttentionCall::set_low_rank(ForwardParams& p, bool in_double) {
     p.rank = a.packed_rank ? a.packed_rank : a.query_map->size(3) - 1;
     p.x_map = map_view(*a.query_map, in_double), p.y_map = map_view(*a.key_map, in_double);
   }
-  if (p.has_products() && a.value.element_size() == 2) p.v = call.read_aligned_rows(a.value);
   p.features = feature_count(p.low_rank, p.rank), p.slot_size = p.features * (p.value_pad + 1);
-  p.kv_state = room({p.batch, p.kv_heads, p.slots, p.slot_size}, dtype);
-  p.segment_log = room({p.batch, p.kv_heads, p.slots, p.logs_of_state()}, dtype);
-  p.state_log = room({p.batch, p.kv_heads, p.slots}, dtype);
+  p.kv_state = nullptr;
+  // Without tiles few queries sum every key by itself.
+  if (has_few_queries && p.has_maps() && (in_double || !by_tiles)) return;
+  if (p.has_products() && a.value.element_size() == 2 && !in_double && !by_tiles) p.v = call.read_aligned_rows(a.value);
+  p.kv_state = room({p.batch, p.kv_heads, p.state_slots, p.slot_size}, dtype);
+  p.segment_log = room({p.batch, p.kv_heads, p.state_slots, p.logs_of_state()}, dtype);
+  p.state_log = room({p.batch, p.kv_heads, p.state_slots}, dtype);
 }
 
 void AttentionCall::make_states(ForwardParams& p, bool in_double) {
-  if (!p.has_low_rank()) return;
+  if (!p.kv_state) return;
   if (in_double && p.has_maps()) {
     set_held_keys(p);
     launch_held_keys(p, element(), call.stream());

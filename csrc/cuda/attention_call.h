@@ -7,12 +7,13 @@ namespace sb::cuda {
 
 class AttentionCall {
  public:
-  explicit AttentionCall(const AttentionArguments& a);
+  // `by_tiles`: whether the first pass computes on tensor cores.
+  AttentionCall(const AttentionArguments& a, bool is_forward, bool by_tiles);
 
   Element element() const { return element_of(a.query); }
   // Gives `p` maps or clusters, and room for states, in the type of sums of a pass.
   void set_low_rank(ForwardParams& p, bool in_double);
-  // Computes the states of a pass.
+  // Computes the states of a pass that reads any.
   void make_states(ForwardParams& p, bool in_double);
   // The parameters of the pass that computes what the first one flagged.
   template <class Params>
@@ -27,9 +28,10 @@ class AttentionCall {
 
   const AttentionArguments& a;
   Call call;
-  const ScalarType map_dtype;  // of maps and of lse
-  const bool is_wide;          // whether the first pass computes in double
-  const ScalarType dtype;      // of its sums
+  const bool by_tiles, has_few_queries;  // the latter in the forward pass alone
+  const ScalarType map_dtype;            // of maps and of lse
+  const bool is_wide;                    // whether the first pass computes in double
+  const ScalarType dtype;                // of its sums
   ForwardParams p{};
   RowsParams row_params{};
 

@@ -12,10 +12,7 @@ namespace {
 class Forward : AttentionCall {
  public:
   explicit Forward(const AttentionArguments& a)
-      : AttentionCall(a), is_float(fits_float_tiles(a)), by_tiles(is_float || fits_tiles(a)) {
-    if (!by_tiles) return;
-    p.q = call.read_aligned_rows(a.query), p.k = call.read_aligned_rows(a.key), p.v = call.read_aligned_rows(a.value);
-  }
+      : AttentionCall(a, true, fits_float_tiles(a) || fits_tiles(a)), is_float(fits_float_tiles(a)) {}
 
   Results run() {
     const Tensor out = call.empty_like_tokens(a.query, p.value_pad),
@@ -53,7 +50,7 @@ class Forward : AttentionCall {
       (params.is_ragged() ? launch_ragged_attention_tile : launch_attention_tile)(params, element(), call.stream());
   }
 
-  const bool is_float, by_tiles;  // on tensor cores
+  const bool is_float;  // in products of float32
 };
 
 }  // namespace

@@ -63,7 +63,7 @@ class ForwardQuery : AttentionQuery<E, T> {
       sum_all(list);
       return finish(SlotKind::kByKey, warp_sum(exact));
     }
-    kappa_ref = load(static_cast<const T*>(p.state_log) + head * p.slots + state_slot);
+    kappa_ref = log_of_state<T>(p, head, state_slot);
     sum_listed(list, state_end);
     if (p.held_keys) sum_held(list);
     if (p.is_causal) sum_unlisted(list, state_end);

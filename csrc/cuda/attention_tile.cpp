@@ -41,7 +41,6 @@ TileParams tile_params(const ForwardParams& of_call, const AttentionArguments& a
   TileParams p{};
   static_cast<ForwardParams&>(p) = of_call;
   p.by_groups = merges(a);
-  p.longest_list = p.span_keys + p.span_sinks + p.capacity * std::min(p.block_k, p.k_tokens);
   p.key_row_bytes = uint32_t(p.k.row * 2), p.value_row_bytes = uint32_t(p.v.row * 2);
   p.head_steps = ceil_div(p.head_dim, 16), p.value_chunks = p.value_pad / 8;
   if (!p.has_low_rank()) return p;

@@ -133,7 +133,7 @@ class Tile {
       exact[r] = removed[r] = 0, listed_before[r] = 0;
     }
     if (kHasQuadratic) {
-      kappa_ref = load(static_cast<const float*>(p.state_log) + head * p.slots + state_slot);
+      kappa_ref = log_of_state<float>(p, head, state_slot);
       SB_UNROLL
       for (int r = 0; r < 2; ++r) rho[r] = x().get(row_of(r) * kRowOfX + kLogOfX);
       if (kappa_ref > float(kNoKeyLog)) add_state_of_features();
@@ -209,7 +209,7 @@ class Tile {
 
   // -------------------- the state
 
-  SB_DEVICE int64_t operand_of_state() const { return p.is_causal ? head * p.slots + state_slot : head; }
+  SB_DEVICE int64_t operand_of_state() const { return p.has_prefixes() ? head * p.slots + state_slot : head; }
 
   // sum += features rows [16 step, 16 step + 16) of the state; both in two parts.
   SB_DEVICE void add_rows_of_state(int64_t step, const uint32_t (&high)[4], const uint32_t (&low)[4]) {

@@ -103,7 +103,7 @@ class FloatTile {
       exact[r] = removed[r] = 0, listed_before[r] = 0;
     }
     if (kHasQuadratic) {
-      kappa_ref = load(static_cast<const float*>(p.state_log) + head * p.slots + state_slot);
+      kappa_ref = log_of_state<float>(p, head, state_slot);
       SB_UNROLL
       for (int r = 0; r < 2; ++r) rho[r] = x().get(row_of(r) * kRowOfX + kLogOfX);
       if (kappa_ref > float(kNoKeyLog)) add_state_of_features();
@@ -148,9 +148,7 @@ class FloatTile {
 
   // -------------------- the state
 
-  SB_DEVICE const float* state() const {
-    return static_cast<const float*>(p.kv_state) + (head * p.slots + state_slot) * p.slot_size;
-  }
+  SB_DEVICE const float* state() const { return state_of<float>(p, head, p.stored_state(state_slot)); }
 
   // sum += features times rows [8 step, 8 step + 8) of the state, of which this lane's are the two from 8 step + 2 t
   // on.

@@ -9,14 +9,14 @@ namespace sb::cuda {
 inline constexpr int kPartsOfRepresentative = 3;
 
 // The state by rows of 16 features and columns of 8 values, as the right operand of a product, in two parts; and hz. Of
-// every slot of a causal call, else of the last.
+// every slot where prefixes are stored, else of the last.
 SB_KERNEL tile_state(TileParams p) {
   const int64_t steps = p.features_padded / 16, columns = p.value_pad + 1, size = steps * p.value_chunks * kWarp;
   for_each_element(p.batch * p.kv_heads * p.operand_slots() * size, [&](int64_t at) {
     const int64_t operand = at / size, step = at / (p.value_chunks * kWarp) % steps,
                   chunk = at / kWarp % p.value_chunks;
     const int g = int(at % kWarp / 4), t = int(at % 4);
-    const int64_t slot = p.is_causal ? operand : operand * p.slots + p.slots - 1;
+    const int64_t slot = p.has_prefixes() ? operand : operand * p.state_slots + p.state_slots - 1;
     const float* state = static_cast<const float*>(p.kv_state) + slot * p.slot_size;
     const auto entry = [&](int64_t f, int64_t column) {
       return f < p.features ? load(state + f * columns + column) : 0.0f;

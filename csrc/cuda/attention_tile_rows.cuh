@@ -40,9 +40,8 @@ struct TileEdges {
   // By positions and shapes alone, and no later row has a say. Early tiles read no state: their complements are small.
   SB_DEVICE TileEdges(const ForwardParams& p, const RowRange& range, int64_t first_slot) {
     const int64_t last = int64_t(range.k_end) - range.k_first - 1;
-    int64_t edge = p.is_causal ? int64_t(range.q_first) + first_slot + range.offset - range.k_first : last;
-    edge = edge < -kTile ? -kTile : edge > last ? last : edge;
-    first = int32_t(edge);
+    first = first_of(p, range, first_slot);
+    int64_t edge = first;
     const int64_t seen = edge + kTile - 1 < last ? edge + kTile : last + 1;
     edge = edge < -1 ? -1 : edge;
     state_slot = int32_t(kv_state_of_edge(p, edge));
@@ -57,6 +56,11 @@ struct TileEdges {
       state_end = edge < 0 ? 0 : int32_t(edge) / kStage * kStage;
     }
     seen_end = int32_t(seen);
+  }
+  SB_DEVICE static int32_t first_of(const ForwardParams& p, const RowRange& range, int64_t first_slot) {
+    const int64_t last = int64_t(range.k_end) - range.k_first - 1,
+                  edge = p.is_causal ? int64_t(range.q_first) + first_slot + range.offset - range.k_first : last;
+    return int32_t(edge < -kTile ? -kTile : edge > last ? last : edge);
   }
   // Which keys from `begin` on row `row` sees.
   SB_DEVICE uint32_t seen_by(int row, int32_t begin) const { return bits_between(0, first + row + 1 - begin); }
@@ -177,11 +181,20 @@ class TileRows {
                                      : bits_of_list(to.begin) & ~bits_of_span(to.begin);
       to.pattern &= bits_between(0, edges.state_end - to.begin);
       const uint32_t any = any_of_rows(to.pattern);
-      if (any == 0) continue;
+      if (any == 0) {
+        if (phase == kSpans) skip_to_span();
+        continue;
+      }
       const int32_t key = to.begin + row;
       to.key = any >> row & 1 && is_valid(key) ? key : -1;
       return true;
     }
+  }
+
+  // To the next group of which a span has keys, so that spans far from each other take no time between them.
+  SB_DEVICE void skip_to_span() {
+    const int32_t next = least_of_rows(lo < hi && hi > group ? (lo > group ? lo : group) : kNoGroup);
+    group = next >= group_end ? group_end : group + (next - group) / kStage * kStage;
   }
 
   // -------------------- stages of positions: block after block of queries, each with all rows of its list

@@ -45,7 +45,7 @@ ProjectParams scores_of_clusters(const BackwardParams& of) {
 }  // namespace
 
 void launch_feature_products(const ForwardParams& p, Element element, Stream stream) {
-  launch_products(stream, "feature_products", p, element, p.batch * p.kv_heads * (p.slots - 1),
+  launch_products(stream, "feature_products", p, element, p.batch * p.kv_heads * (p.state_slots - 1),
                   SummedFeatures::of_state(p), SB_PRODUCTS(feature_products));
 }
 

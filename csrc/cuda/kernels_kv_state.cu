@@ -19,7 +19,7 @@ void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream
   with_types(element, is_wide, [&](auto* e, auto* t) {
     using E = std::remove_pointer_t<decltype(e)>;
     using T = std::remove_pointer_t<decltype(t)>;
-    const int64_t heads = p.batch * p.kv_heads, segments = heads * (p.slots - 1);
+    const int64_t heads = p.batch * p.kv_heads, segments = heads * (p.state_slots - 1);
     if (p.has_clusters()) {
       const int64_t bytes = SortedKeys::bytes(p.rank) + kSegment * int64_t(sizeof(T));
       launch(stream, "cluster_segments", segments, kStateThreads, bytes, cluster_segments<E, T>, p);
@@ -32,7 +32,7 @@ void launch_states(const ForwardParams& p, Element element, bool is_wide, Stream
              feature_segments<E, T>, p);
     }
     const int64_t blocks = blocks_for(heads * p.slot_size, kStateThreads);
-    if (p.is_causal)
+    if (p.has_prefixes())
       launch(stream, "state_prefixes", blocks, kStateThreads, 0, state_prefixes<T>, p);
     else
       launch(stream, "state_totals", blocks, kStateThreads, 0, state_totals<T>, p);

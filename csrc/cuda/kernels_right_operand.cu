@@ -15,8 +15,8 @@ void launch_backward_tile_operands(const BackwardTileParams& p, Stream stream) {
   OperandParams state{};
   state.batch = p.batch, state.heads = state.given_heads = p.kv_heads * slots, state.rows = p.value_pad;
   state.columns = p.features;
-  state.data = static_cast<const float*>(p.kv_state) + (p.slots - slots) * p.slot_size;
-  state.of_head = p.slots / slots * p.slot_size, state.of_batch = p.kv_heads * p.slots * p.slot_size;
+  state.data = static_cast<const float*>(p.kv_state) + (p.state_slots - slots) * p.slot_size;
+  state.of_head = p.state_slots / slots * p.slot_size, state.of_batch = p.kv_heads * p.state_slots * p.slot_size;
   state.of_row = 1, state.of_column = p.value_pad + 1;
   state.row_steps = p.value_steps, state.column_chunks = p.features_padded / 8, state.operand = p.state_operand;
   launch_right_operand(state, stream);

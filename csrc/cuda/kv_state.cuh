@@ -1,6 +1,7 @@
 // States (docs/algorithm.md, sections 2 and 4): sums over segments of keys, then their prefix sums, or without a causal
-// edge their total, in a fixed order.
+// edge, or before one of few queries, their total, in a fixed order.
 #pragma once
+#include "../math/edges.h"
 #include "clusters_of_segment.cuh"
 #include "low_rank.cuh"
 
@@ -8,21 +9,23 @@ namespace sb::cuda {
 
 inline constexpr int kStateThreads = 128;
 
-template <class T>
-SB_DEVICE T* state_of(const ForwardParams& p, int64_t head, int64_t slot) {
-  return static_cast<T*>(p.kv_state) + (head * p.slots + slot) * p.slot_size;
+// Where keys of states end, absolute.
+SB_DEVICE int64_t end_of_states(const ForwardParams& p, const RowRange& range) {
+  if (!p.has_one_state) return range.k_end;
+  return range.k_first + kv_state_of_edge(p, edge_of_slot(p, range, 0)) * kChunk;
 }
 
 // A segment's keys, whose sums go into slot + 1.
 struct Segment : TokenSegment {
   int64_t b, kv, head, slot;
-  SB_DEVICE Segment(const ForwardParams& p, int64_t task) : Segment(p, task / (p.slots - 1), task % (p.slots - 1)) {}
+  SB_DEVICE Segment(const ForwardParams& p, int64_t task)
+      : Segment(p, task / (p.state_slots - 1), task % (p.state_slots - 1)) {}
 
  private:
   SB_DEVICE Segment(const ForwardParams& p, int64_t head, int64_t slot)
       : Segment(p, head, slot, load(p.rows + head / p.kv_heads)) {}
   SB_DEVICE Segment(const ForwardParams& p, int64_t head, int64_t slot, const RowRange& range)
-      : TokenSegment(slot, p.segment, range.k_first, range.k_end,
+      : TokenSegment(slot, p.state_segment, range.k_first, end_of_states(p, range),
                      p.k_mask ? p.k_mask + head / p.kv_heads * p.k_tokens : nullptr),
         b(head / p.kv_heads),
         kv(head % p.kv_heads),
@@ -79,7 +82,7 @@ struct EnteringKeys {
 // Where the log scale of a segment's sums stands: every cluster has its own.
 template <class T>
 SB_DEVICE T* segment_log_of(const ForwardParams& p, int64_t head, int64_t slot, int64_t cluster) {
-  return static_cast<T*>(p.segment_log) + (head * p.slots + slot) * p.logs_of_state() + cluster;
+  return static_cast<T*>(p.segment_log) + (head * p.state_slots + slot) * p.logs_of_state() + cluster;
 }
 
 // Sums by cluster, relative to the largest log mass of the cluster in the segment.
@@ -88,7 +91,7 @@ SB_KERNEL cluster_segments(ForwardParams p) {
   typedef AccType<E> M;
   SortedKeys keys(0, p.rank);
   const auto logs = shared_array<T>(SortedKeys::bytes(p.rank));
-  for_each_task(p.batch * p.kv_heads * (p.slots - 1), [&](int64_t task) {
+  for_each_task(p.batch * p.kv_heads * (p.state_slots - 1), [&](int64_t task) {
     const Segment s(p, task);
     if (is_unwanted(p, s.head)) return;
     keys.clear(s.end - s.begin);
@@ -168,7 +171,7 @@ SB_KERNEL feature_segments(ForwardParams p) {
   const auto key = shared_array<int32_t>((kFeatureTile * kChunk + kStateThreads / kWarp) * int64_t(sizeof(T)));
   const ChunkOfFeatures<T> chunk{features, key};
   const int thread = thread_index();
-  for_each_task(p.batch * p.kv_heads * (p.slots - 1) * tiles, [&](int64_t task) {
+  for_each_task(p.batch * p.kv_heads * (p.state_slots - 1) * tiles, [&](int64_t task) {
     const Segment s(p, task / tiles);
     if (is_unwanted(p, s.head)) return;
     const EnteringKeys keys(p, s);
@@ -206,7 +209,7 @@ SB_KERNEL feature_segments(ForwardParams p) {
 }
 
 // The sums over all segments, relative to the largest log scale, in the last slot: a thread per entry. Slots before it
-// stay as they are, since without a causal edge nobody reads them.
+// stay as they are, since nobody reads them; the first one is empty for queries that read none.
 template <class T>
 SB_KERNEL state_totals(ForwardParams p) {
   const int64_t size = p.slot_size, columns = p.value_pad + 1;
@@ -214,15 +217,17 @@ SB_KERNEL state_totals(ForwardParams p) {
     const int64_t head = at / size, x = at % size, cluster = p.has_clusters() ? x / columns : 0;
     if (is_unwanted(p, head)) return;
     T top = T(kLowestLog), sum = T(0);
-    for (int64_t slot = 1; slot < p.slots; ++slot)
+    for (int64_t slot = 1; slot < p.state_slots; ++slot)
       top = larger(top, load(static_cast<const T*>(segment_log_of<T>(p, head, slot, cluster))));
-    for (int64_t slot = 1; slot < p.slots; ++slot) {
+    for (int64_t slot = 1; slot < p.state_slots; ++slot) {
       const T of_segment = load(static_cast<const T*>(segment_log_of<T>(p, head, slot, cluster)));
       if (of_segment > T(kNoKeyLog)) sum += load(state_of<T>(p, head, slot) + x) * exp2_of(of_segment - top);
     }
-    store(state_of<T>(p, head, p.slots - 1) + x, sum);
+    store(state_of<T>(p, head, p.state_slots - 1) + x, sum);
     if (p.has_clusters() && x % columns == 0) store(static_cast<T*>(p.cluster_log) + head * p.rank + cluster, top);
-    if (x == 0) store(static_cast<T*>(p.state_log) + head * p.slots + p.slots - 1, p.has_clusters() ? T(0) : top);
+    if (x > 0) return;
+    T* log = static_cast<T*>(p.state_log) + head * p.state_slots;
+    store(log, T(kLowestLog)), store(log + p.state_slots - 1, p.has_clusters() ? T(0) : top);
   });
 }
 
@@ -236,22 +241,22 @@ SB_KERNEL state_prefixes(ForwardParams p) {
     const int64_t head = at / size, x = at % size;
     if (is_unwanted(p, head)) return;
     T sum = T(0), log = T(kLowestLog);
-    for (int64_t first = 0; first < p.slots; first += kAhead) {
+    for (int64_t first = 0; first < p.state_slots; first += kAhead) {
       T part[kAhead], of_segment[kAhead];
       for (int i = 0; i < kAhead; ++i) {
         const int64_t slot = first + i;
-        const bool has_keys = slot > 0 && slot < p.slots;
+        const bool has_keys = slot > 0 && slot < p.state_slots;
         of_segment[i] = has_keys ? load(static_cast<const T*>(segment_log_of<T>(p, head, slot, 0))) : T(kLowestLog);
         part[i] = has_keys ? load(state_of<T>(p, head, slot) + x) : T(0);
       }
-      for (int i = 0; i < kAhead && first + i < p.slots; ++i) {
+      for (int i = 0; i < kAhead && first + i < p.state_slots; ++i) {
         if (of_segment[i] > T(kNoKeyLog)) {
           const T top = larger(log, of_segment[i]);
           sum = sum * exp2_of(log - top) + part[i] * exp2_of(of_segment[i] - top);
           log = top;
         }
         store(state_of<T>(p, head, first + i) + x, sum);
-        if (x == 0) store(static_cast<T*>(p.state_log) + head * p.slots + first + i, log);
+        if (x == 0) store(static_cast<T*>(p.state_log) + head * p.state_slots + first + i, log);
       }
     }
   });

@@ -84,7 +84,7 @@ SB_KERNEL query_suffixes(BackwardParams p) {
     const auto entry = [&](int64_t h, int64_t segment) {
       return static_cast<T*>(p.d_kv_state) + ((first + h) * p.query_segments + segment) * size + x;
     };
-    const auto log_of = [&](int64_t slot) { return load(static_cast<const T*>(p.state_log) + head * p.slots + slot); };
+    const auto log_of = [&](int64_t slot) { return log_of_state<T>(p, head, slot); };
     T sum = T(0);
     for (int64_t segment = p.query_segments - 1; segment >= 0; --segment) {
       if (p.is_causal && segment + 1 < p.query_segments) sum *= exp2_of(log_of(segment) - log_of(segment + 1));

@@ -11,7 +11,7 @@ static_assert(kStateThreads == kProductThreads);
 template <class E, int D>
 SB_KERNEL SB_THREADS_AT_MOST(kProductThreads) feature_products(ForwardParams p) {
   const SummedFeatures sums = SummedFeatures::of_state(p);
-  for_each_task(p.batch * p.kv_heads * (p.slots - 1) * ProductTask<D>::blocks(sums), [&](int64_t i) {
+  for_each_task(p.batch * p.kv_heads * (p.state_slots - 1) * ProductTask<D>::blocks(sums), [&](int64_t i) {
     const ProductTask<D> task(sums, i);
     const Segment s(p, task.row);
     const EnteringKeys keys(p, s);

@@ -1,4 +1,5 @@
-// The low-rank part of a pair: coordinates, log scales and clusters as the operators take them, read in place.
+// The low-rank part of a pair: coordinates, log scales and clusters as the operators take them, read in place; and the
+// states that are stored.
 #pragma once
 #include "../math/low_rank_kernels.h"
 #include "device.h"
@@ -53,6 +54,17 @@ SB_DEVICE T log_mass_of(const ForwardParams& p, int64_t head, int64_t j) {
   const T log = T(load(static_cast<const M*>(p.log_mass) + head * p.k_tokens + j)) * T(kLog2e);
   const T limit = T(p.cluster_limit);
   return log > limit ? limit : log < -limit ? -limit : log;
+}
+
+// A stored state.
+template <class T>
+SB_DEVICE T* state_of(const ForwardParams& p, int64_t head, int64_t slot) {
+  return static_cast<T*>(p.kv_state) + (head * p.state_slots + slot) * p.slot_size;
+}
+// The log scale of what a query reads by a slot.
+template <class T>
+SB_DEVICE T log_of_state(const ForwardParams& p, int64_t head, int64_t state_slot) {
+  return load(static_cast<const T*>(p.state_log) + head * p.state_slots + p.stored_state(state_slot));
 }
 
 }  // namespace sb::cuda

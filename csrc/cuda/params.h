@@ -32,7 +32,7 @@ inline constexpr int64_t kByKeyLimit = 64;
 inline constexpr double kTermsBoundOfPlainStates = 128;
 // So is every complement of a row with so few queries.
 inline constexpr int64_t kByKeyQueries = 16;
-// Keys of a partial state without a causal edge; kChunk with one.
+// Keys of a partial state without a causal edge, or before one of few queries; else kChunk with one.
 inline constexpr int64_t kSegment = 512;
 // Query slots of a tile.
 inline constexpr int kTile = 16;
@@ -143,8 +143,8 @@ struct ForwardParams : AttentionParams {
   const void* given_representatives;  // (B, Hkv, clusters, head_dim)
   void* cluster_log;  // T (B, Hkv, clusters), the largest log mass of a cluster in base 2, or kLowestLog
   double cluster_limit;
-  void* segment_log;  // T (B, Hkv, slots, logs_of_state()): the largest kappa of a segment, by cluster
-  void* state_log;    // T (B, Hkv, slots): the same of the keys before a segment, 0 with clusters
+  void* segment_log;  // T (B, Hkv, state_slots, logs_of_state()): the largest kappa of a segment, by cluster
+  void* state_log;    // T (B, Hkv, state_slots): the same of the keys of a stored state, 0 with clusters
   // Queries whose complement drowns in rounding get no result, and a flag; any_flagged says whether their states are
   // wanted again in float64. Both are null where nothing computes again.
   uint8_t *flags, *any_flagged;  // (B, Hq, N), (B, Hkv)
@@ -162,6 +162,11 @@ struct ForwardParams : AttentionParams {
   int32_t *held_keys, *held_counts;  // (B, Hkv, held_slots(), most_held), (B, Hkv, held_slots())
   int32_t *late_keys, *late_counts;  // with a causal edge (B, Hkv, slots, most_held + kChunk), (B, Hkv, slots)
 
+  // States are stored by the slots of the keys before them, or where few queries have a causal edge one alone is, of
+  // the chunks before the first query's edge. Sums over segments of state_segment keys come first.
+  bool has_one_state;
+  int64_t state_segment, state_slots;
+
   // Of ragged tiles (attention_tile_rows.cuh): whether the rows' lists are merged by groups of keys, else one list
   // follows the other; and a bound of the keys of a list.
   bool by_groups;
@@ -170,7 +175,12 @@ struct ForwardParams : AttentionParams {
   // Whether the queries of a tile have several lists or edges.
   SB_HD bool is_ragged() const { return is_causal || block_q % kTile != 0; }
   SB_HD int64_t held_slots() const { return is_causal ? slots : 1; }
-  SB_HD int64_t operand_slots() const { return is_causal ? slots : 1; }
+  SB_HD bool has_prefixes() const { return is_causal && !has_one_state; }
+  SB_HD int64_t operand_slots() const { return has_prefixes() ? slots : 1; }
+  // Where a state is stored that a query with a causal edge reads by this slot; the first one is empty.
+  SB_HD int64_t stored_state(int64_t state_slot) const {
+    return has_one_state && state_slot > 0 ? state_slots - 1 : state_slot;
+  }
   SB_HD int64_t logs_of_state() const { return has_clusters() ? rank : 1; }
   // Whether states in float32, and their gradients, are sums on tensor cores where tokens have 16 bits. Decided by
   // widths alone, so that padding changes no bit. Rows of v and of d_out then begin at multiples of 16 bytes.

@@ -13,7 +13,7 @@ namespace sb::cuda {
 namespace {
 
 // Blocks of threads make lists in turn, each in memory of its own: as many as this memory holds, within limits.
-constexpr int64_t kScratchWords = int64_t(1) << 24, kFewestBlocks = 256, kMostBlocks = 1024;
+constexpr int64_t kScratchWords = int64_t(1) << 24, kFewestBlocks = 128, kMostBlocks = 1024;
 
 class Route {
  public:

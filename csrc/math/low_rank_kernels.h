@@ -163,7 +163,12 @@ struct FeatureKernel {
   }
   template <class V, class Z, class G, class Load, class Store>
   static SB_HD void chain(int64_t rank, V weight, const Z&, const G& g, const Load& dz, const Store& store) {
-    for (int64_t f = 0; f < rank; ++f) store(f, dz(f) + weight * g(f));
+    for (int64_t f = 0; f < rank; ++f) chain_feature(f, weight, g, dz, store);
+  }
+  // The same of one feature, which no other one meets.
+  template <class V, class G, class Load, class Store>
+  static SB_HD void chain_feature(int64_t f, V weight, const G& g, const Load& dz, const Store& store) {
+    store(f, dz(f) + weight * g(f));
   }
   static SB_HD auto log_gradient(auto sum, auto) { return sum; }
   // Nothing cancels in a sum of non-negative terms, so that no state needs a centre.

@@ -221,8 +221,8 @@ FAULTS = {
     ),
     "a query before the key": (
         FILE,
-        "to.slots &= bits_between(to.key - edges.first, kTile);",
-        "",
+        "to.slots &= bits_between(to.key - edges.first, kTile) & computed;",
+        "to.slots &= computed;",
         "d[kv] of the past|d[kv] (rms|row)",
     ),
     "zeros that meet what is no number": (

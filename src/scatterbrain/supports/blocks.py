@@ -72,7 +72,8 @@ class Blocks(Support):
         """The lists of a mask. Exact weights where it is True; the low-rank kernel has the rest.
 
         Queries and keys count from each row's first token that is not padding. Reads the mask, which on a GPU waits for
-        it. A list takes memory by the longest: a mask with a full row makes lists as long as the row.
+        it. A list takes memory by the longest: a mask with a full row makes lists as long as the row. On a GPU so does
+        the time of a causal call with a low-rank kernel: give queries that attend to everything a call of their own.
 
         Args:
             mask: bool (queries, keys), for every batch row and head, or (batch, heads, queries, keys) with the heads of
