@@ -78,10 +78,17 @@ def kernel_starts(emulator: Emulator, kernel: str, expected: bool = True) -> Ite
 
 
 def excess(
-    emulator: Emulator, kernel: str, tokens: list[Tensor], support: object, low_rank: object, **more: object
+    emulator: Emulator,
+    kernel: str,
+    tokens: list[Tensor],
+    support: object,
+    low_rank: object,
+    rounds: bool | None = None,
+    **more: object,
 ) -> str:
     """Empty where the errors of a call that starts ``kernel`` are near those of the CPU's kernel at the same type, else
-    which one is not."""
+    which one is not. ``rounds``: whether that kernel rounds weights where this one does; by default what its types
+    say."""
     more.setdefault("statistics", statistics_of(low_rank, tokens))
     with kernel_starts(emulator, kernel):
         out, lse = sb.attention(*tokens, support, low_rank, return_lse=True, **more)
@@ -90,7 +97,7 @@ def excess(
         *tokens, support, return_lse=True, low_rank=low_rank, dtype=torch.float64, **more
     )
     yardsticks = [cpu]
-    if not are_the_cpus(tokens[0].dtype):
+    if not (are_the_cpus(tokens[0].dtype) if rounds is None else rounds):
         yardsticks.append(rounded_out(tokens, support, low_rank, **more))
     of_rms, of_row = 1.1, 1.5
     shown = exact_lse.isfinite()

@@ -9,7 +9,8 @@ from cuda_memory import at_once
 from emulated import Emulator
 from planted import Kernels
 from testkit import assert_same_bits, rand
-from tiles import excess, kernel_starts, statistics_of
+from tiles import excess as excess_of_kernel
+from tiles import kernel_starts, statistics_of
 from torch import Tensor
 
 import scatterbrain as sb
@@ -21,6 +22,11 @@ KERNELS = {torch.bfloat16: "attention_tile", torch.float16: "attention_tile", to
 def tokens_of(dtype: torch.dtype, queries: int, keys: int = M, head_dim: int = 64, batch: int = 2) -> list[Tensor]:
     query, key = rand(batch, 4, queries, head_dim, seed=1), rand(batch, 2, keys, head_dim, seed=2)
     return [query.to(dtype), key.to(dtype), rand(batch, 2, keys, head_dim, seed=3).to(dtype)]
+
+
+def excess(emulator: Emulator, kernel: str, tokens: list[Tensor], *arguments: object, **more: object) -> str:
+    """The CPU sums unlisted keys of few queries one by one, with weights that are not rounded on any of its sets."""
+    return excess_of_kernel(emulator, kernel, tokens, *arguments, rounds=tokens[0].dtype != torch.bfloat16, **more)
 
 
 def behind(tokens: list[Tensor]) -> Tensor:
