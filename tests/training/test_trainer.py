@@ -344,11 +344,8 @@ def test_the_comparison_of_a_run_that_its_time_limit_ended_is_of_what_was_run(ti
     assert "bits per byte after 5 steps" in (Path(trainer.config.output) / "comparison.txt").read_text()
 
 
-def test_the_comparison_of_a_run_that_went_on_with_more_steps_repeats_its_batches(tiny, monkeypatch):
-    growing = {"task": {"kind": "language", "first_tokens": 12}}
-    Trainer(dataclasses.replace(tiny(ATTENTIONS["train"], steps=4), **growing)).run()
-    config = dataclasses.replace(tiny(ATTENTIONS["train"], resume=True), **growing, compare=CompareConfig(steps=8))
-    trainer = Trainer(config)
+def drawn_in(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
+    """Runs it; the number and the share of the run of every batch that it drew to train on."""
     drawn, draw = [], trainer.data.training_batch
 
     def record(number: int, fraction: float) -> Batch:
@@ -357,6 +354,15 @@ def test_the_comparison_of_a_run_that_went_on_with_more_steps_repeats_its_batche
 
     monkeypatch.setattr(trainer.data, "training_batch", record)
     trainer.run()
+    return drawn
+
+
+def test_the_comparison_of_a_run_that_went_on_with_more_steps_repeats_its_batches(tiny, monkeypatch):
+    growing = {"task": {"kind": "language", "first_tokens": 12}}
+    Trainer(dataclasses.replace(tiny(ATTENTIONS["train"], steps=4), **growing)).run()
+    config = dataclasses.replace(tiny(ATTENTIONS["train"], resume=True), **growing, compare=CompareConfig(steps=8))
+    trainer = Trainer(config)
+    drawn = drawn_in(trainer, monkeypatch)
     assert drawn[4:8] == [(number, number / 4) for number in range(4)], "as the first four steps were"
     assert drawn[8:] == drawn[:4]
 
@@ -364,13 +370,6 @@ def test_the_comparison_of_a_run_that_went_on_with_more_steps_repeats_its_batche
 def test_the_comparison_of_a_run_by_the_clock_repeats_its_batches(tiny, monkeypatch):
     trainer = Trainer(dataclasses.replace(tiny(ATTENTIONS["train"], minutes=1), compare=CompareConfig(steps=3)))
     monkeypatch.setattr(trainer, "_seconds", lambda: 12 * trainer.steps_done)  # the clock is ahead of the eight steps
-    drawn, draw = [], trainer.data.training_batch
-
-    def record(number: int, fraction: float) -> Batch:
-        drawn.append((number, fraction))
-        return draw(number, fraction)
-
-    monkeypatch.setattr(trainer.data, "training_batch", record)
-    trainer.run()
+    drawn = drawn_in(trainer, monkeypatch)
     assert [fraction for _, fraction in drawn[:3]] == pytest.approx([0, 0.2, 0.4])
     assert drawn[-3:] == drawn[:3]
