@@ -460,6 +460,36 @@ def test_sdpa_gives_the_model_back_and_our_state_waits():
     assert torch.equal(hf.run(model, **arguments), ours)
 
 
+FEATURES = register(
+    "scatterbrain:features", sb.Window(16, block_q=8), sb.Features(nn.Sequential(nn.Linear(16, 8), nn.Softplus()))
+)
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy], ids=["itself", "deepcopy"])
+@pytest.mark.parametrize("between", [FEATURES, "sdpa"])
+def test_modules_that_took_the_place_of_a_kernels_stay_when_it_is_chosen_again(between: str, copied):
+    model = hf.FAMILIES["bert"].build(FEATURES)
+    for seed, core in enumerate(cores(model).values()):
+        torch.manual_seed(seed)
+        core.query_features = nn.Sequential(nn.Linear(16, 4), nn.Softplus())
+    model = copied(model)
+    arguments, _ = hf.inputs("bert")
+    want, present = hf.run(model, **arguments), [core.query_features for core in cores(model).values()]
+    model.set_attn_implementation(between)
+    model.set_attn_implementation(FEATURES)
+    assert all(core.query_features is own for core, own in zip(cores(model).values(), present, strict=True))
+    assert torch.equal(hf.run(model, **arguments), want)
+
+
+def test_modules_of_a_kernel_keep_what_they_hold_while_a_model_is_loaded(tmp_path):
+    hf.FAMILIES["bert"].build("sdpa").save_pretrained(tmp_path)
+    features = SETTINGS[FEATURES].low_rank.query_features
+    before = {name: tensor.clone() for name, tensor in features.state_dict().items()}
+    loaded = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation=FEATURES)
+    assert all(core.query_features is features for core in cores(loaded).values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in features.state_dict().items())
+
+
 def test_another_budget_keeps_the_calibration():
     model = calibrated("bert")
     model.set_attn_implementation(WINDOW)

@@ -196,6 +196,23 @@ def test_what_takes_the_place_of_a_function_is_what_runs(put, is_causal: bool) -
         assert torch.equal(put(attention, other)(*tokens, is_causal=is_causal), expected)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("copied", [lambda layer: layer, copy.deepcopy])
+def test_what_takes_the_place_of_a_function_stays_when_its_kernel_is_chosen_again(copied, is_causal: bool) -> None:
+    torch.manual_seed(0)
+    first, other, of_keys, third = (softplus_of() for _ in range(4))
+    attention = sb.ScatterbrainAttention(4, D, 2, sb.Window(16), sb.Features(first, of_keys))
+    attention.query_features = other
+    pairs, attention = attention.pairs, copied(attention)
+    want, present = attention(*tokens, is_causal=is_causal), dict(attention.named_children())
+    for _ in range(2):
+        attention.pairs = pairs
+        assert torch.equal(attention(*tokens, is_causal=is_causal), want)
+        assert dict(attention.named_children()) == present
+    attention.pairs = pairs._replace(low_rank=sb.Features(third, of_keys))
+    assert attention.query_features is third and attention.key_features is present["key_features"]
+
+
 class Layer(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -231,6 +231,76 @@ def test_learned_projections_stay_where_empty_memory_was_filled_before_a_plain_c
         assert all(core.query_bias.eq(1).all() for core in cores(model).values())
 
 
+def features_on_meta() -> tuple[nn.TransformerEncoder, set[str]]:
+    """A model whose kernels compute with modules, all on the meta device, and the names of their tensors."""
+    with torch.device("meta"):
+        model = encoder(32, 2, nested=False, dim_feedforward=48).eval()
+        maps = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Softplus()) for _ in range(2)]
+        sb.replace_attention(model, sb.Window(8), sb.Features(*maps))
+    return model, model.state_dict().keys() - plain_checkpoint().keys()
+
+
+@pytest.mark.parametrize("is_assigned", [False, True], ids=["empty memory", "assigned"])
+def test_modules_of_a_kernel_that_nothing_filled_are_missing_in_a_plain_checkpoint(is_assigned: bool):
+    model, names = features_on_meta()
+    assert len(names) == 16
+    if not is_assigned:
+        spoilt(model.to_empty(device="cpu"))
+    for _ in range(2):  # loading once tells as little of them
+        with pytest.raises(RuntimeError, match=r"Missing key.*attention\.query_features\.0\.weight"):
+            model.load_state_dict(plain_checkpoint(), strict=True, assign=is_assigned)
+        loaded = model.load_state_dict(plain_checkpoint(), strict=False, assign=is_assigned)
+        assert set(loaded.missing_keys) == names and not loaded.unexpected_keys
+
+
+def filled_by_a_whole_checkpoint(model: nn.Module) -> nn.Module:
+    model.load_state_dict({name: torch.ones(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()})
+    return model
+
+
+def filled_by_resets(model: nn.Module) -> nn.Module:
+    for core in cores(model).values():
+        core.reset_parameters()
+    assert all(tensor.isfinite().all() for core in cores(model).values() for tensor in core.state_dict().values())
+    return model
+
+
+def filled_by_others_in_their_place(model: nn.Module) -> nn.Module:
+    for core in cores(model).values():
+        core.query_features, core.key_features = (nn.Linear(8, 8) for _ in range(2))
+    return model
+
+
+@pytest.mark.parametrize(
+    "filled", [filled_by_a_whole_checkpoint, filled_by_resets, filled_by_others_in_their_place], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_modules_of_a_kernel_stay_where_empty_memory_was_filled_before_a_plain_checkpoint(filled, is_copied: bool):
+    model, _ = features_on_meta()
+    spoilt(model.to_empty(device="cpu"))
+    model = filled(copy.deepcopy(model) if is_copied else model)
+    own = {path: {n: t.clone() for n, t in core.state_dict().items()} for path, core in cores(model).items()}
+    model.load_state_dict(plain_checkpoint(), strict=True)
+    for path, core in cores(model).items():
+        assert all(torch.equal(tensor, own[path][name]) for name, tensor in core.state_dict().items())
+
+
+def test_a_module_of_a_kernel_that_cannot_fill_itself_stays_missing():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8, 8))
+
+    model = encoder(32, 2, nested=False, dim_feedforward=48).eval()
+    sb.replace_attention(model, sb.Window(8), sb.Features(Own()))
+    model.load_state_dict(plain_checkpoint(), strict=True)
+    spoilt(model.to("meta").to_empty(device="cpu"))
+    for core in cores(model).values():
+        core.reset_parameters()
+    with pytest.raises(RuntimeError, match=r"Missing key.*attention\.query_features\.weight"):
+        model.load_state_dict(plain_checkpoint(), strict=True)
+
+
 def test_statistics_are_not_made_where_nothing_can_keep_them():
     model = ready("stored")
     for core in cores(model).values():

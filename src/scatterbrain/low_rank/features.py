@@ -36,7 +36,7 @@ class Features(LowRankKernel):
     read. Functions that are modules are modules of a :class:`ScatterbrainAttention` too, ``query_features`` and
     ``key_features``: its parameters, its state dict and ``.to()`` have theirs, which ``.half()`` and ``.bfloat16()``
     leave in float32. Layers that are given the same kernel share them. What takes their place there, such as a
-    quantized module or that of an adapter, is what runs.
+    quantized module or that of an adapter, is what runs, also after the same kernel is chosen again.
 
     ``sb.reference.attention`` takes the same kernel, and calls the functions with tokens of its own dtype, float64.
 

@@ -29,8 +29,9 @@ class HostModule:
 
     Checkpoints go both ways. One of the original module loads strictly; calibrated statistics are then reset, since
     they belong to the weights that they were fitted with, and learned projections stay, unless their memory was never
-    filled (``to_empty``, the meta device): then they start as in a new module. A module whose low-rank kernel
-    remembers nothing has the state dict of the original module, and loads strictly into it; what a checkpoint holds for
+    filled (``to_empty``, the meta device): then they start as in a new module. Modules that a kernel computes with
+    (:class:`scatterbrain.Features`) stay too; those whose memory was never filled are reported as missing, since only
+    their own code can fill them. A module whose low-rank kernel remembers nothing has the state dict of the original module, and loads strictly into it; what a checkpoint holds for
     another kernel it leaves out, and says so. A module without ``attention`` ignores its entries in a checkpoint.
     """
 

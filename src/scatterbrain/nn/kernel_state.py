@@ -4,6 +4,7 @@ they are read, written, loaded and moved."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from operator import is_, itemgetter
 from typing import Any
 
@@ -27,6 +28,30 @@ def _count(name: str, meaning: str) -> property:
     )
 
 
+@dataclass(frozen=True)
+class _Given:
+    """The kernels that a module was given. Its copies remember the same ones: their own have copies of the modules that
+    these compute with, and would be strangers to a choice of the same kernels."""
+
+    low_rank: LowRank
+    causal_low_rank: LowRank
+    kernel_of_state: LowRank
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Given:
+        return self
+
+
+def _modules_of(low_rank: LowRank, causal_low_rank: LowRank) -> Iterator[tuple[LowRank, str, nn.Module, str]]:
+    """(kernel, the name that it has for a module, the module that it was made with, the name that its owner has for
+    it); one that occurs twice has one name there."""
+    names: list[tuple[nn.Module, str]] = []
+    for prefix, kernel in (("", low_rank), ("causal_", causal_low_rank)):
+        for name, module in {} if kernel is None else kernel.modules().items():
+            own = next((own for known, own in names if known is module), prefix + name)
+            names.append((module, own))
+            yield kernel, name, module, own
+
+
 class KernelState(nn.Module):
     """The base of :class:`scatterbrain.ScatterbrainAttention`: the state of its low-rank kernel, of the one of its two
     kernels that has any.
@@ -42,6 +67,7 @@ class KernelState(nn.Module):
         gathered_scale: factor of q.k of these moments.
         is_blank: whether the memory of the state was made without content (``to_empty``, a move from the meta device)
             and neither :meth:`reset_parameters` nor a whole checkpoint of its own has filled it since.
+        blank_modules: those of the modules that the kernels compute with of which the same holds.
     """
 
     num_heads: int
@@ -52,7 +78,9 @@ class KernelState(nn.Module):
     kernel_of_state: LowRank
     is_exact: bool
     is_blank: bool = False
+    blank_modules: Sequence[nn.Module] = ()
     _of_kernels: list[str] = []  # names of modules that the kernels compute with
+    _given: _Given | None = None
 
     # -------------------- how it starts
 
@@ -66,24 +94,28 @@ class KernelState(nn.Module):
             self.register_buffer(name, tensor)
 
     def _register_modules(self) -> None:
-        """For whenever kernels are set: the modules that they compute with are those of this one."""
-        for name in self._of_kernels:
-            del self._modules[name]
+        """For whenever kernels are set: the modules that they compute with are those of this one. What was put in the
+        place of one stays there if a kernel computes with the same one again."""
+        given = self._given
+        before = [] if given is None else [*_modules_of(given.low_rank, given.causal_low_rank)]
+        present = [(module, self._modules.get(own)) for _, _, module, own in before]
+        for own in self._of_kernels:
+            self._modules.pop(own, None)
+        self._given = _Given(self.low_rank, self.causal_low_rank, self.kernel_of_state)
         self._of_kernels = []
-        for _, _, module, own in self._modules_of_kernels():
+        for _, _, module, own in _modules_of(self.low_rank, self.causal_low_rank):
             if own not in self._of_kernels:
-                self.add_module(own, module)
+                put = (other for known, other in present if known is module and other is not None)
+                self.add_module(own, next(put, module))
                 self._of_kernels.append(own)
 
-    def _modules_of_kernels(self) -> Iterator[tuple[LowRank, str, nn.Module, str]]:
-        """(kernel, the name that it has for a module, the module that it was made with, the name that this module has
-        for it); one that occurs twice has one name here."""
-        names: list[tuple[nn.Module, str]] = []
-        for prefix, kernel in (("", self.low_rank), ("causal_", self.causal_low_rank)):
-            for name, module in {} if kernel is None else kernel.modules().items():
-                own = next((own for known, own in names if known is module), prefix + name)
-                names.append((module, own))
-                yield kernel, name, module, own
+    def keeps_state_of(self, kernel: LowRank) -> bool:
+        """Whether the state is that of this kernel: of one that is equal to it, or that it is a copy of."""
+        return self.kernel_of_state == kernel or (self._given is not None and self._given.kernel_of_state == kernel)
+
+    def _modules_of_kernels(self) -> list[nn.Module]:
+        """The modules that the kernels compute with, as they are now."""
+        return [self._modules[own] for own in self._of_kernels if self._modules.get(own) is not None]
 
     def kernel_that_runs(self, is_causal: bool) -> LowRank:
         """The kernel of causal or of bidirectional calls with the modules that this one has now: quantization, adapters
@@ -93,7 +125,7 @@ class KernelState(nn.Module):
             return kernel
         present = {
             name: self._modules.get(own, module)
-            for made_for, name, module, own in self._modules_of_kernels()
+            for made_for, name, module, own in _modules_of(self.low_rank, self.causal_low_rank)
             if made_for is kernel
         }
         made_with = kernel.modules()
@@ -122,7 +154,12 @@ class KernelState(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start again, in place: projections redrawn, calibration forgotten. Also fills a module created on the meta
-        device and moved with ``to_empty``."""
+        device and moved with ``to_empty``, and with it the modules that its kernels compute with, as far as each
+        part of them has a ``reset_parameters`` of its own."""
+        self._reset_state()
+        self.blank_modules = [module for module in self.blank_modules if not _reset(module)]
+
+    def _reset_state(self) -> None:
         self._forget()
         state = self._initial_state()
         for name, tensor in (state.parameters | state.buffers).items():
@@ -134,17 +171,27 @@ class KernelState(nn.Module):
         """What a checkpoint of a model without this module lacks of its state dict: statistics start again, since they
         belong to the weights that they were fitted with, learned projections and random features stay as they are.
         Where there is no content yet, all of it is as in a new module; a module on the meta device gets tensors on
-        ``device``, for a loader that assigns them."""
+        ``device``, for a loader that assigns them. Of modules that the kernels compute with nothing is known but what
+        they hold: those without content are left out, and a loader reports their entries as missing."""
         on_meta = {name: t for name, t in (self._parameters | self._buffers).items() if t.is_meta}
         if not on_meta and (self.is_blank or self.is_calibrated):
-            self.reset_parameters()
-        own = dict(self.state_dict(prefix=prefix))
+            self._reset_state()
+        lacking = tuple(f"{prefix}{name}." for name in self._of_kernels if self._lacks_content(name))
+        own = {name: entry for name, entry in self.state_dict(prefix=prefix).items() if not name.startswith(lacking)}
         if on_meta:
             with torch.device("cpu"):
                 fresh = self._initial_state()
             tensors = fresh.parameters | fresh.buffers
             own |= {f"{prefix}{name}": tensors[name].to(device, t.dtype) for name, t in on_meta.items()}
         return own
+
+    def _lacks_content(self, name: str) -> bool:
+        """Whether the module of this name that the kernels compute with has memory that nothing has filled, or none."""
+        module = self._modules.get(name)
+        if module is None:
+            return False
+        is_blank = any(part is blank for part in module.modules() for blank in self.blank_modules)
+        return is_blank or _is_on_meta(module)
 
     def tensors(self, names: Iterable[str]) -> list[Tensor]:
         """Parameters and buffers by name."""
@@ -323,8 +370,21 @@ class KernelState(nn.Module):
         )
         if all(f"{prefix}{name}" in state_dict for name in (*self._parameters, *self._buffers)):
             self.is_blank = False
+        if self.blank_modules:
+            self.blank_modules = self._still_blank(state_dict, prefix)
         for what in self._known:
             self._look(what)
+
+    def _still_blank(self, state_dict: dict[str, Any], prefix: str) -> list[nn.Module]:
+        """The blank modules but those that ``state_dict`` fills."""
+        filled = [
+            part
+            for own in self._of_kernels
+            if (module := self._modules.get(own)) is not None
+            and all(name in state_dict for name in module.state_dict(prefix=f"{prefix}{own}."))
+            for part in module.modules()
+        ]
+        return [module for module in self.blank_modules if not any(module is part for part in filled)]
 
     def _tell_of_unused(self) -> None:
         """Says that a checkpoint has entries for a kernel with state, and this module none."""
@@ -400,6 +460,7 @@ class KernelState(nn.Module):
         # to_empty leaves memory without content behind, of tensors that had some too.
         empties = getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
         had_none = empties or any(t.is_meta for t in (*self._parameters.values(), *originals.values()))
+        made_anew = [m for m in self._modules_of_kernels() if recurse and (empties or _is_on_meta(m))]
         super()._apply(fn, recurse=False)
         for module in self.children() if recurse else ():
             module._apply(_without_16_bits(fn))
@@ -407,8 +468,26 @@ class KernelState(nn.Module):
             if self._buffers[name].dtype != dtype:
                 self._buffers[name] = originals[name].to(self._buffers[name].device)
         if had_none and not any(t.is_meta for t in (*self._parameters.values(), *self._buffers.values())):
-            self.is_blank = self.has_state
+            self.is_blank = bool(self._parameters or self._buffers)
+        made_anew = [m for m in made_anew if not (_is_on_meta(m) or any(m is blank for blank in self.blank_modules))]
+        self.blank_modules = [*self.blank_modules, *made_anew]
         return self
+
+
+def _is_on_meta(module: nn.Module) -> bool:
+    return any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+
+
+def _reset(module: nn.Module) -> bool:
+    """Lets every part of the module fill its own memory. Whether all that have any could."""
+    are_filled = True
+    for part in module.modules():
+        reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+        if reset is not None:
+            reset()
+        elif part._parameters or part._buffers:
+            are_filled = False
+    return are_filled
 
 
 def _without_16_bits(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

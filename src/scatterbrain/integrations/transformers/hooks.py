@@ -101,12 +101,16 @@ def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., Non
 
 
 def _move_missing(original: Callable[..., None]) -> Callable[..., None]:
-    """While loading, transformers replaces entries that a checkpoint lacks by uninitialised memory. Ours are never on
-    the meta device and have their initial values already, so they stay."""
+    """While loading, transformers replaces entries that a checkpoint lacks by uninitialised memory, and initializes the
+    modules that they belong to. Ours are never on the meta device and have their initial values already, so they stay,
+    modules of the user's that a low-rank kernel computes with included."""
 
     @functools.wraps(original)
     def move_missing(self: PreTrainedModel, missing_keys: set[str], *args: Any, **kwargs: Any) -> None:
         original(self, {key for key in missing_keys if OWNED not in key}, *args, **kwargs)
+        for _, module in attention_layers(self):
+            for part in () if core_of(module) is None else core_of(module).modules():
+                part._is_hf_initialized = True
 
     return move_missing
 

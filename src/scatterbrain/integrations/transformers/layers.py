@@ -136,9 +136,9 @@ class LayerAttention(ScatterbrainAttention):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Puts every tensor back to what it was at first."""
+        """Puts every tensor back to what it was at first; modules that the kernels compute with stay as they are."""
         fresh = _build(_heads(self), self.pairs, self.seed)
-        for name, tensor in fresh.state_dict().items():
+        for name, tensor in (fresh._parameters | fresh._buffers).items():
             fill(getattr(self, name), tensor)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -186,7 +186,7 @@ def attach(
     pairs = pairs.needed()
     known, kernel = heads or heads_of(module), pairs.kernel_of_state()
     present = [core for core in (core_of(module), module.__dict__.pop(PARKED, None)) if core is not None]
-    core = next((core for core in present if core.kernel_of_state == kernel), None)
+    core = next((core for core in present if core.keeps_state_of(kernel)), None)
     if core is None or (heads is not None and _heads(core) != heads):
         kernels = (pairs.low_rank, pairs.low_rank_of(True))
         least_head_dim = max(1 if kernel is None else kernel.least_head_dim for kernel in kernels)
