@@ -204,6 +204,20 @@ def test_calibrated_statistics_are_in_the_models_state_dict():
             run(again)
 
 
+@pytest.mark.parametrize("swap", ["replace_attention", "processors"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # the meta device stands for any other than the CPU
+def test_a_plain_checkpoint_brings_its_device_along(device: str, swap: str):
+    state = {name: tensor.to(device) for name, tensor in unet().state_dict().items()}
+    with torch.device("meta"):
+        model = unet()
+        if swap == "processors":
+            model.set_attn_processor(processors(model, sb.Window(16), sb.Quadratic(4, "learned")))
+        else:
+            sb.replace_attention(model, sb.Window(16), sb.Quadratic(4, "learned"))
+    model.load_state_dict(state, strict=True, assign=True)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {device}
+
+
 @pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle"])
 def test_copies_own_their_processors(copied):
     model = dit()

@@ -231,6 +231,28 @@ def test_learned_projections_stay_where_empty_memory_was_filled_before_a_plain_c
         assert all(core.query_bias.eq(1).all() for core in cores(model).values())
 
 
+class WithExtraState(nn.Linear):
+    """A linear layer whose entries in a state dict are not tensors alone."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 1}
+
+
+def test_a_plain_checkpoint_may_have_entries_that_are_no_tensors():
+    plain = nn.MultiheadAttention(32, 4)
+    plain.out_proj.__class__ = WithExtraState
+    state = plain.state_dict()
+    state.move_to_end("out_proj._extra_state", last=False)
+    with torch.device("meta"):
+        ours = sb.MultiheadAttention(32, 4, support=sb.Window(8), low_rank=sb.Quadratic(4, "learned"))
+    ours.out_proj.__class__ = WithExtraState
+    ours.load_state_dict(state, strict=True, assign=True)
+    assert not any(tensor.is_meta for tensor in (*ours.parameters(), *ours.buffers()))
+
+
 def features_on_meta() -> tuple[nn.TransformerEncoder, set[str]]:
     """A model whose kernels compute with modules, all on the meta device, and the names of their tensors."""
     with torch.device("meta"):
@@ -272,7 +294,9 @@ def filled_by_others_in_their_place(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "filled", [filled_by_a_whole_checkpoint, filled_by_resets, filled_by_others_in_their_place], ids=lambda f: f.__name__
+    "filled",
+    [filled_by_a_whole_checkpoint, filled_by_resets, filled_by_others_in_their_place],
+    ids=lambda function: function.__name__,
 )
 @pytest.mark.parametrize("is_copied", [False, True])
 def test_modules_of_a_kernel_stay_where_empty_memory_was_filled_before_a_plain_checkpoint(filled, is_copied: bool):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -40,6 +41,8 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
         ValueError: for a low-rank kernel that does not fit the head.
     """
 
+    _made_for: tuple[Attention, ...] = ()
+
     def __init__(self, num_heads: int, head_dim: int, support: Support = SUPPORT, low_rank: LowRank = LOW_RANK) -> None:
         super().__init__()
         self._attach(attention_unless_exact(num_heads, head_dim, Pairs(support, low_rank)))
@@ -49,6 +52,14 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
         # AttnProcessor2_0 has no entries, and a submodule does not see those of its layer, which is loaded before it.
         # Without a prefix the processor is loaded by itself, where missing entries are an error.
         return prefix != "" and not has_weight(missing_keys, f"{prefix.removesuffix('processor.')}to_q")
+
+    def _device_of(self, state_dict: dict[str, Any], prefix: str) -> torch.device:
+        # A submodule is shown its own entries alone, of which an original has none. Its layer, which is loaded before
+        # it, has what the checkpoint's entries were assigned to.
+        layers = [*self._layer, *self._made_for]
+        if layers and not any(isinstance(entry, Tensor) for entry in state_dict.values()):
+            return layers[0].to_q.weight.device
+        return super()._device_of(state_dict, prefix)
 
     def __call__(
         self,
@@ -151,6 +162,7 @@ def processors(model: nn.Module, support: Support = SUPPORT, low_rank: LowRank =
 
 def _processor_for(layer: Attention, support: Support, low_rank: LowRank) -> ScatterbrainAttnProcessor:
     processor = ScatterbrainAttnProcessor(layer.heads, layer.inner_dim // layer.heads, support, low_rank)
+    processor._made_for = (layer,)  # in a tuple, as above
     return processor.to(layer.to_q.weight.device).train(layer.training)
 
 

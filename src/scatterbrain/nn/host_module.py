@@ -7,7 +7,7 @@ from collections.abc import Container
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.pairs import Pairs
@@ -31,8 +31,9 @@ class HostModule:
     they belong to the weights that they were fitted with, and learned projections stay, unless their memory was never
     filled (``to_empty``, the meta device): then they start as in a new module. Modules that a kernel computes with
     (:class:`scatterbrain.Features`) stay too; those whose memory was never filled are reported as missing, since only
-    their own code can fill them. A module whose low-rank kernel remembers nothing has the state dict of the original module, and loads strictly into it; what a checkpoint holds for
-    another kernel it leaves out, and says so. A module without ``attention`` ignores its entries in a checkpoint.
+    their own code can fill them. A module whose low-rank kernel remembers nothing has the state dict of the original
+    module, and loads strictly into it; what a checkpoint holds for another kernel it leaves out, and says so. A module
+    without ``attention`` ignores its entries in a checkpoint.
     """
 
     attention: ScatterbrainAttention | None
@@ -43,6 +44,14 @@ class HostModule:
         raise NotImplementedError(
             f"{type(self).__name__} must define _is_of_original(state_dict, prefix, missing_keys)"
         )
+
+    def _device_of(self, state_dict: dict[str, Any], prefix: str) -> torch.device:
+        """The device of a checkpoint's entries for this module, or else of any other that it is shown. Entries may be
+        anything, such as the extra state of a module."""
+        tensors = {name: entry for name, entry in state_dict.items() if isinstance(entry, Tensor)}
+        own = (tensor for name, tensor in tensors.items() if name.startswith(prefix))
+        first = next(own, next(iter(tensors.values()), None))
+        return torch.device("cpu") if first is None else first.device
 
     def _attach(self, attention: ScatterbrainAttention | None) -> None:
         """Takes ``attention`` in, on the device of the module's parameters and in its mode. Of parameters that have no
@@ -91,7 +100,7 @@ class HostModule:
             for name in entries:
                 del state_dict[name]
         elif not entries and self._is_of_original(state_dict, prefix, missing_keys):
-            device = next((t.device for name, t in state_dict.items() if name.startswith(prefix)), torch.device("cpu"))
+            device = self._device_of(state_dict, prefix)
             state_dict.update(self.attention.state_for_original(inner, device))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
 
