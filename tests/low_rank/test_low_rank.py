@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,8 +15,9 @@ from testkit import padding, qkv
 
 import scatterbrain as sb
 from scatterbrain.low_rank.favor import draw_projection
+from scatterbrain.low_rank.input_statistics import balanced_statistics, sampled_moments, statistics_from_samples
 from scatterbrain.low_rank.moments import moments
-from scatterbrain.low_rank.quadratic_coefficients import on_one_thread
+from scatterbrain.low_rank.quadratic_coefficients import on_one_thread, statistics_from_moments
 from scatterbrain.reference import Inputs, log_kernel
 
 draw = partial(qkv, batch=1, kv_heads=2)
@@ -181,5 +183,44 @@ def test_statistics_take_no_threads_from_others() -> None:
             assert in_a_new_thread(fit_beside_a_block) == (3, 1, 3)
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3 == in_a_new_thread(torch.get_num_threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+class NoThreads:
+    """As where the system has no more threads to give."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+def test_a_thread_that_cannot_start_leaves_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    tokens = draw(40, 30)
+    torch.set_num_threads(3)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading, "Thread", NoThreads)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                sb.fit_statistics(*tokens[:2], rank=3)
+        assert torch.get_num_threads() == 3 == in_a_new_thread(torch.get_num_threads)
+        sb.fit_statistics(*tokens[:2], rank=3)  # nothing is held since
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_statistics_of_other_devices_leave_the_threads_of_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    tokens = [t.to("meta") for t in draw(40, 30)[:2]]  # which stands for any device but the CPU
+    torch.set_num_threads(3)
+    try:
+        monkeypatch.setattr(threading, "Thread", NoThreads)
+        statistics_from_moments(moments(*tokens, 1.0), 3, 1.0)
+        sampled = sampled_moments(*tokens, 1.0, None, None)
+        statistics_from_samples(sampled, 3, 1.0)
+        balanced_statistics(sampled, 1.0)
     finally:
         torch.set_num_threads(before)

@@ -83,7 +83,7 @@ def sampled_moments(
 
     sampled_queries, is_query = _samples(query, query_mask)
     sampled_keys, is_key = _samples(key, key_mask)
-    with on_one_thread():
+    with on_one_thread(query.device):
         sampled_queries = sampled_queries.reshape(batch, heads, group * sampled_queries.shape[2], d) * scale
         if is_query is None:
             share = torch.full_like(sampled_queries[..., 0], 1 / sampled_queries.shape[2])
@@ -146,7 +146,7 @@ def statistics_from_samples(m: SampledMoments, rank: int, scale: float) -> Stati
     """Pq, a, Pk, b in float32: W, a basis of the ``rank`` directions of largest Ck Cq, and the products along it,
     x.y = (q - a).W (W^T Cq W)^-1 W^T Cq (k - b), which of all functions of W^T (q - a) is the nearest to
     (q - a).(k - b)."""
-    with on_one_thread():
+    with on_one_thread(m.covariances.device):
         (cq, ck), varies = _floored(m)
         make = kept if is_untraced() else lambda make, device, *sizes: make(*sizes, device)
         w = make(_start, cq.device, cq.shape[-1], rank)
@@ -164,7 +164,7 @@ def balanced_statistics(m: SampledMoments, scale: float) -> Statistics:
     such pairs one with the least mean |x|^2 + |y|^2 over the samples, turned so that it does not depend on which
     singular vectors stand for directions that are alike. The identity stands for the covariance of samples that do not
     vary, since the other tokens may."""
-    with on_one_thread():
+    with on_one_thread(m.covariances.device):
         average, varies = _sizes(m)
         identity = torch.eye(m.covariances.shape[-1], dtype=torch.float64, device=average.device)
         average, varies = average[..., None, None], varies[..., None, None]

@@ -189,21 +189,25 @@ def _root(second: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor, T
 
 
 @contextmanager
-def on_one_thread() -> Iterator[None]:
+def on_one_thread(device: torch.device = torch.device("cpu")) -> Iterator[None]:
     """LAPACK's decompositions differ in the last bits between numbers of threads, and small matrices gain nothing from
-    them. A trace cannot hold the change.
+    them. What runs on another ``device`` than the CPU uses none. A trace cannot hold the change.
 
     Torch sets the number for the thread that asks, and for threads that use torch for the first time later, which keep
     it. So another thread sets it back for those at once."""
-    if torch.compiler.is_compiling() or torch.get_num_threads() == 1:
+    if device.type != "cpu" or torch.compiler.is_compiling() or torch.get_num_threads() == 1:
         yield
         return
     with _changing_threads:
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        helper = threading.Thread(target=torch.set_num_threads, args=(threads,))
-        helper.start()
-        helper.join()
+        try:
+            torch.set_num_threads(1)
+            helper = threading.Thread(target=torch.set_num_threads, args=(threads,))
+            helper.start()
+            helper.join()
+        except BaseException:  # the system may have no thread to give
+            torch.set_num_threads(threads)
+            raise
     try:
         yield
     finally:
@@ -220,7 +224,7 @@ def statistics_from_moments(m: Moments, rank: int, scale: float, floor: float = 
     d = m.query_mean.shape[-1]
     if rank > d:
         raise ValueError(f"rank must be at most head_dim={d}, got {rank}")
-    with on_one_thread():
+    with on_one_thread(m.query_second.device):
         q_root, q_inverse, q_lowest = _root(m.query_second, m.query_mean, floor)
         k_root, k_inverse, k_lowest = _root(m.key_second, m.key_mean, floor)
         u, s, vt = torch.linalg.svd(q_root @ k_root)
