@@ -64,6 +64,62 @@ def test_padding_masks_of_transformers_are_ordered_with_the_tokens():
             model(x, attention_mask=mask[:, None, None, :])
 
 
+POOLING = {  # a part that gets all tokens behind the layers, by the model that has it
+    "vit": "pooler",
+    "deit": "pooler",
+    "ijepa": "pooler",
+    "siglip": "head",
+    "siglip, inside": "head.attention",
+    "siglip, inside of what is swapped": "head.attention.attention",
+}
+
+
+@pytest.mark.filterwarnings("ignore:MultiheadAttention runs exact attention:UserWarning")  # SigLIP's pooling head
+@pytest.mark.parametrize("kind", ["forward", "forward, before", "backward"])
+@pytest.mark.parametrize("name", POOLING)
+def test_hooks_on_parts_that_pool_the_tokens_are_refused_by_name(name: str, kind: str):
+    if name == "ijepa":
+        model, x = hf.IJepaModel(HUGGING_FACE[name][1], add_pooling_layer=True).eval(), torch.randn(2, 3, *ODD)
+        arguments = {}
+    else:
+        model, x, arguments = hugging_face(name.split(",")[0])
+    sb.replace_attention(model, **EVERY_KEY)
+    part, hook = model.get_submodule(POOLING[name]), lambda module, *args: None
+    register = {
+        "forward": part.register_forward_hook,
+        "forward, before": part.register_forward_pre_hook,
+        "backward": part.register_full_backward_hook,
+    }[kind]
+    handle = register(hook)
+    with pytest.raises(RuntimeError, match=f"a {kind[:8].strip(',')} hook on {POOLING[name]} would see .*tokens"):
+        model(x, **arguments)
+    handle.remove()
+    model(x, **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:MultiheadAttention runs exact attention:UserWarning")
+@pytest.mark.parametrize(("name", "where"), [("vit", "pooler.dense"), ("siglip", "head.mlp")])
+def test_hooks_on_what_was_pooled_are_let_in(name: str, where: str):
+    model, x, arguments = hugging_face(name)
+    seen = []
+    model.get_submodule(where).register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        before = model(x, **arguments)
+        sb.replace_attention(model, **EVERY_KEY)
+        close(dict(model(x, **arguments)), dict(before))
+    close(*seen)
+
+
+def test_a_model_without_the_part_that_pools_is_ordered():
+    _, x, arguments = hugging_face("vit")
+    model = hf.ViTModel(HUGGING_FACE["vit"][1], add_pooling_layer=False).eval()
+    with torch.no_grad():
+        before = model(x).last_hidden_state
+        report = sb.replace_attention(model, **ORDERED)
+        close(model(x).last_hidden_state, before)
+    assert any("tokens in Hilbert order" in note for note in report.notes)
+
+
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # transformers' own name for it
 def test_models_around_an_ordered_model_work_and_checkpoint_gradients():
     model = hf.ViTForImageClassification(hf.ViTConfig(image_size=20, **SMALL)).train()

@@ -101,6 +101,7 @@ class Family(ABC):
 
     METHODS: tuple[str, ...] = ("forward",)  # each takes images and returns tokens
     INSIDE: tuple[str, ...] = ()  # submodules that see tokens along the curve
+    BEHIND: tuple[str, ...] = ()  # paths of those that are given them all behind INSIDE; a model may lack any of them
 
     def entries(self) -> dict[str, type[EntryHook | RotationHook]]:
         """Submodules that return the tokens before the first block, and whatever else the blocks get with them, with
@@ -180,7 +181,11 @@ def _hooks_inside(model: nn.Module, family: Family) -> Iterator[tuple[str, tuple
     """(name of a module, its forward hooks, its backward hooks), those that get something along the curve."""
     for name in family.INSIDE:
         for path, module in getattr(model, name).named_modules(prefix=name):
-            yield path, (*module._forward_pre_hooks.values(), *module._forward_hooks.values()), _backward_hooks(module)
+            yield path, _forward_hooks(module), _backward_hooks(module)
+    for path in family.BEHIND:  # but not what is inside of them, which is given what they made of the tokens
+        module = functools.reduce(lambda part, name: getattr(part, name, None), path.split("."), model)
+        if module is not None:
+            yield path, _forward_hooks(module), _backward_hooks(module)
     for name in family.entries():
         module = getattr(model, name)
         hooks = tuple(module._forward_hooks.values())
@@ -190,6 +195,10 @@ def _hooks_inside(model: nn.Module, family: Family) -> Iterator[tuple[str, tuple
     forward = (*of_all._global_forward_pre_hooks.values(), *of_all._global_forward_hooks.values())
     backward = (*of_all._global_backward_pre_hooks.values(), *of_all._global_backward_hooks.values())
     yield "every module", forward, backward
+
+
+def _forward_hooks(module: nn.Module) -> tuple[Callable[..., Any], ...]:
+    return *module._forward_pre_hooks.values(), *module._forward_hooks.values()
 
 
 def _backward_hooks(module: nn.Module) -> tuple[Callable[..., Any], ...]:

@@ -157,10 +157,13 @@ class Transformers(Family):
         inside: submodules that see tokens along the curve.
         prefix: number of tokens before the patches.
         entry: the submodule that returns the tokens before the first layer.
+        behind: paths of submodules that pool the tokens behind the layers, where a model has them.
     """
 
-    def __init__(self, inside: tuple[str, ...], prefix: int, entry: str = "embeddings") -> None:
-        self.INSIDE, self._prefix, self._entry = inside, prefix, entry
+    def __init__(
+        self, inside: tuple[str, ...], prefix: int, entry: str = "embeddings", behind: tuple[str, ...] = ()
+    ) -> None:
+        self.INSIDE, self.BEHIND, self._prefix, self._entry = inside, behind, prefix, entry
 
     def entries(self) -> dict[str, type[EntryHook | RotationHook]]:
         return {self._entry: EntryHook}
@@ -243,10 +246,10 @@ FAMILIES |= {
 } | {
     f"transformers.models.{name}": family
     for name, family in {
-        "vit.modeling_vit.ViTModel": Transformers(("layers", "layernorm"), 1),
+        "vit.modeling_vit.ViTModel": Transformers(("layers", "layernorm"), 1, behind=("pooler",)),
         "vit_msn.modeling_vit_msn.ViTMSNModel": Transformers(("layers", "layernorm"), 1),
-        "ijepa.modeling_ijepa.IJepaModel": Transformers(("layers", "layernorm"), 0),
-        "deit.modeling_deit.DeiTModel": Transformers(("layers", "layernorm"), 2),
+        "ijepa.modeling_ijepa.IJepaModel": Transformers(("layers", "layernorm"), 0, behind=("pooler",)),
+        "deit.modeling_deit.DeiTModel": Transformers(("layers", "layernorm"), 2, behind=("pooler",)),
         "dinov2.modeling_dinov2.Dinov2Model": Transformers(("encoder", "layernorm"), 1),
         "dinov2.modeling_dinov2.Dinov2Backbone": Transformers(("encoder", "layernorm"), 1),
         f"{_DINOV2_REGISTERS}Model": WithRegisters(("encoder", "layernorm"), 1),
@@ -254,6 +257,8 @@ FAMILIES |= {
         "dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel": TransformersRotary(("model", "norm"), 1),
         "dinov3_vit.modeling_dinov3_vit.DINOv3ViTBackbone": TransformersRotary(("model", "norm"), 1),
         "clip.modeling_clip.CLIPVisionModel": Transformers(("encoder", "post_layernorm"), 1, "pre_layrnorm"),
-        "siglip.modeling_siglip.SiglipVisionModel": Transformers(("encoder", "post_layernorm"), 0),
+        "siglip.modeling_siglip.SiglipVisionModel": Transformers(
+            ("encoder", "post_layernorm"), 0, behind=("head", "head.attention", "head.attention.attention")
+        ),
     }.items()
 }
