@@ -198,6 +198,37 @@ def test_an_exported_decoder_serves_other_lengths_without_a_mask() -> None:
         assert torch.equal(hf.run(program, **arguments), hf.run(model, **arguments))
 
 
+class Logits(nn.Module):
+    """The logits of a decoder without a cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return hf.output(self.model(input_ids=input_ids, use_cache=False))
+
+
+BY_TOKEN = register("scatterbrain:traced-by-token", sb.Window(16, block_q=1), sb.Quadratic(5, "learned"))
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "implementation, least", [(BY_TOKEN, None), ("scatterbrain:full", None), (LEARNED, 17), (ROUTED, 9)]
+)
+def test_a_decoder_is_exported_for_a_range_of_lengths(implementation: str, least: int | None, strict: bool) -> None:
+    """Any, or those of more than one block of queries: torch takes a tensor of one block for another case."""
+    is_full = implementation == "scatterbrain:full"
+    build = hf.FAMILIES["llama"].build
+    model = build(implementation, num_hidden_layers=1) if is_full else calibrated("llama", implementation)
+    model, lengths = Logits(model.eval()), {1: torch.export.Dim("n", min=least, max=512)}
+    with torch.no_grad():
+        program = torch.export.export(model, (hf.tokens(),), dynamic_shapes=(lengths,), strict=strict).module()
+        for count in (least or 2, 17, 33, 512):
+            torch.testing.assert_close(program(hf.tokens(count)), model(hf.tokens(count)), rtol=1e-4, atol=1e-5)
+
+
 class WithCache(nn.Module):
     """The logits of a decoder that fills a cache of its own."""
 

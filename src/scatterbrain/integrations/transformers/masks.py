@@ -34,7 +34,7 @@ from transformers.masking_utils import (
 from transformers.utils.import_utils import is_tracing
 
 from scatterbrain.nn.masks import is_unreadable, kept_keys_and_offset, once_per_mask
-from scatterbrain.operators.tracing import is_batched
+from scatterbrain.operators.tracing import is_batched, is_known
 
 NEVER = 2**31 - 1  # no query sees the key
 # Families whose code takes a mask of queries times keys apart, by the folders of transformers. They forbid to skip it,
@@ -215,7 +215,7 @@ def is_compact(mask: Tensor | None, queries: int) -> bool:
 
 
 def _is_behind(mask: Tensor) -> bool:
-    return mask.shape[2] == 2 and mask.dtype == torch.int32
+    return mask.dtype == torch.int32 and is_known(mask.shape[2] == 2)
 
 
 def read_mask(mask: Tensor | None, is_causal: bool, batch: int, queries: int, keys: int, is_self: bool) -> Visible:
