@@ -16,7 +16,8 @@ Clusters cluster(const ClusterArguments& a) {
   SB_CHECK(p.head_dim <= kWidest, "cluster: expected query and key at most ", kWidest, " wide on a CUDA device, got ",
            p.head_dim, "; use more heads, or move the tensors to the CPU");
   p.q_segments = ceil_div(p.q_tokens, kSegment), p.k_slots = ceil_div(p.k_tokens, kSegment) + 1;
-  p.q = call.read_rows(a.query), p.k = call.read_rows(a.key);
+  p.has_eights = p.head_dim % 8 == 0 && a.key.scalar_type() != ScalarType::Double;
+  p.q = call.read_rows(a.query), p.k = p.has_eights ? call.read_aligned_rows(a.key) : call.read_rows(a.key);
 
   RowsParams r{};
   r.batch = p.batch, r.q_tokens = p.q_tokens, r.k_tokens = p.k_tokens, r.segment = kSegment, r.slots = p.k_slots;

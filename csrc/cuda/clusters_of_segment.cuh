@@ -34,7 +34,7 @@ class SortedKeys {
     while (size < count) size *= 2;
     for (int64_t i = thread_index(); i < size; i += block_threads()) code.set(i, kNoKey);
   }
-  // By the thread that cleared this place, which is thread place % block_threads().
+  // By the thread that cleared this place, which is thread place % block_threads(), or behind a barrier.
   SB_DEVICE void set_key(int64_t place, int64_t cluster) { code.set(place, int32_t(cluster * kSegment + place)); }
 
   // Bitonic. Begins and ends with a barrier of the block.
@@ -71,34 +71,46 @@ class SortedKeys {
 };
 
 // For every cluster, by a warp: take(c, top, mass, sum, keys) with the largest of its keys' logs, to base 2, the sum of
-// their weights exp(log - top), and the weighted sum of their rows, of which a lane has columns lane + i kWarp.
+// their weights exp(log - top), and the weighted sum of their rows, of which a lane has columns lane + i kWarp. A lane
+// weighs one key of every kWarp, and all lanes go through their rows.
 template <class T, class Row, class Take>
 SB_DEVICE void sum_by_cluster(const SortedKeys& keys, int64_t clusters, const Shared<T>& logs, int64_t width,
                               const Row& row_of, const Take& take) {
-  const int lane = lane_index();
+  constexpr int kAtOnce = 4;  // rows that are on their way together
+  const int lane = lane_index(), columns = int(width);
   for (int64_t c = warp_index(); c < clusters; c += block_threads() / kWarp) {
     const int64_t begin = keys.begin(c), end = keys.begin(c + 1);
-    T top = -T(INFINITY), mass = T(0), mass_chain = T(0), sum[kColumns], chain[kColumns];
+    T top = -T(INFINITY), mass = T(0), sum[kColumns];
     for (int64_t i = begin + lane; i < end; i += kWarp) top = larger(top, logs.get(keys.place_at(i)));
     top = warp_max(top);
-    for (int m = 0; m < kColumns; ++m) sum[m] = chain[m] = T(0);
-    const auto end_chain = [&] {
-      mass += mass_chain, mass_chain = T(0);
-      for (int m = 0; m < kColumns; ++m) sum[m] += chain[m], chain[m] = T(0);
-    };
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t place = keys.place_at(i);
-      const T weight = exp2_of(logs.get(place) - top);
-      const auto* row = row_of(place);
-      mass_chain += weight;
-      for (int m = 0; m < kColumns; ++m) {
-        const int64_t e = lane + m * kWarp;
-        if (e < width) chain[m] += weight * T(widened(load(row + e)));
+    for (int m = 0; m < kColumns; ++m) sum[m] = T(0);
+    for (int64_t first = begin; first < end; first += kWarp) {
+      const int count = end - first < kWarp ? int(end - first) : kWarp;
+      const auto place = lane < count ? int32_t(keys.place_at(first + lane)) : 0;
+      const T weight = lane < count ? exp2_of(logs.get(place) - top) : T(0);
+      mass += weight;
+      T chain[kColumns];  // short ones round little
+      for (int m = 0; m < kColumns; ++m) chain[m] = T(0);
+      SB_NO_UNROLL
+      for (int i = 0; i < count; i += kAtOnce) {
+        T of_key[kAtOnce];
+        decltype(row_of(0)) column[kAtOnce];
+        for (int k = 0; k < kAtOnce; ++k) {
+          of_key[k] = shuffle_from(weight, i + k);
+          column[k] = as_it_is(row_of(shuffle_from(place, i + k)) + lane);
+        }
+        for (int m = 0; m < kColumns; ++m) {
+          if (m * kWarp >= columns) break;
+          const bool is_inside = lane + m * kWarp < columns;
+          T value[kAtOnce];
+          for (int k = 0; k < kAtOnce; ++k)
+            value[k] = is_inside && i + k < count ? T(widened(load(column[k] + m * kWarp))) : T(0);
+          for (int k = 0; k < kAtOnce; ++k) chain[m] += of_key[k] * value[k];
+        }
       }
-      if ((i - begin) % kChain == kChain - 1) end_chain();
+      for (int m = 0; m < kColumns; ++m) sum[m] += chain[m];
     }
-    end_chain();
-    take(c, top, mass, sum, end - begin);
+    take(c, top, warp_sum(mass), sum, end - begin);
   }
 }
 

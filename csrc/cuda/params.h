@@ -95,6 +95,7 @@ struct ClusteringParams : ClusterParams {
   void* centres;                // T (B, Hkv, clusters, kDirections + 1)
   void *top, *mass, *sums;      // T (B, Hkv, k_slots - 1, clusters) twice, and (.., head_dim): of a segment's keys
   void* dots;                   // T (B, Hkv, clusters): a.b
+  bool has_eights;              // rows of keys can be read eight numbers at a time
 };
 
 // Routing. Here rows of q and k are the caller's own. A run of keys is one row of run_width floats: the mean key;

@@ -4,12 +4,14 @@ definition over the CPU's cases, padding and layouts by bits, and attention that
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from cluster_cases import PADDING, SIZES, assert_agree, fields, padding_of, tokens_of
-from emulated import Emulator
+from emulated import Emulator, build
+from planted import FLOAT, Kernels
 from testkit import LAYOUTS, B, assert_same_bits, qkv, rand
 
 import scatterbrain as sb
@@ -21,6 +23,13 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 def cluster(emulator: Emulator, *arguments: object, **named: object) -> sb.Clusters:
     with emulator.installed():
         return sb.cluster(*arguments, **named)
+
+
+def counts_of(emulator: Emulator, act: Callable[[], object]) -> dict[str, int]:
+    """What is counted while it acts."""
+    before = emulator.statistics()
+    act()
+    return {name: count - before[name] for name, count in emulator.statistics().items()}
 
 
 # -------------------- the definition
@@ -112,6 +121,27 @@ def test_a_batch_without_rows_is_fine(emulator: Emulator) -> None:
     with emulator.installed():
         found = OPERATOR(rand(0, 4, 9, 8), rand(0, 2, 7, 8), None, None, None, None, None, 4, 0.3)
     assert [t.shape for t in found] == [(0, 2, 7), (0, 2, 4, 8), (0, 2, 7), (0, 2, 8)]
+
+
+# -------------------- tensor cores
+
+
+def test_centres_are_found_as_exactly_as_in_float32(emulator: Emulator) -> None:
+    """Of so many keys some are as near to two centres to 16 bits, and none to 24."""
+    for seed in range(3):
+        key, query = rand(1, 1, 20_000, 16, seed=seed), rand(1, 1, 9, 16, seed=5)
+        assert torch.equal(cluster(emulator, query, key, 256).index, sb.reference.cluster(query, key, 256).index)
+
+
+def test_finding_centres_has_no_bank_conflicts(emulator: Emulator, kernels: Kernels) -> None:
+    """Sorting has some. So the search of a copy of the kernel is done twice, which adds its own."""
+    search = "    memory.nearest.template find<E>("
+    with kernels.planted("cluster_keys.cuh", search, "    for (int twice = 0; twice < 2; ++twice) " + search.strip()):
+        searching_twice = Emulator(build(kernels.csrc, FLOAT))
+    query, key, _ = qkv(600, heads=2, kv_heads=1, head_dim=72)
+    once, twice = (counts_of(of, lambda of=of: cluster(of, query, key, 100)) for of in (emulator, searching_twice))
+    assert twice["shared_accesses"] > once["shared_accesses"] + 1000
+    assert twice["bank_conflicts"] == once["bank_conflicts"]
 
 
 # -------------------- bits

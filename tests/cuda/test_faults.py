@@ -68,7 +68,7 @@ FAULTS = {
         "../params.h",
         "b * batch + h * head + i * row;",
         "int16_t(b * batch + h * head + i * row);",
-        "out of bounds|parity",
+        "out of bounds|parity|write to an input",
     ),
     "write to an input": Fault(
         "attention_query.cuh",
@@ -100,8 +100,18 @@ FAULTS = {
         "cluster.cuh", "first_head = head % p.kv_heads * group", "first_head = head % p.kv_heads", "clusters"
     ),
     "missing rescale of a segment": Fault(
-        "cluster.cuh", "exp2_of(load(static_cast<const T*>(p.top) + at) - top)", "T(1)", "clusters"
+        "cluster_keys.cuh", "exp2_of(load(static_cast<const T*>(p.top) + at) - top)", "T(1)", "clusters"
     ),
+    "lost low parts of keys and centres": Fault(
+        "nearest_centres.cuh", "int order = kParts - 1; order >= 0", "int order = 0; order >= 0", "clusters"
+    ),
+    "a lane's own nearest centre": Fault(
+        "nearest_centres.cuh", "int mask = 1; mask <= 2; ++mask", "int mask = 1; mask < 2; ++mask", "clusters"
+    ),
+    "a centre behind the last": Fault(
+        "nearest_centres.cuh", ": -float(INFINITY));", ": 0.0f);", "clusters|out of bounds"
+    ),
+    "the mean taken from keys alone": Fault("cluster_keys.cuh", "(value - load(kept.mean + e))", "value", "clusters"),
     "lost first segment": Fault("kv_state.cuh", "has_keys = slot > 0 &&", "has_keys = slot > 1 &&", "parity"),
     "held key taken back": Fault(
         "attention_forward.cuh",
