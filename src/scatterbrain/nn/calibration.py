@@ -169,7 +169,8 @@ def update_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) 
         TypeError: model is no nn.Module.
         ValueError: queries or keys of the step hold NaN or infinity. Then nothing is committed in any layer, the step
             does not count, and what it gathered is dropped. Skip the call where the loss is not finite: the next
-            forward pass takes the place of what such a step gathered.
+            forward pass takes the place of what such a step gathered. Within a step of accumulated micro-batches that
+            is so too: NaN of an earlier forward pass gives way to a later one, without an error.
     """
     with torch.no_grad():
         cores = _cores(model)
