@@ -101,6 +101,19 @@ def test_compiling_with_a_cache_changes_no_bit(kind: str, mask: Tensor | None) -
         assert_approximated(graph)
 
 
+@pytest.mark.parametrize(
+    "kind, dynamic, is_exact", [("dynamic", False, True), ("dynamic", None, False), ("static", False, False)]
+)
+def test_a_few_tokens_behind_a_cache_are_exact_where_the_graph_knows_of_it(
+    kind: str, dynamic: bool | None, is_exact: bool
+) -> None:
+    model, ids, cuts = calibrated(), hf.tokens(), (hf.TOKENS - 10, hf.TOKENS)
+    graphs, traced = compiled(model, dynamic)
+    same = torch.equal(hf.in_pieces(traced, ids, cuts, kind=kind), hf.in_pieces(model, ids, cuts, kind=kind))
+    assert same == is_exact
+    assert [sum(node.target is ATTENTION for node in graph.nodes) for graph in graphs] == [1, 0 if is_exact else 1]
+
+
 def test_a_window_that_covers_the_sequence_is_approximated_in_the_graph() -> None:
     model = calibrated("mistral with a window", sliding_window=300)
     graphs, traced = compiled(model)

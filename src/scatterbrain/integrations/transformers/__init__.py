@@ -35,6 +35,10 @@ no mask, padding on any side, causal         approximated; outputs of padded que
 more than 16 tokens behind a cache           approximated, each query at its position in the cache
 one token, or up to 16 behind a cache        exact over the cache, so that guessed tokens (speculative decoding) are
                                              verified as they would be written
+up to 16 behind a cache, unknown to the      approximated, as more are: behind a static cache on a GPU (unless
+call                                         SCATTERBRAIN_CHECK=1 reads its offset) and in every compiled or exported
+                                             graph, and behind any cache in a graph for any number of queries, which
+                                             torch.compile makes by itself once their number has changed
 cross-attention                              approximated, each query with a list of its own, since windows and shared
                                              lists depend on later target tokens, and with the kernel of causal calls
                                              where the other one reads all of them; with LSH and "input" exact
@@ -51,8 +55,10 @@ statistics
 families that compute attention themselves   ValueError at load (Bloom, DeBERTa-v2, Falcon, GPT-Neo, Longformer, ...)
 ============================================ =======================================================================
 
-Under torch.compile and torch.export the same calls are approximated. Where neither a mask nor a cache is passed the
-graph itself looks whether position ids mark packed sequences, and then runs exactly. 4-D masks are exact in a graph.
+Under torch.compile and torch.export the same calls are approximated, and a few tokens behind a cache where the table
+says so: there a graph's outputs differ from those without it by the approximation. Where neither a mask nor a cache is
+passed the graph itself looks whether position ids mark packed sequences, and then runs exactly. 4-D masks are exact in
+a graph.
 """
 
 try:

@@ -195,8 +195,9 @@ def _is_exact(
 
 
 def _are_few(core: ScatterbrainAttention, query: Tensor, keys: int, visible: Visible) -> bool:
-    """Whether these are a few tokens behind a cache, of any lengths that a graph serves. The prompt in a static cache
-    has empty slots behind it, and none before."""
+    """Whether it is known that these are a few tokens behind a cache, of any lengths that a graph serves. The prompt in
+    a static cache has empty slots behind it, and none before; what tells it from later tokens is the content of a
+    tensor, which a graph does not have and a GPU is not asked for."""
     is_causal = visible.is_causal and visible.dense is None and getattr(core, "is_self", True)
     if not (is_causal and is_known(query.shape[2] <= FEW_QUERIES) and is_known(keys > query.shape[2])):
         return False
