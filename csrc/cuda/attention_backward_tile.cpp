@@ -44,8 +44,7 @@ BackwardTileParams backward_tile_params(const BackwardParams& of_call, const Til
 
 bool fits_backward_tiles_of_keys(const AttentionArguments& a) {
   const auto kind = static_cast<LowRank>(a.low_rank);
-  return fits_backward_tiles(a) &&
-         ((kind == LowRank::kQuadratic && is_narrow(a)) || (kind == LowRank::kNone && a.span));
+  return fits_backward_tiles(a) && (kind == LowRank::kQuadratic || (kind == LowRank::kNone && a.span));
 }
 
 BackwardTileKeysParams backward_tile_keys_params(const BackwardParams& of_call, const TileParams& operands,

@@ -6,7 +6,8 @@
 //
 // Query slots come in stages of 16, in the order of heads and slots. Keys are the rows of all products, so that
 // gradients of scores are left operands as they come. dk with the gradient of the map, and dv, are tasks of their own:
-// the sums of both would not fit into registers. Stages are parts of one block, whose slots list the same keys up to
+// the sums of both would not fit into registers. With a kernel nor would those of more than 64 columns, so each half of
+// 128 is a task too; they form the same scores. Stages are parts of one block, whose slots list the same keys up to
 // their edge; or ragged, with a pattern of keys for each slot, and a state of their own if it is causal.
 #pragma once
 #include "attention_backward.cuh"
@@ -27,6 +28,7 @@ struct TileKeysLayout {
                            kWidth = kTileFeatures + 1, kRowWidth = 17,
                            kSmall = kHasQuadratic ? 2 * kTile * kRowWidth * 4 : 0,
                            kBytes = kOwnCoordinates + kCoordinates + kSmall;
+  static constexpr int kSums = kHasQuadratic && D > 64 ? 64 : D, kTasks = 2 * D / kSums;  // columns of one; of a tile
   static_assert(!kHasQuadratic || kTile * kWidth * 4 <= 2 * kStageBytes);
 };
 
@@ -41,24 +43,27 @@ class TileKeys {
                                                                          : !kIsRagged || (!kHasQuadratic && D <= 64)
                                                                              ? D / 16
                                                                              : 2;
-  static constexpr int kChunks = D / 8, kSteps = D / 16, kSlotTiles = kTile / 8, kWidth = Layout::kWidth,
-                       kRowWidth = Layout::kRowWidth;
+  static constexpr int kChunks = Layout::kSums / 8, kRowChunks = D / 8, kSteps = D / 16, kSlotTiles = kTile / 8,
+                       kWidth = Layout::kWidth, kRowWidth = Layout::kRowWidth;
+  static_assert(!kIsWide || kChunks == kRowChunks);
 
  public:
-  SB_DEVICE TileKeys(const BackwardTileKeysParams& p, int64_t base, int64_t head, int64_t first)
+  // `part`: which columns, kSums at a time.
+  SB_DEVICE TileKeys(const BackwardTileKeysParams& p, int64_t base, int64_t head, int64_t first, int part)
       : p(p),
         base(int32_t(base)),
         b(quotient(head, p.kv_heads)),
         kv(int32_t(head - b * p.kv_heads)),
         head(int32_t(head)),
         first(int32_t(first)),
+        first_chunk(part * kChunks),
         lane(lane_index()),
         g(lane / 4),
         t(lane % 4) {}
 
   SB_DEVICE void run() {
     range = load(p.rows + b);
-    if (!find_keys()) return;
+    if (8 * first_chunk >= width() || !find_keys()) return;
     read_keys();
     do {
       for (int i = lane; kHasQuadratic && i < kTile * kRowWidth; i += kWarp) dy().set(i, 0.0f);
@@ -70,7 +75,7 @@ class TileKeys {
       for (int i = 0; i < 4; ++i) d_pairs[c][i] = 0;
       SB_UNROLL
       for (int r = 0; r < 2; ++r) scales[r] = 0x1p125f;
-      if (kHasQuadratic) add_state();
+      if (kHasQuadratic && (kOfValues || is_first_part())) add_state();
       go_through();
     } while (has_to_be_careful());
     finish();
@@ -83,6 +88,10 @@ class TileKeys {
   SB_DEVICE Shared<float> dy() const {
     return shared_array<float>(base + Layout::kOwnCoordinates + Layout::kCoordinates + Layout::kSmall / 2);
   }
+
+  // Of a row of sums. The gradient of the map is the first part's.
+  SB_DEVICE int64_t width() const { return kOfValues ? p.value_pad : p.head_dim; }
+  SB_DEVICE bool is_first_part() const { return first_chunk == 0; }
 
   // -------------------- the tile's keys
 
@@ -201,12 +210,16 @@ class TileKeys {
     for (int64_t step = 0; !kIsWide && kOfValues && step < p.features_padded / 16; ++step)
       if constexpr (kIsRagged)
         add_product_of_numbers(
-            of_features, kWidth, step, 1.0f, p.value_pad / 8,
-            [&](int n) { return right_words(16 * step, 8 * n, entry); }, sum);
+            of_features, kWidth, step, 1.0f, p.value_pad / 8 - first_chunk,
+            [&](int n) { return right_words(16 * step, 8 * (first_chunk + n), entry); }, sum);
       else
-        add_product_of_numbers(of_features, kWidth, step, 1.0f,
-                               p.state_by_feature + head * (p.features_padded / 16) * (p.value_pad / 8) * kWarp,
-                               p.value_pad / 8, sum);
+        add_product_of_numbers(
+            of_features, kWidth, step, 1.0f, p.value_pad / 8 - first_chunk,
+            [&](int n) {
+              const int64_t row = head * (p.features_padded / 16) + step;
+              return load(p.state_by_feature + (row * (p.value_pad / 8) + first_chunk + n) * kWarp + lane);
+            },
+            sum);
     if (kOfValues && kIsHalf) {  // with the weights that follow, which are at most about one
       SB_UNROLL
       for (int r = 0; r < 2; ++r) scales[r] = Scale::of(0.75f);
@@ -424,13 +437,12 @@ class TileKeys {
     }
     if (kIsCareful && is_careful) clear_what_is_no_number(of_lane, from, listing, kOfValues ? value : score, root);
     if constexpr (kIsWide) {
-      add_product_with_rows<D>(kOfValues ? value : score, int(kOfValues ? from + Layout::kMatrix : from),
-                               kOfValues ? p.value_pad : p.head_dim, sum);
+      add_product_with_rows<D>(kOfValues ? value : score, int(kOfValues ? from + Layout::kMatrix : from), width(), sum);
       if (kHasQuadratic && !kOfValues) add_product_with_coordinates(root, int(from + 2 * Layout::kMatrix), d_pairs);
     } else {
       uint32_t parts[kNumberParts][4];
       split_rows(kOfValues ? value : score, from + Layout::kMatrix, parts);
-      add_rows(parts, kOfValues ? from + Layout::kMatrix : from, kOfValues ? p.value_pad : p.head_dim);
+      add_rows(parts, kOfValues ? from + Layout::kMatrix : from, width());
       if (kHasQuadratic && !kOfValues) add_coordinates(root, from + 2 * Layout::kMatrix);
     }
   }
@@ -536,8 +548,8 @@ class TileKeys {
     const int row = lane % kTile, half = lane / kTile;
     uint32_t any = 0;
     SB_NO_UNROLL
-    for (int c = 0; c < kChunks / 2; ++c) {
-      const int64_t at = swizzled<2 * D>(row, half * (kChunks / 2) + c);
+    for (int c = 0; c < kRowChunks / 2; ++c) {
+      const int64_t at = swizzled<2 * D>(row, half * (kRowChunks / 2) + c);
       const FourWords words = shared_array<FourWords>(gradients + at).get(0);
       SB_UNROLL
       for (int i = 0; i < 4; ++i) any |= words.at[i] & 0x7fff7fffu;
@@ -590,9 +602,9 @@ class TileKeys {
     const bool has_rest = kIsHalf || p.by_groups;
     SB_UNROLL
     for (int c = 0; c < kChunks; c += 2) {
-      if (c * 8 >= width) continue;
+      if ((first_chunk + c) * 8 >= width) continue;
       uint32_t rows[4];
-      load_transposed(from + swizzled<2 * D>(lane % 16, c + lane / 16), rows);
+      load_transposed(from + swizzled<2 * D>(lane % 16, first_chunk + c + lane / 16), rows);
       SB_UNROLL
       for (int i = kNumberParts - 1; i >= 0; --i) {
         if (i > 0 && !has_rest) continue;
@@ -630,19 +642,18 @@ class TileKeys {
       const int row = g + 8 * r;
       if (!is_key(row)) continue;
       const float scale = (kOfValues ? 1.0f : float(p.scale)) * (kIsHalf ? Scale::inverse(scales[r]) : 1.0f);
-      const int64_t width = kOfValues ? p.value_pad : p.head_dim;
-      float* to = static_cast<float*>(kOfValues ? p.dv_sum : p.dk_sum) + (head * p.k_tokens + token(row)) * width;
+      float* to = static_cast<float*>(kOfValues ? p.dv_sum : p.dk_sum) + (head * p.k_tokens + token(row)) * width();
       SB_UNROLL
       for (int c = 0; c < kChunks; ++c) SB_UNROLL
       for (int i = 0; i < 2; ++i) {
         if constexpr (kIsWide)
           sum[c][2 * r + i] *= scale;
-        else if (8 * c < width)
-          store(to + 8 * c + 2 * t + i, sum[c][2 * r + i] * scale);
+        else if (8 * (first_chunk + c) < width())
+          store(to + 8 * (first_chunk + c) + 2 * t + i, sum[c][2 * r + i] * scale);
       }
-      if constexpr (kIsWide) store_float_sums(sum, r, to, width);
+      if constexpr (kIsWide) store_float_sums(sum, r, to, width());
     }
-    if (kHasQuadratic && !kOfValues) finish_map();
+    if (kHasQuadratic && !kOfValues && is_first_part()) finish_map();
   }
 
   // Pairs were multiplied by half of the queries' coordinates, but for the 1 behind them.
@@ -671,6 +682,7 @@ class TileKeys {
   const BackwardTileKeysParams& p;
   const int32_t base, b, kv;
   const int32_t head, first;
+  const int first_chunk;  // of 8 columns
   const int lane, g, t;
   RowRange range;
   uint32_t keys = 0;         // of the tile, those that count
@@ -684,15 +696,17 @@ template <class E, int D, bool kHasQuadratic, bool kIsRagged>
 SB_KERNEL SB_THREADS_AT_MOST(kTileKeysThreads) attention_backward_tile_keys(BackwardTileKeysParams p) {
   const int64_t tiles = ceil_div(p.k_tokens, kTile), all = p.batch * p.kv_heads * tiles,
                 warps = block_threads() / kWarp;
-  const int64_t base = warp_index() * TileKeysLayout<E, D, kHasQuadratic>::kBytes;
-  for_each_task(quotient(2 * all + warps - 1, warps), [&](int64_t task) {
-    const int64_t at = task * warps + warp_index(), tile = at < all ? at : at - all, head = quotient(tile, tiles),
-                  first = (tile - head * tiles) * kTile;
-    if (at >= 2 * all) return;
-    if (at < all)
-      TileKeys<E, D, kHasQuadratic, kIsRagged, false>(p, base, head, first).run();
+  typedef TileKeysLayout<E, D, kHasQuadratic> Layout;
+  const int64_t base = warp_index() * Layout::kBytes;
+  for_each_task(quotient(Layout::kTasks * all + warps - 1, warps), [&](int64_t task) {
+    const int64_t at = task * warps + warp_index();
+    if (at >= Layout::kTasks * all) return;
+    const int32_t kind = quotient(at, all);
+    const int64_t tile = at - kind * all, head = quotient(tile, tiles), first = (tile - head * tiles) * kTile;
+    if (kind % 2 == 0)
+      TileKeys<E, D, kHasQuadratic, kIsRagged, false>(p, base, head, first, kind / 2).run();
     else
-      TileKeys<E, D, kHasQuadratic, kIsRagged, true>(p, base, head, first).run();
+      TileKeys<E, D, kHasQuadratic, kIsRagged, true>(p, base, head, first, kind / 2).run();
   });
 }
 

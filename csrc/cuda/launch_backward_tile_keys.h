@@ -8,12 +8,13 @@ namespace sb::cuda {
 template <class E, int D, bool kHasQuadratic, bool kIsRagged>
 void launch_tiles_of_keys(const BackwardTileKeysParams& p, Stream stream) {
   constexpr int64_t kMostShared = 96 << 10;  // what a block may have on every device
-  constexpr int64_t kBytes = TileKeysLayout<E, D, kHasQuadratic>::kBytes;
+  typedef TileKeysLayout<E, D, kHasQuadratic> Layout;
+  constexpr int64_t kBytes = Layout::kBytes;
   int warps = kTileKeysThreads / kWarp;
   while (warps > 1 && warps * kBytes > kMostShared) warps /= 2;
   launch(stream, "attention_backward_tile_keys",
-         ceil_div(2 * p.batch * p.kv_heads * ceil_div(p.k_tokens, kTile), warps), warps * kWarp, warps * kBytes,
-         attention_backward_tile_keys<E, D, kHasQuadratic, kIsRagged>, p);
+         ceil_div(Layout::kTasks * p.batch * p.kv_heads * ceil_div(p.k_tokens, kTile), warps), warps * kWarp,
+         warps * kBytes, attention_backward_tile_keys<E, D, kHasQuadratic, kIsRagged>, p);
 }
 
 template <bool kIsRagged>
@@ -33,12 +34,13 @@ void launch_backward_tile_keys_kernel(const BackwardTileKeysParams& p, Element e
   with_element(element, [&](auto* e) {
     using E = std::remove_pointer_t<decltype(e)>;
     if constexpr (sizeof(E) == 2) {
-      if (p.low_rank == LowRank::kQuadratic)
-        launch_tiles_of_keys<E, 64, true, kIsRagged>(p, stream);
-      else if (p.head_dim <= 64 && p.value_pad <= 64)
-        launch_tiles_of_keys<E, 64, false, kIsRagged>(p, stream);
+      const bool is_narrow = p.head_dim <= 64 && p.value_pad <= 64, has_quadratic = p.low_rank == LowRank::kQuadratic;
+      if (is_narrow)
+        has_quadratic ? launch_tiles_of_keys<E, 64, true, kIsRagged>(p, stream)
+                      : launch_tiles_of_keys<E, 64, false, kIsRagged>(p, stream);
       else
-        launch_tiles_of_keys<E, 128, false, kIsRagged>(p, stream);
+        has_quadratic ? launch_tiles_of_keys<E, 128, true, kIsRagged>(p, stream)
+                      : launch_tiles_of_keys<E, 128, false, kIsRagged>(p, stream);
     }
   });
 }

@@ -25,9 +25,9 @@ LONG = 230  # of which tiles of queries read states, and see a whole chunk behin
 QUADRATIC = LOW_RANKS["quadratic"]
 
 
-def kernels_of(emulator: Emulator, *arguments: object, **more: object) -> list[bytes]:
+def kernels_of(emulator: Emulator, widths: tuple[int, int], *arguments: object, **more: object) -> list[bytes]:
     """Those that gradients of a short call start."""
-    started, given = [], given_of(torch.bfloat16, n=40)
+    started, given = [], given_of(torch.bfloat16, *widths, n=40)
     more["statistics"] = statistics_of(arguments[1], given)
     with emulator.installed(), emulator.observed(lambda launch, is_after: started.append(launch.kernel)):
         gradients(given, *arguments, **more)
@@ -37,10 +37,13 @@ def kernels_of(emulator: Emulator, *arguments: object, **more: object) -> list[b
 @pytest.mark.parametrize(
     ("support", "is_causal"), [(sb.Window(20), True), (sb.Window(20, 8), False), (sb.Window(9, 1), True)], ids=str
 )
-def test_keys_of_windows_go_by_tiles_alone(emulator: Emulator, support: object, is_causal: bool) -> None:
+@pytest.mark.parametrize("widths", [(24, 40), (128, 104)], ids=str)
+def test_keys_of_windows_go_by_tiles_alone(
+    emulator: Emulator, widths: tuple[int, int], support: object, is_causal: bool
+) -> None:
     """In the pass without float64: that of queries that are computed again follows with a low-rank kernel."""
     for low_rank in (None, QUADRATIC):
-        started = kernels_of(emulator, support, low_rank, is_causal=is_causal)
+        started = kernels_of(emulator, widths, support, low_rank, is_causal=is_causal)
         assert b"attention_backward_tile_keys" in started
         assert started.count(b"attention_backward_keys") == 2 * (low_rank is not None)  # before and after the launch
 
@@ -66,6 +69,26 @@ def test_errors_are_those_of_the_cpu_kernel(
     holes[:, 3::7] = holes[:, 20:50] = True
     more = dict(is_causal=is_causal, query_offset=offset, key_padding_mask=holes)
     assert not excess(emulator, given_of(dtype, 40, 64, n=LONG), support, low_rank, **more)
+
+
+@pytest.mark.parametrize("widths", [(128, 128), (96, 16), (40, 72)], ids=str)
+@pytest.mark.parametrize(
+    ("support", "dtype", "is_causal"),
+    [
+        (sb.Window(32, 16, sinks=5), torch.bfloat16, False),
+        (sb.Window(24, 8), torch.float16, True),
+        (sb.Empty(), torch.float16, False),
+    ],
+    ids=str,
+)
+def test_halves_of_wide_sums_are_as_exact(
+    emulator: Emulator, support: object, dtype: torch.dtype, is_causal: bool, widths: tuple[int, int]
+) -> None:
+    """With a kernel the sums of more than 64 columns are two tasks, of which one may have none."""
+    holes = torch.zeros(1, LONG, dtype=torch.bool)
+    holes[:, 3::7] = True
+    more = dict(is_causal=is_causal, key_padding_mask=holes)
+    assert not excess(emulator, given_of(dtype, *widths, n=LONG), support, QUADRATIC, **more)
 
 
 @pytest.mark.parametrize(("block_q", "dtype"), [(16, torch.bfloat16), (8, torch.float16)])
@@ -149,14 +172,14 @@ def test_no_bit_of_the_past_depends_on_queries_that_nothing_is_asked_of(emulator
 # -------------------- conflicts
 
 
-def conflicts_of(emulator: Emulator, window: int, block_q: int) -> int:
+def conflicts_of(emulator: Emulator, window: int, block_q: int, widths: tuple[int, int]) -> int:
     counts = []
 
     def observe(launch: object, is_after: bool) -> None:
         if launch.kernel == b"attention_backward_tile_keys":
             counts.append(emulator.statistics()["bank_conflicts"])
 
-    given = given_of(torch.bfloat16, n=N)
+    given = given_of(torch.bfloat16, *widths, n=N)
     with emulator.installed(), emulator.observed(observe):
         gradients(
             given, sb.Window(window, block_q), QUADRATIC, is_causal=True, statistics=statistics_of(QUADRATIC, given)
@@ -164,9 +187,10 @@ def conflicts_of(emulator: Emulator, window: int, block_q: int) -> int:
     return counts[1] - counts[0]
 
 
-def test_the_loop_over_query_slots_has_no_bank_conflicts(emulator: Emulator) -> None:
+@pytest.mark.parametrize("widths", [(24, 40), (128, 128)], ids=str)
+def test_the_loop_over_query_slots_has_no_bank_conflicts(emulator: Emulator, widths: tuple[int, int]) -> None:
     """So that further ones have none."""
-    assert conflicts_of(emulator, 9, 8) == conflicts_of(emulator, 64, 8)
+    assert conflicts_of(emulator, 9, 8, widths) == conflicts_of(emulator, 64, 8, widths)
 
 
 # -------------------- planted faults
@@ -179,7 +203,12 @@ FAULTS = {
         "if (edges.state_end >= first) break;",
         "maps|d[kv]",
     ),
-    "share of the wrong state": (KEYS, "set_share(of_lane.state_log);", "set_share(log_of_state(0));", "maps|d[kv]"),
+    "share of the wrong state": (
+        KEYS,
+        "set_share(of_lane.state_log);",
+        "set_share(log_of_state<float>(p, head, 0));",
+        "maps|d[kv]",
+    ),
     "lost low part of the keys' coordinates": (KEYS, "multiply_add(root[n], low, x[0], x[1], Bfloat16{});", "", "maps"),
     "listed keys that count twice": (SLOTS, "~(seen ? bits_of_list(own) : 0)", "~0u", "d[kv]"),
     "windows of blocks that were not named": (
@@ -194,21 +223,23 @@ FAULTS = {
         "weight += low_rank * root[n][at];",
         "dv: keys",
     ),
+    "the first half twice": (KEYS, "first_chunk + c + lane / 16), rows);", "c + lane / 16), rows);", "d[kv]"),
     "zeros that meet what is no number": (KEYS, "if (kIsCareful && is_careful)", "if (false)", "d[kv]: keys"),
 }
 
 
 def first_complaint(emulator: Emulator) -> str:
     calls = (
-        (sb.Window(64), QUADRATIC, LONG),
-        (sb.Routed(32, 16, window=16), QUADRATIC, LONG),
-        (sb.Window(70, 3), None, N),
+        (sb.Window(64), QUADRATIC, given_of(torch.bfloat16, n=LONG)),
+        (sb.Routed(32, 16, window=16), QUADRATIC, given_of(torch.bfloat16, n=LONG)),
+        (sb.Window(70, 3), None, given_of(torch.bfloat16, n=N)),
+        (sb.Window(24, 8), QUADRATIC, given_of(torch.bfloat16, 96, 96, n=N)),
     )
     try:
         if (error := error_of_maps(emulator)) > 2.5e-4:
             return f"maps: {error:.1e}"
-        for support, low_rank, n in calls:
-            wrong = excess(emulator, given_of(torch.bfloat16, n=n), support, low_rank, is_causal=True)
+        for support, low_rank, given in calls:
+            wrong = excess(emulator, given, support, low_rank, is_causal=True)
             if wrong:
                 return wrong
         return reached_by_no_number(emulator, 140) or reached_by_no_number(emulator, 70)
