@@ -23,6 +23,7 @@ from pathlib import Path
 MINIMUM_TORCH = (2, 11)
 
 _ACTIVATED = ("VIRTUAL_ENV", "CONDA_PREFIX")
+_PIP_ISOLATION = "pip-build-env-"  # in the folders that pip puts on the PYTHONPATH of an isolated build
 
 _QUERY = """
 import importlib.util, json, sys
@@ -61,7 +62,7 @@ def target_interpreters() -> list[str]:
     temporary environment and may announce it as the activated one; the frontend's own interpreter, the environment
     it was started in, and otherwise a .venv in its folder are the candidates.
     """
-    if "pip-build-env-" in os.environ.get("PYTHONPATH", ""):
+    if _PIP_ISOLATION in os.environ.get("PYTHONPATH", ""):
         return [sys.executable]
     frontend = _Frontend.of_this_build()
     prefixes = [place.get(name) for place in (frontend.environment, os.environ) for name in _ACTIVATED]
@@ -96,6 +97,12 @@ class _Frontend:
             return cls(os.path.join(folder, program), folder, environment)
         return cls(shutil.which(program, path=environment.get("PATH", "")), folder, environment)
 
+    def python_path(self) -> list[str]:
+        """The folders of the PYTHONPATH that it was started with, which may be all that leads to torch, without those
+        of an isolated environment."""
+        entries = self.environment.get("PYTHONPATH", "").split(os.pathsep)
+        return [os.path.join(self.folder, entry) for entry in entries if entry and _PIP_ISOLATION not in entry]
+
 
 def _torch_is_importable() -> bool:
     spec = importlib.util.find_spec("torch")
@@ -113,6 +120,7 @@ def _borrow_packages(interpreter: str) -> bool:
     """Append the package folders of ``interpreter`` to ``sys.path`` if it has torch and is the same Python version."""
     # The frontend sets these two for its own isolation; they would hide the user's packages from the query.
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    environment["PYTHONPATH"] = os.pathsep.join(_Frontend.of_this_build().python_path())
     answer = subprocess.run([interpreter, "-c", _QUERY], env=environment, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         return False

@@ -116,6 +116,31 @@ def test_pip_builds_only_for_the_interpreter_that_it_installs_into(torch_environ
     assert str(other) in torch_environment.target_interpreters()
 
 
+def test_an_isolated_build_borrows_a_torch_that_only_the_pythonpath_of_pip_leads_to(tmp_path):
+    bare = fake_program(tmp_path / "bin" / "python", f'exec {sys.executable} -S "$@"')
+    (tmp_path / "packages" / "torch").mkdir(parents=True)
+    torch_file = tmp_path / "packages" / "torch" / "__init__.py"
+    torch_file.touch()
+    build = f"""if True:
+        import importlib.util, sys
+        sys.path.insert(0, {str(BACKEND)!r})
+        import torch_environment
+        torch_environment.target_interpreters = lambda: [{str(bare)!r}]
+        torch_environment.require_torch()
+        print(importlib.util.find_spec("torch").origin, *sys.path, sep="\\n")
+    """
+    frontend = f"""if True:
+        import os, subprocess, sys
+        isolated = os.environ | {{"PYTHONPATH": {str(tmp_path / "pip-build-env-inner")!r}}}
+        sys.exit(subprocess.run([sys.executable, "-S", "-c", {build!r}], env=isolated).returncode)
+    """
+    outer = str(tmp_path / "pip-build-env-outer")
+    done = run_python("-S", "-c", frontend, cwd=tmp_path, PYTHONPATH=os.pathsep.join([outer, "packages"]))
+    assert done.returncode == 0, done.stderr
+    origin, *path = done.stdout.splitlines()
+    assert Path(origin) == torch_file and outer not in path
+
+
 def test_an_interpreter_of_another_python_version_is_not_borrowed_from(torch_environment, tmp_path):
     answer = '{"torch": true, "python": [2, 7], "path": ["/nowhere"]}'
     other = fake_program(tmp_path / "python", f"echo '{answer}'")
