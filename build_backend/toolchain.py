@@ -150,11 +150,49 @@ def _run(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def _available_memory() -> int:
-    """Bytes of memory free for new processes; assumed plentiful where the system does not say."""
+def _available_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory free for new processes, within the limits of this process's control groups; assumed plentiful
+    where the system does not say."""
     try:
-        meminfo = Path("/proc/meminfo").read_text()
+        meminfo = (root / "proc/meminfo").read_text()
     except OSError:
         return 16 << 30
     available = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
-    return int(available.group(1)) << 10 if available else 16 << 30
+    return min([int(available.group(1)) << 10 if available else 16 << 30, *_left_in_control_groups(root)])
+
+
+def _left_in_control_groups(root: Path) -> list[int]:
+    """Bytes that the control groups of this process leave it, of those that have a limit: its own, and those around it.
+    A container may see its own as the root of the mount, whatever the path of the process says."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    left = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, names, reclaimable = "sys/fs/cgroup", ("memory.max", "memory.current"), "inactive_file"
+        elif "memory" in controllers.split(","):
+            names, reclaimable = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"
+            mount = "sys/fs/cgroup/memory"
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        for inner in (group, *group.parents):
+            folder = root / mount / inner
+            limit, used = (_number_in(folder / name, r"\A(\d+)$") for name in names)
+            if limit is not None and used is not None:
+                # What is only cached counts as used, and makes room for processes, as in MemAvailable.
+                cached = _number_in(folder / "memory.stat", rf"^{reclaimable} (\d+)$") or 0
+                left.append(max(0, limit - max(0, used - cached)))
+    return left
+
+
+def _number_in(file: Path, pattern: str) -> int | None:
+    """What the group of ``pattern`` finds in a file; None for nothing, or no file."""
+    try:
+        found = re.search(pattern, file.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found.group(1)) if found else None

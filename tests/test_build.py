@@ -281,6 +281,43 @@ def test_compile_jobs_follow_max_jobs_then_cores_then_memory(toolchain, monkeypa
         toolchain.compile_jobs({"MAX_JOBS": "many"})
 
 
+V1 = "0::/\n5:cpu:/\n4:memory:/docker/abc\n"  # the container sees its own group as the root
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "left"),
+    [
+        (None, {}, 20),
+        ("0::/user/build\n", {}, 20),
+        ("0::/user/build\n", {"user/build": ("max", 1)}, 20),
+        ("0::/user/build\n", {"user/build": (9, 2)}, 7),
+        ("0::/user/build\n", {"user/build": (9, 2), "user": (8, 5), "": (30, 12)}, 3),
+        ("0::/user/build\n", {"user/build": (9, 6, 4)}, 7),
+        ("0::/\n", {"": (2, 5)}, 0),
+        (V1, {"memory": (6, 2)}, 4),
+        (V1, {"memory": (6, 4, 3)}, 5),
+        (V1, {"memory": (8 << 30, 4)}, 20),
+    ],
+)
+def test_available_memory_is_within_the_limits_of_control_groups(toolchain, tmp_path, groups, files, left):
+    """In GiB: a limit, what is used, and what of it is only cached."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: {64 << 20} kB\nMemAvailable: {20 << 20} kB\n")
+    if groups is not None:
+        (tmp_path / "proc/self/cgroup").write_text(groups)
+    for folder, (limit, used, *cached) in files.items():
+        group = tmp_path / "sys/fs/cgroup" / folder
+        group.mkdir(parents=True, exist_ok=True)
+        first = folder.startswith("memory")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
+        for name, value in zip(names, (limit, used)):
+            (group / name).write_text(f"{value if value == 'max' else value << 30}\n")
+        if cached:
+            counted = "total_inactive_file" if first else "inactive_file"
+            (group / "memory.stat").write_text(f"anon 7\n{counted} {cached[0] << 30}\nactive_file 9\n")
+    assert toolchain._available_memory(tmp_path) == left << 30
+
+
 # --- what was built ---------------------------------------------------------------------------------------------------
 
 
