@@ -79,6 +79,15 @@ def test_extreme_keys_stay_in_range() -> None:
             sb.cluster(query, spoilt, 8)
 
 
+def test_centres_beyond_the_last_cluster_are_never_the_nearest() -> None:
+    """Centres are compared 16 at a time: behind 5 there are 11 that are none, also where every score overflows."""
+    row = torch.ones(256)
+    query, key = torch.full((1, 1, 2, 256), 1e-18), torch.stack([2e18 * row, -2e18 * row])[None, None]
+    found = sb.cluster(query, key, 5)
+    assert found.index.ge(0).all() and found.index.lt(5).all()
+    assert sb.attention(query, key, rand(1, 1, 2, 16), sb.Window(1), sb.Centroid(5)).isfinite().all()
+
+
 def test_a_common_vector_leaves_clusters_as_they_are() -> None:
     query, key, _ = qkv(60, 300, heads=2, kv_heads=2)
     found, moved = sb.cluster(query, key, 16), sb.cluster(query, key + 10 * rand(8, seed=3), 16)

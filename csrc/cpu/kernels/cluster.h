@@ -180,7 +180,7 @@ SB_INLINE void place_centres(const ClusterParams& p, const T* rows, const Cluste
       store<T, N>(to + kDirections * kCentreRows + lane, square * T(-0.5));
     }
     for (int64_t i = p.clusters - first > 0 ? p.clusters - first : 0; i < kCentreRows; ++i)
-      to[kDirections * kCentreRows + i] = kLowest<T>;  // never the nearest
+      to[kDirections * kCentreRows + i] = -T(__builtin_inf());  // never the nearest, also where all scores overflow
   }
 }
 
