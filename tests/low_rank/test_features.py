@@ -108,6 +108,16 @@ def test_routing_chooses_by_what_the_features_leave() -> None:
     assert float((other != want).float().mean()) > 0.01
 
 
+@pytest.mark.parametrize("block_q", [1, 16])
+@pytest.mark.parametrize("keys", [64, 200])
+def test_features_that_are_no_numbers_give_results_that_are_none(keys: int, block_q: int) -> None:
+    """Also in short rows, whose lists are bitmasks (docs/algorithm.md, section 7)."""
+    given = [rand(1, 1, keys, D, seed=i) for i in range(3)]
+    kernel = sb.Features(lambda t: torch.full_like(t, torch.nan))
+    results = out_and_gradients(lambda *t: sb.attention(*t, sb.Window(16, block_q), kernel), given)
+    assert all(t.isnan().all() for t in results)
+
+
 def test_gradients_reach_what_the_functions_read() -> None:
     """A learned feature map (Performer-ReLU): the gradient of its weight is that of the definition."""
     draw = rand(5, D, seed=7)

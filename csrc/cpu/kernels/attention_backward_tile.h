@@ -187,6 +187,7 @@ SB_INLINE int apply_fallback(const AttentionParams& p, const QueryTile<E, kLanes
                              ScatterRecord<E>* records, int* by_key) {
   typedef AccType<E> T;
   int by_key_count = 0;
+  if (tile.list.bitmask) return 0;
   for (int lane = 0; lane < tile.lanes; ++lane) {
     if (tile.query[lane] < 0 || !is_beyond_bound<T>(p, s.removed[lane], s.den[lane], s.squares[lane])) continue;
     ScatterRecord<E>& r = records[kShared ? 0 : lane];

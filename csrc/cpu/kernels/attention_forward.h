@@ -61,7 +61,7 @@ void forward_tile(const AttentionParams& p, QueryTile<E, kLanes>& tile, ForwardS
     if (skip[lane]) continue;
     const T complement = total[lane] - s.removed[lane];
     den[lane] = s.exact[lane] + (complement < T(0) ? T(0) : complement);
-    if (!is_beyond_bound<T>(p, s.removed[lane], den[lane], squares[lane])) continue;
+    if (tile.list.bitmask || !is_beyond_bound<T>(p, s.removed[lane], den[lane], squares[lane])) continue;
     if (p.needs_again) {
       p.needs_again[(tile.b * p.q_heads + tile.h) * p.q_tokens + tile.query[lane]] = 1;
       skip[lane] = true;

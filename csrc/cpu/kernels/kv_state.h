@@ -249,7 +249,8 @@ SB_INLINE void squared_terms(const AttentionParams& p, const T* xT, const T* alp
 }
 
 // Whether a query's weight `den` drowns in rounding: of the L that is taken back from the state, or, in float32, of the
-// terms of F(x).hz. Where L overflows, den is NaN. A call that sums by key is of such queries alone.
+// terms of F(x).hz. Where L overflows, den is NaN. A call that sums by key is of such queries alone. Not for lists with
+// a bitmask, which take nothing back: their NaN is the result, and to the second pass all their keys would be listed.
 template <class T>
 SB_INLINE bool is_beyond_bound(const AttentionParams& p, T removed, T den, double squared_terms) {
   if (!p.has_low_rank()) return false;
