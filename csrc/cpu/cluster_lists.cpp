@@ -71,9 +71,8 @@ std::tuple<Tensor, Tensor> cluster_lists(const Tensor& query_cluster, const Tens
   const int64_t clusters = std::max(count_clusters("query_cluster", query_cluster, keys),
                                     count_clusters("key_cluster", key_cluster, keys)),
                 capacity = std::min(rounds * std::min(largest, keys), keys);
-  for (const auto& [name, range] : {std::pair("query_range", &query_range), std::pair("key_range", &key_range)})
-    SB_CHECK(!*range || ((*range)->scalar_type() == ScalarType::Int && has_shape(**range, {batch, 2})),
-             "cluster_lists: ", name, " must be int32 of shape (", batch, ", 2)");
+  check_range("cluster_lists", "query_range", query_range, batch, queries);
+  check_range("cluster_lists", "key_range", key_range, batch, keys);
   const std::vector<RowRange> rows = row_ranges(batch, queries, keys, query_range, key_range, std::nullopt);
   const int32_t *const of_query = static_cast<const int32_t*>(query_cluster.data_ptr()),
                        *const of_key = static_cast<const int32_t*>(key_cluster.data_ptr());

@@ -160,6 +160,16 @@ def test_clusters_that_make_no_lists_are_refused(clusters, words: str) -> None:
         torch.ops.scatterbrain.cluster_lists(*clusters(q, k), None, None, 3)
 
 
+@pytest.mark.parametrize("name", ["query_range", "key_range"])
+@pytest.mark.parametrize("row", [(0, 10), (-1, 3), (3, 1)])
+def test_lists_of_clusters_refuse_ranges_outside_the_tokens(name: str, row: tuple[int, int]) -> None:
+    q, k = (torch.zeros(1, 2, 2, n, dtype=torch.int32) for n in (3, 9))
+    ranges = {"query_range": None, "key_range": None, name: torch.tensor([row], dtype=torch.int32)}
+    words = f"^cluster_lists: {name} of batch row 0 must be .*, got .{row[0]}, {row[1]}"
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.scatterbrain.cluster_lists(q, k, *ranges.values(), 9)
+
+
 def test_opcheck_of_lists_of_clusters() -> None:
     q, k = (torch.arange(48, dtype=torch.int32).view(2, 2, 3, 4) % 5 // f - 1 for f in (1, 2))
     ranges = torch.tensor([[0, 4], [1, 3]], dtype=torch.int32)
