@@ -4,6 +4,8 @@
 #include "allocation.h"
 #include "parallel.h"
 
+#include <vector>
+
 namespace sb::cpu {
 namespace {
 
@@ -34,6 +36,22 @@ void check_index(const AttentionParams& p) {
   }
 }
 
+// Every row of the order names each query at most once: two slots of one query would write its results, and add up its
+// gradients, at the same time.
+void check_order(const AttentionParams& p) {
+  std::vector<int64_t> last_row(size_t(p.q_tokens), -1);  // that named the query
+  for (int64_t row = 0; row < p.batch * p.order_heads; ++row)
+    for (int64_t slot = 0; slot < p.q_tokens; ++slot) {
+      const int64_t query = p.order[row * p.q_tokens + slot];
+      SB_CHECK(query >= -1 && query < p.q_tokens, "attention: query_order names query ", query, " of ", p.q_tokens);
+      if (query < 0) continue;
+      int64_t& last = last_row[size_t(query)];
+      SB_CHECK(last != row, "attention: query_order must name every query at most once in a row, got query ", query,
+               " twice in row ", row / p.order_heads, ", head ", row % p.order_heads, "; give -1 to slots without one");
+      last = row;
+    }
+}
+
 }  // namespace
 
 BlockLists::BlockLists(const AttentionArguments& a, AttentionParams& p) {
@@ -53,9 +71,7 @@ BlockLists::BlockLists(const AttentionArguments& a, AttentionParams& p) {
   if (a.query_order) {
     order = as_contiguous(*a.query_order);
     p.order = static_cast<const int32_t*>(order->data_ptr()), p.order_heads = order->size(1);
-    for (int64_t i = 0; i < order->numel(); ++i)
-      SB_CHECK(p.order[i] >= -1 && p.order[i] < p.q_tokens, "attention: query_order names query ", p.order[i], " of ",
-               p.q_tokens);
+    check_order(p);
   }
 }
 

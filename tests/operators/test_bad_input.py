@@ -94,6 +94,7 @@ FORWARD = {
     "an order of no head": dict(query_order=torch.zeros(B, 0, N, dtype=torch.int32)),
     "an order of three heads": dict(query_order=torch.zeros(B, 3, N, dtype=torch.int32)),
     "an order of fewer queries": dict(query_order=torch.zeros(B, H, N - 1, dtype=torch.int32)),
+    "an order that names a query twice": dict(query_order=torch.arange(N, dtype=torch.int32).repeat(B, H, 1) % (N - 1)),
     "a causal order": dict(query_order=torch.arange(N, dtype=torch.int32).expand(B, H, N), is_causal=True),
     "no maps": dict(query_map=None, key_map=None),
     "one map": dict(key_map=None),
