@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from operator_cases import operator_arguments
@@ -117,6 +119,25 @@ def test_no_later_query_decides_how_one_is_computed_again(block_q: int) -> None:
     for one, other in zip(*results):
         assert torch.equal(one[:, :, : keys // 2], other[:, :, : keys // 2])
         assert not torch.equal(one[:, :, keys // 2 :], other[:, :, keys // 2 :])
+
+
+def test_a_row_of_more_keys_than_float32_can_count_is_summed_to_its_end() -> None:
+    """Its last key weighs as much as all that are not listed; one query is summed key by key."""
+    keys, queries, last = 2**24 + 2, 32, 16.6
+    tokens = torch.zeros(1, 1, 1, HEAD_DIM)  # every key is the same in memory
+    key_map = torch.tensor([1.0, 0.0]).repeat(1, 1, keys, 1)
+    key_map[:, :, :LISTED, 0], key_map[:, :, -1, 1] = 1e6, last
+    query_map = torch.tensor([1.0, -60.0]).repeat(1, 1, queries, 1)
+    query_map[:, :, 0, 1] = 0.0
+    index, count = lists(queries, 16, False)
+    given = dict(query=tokens.expand(1, 1, queries, -1), key=tokens.expand(1, 1, keys, -1))
+    given |= dict(value=given["key"], query_map=query_map, key_map=key_map, index=index, count=count)
+    with sb.profile() as profile:
+        _, lse = torch.ops.scatterbrain.attention(
+            *operator_arguments(AttentionArguments, **given, low_rank=2, block_q=16, is_causal=False, scale=1.0)
+        )
+    assert "queries again by key" in profile.stages
+    assert float(lse[0, 0, 0]) == pytest.approx(math.log(keys - 1 + math.exp(last)), abs=1e-4)
 
 
 @pytest.mark.parametrize("block_q", [1, 16])

@@ -195,7 +195,7 @@ __attribute__((noinline)) void part_unseen_pairs(const AttentionParams& p, const
   constexpr int N = kWidth<T>;
   r.has_unseen_pairs = true, r.zero_row = tile.zero_row;
   for (int lane = 0; lane < kLanes; ++lane) {
-    r.last_seen[lane] = int32_t(last_seen_key<E, kLanes>(tile, lane));
+    r.last_seen[lane] = int32_t(last_seen_key<E, kLanes>(p, tile, lane));
     for (int64_t i = 0; i < r.n; ++i) {
       if (r.key[i] <= r.last_seen[lane]) continue;
       const int64_t at = i * kLanes + lane;
@@ -206,11 +206,11 @@ __attribute__((noinline)) void part_unseen_pairs(const AttentionParams& p, const
   }
   const StepOf<E>* W = weight_steps<E, kLanes>(r.n_listed, s.P, s.W);
   for (int lane = 0; lane < kLanes; ++lane) {
-    const auto k_rows = rows_seen<E, kLanes>(tile, lane, listed<E>(p.k, tile.b, tile.kv, r.key));
+    const auto k_rows = rows_seen<E, kLanes>(p, tile, lane, listed<E>(p.k, tile.b, tile.kv, r.key));
     combine_listed<E, false>(1, p.head_pad, r.n_listed, W + lane, kLanes, k_rows, tile.zero_row,
                              DenseRows<T>{dq[lane], 0});
     if (!p.has_maps()) continue;
-    const auto y_rows = rows_seen<E, kLanes>(tile, lane, listed<T>(p.y, tile.b, tile.kv, r.key + r.L_begin));
+    const auto y_rows = rows_seen<E, kLanes>(p, tile, lane, listed<T>(p.y, tile.b, tile.kv, r.key + r.L_begin));
     gemm<T, N, false>(1, p.map_pad, r.n - r.L_begin, Strided<T>{r.dt + lane, 1, kLanes}, y_rows,
                       DenseRows<T>{s.row, 0});
     for (int64_t a = 0; a < gradient_rows(p.low_rank, p.rank); ++a) s.dX[a * kLanes + lane] = s.row[a];

@@ -25,7 +25,7 @@ __attribute__((noinline)) void combine_seen_values(const AttentionParams& p, con
                                                    const StepOf<E>* W, AccType<E>* O) {
   for (int lane = 0; lane < kLanes; ++lane) {
     const auto v_rows = listed<E>(p.v, tile.b, tile.kv, tile.list.key);
-    combine_lanes<E, kLanes>(p, tile, 1, lane, W, rows_seen<E, kLanes>(tile, lane, v_rows), O);
+    combine_lanes<E, kLanes>(p, tile, 1, lane, W, rows_seen<E, kLanes>(p, tile, lane, v_rows), O);
   }
 }
 template <class E, int kLanes>

@@ -122,7 +122,7 @@ T forward_by_key(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int
   const RuntimeKernel kernel{p.low_rank};
   const auto kappa = log_scales<T>(p.kappa, tile.b, tile.kv);
   const int64_t first = p.rows[tile.b].k_first, chunk = tile.chunk_first - first,
-                edge = chunk + int64_t(tile.edge[lane]);
+                edge = last_seen_key<E, kLanes>(p, tile, lane) - first;
   const auto unlisted = [&](const auto& visit) {
     for_each_unlisted(p, tile.b, 0, p.is_causal ? chunk : edge + 1, list.key + list.n_chunk,
                       list.n_listed - list.n_chunk, held_keys(p, tile.b, tile.kv, tile.slot), visit);
@@ -143,7 +143,7 @@ T forward_by_key(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int
   for (int64_t i = 0; i < list.n_listed; i += N) store<T, N>(S + i, exp2v<N>(load<T, N>(S + i) - c));
   *total = sum_short<T>(S, list.n_listed);
   const auto v_rows = listed<E>(p.v, tile.b, tile.kv, list.key);
-  combine_rows<E>(list.n_listed, S, rows_seen<E, kLanes>(tile, lane, v_rows), p.value_pad, out);
+  combine_rows<E>(list.n_listed, S, rows_seen<E, kLanes>(p, tile, lane, v_rows), p.value_pad, out);
   unlisted([&](const int32_t* key, int64_t n) {
     T e[kChunk], t[kChunk], top = c;
     for (int64_t i = 0; i < n; ++i) {

@@ -24,10 +24,11 @@ template <class E, int kLanes>
 SB_INLINE bool has_unseen_keys(const AttentionParams& p, const QueryTile<E, kLanes>& tile) {
   return p.is_causal && (tile.list.n_chunk > 0 || tile.list.n > tile.list.n_listed);
 }
-// The last key that the query of a lane sees.
+// The last key that the query of a lane sees. Without a causal edge that is the row's last: in float32, tile.edge is
+// rounded in rows of more than 2^24 keys.
 template <class E, int kLanes>
-SB_INLINE int64_t last_seen_key(const QueryTile<E, kLanes>& tile, int lane) {
-  return tile.chunk_first + int64_t(tile.edge[lane]);
+SB_INLINE int64_t last_seen_key(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int lane) {
+  return p.is_causal ? tile.chunk_first + int64_t(tile.edge[lane]) : int64_t(p.rows[tile.b].k_end) - 1;
 }
 
 // Rows of listed keys as one query sees them.
@@ -41,9 +42,10 @@ struct SeenRows {
 };
 
 template <class E, int kLanes, class R>
-SB_INLINE SeenRows<R> rows_seen(const QueryTile<E, kLanes>& tile, int lane, const ListedRows<const R>& rows) {
+SB_INLINE SeenRows<R> rows_seen(const AttentionParams& p, const QueryTile<E, kLanes>& tile, int lane,
+                                const ListedRows<const R>& rows) {
   const void* zero_row = tile.zero_row;
-  return {rows, static_cast<const R*>(zero_row), last_seen_key<E, kLanes>(tile, lane)};
+  return {rows, static_cast<const R*>(zero_row), last_seen_key<E, kLanes>(p, tile, lane)};
 }
 
 }  // namespace sb::SB_ISA
