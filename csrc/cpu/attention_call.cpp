@@ -45,7 +45,7 @@ AttentionCall<E>::AttentionCall(const AttentionArguments& a)
     if (p.has_clusters())
       clusters.set<T>(a, p), clusters.set_query_mean<T>(a, p);
     else
-      maps.set<T>(a, p, p.head_dim < kNarrowHead);
+      maps.set<T>(a, p, p.head_dim < kNarrowHead, false);
     count_valid();
     p.valid_before = valid_before.data();
   }

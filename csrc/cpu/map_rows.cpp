@@ -5,7 +5,7 @@
 namespace sb::cpu {
 
 template <class T>
-MapRows as_map(const Tensor& map, MapKind kind, int64_t rank, bool wide_logs) {
+MapRows as_map(const Tensor& map, MapKind kind, int64_t rank, bool wide_logs, bool lowers_weightless) {
   const bool packed = kind == MapKind::kPacked, features = kind == MapKind::kFeatures;
   const MapLimits<T> limits = map_limits<T>(features ? LowRank::kFeatures : LowRank::kQuadratic);
   const auto within = [](T x, T limit) { return x > limit ? limit : x < -limit ? -limit : x; };  // NaN stays NaN
@@ -27,18 +27,20 @@ MapRows as_map(const Tensor& map, MapKind kind, int64_t rank, bool wide_logs) {
       const E* source = from.at<const E>(b, h, i);
       T* target = to.at<T>(b, h, i);
       for (int64_t e = 0; e < rank; ++e) target[e] = within(static_cast<T>(source[e * step]), limits.coordinate);
+      bool has_weight = !(features && lowers_weightless);
+      for (int64_t e = 0; e < rank; ++e) has_weight |= target[e] != T(0);
       for (int64_t e = rank; e < width; ++e) target[e] = T(0);
       if (!features) target[rank] = T(1);
       const T log = packed      ? static_cast<T>(source[(rank + 1) * step])
                     : wide_logs ? static_cast<T>(source[rank * step]) * T(kLog2e)
                                 : static_cast<T>(source[rank * step] * static_cast<E>(kLog2e));
-      *log_to.at<T>(b, h, i) = within(log, limits.log);
+      *log_to.at<T>(b, h, i) = has_weight || log != log ? within(log, limits.log) : -limits.log;
     });
   });
   return {rows, logs, to, log_to};
 }
 
-template MapRows as_map<float>(const Tensor&, MapKind, int64_t, bool);
-template MapRows as_map<double>(const Tensor&, MapKind, int64_t, bool);
+template MapRows as_map<float>(const Tensor&, MapKind, int64_t, bool, bool);
+template MapRows as_map<double>(const Tensor&, MapKind, int64_t, bool, bool);
 
 }  // namespace sb::cpu

@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> route(const RouteArguments& a) {
   ClusterRows clusters;
   if (p.has_low_rank()) {
     p.rank = rank_of(a);
-    p.has_clusters() ? clusters.set<float>(a, p) : maps.set<float>(a, p, false);
+    p.has_clusters() ? clusters.set<float>(a, p) : maps.set<float>(a, p, false, true);
   }
   p.panel_rows = p.head_dim + 2 + (!p.has_low_rank() ? 0 : p.rank + 1);
   p.key_rows = p.has_clusters() ? p.head_dim + 5 : p.panel_rows;

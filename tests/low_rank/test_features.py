@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bad_calls import assert_refused
+from operator_cases import operator_arguments
 from testkit import assert_all_close, out_and_gradients, padding, rand
 from torch import Tensor
 
 import scatterbrain as sb
+from scatterbrain.operators.arguments import AttentionArguments
 
 N, D = 75, 16
 MASK = padding(N, (0, 20))
@@ -106,6 +108,42 @@ def test_routing_chooses_by_what_the_features_leave() -> None:
     assert float((sb.reference.mask(lists, query, key, None) != want).float().mean()) < 1e-3  # but for equal scores
     other = sb.reference.mask(sb.Routed(24), query, key, None)
     assert float((other != want).float().mean()) > 0.01
+
+
+def some_without_any(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens without any feature, whose log scale is far above that of the others."""
+    return F.relu(tokens), torch.where(tokens.abs().amax(-1) > 0, 0.0, 150.0)
+
+
+@pytest.mark.parametrize("support", [sb.Empty(), sb.Window(16), sb.Window(16, 1), sb.Routed(24)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("side", ["queries", "keys"])
+def test_a_token_without_features_takes_nothing_from_the_others(side: str, is_causal: bool, support: object) -> None:
+    """Whatever its log scale is: sums of states and of rows are not counted from it."""
+    given = [rand(1, 2, 300, D, seed=i) for i in range(3)]
+    given[("queries", "keys").index(side)][:, :, ::7] = 0
+    kernel = sb.Features(some_without_any)
+    results = []
+    for function, dtype in ((sb.attention, torch.float32), (sb.reference.attention, torch.float64)):
+        call = lambda *t, function=function: function(*t, support, kernel, is_causal=is_causal)  # noqa: E731
+        results.append([t.double() for t in out_and_gradients(call, [t.to(dtype) for t in given])])
+    assert all(t.isfinite().all() for t in results[0])
+    assert_all_close(*results, rtol=2e-4)
+
+
+def test_the_operator_takes_nothing_from_others_for_keys_without_features() -> None:
+    """Maps that something else than sb.Features has made."""
+    query, key, value = (rand(1, 1, 300, D, seed=i) for i in range(3))
+    maps = [F.pad(rand(1, 1, 300, 4, seed=seed).abs(), (0, 1)) for seed in (3, 4)]
+    maps[1][:, :, ::7, :-1] = 0
+    results = []
+    for log_scale in (0.0, 150.0):
+        maps[1][:, :, ::7, -1] = log_scale
+        named = dict(query=query, key=key, value=value, query_map=maps[0], key_map=maps[1])
+        settings = dict(low_rank=2, block_q=16, is_causal=False, scale=1.0)
+        out, _ = torch.ops.scatterbrain.attention(*operator_arguments(AttentionArguments, **named, **settings))
+        results.append(out)
+    assert float(results[0].norm()) > 1 and torch.equal(*results)
 
 
 @pytest.mark.parametrize("block_q", [1, 16])

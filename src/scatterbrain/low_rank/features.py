@@ -15,6 +15,8 @@ from scatterbrain.low_rank.favor import favor_sizes
 from scatterbrain.operators.fakes import accumulation_dtype
 from scatterbrain.operators.tracing import is_readable
 
+_LOWEST_LOG_SCALE = -1e30  # far below where the kernels let log scales saturate
+
 FeatureMap = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 
 
@@ -76,7 +78,7 @@ class Features(LowRankKernel):
         padding = call.padding
         query = _map("query_features", self.query_features, call.query, padding.query_mask, query_size)
         of_keys = self.query_features if self.key_features is None else self.key_features
-        key = _map("key_features", of_keys, call.key, padding.key_mask, key_size)
+        key = _map("key_features", of_keys, call.key, padding.key_mask, key_size, lowers_weightless=True)
         if query.shape[3] != key.shape[3]:
             raise ValueError(
                 "Features: query_features and key_features must return the same number of features, got "
@@ -85,7 +87,9 @@ class Features(LowRankKernel):
         return query, key
 
 
-def _map(name: str, function: FeatureMap, tokens: Tensor, mask: Tensor | None, size: float) -> Tensor:
+def _map(
+    name: str, function: FeatureMap, tokens: Tensor, mask: Tensor | None, size: float, lowers_weightless: bool = False
+) -> Tensor:
     """(B, H, N, m + 1): features of at most 1, and the log scale that is left."""
     ignored = None if mask is None else mask[:, None, :, None]
     tokens = tokens if ignored is None else tokens.masked_fill(ignored, 0)
@@ -99,9 +103,14 @@ def _map(name: str, function: FeatureMap, tokens: Tensor, mask: Tensor | None, s
             "are their products: let the function end with exp, relu, softmax or elu + 1"
         )
     # The largest feature of a token goes into its log scale: products of features stay within the range of the kernels.
-    peak = features.detach().amax(-1, keepdim=True)
-    peak = torch.where(peak > 0, peak, 1)
-    return torch.cat([features / peak, log_scale + torch.log(peak)], -1)
+    largest = features.detach().amax(-1, keepdim=True)
+    peak = torch.where(largest > 0, largest, 1)
+    log_scale = log_scale + torch.log(peak)
+    if lowers_weightless:
+        # A key without any feature gets the lowest log scale: sums over keys are counted from the largest one. It then
+        # has no gradient: a differentiable feature that is never negative has none where it is zero.
+        log_scale = torch.where(largest == 0, log_scale.clamp(max=_LOWEST_LOG_SCALE), log_scale)
+    return torch.cat([features / peak, log_scale], -1)
 
 
 def _checked(name: str, made: object, tokens: Tensor) -> tuple[Tensor, Tensor]:
