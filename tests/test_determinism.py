@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import testkit
 import torch
@@ -78,6 +80,37 @@ def test_many_rounds_of_units_give_the_bits_of_whole_heads() -> None:
             results.append(run(inputs, support, sb.Quadratic(4, "learned"), is_causal=True))
         for got in results[1:]:
             assert_same_bits(got, results[0])
+
+
+LONG_LISTS = """
+import torch
+import scatterbrain as sb
+from scatterbrain.bench.memory import _CLEAR, _trim, resident
+from testkit import rand
+
+tokens, results = [rand(1, 1, 8192, 64, seed=seed).requires_grad_() for seed in range(3)], []
+for threads in (1, 16):
+    torch.set_num_threads(threads)
+    out = sb.attention(*tokens, sb.Window(6000, int(sys.argv[1])), None)
+    _trim()
+    _CLEAR.write_text("5")  # resets the high-water mark
+    before = resident("VmRSS")
+    results.append(torch.autograd.grad(out, tokens, torch.ones_like(out)))
+    peak = (resident("VmHWM") - before) >> 20
+print(all(map(torch.equal, *results)), peak)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("block_q", [1, 16])
+def test_many_threads_keep_no_more_than_a_round_may_hold(block_q: int) -> None:
+    """16 units of 256 queries with 6000 keys each would keep more than 200 MiB; a round holds 64 MiB
+    (kMostRoundBytes), beside what each thread works in."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{LONG_LISTS}"
+    done = testkit.run_python("-c", code, block_q)
+    assert done.returncode == 0, done.stderr
+    same, peak = done.stdout.split()
+    assert same == "True" and int(peak) < 130
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])

@@ -206,6 +206,7 @@ class Backward {
         task.stage = BackwardTask::kCountTiles, task.b = b, task.h = h, task.unit = unit,
         task.zero_row = call.zero_row.data();
         kernel.backward_unit(p, task);
+        if (!round.empty() && (groups + task.tiles) * sizes.record_bytes > kMostRoundBytes) flush();
         round.push_back(task), groups += task.tiles;
         const bool full = groups * sizes.record_bytes >= kRoundBytes && int64_t(round.size()) % threads == 0;
         if (full || (h + 1 == (kv + 1) * group && unit + 1 == p.units)) flush();

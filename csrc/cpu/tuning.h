@@ -14,6 +14,8 @@ inline constexpr int64_t kTokensPerTask = 256;   // tokens of one task of a proj
 // this many tokens, or are as many as threads.
 inline constexpr int64_t kTokensPerWave = 4096;
 inline constexpr int64_t kRoundBytes = int64_t(1) << 21;  // kept records of a backward round, about a shared cache
+// A round goes on until every thread has a unit, but takes no further one that would make it larger than this.
+inline constexpr int64_t kMostRoundBytes = int64_t(1) << 26;
 
 // Complements of no more keys than this are summed key by key: cheaper than the state's features, and exact.
 inline constexpr int64_t kByKeyLimit = 64;
