@@ -44,8 +44,9 @@ HEADERS = sorted(
     path for pattern in ("h", "cuh") for path in glob(f"csrc/**/*.{pattern}", root_dir=ROOT, recursive=True)
 )
 
-# Kernel files choose their instruction set themselves (#pragma GCC target), so that one build runs on every machine of
-# the architecture: no -march here. -Wno-psabi: GCC remarks on vector types passed between functions of one file.
+# Kernel files choose their instruction set themselves (#pragma GCC target, #pragma clang attribute), so that one build
+# runs on every machine of the architecture: no -march here. -Wno-psabi: compilers remark on vector types passed between
+# functions of one file.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fvisibility=hidden"]

@@ -37,6 +37,15 @@ def test_a_header_compiles_alone(header):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="needs Clang")
+@pytest.mark.parametrize("source", sorted(path.name for path in CSRC.glob("cpu/kernels_*.cpp")))
+def test_clang_reads_the_kernels_of_every_instruction_set(source):
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsyntax-only"]
+    command = ["clang++", *flags, "-I", CSRC, CSRC / "cpu" / source]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("header", HEADERS)
 def test_a_header_includes_nothing_of_torch(header):
     """Only system headers and other headers of this list, to which the same applies."""

@@ -1,3 +1,7 @@
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <vector>
@@ -6,6 +10,14 @@
 
 namespace sb {
 namespace {
+
+#if defined(__x86_64__) && !defined(SB_WITHOUT_AVX2)
+// Of a processor that has AVX2. Clang 14 does not take "f16c" in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 // Every set this processor runs, best first.
 std::vector<InstructionSet> supported_sets() {
@@ -24,8 +36,7 @@ std::vector<InstructionSet> supported_sets() {
   if (has_avx512()) sets.push_back(kAvx512);
 #endif
 #if !defined(SB_WITHOUT_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    sets.push_back(kAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) sets.push_back(kAvx2);
 #endif
 #endif
   sets.push_back(kBaseline);

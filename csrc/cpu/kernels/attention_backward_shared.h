@@ -29,7 +29,7 @@ SB_INLINE void weigh_bitmask(const AttentionParams& p, const QueryTile<E, kLanes
         const BitmaskKey<E, kLanes, N> key(tile, kappa, S, kLanes, exponents, i, v);
         const V grad = load<T, N>(s.g + o) - delta;
         const V e = exp2v<N>(key.exponent - lse), t = load<T, N>(r.dt + o);
-        const V P = key.listed ? e : V{}, weight = exponents || key.listed ? e : e * kernel.value(t);
+        const V P = key.listed ? e : V{}, weight = key.is_whole ? e : e * kernel.value(t);
         store<T, N>(r.dt + o, key.listed ? V{} : e * (exponents ? splat<T, N>(T(1)) : kernel.slope(t)));
         sum += weight, moment += weight * grad;
         store<T, N>(s.P + o, P), store<T, N>(s.net + o, weight), store<T, N>(s.g + o, grad);

@@ -58,7 +58,7 @@ SB_INLINE void bitmask_weights(const AttentionParams& p, const QueryTile<E, kLan
       for (int64_t i = begin; i < list.n && i < begin + kShortChain; ++i) {
         const BitmaskKey<E, kLanes, N> key(tile, kappa, S, kLanes, exponents, i, v);
         const V e = exp2v<N>(key.exponent - c), t = load<T, N>(s.L + i * kLanes + v * N);
-        const V weight = exponents || key.listed ? e : e * kernel.value(t);
+        const V weight = key.is_whole ? e : e * kernel.value(t);
         sum += weight;
         store<T, N>(s.S + i * kLanes + v * N, weight);
       }

@@ -32,18 +32,20 @@ SB_INLINE void collect_bitmask(const AttentionParams& p, QueryTile<E, kLanes>& t
 }
 
 // One key of such a list: the lanes that list it, and each lane's exponent in base 2, s or rho + kappa, where
-// `exponents` [key][lane] stand in place of rho if they are given.
+// `exponents` [key][lane] stand in place of rho if they are given. `is_whole`: lanes whose weight is 2^exponent,
+// without a factor K.
 template <class E, int kLanes, int N>
 struct BitmaskKey {
   typedef AccType<E> T;
-  Ints<T, N> listed;
+  Ints<T, N> listed, is_whole;
   Vector<T, N> exponent;
   SB_INLINE BitmaskKey(const QueryTile<E, kLanes>& tile, const LogScales<T>& kappa, const T* S, int64_t stride,
                        const T* exponents, int64_t i, int v) {
     typedef Ints<T, N> I;
     I bit;
     SB_EACH (lane, N) bit[lane] = 1 << (v * N + lane);
-    listed = ((I{} + tile.list.bitmask[i]) & bit) != I{};
+    listed = ((I{} + int32_t(tile.list.bitmask[i])) & bit) != I{};
+    is_whole = exponents ? I{} == I{} : listed;
     const auto log = load<T, N>(exponents ? exponents + i * kLanes + v * N : tile.rho + v * N);
     exponent = listed ? load<T, N>(S + i * stride + v * N) : log + kappa(tile.list.key[i]);
   }

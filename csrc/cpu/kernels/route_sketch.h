@@ -109,7 +109,11 @@ SB_INLINE SketchVec bits_set(SketchVec word) {
   const SketchVec nibble = SketchVec{} + 0x0f0f0f0f0f0f0f0fu;
 #if SB_VECTOR_BYTES == 64
   const auto looked_up = [&](SketchVec of) SB_INLINE_LAMBDA {
+#if defined(__clang__)
+    return __builtin_ia32_pshufb512((Bytes)table, (Bytes)(of & nibble));
+#else
     return __builtin_ia32_pshufb512_mask((Bytes)table, (Bytes)(of & nibble), Bytes{}, ~uint64_t(0));
+#endif
   };
   return (SketchVec)__builtin_ia32_psadbw512(looked_up(word) + looked_up(word >> 4), Bytes{});
 #else
