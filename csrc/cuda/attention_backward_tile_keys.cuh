@@ -91,7 +91,7 @@ class TileKeys {
 
   // Of a row of sums. The gradient of the map is the first part's.
   SB_DEVICE int64_t width() const { return kOfValues ? p.value_pad : p.head_dim; }
-  SB_DEVICE bool is_first_part() const { return first_chunk == 0; }
+  SB_DEVICE bool is_first_part() const { return Layout::kTasks == 2 || first_chunk == 0; }
 
   // -------------------- the tile's keys
 
@@ -443,7 +443,7 @@ class TileKeys {
       uint32_t parts[kNumberParts][4];
       split_rows(kOfValues ? value : score, from + Layout::kMatrix, parts);
       add_rows(parts, kOfValues ? from + Layout::kMatrix : from, width());
-      if (kHasQuadratic && !kOfValues) add_coordinates(root, from + 2 * Layout::kMatrix);
+      if (kHasQuadratic && !kOfValues && is_first_part()) add_coordinates(root, from + 2 * Layout::kMatrix);
     }
   }
 
@@ -685,10 +685,11 @@ class TileKeys {
   const int first_chunk;  // of 8 columns
   const int lane, g, t;
   RowRange range;
-  uint32_t keys = 0;         // of the tile, those that count
-  float kappa[2], share[2];  // log scales of rows g and g + 8, and what a state holds of the keys, relative to its own
-  bool is_careful = false;   // some query or gradient is no number
-  float scales[2];           // of rows of sums, in float16
+  uint32_t keys = 0;  // of the tile, those that count
+  float kappa[2],
+      share[2] = {};        // log scales of rows g and g + 8, and what a state holds of the keys, relative to its own
+  bool is_careful = false;  // some query or gradient is no number
+  float scales[2];          // of rows of sums, in float16
   float sum[kChunks][4], d_pairs[2][4];
 };
 

@@ -283,7 +283,7 @@ class NearestByTiles {
   }
 
   const ClusteringParams& p;
-  const int units, pairs, g, t;  // of kDepth columns; of 8 centres
+  const int units, pairs, g, t;  // of kDepth columns; of two times 8 centres
   const Shared<FourWords> directions, mean, query_mean, centres;
   const Shared<float> squares;  // minus half of a centre's square, and minus infinity behind the last
 };
