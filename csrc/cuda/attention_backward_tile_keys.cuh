@@ -685,9 +685,9 @@ class TileKeys {
   const int first_chunk;  // of 8 columns
   const int lane, g, t;
   RowRange range;
-  uint32_t keys = 0;  // of the tile, those that count
-  float kappa[2],
-      share[2] = {};        // log scales of rows g and g + 8, and what a state holds of the keys, relative to its own
+  uint32_t keys = 0;        // of the tile, those that count
+  float kappa[2];           // log scales of rows g and g + 8
+  float share[2] = {};      // what a state holds of these keys, relative to its own log scale
   bool is_careful = false;  // some query or gradient is no number
   float scales[2];          // of rows of sums, in float16
   float sum[kChunks][4], d_pairs[2][4];

@@ -67,8 +67,8 @@ FAULTS = {
     "int32 overflow of an offset": Fault(
         "../params.h",
         "b * batch + h * head + i * row;",
-        "int16_t(b * batch + h * head + i * row);",
-        "out of bounds|parity|write to an input",
+        "uint16_t(b * batch + h * head + i * row);",  # inside of the tensor still, wherever that lies
+        "clusters",
     ),
     "write to an input": Fault(
         "attention_query.cuh",
