@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -228,6 +229,18 @@ def test_copies_own_their_processors(copied):
     assert torch.equal(run(other), out)
     mine, theirs = (m.transformer_blocks[0].attn1.processor for m in (model, other))
     assert theirs is not mine and theirs._layer[0] is other.transformer_blocks[0].attn1
+
+
+def test_a_text_that_is_hidden_whole_is_seen_whole():
+    mask = torch.zeros(2, 1, TEXT)
+    mask[0], mask[1, :, 9:] = -10000.0, -10000.0  # a UNet makes these of encoder_attention_mask
+    exact = layer(cross_attention_dim=WIDTH)
+    mine = copy.deepcopy(exact)
+    sb.replace_attention(mine, **EVERY_KEY)
+    arguments = rand(2, 40, WIDTH, seed=1), text()
+    out = mine(*arguments, attention_mask=mask)
+    close(out[0], exact(*arguments)[0])  # -10000 in all of float32's scores would round them
+    close(out[1], exact(*arguments, attention_mask=mask)[1])
 
 
 def test_learned_projections_are_trained():

@@ -70,6 +70,52 @@ def test_restore_gives_the_model_back():
     assert model.state_dict().keys() == keys and model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_restoring_some_layers_leaves_the_others_replaced(order: tuple[int, int]):
+    model = hf.FAMILIES["bert"].build()
+    arguments, _ = hf.inputs("bert")
+    reports = [sb.replace_attention(model, *SETTINGS, where=lambda path, i=i: f".{i}." in path) for i in (0, 1)]
+    first, second = (reports[i] for i in order)
+    first.restore()
+    alone = hf.FAMILIES["bert"].build()
+    sb.replace_attention(alone, *SETTINGS, where=lambda path: f".{order[1]}." in path)
+    for each in (model, alone):
+        with sb.calibrate(each):
+            hf.run(each, **arguments)
+    assert torch.equal(hf.run(model, **arguments), hf.run(alone, **arguments))
+    second.restore()
+    exact = hf.FAMILIES["bert"].build()
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(hf.run(model, **arguments), hf.run(exact, **arguments))
+
+
+def test_models_of_one_configuration_are_restored_one_by_one():
+    one = hf.FAMILIES["bert"].build()
+    other = type(one)(one.config).eval()
+    arguments, _ = hf.inputs("bert")
+    exact = hf.run(other, **arguments)
+    reports = [sb.replace_attention(model, sb.Window(16, block_q=8), None) for model in (one, other)]
+    replaced = hf.run(other, **arguments)
+    assert not torch.allclose(replaced, exact, atol=1e-3)
+    reports[0].restore()
+    assert torch.equal(hf.run(other, **arguments), replaced)
+    reports[1].restore()
+    assert torch.equal(hf.run(other, **arguments), exact) and one.config._attn_implementation == "sdpa"
+
+
+def test_restore_keeps_an_implementation_that_was_chosen_since():
+    model = hf.FAMILIES["bert"].build()
+    arguments, _ = hf.inputs("bert")
+    early = sb.replace_attention(model, sb.Window(16, block_q=8), None, where=lambda path: ".0." in path)
+    model.set_attn_implementation("eager")
+    late = sb.replace_attention(model, sb.Window(16, block_q=8), None, where=lambda path: ".1." in path)
+    replaced = hf.run(model, **arguments)
+    early.restore()
+    assert torch.equal(hf.run(model, **arguments), replaced)
+    late.restore()
+    assert model.config._attn_implementation == "eager"
+
+
 def test_a_layer_is_not_replaced_twice():
     model = hf.FAMILIES["bert"].build()
     sb.replace_attention(model, *SETTINGS)

@@ -31,6 +31,7 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
 
     An ``attention_mask`` that only hides keys (for all queries of an image alike, as diffusers makes it from
     ``encoder_attention_mask``) is honoured; any other runs exactly, as AttnProcessor2_0 computes it, and warns once.
+    Where it hides every key of an image, none is hidden: AttnProcessor2_0 adds the same number to all scores there.
     ``support=Full()`` is AttnProcessor2_0 itself; ``attention`` is then None and ``low_rank`` unused.
 
     Args:
@@ -136,10 +137,12 @@ def _tokens(x: Tensor) -> int:
 
 
 def _key_padding(mask: Tensor, batch: int, keys: int) -> Tensor | None:
-    """(batch, keys) of a mask (batch, keys) or (batch, 1, keys), which the layer repeats for its heads."""
+    """(batch, keys) of a mask (batch, keys) or (batch, 1, keys), which the layer repeats for its heads. A row that hides
+    every key hides none."""
     if mask.shape[0] != batch or mask.numel() != batch * keys or mask.shape[-1] != keys:
         return None
-    return padding_of(mask.reshape(batch, 1, 1, keys), batch, keys, HIDDEN)
+    padding = padding_of(mask.reshape(batch, 1, 1, keys), batch, keys, HIDDEN)
+    return None if padding is None else padding & ~padding.all(-1, keepdim=True)
 
 
 # -------------------- whole models

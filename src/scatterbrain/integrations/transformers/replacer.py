@@ -6,7 +6,7 @@ from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback
 
 from scatterbrain.integrations.restrictions import NotReplaceable
 from scatterbrain.integrations.transformers.layers import (
@@ -34,6 +34,8 @@ class TransformersReplacer:
     def __init__(self) -> None:
         # Number, path, and whether calls are causal.
         self._places: WeakKeyDictionary[nn.Module, tuple[int, str, bool | None]] = WeakKeyDictionary()
+        # What the configuration of each replaced layer named before the first of the layers that share it was replaced.
+        self._before: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
     def prepare(self, model: nn.Module) -> None:
         for i, (path, module) in enumerate(attention_layers(model)):
@@ -67,17 +69,33 @@ class TransformersReplacer:
             if parked is not None:
                 module.__dict__[PARKED] = parked
             raise NotReplaceable(str(error)) from error
-        before = implementation(module)
+        self._before[module] = self._name_before(config)
         config._attn_implementation_internal = PER_LAYER
 
         def undo() -> None:
             detach(module)
             if parked is not None:
                 module.__dict__[PARKED] = parked
-            if implementation(module) == PER_LAYER:
+            was_chosen_since = module not in self._before
+            before = self._before.pop(module, None)
+            if implementation(module) == PER_LAYER and not was_chosen_since and not self._sharing(config):
                 config._attn_implementation_internal = before
 
         return cross_note(module, path, pairs), undo
+
+    def _name_before(self, config: PreTrainedConfig) -> str | None:
+        """What ``config`` names once all of its layers are restored. Another implementation that was chosen since
+        earlier layers were replaced makes these part of the past."""
+        name, sharing = config._attn_implementation, self._sharing(config)
+        if name == PER_LAYER and sharing:
+            return self._before[sharing[0]]
+        for layer in sharing:
+            del self._before[layer]
+        return name
+
+    def _sharing(self, config: PreTrainedConfig) -> list[nn.Module]:
+        """The replaced layers of a configuration object, which several models may share."""
+        return [layer for layer in self._before if layer.config is config]
 
 
 class UpdateStatistics(TrainerCallback):
