@@ -137,8 +137,8 @@ def _tokens(x: Tensor) -> int:
 
 
 def _key_padding(mask: Tensor, batch: int, keys: int) -> Tensor | None:
-    """(batch, keys) of a mask (batch, keys) or (batch, 1, keys), which the layer repeats for its heads. A row that hides
-    every key hides none."""
+    """(batch, keys) of a mask (batch, keys) or (batch, 1, keys), which the layer repeats for its heads. A row that
+    hides every key hides none."""
     if mask.shape[0] != batch or mask.numel() != batch * keys or mask.shape[-1] != keys:
         return None
     padding = padding_of(mask.reshape(batch, 1, 1, keys), batch, keys, HIDDEN)

@@ -57,7 +57,7 @@ def attention_forward(
         attention_mask: a result of :func:`compact_mask`, or any mask of F.scaled_dot_product_attention.
         dropout: of attention weights; with it attention runs exactly.
         scaling: factor of q.k; default 1/sqrt(d).
-        is_causal: for calls without a mask; default the layer's attribute.
+        is_causal: for calls without a mask; default what was decided of the layer, else its attribute.
         name: of the implementation.
 
     Returns:
@@ -71,7 +71,7 @@ def attention_forward(
     core = layers.core_of(module)
     if core is None and name != PER_LAYER:
         core = _attach(module, name, query, key)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = layers.is_causal_alone(module) if is_causal is None else is_causal
     causal = True if causal and query.shape[2] > 1 else False  # of symbols bool() may stay a symbol
     if attention_mask is None and causal and key.shape[2] > query.shape[2]:
         # The prompt in a static cache: the slots behind it are still empty.
@@ -98,7 +98,9 @@ def _attach(module: nn.Module, name: str, query: Tensor, key: Tensor) -> Scatter
         )
     heads = Heads(query.shape[1], query.shape[3], key.shape[1])
     settings = settings_of_layer(name, module.config, "")
-    core = layers.attach(module, settings, heads=heads, is_causal=layers.causality(module))
+    is_causal = layers.causality(module)
+    layers.note_causality(module, is_causal)
+    core = layers.attach(module, settings, heads=heads, is_causal=is_causal)
     core.registered = name, SETTINGS[name]
     return core
 
@@ -158,7 +160,7 @@ def _is_exact(
         return True
     reason, low_rank = None, core.low_rank_of(visible.is_causal)
     # A layer that is causal by itself raises with the cure: it was given a kernel that serves none of its calls.
-    module_is_causal = getattr(module, "is_causal", True)
+    module_is_causal = layers.is_causal_alone(module)
     window = arguments.get("sliding_window")
     if visible.dense is not None and window is not None and visible.dense.shape[-1] > window:
         reason = (

@@ -20,6 +20,7 @@ from scatterbrain.integrations.transformers.layers import (
     causality,
     core_of,
     implementation,
+    note_causality,
     park,
 )
 from scatterbrain.integrations.transformers.registry import (
@@ -40,8 +41,9 @@ def adopt(model: nn.Module) -> None:
     for seed, (path, module) in enumerate(attention_layers(model)):
         name = implementation(module)
         if name in SETTINGS:
-            settings = settings_of_layer(name, module.config, path)
-            core = attach(module, settings, path, seed=seed, is_causal=causality(module, model, path))
+            settings, is_causal = settings_of_layer(name, module.config, path), causality(module, model, path)
+            note_causality(module, is_causal, path)
+            core = attach(module, settings, path, seed=seed, is_causal=is_causal)
             core.registered = name, SETTINGS[name]
         elif name != PER_LAYER:
             park(module)

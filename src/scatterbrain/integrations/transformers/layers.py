@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scatterbrain.integrations.restrictions import NotReplaceable, pairs_that_run
-from scatterbrain.integrations.transformers.masks import is_silent
+from scatterbrain.integrations.transformers.masks import family_of, is_silent
 from scatterbrain.integrations.transformers.registry import SETTINGS, Settings, add
 from scatterbrain.layer_settings import LayerSettings
 from scatterbrain.low_rank import Heads
@@ -24,6 +25,7 @@ from scatterbrain.supports import Full
 
 CORE = "scatterbrain"  # attribute of an attention module that holds its ScatterbrainAttention; part of state dict names
 PARKED = "_scatterbrain_parked"  # holds it outside of the state dict while another implementation runs
+NEVER_CAUSAL = "_scatterbrain_is_never_causal"  # of a module whose attribute is_causal is missing, or wrong
 
 _INTERFACE = ("ALL_ATTENTION_FUNCTIONS", "AttentionInterface")
 # Names of parameters of forward: states of other tokens, the cache of the layer's own, and keys or values apart, which
@@ -32,6 +34,8 @@ _OTHER_TOKENS = re.compile(r"key_value|encoder|cross|context|memory|latent|image
 _CACHE = re.compile(r"past_|cache")
 _APART = re.compile(r"kv|query|queries|value")
 _CROSS_NAME = re.compile(r"cross|encoder_att|enc_?dec", re.IGNORECASE)
+# Families that tell layers of a model which is no decoder that they are causal, and give them masks that are not.
+_TOLD_WRONGLY = ("bridgetower",)
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_attn_heads", "encoder_attention_heads")
 _HEAD_DIM = (
     "head_dim",
@@ -279,21 +283,65 @@ def causality(module: nn.Module, model: nn.Module | None = None, path: str = "")
     """Whether the self-attention of a layer is causal in all calls (True) or in none (False); None where neither is
     known. Of a layer that says it is not, that holds if the model told it so, and else if the model around it, up to
     the nearest one with a configuration of its own, makes no causal masks: some pass them to layers that know of none.
+    The latter is all there is of a layer that says nothing.
 
     Args:
         module: the attention module, at ``path`` in ``model``.
         model: None where it is not known.
     """
+    says = _says(module)
+    if says is not None:
+        was_told = "is_causal" in inspect.signature(type(module).__init__).parameters and not is_silent(module)
+        if says or was_told:
+            return says
+    elif _is_told_wrongly(module):
+        return False
+    nearest = model_around(model, path)
+    if nearest is not None:
+        return None if _makes_causal_masks(type(nearest)) else False
+    return None if says is not None or _may_make_causal_masks(type(module)) else False
+
+
+def note_causality(module: nn.Module, is_causal: bool | None, path: str = "") -> None:
+    """Notes for :func:`is_causal_alone` that a layer is never causal, where it does not say so itself. transformers'
+    sdpa takes such layers for causal, which eager attention is not.
+
+    Args:
+        module: the attention module, at ``path`` in its model.
+        is_causal: what :func:`causality` says of it.
+    """
+    if _says(module) is None and (is_causal is False or not _is_self(module, path)):
+        module.__dict__[NEVER_CAUSAL] = True
+
+
+def is_causal_alone(module: nn.Module) -> bool:
+    """Whether calls of a layer without a mask are causal."""
+    return NEVER_CAUSAL not in module.__dict__ and getattr(module, "is_causal", True)
+
+
+def _says(module: nn.Module) -> bool | None:
+    """Whether a layer says that it is causal; None where it says nothing, or what does not hold."""
     says = getattr(module, "is_causal", None)
-    if not isinstance(says, bool):
-        return None
-    was_told = "is_causal" in inspect.signature(type(module).__init__).parameters and not is_silent(module)
-    if says or was_told:
-        return says
+    return says if isinstance(says, bool) and not _is_told_wrongly(module) else None
+
+
+def _is_told_wrongly(module: nn.Module) -> bool:
+    is_told = family_of(module) in _TOLD_WRONGLY and getattr(module, "is_causal", None) is True
+    return is_told and not getattr(module.config, "is_decoder", False)
+
+
+def model_around(model: nn.Module | None, path: str) -> PreTrainedModel | None:
+    """The nearest PreTrainedModel around the module at ``path`` in ``model``."""
     names = path.split(".")
     around = (model.get_submodule(".".join(names[:length])) for length in range(len(names) - 1, -1, -1) if model)
-    nearest = next((m for m in around if isinstance(m, PreTrainedModel)), None)
-    return None if nearest is None or _makes_causal_masks(type(nearest)) else False
+    return next((m for m in around if isinstance(m, PreTrainedModel)), None)
+
+
+def _may_make_causal_masks(cls: type[nn.Module]) -> bool:
+    """Whether any model in the file of that class makes causal masks, or there is none."""
+    found = vars(sys.modules.get(cls.__module__, object)).values()
+    models = [c for c in found if inspect.isclass(c) and issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
+    return not models or any(_makes_causal_masks(model) for model in models)
 
 
 @functools.cache

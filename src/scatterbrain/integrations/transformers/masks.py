@@ -79,7 +79,7 @@ def compact_mask(
     window_covers = local_size is not None and kv_offset == 0 and kv_length <= local_size
     is_causal = allow_is_causal_skip and (mask_function is causal_mask_function or window_covers)
     is_bidirectional = allow_is_bidirectional_skip and (mask_function is bidirectional_mask_function or window_covers)
-    if is_tracing() and q_length != 1 and _family(arguments.get("config")) not in READ_MASKS:
+    if is_tracing() and q_length != 1 and family_of(arguments.get("config")) not in READ_MASKS:
         sequence = _causal_sequences(mask_function, window_covers)
         if sequence is not None:
             return sequence.to(torch.int32)[:, None, :, None]
@@ -121,10 +121,10 @@ def _causal(first_query: Tensor, is_behind: bool) -> Tensor:
 
 def is_silent(owner: object) -> bool:
     """Whether a configuration or a layer is of a family whose layers do not say that they are causal."""
-    return _family(owner) in SILENT
+    return family_of(owner) in SILENT
 
 
-def _family(owner: object) -> str:
+def family_of(owner: object) -> str:
     """The folder of transformers that the class of a configuration or a layer is in; "" of any other."""
     folders = type(owner).__module__.split(".")
     return folders[2] if folders[:2] == ["transformers", "models"] and len(folders) > 2 else ""

@@ -18,6 +18,7 @@ from scatterbrain.integrations.transformers.layers import (
     cross_note,
     detach,
     implementation,
+    note_causality,
     routes,
 )
 from scatterbrain.integrations.transformers.registry import PER_LAYER
@@ -39,7 +40,9 @@ class TransformersReplacer:
 
     def prepare(self, model: nn.Module) -> None:
         for i, (path, module) in enumerate(attention_layers(model)):
-            self._places[module] = i, path, causality(module, model, path)
+            is_causal = causality(module, model, path)
+            note_causality(module, is_causal, path)
+            self._places[module] = i, path, is_causal
 
     def matches(self, module: nn.Module) -> bool:
         return routes(type(module))
