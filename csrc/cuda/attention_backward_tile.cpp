@@ -44,7 +44,7 @@ BackwardTileParams backward_tile_params(const BackwardParams& of_call, const Til
 
 bool fits_backward_tiles_of_keys(const AttentionArguments& a) {
   const auto kind = static_cast<LowRank>(a.low_rank);
-  return fits_backward_tiles(a) && (kind == LowRank::kQuadratic || (kind == LowRank::kNone && a.span));
+  return fits_backward_tiles(a) && (kind == LowRank::kNone ? a.span.has_value() : kind != LowRank::kFeatures);
 }
 
 BackwardTileKeysParams backward_tile_keys_params(const BackwardParams& of_call, const TileParams& operands,
@@ -55,7 +55,7 @@ BackwardTileKeysParams backward_tile_keys_params(const BackwardParams& of_call, 
   p.features_padded = operands.features_padded;
   p.key_log = operands.key_log, p.key_coordinates = operands.key_coordinates, p.key_rows = operands.key_rows;
   p.by_groups = operands.by_groups;
-  if (!p.has_low_rank()) return p;
+  if (!p.has_maps()) return p;
   if (p.key_rows) {
     p.query_rows = static_cast<float*>(call.write(call.empty({p.batch, p.q_heads, p.q_tokens, 16}, ScalarType::Float)));
     return p;

@@ -1,6 +1,6 @@
 // Backward pass of keys on tensor cores: a warp computes a tile of 16 keys, its pairs with query slots whose window or
-// sinks they are, or whose state ends before them, and what reaches them through the state; for bfloat16, float16 and
-// float32.
+// sinks they are, or whose state ends before them, and what reaches them through the state; for bfloat16, float16 and,
+// but for clusters, float32.
 // Pairs of listed blocks are left to attention_backward_keys.cuh or attention_backward_shares.cuh, which add to these
 // sums.
 //
@@ -18,31 +18,37 @@ namespace sb::cuda {
 
 inline constexpr int kTileKeysThreads = 128;
 
-// Shared memory of a warp, in bytes: K and V of its keys, then two stages of q and dO with the coordinates of queries.
+// Shared memory of a warp, in bytes: K and V of its keys, then two stages of q and dO with the coordinates of queries,
+// or their products with the representatives of the keys' clusters, each where the lane that needs it reads it.
 // Before the first stage F(y) or dH v passes through them. `small`: y and its gradients.
-template <class E, int D, bool kHasQuadratic>
+template <class E, int D, LowRank kKind>
 struct TileKeysLayout {
+  static constexpr bool kHasQuadratic = kKind == LowRank::kQuadratic;
   static constexpr int64_t kMatrix = TokenRows<E, D>::kBytes, kCoordinates = kHasQuadratic ? kTile * 64 : 0,
-                           kValues = kMatrix, kStages = 2 * kMatrix, kStageBytes = 2 * kMatrix + kCoordinates,
+                           kProducts = kKind == LowRank::kCentroid ? kTile * kTile * 4 : 0, kValues = kMatrix,
+                           kStages = 2 * kMatrix, kStageBytes = 2 * kMatrix + kCoordinates + kProducts,
                            kTokens = kStages + 2 * kStageBytes, kOwnCoordinates = kTokens + kTile * 4,
                            kWidth = kTileFeatures + 1, kRowWidth = 17,
                            kSmall = kHasQuadratic ? 2 * kTile * kRowWidth * 4 : 0,
                            kBytes = kOwnCoordinates + kCoordinates + kSmall;
-  static constexpr int kSums = kHasQuadratic && D > 64 ? 64 : D, kTasks = 2 * D / kSums;  // columns of one; of a tile
+  static constexpr int kSums = kKind != LowRank::kNone && D > 64 ? 64 : D,
+                       kTasks = 2 * D / kSums;  // columns of one; of a tile
   static_assert(!kHasQuadratic || kTile * kWidth * 4 <= 2 * kStageBytes);
 };
 
-template <class E, int D, bool kHasQuadratic, bool kIsRagged, bool kOfValues>
+template <class E, int D, LowRank kKind, bool kIsRagged, bool kOfValues>
 class TileKeys {
-  typedef TileKeysLayout<E, D, kHasQuadratic> Layout;
+  typedef TileKeysLayout<E, D, kKind> Layout;
+  static constexpr bool kHasQuadratic = kKind == LowRank::kQuadratic, kHasClusters = kKind == LowRank::kCentroid;
   typedef TokenRows<E, D> Rows;
   typedef CoordinateRows<E> Coordinates;
   static constexpr bool kIsHalf = std::is_same_v<E, Half>, kIsWide = kIsFloat<E>;
+  static_assert(!kIsWide || !kHasClusters);
   // Of SB_UNROLL_COPIES and SB_UNROLL_STEPS: ragged kernels need registers.
-  static constexpr int kCopiesAtOnce = kIsRagged ? 1 : 2, kStepsAtOnce = kIsWide && kHasQuadratic ? 1
-                                                                         : !kIsRagged || (!kHasQuadratic && D <= 64)
-                                                                             ? D / 16
-                                                                             : 2;
+  static constexpr int kCopiesAtOnce = kIsRagged ? 1 : 2,
+                       kStepsAtOnce = kIsWide && kHasQuadratic                             ? 1
+                                      : !kIsRagged || (kKind == LowRank::kNone && D <= 64) ? D / 16
+                                                                                           : 2;
   static constexpr int kChunks = Layout::kSums / 8, kRowChunks = D / 8, kSteps = D / 16, kSlotTiles = kTile / 8,
                        kWidth = Layout::kWidth, kRowWidth = Layout::kRowWidth;
   static_assert(!kIsWide || kChunks == kRowChunks);
@@ -76,6 +82,7 @@ class TileKeys {
       SB_UNROLL
       for (int r = 0; r < 2; ++r) scales[r] = 0x1p125f;
       if (kHasQuadratic && (kOfValues || is_first_part())) add_state();
+      if constexpr (kHasClusters) add_state_of_clusters();
       go_through();
     } while (has_to_be_careful());
     finish();
@@ -137,8 +144,13 @@ class TileKeys {
     for (int r = 0; r < 2; ++r) {
       const int row = g + 8 * r;
       kappa[r] = float(kLowestLog);
-      if (kHasQuadratic && is_key(row)) kappa[r] = load(p.key_log + head * p.k_tokens + token(row));
+      if (kKind != LowRank::kNone && is_key(row)) kappa[r] = load(p.key_log + head * p.k_tokens + token(row));
+      if (kHasClusters) {
+        cluster[r] = is_key(row) ? int32_t(cluster_of(p, head, token(row))) : 0;
+        of_cluster[r] = log_of_cluster(p, head, cluster[r]);
+      }
     }
+    if (kHasClusters) set_share(0.0f);
   }
 
   // The first state slot that holds the keys.
@@ -220,14 +232,50 @@ class TileKeys {
               return load(p.state_by_feature + (row * (p.value_pad / 8) + first_chunk + n) * kWarp + lane);
             },
             sum);
-    if (kOfValues && kIsHalf) {  // with the weights that follow, which are at most about one
-      SB_UNROLL
-      for (int r = 0; r < 2; ++r) scales[r] = Scale::of(0.75f);
-      SB_UNROLL
-      for (int c = 0; c < kChunks; ++c) SB_UNROLL
-      for (int i = 0; i < 4; ++i) sum[c][i] *= scales[i / 2];
-    }
+    set_scales_of_values();
     sync_warp();  // the stages' place is free
+  }
+
+  // b dH_c of values, and b (dH_c v + dhz_c) of the log mass, with the key's cluster c and b = exp(kappa - kappa_c):
+  // lanes have the columns of their sums.
+  SB_DEVICE void add_state_of_clusters() {
+    const int64_t columns = p.value_pad + 1,
+                  state = (b * p.q_heads + kv * quotient(p.q_heads, p.kv_heads)) * p.query_segments;
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      d_log_mass[r] = 0;
+      const int row = g + 8 * r;
+      if (!is_key(row)) continue;
+      const float* d_state = static_cast<const float*>(p.d_kv_state) + state * p.slot_size + cluster[r] * columns;
+      if (kOfValues) {
+        SB_UNROLL
+        for (int c = 0; c < kChunks; ++c) SB_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int column = 8 * (first_chunk + c) + 2 * t + i;
+          if (column < p.value_pad) sum[c][2 * r + i] = share[r] * load(d_state + column);
+        }
+      } else if (is_first_part()) {
+        float product = t == 0 ? load(d_state + p.value_pad) : 0.0f;
+        SB_NO_UNROLL
+        for (int c = 0; 8 * c < p.value_pad; ++c) {
+          const auto pair = shared_array<uint32_t>(base + Layout::kValues + Rows::place(row, c)).get(t);
+          product += load(d_state + 8 * c + 2 * t) * low_of(pair, E{}) +
+                     load(d_state + 8 * c + 2 * t + 1) * high_of(pair, E{});
+        }
+        d_log_mass[r] = share[r] * product;
+      }
+    }
+    set_scales_of_values();
+  }
+
+  // Of the sums so far, with the weights that follow, which are at most about one.
+  SB_DEVICE void set_scales_of_values() {
+    if (!kOfValues || !kIsHalf) return;
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r) scales[r] = Scale::of(0.75f);
+    SB_UNROLL
+    for (int c = 0; c < kChunks; ++c) SB_UNROLL
+    for (int i = 0; i < 4; ++i) sum[c][i] *= scales[i / 2];
   }
 
   // -------------------- pairs
@@ -328,7 +376,20 @@ class TileKeys {
         from = p.query_coordinates + of_query * 32 + chunk * 8;
       copy_async(to + 2 * Layout::kMatrix + Coordinates::place(row, chunk), from, query >= 0);
     }
+    if (kHasClusters) SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int32_t query = shuffle_from(of_lane.query, 8 * n + 2 * t + i);
+      const float* from = p.cluster_scores + ((b * p.q_heads + h) * p.q_tokens + (query < 0 ? 0 : query)) * p.rank;
+      SB_UNROLL
+      for (int r = 0; r < 2; ++r)
+        copy_word_async(place_of_product(to, n, 2 * r + i), from + cluster[r], query >= 0 && is_key(g + 8 * r));
+    }
     return of_lane;
+  }
+  // Byte of a product of this lane in the stage at `stage`.
+  SB_DEVICE int64_t place_of_product(int64_t stage, int n, int i) const {
+    return stage + 2 * Layout::kMatrix + ((4 * n + i) * kWarp + lane) * 4;
   }
 
   SB_DEVICE void go_through() {
@@ -432,10 +493,19 @@ class TileKeys {
           weight += has_low_rank ? low_rank * root[n][at] : 0.0f;  // 0 times what is no number is none either
           root[n][at] = has_low_rank ? low_rank * gradient : 0.0f;
         }
+        if (kHasClusters) {  // what the list takes back
+          const float product = shared_array<float>(place_of_product(from, n, at)).get(0),
+                      exponent = exponent_of_cluster(product * scale, of_cluster[r]);
+          const float held = is_listed ? share[r] * exp2_of(exponent - log) * inverse : 0.0f;
+          weight -= held, root[n][at] = is_listed ? -held * gradient : 0.0f;
+        }
         value[n][at] = weight;
       }
     }
     if (kIsCareful && is_careful) clear_what_is_no_number(of_lane, from, listing, kOfValues ? value : score, root);
+    if (kHasClusters && !kOfValues) SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
+    for (int i = 0; i < 4; ++i) d_log_mass[i / 2] += root[n][i];
     if constexpr (kIsWide) {
       add_product_with_rows<D>(kOfValues ? value : score, int(kOfValues ? from + Layout::kMatrix : from), width(), sum);
       if (kHasQuadratic && !kOfValues) add_product_with_coordinates(root, int(from + 2 * Layout::kMatrix), d_pairs);
@@ -479,8 +549,9 @@ class TileKeys {
   }
 
   // Queries and gradients that are no numbers must not meet the zeros of keys that they do not see: zeros take their
-  // place, and what their keys have of them is no number. States without a causal edge pass them on to all keys.
-  static constexpr bool kIsCareful = kIsRagged || !kHasQuadratic;
+  // place, and what their keys have of them is no number. States without a causal edge, as those of clusters are, pass
+  // them on to all keys.
+  static constexpr bool kIsCareful = kKind == LowRank::kNone || (kHasQuadratic && kIsRagged);
   SB_DEVICE void clear_what_is_no_number(const Fetched& of_lane, int64_t from, const uint32_t (&listing)[2],
                                          float (&numbers)[kSlotTiles][4], float (&of_maps)[kSlotTiles][4]) const {
     typedef std::conditional_t<kIsWide, float, Bfloat16> Coordinate;
@@ -654,6 +725,13 @@ class TileKeys {
       if constexpr (kIsWide) store_float_sums(sum, r, to, width());
     }
     if (kHasQuadratic && !kOfValues && is_first_part()) finish_map();
+    if (kHasClusters && !kOfValues && is_first_part()) SB_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float of_row = d_log_mass[r];
+      of_row += shuffle_xor(of_row, 1), of_row += shuffle_xor(of_row, 2);
+      if (t == 0 && is_key(g + 8 * r))
+        store(static_cast<float*>(p.dy_sum) + head * p.k_tokens + token(g + 8 * r), of_row);
+    }
   }
 
   // Pairs were multiplied by half of the queries' coordinates, but for the 1 behind them.
@@ -687,17 +765,19 @@ class TileKeys {
   RowRange range;
   uint32_t keys = 0;        // of the tile, those that count
   float kappa[2];           // log scales of rows g and g + 8
-  float share[2] = {};      // what a state holds of these keys, relative to its own log scale
+  float share[2] = {};      // what a state holds of these keys, relative to its own log scale, or to the cluster's
+  int32_t cluster[2] = {};  // of these keys, with its log scale, and the gradients by their log masses, of this lane
+  float of_cluster[2] = {}, d_log_mass[2] = {};
   bool is_careful = false;  // some query or gradient is no number
   float scales[2];          // of rows of sums, in float16
   float sum[kChunks][4], d_pairs[2][4];
 };
 
-template <class E, int D, bool kHasQuadratic, bool kIsRagged>
+template <class E, int D, LowRank kKind, bool kIsRagged>
 SB_KERNEL SB_THREADS_AT_MOST(kTileKeysThreads) attention_backward_tile_keys(BackwardTileKeysParams p) {
   const int64_t tiles = ceil_div(p.k_tokens, kTile), all = p.batch * p.kv_heads * tiles,
                 warps = block_threads() / kWarp;
-  typedef TileKeysLayout<E, D, kHasQuadratic> Layout;
+  typedef TileKeysLayout<E, D, kKind> Layout;
   const int64_t base = warp_index() * Layout::kBytes;
   for_each_task(quotient(Layout::kTasks * all + warps - 1, warps), [&](int64_t task) {
     const int64_t at = task * warps + warp_index();
@@ -705,9 +785,9 @@ SB_KERNEL SB_THREADS_AT_MOST(kTileKeysThreads) attention_backward_tile_keys(Back
     const int32_t kind = quotient(at, all);
     const int64_t tile = at - kind * all, head = quotient(tile, tiles), first = (tile - head * tiles) * kTile;
     if (kind % 2 == 0)
-      TileKeys<E, D, kHasQuadratic, kIsRagged, false>(p, base, head, first, kind / 2).run();
+      TileKeys<E, D, kKind, kIsRagged, false>(p, base, head, first, kind / 2).run();
     else
-      TileKeys<E, D, kHasQuadratic, kIsRagged, true>(p, base, head, first, kind / 2).run();
+      TileKeys<E, D, kKind, kIsRagged, true>(p, base, head, first, kind / 2).run();
   });
 }
 

@@ -109,15 +109,6 @@ struct FeatureSums {
   }
 };
 
-// The largest log mass of a cluster, very low for none; and the exponent of a pair with its representative, from the
-// score in base 2.
-SB_DEVICE float log_of_cluster(const ForwardParams& p, int64_t head, int64_t c) {
-  return c < p.rank ? load(static_cast<const float*>(p.cluster_log) + head * p.rank + c) : float(kLowestLog);
-}
-SB_DEVICE float exponent_of_cluster(float score, float log) {
-  return log > float(kNoKeyLog) ? score + log : float(kLowestLog);
-}
-
 // -------------------- results
 
 // Whether all sums are numbers, of all lanes.

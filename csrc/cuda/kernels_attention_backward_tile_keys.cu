@@ -4,7 +4,7 @@
 namespace sb::cuda {
 
 void launch_backward_tile_keys_operands(const BackwardTileKeysParams& p, Stream stream) {
-  if (!p.has_low_rank()) return;
+  if (!p.has_maps()) return;
   constexpr int kThreads = 128;
   const int64_t blocks = blocks_for(p.batch * p.q_heads * p.q_tokens, kThreads);
   if (p.query_rows) return launch(stream, "tile_query_rows", blocks, kThreads, 0, tile_query_rows, p);

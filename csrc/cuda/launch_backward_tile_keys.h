@@ -5,16 +5,16 @@
 
 namespace sb::cuda {
 
-template <class E, int D, bool kHasQuadratic, bool kIsRagged>
+template <class E, int D, LowRank kKind, bool kIsRagged>
 void launch_tiles_of_keys(const BackwardTileKeysParams& p, Stream stream) {
   constexpr int64_t kMostShared = 96 << 10;  // what a block may have on every device
-  typedef TileKeysLayout<E, D, kHasQuadratic> Layout;
+  typedef TileKeysLayout<E, D, kKind> Layout;
   constexpr int64_t kBytes = Layout::kBytes;
   int warps = kTileKeysThreads / kWarp;
   while (warps > 1 && warps * kBytes > kMostShared) warps /= 2;
   launch(stream, "attention_backward_tile_keys",
          ceil_div(Layout::kTasks * p.batch * p.kv_heads * ceil_div(p.k_tokens, kTile), warps), warps * kWarp,
-         warps * kBytes, attention_backward_tile_keys<E, D, kHasQuadratic, kIsRagged>, p);
+         warps * kBytes, attention_backward_tile_keys<E, D, kKind, kIsRagged>, p);
 }
 
 template <bool kIsRagged>
@@ -22,11 +22,17 @@ void launch_float_backward_tile_keys_kernel(const BackwardTileKeysParams& p, Str
   with_element(Element::kFloat, [&](auto* e) {
     if constexpr (std::is_same_v<decltype(e), float*>) {
       if (p.low_rank == LowRank::kQuadratic)
-        launch_tiles_of_keys<float, 64, true, kIsRagged>(p, stream);
+        launch_tiles_of_keys<float, 64, LowRank::kQuadratic, kIsRagged>(p, stream);
       else
-        launch_tiles_of_keys<float, 64, false, kIsRagged>(p, stream);
+        launch_tiles_of_keys<float, 64, LowRank::kNone, kIsRagged>(p, stream);
     }
   });
+}
+
+template <class E, LowRank kKind, bool kIsRagged>
+void launch_tiles_of_keys_of_kind(const BackwardTileKeysParams& p, Stream stream) {
+  p.head_dim <= 64 && p.value_pad <= 64 ? launch_tiles_of_keys<E, 64, kKind, kIsRagged>(p, stream)
+                                        : launch_tiles_of_keys<E, 128, kKind, kIsRagged>(p, stream);
 }
 
 template <bool kIsRagged>
@@ -34,13 +40,11 @@ void launch_backward_tile_keys_kernel(const BackwardTileKeysParams& p, Element e
   with_element(element, [&](auto* e) {
     using E = std::remove_pointer_t<decltype(e)>;
     if constexpr (sizeof(E) == 2) {
-      const bool is_narrow = p.head_dim <= 64 && p.value_pad <= 64, has_quadratic = p.low_rank == LowRank::kQuadratic;
-      if (is_narrow)
-        has_quadratic ? launch_tiles_of_keys<E, 64, true, kIsRagged>(p, stream)
-                      : launch_tiles_of_keys<E, 64, false, kIsRagged>(p, stream);
-      else
-        has_quadratic ? launch_tiles_of_keys<E, 128, true, kIsRagged>(p, stream)
-                      : launch_tiles_of_keys<E, 128, false, kIsRagged>(p, stream);
+      switch (p.low_rank) {
+        case LowRank::kNone: return launch_tiles_of_keys_of_kind<E, LowRank::kNone, kIsRagged>(p, stream);
+        case LowRank::kQuadratic: return launch_tiles_of_keys_of_kind<E, LowRank::kQuadratic, kIsRagged>(p, stream);
+        default: return launch_tiles_of_keys_of_kind<E, LowRank::kCentroid, kIsRagged>(p, stream);
+      }
     }
   });
 }

@@ -56,6 +56,15 @@ SB_DEVICE T log_mass_of(const ForwardParams& p, int64_t head, int64_t j) {
   return log > limit ? limit : log < -limit ? -limit : log;
 }
 
+// The largest log mass of a cluster, very low for none; and the exponent of a pair with its representative, from the
+// score in base 2.
+SB_DEVICE float log_of_cluster(const ForwardParams& p, int64_t head, int64_t c) {
+  return c < p.rank ? load(static_cast<const float*>(p.cluster_log) + head * p.rank + c) : float(kLowestLog);
+}
+SB_DEVICE float exponent_of_cluster(float score, float log) {
+  return log > float(kNoKeyLog) ? score + log : float(kLowestLog);
+}
+
 // A stored state.
 template <class T>
 SB_DEVICE T* state_of(const ForwardParams& p, int64_t head, int64_t slot) {

@@ -44,11 +44,15 @@ SB_DEVICE uint32_t shared_address(int64_t offset) { return uint32_t(offset); }
 // Copies kCopyBytes to shared memory from byte `offset` on, or zeros; they are there once a wait is over, for other
 // threads behind a barrier.
 SB_DEVICE void copy_async(int64_t offset, const void* from, bool is_there SB_PLACE) {
-  emulator::copy_async(offset, from, is_there, place);
+  emulator::copy_async(offset, from, is_there, kCopyBytes, place);
 }
-// The same to an address, if `is_wanted`; zeros if no bit of `is_there` is set.
+// The same of 4 bytes.
+SB_DEVICE void copy_word_async(int64_t offset, const void* from, bool is_there SB_PLACE) {
+  emulator::copy_async(offset, from, is_there, 4, place);
+}
+// That of kCopyBytes to an address, if `is_wanted`; zeros if no bit of `is_there` is set.
 SB_DEVICE void copy_async_if(bool is_wanted, uint32_t address, const void* from, uint32_t is_there SB_PLACE) {
-  if (is_wanted) emulator::copy_async(address, from, is_there != 0, place);
+  if (is_wanted) emulator::copy_async(address, from, is_there != 0, kCopyBytes, place);
 }
 // Closes a group of copies.
 SB_DEVICE void commit_copies() { emulator::commit_copies(); }
@@ -92,6 +96,16 @@ SB_DEVICE void copy_async(int64_t offset, const void* from, bool is_there) {
       ".reg .pred %%is_ignored;\n"
       "setp.eq.u32 %%is_ignored, %2, 0;\n"
       "cp.async.cg.shared.global [%0], [%1], 16, %%is_ignored;\n"
+      "}" ::"r"(shared_address(offset)),
+      "l"(__cvta_generic_to_global(from)), "r"(uint32_t(is_there))
+      : "memory");
+}
+SB_DEVICE void copy_word_async(int64_t offset, const void* from, bool is_there) {
+  asm volatile(
+      "{\n"
+      ".reg .pred %%is_ignored;\n"
+      "setp.eq.u32 %%is_ignored, %2, 0;\n"
+      "cp.async.ca.shared.global [%0], [%1], 4, %%is_ignored;\n"
       "}" ::"r"(shared_address(offset)),
       "l"(__cvta_generic_to_global(from)), "r"(uint32_t(is_there))
       : "memory");

@@ -17,11 +17,11 @@ constexpr size_t kStackBytes = size_t(64) << 10;
 enum class State { kReady, kAtWarp, kAtBlock, kDone };
 enum class Rendezvous { kBarrier, kShuffle, kTogether };
 
-constexpr int64_t kCopyBytes = 16;
+constexpr int64_t kMostCopied = 16;
 
 struct Copy {
-  int64_t offset;
-  unsigned char bytes[kCopyBytes];
+  int64_t offset, bytes;
+  unsigned char data[kMostCopied];
 };
 struct SharedAccess {
   int64_t word, words;
@@ -429,14 +429,14 @@ void* shared_access(int64_t offset, int64_t bytes, bool is_write, Place place) {
   return &block->memory[size_t(offset)];
 }
 
-void copy_async(int64_t offset, const void* from, bool is_there, Place place) {
-  if (is_there) global_access(from, kCopyBytes, kCopyBytes, nullptr, place), counts.copied_bytes += kCopyBytes;
+void copy_async(int64_t offset, const void* from, bool is_there, int64_t bytes, Place place) {
+  if (is_there) global_access(from, bytes, bytes, nullptr, place), counts.copied_bytes += bytes;
   Thread& self = block->threads[size_t(block->current)];
-  Copy copy{offset, {}};
-  if (is_there) std::memcpy(copy.bytes, from, kCopyBytes);
-  shared_access(offset, kCopyBytes, true, place);  // from here on it may land at any time
-  std::memset(&block->memory[size_t(offset)], 0xff, kCopyBytes);
-  visit_histories(offset, kCopyBytes, [](Byte& byte) { byte.is_under_way = true; });
+  Copy copy{offset, bytes, {}};
+  if (is_there) std::memcpy(copy.data, from, size_t(bytes));
+  shared_access(offset, bytes, true, place);  // from here on it may land at any time
+  std::memset(&block->memory[size_t(offset)], 0xff, size_t(bytes));
+  visit_histories(offset, bytes, [](Byte& byte) { byte.is_under_way = true; });
   self.open.push_back(copy);
   self.place = place;
 }
@@ -449,8 +449,8 @@ void wait_copies(int open_groups, Place) {
   Thread& self = block->threads[size_t(block->current)];
   while (int(self.groups.size()) > open_groups) {
     for (const Copy& copy : self.groups.front()) {
-      std::memcpy(&block->memory[size_t(copy.offset)], copy.bytes, kCopyBytes);
-      visit_histories(copy.offset, kCopyBytes, [](Byte& byte) {
+      std::memcpy(&block->memory[size_t(copy.offset)], copy.data, size_t(copy.bytes));
+      visit_histories(copy.offset, copy.bytes, [](Byte& byte) {
         byte.is_under_way = false;
         note(byte.write, block->current);
       });

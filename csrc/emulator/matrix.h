@@ -5,7 +5,7 @@
 
 namespace sb::emulator {
 
-void copy_async(int64_t offset, const void* from, bool is_there, Place place);
+void copy_async(int64_t offset, const void* from, bool is_there, int64_t bytes, Place place);
 void commit_copies();
 void wait_copies(int open_groups, Place place);
 

@@ -22,7 +22,7 @@ from scatterbrain.operators.arguments import AttentionArguments
 OPERATORS = torch.ops.scatterbrain
 N = 150
 LONG = 230  # of which tiles of queries read states, and see a whole chunk behind them
-QUADRATIC = LOW_RANKS["quadratic"]
+QUADRATIC, CENTROID = LOW_RANKS["quadratic"], LOW_RANKS["centroid"]
 
 
 def kernels_of(emulator: Emulator, widths: tuple[int, int], *arguments: object, **more: object) -> list[bytes]:
@@ -35,14 +35,16 @@ def kernels_of(emulator: Emulator, widths: tuple[int, int], *arguments: object, 
 
 
 @pytest.mark.parametrize(
-    ("support", "is_causal"), [(sb.Window(20), True), (sb.Window(20, 8), False), (sb.Window(9, 1), True)], ids=str
+    ("support", "is_causal"),
+    [(sb.Window(20), True), (sb.Window(20, 8), False), (sb.Window(9, 1), True), (sb.Window(32, 16, sinks=3), False)],
+    ids=str,
 )
 @pytest.mark.parametrize("widths", [(24, 40), (128, 104)], ids=str)
 def test_keys_of_windows_go_by_tiles_alone(
     emulator: Emulator, widths: tuple[int, int], support: object, is_causal: bool
 ) -> None:
     """In the pass without float64: that of queries that are computed again follows with a low-rank kernel."""
-    for low_rank in (None, QUADRATIC):
+    for low_rank in (None, QUADRATIC, CENTROID)[: 2 if is_causal else 3]:
         started = kernels_of(emulator, widths, support, low_rank, is_causal=is_causal)
         assert b"attention_backward_tile_keys" in started
         assert started.count(b"attention_backward_keys") == 2 * (low_rank is not None)  # before and after the launch
@@ -59,6 +61,9 @@ def test_keys_of_windows_go_by_tiles_alone(
         (sb.Window(20, 24), QUADRATIC, torch.float16, False, 0),
         (sb.Window(40, 3, sinks=5), None, torch.bfloat16, False, 0),
         (sb.Empty(), QUADRATIC, torch.bfloat16, True, 23),
+        (sb.Window(64, 32, sinks=19), CENTROID, torch.bfloat16, False, 0),
+        (sb.Window(40, 3, sinks=5), sb.Centroid(33), torch.float16, False, 0),
+        (sb.Empty(), CENTROID, torch.float16, False, 0),
     ],
     ids=str,
 )
@@ -88,7 +93,8 @@ def test_halves_of_wide_sums_are_as_exact(
     holes = torch.zeros(1, LONG, dtype=torch.bool)
     holes[:, 3::7] = True
     more = dict(is_causal=is_causal, key_padding_mask=holes)
-    assert not excess(emulator, given_of(dtype, *widths, n=LONG), support, QUADRATIC, **more)
+    for low_rank in (QUADRATIC, CENTROID)[: 1 if is_causal else 2]:
+        assert not excess(emulator, given_of(dtype, *widths, n=LONG), support, low_rank, **more)
 
 
 @pytest.mark.parametrize(("block_q", "dtype"), [(16, torch.bfloat16), (8, torch.float16)])
@@ -96,6 +102,19 @@ def test_keys_of_routed_lists_and_windows_count_once(emulator: Emulator, block_q
     """Listed ones come from another kernel, and states hold those before, so that neither has a weight of L."""
     support = sb.Routed(32, block_q, window=16)
     assert not excess(emulator, given_of(dtype, n=LONG), support, QUADRATIC, is_causal=True)
+    assert not excess(emulator, given_of(dtype, n=LONG), support, CENTROID)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_clusters_of_all_heads_of_a_group(emulator: Emulator, dtype: torch.dtype) -> None:
+    """Products of a query with representatives are those of its own head, in a batch too."""
+    assert not excess(emulator, batch_of(dtype), sb.Window(24, 16), sb.Centroid(12))
+
+
+def batch_of(dtype: torch.dtype) -> list[Tensor]:
+    """Two rows of four heads of queries and two of keys, of other tokens each."""
+    shapes = [(2, 4, N, 24), (2, 2, N, 24), (2, 2, N, 40), (2, 4, N, 40)]
+    return [*(rand(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)), rand(2, 4, N, seed=5)]
 
 
 def error_of_maps(emulator: Emulator) -> float:
@@ -172,7 +191,7 @@ def test_no_bit_of_the_past_depends_on_queries_that_nothing_is_asked_of(emulator
 # -------------------- conflicts
 
 
-def conflicts_of(emulator: Emulator, window: int, block_q: int, widths: tuple[int, int]) -> int:
+def conflicts_of(emulator: Emulator, window: int, block_q: int, widths: tuple[int, int], low_rank: object) -> int:
     counts = []
 
     def observe(launch: object, is_after: bool) -> None:
@@ -180,17 +199,19 @@ def conflicts_of(emulator: Emulator, window: int, block_q: int, widths: tuple[in
             counts.append(emulator.statistics()["bank_conflicts"])
 
     given = given_of(torch.bfloat16, *widths, n=N)
+    more = dict(is_causal=low_rank is QUADRATIC, statistics=statistics_of(low_rank, given))
     with emulator.installed(), emulator.observed(observe):
-        gradients(
-            given, sb.Window(window, block_q), QUADRATIC, is_causal=True, statistics=statistics_of(QUADRATIC, given)
-        )
+        gradients(given, sb.Window(window, block_q), low_rank, **more)
     return counts[1] - counts[0]
 
 
+@pytest.mark.parametrize("low_rank", [QUADRATIC, CENTROID], ids=str)
 @pytest.mark.parametrize("widths", [(24, 40), (128, 128)], ids=str)
-def test_the_loop_over_query_slots_has_no_bank_conflicts(emulator: Emulator, widths: tuple[int, int]) -> None:
+def test_the_loop_over_query_slots_has_no_bank_conflicts(
+    emulator: Emulator, widths: tuple[int, int], low_rank: object
+) -> None:
     """So that further ones have none."""
-    assert conflicts_of(emulator, 9, 8, widths) == conflicts_of(emulator, 64, 8, widths)
+    assert conflicts_of(emulator, 9, 8, widths, low_rank) == conflicts_of(emulator, 64, 8, widths, low_rank)
 
 
 # -------------------- planted faults
@@ -224,6 +245,20 @@ FAULTS = {
         "dv: keys",
     ),
     "the first half twice": (KEYS, "first_chunk + c + lane / 16), rows);", "c + lane / 16), rows);", "d[kv]"),
+    "clusters of other keys": (KEYS, "from + cluster[r], query", "from + cluster[0], query", "clusters"),
+    "clusters of another head": (
+        KEYS,
+        "p.cluster_scores + ((b * p.q_heads + h) * p.q_tokens",
+        "p.cluster_scores + ((b * p.q_heads + kv) * p.q_tokens",
+        "clusters",
+    ),
+    "log masses without what lists take back": (KEYS, "d_log_mass[i / 2] += root[n][i];", "d_log_mass[i / 2] += 0.0f;", "clusters: dk"),
+    "log masses without what their clusters give": (
+        KEYS,
+        "d_log_mass[r] = share[r] * product;",
+        "",
+        "clusters: dk",
+    ),
     "zeros that meet what is no number": (KEYS, "if (kIsCareful && is_careful)", "if (false)", "d[kv]: keys"),
 }
 
@@ -235,6 +270,7 @@ def first_complaint(emulator: Emulator) -> str:
         (sb.Window(70, 3), None, given_of(torch.bfloat16, n=N)),
         (sb.Window(24, 8), QUADRATIC, given_of(torch.bfloat16, 96, 96, n=N)),
     )
+    of_clusters = (sb.Window(24, 16), sb.Window(9, 8, sinks=3))
     try:
         if (error := error_of_maps(emulator)) > 2.5e-4:
             return f"maps: {error:.1e}"
@@ -242,6 +278,10 @@ def first_complaint(emulator: Emulator) -> str:
             wrong = excess(emulator, given, support, low_rank, is_causal=True)
             if wrong:
                 return wrong
+        for support in of_clusters:
+            wrong = excess(emulator, batch_of(torch.bfloat16), support, sb.Centroid(12))
+            if wrong:
+                return f"clusters: {wrong}"
         return reached_by_no_number(emulator, 140) or reached_by_no_number(emulator, 70)
     except RuntimeError as error:
         return str(error)
