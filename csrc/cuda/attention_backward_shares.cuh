@@ -1,14 +1,15 @@
-// Backward pass of listed blocks' keys on tensor cores, for bfloat16 and float16. A warp takes a tile of 16 query slots
-// and writes, for every key of the list that they share, what the tile adds to its gradients: a share. Then a warp per
-// key adds up its shares in the order of heads and tiles, found by the transposed lists. Where slots have lists of
-// their own the list is the union of these (union_lists.cuh); there, and with a causal edge, tiles are ragged: every
-// key has a pattern of the slots that list it.
+// Backward pass of listed blocks' keys on tensor cores, for bfloat16, float16 and, but for clusters, float32. A warp
+// takes a tile of 16 query slots and writes, for every key of the list that they share, what the tile adds to its
+// gradients: a share. Then a warp per key adds up its shares in the order of heads and tiles, found by the transposed
+// lists. Where slots have lists of their own the list is the union of these (union_lists.cuh); there, and with a causal
+// edge, tiles are ragged: every key has a pattern of the slots that list it.
 //
 // Keys are the rows of all products, so that gradients of scores are left operands as they come. A share's dk and dv
 // are whole numbers of 16 bits times a factor of their own: half of the bytes of float32, and rounded far below what
-// results of 16 bits are. Gradients of maps, few numbers, are float32.
+// results of 16 bits are. Gradients of maps, few numbers, are float32, and so is all of a share of float32 tokens.
 #pragma once
 #include "attention_backward.cuh"
+#include "attention_backward_tile_products.cuh"
 #include "attention_tile_rows.cuh"
 #include "naming_blocks.cuh"
 
@@ -27,9 +28,9 @@ SB_DEVICE float from_fixed(uint32_t number) {  // of the lower 16 bits, others a
 
 // Shared memory of a warp, in bytes: q and dO of its slots, then two stages of K and V with the coordinates of keys.
 // Behind them the coordinates of queries, or the exponents of clusters by slot.
-template <int D, LowRank kKind>
+template <class E, int D, LowRank kKind>
 struct SharesLayout {
-  static constexpr int64_t kMatrix = kTile * D * 2, kGradients = kMatrix, kStages = 2 * kMatrix,
+  static constexpr int64_t kMatrix = TokenRows<E, D>::kBytes, kGradients = kMatrix, kStages = 2 * kMatrix,
                            kCoordinates = kKind == LowRank::kQuadratic ? kStage * 64 : 0,
                            kStageBytes = 2 * kMatrix + kCoordinates, kOfQueries = kStages + 2 * kStageBytes,
                            kQueries = kOfQueries + kCoordinates, kExponents = kQueries + kTile * 4;
@@ -41,9 +42,14 @@ struct SharesLayout {
 
 template <class E, int D, LowRank kKind, bool kIsRagged>
 class TileShares {
-  typedef SharesLayout<D, kKind> Layout;
-  static constexpr bool kHasQuadratic = kKind == LowRank::kQuadratic, kHasClusters = kKind == LowRank::kCentroid,
-                        kHasLowRank = kKind != LowRank::kNone, kIsHalf = std::is_same_v<E, Half>;
+  typedef SharesLayout<E, D, kKind> Layout;
+  typedef TokenRows<E, D> Rows;
+  typedef CoordinateRows<E> Coordinates;
+  static constexpr bool kIsWide = kIsFloat<E>, kHasQuadratic = kKind == LowRank::kQuadratic,
+                        kHasClusters = kKind == LowRank::kCentroid, kHasLowRank = kKind != LowRank::kNone,
+                        kIsHalf = std::is_same_v<E, Half>;
+  static_assert(!kIsWide || !kHasClusters);
+  static constexpr int kStepsAtOnce = kIsWide ? 1 : D / 16;  // of SB_UNROLL_STEPS
   static constexpr int kChunks = D / 8, kSteps = D / 16, kSlotTiles = kTile / 8;
   static constexpr uint32_t kAllSlots = (1u << kTile) - 1;
 
@@ -68,7 +74,7 @@ class TileShares {
     if (first_slot >= slots_of_row(p, range) || range.k_first >= range.k_end) return;
     first_key = range.k_first;
     if (kIsRagged) edges = TileEdges(p, range, first_slot);
-    const int column = lane % kChunks * 8;
+    const int column = lane % Rows::kRowChunks * Rows::kNumbers;
     keys_from = p.k.at<const E>(b, kv, first_key) + (column < p.head_dim ? column : 0);
     values_from = p.v.at<const E>(b, kv, first_key) + (column < p.value_pad ? column : 0);
     find_queries(range);
@@ -93,14 +99,13 @@ class TileShares {
   }
 
   SB_DEVICE void read_queries() {
-    for (int i = lane; i < kTile * kChunks; i += kWarp) {
-      const int row = i / kChunks, chunk = i % kChunks;
+    for (int i = lane; i < kTile * Rows::kRowChunks; i += kWarp) {
+      const int row = i / Rows::kRowChunks, chunk = i % Rows::kRowChunks, column = chunk * Rows::kNumbers;
       const int64_t query = queries.get(row), from = query < 0 ? 0 : query;
-      const bool in_query = query >= 0 && chunk * 8 < p.head_dim, in_value = query >= 0 && chunk * 8 < p.value_pad;
-      copy_async(base + swizzled<2 * D>(row, chunk), p.q.at<const E>(b, h, from) + (in_query ? chunk * 8 : 0),
-                 in_query);
-      copy_async(base + Layout::kGradients + swizzled<2 * D>(row, chunk),
-                 p.d_out.at<const E>(b, h, from) + (in_value ? chunk * 8 : 0), in_value);
+      const bool in_query = query >= 0 && column < p.head_dim, in_value = query >= 0 && column < p.value_pad;
+      copy_async(base + Rows::place(row, chunk), p.q.at<const E>(b, h, from) + (in_query ? column : 0), in_query);
+      copy_async(base + Layout::kGradients + Rows::place(row, chunk),
+                 p.d_out.at<const E>(b, h, from) + (in_value ? column : 0), in_value);
     }
     commit_copies();
     if (kIsRagged) look_at_queries();
@@ -122,10 +127,12 @@ class TileShares {
     for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int column = 8 * n + 2 * t + i;
-      log[n][i] = inverse[n][i] = shift[n][i] = state_weight[n][i] = 0;
+      log[n][i] = inverse[n][i] = shift[n][i] = correction[n][i] = state_weight[n][i] = 0;
       if (queries.get(column) < 0) continue;
       const auto record = load(record_of<float>(p, b, h, first_slot + column));
-      log[n][i] = record.log, inverse[n][i] = record.inverse, shift[n][i] = record.delta + record.correction;
+      log[n][i] = record.log, inverse[n][i] = record.inverse;
+      shift[n][i] = kIsWide ? record.delta : record.delta + record.correction;
+      if (kIsWide) correction[n][i] = record.correction;
       state_weight[n][i] = record.state_weight;
       if (kIsRagged && has_no_number >> column & 1) log[n][i] = shift[n][i] = state_weight[n][i] = no_number();
     }
@@ -137,16 +144,20 @@ class TileShares {
   // keys that it does list get no number. In float16 the weights of a row have a power of two, in which slots without a
   // gradient have no say: so that no bit of the past depends on later queries that nothing is asked of.
   SB_DEVICE void look_at_queries() {
-    constexpr uint32_t kToNoNumber = kIsHalf ? 0x04000400u : 0x00800080u, kSigns = 0x80008000u;  // carries into signs
+    // Carries into signs. Of float32 what has no parts of bfloat16 is none.
+    constexpr uint32_t kToNoNumber = kIsWide   ? 0x00808000u
+                                     : kIsHalf ? 0x04000400u
+                                               : 0x00800080u,
+                       kSigns = kIsWide ? 0x80000000u : 0x80008000u;
     const int row = lane % kTile, half = lane / kTile;
     wait_copies<0>();
     sync_warp();
     const auto chunk_of = [&](int64_t from, int c) {
-      return shared_array<FourWords>(base + from + swizzled<2 * D>(row, half * (kChunks / 2) + c));
+      return shared_array<FourWords>(base + from + Rows::place(row, half * (Rows::kRowChunks / 2) + c));
     };
     uint32_t carries = 0, any = 0;
     SB_UNROLL_BY_2
-    for (int c = 0; c < kChunks / 2; ++c) {
+    for (int c = 0; c < Rows::kRowChunks / 2; ++c) {
       const FourWords of_query = chunk_of(0, c).get(0), of_gradient = chunk_of(Layout::kGradients, c).get(0);
       SB_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -167,7 +178,7 @@ class TileShares {
     has_no_number = of_slots(!are_numbers), has_gradient = of_slots(any != 0);
     if (has_no_number == 0) return;
     if (has_no_number >> row & 1) SB_NO_UNROLL
-    for (int c = 0; c < kChunks / 2; ++c)
+    for (int c = 0; c < Rows::kRowChunks / 2; ++c)
       chunk_of(0, c).set(0, FourWords{}), chunk_of(Layout::kGradients, c).set(0, {});
     sync_warp();
   }
@@ -184,10 +195,16 @@ class TileShares {
         const bool is_none = query < 0 || i > p.rank || (kIsRagged && has_no_number >> row & 1);
         return is_none ? 0.0f : i < p.rank ? 0.5f * x(i) : 1.0f;
       };
-      uint32_t parts[2];
-      split(coordinate(a), coordinate(a + 1), parts, Bfloat16{});
-      SB_UNROLL
-      for (int i = 0; i < 2; ++i) to.set(swizzled<64>(row, 2 * i + half) / 4 + a % 8 / 2, parts[i]);
+      if constexpr (kIsWide) {
+        SB_UNROLL
+        for (int i = 0; i < 2; ++i)
+          to.set(Coordinates::place(row, (a + i) / 4) / 4 + (a + i) % 4, same_bits<uint32_t>(coordinate(a + i)));
+      } else {
+        uint32_t parts[2];
+        split(coordinate(a), coordinate(a + 1), parts, Bfloat16{});
+        SB_UNROLL
+        for (int i = 0; i < 2; ++i) to.set(Coordinates::place(row, 2 * i + half) / 4 + a % 8 / 2, parts[i]);
+      }
     }
   }
 
@@ -264,20 +281,26 @@ class TileShares {
     }
     const int64_t to = stage(buffer);
     SB_UNROLL_BY_2
-    for (int j = 0; j < kStage * kChunks / kWarp; ++j) {
-      const int row = lane / kChunks + j * (kWarp / kChunks), chunk = lane % kChunks;
+    for (int j = 0; j < kStage * Rows::kRowChunks / kWarp; ++j) {
+      const int row = lane / Rows::kRowChunks + j * (kWarp / Rows::kRowChunks), chunk = lane % Rows::kRowChunks,
+                column = chunk * Rows::kNumbers;
       const int32_t key = shuffle_from(of_lane.key, row);
       const int64_t at = key < 0 ? 0 : key;
-      copy_async(to + swizzled<2 * D>(row, chunk), keys_from + at * p.k.row, key >= 0 && chunk * 8 < p.head_dim);
-      copy_async(to + Layout::kMatrix + swizzled<2 * D>(row, chunk), values_from + at * p.v.row,
-                 key >= 0 && chunk * 8 < p.value_pad);
+      copy_async(to + Rows::place(row, chunk), keys_from + at * p.k.row, key >= 0 && column < p.head_dim);
+      copy_async(to + Layout::kMatrix + Rows::place(row, chunk), values_from + at * p.v.row,
+                 key >= 0 && column < p.value_pad);
     }
     if (kHasQuadratic) SB_UNROLL
     for (int j = 0; j < kStage * 4 / kWarp; ++j) {
       const int i = lane + j * kWarp, row = i / 4, chunk = i % 4;
       const int32_t key = shuffle_from(of_lane.key, row);
-      copy_async(to + 2 * Layout::kMatrix + swizzled<64>(row, chunk),
-                 p.key_coordinates + (head * p.k_tokens + first_key + (key < 0 ? 0 : key)) * 32 + chunk * 8, key >= 0);
+      const int64_t of_key = head * p.k_tokens + first_key + (key < 0 ? 0 : key);
+      const void* from = nullptr;
+      if constexpr (kIsWide)
+        from = p.key_rows + of_key * 16 + chunk * 4;
+      else
+        from = p.key_coordinates + of_key * 32 + chunk * 8;
+      copy_async(to + 2 * Layout::kMatrix + Coordinates::place(row, chunk), from, key >= 0);
     }
     return of_lane;
   }
@@ -313,32 +336,14 @@ class TileShares {
     SB_UNROLL
     for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
     for (int i = 0; i < 4; ++i) score[n][i] = value[n][i] = root[n][i] = 0;
-    SB_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      const int64_t place = swizzled<2 * D>(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
-      uint32_t rows[4], slots[4];
-      if (k < p.head_steps) {
-        load_left<2 * D>(from, k, rows), load_matrices(base + place, slots);
-        multiply_add(score[0], rows, slots[0], slots[1], E{});
-        multiply_add(score[1], rows, slots[2], slots[3], E{});
-      }
-      if (k < p.value_steps) {
-        load_left<2 * D>(from + Layout::kMatrix, k, rows), load_matrices(base + Layout::kGradients + place, slots);
-        multiply_add(value[0], rows, slots[0], slots[1], E{});
-        multiply_add(value[1], rows, slots[2], slots[3], E{});
-      }
-    }
-    if (kHasQuadratic) {
-      uint32_t high[4], low[4];
-      load_left<64>(from + 2 * Layout::kMatrix, 0, high), load_left<64>(from + 2 * Layout::kMatrix, 1, low);
-      SB_UNROLL
-      for (int n = 0; n < kSlotTiles; ++n) {
-        uint32_t x[4];  // the two halves of the first part, then of the second
-        load_matrices(base + Layout::kOfQueries + swizzled<64>(n * 8 + lane % 8, lane / 8), x);
-        multiply_add(root[n], low, x[0], x[1], Bfloat16{});
-        multiply_add(root[n], high, x[2], x[3], Bfloat16{});
-        multiply_add(root[n], high, x[0], x[1], Bfloat16{});
-      }
+    if constexpr (kIsWide) {
+      multiply_rows<false, D, kStepsAtOnce>(int(from), base, p.head_steps, score);
+      multiply_rows<false, D, kStepsAtOnce>(int(from + Layout::kMatrix), base + int(Layout::kGradients), p.value_steps,
+                                            value);
+      if (kHasQuadratic)
+        multiply_coordinates<false>(int(from + 2 * Layout::kMatrix), base + int(Layout::kOfQueries), root);
+    } else {
+      multiply_in_16_bits(from, score, value, root);
     }
 
     // In place of products: the gradient of a score, the weight, and the gradient of x.y. By a key's log scale that is
@@ -359,7 +364,7 @@ class TileShares {
       for (int i = 0; i < 2; ++i) {
         const int at = 2 * r + i, bit = 1 << (8 * n + i);
         const bool is_listed = slots & bit, is_held = holding & bit;
-        const float gradient = value[n][at] - shift[n][i];
+        const float gradient = kIsWide ? (value[n][at] - shift[n][i]) - correction[n][i] : value[n][at] - shift[n][i];
         float weight = is_listed ? exp2_of(score[n][at] * scale - log[n][i]) * inverse[n][i] : 0.0f;
         score[n][at] = is_listed ? weight * gradient : 0.0f;
         if (kHasQuadratic) {
@@ -380,8 +385,13 @@ class TileShares {
     }
     const bool is_there[2] = {bool(there >> g & 1), bool(there >> (g + 8) & 1)};
     row += g;
-    write_rows<0>(score, row, is_there);
-    write_rows<1>(value, row, is_there);
+    if constexpr (kIsWide) {
+      write_float_rows<0>(score, row, is_there);
+      write_float_rows<1>(value, row, is_there);
+    } else {
+      write_rows<0>(score, row, is_there);
+      write_rows<1>(value, row, is_there);
+    }
     if (kHasQuadratic) write_coordinates_of(root, row, is_there);
     if (kHasLowRank) SB_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -391,7 +401,56 @@ class TileShares {
     }
   }
 
-  // Of every key the slots' q, or dO, each times its number. A lane has pairs of neighbouring columns, and those of
+  SB_DEVICE void multiply_in_16_bits(int64_t from, float (&score)[kSlotTiles][4], float (&value)[kSlotTiles][4],
+                                     float (&root)[kSlotTiles][4]) const {
+    SB_UNROLL
+    for (int k = 0; k < kSteps; ++k) {
+      const int64_t place = swizzled<2 * D>(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
+      uint32_t rows[4], slots[4];
+      if (k < p.head_steps) {
+        load_left<2 * D>(from, k, rows), load_matrices(base + place, slots);
+        multiply_add(score[0], rows, slots[0], slots[1], E{});
+        multiply_add(score[1], rows, slots[2], slots[3], E{});
+      }
+      if (k < p.value_steps) {
+        load_left<2 * D>(from + Layout::kMatrix, k, rows), load_matrices(base + Layout::kGradients + place, slots);
+        multiply_add(value[0], rows, slots[0], slots[1], E{});
+        multiply_add(value[1], rows, slots[2], slots[3], E{});
+      }
+    }
+    if (!kHasQuadratic) return;
+    uint32_t high[4], low[4];
+    load_left<64>(from + 2 * Layout::kMatrix, 0, high), load_left<64>(from + 2 * Layout::kMatrix, 1, low);
+    SB_UNROLL
+    for (int n = 0; n < kSlotTiles; ++n) {
+      uint32_t x[4];  // the two halves of the first part, then of the second
+      load_matrices(base + Layout::kOfQueries + swizzled<64>(n * 8 + lane % 8, lane / 8), x);
+      multiply_add(root[n], low, x[0], x[1], Bfloat16{});
+      multiply_add(root[n], high, x[2], x[3], Bfloat16{});
+      multiply_add(root[n], high, x[0], x[1], Bfloat16{});
+    }
+  }
+
+  // Of every key the slots' q, or dO, each times its number.
+  template <int kPart>
+  SB_DEVICE void write_float_rows(const float (&numbers)[kSlotTiles][4], int64_t row, const bool (&is_there)[2]) const {
+    const int64_t width = kPart == 0 ? p.head_dim : p.value_pad;
+    float sum[kChunks][4];
+    SB_UNROLL
+    for (int c = 0; c < kChunks; ++c) SB_UNROLL
+    for (int i = 0; i < 4; ++i) sum[c][i] = 0;
+    add_product_with_rows<D>(numbers, int(base + kPart * Layout::kGradients), width, sum);
+    SB_UNROLL
+    for (int c = 0; c < kChunks; ++c) SB_UNROLL
+    for (int i = 0; i < 4; ++i) sum[c][i] *= kPart == 0 ? float(p.scale) : 1.0f;
+    SB_UNROLL
+    for (int r = 0; r < 2; ++r)
+      if (is_there[r])
+        store_float_sums(
+            sum, r, reinterpret_cast<float*>(p.shares) + (row + 8 * r) * p.share_words + kPart * p.head_dim, width);
+  }
+
+  // The same of 16 bits. A lane has pairs of neighbouring columns, and those of
   // four chunks stand side by side (ShareColumn).
   template <int kPart>
   SB_DEVICE void write_rows(float (&numbers)[kSlotTiles][4], int64_t row, const bool (&is_there)[2]) const {
@@ -458,7 +517,7 @@ class TileShares {
       const bool is_finite = most < 0x7f800000u;
       if (!is_there[r]) continue;
       auto* to = reinterpret_cast<FourWords*>(p.shares + (row + 8 * r) * p.share_words) +
-                 (kPart == 0 ? 0 : share_words(p.head_dim) / 4) + t;
+                 (kPart == 0 ? 0 : p.words_of_keys() / 4) + t;
       SB_UNROLL
       for (int c = 0; c < kChunks; c += 4) {
         if (c * 8 >= width) continue;
@@ -476,6 +535,23 @@ class TileShares {
   // Gradients by y, from half of the queries' coordinates.
   SB_DEVICE void write_coordinates_of(const float (&root)[kSlotTiles][4], int64_t row,
                                       const bool (&is_there)[2]) const {
+    float sum[2][4];
+    SB_UNROLL
+    for (int c = 0; c < 2; ++c) SB_UNROLL
+    for (int i = 0; i < 4; ++i) sum[c][i] = 0;
+    if constexpr (kIsWide)
+      add_product_with_coordinates(root, int(base + Layout::kOfQueries), sum);
+    else
+      add_coordinates_of_queries(root, sum);
+    SB_UNROLL
+    for (int c = 0; c < 2; ++c) SB_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int a = 8 * c + 2 * t + i % 2, r = i / 2;
+      if (a < p.rank && is_there[r])
+        store(p.share_numbers + (row + 8 * r) * p.numbers + p.factors + a, 2.0f * sum[c][i]);
+    }
+  }
+  SB_DEVICE void add_coordinates_of_queries(const float (&root)[kSlotTiles][4], float (&sum)[2][4]) const {
     uint32_t high[4], low[4], first_part[4], second_part[4];
     SB_UNROLL
     for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
@@ -488,15 +564,9 @@ class TileShares {
     load_transposed(base + Layout::kOfQueries + swizzled<64>(lane % 16, 2 + lane / 16), second_part);
     SB_UNROLL
     for (int c = 0; c < 2; ++c) {
-      float sum[4] = {0, 0, 0, 0};
-      multiply_add(sum, low, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
-      multiply_add(sum, high, second_part[2 * c], second_part[2 * c + 1], Bfloat16{});
-      multiply_add(sum, high, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
-      SB_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int a = 8 * c + 2 * t + i % 2, r = i / 2;
-        if (a < p.rank && is_there[r]) store(p.share_numbers + (row + 8 * r) * p.numbers + 2 + a, 2.0f * sum[i]);
-      }
+      multiply_add(sum[c], low, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
+      multiply_add(sum[c], high, second_part[2 * c], second_part[2 * c + 1], Bfloat16{});
+      multiply_add(sum[c], high, first_part[2 * c], first_part[2 * c + 1], Bfloat16{});
     }
   }
 
@@ -518,35 +588,40 @@ class TileShares {
   uint32_t count = 0, keys = 1, last_entry = 0, last_key = 0;  // entries, keys of one, and the last that there are
   uint32_t entry = 0, offset = 0;                              // this lane's next position
   int32_t sinks = 0, lo = 0, hi = 0;                           // keys that windows have
-  float log[kSlotTiles][2], inverse[kSlotTiles][2], shift[kSlotTiles][2], state_weight[kSlotTiles][2];
+  float log[kSlotTiles][2], inverse[kSlotTiles][2], shift[kSlotTiles][2], correction[kSlotTiles][2],
+      state_weight[kSlotTiles][2];
 };
 
 template <class E, int D, LowRank kKind, bool kIsRagged>
 SB_KERNEL SB_THREADS_AT_MOST(kSharesThreads) attention_backward_shares(BackwardSharesParams p) {
   const int64_t all = p.end_tile - p.first_tile, warps = block_threads() / kWarp;
-  const int64_t base = warp_index() * SharesLayout<D, kKind>::bytes(p);
+  const int64_t base = warp_index() * SharesLayout<E, D, kKind>::bytes(p);
   for_each_task(ceil_div(all, warps), [&](int64_t task) {
     const int64_t at = task * warps + warp_index(), tile = p.first_tile + at, row = tile / p.tiles();
     if (at < all) TileShares<E, D, kKind, kIsRagged>(p, base, row / p.q_heads, row % p.q_heads, tile % p.tiles()).run();
   });
 }
 
-// The columns of a word of a share: they are two, of dk or of dv.
+// The columns of a word of a share, of dk or of dv: two, or of float32 one.
+template <bool kIsWide>
 struct ShareColumn {
   bool is_there, is_value;
   int32_t first;
   SB_DEVICE ShareColumn(const BackwardSharesParams& p, int word) {
-    const auto of_keys = int(share_words(p.head_dim));
+    const auto of_keys = int(p.words_of_keys());
     is_value = word >= of_keys;
     word -= is_value ? of_keys : 0;
-    first = (word / 16 * 4 + word % 4) * 8 + word % 16 / 4 * 2;
+    first = kIsWide ? word : (word / 16 * 4 + word % 4) * 8 + word % 16 / 4 * 2;
     is_there = first < (is_value ? p.value_pad : p.head_dim);
   }
 };
 
 // Adds up the shares of a key, by a warp: lanes are words of a share, kWords each.
-template <int kWords>
+template <int kWords, bool kIsWide>
 class KeyShares {
+  static constexpr int kNumbers = kIsWide ? 1 : 2;  // of a word
+  typedef ShareColumn<kIsWide> Column;
+
  public:
   SB_DEVICE KeyShares(const BackwardSharesParams& p, int64_t head, int64_t j)
       : p(p),
@@ -568,21 +643,21 @@ class KeyShares {
   }
 
  private:
-  SB_DEVICE float* sum_at(const ShareColumn& column) const {
+  SB_DEVICE float* sum_at(const Column& column) const {
     const int64_t width = column.is_value ? p.value_pad : p.head_dim;
     return static_cast<float*>(column.is_value ? p.dv_sum : p.dk_sum) + (head * p.k_tokens + j) * width + column.first;
   }
   // Lanes behind the factors have the numbers of maps or of the log mass.
-  SB_DEVICE bool has_number() const { return lane >= 2 && lane < p.numbers; }
+  SB_DEVICE bool has_number() const { return lane >= p.factors && lane < p.numbers; }
   SB_DEVICE float* number_at() const {
-    return static_cast<float*>(p.dy_sum) + (head * p.k_tokens + j) * (p.numbers - 2) + lane - 2;
+    return static_cast<float*>(p.dy_sum) + (head * p.k_tokens + j) * (p.numbers - p.factors) + lane - p.factors;
   }
   SB_DEVICE void read_sums() {
     SB_UNROLL
     for (int w = 0; w < kWords; ++w) {
-      const ShareColumn column(p, lane + w * kWarp);
+      const Column column(p, lane + w * kWarp);
       SB_UNROLL
-      for (int i = 0; i < 2; ++i) sum[w][i] = has_sums && column.is_there ? load(sum_at(column) + i) : 0.0f;
+      for (int i = 0; i < kNumbers; ++i) sum[w][i] = has_sums && column.is_there ? load(sum_at(column) + i) : 0.0f;
     }
     of_map = has_sums && has_number() ? load(number_at()) : 0.0f;
   }
@@ -640,11 +715,16 @@ class KeyShares {
       if (rows[i] < 0) continue;
       has_any = true;
       of_map += number[i];
-      const float of_key = shuffle_from(number[i], 0), of_value = shuffle_from(number[i], 1);
-      SB_UNROLL
-      for (int w = 0; w < kWords; ++w) {
-        const float factor = lane + w * kWarp < share_words(p.head_dim) ? of_key : of_value;
-        sum[w][0] += factor * from_fixed(words[i][w] & 0xffff), sum[w][1] += factor * from_fixed(words[i][w] >> 16);
+      if constexpr (kIsWide) {
+        SB_UNROLL
+        for (int w = 0; w < kWords; ++w) sum[w][0] += same_bits<float>(words[i][w]);
+      } else {
+        const float of_key = shuffle_from(number[i], 0), of_value = shuffle_from(number[i], 1);
+        SB_UNROLL
+        for (int w = 0; w < kWords; ++w) {
+          const float factor = lane + w * kWarp < p.words_of_keys() ? of_key : of_value;
+          sum[w][0] += factor * from_fixed(words[i][w] & 0xffff), sum[w][1] += factor * from_fixed(words[i][w] >> 16);
+        }
       }
     }
   }
@@ -653,9 +733,9 @@ class KeyShares {
     if (has_sums && !has_any) return;
     SB_UNROLL
     for (int w = 0; w < kWords; ++w) {
-      const ShareColumn column(p, lane + w * kWarp);
+      const Column column(p, lane + w * kWarp);
       SB_UNROLL
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < kNumbers; ++i)
         if (column.is_there) store(sum_at(column) + i, sum[w][i]);
     }
     if (has_number()) store(number_at(), of_map);
@@ -668,16 +748,16 @@ class KeyShares {
   RowRange range;
   int64_t key = 0;
   bool has_sums = false, has_any = false;
-  float sum[kWords][2], of_map = 0;
+  float sum[kWords][kNumbers], of_map = 0;
 };
 
-template <int kWords>
+template <int kWords, bool kIsWide>
 SB_KERNEL sum_shares(BackwardSharesParams p) {
   const int64_t of_head = p.q_heads / p.kv_heads * p.tiles(), first = p.first_tile / of_head,
                 keys = (ceil_div(p.end_tile, of_head) - first) * p.k_tokens, warps = block_threads() / kWarp;
   for_each_task(ceil_div(keys, warps), [&](int64_t task) {
     const int64_t at = task * warps + warp_index();
-    if (at < keys) KeyShares<kWords>(p, first + at / p.k_tokens, at % p.k_tokens).run();
+    if (at < keys) KeyShares<kWords, kIsWide>(p, first + at / p.k_tokens, at % p.k_tokens).run();
   });
 }
 

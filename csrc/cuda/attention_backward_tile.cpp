@@ -9,13 +9,16 @@ namespace {
 bool is_narrow(const AttentionArguments& a) { return a.query.size(3) <= 64 && a.value.size(3) <= 64; }
 
 // Queries and keys of float32 go the same way, or weights of a key would differ from those that its slots add up. So
-// not where lists are, nor clusters, whose keys do not go by tiles; nor windows of fewer keys than a stage, where most
-// of a product is of no use, and the few terms of a sum round less than its parts.
+// not where clusters are, whose keys do not go by tiles; nor lists of fewer keys than a stage, where most of a product
+// is of no use, and the few terms of a sum round less than its parts.
 constexpr int64_t kFewestKeys = 16;
+int64_t keys_of_list(const AttentionArguments& a) {
+  return (a.span ? a.span_keys : 0) + (a.index ? a.index->size(3) * a.block_k : 0);
+}
 bool fits_float_backward_tiles(const AttentionArguments& a) {
   const auto kind = static_cast<LowRank>(a.low_rank);
-  return fits_float_tiles(a) && is_narrow(a) && !a.index &&
-         (kind == LowRank::kQuadratic || (kind == LowRank::kNone && a.span && a.span_keys >= kFewestKeys));
+  return fits_float_tiles(a) && is_narrow(a) &&
+         (kind == LowRank::kQuadratic || (kind == LowRank::kNone && keys_of_list(a) >= kFewestKeys));
 }
 
 }  // namespace

@@ -72,6 +72,7 @@ void launch_backward_keys(const BackwardParams& p, Element element, bool is_wide
 void launch_union_lists(const UnionListsParams& p, Stream stream);
 void launch_attention_backward_shares(const BackwardSharesParams& p, Element element, Stream stream);
 void launch_ragged_attention_backward_shares(const BackwardSharesParams& p, Element element, Stream stream);
+void launch_float_attention_backward_shares(const BackwardSharesParams& p, Stream stream);
 void launch_share_representatives(const BackwardParams& p, Element element, bool is_wide, Stream stream);
 void launch_finish_keys(const BackwardParams& p, Element element, bool is_wide, Stream stream);
 

@@ -303,22 +303,26 @@ struct UnionListsParams : ForwardParams {
 // all heads in turn, [first_tile, end_tile). A share is what a tile adds to the gradients of a key of its list. Blocks
 // of queries and their lists are those of unions where blocks are no multiple of 16 queries.
 struct BackwardSharesParams : BackwardParams {
-  int64_t head_steps, value_steps;  // these, key_log and key_coordinates as in BackwardTileParams
+  int64_t head_steps, value_steps;  // these, and what is of keys, as in BackwardTileParams
   const float* key_log;
   const Bfloat16* key_coordinates;
+  const float* key_rows;
   int64_t span_queries;             // of a block, as the call has them
   const int32_t* slots_of_entries;  // of unions, else null
   int64_t keys_of_list;             // of listed blocks, at most
-  int64_t share_words, numbers;
-  uint32_t* shares;      // (tiles of a round, keys_of_list, share_words): dk, then dv, in pairs of 16 bits
-  float* share_numbers;  // (.., numbers): factors of the two; then dy of maps, or what is by the log mass
+  bool is_float;
+  int64_t share_words, numbers, factors;
+  uint32_t* shares;  // (tiles of a round, keys_of_list, share_words): dk, then dv, in pairs of 16 bits or float32
+  float*
+      share_numbers;  // (.., numbers): factors of the two, but in float32; then dy of maps, or what is by the log mass
   int64_t round_tiles, first_tile, end_tile;
   bool has_sums;  // keys' sums are there but for pairs of listed blocks
 
   SB_HD int64_t tiles() const { return ceil_div(q_tokens, 16); }  // of a head
+  // Of a row of `width` numbers in a share. Of 16 bits they are pairs of columns, of which 16 pairs go together.
+  SB_HD int64_t words_of(int64_t width) const { return is_float ? width : ceil_div(width, 32) * 16; }
+  SB_HD int64_t words_of_keys() const { return words_of(head_dim); }
 };
-// Of a row of 16-bit numbers in a share: pairs of columns, of which 16 pairs go together.
-SB_HD int64_t share_words(int64_t width) { return ceil_div(width, 32) * 16; }
 
 // Below every exponent.
 inline constexpr double kLowestLog = -1e30;
