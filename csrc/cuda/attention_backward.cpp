@@ -75,7 +75,7 @@ class Backward : AttentionCall {
     if (of.has_low_rank()) {
       of.d_kv_state = room({p.batch, p.q_heads, of.query_segments, of.slot_size}, dtype);
       if (of.has_clusters()) {
-        if (!in_double && a.query.element_size() == 2 && of.has_query_products())
+        if (!in_double && (by_tiles || (a.query.element_size() == 2 && of.has_query_products())))
           of.cluster_scores = static_cast<float*>(room({p.batch, p.q_heads, p.q_tokens, p.rank}, ScalarType::Float));
         of.d_exponent = room({p.batch, p.q_heads, p.q_tokens, p.rank}, dtype);
         of.d_representative_parts =

@@ -1,4 +1,4 @@
-// Backward pass of listed blocks' keys on tensor cores, for bfloat16, float16 and, but for clusters, float32. A warp
+// Backward pass of listed blocks' keys on tensor cores, for bfloat16, float16 and float32. A warp
 // takes a tile of 16 query slots and writes, for every key of the list that they share, what the tile adds to its
 // gradients: a share. Then a warp per key adds up its shares in the order of heads and tiles, found by the transposed
 // lists. Where slots have lists of their own the list is the union of these (union_lists.cuh); there, and with a causal
@@ -48,7 +48,6 @@ class TileShares {
   static constexpr bool kIsWide = kIsFloat<E>, kHasQuadratic = kKind == LowRank::kQuadratic,
                         kHasClusters = kKind == LowRank::kCentroid, kHasLowRank = kKind != LowRank::kNone,
                         kIsHalf = std::is_same_v<E, Half>;
-  static_assert(!kIsWide || !kHasClusters);
   static constexpr int kStepsAtOnce = kIsWide ? 1 : D / 16;  // of SB_UNROLL_STEPS
   static constexpr int kChunks = D / 8, kSteps = D / 16, kSlotTiles = kTile / 8;
   static constexpr uint32_t kAllSlots = (1u << kTile) - 1;

@@ -8,9 +8,9 @@ namespace {
 
 bool is_narrow(const AttentionArguments& a) { return a.query.size(3) <= 64 && a.value.size(3) <= 64; }
 
-// Queries and keys of float32 go the same way, or weights of a key would differ from those that its slots add up. So
-// not where clusters are, whose keys do not go by tiles; nor lists of fewer keys than a stage, where most of a product
-// is of no use, and the few terms of a sum round less than its parts.
+// Queries and keys of float32 go the same way, or weights of a key would differ from those that its slots add up. Not
+// lists of fewer keys than a stage, where most of a product is of no use, and the few terms of a sum round less than
+// its parts.
 constexpr int64_t kFewestKeys = 16;
 int64_t keys_of_list(const AttentionArguments& a) {
   return (a.span ? a.span_keys : 0) + (a.index ? a.index->size(3) * a.block_k : 0);
@@ -18,7 +18,7 @@ int64_t keys_of_list(const AttentionArguments& a) {
 bool fits_float_backward_tiles(const AttentionArguments& a) {
   const auto kind = static_cast<LowRank>(a.low_rank);
   return fits_float_tiles(a) && is_narrow(a) &&
-         (kind == LowRank::kQuadratic || (kind == LowRank::kNone && keys_of_list(a) >= kFewestKeys));
+         (kind == LowRank::kNone ? keys_of_list(a) >= kFewestKeys : kind != LowRank::kFeatures);
 }
 
 }  // namespace
@@ -33,7 +33,7 @@ BackwardTileParams backward_tile_params(const BackwardParams& of_call, const Til
   p.cluster_operand = operands.cluster_operand, p.key_log = operands.key_log;
   p.key_coordinates = operands.key_coordinates, p.key_rows = operands.key_rows;
   p.by_groups = operands.by_groups;
-  if (!p.has_low_rank() || p.key_rows) return p;
+  if (!p.cluster_operand && !p.key_coordinates) return p;  // matrices of float32 are read as they are
   const auto words = [&](std::initializer_list<int64_t> sizes) {
     return static_cast<FourWords*>(call.write(call.empty(sizes, ScalarType::Int)));
   };

@@ -52,7 +52,7 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
     go_through<false>(range);
     if (!find_slots()) return;
     if (!kIsWide) write_records();
-    if constexpr (kHasClusters) this->weigh_state_of_clusters();
+    if constexpr (kHasClusters && !kIsWide) this->weigh_state_of_clusters();  // else once slots are balanced
     do {
       SB_UNROLL
       for (int c = 0; c < kChunks; ++c) SB_UNROLL
@@ -168,7 +168,8 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
     // What the state holds of a key, or behind it the log of that.
     const float own_share = !kHasLowRank ? 0.0f : kIsBehind ? of_lane.log : exp2_of(of_lane.log - kappa_ref);
     if constexpr (kForGradients) {
-      if (kIsWide && !is_balanced) return add_to_balance<kIsBehind>(listed, others, own_share, score, value, root);
+      if (kIsWide && !is_balanced)
+        return add_to_balance<kIsBehind>(of_lane, listed, others, own_share, score, value, root);
       float d_product[kKeyTiles][4] = {};  // of x.y, or of the exponent of a cluster
       SB_UNROLL
       for (int n = 0; n < kKeyTiles; ++n) SB_UNROLL
@@ -291,8 +292,8 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
 
   // Of a stage, weights and their moments of dO.v less its mean.
   template <bool kIsBehind>
-  SB_DEVICE void add_to_balance(const uint32_t (&listed)[2], const uint32_t (&others)[2], float own_share,
-                                const float (&score)[kKeyTiles][4], const float (&value)[kKeyTiles][4],
+  SB_DEVICE void add_to_balance(const Fetched& of_lane, const uint32_t (&listed)[2], const uint32_t (&others)[2],
+                                float own_share, const float (&score)[kKeyTiles][4], const float (&value)[kKeyTiles][4],
                                 const float (&root)[kKeyTiles][4]) {
     const float scale = float(p.scale * kLog2e);
     SB_UNROLL
@@ -300,6 +301,7 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
     for (int i = 0; i < 2; ++i) {
       const int column = 8 * n + 2 * t + i;
       const float share = kHasLowRank ? shuffle_from(own_share, column) : 0.0f;
+      const int32_t cluster = kHasClusters ? shuffle_from(of_lane.cluster, column) : 0;
       SB_UNROLL
       for (int r = 0; r < 2; ++r) {
         const Slot& of = slot[r];
@@ -307,6 +309,7 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
         const bool is_listed = listed[r] >> column & 1, is_other = others[r] >> column & 1;
         float weight = is_listed ? exp2_of(score[n][at] * scale - of.log) * of.inverse : 0.0f;
         if (kHasQuadratic && !kIsBehind && is_listed) weight -= of.state_weight * share * root[n][at] * root[n][at];
+        if (kHasClusters && is_listed) weight -= share * exp2_of(exponent_of(row_of(r), cluster) - of.log) * of.inverse;
         if (kHasQuadratic && kIsBehind && is_other)
           weight = exp2_of((rho_of(r) - of.log) + share) * of.inverse * root[n][at] * root[n][at];
         // Of a key that a slot does not see, nothing counts, be it no number.
@@ -433,6 +436,10 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   // all pairs, is known. A walk for gradients finds it, and another one follows.
   SB_DEVICE bool has_to_be_balanced() {
     if (!kIsWide || is_balanced) return false;
+    if constexpr (kHasClusters)
+      this->visit_clusters([&](int r, int64_t at, float weight, float mass) {
+        weights[r] += weight * mass, moments[r] += weight * (d_exponents().get(at) - slot[r].shift * mass);
+      });
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
       Slot& of = slot[r];
@@ -447,6 +454,7 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
       of.correction += moment / weight;
     }
     is_balanced = true;
+    if constexpr (kHasClusters) this->weigh_state_of_clusters();
     write_records();
     return true;
   }
@@ -471,11 +479,16 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   // -------------------- results
 
   SB_DEVICE void finish() {
+    if constexpr (kHasClusters) write_gradients_of_exponents();
+    if constexpr (kHasClusters && kIsWide)
+      add_product_of_shared_numbers(d_exponents(), width(),
+                                    static_cast<const float*>(p.given_representatives) + head * p.rank * p.head_dim,
+                                    p.rank, p.head_dim, p.head_dim, dq);
     SB_UNROLL
     for (int c = 0; c < kChunks; ++c) SB_UNROLL
     for (int i = 0; i < 4; ++i) dq[c][i] *= float(p.scale) * (kIsHalf ? Scale::inverse(slot[i / 2].scale) : 1.0f);
     if (kHasQuadratic) finish_map();
-    if constexpr (kHasClusters) finish_clusters();
+    if constexpr (kHasClusters && !kIsWide) finish_clusters();
     SB_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int64_t query = queries.get(row_of(r));
@@ -528,12 +541,14 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   }
 
   // q.b_c is an exponent of the query and of the representative, whose gradient the slot leaves to all of them.
-  SB_DEVICE void finish_clusters() {
+  SB_DEVICE void write_gradients_of_exponents() const {
     sync_warp();
     float* to = static_cast<float*>(p.d_exponent) + ((b * p.q_heads + h) * p.q_tokens + first_slot) * p.rank;
     for (int row = 0; row < kTile; ++row)
       for (int64_t c = lane; c < p.rank && queries.get(row) >= 0; c += kWarp)
         store(to + row * p.rank + c, d_exponents().get(row * width() + c));
+  }
+  SB_DEVICE void finish_clusters() {
     const int64_t steps = p.features_padded / 16, columns = p.head_dim / 8;
     for (int64_t step = 0; step < steps; ++step)
       add_product_of_numbers(d_exponents(), width(), step, float(p.scale),

@@ -1,6 +1,6 @@
 // Backward pass of keys on tensor cores: a warp computes a tile of 16 keys, its pairs with query slots whose window or
-// sinks they are, or whose state ends before them, and what reaches them through the state; for bfloat16, float16 and,
-// but for clusters, float32.
+// sinks they are, or whose state ends before them, and what reaches them through the state; for bfloat16, float16 and
+// float32.
 // Pairs of listed blocks are left to attention_backward_keys.cuh or attention_backward_shares.cuh, which add to these
 // sums.
 //
@@ -43,7 +43,6 @@ class TileKeys {
   typedef TokenRows<E, D> Rows;
   typedef CoordinateRows<E> Coordinates;
   static constexpr bool kIsHalf = std::is_same_v<E, Half>, kIsWide = kIsFloat<E>;
-  static_assert(!kIsWide || !kHasClusters);
   // Of SB_UNROLL_COPIES and SB_UNROLL_STEPS: ragged kernels need registers.
   static constexpr int kCopiesAtOnce = kIsRagged ? 1 : 2,
                        kStepsAtOnce = kIsWide && kHasQuadratic                             ? 1
@@ -99,6 +98,9 @@ class TileKeys {
   // Of a row of sums. The gradient of the map is the first part's.
   SB_DEVICE int64_t width() const { return kOfValues ? p.value_pad : p.head_dim; }
   SB_DEVICE bool is_first_part() const { return Layout::kTasks == 2 || first_chunk == 0; }
+  // Whether what pairs have of clusters is asked for: values need it, and the gradients of log masses, the first
+  // part's.
+  SB_DEVICE bool needs_clusters() const { return kOfValues || is_first_part(); }
 
   // -------------------- the tile's keys
 
@@ -251,16 +253,19 @@ class TileKeys {
         SB_UNROLL
         for (int c = 0; c < kChunks; ++c) SB_UNROLL
         for (int i = 0; i < 2; ++i) {
-          const int column = 8 * (first_chunk + c) + 2 * t + i;
+          const int column = kIsWide ? column_of_float_sum(c, i) : 8 * (first_chunk + c) + 2 * t + i;
           if (column < p.value_pad) sum[c][2 * r + i] = share[r] * load(d_state + column);
         }
       } else if (is_first_part()) {
         float product = t == 0 ? load(d_state + p.value_pad) : 0.0f;
         SB_NO_UNROLL
-        for (int c = 0; 8 * c < p.value_pad; ++c) {
-          const auto pair = shared_array<uint32_t>(base + Layout::kValues + Rows::place(row, c)).get(t);
-          product += load(d_state + 8 * c + 2 * t) * low_of(pair, E{}) +
-                     load(d_state + 8 * c + 2 * t + 1) * high_of(pair, E{});
+        for (int c = 0; Rows::kNumbers * c < p.value_pad; ++c) {
+          const uint32_t word = shared_array<uint32_t>(base + Layout::kValues + Rows::place(row, c)).get(t);
+          const float* of_word = d_state + Rows::kNumbers * c + Rows::kNumbers / 4 * t;
+          if constexpr (kIsWide)
+            product += load(of_word) * same_bits<float>(word);
+          else
+            product += load(of_word) * low_of(word, E{}) + load(of_word + 1) * high_of(word, E{});
         }
         d_log_mass[r] = share[r] * product;
       }
@@ -376,7 +381,7 @@ class TileKeys {
         from = p.query_coordinates + of_query * 32 + chunk * 8;
       copy_async(to + 2 * Layout::kMatrix + Coordinates::place(row, chunk), from, query >= 0);
     }
-    if (kHasClusters) SB_UNROLL
+    if (kHasClusters && needs_clusters()) SB_UNROLL
     for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int32_t query = shuffle_from(of_lane.query, 8 * n + 2 * t + i);
@@ -493,7 +498,7 @@ class TileKeys {
           weight += has_low_rank ? low_rank * root[n][at] : 0.0f;  // 0 times what is no number is none either
           root[n][at] = has_low_rank ? low_rank * gradient : 0.0f;
         }
-        if (kHasClusters) {  // what the list takes back
+        if (kHasClusters && needs_clusters()) {  // what the list takes back
           const float product = shared_array<float>(place_of_product(from, n, at)).get(0),
                       exponent = exponent_of_cluster(product * scale, of_cluster[r]);
           const float held = is_listed ? share[r] * exp2_of(exponent - log) * inverse : 0.0f;
@@ -503,7 +508,7 @@ class TileKeys {
       }
     }
     if (kIsCareful && is_careful) clear_what_is_no_number(of_lane, from, listing, kOfValues ? value : score, root);
-    if (kHasClusters && !kOfValues) SB_UNROLL
+    if (kHasClusters && !kOfValues && is_first_part()) SB_UNROLL
     for (int n = 0; n < kSlotTiles; ++n) SB_UNROLL
     for (int i = 0; i < 4; ++i) d_log_mass[i / 2] += root[n][i];
     if constexpr (kIsWide) {

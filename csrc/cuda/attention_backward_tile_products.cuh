@@ -40,21 +40,25 @@ struct CoordinateRows {
 
 inline constexpr int kExactParts = 3;
 // Four numbers of a lane as two pairs, each in parts.
-SB_DEVICE void load_exact_parts(int offset, uint32_t (&parts)[2][kExactParts]) {
-  float numbers[4];
-  load_four_numbers(offset, numbers);
+SB_DEVICE void split_exactly(const float (&numbers)[4], uint32_t (&parts)[2][kExactParts]) {
   SB_UNROLL
   for (int i = 0; i < 2; ++i) split(numbers[2 * i], numbers[2 * i + 1], parts[i], Bfloat16{});
 }
+SB_DEVICE void load_exact_parts(int offset, uint32_t (&parts)[2][kExactParts]) {
+  float numbers[4];
+  load_four_numbers(offset, numbers);
+  split_exactly(numbers, parts);
+}
 
-// sum[n] = the rows at `left` times the rows [8 n, 8 n + 8) at `right`, of which 16 `steps` columns count. Scores and
-// dO.v decide how exact all gradients are, and in a call they are as exact as exact products that are added up in
-// float32: both sides are three parts of bfloat16, which hold all digits, and six products are all that counts in them;
-// that is as much work as three products of TF32. Of queries and keys, of gradients and values, and of coordinates a
-// pair has the same bits on whichever side its query is: kIsOfQueries says that it is the left one. So what weights of
-// a slot are divided by is made of the weights that its keys have. kStepsAtOnce: of SB_UNROLL_STEPS.
-template <bool kIsOfQueries, int kSteps, int kStepsAtOnce, class Rows>
-SB_DEVICE void multiply_rows(int left, int right, int64_t steps, float (&sum)[2][4], const Rows&) {
+// sum[n] = the rows at `left` times the right rows [8 n, 8 n + 8), of which 16 `steps` columns count; right(n, s,
+// parts) gives the columns 16 s + 4 t and the three behind it of row 8 n + g. Scores and dO.v decide how exact all
+// gradients are, and in a call they are as exact as exact products that are added up in float32: both sides are three
+// parts of bfloat16, which hold all digits, and six products are all that counts in them; that is as much work as three
+// products of TF32. Of queries and keys, of gradients and values, and of coordinates a pair has the same bits on
+// whichever side its query is: kIsOfQueries says that it is the left one. So what weights of a slot are divided by is
+// made of the weights that its keys have. kStepsAtOnce: of SB_UNROLL_STEPS.
+template <bool kIsOfQueries, int kSteps, int kStepsAtOnce, class Rows, class Right>
+SB_DEVICE void multiply_rows_with(int left, const Right& right, int64_t steps, float (&sum)[2][4], const Rows&) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   float small[2][4];
   SB_UNROLL
@@ -74,7 +78,7 @@ SB_DEVICE void multiply_rows(int left, int right, int64_t steps, float (&sum)[2]
     SB_UNROLL
     for (int n = 0; n < 2; ++n) {
       uint32_t of_right[2][kExactParts];
-      load_exact_parts(right + Rows::place(g + 8 * n, 4 * s + t), of_right);
+      right(n, s, of_right);
       // By parts of the query and of the key.
       const auto add = [&](float (&to)[4], int of_query, int of_key) SB_INLINE_LAMBDA {
         const int l = kIsOfQueries ? of_query : of_key, r = kIsOfQueries ? of_key : of_query;
@@ -88,6 +92,14 @@ SB_DEVICE void multiply_rows(int left, int right, int64_t steps, float (&sum)[2]
   for (int n = 0; n < 2; ++n) SB_UNROLL
   for (int i = 0; i < 4; ++i) sum[n][i] += small[n][i];
 }
+// With those in shared memory at `right`.
+template <bool kIsOfQueries, int kSteps, int kStepsAtOnce, class Rows>
+SB_DEVICE void multiply_rows(int left, int right, int64_t steps, float (&sum)[2][4], const Rows& rows) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  const auto load_right = [&](int n, int s, uint32_t (&parts)[2][kExactParts])
+                              SB_INLINE_LAMBDA { load_exact_parts(right + Rows::place(g + 8 * n, 4 * s + t), parts); };
+  multiply_rows_with<kIsOfQueries, kSteps, kStepsAtOnce>(left, load_right, steps, sum, rows);
+}
 template <bool kIsOfQueries, int D, int kStepsAtOnce>
 SB_DEVICE void multiply_rows(int left, int right, int64_t steps, float (&sum)[2][4]) {
   multiply_rows<kIsOfQueries, D / 16, kStepsAtOnce>(left, right, steps, sum, TokenRows<float, D>{});
@@ -95,6 +107,21 @@ SB_DEVICE void multiply_rows(int left, int right, int64_t steps, float (&sum)[2]
 template <bool kIsOfQueries>
 SB_DEVICE void multiply_coordinates(int left, int right, float (&sum)[2][4]) {
   multiply_rows<kIsOfQueries, 1, 1>(left, right, 1, sum, CoordinateRows<float>{});
+}
+// The rows of tokens at `left` with 16 of `count` rows of `width` numbers in global memory.
+template <int D>
+SB_DEVICE void multiply_with_global_rows(int left, const float* rows, int64_t count, int64_t width,
+                                         float (&sum)[2][4]) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  const auto load_right = [&](int n, int s, uint32_t (&parts)[2][kExactParts]) SB_INLINE_LAMBDA {
+    const int64_t row = 8 * n + g, column = 16 * s + 4 * t;
+    const bool is_there = row < count && column < width;
+    float numbers[4];
+    SB_UNROLL
+    for (int i = 0; i < 4; ++i) numbers[i] = is_there ? load(rows + row * width + column + i) : 0.0f;
+    split_exactly(numbers, parts);
+  };
+  multiply_rows_with<true, D / 16, 1>(left, load_right, ceil_div(width, 16), sum, TokenRows<float, D>{});
 }
 
 // Sums of products over 16 rows, [8 n, 8 n + 8) in numbers[n], as a left operand.

@@ -198,23 +198,7 @@ class BackwardTileState {
       SB_UNROLL
       for (int n = 0; n < 2; ++n) SB_UNROLL
       for (int i = 0; i < 4; ++i) exponent[n][i] = of_state[n][i] = 0;
-      SB_UNROLL
-      for (int k = 0; k < kSteps; ++k) {
-        if (k >= p.head_steps) continue;
-        uint32_t q[4];
-        load_left<2 * D>(base, k, q);
-        SB_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          const FourWords* parts =
-              p.cluster_operand +
-              (((head * (p.features_padded / 8) + 2 * step + n) * p.head_steps + k) * kWarp + lane) * 2;
-          const FourWords first = load(parts), second = load(parts + 1);
-          multiply_add(exponent[n], q, second.at[0], second.at[1], E{});
-          multiply_add(exponent[n], q, first.at[2], first.at[3], E{});
-          multiply_add(exponent[n], q, first.at[0], first.at[1], E{});
-        }
-      }
-      multiply_state(2 * step, of_state);
+      multiply_clusters(step, exponent), multiply_state(2 * step, of_state);
       SB_UNROLL
       for (int n = 0; n < 2; ++n) SB_UNROLL
       for (int i = 0; i < 2; ++i) {
@@ -224,6 +208,9 @@ class BackwardTileState {
         for (int r = 0; r < 2; ++r) {
           Sums& of = sums[r];
           const float of_pair = exponent_of_cluster(exponent[n][2 * r + i] * scale, log);
+          if (kIsWide && c < p.rank && queries.get(row_of(r)) >= 0)
+            store(p.cluster_scores + ((b * p.q_heads + h) * p.q_tokens + queries.get(row_of(r))) * p.rank + c,
+                  exponent[n][2 * r + i]);
           exponents().set(row_of(r) * width() + c, of_pair);
           d_exponents().set(row_of(r) * width() + c, of_state[n][2 * r + i]);
           if (log > float(kNoKeyLog)) {
@@ -237,17 +224,52 @@ class BackwardTileState {
     sync_warp();
   }
 
+  // sum[n] = the queries times representatives 16 step + 8 n and the seven behind it.
+  SB_DEVICE void multiply_clusters(int64_t step, float (&sum)[2][4]) const {
+    if constexpr (kIsWide) {
+      const float* rows = static_cast<const float*>(p.given_representatives) + (head * p.rank + 16 * step) * p.head_dim;
+      multiply_with_global_rows<D>(base, rows, p.rank - 16 * step, p.head_dim, sum);
+    } else {
+      SB_UNROLL
+      for (int k = 0; k < kSteps; ++k) {
+        if (k >= p.head_steps) continue;
+        uint32_t q[4];
+        load_left<2 * D>(base, k, q);
+        SB_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          const FourWords* parts =
+              p.cluster_operand +
+              (((head * (p.features_padded / 8) + 2 * step + n) * p.head_steps + k) * kWarp + lane) * 2;
+          const FourWords first = load(parts), second = load(parts + 1);
+          multiply_add(sum[n], q, second.at[0], second.at[1], E{});
+          multiply_add(sum[n], q, first.at[2], first.at[3], E{});
+          multiply_add(sum[n], q, first.at[0], first.at[1], E{});
+        }
+      }
+    }
+  }
+
+  // Goes through this lane's clusters of rows g and g + 8: visit(r, where its number stands, its weight, its mass).
+  template <class Visit>
+  SB_DEVICE void visit_clusters(const Visit& visit) const {
+    for (int64_t c = 2 * t; c < p.features_padded; c += 8) SB_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const float mass = hz_of(c + i);
+      SB_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const int64_t at = row_of(r) * width() + c + i;
+        visit(r, at, exp2_of(exponents().get(at) - slot[r].log) * slot[r].inverse, mass);
+      }
+    }
+  }
+
   // In place of dO H, the gradients by exponents that the state gives.
   SB_DEVICE void weigh_state_of_clusters() {
-    for (int64_t c = 2 * t; c < p.features_padded; c += 8) SB_UNROLL
-    for (int i = 0; i < 2; ++i) SB_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const Slot& of = slot[r];
-      const int64_t at = row_of(r) * width() + c + i;
-      const float mass = hz_of(c + i);
-      d_exponents().set(at,
-                        exp2_of(exponents().get(at) - of.log) * of.inverse * (d_exponents().get(at) - of.shift * mass));
-    }
+    visit_clusters([&](int r, int64_t at, float weight, float mass) {
+      float gradient = d_exponents().get(at) - slot[r].shift * mass;
+      if (kIsWide) gradient -= slot[r].correction * mass;
+      d_exponents().set(at, weight * gradient);
+    });
     sync_warp();
   }
 

@@ -25,10 +25,11 @@ template <bool kIsRagged>
 void launch_float_backward_tile_kernel(const BackwardTileParams& p, Stream stream) {
   with_element(Element::kFloat, [&](auto* e) {
     if constexpr (std::is_same_v<decltype(e), float*>) {
-      if (p.low_rank == LowRank::kQuadratic)
-        launch_backward_tiles<float, 64, LowRank::kQuadratic, kIsRagged>(p, stream);
-      else
-        launch_backward_tiles<float, 64, LowRank::kNone, kIsRagged>(p, stream);
+      switch (p.low_rank) {
+        case LowRank::kNone: return launch_backward_tiles<float, 64, LowRank::kNone, kIsRagged>(p, stream);
+        case LowRank::kQuadratic: return launch_backward_tiles<float, 64, LowRank::kQuadratic, kIsRagged>(p, stream);
+        default: return launch_backward_tiles<float, 64, LowRank::kCentroid, kIsRagged>(p, stream);
+      }
     }
   });
 }

@@ -222,7 +222,7 @@ struct BackwardParams : ForwardParams {
   int32_t *by_key, *by_key_count;     // (B, Hq, N): slots of kind kByKey, ascending; (B, Hq)
   int64_t query_segments;  // of d_kv_state, T (B, Hq, query_segments, slot_size): state slots, or kSegment queries
   void* d_exponent;        // T (B, Hq, N, clusters): gradients of a slot by q.b_c
-  float* cluster_scores;   // (B, Hq, N, clusters): q.b_c, where gradients of states are products
+  float* cluster_scores;   // (B, Hq, N, clusters): q.b_c, where gradients of states are products or queries go by tiles
   void* d_representative_parts;  // T (B, Hq, parts of kSegment slots, clusters, head_dim)
   // Sums over queries, in the type of maps: (B, Hkv, M, head_dim), (.., value_pad), and (.., rank + 1) of maps or
   // (.., 1), that by the log mass; and (B, Hkv, clusters, head_dim) of AttentionParams.d_representatives.

@@ -252,7 +252,12 @@ FAULTS = {
         "p.cluster_scores + ((b * p.q_heads + kv) * p.q_tokens",
         "clusters",
     ),
-    "log masses without what lists take back": (KEYS, "d_log_mass[i / 2] += root[n][i];", "d_log_mass[i / 2] += 0.0f;", "clusters: dk"),
+    "log masses without what lists take back": (
+        KEYS,
+        "d_log_mass[i / 2] += root[n][i];",
+        "d_log_mass[i / 2] += 0.0f;",
+        "clusters: dk",
+    ),
     "log masses without what their clusters give": (
         KEYS,
         "d_log_mass[r] = share[r] * product;",

@@ -144,7 +144,8 @@ def test_what_does_not_fit_runs_without_shares(emulator: Emulator) -> None:
         gradients(given_of(torch.bfloat16, n=20), sb.Window(16), None)
         for change in ({"head_dim": 20}, {"value_dim": 20}, {"head_dim": 136}):
             gradients(given_of(torch.bfloat16, n=20, **change), support, None)
-        gradients([t.float() for t in given_of(torch.bfloat16, n=20)], support, None)
+        gradients([t.double() for t in given_of(torch.bfloat16, n=20)], support, None)
+        gradients(given_of(torch.float32, 72, n=20), support, None)
 
 
 @pytest.mark.parametrize(("queries", "keys", "capacity"), [(0, 7, 1), (5, 0, 0), (5, 7, 0), (33, 1, 1)])
@@ -206,7 +207,7 @@ def test_no_bit_depends_on_how_many_rounds_there_are(emulator: Emulator, kernels
 # -------------------- conflicts
 
 
-def conflicts_of(emulator: Emulator, low_rank: object, keys: int) -> int:
+def conflicts_of(emulator: Emulator, low_rank: object, keys: int, dtype: torch.dtype) -> int:
     """Bank conflicts of the kernel where lists have so many keys."""
     counts = []
 
@@ -214,7 +215,7 @@ def conflicts_of(emulator: Emulator, low_rank: object, keys: int) -> int:
         if launch.kernel == SHARES:
             counts.append(emulator.statistics()["bank_conflicts"])
 
-    given, shape = given_of(torch.bfloat16, 64, 64, n=64), (1, 1, 4)
+    given, shape = given_of(dtype, 64, 64, n=64), (1, 1, 4)
     index = torch.arange(keys, dtype=torch.int32).expand(*shape, keys).contiguous()
     support = sb.Blocks(index, torch.full(shape, keys, dtype=torch.int32), 16, 1)
     with emulator.installed(), emulator.observed(observe):
@@ -223,10 +224,11 @@ def conflicts_of(emulator: Emulator, low_rank: object, keys: int) -> int:
     return after - before
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["none", "quadratic"])
-def test_the_loop_over_keys_has_no_bank_conflicts(emulator: Emulator, kind: str) -> None:
+def test_the_loop_over_keys_has_no_bank_conflicts(emulator: Emulator, kind: str, dtype: torch.dtype) -> None:
     """So that further keys have none. Clusters are looked up wherever the keys' are."""
-    few, more = (conflicts_of(emulator, LOW_RANKS[kind], keys) for keys in (16, 64))
+    few, more = (conflicts_of(emulator, LOW_RANKS[kind], keys, dtype) for keys in (16, 64))
     assert few == more
 
 
@@ -261,7 +263,7 @@ FAULTS = {
     "lost low part of the queries' coordinates": (
         FILE,
         "quadratic",
-        "        multiply_add(root[n], high, x[2], x[3], Bfloat16{});\n",
+        "      multiply_add(root[n], high, x[2], x[3], Bfloat16{});\n",
         "",
         "map",
     ),

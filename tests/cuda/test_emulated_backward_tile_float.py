@@ -23,18 +23,23 @@ from scatterbrain.operators.arguments import QUADRATIC, AttentionArguments
 OPERATORS = torch.ops.scatterbrain
 N = 150
 LONG = 230  # of which a tile reads a state while some of its queries see a whole chunk behind it
-LOW_RANKS = {"none": None, "quadratic": sb.Quadratic(4)}
-WINDOWS = {
+LOW_RANKS = {"none": None, "quadratic": sb.Quadratic(4), "centroid": sb.Centroid(20)}
+SUPPORTS = {
     "window": sb.Window(43, 32, sinks=5),
     "window of 8": sb.Window(40, 8, sinks=3),
     "window of 24": sb.Window(48, 24, sinks=19),
     "window of each": sb.Window(9, 1),
+    "routed": sb.Routed(32, 16, window=16),
+    "routed of 8": sb.Routed(32, 8),
+    "routed of each": sb.Routed(48, 1, 8, window=16),
 }
+CAUSAL = ("none", "quadratic")
 FORMS = [
     (form, is_causal, kind)
-    for form in ("window", "window of 8", "window of 24")
+    for form in SUPPORTS
     for is_causal in (False, True)
     for kind in LOW_RANKS
+    if not (is_causal and kind == "centroid") and form != "window of each"
 ]
 
 
@@ -48,11 +53,14 @@ def tokens_of(head_dim: int = 24, value_dim: int = 40, heads: int = 1, n: int = 
 @pytest.mark.parametrize(("form", "is_causal", "kind"), [*FORMS, ("window of each", True, "quadratic")])
 def test_errors_are_those_of_the_cpu_kernel(emulator: Emulator, form: str, is_causal: bool, kind: str) -> None:
     given = tokens_of(64, 64, heads=2, n=LONG)
-    assert not excess(emulator, given, WINDOWS[form], LOW_RANKS[kind], is_causal=is_causal, query_offset=23 * is_causal)
+    more = dict(is_causal=is_causal, query_offset=23 * is_causal)
+    assert not excess(emulator, given, SUPPORTS[form], LOW_RANKS[kind], **more)
 
 
 @pytest.mark.parametrize(
-    ("widths", "low_rank"), [((16, 8), sb.Quadratic(9)), ((40, 64), sb.Quadratic(9)), ((64, 24), None)], ids=str
+    ("widths", "low_rank"),
+    [((16, 8), sb.Quadratic(9)), ((40, 64), sb.Quadratic(9)), ((64, 24), None), ((24, 64), sb.Centroid(50))],
+    ids=str,
 )
 def test_every_width_fits(emulator: Emulator, widths: tuple[int, int], low_rank: object) -> None:
     """Queries of a state alone too, and keys in holes."""
@@ -66,7 +74,7 @@ def test_every_width_fits(emulator: Emulator, widths: tuple[int, int], low_rank:
     assert all(row_error(a, b) <= 5e-6 for a, b in zip(got, exact))
 
 
-def drawn(seed: int, kind: str) -> tuple[list[Tensor], sb.Window, dict[str, object]]:
+def drawn(seed: int, kind: str) -> tuple[list[Tensor], object, dict[str, object]]:
     """A call of any form, width, number of heads and sharpness."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -79,14 +87,18 @@ def drawn(seed: int, kind: str) -> tuple[list[Tensor], sb.Window, dict[str, obje
     given[0] *= float(one_of(1.0, 2.0, 4.0))  # to where a key in three takes more than half of a query
     given.append(torch.randn(1, 2, n, generator=generator))
     block_q, is_causal = int(one_of(1, 8, 16, 24, 32)), kind == "quadratic" or bool(one_of(False, True))
+    is_causal = is_causal and kind != "centroid"
     more: dict[str, object] = dict(is_causal=is_causal, statistics=statistics_of(LOW_RANKS[kind], given))
     if one_of(False, True):
         more["key_padding_mask"] = torch.rand(1, n, generator=generator) < 0.2
     window = sb.Window(int(one_of(34, 48, 64)), block_q, sinks=int(one_of(0, 0, 7)))
-    return given, window, more
+    if block_q == 24 or one_of(False, True):
+        return given, window, more
+    beside = dict(window=32 * (n % 2), sinks=window.sinks)
+    return given, sb.Routed(64, block_q, 8 if block_q == 1 else 1, **beside), more
 
 
-DRAWN = range(10)
+DRAWN = range(30)
 
 
 @pytest.mark.parametrize("kind", LOW_RANKS)
@@ -161,16 +173,13 @@ def test_gradients_of_maps_are_exact_and_go_on_through_given_projections(emulato
 
 
 def test_what_does_not_fit_runs_without_tensor_cores(emulator: Emulator) -> None:
-    """Keys that are listed, or of clusters, go without, and so do their queries; and windows of few keys."""
+    """Lists and windows of few keys go without, and so do their queries; and other widths and types."""
     for widths in ((20, 40), (24, 20), (72, 40), (24, 72)):
         with on_tensor_cores(emulator, expected=False):
             gradients(tokens_of(*widths, n=20), sb.Window(16), None)
     with on_tensor_cores(emulator, expected=False):
         gradients(tokens_of(n=N), lists(N, 16, 1, 9, batch=1), None)
-        gradients(tokens_of(n=90), WINDOWS["window of each"], None)
-        gradients(
-            tokens_of(n=90), sb.Window(16), sb.Centroid(20), statistics=statistics_of(sb.Centroid(20), tokens_of(n=90))
-        )
+        gradients(tokens_of(n=90), SUPPORTS["window of each"], None)
         gradients([t.double() for t in tokens_of(n=20)], sb.Window(16), None)
 
 
@@ -206,25 +215,39 @@ def changed_by_the_future(emulator: Emulator, support: object, kind: str) -> str
     return "" if all(same) else f"gradients of the past: {same}"
 
 
-@pytest.mark.parametrize(("form", "kind"), [("window", "none"), ("window of 8", "quadratic"), ("window", "quadratic")])
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [("window", "none"), ("window of 8", "quadratic"), ("window", "quadratic"), ("routed of each", "quadratic")],
+)
 def test_no_bit_of_the_past_depends_on_the_future(emulator: Emulator, form: str, kind: str) -> None:
-    assert changed_by_the_future(emulator, WINDOWS[form], kind) == ""
+    assert changed_by_the_future(emulator, SUPPORTS[form], kind) == ""
 
 
-@pytest.mark.parametrize("kind", LOW_RANKS)
-@pytest.mark.parametrize(("form", "is_causal"), [("window", False), ("window of 24", True)])
+@pytest.mark.parametrize(
+    ("form", "is_causal", "kind"),
+    [
+        *(
+            (form, is_causal, kind)
+            for form, is_causal in (("window", False), ("window of 24", True))
+            for kind in CAUSAL
+        ),
+        ("window", False, "centroid"),
+        ("routed of 8", False, "centroid"),
+        ("routed", True, "quadratic"),
+    ],
+)
 def test_no_bit_depends_on_padding(emulator: Emulator, form: str, is_causal: bool, kind: str) -> None:
     """To the left, to the right and in holes, however much there is and whatever it holds; nor on the run."""
     given, holes = tokens_of(), torch.zeros(1, N, dtype=torch.bool)
     holes[:, 13::4] = True
     more = dict(is_causal=is_causal)
-    base = bits(emulator, given, WINDOWS[form], kind, key_padding_mask=holes, **more)
-    assert_same_bits(bits(emulator, given, WINDOWS[form], kind, key_padding_mask=holes, **more), base, NAMES)
+    base = bits(emulator, given, SUPPORTS[form], kind, key_padding_mask=holes, **more)
+    assert_same_bits(bits(emulator, given, SUPPORTS[form], kind, key_padding_mask=holes, **more), base, NAMES)
     for left, right, content in ((5, 77, torch.inf), (64, 3, torch.nan)):
         mask = pad(holes, (left, right), value=True)
         moved = [pad(t, (0, 0, left, right)).masked_fill(mask[:, None, :, None], content) for t in given[:4]]
         moved.append(pad(given[4], (left, right)))
-        got = bits(emulator, moved, WINDOWS[form], kind, key_padding_mask=mask, **more)
+        got = bits(emulator, moved, SUPPORTS[form], kind, key_padding_mask=mask, **more)
         assert_same_bits([t[:, :, left : left + N] for t in got], base, NAMES)
 
 
@@ -291,13 +314,15 @@ def test_empty_and_short_calls_are_fine(emulator: Emulator, queries: int, keys: 
     for low_rank in LOW_RANKS.values():
         given = [rand(1, 2, n, width) for n, width in ((queries, 24), (keys, 24), (keys, 16), (queries, 16))]
         with emulator.installed():
-            statistics = sb.fit_statistics(rand(1, 2, 99, 24), rand(1, 2, 99, 24), 4) if low_rank else None
+            fitted = sb.fit_statistics(rand(1, 2, 99, 24), rand(1, 2, 99, 24), 4)
+            statistics = fitted if isinstance(low_rank, sb.Quadratic) else None
             got = gradients([*given, rand(1, 2, queries)], sb.Window(16), low_rank, statistics=statistics)
         assert [t.shape for t in got] == [t.shape for t in given[:3]] and all(t.isfinite().all() for t in got)
 
 
 def conflicts_of_further_keys(emulator: Emulator) -> list[int]:
-    """Bank conflicts that further keys of every window cost, by kernel: of queries and of keys, shared and ragged."""
+    """Bank conflicts that further keys of every window cost, by kernel: of queries and of keys, shared and ragged.
+    Clusters are looked up wherever the keys' are."""
     found = []
     cases = (
         ("none", 16, False, 100, (16, 64)),
@@ -330,6 +355,7 @@ def conflicts_of_further_keys(emulator: Emulator) -> list[int]:
 # -------------------- planted faults
 
 QUERIES, KEYS = "attention_backward_tile.cuh", "attention_backward_tile_keys.cuh"
+SHARES = "attention_backward_shares.cuh"
 PRODUCTS, TILE_PRODUCTS = "float_products.cuh", "attention_backward_tile_products.cuh"
 # Where they are, and how the complaint begins.
 FAULTS = {
@@ -363,6 +389,24 @@ FAULTS = {
     "lost swizzle of coordinates": (TILE_PRODUCTS, " ^ (row & 6)) << 4)", ") << 4)", "conflicts"),
     "zeros of keys that meet what is no number": (KEYS, "kIsCareful && is_careful)", "false)", "d[kv]: keys"),
     "zeros that meet what is no number": (QUERIES, "if (kIsRagged && is_careful)", "if (false)", "dq of the past"),
+    "shares without a correction": (
+        SHARES,
+        "(value[n][at] - shift[n][i]) - correction[n][i]",
+        "(value[n][at] - shift[n][i])",
+        "routed none: d[kv]",
+    ),
+    "shares of keys in place of those of values": (
+        SHARES,
+        "row + 8 * r) * p.share_words + kPart * p.head_dim",
+        "row + 8 * r) * p.share_words + 0 * p.head_dim",
+        "routed none: d[kv]|uninit",
+    ),
+    "clusters that are not balanced": (
+        QUERIES,
+        "if (kHasClusters && is_listed)",
+        "if (false && is_listed)",
+        "routed centroid: d",
+    ),
     "what is taken back has no moment": (
         QUERIES,
         "if (kHasQuadratic && !kIsBehind && is_listed) weight -=",
@@ -383,6 +427,10 @@ def first_complaint(emulator: Emulator) -> str:
             wrong = excess(emulator, given, sb.Window(40, 16, sinks=5), None, is_causal=is_causal)
             if wrong:
                 return wrong
+        for kind in ("none", "centroid"):
+            wrong = excess(emulator, tokens_of(24, 40, n=N), SUPPORTS["routed of 8"], LOW_RANKS[kind])
+            if wrong:
+                return f"routed {kind}: {wrong}"
         wrong = wrong_maps(emulator, True) or wrong_maps(emulator, False)
         return wrong or ("conflicts" if any(conflicts_of_further_keys(emulator)) else "")
     except RuntimeError as error:

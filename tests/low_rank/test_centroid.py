@@ -286,10 +286,13 @@ SUPPORTS = [sb.Empty(), sb.Window(16), sb.Window(24, sinks=4), sb.LSH(16)]
 
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_attention_and_its_gradients_are_those_of_the_definition(support: object, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("with_mask", [True, False], ids=["clusters of the mask", "of all keys"])
+def test_attention_and_its_gradients_are_those_of_the_definition(
+    support: object, dtype: torch.dtype, with_mask: bool
+) -> None:
     query, key, value = qkv(70, 90, heads=4, kv_heads=2, value_dim=12, dtype=dtype)
     mask = torch.rand(B, 90, generator=torch.Generator().manual_seed(4)) < 0.2
-    found = sb.cluster(query, key, 9, mask)
+    found = sb.cluster(query, key, 9, mask if with_mask else None)
     d_out = rand(B, 4, 70, 12, seed=7, dtype=torch.float64)
     results = []
     for attend in (sb.attention, sb.reference.attention):

@@ -139,6 +139,7 @@ def represented(low_rank: Centroid, inputs: Inputs) -> Represented:
     key, index = inputs.key, given.index.clamp(min=0).long()
     a, b = given.query_mean.detach().to(key), given.representatives.detach().to(key)
     member = (given.index[..., None] == torch.arange(low_rank.clusters, device=key.device)).to(key.dtype)
+    member = member.where(~inputs.key_padding[:, None, :, None], 0)  # the mask may be new to given clusters
     log_weight = (key.detach() @ a[..., None]).where(member > 0, -math.inf)
     share = torch.softmax(log_weight, 2).where(member > 0, 0)  # over a cluster's keys
     b = b + share.transpose(-1, -2) @ (key - key.detach())
