@@ -1,8 +1,8 @@
-// Backward pass of listed blocks' keys on tensor cores, for bfloat16, float16 and float32. A warp
-// takes a tile of 16 query slots and writes, for every key of the list that they share, what the tile adds to its
-// gradients: a share. Then a warp per key adds up its shares in the order of heads and tiles, found by the transposed
-// lists. Where slots have lists of their own the list is the union of these (union_lists.cuh); there, and with a causal
-// edge, tiles are ragged: every key has a pattern of the slots that list it.
+// Backward pass of listed blocks' keys on tensor cores, for bfloat16, float16 and float32. A warp takes a tile of 16
+// query slots and writes, for every key of the list that they share, what the tile adds to its gradients: a share. Then
+// a warp per key adds up its shares in the order of heads and tiles, found by the transposed lists. Where slots have
+// lists of their own the list is the union of these (union_lists.cuh); there, and with a causal edge, tiles are ragged:
+// every key has a pattern of the slots that list it.
 //
 // Keys are the rows of all products, so that gradients of scores are left operands as they come. A share's dk and dv
 // are whole numbers of 16 bits times a factor of their own: half of the bytes of float32, and rounded far below what

@@ -9,16 +9,13 @@ namespace {
 bool is_narrow(const AttentionArguments& a) { return a.query.size(3) <= 64 && a.value.size(3) <= 64; }
 
 // Queries and keys of float32 go the same way, or weights of a key would differ from those that its slots add up. Not
-// lists of fewer keys than a stage, where most of a product is of no use, and the few terms of a sum round less than
-// its parts.
+// windows alone of fewer keys than a stage, where most of a product is of no use, and the few terms of a sum round less
+// than its parts. Lists of blocks have no say: how wide their index is may depend on padding.
 constexpr int64_t kFewestKeys = 16;
-int64_t keys_of_list(const AttentionArguments& a) {
-  return (a.span ? a.span_keys : 0) + (a.index ? a.index->size(3) * a.block_k : 0);
-}
 bool fits_float_backward_tiles(const AttentionArguments& a) {
   const auto kind = static_cast<LowRank>(a.low_rank);
   return fits_float_tiles(a) && is_narrow(a) &&
-         (kind == LowRank::kNone ? keys_of_list(a) >= kFewestKeys : kind != LowRank::kFeatures);
+         (kind == LowRank::kNone ? a.index || (a.span && a.span_keys >= kFewestKeys) : kind != LowRank::kFeatures);
 }
 
 }  // namespace

@@ -313,8 +313,8 @@ struct BackwardSharesParams : BackwardParams {
   bool is_float;
   int64_t share_words, numbers, factors;
   uint32_t* shares;  // (tiles of a round, keys_of_list, share_words): dk, then dv, in pairs of 16 bits or float32
-  float*
-      share_numbers;  // (.., numbers): factors of the two, but in float32; then dy of maps, or what is by the log mass
+  // (.., numbers): factors of the two, but in float32; then dy of maps, or what is by the log mass.
+  float* share_numbers;
   int64_t round_tiles, first_tile, end_tile;
   bool has_sums;  // keys' sums are there but for pairs of listed blocks
 

@@ -13,7 +13,7 @@ from oracle import row_error, row_errors
 from planted import FLOAT, Kernels
 from testkit import assert_same_bits, rand
 from tile_gradients import NAMES, excess, given_of, gradients, on_tensor_cores
-from tiles import lists, statistics_of
+from tiles import statistics_of
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -173,12 +173,11 @@ def test_gradients_of_maps_are_exact_and_go_on_through_given_projections(emulato
 
 
 def test_what_does_not_fit_runs_without_tensor_cores(emulator: Emulator) -> None:
-    """Lists and windows of few keys go without, and so do their queries; and other widths and types."""
+    """Windows of few keys go without, and so do their queries; and other widths and types."""
     for widths in ((20, 40), (24, 20), (72, 40), (24, 72)):
         with on_tensor_cores(emulator, expected=False):
             gradients(tokens_of(*widths, n=20), sb.Window(16), None)
     with on_tensor_cores(emulator, expected=False):
-        gradients(tokens_of(n=N), lists(N, 16, 1, 9, batch=1), None)
         gradients(tokens_of(n=90), SUPPORTS["window of each"], None)
         gradients([t.double() for t in tokens_of(n=20)], sb.Window(16), None)
 
@@ -249,6 +248,18 @@ def test_no_bit_depends_on_padding(emulator: Emulator, form: str, is_causal: boo
         moved.append(pad(given[4], (left, right)))
         got = bits(emulator, moved, SUPPORTS[form], kind, key_padding_mask=mask, **more)
         assert_same_bits([t[:, :, left : left + N] for t in got], base, NAMES)
+
+
+@pytest.mark.parametrize("block_q", [1, 16])
+def test_no_bit_of_a_short_row_depends_on_padding(emulator: Emulator, block_q: int) -> None:
+    """Its lists are as wide as the row, so wider with padding."""
+    support = sb.Routed(32, block_q, 8 if block_q == 1 else 1)
+    with emulator.installed():
+        base = gradients(tokens_of(n=10), support, None)
+        moved = [pad(t, (0, 0, 0, 30)) for t in tokens_of(n=10)[:4]]
+        mask = torch.arange(40)[None] >= 10
+        got = gradients([*moved, pad(tokens_of(n=10)[4], (0, 30))], support, None, key_padding_mask=mask)
+    assert_same_bits([t[:, :, :10] for t in got], base, NAMES)
 
 
 @pytest.mark.parametrize("kind", LOW_RANKS)

@@ -232,14 +232,15 @@ def _gradients_of_ragged_tiles(dtype: torch.dtype) -> None:
 
 @call("gradients of tiles of float32")
 def _gradients_of_float_tiles(dtype: torch.dtype) -> None:
-    """On tensor cores: with a quadratic kernel and with none, shared and ragged lists, a state of all keys and causal
-    ones, holes, keys that are no numbers."""
+    """On tensor cores: every kind, shared and ragged lists, a state of all keys and causal ones, holes, keys that are
+    no numbers."""
     if dtype != torch.float32:
         return
     more = dict(queries=20, wants_gradients=True)
-    for low_rank in (None, sb.Quadratic(5)):
+    for low_rank in (None, sb.Quadratic(5), sb.Centroid(5)):
         attend(dtype, sb.Window(40), low_rank, 48, 64, keys=130, **more)
-        attend(dtype, sb.Window(24), low_rank, 64, 40, keys=140, is_causal=True, query_offset=115, **more)
+        if not isinstance(low_rank, sb.Centroid):
+            attend(dtype, sb.Window(24), low_rank, 64, 40, keys=140, is_causal=True, query_offset=115, **more)
         attend(dtype, sb.Window(24, 8), low_rank, 24, 16, key_padding_mask=mask_of(slice(3, 40, 4)), **more)
     query, key, value = (rand(1, 1, N, 64, seed=i, dtype=dtype) for i in range(3))
     key[:, :, 60:] = torch.nan
@@ -249,26 +250,28 @@ def _gradients_of_float_tiles(dtype: torch.dtype) -> None:
 @call("shares of keys")
 def _shares(dtype: torch.dtype) -> None:
     """On tensor cores: both widths, every kind, lists of several stages."""
-    if dtype.itemsize != 2:
+    if dtype == torch.float64:
         return
     index = torch.arange(0, 100, 5, dtype=torch.int32).expand(1, 2, 1, 20).contiguous()
     support = sb.Blocks(index, torch.tensor([[[20], [17]]], dtype=torch.int32), block_q=16, block_k=1)
     for low_rank in (None, sb.Quadratic(5), sb.Centroid(5)):
         for widths in ((24, 32), (128, 104)):
-            attend(dtype, support, low_rank, *widths, queries=16, keys=100, wants_gradients=True)
+            if dtype.itemsize == 2 or max(widths) <= 64:
+                attend(dtype, support, low_rank, *widths, queries=16, keys=100, wants_gradients=True)
 
 
 @call("shares of keys from ragged lists")
 def _ragged_shares(dtype: torch.dtype) -> None:
     """Of two lists in a tile, which differ, and with a causal edge."""
-    if dtype.itemsize != 2:
+    if dtype == torch.float64:
         return
     index = torch.stack([torch.arange(first, first + 10, 2, dtype=torch.int32) for first in (0, 1)])
     support = sb.Blocks(index.expand(1, 1, 2, 5).contiguous(), torch.tensor([[[5, 4]]], dtype=torch.int32), 8, 8)
     for low_rank in (None, sb.Quadratic(5), sb.Centroid(5)):
         more = {} if isinstance(low_rank, sb.Centroid) else dict(is_causal=True, query_offset=84)
         for widths in ((24, 32), (128, 104)):
-            attend(dtype, support, low_rank, *widths, queries=16, keys=100, wants_gradients=True, **more)
+            if dtype.itemsize == 2 or max(widths) <= 64:
+                attend(dtype, support, low_rank, *widths, queries=16, keys=100, wants_gradients=True, **more)
 
 
 @call("sums on tensor cores")
