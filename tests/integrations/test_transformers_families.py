@@ -4,6 +4,10 @@ or are refused by name."""
 from __future__ import annotations
 
 import ast
+import copy
+import importlib
+import inspect
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,19 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 import hf_models as hf
-from testkit import cores
+from testkit import assert_close_in_scale, cores
+from transformers import PreTrainedModel
 
 import scatterbrain as sb
 from scatterbrain.integrations.transformers import register
+from scatterbrain.integrations.transformers.masks import ADDED
+from scatterbrain.integrations.transformers.own_attention import (
+    attention_of,
+    codes_of,
+    computes_itself,
+    models_of,
+    names_in,
+)
 
 # One runs torch's attention, the other the library's kernels with lists that hold every key.
 NAMES = ("scatterbrain:full", register("scatterbrain:families-every-key", sb.Window(4096), None))
@@ -33,7 +46,7 @@ def build(model: type[nn.Module], config: Any) -> nn.Module:
 
 def check(mine: Tensor, exact: Tensor) -> None:
     assert exact.std() > 0.01
-    torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4)
+    assert_close_in_scale(mine, exact)
 
 
 # -------------------- layers that do not say whether they are causal, or say it wrongly
@@ -165,3 +178,214 @@ def test_what_is_known_of_these_classes(family: str):
     layers = [model.get_submodule(path.removesuffix(".scatterbrain")) for path in cores(model)]
     assert layers and {WITHOUT[type(layer).__name__] for layer in layers} == {False}
     assert all(sb.integrations.transformers.layers.is_causal_alone(layer) is False for layer in layers)
+
+
+# -------------------- attention that asks for no function, beside attention that does
+
+
+def git() -> tuple[type[nn.Module], Any]:
+    config = transformers.GitConfig(**TEXT, vision_config=VISION, bos_token_id=1, eos_token_id=2)
+    return transformers.GitForCausalLM, config
+
+
+def audio() -> tuple[type[nn.Module], Any]:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16}
+    config = transformers.Gemma4AudioConfig(**sizes, subsampling_conv_channels=(128, 8))
+    return transformers.models.gemma4.modeling_gemma4.Gemma4AudioModel, config
+
+
+SAM_VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+SAM_VISION |= {"output_channels": 32, "window_size": 2, "global_attn_indexes": [0], "mlp_dim": 32, "num_pos_feats": 16}
+
+
+def sam(family: str) -> tuple[type[nn.Module], Any]:
+    config = {"sam": transformers.SamConfig, "sam_hq": transformers.SamHQConfig}[family]
+    decoder = {"hidden_size": 32, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "iou_head_depth": 2}
+    decoder |= {"vit_dim": 32} if family == "sam_hq" else {}
+    prompt = {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 4}
+    model = {"sam": transformers.SamModel, "sam_hq": transformers.SamHQModel}[family]
+    return model, config(vision_config=SAM_VISION, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+
+
+REFUSED = {
+    "git": (git, "choose it for its other parts alone, with attn_implementation={'vision_config': 'scatterbrain'}"),
+    "gemma4_audio": (audio, "models of this family are not supported"),
+    "sam_vision_model": (
+        lambda: (transformers.SamVisionModel, transformers.SamVisionConfig(**SAM_VISION)),
+        "models of this family are not supported",
+    ),
+    "clap_audio_model": (
+        lambda: (transformers.ClapAudioModel, transformers.ClapAudioConfig()),
+        "models of this family are not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_models_without_any_attention_that_asks_are_refused_before_they_are_built(family: str):
+    make, cure = REFUSED[family]
+    cls, config = make()
+    message = rf"{cls.__name__} \({family}\) computes attention in its own code .*{re.escape(cure)}"
+    with pytest.raises(ValueError, match=message):
+        cls._from_config(copy.deepcopy(config), attn_implementation="scatterbrain")
+    model = build(cls, copy.deepcopy(config))
+    with pytest.raises(ValueError, match=message):
+        model.set_attn_implementation("scatterbrain")
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("how", ["loaded", "chosen", "replaced", "written"])
+def test_parts_of_git_are_approximated_and_its_text_stays_causal(how: str):
+    cls, config = git()
+    model = build(cls, copy.deepcopy(config))
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    arguments = {"input_ids": hf.tokens(40), "attention_mask": hf.keep("left", 40, 9)}
+    exact, expected = model(**arguments).logits, model(**arguments, pixel_values=pixels).logits
+    if how == "loaded":
+        chosen = cls._from_config(config, attn_implementation={"": "eager", "vision_config": NAMES[1]}).eval()
+        assert len(cores(chosen)) == 2
+        chosen.load_state_dict(model.state_dict(), strict=False)
+        model = chosen
+    elif how == "chosen":
+        model.set_attn_implementation({"vision_config": NAMES[1]})
+    elif how == "replaced":
+        assert len(sb.replace_attention(model, sb.Window(4096), None).replaced) == 2
+    else:  # the whole of it, past the checks
+        model.config._attn_implementation = NAMES[1]
+    counts = arguments["attention_mask"].bool()
+    check(model(**arguments).logits[counts], exact[counts])
+    check(model(**arguments, pixel_values=pixels).logits[:, -40:][counts], expected[:, -40:][counts])
+
+
+@pytest.mark.parametrize("family", ["sam", "sam_hq"])
+def test_parts_that_compute_attention_themselves_stay_exact_and_that_is_said(family: str):
+    cls, config = sam(family)
+    says = pytest.warns(UserWarning, match=rf"{cls.__name__}: its vision_config \({family}_vision_model\) keeps exact")
+    with says:
+        model = cls._from_config(copy.deepcopy(config), attn_implementation=NAMES[1]).eval()
+    assert cores(model) and model.config.vision_config._attn_implementation == "sdpa"
+    other = build(cls, copy.deepcopy(config))
+    other.load_state_dict(model.state_dict())
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    arguments = {"pixel_values": pixels, "input_points": torch.tensor([[[[9.0, 20.0]]]])}
+    with torch.no_grad():
+        exact = other(**arguments).pred_masks
+        torch.testing.assert_close(model(**arguments).pred_masks, exact, rtol=1e-4, atol=1e-4)
+        with says:
+            other.set_attn_implementation(NAMES[1])
+        assert other.config.vision_config._attn_implementation == "eager" and cores(other)
+        torch.testing.assert_close(other(**arguments).pred_masks, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_an_audio_tower_that_computes_attention_itself_stays_exact():
+    text = {"vocab_size": hf.WORDS, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "layer_types": ["full_attention"] * 2}
+    text |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": hf.WORDS}
+    config = transformers.Gemma4Config(text_config=text, vision_config=None, audio_config=audio()[1].to_dict())
+    with pytest.warns(UserWarning, match=r"Gemma4Model: its audio_config \(gemma4_audio\) keeps exact attention"):
+        model = transformers.Gemma4Model._from_config(config, attn_implementation=NAMES[1]).eval()
+    assert model.config.audio_config._attn_implementation == "eager"
+    assert model.config.text_config._attn_implementation == NAMES[1] and len(cores(model)) == 2
+    sound, keep = torch.randn(1, 120, 128), torch.ones(1, 120, dtype=torch.bool)
+    assert model.audio_tower(sound, keep).last_hidden_state.isfinite().all()
+
+
+# -------------------- attention that adds the masks of others to its scores
+
+
+def choose(model: nn.Module, how: str) -> None:
+    if how == "replaced":
+        sb.replace_attention(model, sb.Window(4096), None)
+    elif how == "written":
+        model.config._attn_implementation = NAMES[1]
+    else:
+        model.set_attn_implementation(how)
+
+
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize("how", [*NAMES, "replaced", "written"])
+@pytest.mark.parametrize("kind", ["original_full", "block_sparse"])
+def test_an_encoder_that_adds_masks_does_not_see_padding(kind: str, how: str, side: str):
+    sizes = {**hf.BART, **hf.LONG, "init_std": 0.3, "attention_type": kind, "block_size": 8}
+    model = build(transformers.BigBirdPegasusModel, transformers.BigBirdPegasusConfig(**sizes))
+    keep, ids = hf.keep(side), hf.tokens()
+    arguments = {
+        "attention_mask": keep,
+        "decoder_input_ids": hf.tokens(seed=50),
+        "decoder_attention_mask": keep.flip(0),
+    }
+    counts = keep.flip(0).bool()
+    exact = hf.run(model, input_ids=ids, **arguments)[counts]
+    choose(model, how)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs exact attention")  # masks are taken apart again
+        out = hf.run(model, input_ids=ids, **arguments)[counts]
+    check(out, exact)
+    other = torch.where(keep.bool(), ids, 7)
+    torch.testing.assert_close(hf.run(model, input_ids=other, **arguments)[counts], out)
+
+
+@pytest.mark.parametrize("how", [*NAMES, "replaced", "written"])
+@pytest.mark.parametrize("kind", ["prob", "full"])
+def test_informer_runs_with_both_of_its_kinds_of_attention(kind: str, how: str):
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_time_features": 1}
+    config = transformers.InformerConfig(
+        **sizes, attention_type=kind, prediction_length=6, context_length=24, lags_sequence=[1, 2, 7], init_std=0.3
+    )
+    model, generator = build(transformers.InformerModel, config), torch.Generator().manual_seed(0)
+    names = {"past_values": 31, "past_time_features": 31, "future_values": 6, "future_time_features": 6}
+    arguments = {name: torch.randn(2, n, generator=generator) for name, n in names.items()}
+    arguments |= {name: arguments[name][..., None] for name in names if name.endswith("features")}
+    arguments["past_observed_mask"] = torch.ones(2, 31)
+
+    def run() -> Tensor:
+        torch.manual_seed(3)  # its attention draws keys
+        return hf.run(model, **arguments)
+
+    exact = run()
+    choose(model, how)
+    check(run(), exact)
+
+
+# -------------------- every family of transformers
+
+
+def models() -> list[type[nn.Module]]:
+    """The classes of models whose implementation can be chosen, of all files that can be imported."""
+    folder, found = Path(transformers.__file__).parent / "models", []
+    for path in sorted(folder.glob("*/modeling_*.py")):
+        if "ALL_ATTENTION_FUNCTIONS" in path.read_text(encoding="utf-8"):
+            try:
+                file = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+            except ImportError:  # of a package that it needs
+                continue
+            classes = [c for c in vars(file).values() if inspect.isclass(c) and issubclass(c, PreTrainedModel)]
+            found += [c for c in classes if c.__module__ == file.__name__ and c._can_set_attn_implementation()]
+    return found
+
+
+def adds_masks(model: type[nn.Module]) -> bool:
+    """Whether a model makes masks with transformers' functions and has attention of its own that takes them."""
+    makes = any(re.fullmatch(r"create_\w*mask", name) for code in codes_of(model) for name in names_in(code))
+    own = [inspect.signature(inspect.unwrap(cls.forward)).parameters for cls in attention_of(model).own]
+    return makes and any("attention_mask" in parameters for parameters in own)
+
+
+def test_the_families_with_attention_of_their_own_are_known():
+    every = models()
+    assert len(every) > 500
+    assert {model.config_class.__name__ for model in every if adds_masks(model)} == set(ADDED), (
+        "add them to masks.ADDED"
+    )
+    # Those that look their classes up in tables are found, and no model whose layers ask for a function is.
+    tables = re.compile(r"_CLASSES\[config\._attn_implementation\]")
+    files = {inspect.getmodule(model) for model in every}
+    looked_up = {file.__name__ for file in files if tables.search(inspect.getsource(file))}
+    own = {model for model in every if inspect.isclass(model.config_class) and is_own(model.config_class)}
+    assert looked_up and looked_up <= {model.__module__ for model in own}
+    assert not any(attention_of(model).routed for model in own)
+
+
+def is_own(config_class: type) -> bool:
+    return bool(models_of(config_class)) and computes_itself(config_class.__new__(config_class))

@@ -52,7 +52,12 @@ score caps, sinks, position biases,          ValueError
 head masks, keys chosen by the model
 uncalibrated, where the kernel has           ValueError
 statistics
-families that compute attention themselves   ValueError at load (Bloom, DeBERTa-v2, Falcon, GPT-Neo, Longformer, ...)
+families that compute attention themselves   ValueError at load (Bloom, DeBERTa-v2, Falcon, GPT-Neo, Longformer, the
+                                             text of GIT, ...)
+parts that do so, with a configuration of    exact, warns (the image encoders of SAM and SAM-HQ, audio of Gemma 3n and
+their own                                    Gemma 4, ...)
+layers that do so beside others              exact (the encoder of BigBird-Pegasus, "prob" attention of Informer); the
+                                             others are exact too under torch.compile where a mask is made
 ============================================ =======================================================================
 
 Under torch.compile and torch.export the same calls are approximated, and a few tokens behind a cache where the table

@@ -65,7 +65,7 @@ def attention_forward(
     """
     _check_mask(module, attention_mask)
     _refuse(module, attention_mask, query.shape[2], key.shape[2], arguments)
-    attention_mask = compacted(attention_mask)
+    attention_mask = compacted(attention_mask, getattr(module, "config", None))
     if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
     core = layers.core_of(module)

@@ -23,16 +23,19 @@ from scatterbrain.integrations.transformers.layers import (
     note_causality,
     park,
 )
+from scatterbrain.integrations.transformers.own_attention import computes_itself, exact_name, inner_configs
 from scatterbrain.integrations.transformers.registry import (
     PER_LAYER,
     PREFIX,
     SETTINGS,
     check_registered,
+    is_ours,
     settings_of_layer,
 )
 from scatterbrain.integrations.transformers.token_order import declare, follow_configuration
 from scatterbrain.integrations.vision import exact_class_tokens
 from scatterbrain.nn.attention import join_layers
+from scatterbrain.nn.warn import warn
 
 
 def adopt(model: nn.Module) -> None:
@@ -58,13 +61,38 @@ def adopt(model: nn.Module) -> None:
 
 
 def refuse_family(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
-    """Raises ValueError for a model that computes attention in its own code and would silently ignore the choice."""
-    if not model._can_set_attn_implementation():
-        raise ValueError(
-            f"{type(model).__name__} ({config.model_type}) computes attention in its own code and does not ask "
-            f"transformers' AttentionInterface, so attn_implementation={name!r} would change nothing; models of this "
-            "family are not supported"
-        )
+    """Raises ValueError for a model that computes attention in its own code and would silently ignore the choice, or
+    fail to find it in a table."""
+    if model._can_set_attn_implementation() and not computes_itself(config):
+        return
+    cure = "models of this family are not supported"
+    others = [path for path, inner in inner_configs(config) if "." not in path and not computes_itself(inner)]
+    if model._can_set_attn_implementation() and others:
+        parts = {path: name for path in others}
+        cure = f"choose it for its other parts alone, with attn_implementation={parts} or sb.replace_attention(model)"
+    raise ValueError(
+        f"{type(model).__name__} ({config.model_type}) computes attention in its own code and does not ask "
+        f"transformers' AttentionInterface, so attn_implementation={name!r} would change nothing; {cure}"
+    )
+
+
+def leave_exact(model: PreTrainedModel, config: PreTrainedConfig, before: dict[int, str | None]) -> None:
+    """Takes a name of ours from the configurations of those parts of a model that compute attention in their own code,
+    and warns of it.
+
+    Args:
+        before: what configurations named before, by their identity.
+    """
+    for path, inner in inner_configs(config):
+        name = inner._attn_implementation
+        if is_ours(name) and computes_itself(inner):
+            known = before.get(id(inner), name)
+            inner._attn_implementation_internal = exact_name(inner) if known is None or is_ours(known) else known
+            warn(
+                f"{type(model).__name__}: its {path} ({inner.model_type}) keeps exact attention, which it computes in "
+                f"its own code; attn_implementation={name!r} is for the other parts",
+                4,
+            )
 
 
 def _init(original: Callable[..., None]) -> Callable[..., None]:
@@ -74,6 +102,8 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         if isinstance(name, str) and name.startswith(PREFIX):  # before the model looks up a class by this name
             check_registered(name)
             refuse_family(self, config, name)
+        if isinstance(config, PreTrainedConfig):
+            leave_exact(self, config, {})
         original(self, config, *args, **kwargs)
 
     return init
@@ -94,9 +124,12 @@ def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., Non
         if isinstance(attn_implementation, str) and attn_implementation.startswith(PREFIX):
             check_registered(attn_implementation)
             for inner in self.modules():
-                if isinstance(inner, PreTrainedModel):
+                is_model = isinstance(inner, PreTrainedModel)
+                if is_model and (inner.config is self.config or not computes_itself(inner.config)):
                     refuse_family(inner, inner.config, attn_implementation)
+        before = {id(inner): inner._attn_implementation for _, inner in inner_configs(self.config)}
         original(self, attn_implementation, *args, **kwargs)
+        leave_exact(self, self.config, before)
         adopt(self)
 
     return set_attn_implementation

@@ -9,6 +9,7 @@ of attention. All forms are plain 4-D tensors, which transformers passes on unto
     int32 (B, 1, 2, M)        the same twice, where it is known without a look at it that the queries are behind others
     int32 (B, 1, N, 1)        under a trace: query i sees key j if i >= j and mask[i] == mask[j], packed sequences
     bool  (B, 1, N, M)        anything else (sliding windows, packed sequences, ...), as transformers' sdpa has it
+    float (B, 1, N, M)        0 or the lowest number, as transformers' eager attention has it: for :data:`ADDED`
 
 Packed sequences are rows whose position ids start again. A trace has no values, so transformers takes every row without
 a mask and a cache for one that may be packed. The mask is then a number per token, and the operator ``exact_if_packed``
@@ -26,6 +27,7 @@ from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    eager_mask,
     packed_sequence_mask_function,
     remap_positions_for_packed_sequence,
     sdpa_mask,
@@ -56,6 +58,8 @@ READ_MASKS = (
 )
 # Families whose layers do not say that they are causal: without a mask they would take themselves for bidirectional.
 SILENT = ("aimv2", "bigbird_pegasus", "informer", "nllb_moe", "pegasus_x", "videoprism")
+# Configurations of families in which attention that asks for no function adds the mask to its scores.
+ADDED = ("BigBirdPegasusConfig", "Gemma4AudioConfig", "GitConfig", "InformerConfig")
 
 
 def compact_mask(
@@ -79,6 +83,20 @@ def compact_mask(
     window_covers = local_size is not None and kv_offset == 0 and kv_length <= local_size
     is_causal = allow_is_causal_skip and (mask_function is causal_mask_function or window_covers)
     is_bidirectional = allow_is_bidirectional_skip and (mask_function is bidirectional_mask_function or window_covers)
+    if is_added(arguments.get("config")):
+        return eager_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            device=device,
+            **arguments,
+        )
     if is_tracing() and q_length != 1 and family_of(arguments.get("config")) not in READ_MASKS:
         sequence = _causal_sequences(mask_function, window_covers)
         if sequence is not None:
@@ -122,6 +140,12 @@ def _causal(first_query: Tensor, is_behind: bool) -> Tensor:
 def is_silent(owner: object) -> bool:
     """Whether a configuration or a layer is of a family whose layers do not say that they are causal."""
     return family_of(owner) in SILENT
+
+
+def is_added(config: object) -> bool:
+    """Whether some attention under a configuration adds the masks that are made for all of it to its scores."""
+    # Informer has such attention and other.
+    return type(config).__name__ in ADDED and getattr(config, "attention_type", None) != "full"
 
 
 def family_of(owner: object) -> str:
@@ -171,14 +195,26 @@ def _captured(function: Callable, name: str) -> Any:
     return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
 
 
-def compacted(mask: Tensor | None) -> Tensor | None:
+def compacted(mask: Tensor | None, config: object = None) -> Tensor | None:
     """The compact form of a bool (B, 1, N, M) mask that is padding, or causality and padding; any other mask unchanged,
     and so under torch.compile every mask. Other implementations make such masks, for models in which only single layers
-    run this one, and so do users."""
-    if mask is None or mask.dtype != torch.bool or mask.shape[1] != 1 or 1 in mask.shape[2:] or is_unreadable(mask):
+    run this one, and so do users. A float mask is taken for a bool one if ``config`` is of a family that has them so.
+    """
+    if mask is None or mask.shape[1] != 1 or 1 in mask.shape[2:] or is_unreadable(mask):
         return mask
-    form = once_per_mask(mask, _compact_form)
+    if mask.is_floating_point() and is_added(config):
+        form = once_per_mask(mask, _form_of_added)
+    else:
+        form = once_per_mask(mask, _compact_form) if mask.dtype == torch.bool else None
     return mask if form is None else form
+
+
+def _form_of_added(mask: Tensor) -> Tensor | None:
+    shown = mask == 0
+    if not bool((shown | (mask <= torch.finfo(mask.dtype).min)).all()):
+        return None
+    form = _compact_form(shown)
+    return shown if form is None else form
 
 
 def _compact_form(mask: Tensor) -> Tensor | None:
