@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scatterbrain.integrations.restrictions import NotReplaceable, pairs_that_run
-from scatterbrain.integrations.transformers.masks import family_of, is_silent
+from scatterbrain.integrations.transformers.masks import is_silent
 from scatterbrain.integrations.transformers.registry import SETTINGS, Settings, add
 from scatterbrain.layer_settings import LayerSettings
 from scatterbrain.low_rank import Heads
@@ -34,8 +34,13 @@ _OTHER_TOKENS = re.compile(r"key_value|encoder|cross|context|memory|latent|image
 _CACHE = re.compile(r"past_|cache")
 _APART = re.compile(r"kv|query|queries|value")
 _CROSS_NAME = re.compile(r"cross|encoder_att|enc_?dec", re.IGNORECASE)
-# Families that tell layers of a model which is no decoder that they are causal, and give them masks that are not.
-_TOLD_WRONGLY = ("bridgetower",)
+# Classes whose layers say that they are causal, in models that are no decoders and make bidirectional masks for them.
+WRONGLY_CAUSAL = (
+    "BridgeTowerSelfAttention",
+    "LightGlueAttention",
+    "Phi4MultimodalAudioAttention",
+    "Phi4MultimodalVisionAttention",
+)
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_attn_heads", "encoder_attention_heads")
 _HEAD_DIM = (
     "head_dim",
@@ -281,8 +286,8 @@ def cross_note(module: nn.Module, path: str, pairs: Pairs) -> str:
 
 def causality(module: nn.Module, model: nn.Module | None = None, path: str = "") -> bool | None:
     """Whether the self-attention of a layer is causal in all calls (True) or in none (False); None where neither is
-    known. Of a layer that says it is not, that holds if the model told it so, and else if the model around it, up to
-    the nearest one with a configuration of its own, makes no causal masks: some pass them to layers that know of none.
+    known. Of a layer that says it is not, that holds if the model told it so, and else if nothing around it, up to the
+    nearest model with a configuration of its own, makes causal masks: some pass them to layers that know of none.
     The latter is all there is of a layer that says nothing.
 
     Args:
@@ -294,11 +299,12 @@ def causality(module: nn.Module, model: nn.Module | None = None, path: str = "")
         was_told = "is_causal" in inspect.signature(type(module).__init__).parameters and not is_silent(module)
         if says or was_told:
             return says
-    elif _is_told_wrongly(module):
+    elif _is_wrongly_causal(module):
         return False
-    nearest = model_around(model, path)
-    if nearest is not None:
-        return None if _makes_causal_masks(type(nearest)) else False
+    around = _around(model, path)
+    if around and isinstance(around[-1], PreTrainedModel):
+        makes_causal = any(_makes_causal_masks(type(part)) for part in around)
+        return None if makes_causal else False
     return None if says is not None or _may_make_causal_masks(type(module)) else False
 
 
@@ -322,19 +328,22 @@ def is_causal_alone(module: nn.Module) -> bool:
 def _says(module: nn.Module) -> bool | None:
     """Whether a layer says that it is causal; None where it says nothing, or what does not hold."""
     says = getattr(module, "is_causal", None)
-    return says if isinstance(says, bool) and not _is_told_wrongly(module) else None
+    return says if isinstance(says, bool) and not _is_wrongly_causal(module) else None
 
 
-def _is_told_wrongly(module: nn.Module) -> bool:
-    is_told = family_of(module) in _TOLD_WRONGLY and getattr(module, "is_causal", None) is True
-    return is_told and not getattr(module.config, "is_decoder", False)
+def _is_wrongly_causal(module: nn.Module) -> bool:
+    is_named = type(module).__name__ in WRONGLY_CAUSAL and getattr(module, "is_causal", None) is True
+    return is_named and not getattr(module.config, "is_decoder", False)
 
 
-def model_around(model: nn.Module | None, path: str) -> PreTrainedModel | None:
-    """The nearest PreTrainedModel around the module at ``path`` in ``model``."""
-    names = path.split(".")
-    around = (model.get_submodule(".".join(names[:length])) for length in range(len(names) - 1, -1, -1) if model)
-    return next((m for m in around if isinstance(m, PreTrainedModel)), None)
+def _around(model: nn.Module | None, path: str) -> list[nn.Module]:
+    """The modules around the one at ``path`` in ``model``, from the inside, up to the nearest PreTrainedModel."""
+    names, found = path.split("."), []
+    for length in range(len(names) - 1, -1, -1) if model is not None else ():
+        found.append(model.get_submodule(".".join(names[:length])))
+        if isinstance(found[-1], PreTrainedModel):
+            break
+    return found
 
 
 def _may_make_causal_masks(cls: type[nn.Module]) -> bool:
@@ -346,11 +355,14 @@ def _may_make_causal_masks(cls: type[nn.Module]) -> bool:
 
 @functools.cache
 def _makes_causal_masks(cls: type[nn.Module]) -> bool:
-    """Whether the methods of a model's class name any causal mask."""
-    bases = cls.__mro__[: cls.__mro__.index(PreTrainedModel)]
+    """Whether the methods of a model's class name any causal mask, or those of another module the function for one."""
+    is_model = issubclass(cls, PreTrainedModel)
+    bases = cls.__mro__[: cls.__mro__.index(PreTrainedModel if is_model else nn.Module)]
     methods = (inspect.unwrap(method) for base in bases for method in vars(base).values() if callable(method))
     codes = (method.__code__ for method in methods if hasattr(method, "__code__"))
-    return any("causal" in name for code in codes for name in (*code.co_names, *code.co_varnames))
+    # Parts of models pass on names of masks that they may never be given.
+    causal = re.compile("causal" if is_model else r"create_\w*causal\w*mask")
+    return any(causal.search(name) for code in codes for name in (*code.co_names, *code.co_varnames))
 
 
 def _is_self(module: nn.Module, path: str) -> bool:

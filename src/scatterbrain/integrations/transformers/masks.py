@@ -97,7 +97,7 @@ def compact_mask(
             device=device,
             **arguments,
         )
-    if is_tracing() and q_length != 1 and family_of(arguments.get("config")) not in READ_MASKS:
+    if is_tracing() and q_length != 1 and _family(arguments.get("config")) not in READ_MASKS:
         sequence = _causal_sequences(mask_function, window_covers)
         if sequence is not None:
             return sequence.to(torch.int32)[:, None, :, None]
@@ -139,7 +139,7 @@ def _causal(first_query: Tensor, is_behind: bool) -> Tensor:
 
 def is_silent(owner: object) -> bool:
     """Whether a configuration or a layer is of a family whose layers do not say that they are causal."""
-    return family_of(owner) in SILENT
+    return _family(owner) in SILENT
 
 
 def is_added(config: object) -> bool:
@@ -148,7 +148,7 @@ def is_added(config: object) -> bool:
     return type(config).__name__ in ADDED and getattr(config, "attention_type", None) != "full"
 
 
-def family_of(owner: object) -> str:
+def _family(owner: object) -> str:
     """The folder of transformers that the class of a configuration or a layer is in; "" of any other."""
     folders = type(owner).__module__.split(".")
     return folders[2] if folders[:2] == ["transformers", "models"] and len(folders) > 2 else ""
