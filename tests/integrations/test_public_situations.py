@@ -232,9 +232,7 @@ class Attended(torch.utils.data.Dataset):
         return [out.detach(), torch.autograd.grad(out.square().sum(), query)[0]]
 
 
-@pytest.mark.filterwarnings("ignore:the learned projections")
-@pytest.mark.parametrize("start", [pytest.param("fork"), pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_that_load_data_compute_the_same_bits(start: str):
+def load_with_workers(start: str) -> None:
     data = Attended()
     torch.set_num_threads(2)
     here = [data[i] for i in range(len(data))]  # OpenMP has threads before the workers are forked
@@ -243,3 +241,14 @@ def test_workers_that_load_data_compute_the_same_bits(start: str):
     )
     for mine, theirs in zip(loader, here, strict=True):
         assert_same_bits(mine, theirs)
+
+
+@pytest.mark.parametrize("start", [pytest.param("fork"), pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_that_load_data_compute_the_same_bits(start: str):
+    """In a process of its own: torch forbids gradients in a fork of one whose autograd has started threads."""
+    done = run_python(__file__, start, seconds=300)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    load_with_workers(sys.argv[1])
