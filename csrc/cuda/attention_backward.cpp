@@ -88,7 +88,7 @@ class Backward : AttentionCall {
     if (by_tiles && !in_double) {
       operands = tile_params(of, a, call, false);
       launch_tile_operands(operands, element(), call.stream());
-      const BackwardTileParams tiles = backward_tile_params(of, operands, call);
+      const BackwardTileParams tiles = backward_tile_params(of, operands, element(), call);
       if (is_float()) {
         launch_float_attention_backward_tile(tiles, call.stream());
       } else {

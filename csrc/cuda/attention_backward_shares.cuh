@@ -59,7 +59,7 @@ class TileShares {
         b(int32_t(b)),
         h(int32_t(h)),
         kv(int32_t(p.kv_head(h))),
-        head(b * p.kv_heads + kv),
+        head(int32_t(b * p.kv_heads + kv)),
         first_slot(int32_t(tile * kTile)),
         first_row(((b * p.q_heads + h) * p.tiles() + tile - p.first_tile) * p.keys_of_list),
         lane(lane_index()),
@@ -571,7 +571,7 @@ class TileShares {
 
   const BackwardSharesParams& p;
   const int32_t base, b, h, kv;
-  const int64_t head;
+  const int32_t head;
   const int32_t first_slot;
   const int64_t first_row;  // of the tile's shares
   const int lane, g, t;
@@ -591,8 +591,14 @@ class TileShares {
       state_weight[kSlotTiles][2];
 };
 
+// How many blocks a multiprocessor has registers for, where none need be spilled for it.
 template <class E, int D, LowRank kKind, bool kIsRagged>
-SB_KERNEL SB_THREADS_AT_MOST(kSharesThreads) attention_backward_shares(BackwardSharesParams p) {
+inline constexpr int kSharesBlocks =
+    sizeof(E) == 2 && D <= 64 && !(std::is_same_v<E, Half> && kKind == LowRank::kQuadratic && !kIsRagged) ? 3 : 1;
+
+template <class E, int D, LowRank kKind, bool kIsRagged>
+SB_KERNEL SB_THREADS_AND_BLOCKS(kSharesThreads, (kSharesBlocks<E, D, kKind, kIsRagged>))
+    attention_backward_shares(BackwardSharesParams p) {
   const int64_t all = p.end_tile - p.first_tile, warps = block_threads() / kWarp;
   const int64_t base = warp_index() * SharesLayout<E, D, kKind>::bytes(p);
   for_each_task(ceil_div(all, warps), [&](int64_t task) {

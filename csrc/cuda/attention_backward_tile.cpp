@@ -22,7 +22,8 @@ bool fits_float_backward_tiles(const AttentionArguments& a) {
 
 bool fits_backward_tiles(const AttentionArguments& a) { return fits_tiles(a) || fits_float_backward_tiles(a); }
 
-BackwardTileParams backward_tile_params(const BackwardParams& of_call, const TileParams& operands, Call& call) {
+BackwardTileParams backward_tile_params(const BackwardParams& of_call, const TileParams& operands, Element element,
+                                        Call& call) {
   BackwardTileParams p{};
   static_cast<BackwardParams&>(p) = of_call;
   p.head_steps = ceil_div(p.head_dim, 16), p.value_steps = ceil_div(p.value_pad, 16);
@@ -30,7 +31,7 @@ BackwardTileParams backward_tile_params(const BackwardParams& of_call, const Til
   p.cluster_operand = operands.cluster_operand, p.key_log = operands.key_log;
   p.key_coordinates = operands.key_coordinates, p.key_rows = operands.key_rows;
   p.by_groups = operands.by_groups;
-  if (!p.cluster_operand && !p.key_coordinates) return p;  // matrices of float32 are read as they are
+  if (!p.has_low_rank() || element == Element::kFloat) return p;  // matrices of float32 are read as they are
   const auto words = [&](std::initializer_list<int64_t> sizes) {
     return static_cast<FourWords*>(call.write(call.empty(sizes, ScalarType::Int)));
   };

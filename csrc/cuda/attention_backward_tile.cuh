@@ -21,10 +21,12 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   typedef typename Base::Slot Slot;
   using Base::kappa_ref, Base::sums, Base::slot, Base::log_state, Base::correction, Base::squares_of_state;
   using Base::kHasQuadratic, Base::kHasClusters, Base::kHasLowRank, Base::kIsHalf, Base::kIsWide;
-  // Of SB_UNROLL_COPIES and SB_UNROLL_STEPS: wide ragged tiles need registers, and those of float32 with a kernel.
-  static constexpr int kCopiesAtOnce = kIsRagged && D > 64 ? 1 : 2, kStepsAtOnce = kIsWide && kHasQuadratic ? 1
-                                                                                   : kIsRagged && D > 64    ? 2
-                                                                                                            : D / 16;
+  // Of SB_UNROLL_COPIES and SB_UNROLL_STEPS: wide ragged tiles need registers, and those of float32 and float16 with a
+  // kernel.
+  static constexpr int kCopiesAtOnce = kIsRagged && D > 64 ? 1 : 2,
+                       kStepsAtOnce = kHasQuadratic && (kIsWide || (kIsHalf && D <= 64)) ? 1
+                                      : kIsRagged && D > 64                              ? 2
+                                                                                         : D / 16;
   using Base::kChunks, Base::kSteps, Base::kKeyTiles;
   typedef typename Base::Rows Rows;
   using Base::p, Base::base, Base::b, Base::h, Base::kv, Base::head, Base::first_slot, Base::lane, Base::g, Base::t;
@@ -564,8 +566,14 @@ class BackwardTile : BackwardTileState<E, D, kKind> {
   float weights[2] = {}, moments[2] = {};  // of this lane: of weights, and of them times dO.v less its mean
 };
 
+// How many blocks a multiprocessor has registers for, where none need be spilled for it.
 template <class E, int D, LowRank kKind, bool kIsRagged>
-SB_KERNEL SB_THREADS_AT_MOST(kBackwardTileThreads) attention_backward_tile(BackwardTileParams p) {
+inline constexpr int kBackwardTileBlocks =
+    sizeof(E) == 2 && D <= 64 && !(kIsRagged && kKind == LowRank::kQuadratic) ? 3 : 1;
+
+template <class E, int D, LowRank kKind, bool kIsRagged>
+SB_KERNEL SB_THREADS_AND_BLOCKS(kBackwardTileThreads, (kBackwardTileBlocks<E, D, kKind, kIsRagged>))
+    attention_backward_tile(BackwardTileParams p) {
   const int64_t tiles = ceil_div(p.q_tokens, kTile), all = p.batch * p.q_heads * tiles, warps = block_threads() / kWarp;
   const int64_t base = warp_index() * BackwardTileLayout<E, D, kKind>::bytes(p);
   for_each_task(ceil_div(all, warps), [&](int64_t task) {

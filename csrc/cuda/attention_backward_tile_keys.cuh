@@ -36,6 +36,13 @@ struct TileKeysLayout {
   static_assert(!kHasQuadratic || kTile * kWidth * 4 <= 2 * kStageBytes);
 };
 
+// How many blocks a multiprocessor has registers for, where none need be spilled for it.
+template <class E, int D, LowRank kKind, bool kIsRagged>
+inline constexpr int kTileKeysBlocks = sizeof(E) == 2 && D <= 64 && kKind != LowRank::kQuadratic &&
+                                               !(std::is_same_v<E, Half> && kKind == LowRank::kCentroid && !kIsRagged)
+                                           ? 3
+                                           : 1;
+
 template <class E, int D, LowRank kKind, bool kIsRagged, bool kOfValues>
 class TileKeys {
   typedef TileKeysLayout<E, D, kKind> Layout;
@@ -43,9 +50,10 @@ class TileKeys {
   typedef TokenRows<E, D> Rows;
   typedef CoordinateRows<E> Coordinates;
   static constexpr bool kIsHalf = std::is_same_v<E, Half>, kIsWide = kIsFloat<E>;
-  // Of SB_UNROLL_COPIES and SB_UNROLL_STEPS: ragged kernels need registers.
-  static constexpr int kCopiesAtOnce = kIsRagged ? 1 : 2,
-                       kStepsAtOnce = kIsWide && kHasQuadratic                             ? 1
+  // Of SB_UNROLL_COPIES and SB_UNROLL_STEPS: where registers are few.
+  static constexpr bool kIsSlim = kTileKeysBlocks<E, D, kKind, kIsRagged> > 1;
+  static constexpr int kCopiesAtOnce = kIsRagged || kIsSlim ? 1 : 2,
+                       kStepsAtOnce = (kIsWide && kHasQuadratic) || kIsSlim                ? 1
                                       : !kIsRagged || (kKind == LowRank::kNone && D <= 64) ? D / 16
                                                                                            : 2;
   static constexpr int kChunks = Layout::kSums / 8, kRowChunks = D / 8, kSteps = D / 16, kSlotTiles = kTile / 8,
@@ -61,7 +69,7 @@ class TileKeys {
         kv(int32_t(head - b * p.kv_heads)),
         head(int32_t(head)),
         first(int32_t(first)),
-        first_chunk(part * kChunks),
+        first_chunk(Layout::kTasks == 2 ? 0 : part * kChunks),
         lane(lane_index()),
         g(lane / 4),
         t(lane % 4) {}
@@ -150,6 +158,7 @@ class TileKeys {
       if (kHasClusters) {
         cluster[r] = is_key(row) ? int32_t(cluster_of(p, head, token(row))) : 0;
         of_cluster[r] = log_of_cluster(p, head, cluster[r]);
+        if (!kIsWide && of_cluster[r] > float(kNoKeyLog)) of_cluster[r] += kappa[r];
       }
     }
     if (kHasClusters) set_share(0.0f);
@@ -500,8 +509,8 @@ class TileKeys {
         }
         if (kHasClusters && needs_clusters()) {  // what the list takes back
           const float product = shared_array<float>(place_of_product(from, n, at)).get(0),
-                      exponent = exponent_of_cluster(product * scale, of_cluster[r]);
-          const float held = is_listed ? share[r] * exp2_of(exponent - log) * inverse : 0.0f;
+                      of_pair = exp2_of(exponent_of_cluster(product * scale, of_cluster[r]) - log);
+          const float held = is_listed ? (kIsWide ? share[r] * of_pair : of_pair) * inverse : 0.0f;
           weight -= held, root[n][at] = is_listed ? -held * gradient : 0.0f;
         }
         value[n][at] = weight;
@@ -768,10 +777,11 @@ class TileKeys {
   const int first_chunk;  // of 8 columns
   const int lane, g, t;
   RowRange range;
-  uint32_t keys = 0;        // of the tile, those that count
-  float kappa[2];           // log scales of rows g and g + 8
-  float share[2] = {};      // what a state holds of these keys, relative to its own log scale, or to the cluster's
-  int32_t cluster[2] = {};  // of these keys, with its log scale, and the gradients by their log masses, of this lane
+  uint32_t keys = 0;    // of the tile, those that count
+  float kappa[2];       // log scales of rows g and g + 8
+  float share[2] = {};  // what a state holds of these keys, relative to its own log scale, or to the cluster's
+  // Of these keys, with the log scale, in 16 bits that of the key in it; and gradients by log masses, of this lane.
+  int32_t cluster[2] = {};
   float of_cluster[2] = {}, d_log_mass[2] = {};
   bool is_careful = false;  // some query or gradient is no number
   float scales[2];          // of rows of sums, in float16
@@ -779,7 +789,8 @@ class TileKeys {
 };
 
 template <class E, int D, LowRank kKind, bool kIsRagged>
-SB_KERNEL SB_THREADS_AT_MOST(kTileKeysThreads) attention_backward_tile_keys(BackwardTileKeysParams p) {
+SB_KERNEL SB_THREADS_AND_BLOCKS(kTileKeysThreads, (kTileKeysBlocks<E, D, kKind, kIsRagged>))
+    attention_backward_tile_keys(BackwardTileKeysParams p) {
   const int64_t tiles = ceil_div(p.k_tokens, kTile), all = p.batch * p.kv_heads * tiles,
                 warps = block_threads() / kWarp;
   typedef TileKeysLayout<E, D, kKind> Layout;

@@ -13,7 +13,7 @@ inline constexpr int kBackwardTileThreads = 128;
 
 // Shared memory of a warp, in bytes. `rows`: by slot, x with its log scale and the gradients by x that come from dO H
 // and from hz; or exponents of clusters and their gradients. dO H passes through the stages. `left`:
-// coordinates of float32.
+// coordinates.
 template <class E, int D, LowRank kKind>
 struct BackwardTileLayout {
   static constexpr int64_t kMatrix = TokenRows<E, D>::kBytes,
@@ -26,18 +26,26 @@ struct BackwardTileLayout {
   // Of a slot's exponents.
   static SB_HD int32_t width(const ForwardParams& p) { return int32_t(pad_to(p.rank, 16)) + 1; }
   static SB_HD int64_t bytes(const ForwardParams& p) {
-    if (kKind == LowRank::kQuadratic) return kIsFloat<E> ? kLeft + CoordinateRows<E>::kBytes : kPairs;
+    if (kKind == LowRank::kQuadratic) return kLeft + CoordinateRows<E>::kBytes;
     return kKind == LowRank::kCentroid ? pad_to(kRows + (2 * width(p) + kRowWidth) * kTile * 4, 16) : kRows;
   }
 };
 
-// Halves of a tile's coordinates, then 1, as the left operand of products with those of a stage's keys: in registers,
-// or of float32 in shared memory at `place`.
+// Halves of a tile's coordinates, then 1, as the left operand of products with those of a stage's keys: in shared
+// memory at `place`. In 16 bits each lane reads its own words again, so that registers suffice for more warps.
 template <class E>
 struct LeftCoordinates {
-  uint32_t high[4], low[4];
-  SB_DEVICE void set(const ForwardParams& p, const Shared<float>& x, int) { split_coordinates(p, x, high, low); }
-  SB_DEVICE void multiply(int, int keys, float (&sum)[2][4]) const { add_product_of_coordinates(high, low, keys, sum); }
+  SB_DEVICE void set(const ForwardParams& p, const Shared<float>& x, int place) {
+    FourWords parts[2];
+    split_coordinates(p, x, parts[0].at, parts[1].at);
+    SB_UNROLL
+    for (int i = 0; i < 2; ++i) shared_array<FourWords>(place).set(i * kWarp + lane_index(), parts[i]);
+  }
+  SB_DEVICE void multiply(int place, int keys, float (&sum)[2][4]) const {
+    const FourWords high = shared_array<FourWords>(place).get(lane_index()),
+                    low = shared_array<FourWords>(place).get(kWarp + lane_index());
+    add_product_of_coordinates(high.at, low.at, keys, sum);
+  }
 };
 template <>
 struct LeftCoordinates<float> {
@@ -69,7 +77,7 @@ class BackwardTileState {
         b(int32_t(b)),
         h(int32_t(h)),
         kv(int32_t(p.kv_head(h))),
-        head(b * p.kv_heads + kv),
+        head(int32_t(b * p.kv_heads + kv)),
         first_slot(int32_t(first_slot)),
         lane(lane_index()),
         g(lane / 4),
@@ -290,7 +298,7 @@ class BackwardTileState {
 
   const BackwardTileParams& p;
   const int32_t base, b, h, kv;
-  const int64_t head;
+  const int32_t head;
   const int32_t first_slot;
   const int lane, g, t;
   const Shared<int32_t> queries;
