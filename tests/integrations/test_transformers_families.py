@@ -22,10 +22,17 @@ transformers = pytest.importorskip("transformers")
 import hf_models as hf
 from testkit import assert_close_in_scale, cores
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import scatterbrain as sb
-from scatterbrain.integrations.transformers import register
-from scatterbrain.integrations.transformers.layers import WRONGLY_CAUSAL, _makes_causal_masks, causality
+from scatterbrain.integrations.transformers import own_attention, register
+from scatterbrain.integrations.transformers.layers import (
+    WRONGLY_CAUSAL,
+    _makes_causal_masks,
+    causality,
+    is_causal_alone,
+    note_causality,
+)
 from scatterbrain.integrations.transformers.masks import ADDED
 from scatterbrain.integrations.transformers.own_attention import (
     _built_by,
@@ -381,6 +388,287 @@ def test_informer_runs_with_both_of_its_kinds_of_attention(kind: str, how: str):
     exact = run()
     choose(model, how)
     check(run(), exact)
+
+
+# -------------------- models of users
+
+# Not written as a class: transformers takes a file that defines such a class for one without attention functions.
+AttentionPooling = type(
+    "AttentionPooling",
+    (nn.Module,),
+    {
+        "__init__": lambda self, width: (nn.Module.__init__(self), setattr(self, "w", nn.Linear(width, 1)))[0],
+        "forward": lambda self, x: (self.w(x).softmax(1) * x).sum(1),
+    },
+)
+SMALL = {**hf.TEXT, "num_hidden_layers": 1}
+
+
+class EmbeddingConfig(transformers.BertConfig):
+    model_type = "families-embedding"
+
+
+class Embedding(transformers.BertPreTrainedModel):
+    config_class = EmbeddingConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = transformers.BertModel(config)
+        self.pool = AttentionPooling(config.hidden_size)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.pool(self.bert(input_ids).last_hidden_state)
+
+
+class RewardConfig(transformers.LlamaConfig):
+    model_type = "families-reward"
+
+
+class Reward(transformers.LlamaForCausalLM):
+    config_class = RewardConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pool = AttentionPooling(config.hidden_size)
+        self.post_init()
+
+
+class WrapperConfig(transformers.PreTrainedConfig):
+    model_type = "families-wrapper"
+    sub_configs = {"text_config": transformers.AutoConfig}
+    text_config: dict | None = None
+
+    def __post_init__(self, **arguments):
+        self.text_config = transformers.BertConfig(**SMALL)
+        super().__post_init__(**arguments)
+
+
+class Wrapper(PreTrainedModel):
+    config_class = WrapperConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.text = transformers.AutoModel.from_config(config.text_config)
+        self.pool = AttentionPooling(hf.WIDTH)
+        self.post_init()
+
+
+class BorrowedConfig(PreTrainedModel):
+    """Takes no more from the models of its configuration, which compute attention themselves, than that."""
+
+    config_class = transformers.GitConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.text = transformers.AutoModel.from_config(transformers.BertConfig(**SMALL), attn_implementation=NAMES[1])
+        self.pool = AttentionPooling(hf.WIDTH)
+        self.post_init()
+
+
+class Pool(PreTrainedModel):
+    config_class = EmbeddingConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pool = AttentionPooling(config.hidden_size)
+        self.post_init()
+
+
+class PoolBesideBert(PreTrainedModel):
+    config_class = EmbeddingConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.pool = Pool(config)
+        self.bert = transformers.BertModel(config)
+        self.post_init()
+
+
+USERS: dict[str, tuple[type[PreTrainedModel], Any]] = {
+    "configuration of its own": (Embedding, EmbeddingConfig(**SMALL)),
+    "model of transformers with a head": (Reward, RewardConfig(**SMALL)),
+    "wrapper of another": (Wrapper, WrapperConfig()),
+    "configuration of others": (BorrowedConfig, transformers.GitConfig(**SMALL, vision_config=VISION)),
+    "parts that are models": (PoolBesideBert, EmbeddingConfig(**SMALL)),
+}
+
+
+@pytest.mark.parametrize("how", ["loaded", "chosen"])
+@pytest.mark.parametrize("kind", USERS)
+def test_a_head_that_is_called_attention_refuses_no_model_whose_other_layers_ask(kind: str, how: str):
+    cls, config = USERS[kind]
+    model = cls._from_config(copy.deepcopy(config), attn_implementation=NAMES[1] if how == "loaded" else "sdpa")
+    if how == "chosen":
+        model.set_attn_implementation(NAMES[1])
+    assert len(cores(model)) == 1
+
+
+def test_a_model_of_a_user_without_a_layer_that_asks_is_refused_once_it_is_built():
+    config = EmbeddingConfig(**SMALL)
+    message = r"Pool \(families-embedding\) computes attention in its own code .*models of this family are not"
+    with pytest.raises(ValueError, match=message):
+        Pool._from_config(copy.deepcopy(config), attn_implementation=NAMES[1])
+    with pytest.raises(ValueError, match=message):
+        Pool._from_config(copy.deepcopy(config), attn_implementation="sdpa").set_attn_implementation(NAMES[1])
+
+
+def test_a_file_of_a_user_is_not_imported_to_look_at_it(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "families_package"
+    folder.mkdir()
+    code = "import transformers\nclass FooConfig(transformers.BertConfig):\n    model_type = 'families-foo'\n"
+    (folder / "configuration_foo.py").write_text(code)
+    (folder / "modeling_foo.py").write_text("raise RuntimeError('needs another machine')\n")
+    code = "import transformers\nfrom .configuration_foo import FooConfig\n"
+    code += "class Bar(transformers.BertModel):\n    config_class = FooConfig\n"
+    (folder / "modeling_bar.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    cls = importlib.import_module("families_package.modeling_bar").Bar
+    assert models_of(cls.config_class) == []
+    assert len(cores(cls._from_config(cls.config_class(**SMALL), attn_implementation=NAMES[1]))) == 1
+
+
+def test_a_file_of_transformers_that_breaks_on_import_breaks_no_load(monkeypatch: pytest.MonkeyPatch):
+    def breaks(name: str) -> None:
+        raise RuntimeError(name)
+
+    monkeypatch.setattr(own_attention.importlib, "import_module", breaks)
+    assert own_attention._file("transformers.models.no_such.modeling_no_such") is None
+
+
+class PlainConfig(transformers.PreTrainedConfig):
+    model_type = "families-plain"
+    hidden_size: int = 32
+    num_attention_heads: int = 2
+
+
+class Heads(nn.Module):
+    """A layer that does not say whether it is causal, as many tutorials write it."""
+
+    passes: dict[str, Any] = {}
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.head_dim = config, 16
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        function = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        q, k, v = (p(x).unflatten(-1, (2, 16)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return x + function(self, q, k, v, attention_mask, scaling=0.25, dropout=0.0, **self.passes)[0].flatten(2)
+
+
+class TellingHeads(Heads):
+    passes = {"is_causal": True}
+
+
+class BidirectionalHeads(Heads):
+    is_causal = False
+
+
+class Plain(PreTrainedModel):
+    config_class = PlainConfig
+    _supports_sdpa = _supports_attention_backend = True
+    layer: type[nn.Module] = Heads
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(hf.WORDS, 32)
+        self.layers = nn.ModuleList([self.layer(config) for _ in range(2)])
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.5)
+
+    def forward(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+class Telling(Plain):
+    layer = TellingHeads
+
+
+class Bidirectional(Plain):
+    layer = BidirectionalHeads
+
+
+class Outer(PreTrainedModel):
+    """Makes the masks of a model inside it, which shares its configuration."""
+
+    config_class = PlainConfig
+    _supports_sdpa = _supports_attention_backend = True
+    inner: type[PreTrainedModel] = Plain
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.inner(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        Plain._init_weights(self, module)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        states = self.model.embed(input_ids)
+        mask = transformers.masking_utils.create_causal_mask(self.config, states, None, None)
+        return self.model(input_ids, mask)
+
+
+class OuterOfBidirectional(Outer):
+    inner = Bidirectional
+
+
+@pytest.mark.parametrize("how", ["loaded", "chosen", "replaced"])
+@pytest.mark.parametrize("cls", [Plain, Telling, Outer])
+def test_causal_layers_of_a_user_do_not_see_later_tokens(cls: type[PreTrainedModel], how: str):
+    torch.manual_seed(0)
+    model, ids = cls._from_config(PlainConfig(), attn_implementation="sdpa").eval(), hf.tokens(40)
+    other = torch.cat([ids[:, :30], hf.tokens(10, seed=3)], 1)
+    with torch.no_grad():
+        exact = model(ids)
+        if how == "loaded":
+            chosen = cls._from_config(PlainConfig(), attn_implementation=NAMES[1]).eval()
+            chosen.load_state_dict(model.state_dict(), strict=False)
+            model = chosen
+        else:
+            choose(model, how if how == "replaced" else NAMES[1])
+        assert len(cores(model)) == 2
+        check(model(ids), exact)
+        assert torch.equal(model(ids)[:, :30], model(other)[:, :30])
+
+
+def test_a_layer_that_says_it_is_not_causal_may_get_the_masks_of_an_outer_model():
+    model, path = OuterOfBidirectional(PlainConfig()), "model.layers.0"
+    layer = model.get_submodule(path)
+    assert causality(layer, model.model, "layers.0") is False
+    assert causality(layer, model, path) is None
+    model.config = copy.deepcopy(model.config)  # no longer that of the model inside
+    assert causality(layer, model, path) is False
+
+
+@pytest.mark.parametrize("cls", [Plain, Outer])
+def test_causal_layers_of_a_user_ask_for_calibration(cls: type[PreTrainedModel]):
+    model = cls._from_config(PlainConfig(), attn_implementation="scatterbrain").eval()
+    with pytest.raises(ValueError, match="Heads is not calibrated for causal calls"), torch.no_grad():
+        model(hf.tokens(290))
+
+
+def test_a_note_of_an_inner_model_goes_once_the_model_around_it_is_known():
+    model, path = build(*ENCODERS["splinter"]), "encoder.layer.0.attention.self"
+    model.set_attn_implementation(NAMES[1])
+    layer = model.get_submodule(path)
+    assert is_causal_alone(layer) is False
+    for is_causal in (None, True):
+        note_causality(layer, False, path)
+        note_causality(layer, is_causal, path)
+        assert is_causal_alone(layer) is True
 
 
 # -------------------- every family of transformers

@@ -23,7 +23,13 @@ from scatterbrain.integrations.transformers.layers import (
     note_causality,
     park,
 )
-from scatterbrain.integrations.transformers.own_attention import computes_itself, exact_name, inner_configs
+from scatterbrain.integrations.transformers.own_attention import (
+    computes_itself,
+    exact_name,
+    ignores_choice,
+    inner_configs,
+    is_built_of_own,
+)
 from scatterbrain.integrations.transformers.registry import (
     PER_LAYER,
     PREFIX,
@@ -60,14 +66,19 @@ def adopt(model: nn.Module) -> None:
             inner._keys_to_ignore_on_load_missing = patterns | {OWNED.replace(".", r"\.")}
 
 
-def refuse_family(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> None:
+def refuse_family(model: PreTrainedModel, config: PreTrainedConfig, name: str, is_built: bool = False) -> None:
     """Raises ValueError for a model that computes attention in its own code and would silently ignore the choice, or
-    fail to find it in a table."""
-    if model._can_set_attn_implementation() and not computes_itself(config):
+    fail to find it in a table.
+
+    Args:
+        is_built: whether its layers are there to look at, which tells of models that are not of transformers.
+    """
+    can_set, is_own = model._can_set_attn_implementation(), is_built_of_own(model, config)
+    if can_set and not is_own and not (is_built and ignores_choice(model)):
         return
     cure = "models of this family are not supported"
     others = [path for path, inner in inner_configs(config) if "." not in path and not computes_itself(inner)]
-    if model._can_set_attn_implementation() and others:
+    if can_set and is_own and others:
         parts = {path: name for path in others}
         cure = f"choose it for its other parts alone, with attn_implementation={parts} or sb.replace_attention(model)"
     raise ValueError(
@@ -113,9 +124,25 @@ def _post_init(original: Callable[[PreTrainedModel], None]) -> Callable[[PreTrai
     @functools.wraps(original)
     def post_init(self: PreTrainedModel) -> None:
         original(self)
+        name = getattr(self.config, "_attn_implementation", None)
+        if is_ours(name) and ignores_choice(self) and not _is_part_of_another(self):
+            refuse_family(self, self.config, name, is_built=True)
         adopt(self)
 
     return post_init
+
+
+def _is_part_of_another(model: PreTrainedModel) -> bool:
+    """Whether the __init__ of another model, whose other parts may ask for attention functions, runs at the moment."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__init__" and code.co_argcount:
+            owner = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(owner, PreTrainedModel) and owner is not model:
+                return True
+        frame = frame.f_back
+    return False
 
 
 def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., None]:
@@ -124,8 +151,9 @@ def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., Non
         if isinstance(attn_implementation, str) and attn_implementation.startswith(PREFIX):
             check_registered(attn_implementation)
             for inner in self.modules():
-                is_model = isinstance(inner, PreTrainedModel)
-                if is_model and (inner.config is self.config or not computes_itself(inner.config)):
+                if inner is self:
+                    refuse_family(self, self.config, attn_implementation, is_built=True)
+                elif isinstance(inner, PreTrainedModel) and not computes_itself(inner.config):
                     refuse_family(inner, inner.config, attn_implementation)
         before = {id(inner): inner._attn_implementation for _, inner in inner_configs(self.config)}
         original(self, attn_implementation, *args, **kwargs)

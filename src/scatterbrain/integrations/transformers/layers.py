@@ -62,6 +62,13 @@ def routes(cls: type[nn.Module]) -> bool:
     return code is not None and any(name in code.co_names for name in _INTERFACE)
 
 
+def is_of_transformers(cls: type) -> bool:
+    """Whether a class is one of those that transformers has for its models and their configurations. torch derives
+    classes of its own, for modules with parametrizations and others."""
+    own = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+    return own.__module__.startswith("transformers.models.")
+
+
 def implementation(module: nn.Module) -> str | None:
     """The attention implementation that a module's configuration names."""
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
@@ -287,8 +294,9 @@ def cross_note(module: nn.Module, path: str, pairs: Pairs) -> str:
 def causality(module: nn.Module, model: nn.Module | None = None, path: str = "") -> bool | None:
     """Whether the self-attention of a layer is causal in all calls (True) or in none (False); None where neither is
     known. Of a layer that says it is not, that holds if the model told it so, and else if nothing around it, up to the
-    nearest model with a configuration of its own, makes causal masks: some pass them to layers that know of none.
-    The latter is all there is of a layer that says nothing.
+    outermost model with the same configuration, makes causal masks: some pass them to layers that know of none.
+    The latter is all there is of a layer of transformers that says nothing, whose models make masks for every layer.
+    Layers of others that say nothing may rely on transformers' sdpa, which takes them for causal.
 
     Args:
         module: the attention module, at ``path`` in ``model``.
@@ -301,16 +309,21 @@ def causality(module: nn.Module, model: nn.Module | None = None, path: str = "")
             return says
     elif _is_wrongly_causal(module):
         return False
+    elif not is_of_transformers(type(module)):
+        return None
     around = _around(model, path)
-    if around and isinstance(around[-1], PreTrainedModel):
+    if any(isinstance(part, PreTrainedModel) for part in around):
         makes_causal = any(_makes_causal_masks(type(part)) for part in around)
-        return None if makes_causal else False
+        # A user's model around such a layer may rely on sdpa, too, where those of the layer's file are causal.
+        is_unknown = says is None and not is_of_transformers(type(around[-1])) and _may_make_causal_masks(type(module))
+        return None if makes_causal or is_unknown else False
     return None if says is not None or _may_make_causal_masks(type(module)) else False
 
 
 def note_causality(module: nn.Module, is_causal: bool | None, path: str = "") -> None:
     """Notes for :func:`is_causal_alone` that a layer is never causal, where it does not say so itself. transformers'
-    sdpa takes such layers for causal, which eager attention is not.
+    sdpa takes such layers for causal, which eager attention is not. A layer is looked at again once there is a model
+    around its own, which may know better, and the note goes.
 
     Args:
         module: the attention module, at ``path`` in its model.
@@ -318,6 +331,8 @@ def note_causality(module: nn.Module, is_causal: bool | None, path: str = "") ->
     """
     if _says(module) is None and (is_causal is False or not _is_self(module, path)):
         module.__dict__[NEVER_CAUSAL] = True
+    else:
+        module.__dict__.pop(NEVER_CAUSAL, None)
 
 
 def is_causal_alone(module: nn.Module) -> bool:
@@ -337,13 +352,16 @@ def _is_wrongly_causal(module: nn.Module) -> bool:
 
 
 def _around(model: nn.Module | None, path: str) -> list[nn.Module]:
-    """The modules around the one at ``path`` in ``model``, from the inside, up to the nearest PreTrainedModel."""
-    names, found = path.split("."), []
+    """The modules around the one at ``path`` in ``model``, from the inside, up to the outermost PreTrainedModel that
+    shares its configuration with the nearest; all of them if there is no PreTrainedModel."""
+    names, found, end, config = path.split("."), [], None, None
     for length in range(len(names) - 1, -1, -1) if model is not None else ():
         found.append(model.get_submodule(".".join(names[:length])))
         if isinstance(found[-1], PreTrainedModel):
-            break
-    return found
+            if end is not None and found[-1].config is not config:
+                break
+            end, config = len(found), found[-1].config
+    return found[:end]
 
 
 def _may_make_causal_masks(cls: type[nn.Module]) -> bool:

@@ -10,14 +10,14 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from scatterbrain.integrations.transformers.layers import routes
+from scatterbrain.integrations.transformers.layers import attention_layers, is_of_transformers, routes
 
 _SCORES = ("softmax", "scaled_dot_product_attention")
 _CALLED = ("Attention", "Attn")  # part of the names of classes that are attention
@@ -36,15 +36,37 @@ class Parts(NamedTuple):
 
 
 def computes_itself(config: PreTrainedConfig) -> bool:
-    """Whether all attention under a configuration is code of the model's own, which ignores the implementation that
-    the configuration names, or fails to find it in a table, though transformers takes the choice."""
-    return _computes_itself(type(config))
+    """Whether all attention under a configuration of transformers is code of the model's own, which ignores the
+    implementation that the configuration names, or fails to find it in a table, though transformers takes the choice.
+    Of other configurations this is not known: their models may build parts by the name of a class in a file."""
+    return is_of_transformers(type(config)) and _computes_itself(type(config))
 
 
 @functools.cache
 def _computes_itself(config_class: type[PreTrainedConfig]) -> bool:
     parts = [attention_of(model) for model in models_of(config_class) if model._can_set_attn_implementation()]
     return any(part.own for part in parts) and not any(part.routed for part in parts)
+
+
+def is_built_of_own(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
+    """Whether it is certain before a model is built that all of its attention will be code of its own."""
+    if not computes_itself(config):
+        return False
+    cls = type(model)  # one of a user's may share no more than the configuration with the models of transformers
+    return is_of_transformers(cls) or _is_own(cls, is_of_transformers)
+
+
+def ignores_choice(model: PreTrainedModel) -> bool:
+    """Whether a model that is built has attention of its own and no layer that asks for an attention function."""
+    return next(attention_layers(model), None) is None and _is_own(type(model))
+
+
+def _is_own(model: type[PreTrainedModel], counts: Callable[[type[nn.Module]], bool] = lambda cls: True) -> bool:
+    try:
+        parts = attention_of(model)
+    except Exception:  # code that cannot be read refuses no model
+        return False
+    return any(map(counts, parts.own)) and not parts.routed
 
 
 def exact_name(config: PreTrainedConfig) -> str:
@@ -63,8 +85,10 @@ def inner_configs(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[st
 
 
 def models_of(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
-    """The classes of models with this configuration, in the file beside that of the configuration's class."""
-    file = _file(config_class.__module__.replace(".configuration_", ".modeling_"))
+    """The classes of models with this configuration, in the file beside that of the configuration's class. Files of
+    others than transformers are not imported for it."""
+    name = config_class.__module__.replace(".configuration_", ".modeling_")
+    file = _file(name) if is_of_transformers(config_class) else sys.modules.get(name)
     found = [] if file is None else list(vars(file).values())
     models = [c for c in found if inspect.isclass(c) and issubclass(c, PreTrainedModel)]
     return [c for c in models if c.__module__ == file.__name__ and c.config_class is config_class]
@@ -73,7 +97,7 @@ def models_of(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel
 def _file(name: str) -> ModuleType | None:
     try:
         return sys.modules.get(name) or importlib.import_module(name)
-    except ImportError:  # there is none, or it needs packages that are not installed
+    except Exception:  # there is none, or it needs packages that are not installed, or too old, or break
         return None
 
 
@@ -84,11 +108,16 @@ def attention_of(model: type[PreTrainedModel]) -> Parts:
     todo = [model]
     while todo:
         for cls in _built_by(todo.pop()):
-            is_other_model = issubclass(cls, PreTrainedModel) and cls.config_class is not model.config_class
-            if cls not in seen and not is_other_model:
+            if cls not in seen and not (issubclass(cls, PreTrainedModel) and _is_another(cls, model)):
                 seen.add(cls)
                 todo.append(cls)
     return Parts(frozenset(filter(routes, seen)), frozenset(filter(_computes_scores, seen)))
+
+
+def _is_another(part: type[PreTrainedModel], model: type[PreTrainedModel]) -> bool:
+    """Whether ``part`` takes another configuration than ``model``, which may extend that of its parts."""
+    inner, outer = part.config_class, model.config_class
+    return inner is not outer and not (inspect.isclass(inner) and inspect.isclass(outer) and issubclass(outer, inner))
 
 
 def _built_by(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
