@@ -104,6 +104,11 @@ def test_a_budget_is_kept_and_both_are_refused(tuned: Callable[..., Tuning]) -> 
         found = tuned(budget=share)
         fastest = min(step.seconds for step in tuned(budget=1e-9).steps)
         assert found.chosen.seconds <= max(share * found.exact_seconds, fastest)
+        assert ("nothing is" in str(found)) == (fastest > share * found.exact_seconds)
+    unmet = tuned(budget=1e-9)
+    share = f"{unmet.chosen.seconds / unmet.exact_seconds:.3g}"
+    said = f"at most 1e-09 of exact attention's time; nothing is, the fastest takes {share} of it"
+    assert said in str(unmet) and unmet.settings.about["bound"] == said
     for arguments in ({}, {"max_error": 0.1, "budget": 0.5}):
         with pytest.raises(ValueError, match="give either max_error or budget"):
             tuned(**arguments)

@@ -226,6 +226,11 @@ def test_a_run_folder_of_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "rows of 100 bytes of its validation text" in out and "causal" in out
     assert main(["compare", str(tmp_path / "run"), "--inputs", str(text), "--tokens", "80", *few]) == 0
     assert f"rows of 80 bytes of {text}" in capsys.readouterr().out
+    short = tmp_path / "short.txt"
+    for content in (b"", b"hello world"):
+        short.write_bytes(content)
+        assert main(["compare", str(tmp_path / "run"), "--inputs", str(short), *few]) == 1
+        assert f"{short}: expected at least 1 rows of 100 bytes, got 0" in capsys.readouterr().err
 
 
 def test_what_is_no_model_or_no_input_says_what_was_expected(

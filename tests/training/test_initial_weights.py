@@ -17,6 +17,7 @@ import safetensors.torch
 
 import scatterbrain as sb
 from scatterbrain.training.config import AttentionConfig, CompareConfig, RunConfig
+from scatterbrain.training.files import UnusableRun
 from scatterbrain.training.initial_weights import initialize_from
 from scatterbrain.training.models.vit import VisionTransformer
 from scatterbrain.training.trainer import Trainer
@@ -168,5 +169,15 @@ def test_a_file_that_does_not_fit_leaves_the_run_that_is_there(tiny: Callable[..
     before = first.folder.checkpoint.read_bytes()
     with pytest.raises(ValueError, match=r"train\.initialize_from: expected .* got '.*nothing\.safetensors'"):
         config = tiny(output="run", initialize_from=str(tmp_path / "nothing.safetensors"))
+        Trainer(dataclasses.replace(config, overwrite=True))
+    assert first.folder.checkpoint.read_bytes() == before
+
+
+def test_weights_of_the_run_that_is_overwritten_are_refused_before_they_are_lost(tiny: Callable[..., RunConfig]):
+    first = Trainer(tiny(output="run"))
+    first.run()
+    before = first.folder.checkpoint.read_bytes()
+    config = tiny(output="run", initialize_from=str(first.folder.checkpoint))
+    with pytest.raises(UnusableRun, match=r"train\.initialize_from: expected a file that outlives .*another --output"):
         Trainer(dataclasses.replace(config, overwrite=True))
     assert first.folder.checkpoint.read_bytes() == before

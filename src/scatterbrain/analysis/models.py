@@ -289,11 +289,13 @@ class Source:
                     f"--inputs: the run in {self.model} has the task {run.task.kind}, whose own validation inputs are "
                     "measured; leave --inputs out"
                 )
-            content = b"\n".join(path.read_bytes() for path in files(self.inputs, None))
-            text, tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8), self._tokens(run.train.context)
+            content = bytearray(b"\n".join(path.read_bytes() for path in files(self.inputs, None)))
+            text = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+            tokens = self._tokens(run.train.context)
             rows, masks = _rows(text.long(), tokens, self._row_count * self._batch_count), None
             about = f"rows of {tokens} bytes of {self.inputs}"
-        what = f"rows of {rows.shape[1]} {run.task.inputs}" if rows.ndim < 4 else "images"
+        unit = run.task.inputs if self.inputs is None else "bytes"
+        what = f"rows of {rows.shape[1]} {unit}" if rows.ndim < 4 else "images"
         sized_by = None if self.inputs is None else "tokens"
         starts = [slice(i, i + self._row_count) for i in self._starts(len(rows), what, sized_by)]
         batches = [rows[part] if masks is None else (rows[part], masks[part]) for part in starts]

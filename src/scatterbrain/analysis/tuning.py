@@ -154,7 +154,8 @@ def tune(
         max_error: largest ||y - y*|| / ||y*|| of the model's output against that with exact attention, the mean over
             batch rows, on the batches of either half. Of outputs by token, (rows, tokens, ...), those of padding do not
             count.
-        budget: largest time of all attention, as a share of exact attention's.
+        budget: largest time of all attention, as a share of exact attention's. Where nothing is as fast, the fastest
+            combination is returned, and its ``bound`` says so.
         output: of what the model returns, the tensor (rows, ...) that errors are of; default ``last_hidden_state``,
             ``logits`` or the tensor itself.
         candidates: pairs to choose from besides exact attention. Default windows of 64 and 128 keys and ``Routed`` with
@@ -191,6 +192,8 @@ def tune(
     chosen = search.within(budget) if max_error is None else search.keeping(max_error)
     steps = sorted([search.first, *search.measured], key=lambda step: -step.seconds)
     bound = f"error at most {max_error:g}" if budget is None else f"at most {budget:g} of exact attention's time"
+    if budget is not None and chosen.seconds > budget * search.exact_seconds:
+        bound += f"; nothing is, the fastest takes {chosen.seconds / search.exact_seconds:.3g} of it"
     uniform = search.best_uniform(max_error if budget is None else chosen.error)
     about = {
         "scatterbrain": __version__,

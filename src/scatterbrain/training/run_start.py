@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -85,12 +86,19 @@ def write_first_files(
             print(f"{folder.metrics} has records of {known} of {progress.step} steps; the others are not drawn")
         check_same_data(folder, data)
     else:
+        source, fingerprint = config.train.initialize_from, ""
+        if source is not None:
+            if Path(source).expanduser().resolve() in {path.resolve() for path in folder.results}:
+                raise UnusableRun(
+                    f"train.initialize_from: expected a file that outlives the results in {folder.path}, which a new "
+                    f"run removes, got {source}, one of them; choose another --output, or copy the file"
+                )
+            fingerprint = initial_fingerprint(source)
         # Before the new settings are written: a log must never stand beside settings that are not its own.
         for path in folder.results:
             path.unlink(missing_ok=True)
         shutil.rmtree(folder.board, ignore_errors=True)
-        if config.train.initialize_from is not None:
-            fingerprint = initial_fingerprint(config.train.initialize_from)
+        if source is not None:
             write_atomically(folder.initial_weights, fingerprint.encode())
     for name, content in getattr(data, "files", {}).items():
         write_atomically(folder.path / name, content)
