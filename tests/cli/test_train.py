@@ -314,6 +314,14 @@ def test_a_file_extends_another_wherever_it_is_named(config, tmp_path, arguments
     assert (found.model.layers, found.model.width, found.train.context, found.train.warmup) == (2, 32, 64, 3)
 
 
+@pytest.mark.parametrize("key", ['"extends"', "'extends' ", "\ufeffextends"], ids=["quoted", "in single quotes", "BOM"])
+def test_a_file_extends_another_however_yaml_has_the_key(config, tmp_path, key):
+    extending = tmp_path / "extending.yaml"
+    extending.write_text(f"{key}: config.yaml\nmodel: {{layers: 2}}\n", encoding="utf-8")
+    found = parse_run_config([str(extending)])
+    assert (found.model.layers, found.model.width) == (2, 32)
+
+
 def test_a_section_of_something_else_is_refused_wherever_its_file_is_named(config, tmp_path, capsys):
     config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": "words"}))
     assert run_to_its_exit_code("train", "--train.steps=1", f"--config={config}", "--model.layers=1") == 2

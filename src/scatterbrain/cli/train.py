@@ -96,7 +96,8 @@ def _with_extended(config: str) -> str:
     from scatterbrain.training.config_files import read_config
 
     path = Path(config)
-    if not path.is_file() or not re.search(r"^extends *:", path.read_text(encoding="utf-8"), re.MULTILINE):
+    # Quoted too, and behind a byte order mark: what YAML takes for the key.
+    if not path.is_file() or not re.search(r"""^["']?extends["']? *:""", path.read_text("utf-8-sig"), re.MULTILINE):
         return config
     return yaml.safe_dump(read_config(path), sort_keys=False)
 
