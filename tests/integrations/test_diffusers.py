@@ -243,6 +243,31 @@ def test_a_text_that_is_hidden_whole_is_seen_whole():
     close(out[1], exact(*arguments, attention_mask=mask)[1])
 
 
+@pytest.mark.parametrize("hidden", [False, -torch.inf], ids=["bool", "inf"])
+def test_a_text_of_which_nothing_can_be_seen_gives_zeros(hidden: float):
+    keep = torch.ones(2, 1, TEXT, dtype=torch.bool)
+    keep[0], keep[1, :, 9:] = False, False
+    mask = keep if hidden is False else torch.zeros(2, 1, TEXT).masked_fill(~keep, hidden)
+    exact = layer(cross_attention_dim=WIDTH)
+    mine = copy.deepcopy(exact)
+    sb.replace_attention(mine, **EVERY_KEY)
+    arguments = rand(2, 40, WIDTH, seed=1), text()
+    expected = exact(*arguments, attention_mask=mask)
+    close(expected[0], exact.to_out[0].bias.expand_as(expected[0]))
+    close(mine(*arguments, attention_mask=mask), expected)
+
+
+def test_keys_that_a_finite_number_hides_are_seen_where_infinity_hides_the_others():
+    mask = torch.full((2, 1, TEXT), -torch.inf)
+    mask[0, :, :5], mask[1, :, :9] = -10000.0, 0.0
+    exact = layer(cross_attention_dim=WIDTH)
+    mine = copy.deepcopy(exact)
+    sb.replace_attention(mine, **EVERY_KEY)
+    arguments = rand(2, 40, WIDTH, seed=1), text()
+    out, expected = (each(*arguments, attention_mask=mask) for each in (mine, exact))
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)  # float32 rounds scores beside -10000
+
+
 def test_learned_projections_are_trained():
     model = dit().train()
     sb.replace_attention(model, sb.Window(4), sb.Quadratic(4, "learned"))

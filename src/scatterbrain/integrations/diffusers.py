@@ -31,7 +31,10 @@ class ScatterbrainAttnProcessor(HostModule, nn.Module):
 
     An ``attention_mask`` that only hides keys (for all queries of an image alike, as diffusers makes it from
     ``encoder_attention_mask``) is honoured; any other runs exactly, as AttnProcessor2_0 computes it, and warns once.
-    Where it hides every key of an image, none is hidden: AttnProcessor2_0 adds the same number to all scores there.
+    Where a finite number, such as diffusers' -10000, hides every key of an image, none is hidden: AttnProcessor2_0 adds
+    it to all scores there, which leaves their softmax as it was. A number as low as the dtype's lowest absorbs the
+    scores: AttnProcessor2_0 then takes the mean of all values, and this still weighs them. Where bool or -inf hides
+    every key, the result of attention is 0, as that of torch's.
     ``support=Full()`` is AttnProcessor2_0 itself; ``attention`` is then None and ``low_rank`` unused.
 
     Args:
@@ -138,11 +141,13 @@ def _tokens(x: Tensor) -> int:
 
 def _key_padding(mask: Tensor, batch: int, keys: int) -> Tensor | None:
     """(batch, keys) of a mask (batch, keys) or (batch, 1, keys), which the layer repeats for its heads. A row that
-    hides every key hides none."""
+    hides every key hides none by a finite number."""
     if mask.shape[0] != batch or mask.numel() != batch * keys or mask.shape[-1] != keys:
         return None
     padding = padding_of(mask.reshape(batch, 1, 1, keys), batch, keys, HIDDEN)
-    return None if padding is None else padding & ~padding.all(-1, keepdim=True)
+    if padding is None or not mask.is_floating_point():
+        return padding
+    return padding & ~(padding.all(-1, keepdim=True) & mask.reshape(batch, keys).isfinite())
 
 
 # -------------------- whole models
