@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from threading import Event
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import transformers
 
 import scatterbrain as sb
 from scatterbrain.integrations.transformers import UpdateStatistics, register, set_attention_dropout
+from scatterbrain.integrations.transformers.registry import PER_LAYER
 
 SETTINGS = (sb.Routed(32, block_q=8), sb.Quadratic(5))
 LEARNED = register("scatterbrain:trained", sb.Window(16, block_q=8), sb.Quadratic(5, "learned"))
@@ -114,6 +117,57 @@ def test_restore_keeps_an_implementation_that_was_chosen_since():
     assert torch.equal(hf.run(model, **arguments), replaced)
     late.restore()
     assert model.config._attn_implementation == "eager"
+
+
+def test_restoring_an_older_report_leaves_what_a_later_one_attached():
+    model = hf.FAMILIES["bert"].build()
+    arguments, _ = hf.inputs("bert")
+    exact = hf.run(model, **arguments)
+    older = sb.replace_attention(model, sb.Window(8, block_q=8), None)
+    model.set_attn_implementation("sdpa")
+    later = sb.replace_attention(model, sb.Window(16, block_q=8), None)
+    replaced = hf.run(model, **arguments)
+    older.restore()
+    assert torch.equal(hf.run(model, **arguments), replaced) and not torch.allclose(replaced, exact, atol=1e-3)
+    later.restore()
+    assert torch.equal(hf.run(model, **arguments), exact) and model.config._attn_implementation == "sdpa"
+
+
+def test_a_replaced_layer_without_a_configuration_stops_no_other():
+    broken, model = hf.FAMILIES["bert"].build(), hf.FAMILIES["bert"].build()
+    sb.replace_attention(broken, *SETTINGS)
+    del broken.encoder.layer[0].attention.self.config
+    report = sb.replace_attention(model, *SETTINGS)
+    assert len(report.replaced) == 2
+    report.restore()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_threads_replace_layers_of_several_models_at_once():
+    held, mine, other = (hf.FAMILIES["bert"].build() for _ in range(3))
+    sb.replace_attention(held, *SETTINGS)
+    layer, config, looks, changed, errors = held.encoder.layer[0].attention.self, held.config, Event(), Event(), []
+
+    def waits(self: torch.nn.Module) -> transformers.PreTrainedConfig:
+        if threading.current_thread() is thread:  # it goes through the replaced layers, which the other one adds to
+            looks.set()
+            changed.wait(0.5)
+        return config
+
+    def work() -> None:
+        try:
+            sb.replace_attention(mine, *SETTINGS)
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    layer.__class__ = type("Waiting", (type(layer),), {"config": property(waits)})
+    thread.start()
+    assert looks.wait(10)
+    sb.replace_attention(other, *SETTINGS)
+    changed.set()
+    thread.join()
+    assert not errors and {model.config._attn_implementation for model in (mine, other)} == {PER_LAYER}
 
 
 def test_a_layer_is_not_replaced_twice():

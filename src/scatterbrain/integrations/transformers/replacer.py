@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
@@ -37,12 +38,15 @@ class TransformersReplacer:
         self._places: WeakKeyDictionary[nn.Module, tuple[int, str, bool | None]] = WeakKeyDictionary()
         # What the configuration of each replaced layer named before the first of the layers that share it was replaced.
         self._before: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+        # The dictionaries serve all models of the process, and threads may replace the layers of several at once.
+        self._lock = threading.RLock()
 
     def prepare(self, model: nn.Module) -> None:
         for i, (path, module) in enumerate(attention_layers(model)):
             is_causal = causality(module, model, path)
             note_causality(module, is_causal, path)
-            self._places[module] = i, path, is_causal
+            with self._lock:
+                self._places[module] = i, path, is_causal
 
     def matches(self, module: nn.Module) -> bool:
         return routes(type(module))
@@ -64,25 +68,32 @@ class TransformersReplacer:
                 "change it"
             )
         parked = module.__dict__.pop(PARKED, None)
-        seed, path, is_causal = self._places.get(module, (0, "", causality(module)))
+        with self._lock:
+            seed, path, is_causal = self._places.get(module, (0, "", causality(module)))
         pairs = Pairs(support, low_rank, causal_support, causal_low_rank)
         try:
-            attach(module, pairs, path, seed=seed, is_causal=is_causal)
+            core = attach(module, pairs, path, seed=seed, is_causal=is_causal)
         except ValueError as error:
             if parked is not None:
                 module.__dict__[PARKED] = parked
             raise NotReplaceable(str(error)) from error
-        self._before[module] = self._name_before(config)
-        config._attn_implementation_internal = PER_LAYER
+        with self._lock:
+            self._before[module] = self._name_before(config)
+            config._attn_implementation_internal = PER_LAYER
 
         def undo() -> None:
+            present = core_of(module)
+            # An adapter may hold the core inside of its own module.
+            if present is not None and all(part is not core for part in present.modules()):
+                return  # that of a later choice, which is not this report's to undo
             detach(module)
             if parked is not None:
                 module.__dict__[PARKED] = parked
-            was_chosen_since = module not in self._before
-            before = self._before.pop(module, None)
-            if implementation(module) == PER_LAYER and not was_chosen_since and not self._sharing(config):
-                config._attn_implementation_internal = before
+            with self._lock:
+                was_chosen_since = module not in self._before
+                before = self._before.pop(module, None)
+                if implementation(module) == PER_LAYER and not was_chosen_since and not self._sharing(config):
+                    config._attn_implementation_internal = before
 
         return cross_note(module, path, pairs), undo
 
@@ -98,7 +109,7 @@ class TransformersReplacer:
 
     def _sharing(self, config: PreTrainedConfig) -> list[nn.Module]:
         """The replaced layers of a configuration object, which several models may share."""
-        return [layer for layer in self._before if layer.config is config]
+        return [layer for layer in self._before if getattr(layer, "config", None) is config]
 
 
 class UpdateStatistics(TrainerCallback):
