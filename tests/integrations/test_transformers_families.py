@@ -489,12 +489,20 @@ class PoolBesideBert(PreTrainedModel):
         self.post_init()
 
 
+class Extended(Pool):
+    def __init__(self, config):
+        super().__init__(config)
+        self.text = transformers.AutoModel.from_config(transformers.BertConfig(**SMALL), attn_implementation=NAMES[1])
+        self.post_init()
+
+
 USERS: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "configuration of its own": (Embedding, EmbeddingConfig(**SMALL)),
     "model of transformers with a head": (Reward, RewardConfig(**SMALL)),
     "wrapper of another": (Wrapper, WrapperConfig()),
     "configuration of others": (BorrowedConfig, transformers.GitConfig(**SMALL, vision_config=VISION)),
     "parts that are models": (PoolBesideBert, EmbeddingConfig(**SMALL)),
+    "class that another extends": (Extended, EmbeddingConfig(**SMALL)),
 }
 
 

@@ -125,24 +125,23 @@ def _post_init(original: Callable[[PreTrainedModel], None]) -> Callable[[PreTrai
     def post_init(self: PreTrainedModel) -> None:
         original(self)
         name = getattr(self.config, "_attn_implementation", None)
-        if is_ours(name) and ignores_choice(self) and not _is_part_of_another(self):
+        if is_ours(name) and ignores_choice(self) and _is_outermost():
             refuse_family(self, self.config, name, is_built=True)
         adopt(self)
 
     return post_init
 
 
-def _is_part_of_another(model: PreTrainedModel) -> bool:
-    """Whether the __init__ of another model, whose other parts may ask for attention functions, runs at the moment."""
-    frame = inspect.currentframe()
+def _is_outermost() -> bool:
+    """Whether no more than one __init__ of a model runs at the moment: that of a model around this one, or of a class
+    that extends its class, may go on with parts that ask for attention functions."""
+    frame, running = inspect.currentframe(), 0
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__init__" and code.co_argcount:
-            owner = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(owner, PreTrainedModel) and owner is not model:
-                return True
+            running += isinstance(frame.f_locals.get(code.co_varnames[0]), PreTrainedModel)
         frame = frame.f_back
-    return False
+    return running <= 1
 
 
 def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., None]:
