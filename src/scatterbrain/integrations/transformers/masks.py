@@ -83,39 +83,27 @@ def compact_mask(
     window_covers = local_size is not None and kv_offset == 0 and kv_length <= local_size
     is_causal = allow_is_causal_skip and (mask_function is causal_mask_function or window_covers)
     is_bidirectional = allow_is_bidirectional_skip and (mask_function is bidirectional_mask_function or window_covers)
+    whole = dict(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        device=device,
+        **arguments,
+    )
     if is_added(arguments.get("config")):
-        return eager_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-            device=device,
-            **arguments,
-        )
+        return eager_mask(**whole)
     if is_tracing() and q_length != 1 and _family(arguments.get("config")) not in READ_MASKS:
         sequence = _causal_sequences(mask_function, window_covers)
         if sequence is not None:
             return sequence.to(torch.int32)[:, None, :, None]
     if q_length == 1 or not (is_causal or is_bidirectional):
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            allow_is_causal_skip=allow_is_causal_skip,
-            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-            device=device,
-            **arguments,
-        )
+        return sdpa_mask(**whole, allow_is_causal_skip=allow_is_causal_skip)
     keep = _keep(attention_mask, kv_length, kv_offset)
     # A mask on a GPU stays: to look whether it keeps everything, every forward pass would wait for the device.
     if keep is not None and keep.is_cpu and not is_tracing(keep) and not is_batched(keep) and bool(keep.all()):
