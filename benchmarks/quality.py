@@ -8,6 +8,7 @@ layers.
     scoring every key
     python benchmarks/quality.py FILE --equal-cost  support and kernel together, each alone, and the paper's estimator,
     each as large as the same multiply-adds per query allow; src/scatterbrain/analysis/cost.py has the formula
+    python benchmarks/quality.py FILE --equal-cost-search  the pairs that gain most on the better of their parts
 
 FILE is a safetensors file of (heads, tokens, head_dim) tensors named `<model>.N<tokens>.layer<l>.{q,k,v}` to measure on
 and `<model>.cal.layer<l>.{q,k}` to calibrate on; attention is softmax(q k^T / sqrt(head_dim)) v. Models named lm* are
@@ -27,11 +28,14 @@ from functools import partial
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 import scatterbrain as sb
 from scatterbrain.analysis.cost import Shape, cost, with_keys_for, with_size_for
 from scatterbrain.bench.inputs import calibration_of
 from scatterbrain.hilbert import hilbert_order
+from scatterbrain.low_rank import LowRankKernel
+from scatterbrain.supports import Support
 
 
 @dataclass
@@ -87,10 +91,11 @@ def load(path: str, rank: int, calibration_tokens: int | None) -> dict[str, list
 
 
 Method = Callable[[Layer], Tensor]
+Pair = tuple[Support, LowRankKernel | None]
 POOLED, PER_QUERY = {"block_q": 16}, {"block_q": 1, "block_k": 8, "window": 16}
 
 
-def approximate(layer: Layer, support: object, low_rank: object) -> Tensor:
+def approximate(layer: Layer, support: Support, low_rank: LowRankKernel | None) -> Tensor:
     stored = isinstance(low_rank, sb.Quadratic) and low_rank.statistics == "stored"
     return sb.attention(
         layer.q,
@@ -185,14 +190,33 @@ def together() -> Iterator[tuple[sb.Routed, sb.Centroid]]:
     """Pairs that set the cost: the default, ``quality``, and less error at a higher cost."""
     yield sb.presets.drop_in()
     yield sb.presets.quality()
-    yield sb.Routed(160, block_q=8, pools=2), sb.Centroid(96)
+    yield sb.Routed(160, block_q=8), sb.Centroid(64)
 
 
-def counterparts(support: sb.Routed, budget: float, shape: Shape, rank: int) -> Iterator[tuple[str, object, object]]:
-    """(name, support, kernel) within the budget: sparse alone, low-rank alone, and the paper's estimator, which shares
-    it out between 64 features and as many keys as the rest pays for. The support is None where nothing fits."""
-    for name, of in (("window", sb.Window(1)), ("LSH", sb.LSH(2)), ("routed", replace(support, pools=1))):
-        yield f"sparse only: {name}", with_keys_for(budget, of, None, shape), None
+# Of routed lists: blocks of queries with one or two means of keys, and a list per query, by means or by sketches.
+FORMS: tuple[dict[str, int], ...] = (
+    {"block_q": 32},
+    {"block_q": 32, "pools": 2},
+    {"block_q": 16},
+    {"block_q": 16, "pools": 2},
+    {"block_q": 8},
+    {"block_q": 8, "pools": 2},
+    {"block_q": 1, "block_k": 8, "pools": 2},
+    {"block_q": 1, "block_k": 8, "pools": 0},
+)
+
+
+def counterparts(budget: float, shape: Shape, rank: int) -> Iterator[tuple[str, list[Pair]]]:
+    """(name, pairs within the budget, the best of which counts): sparse alone, low-rank alone, and the paper's
+    estimator, which shares it out between 64 features and as many keys as the rest pays for. No pair: nothing fits."""
+
+    def with_keys(*supports: Support, low_rank: LowRankKernel | None = None) -> list[Pair]:
+        fitting = (with_keys_for(budget, support, low_rank, shape) for support in supports)
+        return [(support, low_rank) for support in fitting if support is not None]
+
+    yield "sparse only: window", with_keys(sb.Window(1))
+    yield "sparse only: LSH", with_keys(sb.LSH(2))
+    yield "sparse only: routed", with_keys(*(sb.Routed(32, **form) for form in FORMS))
     for name, of in (
         ("centroid", sb.Centroid()),
         ("quadratic, statistics of the input", sb.Quadratic(rank, "input")),
@@ -200,48 +224,111 @@ def counterparts(support: sb.Routed, budget: float, shape: Shape, rank: int) -> 
         ("FAVOR+, centred and balanced", sb.Favor(centred=True)),
     ):
         kernel = with_size_for(budget, of, shape)
-        yield f"low-rank only: {name}", sb.Empty() if kernel else None, kernel
+        yield f"low-rank only: {name}", [(sb.Empty(), kernel)] if kernel else []
     lsh, favor = sb.presets.paper()
     for name, kernel in (("FAVOR+", favor), ("centred FAVOR+", replace(favor, centred=True))):
-        yield f"the paper's: LSH + {name}", with_keys_for(budget, lsh, kernel, shape), kernel
+        yield f"the paper's: LSH + {name}", with_keys(lsh, low_rank=kernel)
 
 
-def size_of(support: object, low_rank: object, spent: float) -> str:
+def size_of(support: Support, low_rank: LowRankKernel | None, spent: float) -> str:
     """Keys, and clusters, features or rank; how much of the budget is left unused, where that is more than a tenth."""
     parts = [f"{support.keys} keys"] if hasattr(support, "keys") else []
+    if isinstance(support, sb.Routed):
+        pools = {0: ", sketches", 2: ", 2 pools"}.get(support.pools, "")
+        parts = [f"{support.keys} keys for {support.block_q} {'query' if support.block_q == 1 else 'queries'}{pools}"]
     parts += [f"{getattr(low_rank, name)} {name}" for name in ("clusters", "features") if hasattr(low_rank, name)]
     parts += [f"rank {low_rank.rank}"] if hasattr(low_rank, "rank") else []
     return ", ".join(parts) + (f" ({spent:.0%} of the cost)" if spent < 0.9 else "")
 
 
+def mean_error(layers: list[Layer], support: Support, low_rank: LowRankKernel | None) -> float:
+    return sum(layer.error(approximate(layer, support, low_rank)) for layer in layers) / len(layers)
+
+
+def bidirectional(models: dict[str, list[Layer]]) -> dict[str, list[Layer]]:
+    found = {name: layers for name, layers in models.items() if not layers[0].is_causal}
+    if not found:
+        raise SystemExit("equal cost: expected a bidirectional model in the file; its models are all causal (lm*)")
+    return found
+
+
+def shape_of(layers: list[Layer]) -> Shape:
+    tokens, head_dim = layers[0].q.shape[-2:]
+    return Shape(tokens, tokens, head_dim, layers[0].v.shape[-1])
+
+
 def print_equal_cost(models: dict[str, list[Layer]], rank: int) -> None:
     """A table for each pair: how large every method is and its error, and how many times the pair's error that is."""
-    models = {name: layers for name, layers in models.items() if not layers[0].is_causal}
-    if not models:
-        raise SystemExit("--equal-cost: expected a bidirectional model in the file; its models are all causal (lm*)")
-
-    def mean_error(layers: list[Layer], support: object, low_rank: object) -> float:
-        return sum(layer.error(approximate(layer, support, low_rank)) for layer in layers) / len(layers)
-
+    models = bidirectional(models)
     for support, low_rank in together():
         heading, table = [], {}
         for model, layers in models.items():
-            (_, _, tokens, d), dv = layers[0].q.shape, layers[0].v.shape[-1]
-            shape = Shape(tokens, tokens, d, dv)
+            shape = shape_of(layers)
             budget, error = cost(support, low_rank, shape).total, mean_error(layers, support, low_rank)
-            heading += [f"{model}, {tokens} tokens: {budget:,.0f} multiply-adds", "error"]
+            heading += [f"{model}, {shape.queries} tokens: {budget:,.0f} multiply-adds", "error"]
             table.setdefault("both", []).append(f"{size_of(support, low_rank, 1)} | **{error:.4f}**")
-            for name, other, kernel in counterparts(support, budget, shape, rank):
+            for name, pairs in counterparts(budget, shape, rank):
                 cell = "- | -"
-                if other is not None:
-                    theirs, spent = mean_error(layers, other, kernel), cost(other, kernel, shape).total / budget
-                    cell = f"{size_of(other, kernel, spent)} | {theirs:.4f}, {theirs / error:.1f} times"
+                if pairs:
+                    errors = [mean_error(layers, *pair) for pair in pairs]
+                    theirs = min(errors)
+                    best = pairs[errors.index(theirs)]
+                    spent = cost(*best, shape).total / budget
+                    cell = f"{size_of(*best, spent)} | {theirs:.4f}, {theirs / error:.1f} times"
                 table.setdefault(name, []).append(cell)
         print("| " + " | ".join([f"{support} + {low_rank}", *heading]) + " |")
         print("| --- |" + " --- |" * len(heading))
         for name, cells in table.items():
             print("| " + " | ".join([name, *cells]) + " |", flush=True)
         print()
+
+
+BEST = 3  # pairs of a model that the search shows
+
+
+def print_equal_cost_search(models: dict[str, list[Layer]]) -> None:
+    """Of all pairs of routed lists and clusters, those whose parts alone, the lists in every form, err the most times
+    more at no more cost. A pair costs at most what the longest lists do, of 512 keys or all."""
+    print("| tokens | pair | multiply-adds | error | lists alone | error | clusters alone | error |")
+    print("| --- |" + " --- |" * 7)
+    for model, layers in bidirectional(models).items():
+        shape = shape_of(layers)
+        tokens = shape.queries
+        every = range(32, min(tokens, 512) + 1, 16)
+        sizes = [keys for keys in every if keys % 32 == 0 and keys < 400]
+        lists = [sb.Routed(keys, **form) for form in FORMS for keys in every]
+        clusters = [sb.Centroid(count) for count in (16, 32, 64, 96, 128, 192, 256)]
+
+        def measured(pairs: Iterable[Pair], title: str) -> list[tuple[float, float, Pair]]:
+            """(multiply-adds, error, pair)"""
+            pairs = list(pairs)
+            return [
+                (cost(*pair, shape).total, mean_error(layers, *pair), pair)
+                for pair in tqdm(pairs, desc=f"{model}: {title}", leave=False)
+            ]
+
+        alone = measured(((support, None) for support in lists), "lists alone")
+        low_rank = measured(((sb.Empty(), kernel) for kernel in clusters), "clusters alone")
+        pairs = [(sb.Routed(keys, **form), kernel) for form in FORMS for keys in sizes for kernel in clusters]
+        # A pair that costs more than the longest lists alone would win by default.
+        ceiling = min(cost(sb.Routed(every[-1], **form), None, shape).total for form in FORMS)
+        both = measured((pair for pair in pairs if cost(*pair, shape).total <= ceiling), "pairs")
+
+        def rivals(budget: float) -> list[tuple[float, float, Pair]]:
+            """The best of each part alone."""
+            within = ([row for row in rows if row[0] <= budget] for rows in (alone, low_rank))
+            return [min(rows, key=lambda row: row[1]) for rows in within if rows]
+
+        gains = []
+        for budget, error, pair in both:
+            found = rivals(budget)
+            if len(found) == 2:
+                gains.append((min(row[1] for row in found) / error, budget, error, pair))
+        for _, budget, error, pair in sorted(gains, key=lambda row: -row[0])[:BEST]:
+            cells = [f"{model}, {tokens}", size_of(*pair, 1), f"{budget:,.0f}", f"**{error:.4f}**"]
+            for _, theirs, other in rivals(budget):
+                cells += [size_of(*other, 1), f"{theirs:.4f}, {theirs / error:.1f} times"]
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -253,11 +340,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only rows whose name holds this text, such as centroid")
     parser.add_argument("--captured", action="store_true", help="also compare the staged search with scoring every key")
     parser.add_argument("--equal-cost", action="store_true", help="only compare methods of equal cost")
+    parser.add_argument("--equal-cost-search", action="store_true", help="only search for the pairs that gain most")
     options = parser.parse_args()
     models = load(options.file, options.rank, options.calibration_tokens)
     with torch.inference_mode():
         if options.equal_cost:
             return print_equal_cost(models, options.rank)
+        if options.equal_cost_search:
+            return print_equal_cost_search(models)
         rows = [row for row in methods(options.keys, options.rank) if options.only in row[0]]
         if not rows:
             names = ", ".join(row[0] for row in methods(options.keys, options.rank))
