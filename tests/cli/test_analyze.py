@@ -272,6 +272,43 @@ def test_bad_options_are_explained_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (["--csv", "qkv"], "--csv: expected a file other than that of --inputs, which it would replace, got qkv"),
+        (["--png", "qkv"], "--png: expected a file other than that of --inputs"),
+        (["--png", "folder/../qkv"], "--png: expected a file other than that of --inputs"),
+        (["--png", "soft"], "--png: expected a file other than that of --inputs"),
+        (["--csv", "hard"], "--csv: expected a file other than that of --inputs"),
+        (["--csv", "options.yaml"], "--csv: expected a file other than that of --config"),
+        (["--csv", "new", "--png", "new"], "--png: expected a file other than that of --csv"),
+        (["--csv", "folder/new", "--png", "folder/../folder/new"], "--png: expected a file other than that of --csv"),
+        (["--png", "analyze.csv"], "--png: expected a file other than that of --csv"),
+        (["--csv", "new", "--png", "dangling"], "--png: expected a file other than that of --csv"),
+    ],
+)
+def test_a_file_to_write_is_neither_one_that_is_read_nor_the_other(
+    captured: Path,
+    outputs: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("qkv").write_bytes(captured.read_bytes())
+    Path("options.yaml").write_text("keys: 16\n")
+    Path("folder").mkdir()
+    Path("soft").symlink_to("qkv")
+    Path("hard").hardlink_to("qkv")
+    Path("dangling").symlink_to("new")
+    before = sorted(path for path in Path().rglob("*"))
+    monkeypatch.setattr(runner, "measure", lambda *a: pytest.fail("measured"))
+    assert main(["analyze", "--config", "options.yaml", "--inputs", "qkv", "--temperatures", "1", *outputs]) == 1
+    assert message in (errors := capsys.readouterr().err) and errors.count("\n") == 1
+    assert Path("qkv").read_bytes() == captured.read_bytes() and sorted(Path().rglob("*")) == before
+
+
 def test_entries_are_chosen_by_name_or_by_how_names_begin(captured: Path) -> None:
     names = ["m.N200.layer0", "m.N200.layer1"]
     assert AnalyzeConfig(inputs=captured, entries=["m.N200"]).entries == names

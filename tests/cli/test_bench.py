@@ -380,6 +380,14 @@ def test_what_a_file_does_not_have_is_said(qkv_file: Path, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
+def test_the_file_of_inputs_is_not_written_to(qkv_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    before, new = qkv_file.read_bytes(), str(tmp_path / "new")
+    for outputs, other in ((["--json", str(qkv_file)], "--inputs"), (["--json", new, "--png", new], "--json")):
+        assert main(["bench", "--inputs", str(qkv_file), "--lengths", "32", "--rank", "3", *outputs]) == 1
+        assert f"expected a file other than that of {other}, which it would replace" in capsys.readouterr().err
+    assert qkv_file.read_bytes() == before and not Path(new).exists()
+
+
 def test_a_file_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("nothing here")

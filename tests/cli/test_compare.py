@@ -82,6 +82,39 @@ def test_a_function_of_a_file_and_every_output(module: Path, tmp_path: Path, cap
     assert "flattered" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [["compare"], ["tune", "--max-error", "1"]])
+def test_what_is_read_is_not_written_to(
+    command: list[str], module: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """And of a folder that is read nothing is replaced: its files may be those of the model."""
+    batch, folder = tmp_path / "batch.safetensors", tmp_path / "folder"
+    save_file({"src": torch.randn(4, 90, 32)}, batch)
+    (folder / "inner").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "inner" / "1.png").write_text("an image")
+    inputs, new = ["--inputs", str(batch)], str(tmp_path / "new")
+    names = ["--json", "--capture"] if command == ["compare"] else ["--yaml", "--times"]
+    cases = [
+        ([f"{module}:encoder", *inputs, names[0], str(module)], "other than that of MODEL"),
+        ([f"{module}:encoder", *inputs, names[1], str(batch)], "other than that of --inputs"),
+        (["vit", "--checkpoint", str(batch), names[0], str(batch)], "other than that of --checkpoint"),
+        ([f"{module}:encoder", *inputs, names[0], new, names[1], new], f"other than that of {names[0]}"),
+        (
+            [str(folder), names[0], str(folder / "config.json")],
+            f"not there yet, since {folder} is the folder that MODEL",
+        ),
+        (
+            [f"{module}:encoder", "--inputs", str(folder), "--png", str(folder / "inner" / "1.png")],
+            "that --inputs reads",
+        ),
+    ]
+    for arguments, message in cases:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert main([command[0], arguments[0], *command[1:], *arguments[1:]]) == 1
+        assert message in (errors := capsys.readouterr().err), errors
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_arguments_by_name(module: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "batch.safetensors"
     save_file({"src": torch.randn(4, 90, 32)}, file)

@@ -53,7 +53,6 @@ def analyze(arguments: Sequence[str]) -> int:
     """
     with readable_errors():
         config = parse_analyze_config(arguments)
-        check_outputs(config, "csv", "png")
         from scatterbrain.analysis.regimes.runner import run
 
         return run(config)
@@ -64,6 +63,7 @@ def parse_analyze_config(arguments: Sequence[str]) -> AnalyzeConfig:
 
     Raises:
         ValueError: for a value out of range.
+        CommandError: for a file to write that cannot be, or that another one would be lost to.
         SystemExit: with code 2, after a message that names the option, for an unknown one or a value of the wrong
             type; with code 0 after --help.
     """
@@ -81,10 +81,13 @@ def parse_analyze_config(arguments: Sequence[str]) -> AnalyzeConfig:
     parser.add_argument("--config", action=ActionConfigFile)
     _add_options(parser, Path_fr)
     chosen = parse(parser, arguments).as_dict()  # vars would have another name for keys
-    chosen.pop("config")
+    files = chosen.pop("config") or []
     for name in ("inputs", "csv", "png"):
         chosen[name] = None if chosen[name] is None else Path(str(chosen[name]))
-    return AnalyzeConfig(**chosen)
+    config = AnalyzeConfig(**chosen)
+    read = [("--config", Path(str(file))) for file in files if file is not None]  # None: options as YAML, in no file
+    check_outputs(config, "csv", "png", reads=[("--inputs", config.inputs), *read])
+    return config
 
 
 def _add_options(parser: HelpParser | ArgumentParser, readable_file: type) -> None:

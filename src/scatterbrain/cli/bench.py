@@ -58,7 +58,7 @@ def bench(arguments: Sequence[str]) -> int:
     """
     with readable_errors():
         config = parse_bench_config(arguments)
-        check_outputs(config, "json", "png")
+        check_outputs(config, "json", "png", reads=[("--inputs", config.inputs)])
         from scatterbrain.bench.runner import run
 
         return run(config)

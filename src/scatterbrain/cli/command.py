@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -43,23 +44,64 @@ def readable_errors() -> Iterator[None]:
         raise CommandError(one_line(error), getattr(error, "exit_code", 1)) from error
 
 
-def check_outputs(options: object, *names: str) -> None:
-    """Before minutes of measuring, not after: whether the files that options name can be written.
+def check_outputs(options: object, *names: str, reads: Iterable[tuple[str, Path | None]] = ()) -> None:
+    """Before minutes of measuring, not after: whether the files that options name can be written, each without another
+    or what the command reads being lost.
+
+    Args:
+        options: with the files as attributes; None: not written.
+        names: of those options, without dashes.
+        reads: what the user calls a file or folder that the command reads, and the path; None: it reads none there.
 
     Raises:
         CommandError: naming the option.
         ModuleNotFoundError: a package that writes them.
     """
+    taken: dict[str, Path] = {}
     for name in names:
         file = getattr(options, name)
         if file is None:
             continue
-        if Path(file).is_dir():
+        file = Path(file)
+        if file.is_dir():
             raise CommandError(f"--{name}: expected a file to write, got {file}, which is a folder")
+        for what, path in reads:
+            if path is not None:
+                _check_not_read(name, file, what, path)
+        for other, path in taken.items():
+            if _are_one(file, path):
+                raise CommandError(
+                    f"--{name}: expected a file other than that of --{other}, which it would replace, got {file}; give "
+                    "another name"
+                )
+        taken[name] = file
         if name == "png":
             import matplotlib  # noqa: F401
         if name == "yaml":
             import yaml  # noqa: F401
+
+
+def _check_not_read(name: str, file: Path, what: str, path: Path) -> None:
+    if _are_one(file, path):
+        raise CommandError(
+            f"--{name}: expected a file other than that of {what}, which it would replace, got {file}; give another "
+            "name"
+        )
+    # Times are added to those that a file has, and a file of anything else is refused.
+    if name != "times" and file.exists() and path.is_dir() and _real(path) in _real(file).parents:
+        raise CommandError(
+            f"--{name}: expected a file that is not there yet, since {path} is the folder that {what} reads, got "
+            f"{file}; remove it, or write elsewhere"
+        )
+
+
+def _are_one(file: Path, other: Path) -> bool:
+    """Through links of either kind too."""
+    return _real(file) == _real(other) or (file.exists() and other.exists() and file.samefile(other))
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises where links go round in a circle
 
 
 def one_line(error: object) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scatterbrain.cli.command import CommandError, check_outputs, readable_errors
-from scatterbrain.cli.on_model import load, parser_of
+from scatterbrain.cli.on_model import files_read, load, parser_of
 
 DESCRIPTION = """\
 Shows how a model's attention looks on real inputs, and what configurations make of it, layer by layer: entropy of the
@@ -45,7 +45,7 @@ def compare(arguments: Sequence[str]) -> int:
         from scatterbrain.analysis.comparison import checked_configurations, comparing
 
         chosen = None if options.configurations is None else checked_configurations(options.configurations)
-        check_outputs(options, "json", "png", "capture")
+        check_outputs(options, "json", "png", "capture", reads=files_read(options))
         loaded = load(options, batches=1 if options.calibrate_on_itself else 2)
         batch, calibration = loaded.batches[0], loaded.batches[1] if len(loaded.batches) > 1 else None
         if options.capture is not None:

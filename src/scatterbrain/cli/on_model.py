@@ -65,6 +65,14 @@ def load(options: argparse.Namespace, batches: int) -> Loaded:
     return loaded
 
 
+def files_read(options: argparse.Namespace) -> list[tuple[str, Path | None]]:
+    """The files and folders that :func:`load` reads, each after what the user calls it."""
+    model = Path(options.model)
+    if not model.exists():
+        model = Path(options.model.rpartition(":")[0] or options.model)  # FILE.py:function
+    return [("MODEL", model), ("--inputs", options.inputs), ("--checkpoint", options.checkpoint)]
+
+
 _FAILURES = (TypeError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError, MemoryError)
 _OUT_OF_MEMORY = ("not enough memory", "out of memory")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scatterbrain.cli.command import CommandError, check_outputs, readable_errors
-from scatterbrain.cli.on_model import load, parser_of
+from scatterbrain.cli.on_model import files_read, load, parser_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ def tune(arguments: Sequence[str]) -> int:
     with readable_errors():
         from scatterbrain.analysis.tuning import tune as choose
 
-        check_outputs(options, "yaml", "png", "times")
+        check_outputs(options, "yaml", "png", "times", reads=files_read(options))
         loaded = load(options, 8)
         bounds = {"max_error": options.max_error, "budget": options.budget}
         try:
