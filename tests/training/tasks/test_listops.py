@@ -154,8 +154,54 @@ def test_lists_grow_and_a_batch_has_fewer_of_them():
         ({"arguments": 1}, "task.arguments: expected 2 or more, got 1"),
         ({"depth": 0}, "task.depth: expected 1 or more, got 0"),
         ({"tokens": None}, "task.tokens: expected an int, got None"),
+        (
+            {"tokens": 512, "shortest": 512, "arguments": 2},
+            "task.shortest: expected 4 to 511, .* arguments = 2 has 512 to 512 tokens, got 512",
+        ),
+        (
+            {"tokens": 6, "shortest": 6, "arguments": 3},
+            "task.shortest: expected 4 to 5, as no list with arguments = 3 has 6 to 6 tokens, got 6",
+        ),
+        (
+            {"tokens": 511, "shortest": 511, "arguments": 2, "first_tokens": 127},
+            "task.shortest: expected less than 511, .* arguments = 2 has 254 to 254 tokens, .* task.first_tokens = 127",
+        ),
     ],
 )
 def test_a_bad_field_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
         ListOps(**fields)
+
+
+@pytest.mark.parametrize("arguments", [2, 3, 4])
+def test_the_lengths_that_lists_have_are_those_that_are_drawn(arguments):
+    for length in range(4, 17):
+        shape = Shape(length, length, depth=4, arguments=arguments)
+        if shape.has_lists():
+            assert draw_sequences(2, shape, 0, "training", 0)[2].sum(1).tolist() == [length, length]
+        else:
+            with pytest.raises(ValueError, match=f"task.shortest: .* {length} to {length} tokens"):
+                draw_sequences(2, shape, 0, "training", 0)
+    unreachable = [length for length in range(4, 17) if not Shape(length, length, 4, arguments).has_lists()]
+    assert unreachable == {2: [5, 6, 8, 9, 11, 12, 14, 15], 3: [6], 4: []}[arguments]
+
+
+def test_lists_that_are_too_rare_to_be_found_end_in_an_error(monkeypatch):
+    monkeypatch.setattr(listops_sequences, "ATTEMPTS", 50)
+    monkeypatch.setattr(listops_sequences, "is_validation", lambda tokens: False)
+    with pytest.raises(ValueError, match="task.shortest: expected lists .* got none in 50 draws"):
+        draw_sequences(1, SHORT, 0, "validation", 0)
+
+
+def test_a_length_that_no_part_of_the_run_asks_for_is_not_refused():
+    settings = {"tokens": 511, "shortest": 511, "arguments": 2, "first_tokens": 127}
+    ListOps(**settings, first_share=0.5, full_share=0.5)  # from 127 to 511 at once
+    ListOps(**settings, first_share=0.0, full_share=0.0)
+
+
+@pytest.mark.parametrize(("first_share", "full_share"), [(0.4, 0.8), (0.5, 0.5), (0.0, 0.0), (0.0, 1.0)])
+def test_the_lengths_of_a_run_are_those_of_its_shares(first_share, full_share):
+    task = ListOps(tokens=500, first_tokens=100, first_share=first_share, full_share=full_share)
+    asked = {task.tokens_at(share / 1000, 500) for share in range(1001)}
+    assert task.lengths(500) == sorted(asked)
+    assert ListOps().lengths(500) == [500]

@@ -65,3 +65,12 @@ class GrowingSequences(Task):
             return tokens
         octaves = math.log2(tokens / self.first_tokens) * grown(fraction, self.first_share, self.full_share)
         return min(self.first_tokens * 2 ** math.ceil(octaves), tokens)
+
+    def lengths(self, tokens: int) -> list[int]:
+        """All that :meth:`tokens_at` gives in a run, the shortest first."""
+        if self.first_tokens is None or self.full_share == 0:
+            return [tokens]
+        doublings = math.ceil(math.log2(tokens / self.first_tokens))
+        # Where both shares are the same the run goes from the first length to the last at once.
+        between = range(1, doublings) if self.first_share < self.full_share else ()
+        return sorted({self.first_tokens, *(self.first_tokens * 2**doubling for doubling in between), tokens})

@@ -49,6 +49,21 @@ class ListOps(GrowingSequences):
         )
         require(4 <= self.shortest <= self.tokens, "task.shortest", f"4 to tokens = {self.tokens}", self.shortest)
         self.require_first_tokens(self.tokens, least=4)
+        for longest in reversed(self.lengths(self.tokens)):
+            self._require_lists(self._shape_of(longest))
+
+    def _require_lists(self, shape: Shape) -> None:
+        """Else the run would look for them for ever, and the lengths of a growing run hours after its start."""
+        if shape.has_lists():
+            return
+        missing = f"no list with arguments = {self.arguments} has {shape.shortest} to {shape.longest} tokens"
+        if shape == self.shape:
+            lower = next(one for one in range(self.shortest, 3, -1) if shape._replace(shortest=one).has_lists())
+            require(False, "task.shortest", f"4 to {lower}, as {missing}", self.shortest)
+        raise ValueError(
+            f"task.shortest: expected less than {self.shortest}, as {missing}, to which lists grow from "
+            f"task.first_tokens = {self.first_tokens}, got {self.shortest}; lower it, or set another task.first_tokens"
+        )
 
     @property
     def shape(self) -> Shape:
@@ -57,7 +72,9 @@ class ListOps(GrowingSequences):
 
     def shape_at(self, fraction: float) -> Shape:
         """Which lists are drawn when ``fraction`` of the run is done."""
-        longest = self.tokens_at(fraction, self.tokens)
+        return self._shape_of(self.tokens_at(fraction, self.tokens))
+
+    def _shape_of(self, longest: int) -> Shape:
         shortest = max(self.shortest * longest // self.tokens, 4)
         return self.shape._replace(shortest=shortest, longest=longest)
 

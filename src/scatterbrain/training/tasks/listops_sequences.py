@@ -21,6 +21,7 @@ CLOSE = OPERATOR + len(OPERATORS)
 VOCABULARY = CLOSE + 1
 NAMES = ("_", *map(str, range(10)), *(f"[{name}" for name in OPERATORS), "]")
 VALIDATION_SHARE = 8  # one sequence of so many, by its hash, is kept for validation
+ATTEMPTS = 100_000  # draws after which a sequence is given up
 
 
 class Shape(NamedTuple):
@@ -43,6 +44,17 @@ class Shape(NamedTuple):
         operators = sum(arguments**level for level in range(self.depth))
         return int(2 * operators + arguments**self.depth)
 
+    def has_lists(self) -> bool:
+        """Whether any list is as long as the shape says; for a longest list that is no longer than usual.
+
+        Each of n operators takes its bracket and 2 to ``arguments`` arguments, in place of an argument of another but
+        for the first. So lists have 1 + 3 n to 1 + (arguments + 1) n tokens, and with few arguments the lengths of n
+        and n + 1 do not meet: two arguments make 4, 7, 10 and so on.
+        """
+        # No gap is wider than two lengths.
+        lengths = range(max(self.shortest, self.longest - 2, 4), self.longest + 1)
+        return any(1 + 3 * -(-(length - 1) // (self.arguments + 1)) <= length for length in lengths)
+
 
 def draw_sequences(count: int, shape: Shape, seed: int, stream: str, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sequences of one part of the data.
@@ -61,12 +73,20 @@ def draw_sequences(count: int, shape: Shape, seed: int, stream: str, number: int
     uniform = uniform_numbers(generator_of(seed, "listops", stream, number))
     sequences: list[list[int]] = []
     values: list[int] = []
+    rejected = 0
     while len(sequences) < count:
         tokens: list[int] = []
         value = write(draw_tree(shape, uniform), tokens)
         if len(tokens) >= shape.shortest and is_validation(tokens) == (stream == "validation"):
             sequences.append(tokens)
             values.append(value)
+            rejected = 0
+        elif (rejected := rejected + 1) >= ATTEMPTS:
+            raise ValueError(
+                f"task.shortest: expected lists for {stream} of {shape.shortest} to {shape.longest} tokens with depth "
+                f"= {shape.depth} and arguments = {shape.arguments}, got none in {rejected} draws; lower it, or "
+                "use a larger task.depth"
+            )
     rows = [torch.tensor(tokens) for tokens in sequences]
     inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
     return inputs, torch.tensor(values), inputs != PADDING
