@@ -218,6 +218,7 @@ def test_a_vision_model_of_a_folder_on_an_array_and_on_files(tmp_path: Path, cap
     (tmp_path / "images").mkdir()
     for i, some in enumerate(pixels):
         image.fromarray(some).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "._0.png").write_bytes(b"\x00\x05\x16\x07")  # as macOS writes them
     for inputs in ("images.npz", "images"):
         arguments = ["compare", str(tmp_path / "vit"), "--inputs", str(tmp_path / inputs), "--size", "40", *FEW]
         assert main(arguments) == 0

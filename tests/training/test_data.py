@@ -27,6 +27,14 @@ def test_a_folder_is_read_recursively_by_glob_without_the_excluded_folders(folde
     assert [path.name for path in find_files(DataConfig(path=str(folder), glob="*.md"))] == ["notes.md"]
 
 
+def test_what_macos_adds_is_no_text(folder):
+    files = find_files(DataConfig(path=str(folder)))
+    (folder / "__MACOSX").mkdir()
+    for path in (folder / "__MACOSX" / "x.py", folder / "part1" / "._file1.py"):
+        path.write_bytes(b"\x00\x05\x16\x07")
+    assert find_files(DataConfig(path=str(folder))) == files
+
+
 def test_the_split_is_the_same_every_time_and_no_byte_is_in_both_parts(folder):
     config = DataConfig(path=str(folder), validation_fraction=0.2)
     training, validation = read_corpus(config)

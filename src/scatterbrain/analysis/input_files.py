@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scatterbrain.macos_files import without_macos_files
+
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -15,7 +17,8 @@ def files(path: Path, suffixes: Sequence[str] | None) -> list[Path]:
     """The file, or the files of a folder, in the order of their names."""
     if path.is_file():
         return [path]
-    found = [p for p in sorted(path.rglob("*")) if p.is_file() and (suffixes is None or p.suffix.lower() in suffixes)]
+    names = without_macos_files(file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
+    found = [path / name for name in names if suffixes is None or name.suffix.lower() in suffixes]
     if not found:
         raise ValueError(f"{path}: expected a folder with {' or '.join(suffixes or ['files'])}, found none")
     return found

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePath
-from typing import TypeVar
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from scatterbrain.macos_files import AnyPath, without_macos_files
 from scatterbrain.training.config import DataConfig
-
-AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
 def read_corpus(config: DataConfig) -> tuple[Tensor, Tensor]:
@@ -70,7 +68,7 @@ def files_below(root: Path, glob: str) -> list[Path]:
         ValueError: the glob is no pattern below a folder.
     """
     try:
-        return [path.relative_to(root) for path in root.rglob(glob) if path.is_file()]
+        return without_macos_files(path.relative_to(root) for path in root.rglob(glob) if path.is_file())
     except (ValueError, NotImplementedError) as error:
         raise ValueError(
             f"data.glob: expected a pattern of file names below data.path, such as '*.txt', got {glob!r}: {error}"

@@ -63,6 +63,17 @@ def test_documents_match_the_glob_outside_excluded_folders_and_no_text_comes_twi
     assert found == {name: FILES[name] for name in expected - {"pos/empty.txt", "pos/same.txt"}}
 
 
+@pytest.mark.parametrize("around", ["", "reviews/"])
+def test_what_macos_adds_is_no_document_and_no_class(config, around):
+    files = {around + name: text for name, text in FILES.items() if name != "README.txt"}
+    folders = {around + "neg/", around + "pos/deep/"}
+    added = {f"__MACOSX/{folder}._{number}.txt": f"Mac {number}" for folder in folders for number in range(3)}
+    added |= {f"{folder}._{number}.txt": f"Mac beside {number}" for folder in folders for number in range(3)}
+    found = read_documents(config(files))
+    assert read_documents(config(files | added)) == found
+    assert label_documents(read_documents(config(files | added)), 0.4).classes == ("neg", "neutral", "pos")
+
+
 def test_the_order_does_not_depend_on_where_the_texts_are_or_how_they_are_packed(tmp_path):
     packed = (write_folder(tmp_path / "one", FILES), write_archive(tmp_path / "two", FILES))
     found = [read_documents(DataConfig(path=path, glob="*.txt")) for path in packed]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
+from scatterbrain.macos_files import without_macos_files
 from scatterbrain.training.config import DataConfig
 from scatterbrain.training.data import corpus_root, files_below, hash_of_name, kept_files, outside_excluded
 
@@ -157,7 +158,7 @@ def _read_archive(path: Path, config: DataConfig) -> list[Document]:
         with zipfile.ZipFile(path) as archive:
             # By entry: a path has no "./" at its beginning, an entry may.
             entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist() if not entry.is_dir()}
-            names = [name for name in entries if _matches(name, config.glob)]
+            names = without_macos_files(name for name in entries if _matches(name, config.glob))
             _check_no_part_is_excluded(path, config, names)
             kept = outside_excluded(names, config.exclude)
             found = [Document(name.as_posix(), archive.read(entries[name])) for name in kept]
