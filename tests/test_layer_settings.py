@@ -71,6 +71,7 @@ def test_paths_are_found_inside_of_other_models() -> None:
         ),
         ("layers: {x: {support: {kind: window, keys: many}, low_rank: none}}", "x.support: Window"),
         ("layers: [", "is no YAML file"),
+        ("layers: {}\nlayers: {}", "layers: .*: expected every key once, got layers twice, in lines 1 and 2"),
     ],
 )
 def test_a_wrong_file_names_the_layer_and_the_key(tmp_path: Path, content: str, message: str) -> None:

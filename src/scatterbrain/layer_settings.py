@@ -11,6 +11,7 @@ from scatterbrain.checks import check_pair
 from scatterbrain.low_rank import LOW_RANK_KERNELS, LowRank
 from scatterbrain.registry import Registry, shown
 from scatterbrain.supports import SUPPORTS, Support
+from scatterbrain.yaml_text import read_yaml
 
 Pair = tuple[Support, LowRank]
 
@@ -118,7 +119,7 @@ class LayerSettings(Mapping[str, Pair]):
         """Reads what :meth:`save` wrote. Needs PyYAML.
 
         Raises:
-            ValueError: no such file, or one of another form.
+            ValueError: no such file, or one of another form or with a key twice.
         """
         import yaml
 
@@ -126,7 +127,7 @@ class LayerSettings(Mapping[str, Pair]):
         if not path.is_file():
             raise ValueError(f"layers: expected a YAML file that scatterbrain tune wrote, got {path}, which is no file")
         try:
-            content = yaml.safe_load(path.read_text())
+            content = read_yaml(path.read_text(), f"layers: {path}")
         except yaml.YAMLError as error:
             raise ValueError(f"layers: {path} is no YAML file: {' '.join(str(error).split())}") from error
         return cls.from_dict(content, str(path))

@@ -37,9 +37,39 @@ def test_a_file_has_the_keys_of_those_it_extends_and_its_own_win(tmp_path):
         ({"run": "extends: run.yaml"}, "extends: expected files that end somewhere, got a circle: .*run.yaml -> "),
         ({"run": "extends: 3"}, "run.yaml: extends: expected a path or a list of paths, got 3"),
         ({"run": "extends: list.yaml", "list": "[1, 2]"}, r"list.yaml: expected a mapping of keys, got \[1, 2\]"),
+        (
+            {"run": "extends: list.yaml", "list": "a: {b: 1}\n'a': 2"},
+            "list.yaml: expected every key once, got a twice, in lines 1 and 2; keep one of them",
+        ),
         ({"run": "extends: list.yaml", "list": "a: [1"}, "list.yaml: expected YAML, got what cannot be read"),
     ],
 )
 def test_what_cannot_be_extended_is_named(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
         read_config(write(tmp_path, **files))
+
+
+@pytest.mark.parametrize("shared", ["", "extends: other.yaml\n"], ids=["alone", "extending"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {steps: 3}\nmodel: {layers: 1}\ntrain: {batch: 2}\n", "got train twice, in lines 1 and 3"),
+        ("train:\n  steps: 3\n  batch: 2\n  steps: 4\n", "got train.steps twice, in lines 2 and 4"),
+        ("attention: {support: {kind: window, keys: 8, keys: 9}}\n", "got attention.support.keys twice"),
+    ],
+)
+def test_a_key_that_is_written_twice_is_refused(tmp_path, shared, text, message):
+    path = write(tmp_path, other="train: {warmup: 1}", run=text + shared)
+    with pytest.raises(ValueError, match=f"run.yaml: expected every key once, {message}"):
+        parse_run_config([str(path)])
+    with pytest.raises(ValueError, match=f"--config: expected every key once, {message}"):
+        parse_run_config(["--config", text])
+
+
+def test_a_key_may_stand_in_several_mappings_and_be_merged(tmp_path):
+    text = "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: [*a, {x: 1}]\n1: {}\n'1': {}\n"
+    path = write(tmp_path, run=text)
+    assert read_config(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": [{"x": 1, "y": 2}, {"x": 1}]} | {
+        1: {},
+        "1": {},
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -63,7 +64,8 @@ def parse_run_config(arguments: Sequence[str]) -> RunConfig:
     """A configuration from a YAML file, if the first argument is one or --config names one, and the options after it.
 
     Raises:
-        ValueError: for a value out of range, or a file that extends one that cannot be read.
+        ValueError: for a value out of range, a key that a file has twice, or a file that extends one that cannot be
+            read.
         SystemExit: with code 2, after a message that names the key, for an unknown key or a value of the wrong type;
             with code 0 after --print_config.
     """
@@ -90,14 +92,23 @@ def parse_run_config(arguments: Sequence[str]) -> RunConfig:
 
 
 def _with_extended(config: str) -> str:
-    """The path of a file that extends no other as it is, and the settings of one that does, as YAML."""
+    """The path of a file that extends no other as it is, and the settings of one that does, as YAML.
+
+    Raises:
+        ValueError: a key that is written twice, also where ``config`` is no path but YAML, or a file that extends one
+            that cannot be read.
+    """
     import yaml
 
     from scatterbrain.training.config_files import read_config
+    from scatterbrain.yaml_text import read_yaml
 
     path = Path(config)
+    text = path.read_text("utf-8-sig") if path.is_file() else config
+    with contextlib.suppress(yaml.YAMLError):  # of which the parser tells
+        read_yaml(text, config if path.is_file() else "--config")
     # Quoted too, and behind a byte order mark: what YAML takes for the key.
-    if not path.is_file() or not re.search(r"""^["']?extends["']? *:""", path.read_text("utf-8-sig"), re.MULTILINE):
+    if not path.is_file() or not re.search(r"""^["']?extends["']? *:""", text, re.MULTILINE):
         return config
     return yaml.safe_dump(read_config(path), sort_keys=False)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from scatterbrain.yaml_text import read_yaml
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """The settings of a file with those of the files that it extends.
@@ -16,7 +18,8 @@ def read_config(path: Path) -> dict[str, Any]:
     not share the kind with.
 
     Raises:
-        ValueError: a file that does not exist or is no mapping, or files that extend one another in a circle.
+        ValueError: a file that does not exist, is no mapping or has a key twice, or files that extend one another in a
+            circle.
     """
     return _read(path, ())
 
@@ -26,7 +29,7 @@ def _read(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
         circle = " -> ".join(str(one) for one in (*extending, path))
         raise ValueError(f"extends: expected files that end somewhere, got a circle: {circle}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except (FileNotFoundError, IsADirectoryError) as error:
         by = f", named by extends in {extending[-1]}" if extending else ""
         raise ValueError(f"expected a YAML file, got {path}, which does not exist or is a folder{by}") from error

@@ -32,6 +32,7 @@ from scatterbrain.training.table_run import (
 )
 from scatterbrain.training.table_runs import TableStopped, carry_out
 from scatterbrain.training.tasks import build_task, open_data
+from scatterbrain.yaml_text import read_yaml
 
 SHARED = "task.yaml"
 
@@ -55,7 +56,7 @@ def method_files(folder: Path) -> dict[str, Path]:
 def _extended(path: Path) -> list[str]:
     """What a file extends, as it is written."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected YAML, got what cannot be read: {' '.join(str(error).split())}") from error
     names: Any = content.get("extends", []) if isinstance(content, dict) else []
