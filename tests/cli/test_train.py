@@ -322,6 +322,35 @@ def test_a_file_extends_another_however_yaml_has_the_key(config, tmp_path, key):
     assert (found.model.layers, found.model.width) == (2, 32)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{extends: config.yaml, model: {layers: 2}}",
+        '{"extends": ["config.yaml"], "model": {"layers": 2}}',
+        "  extends: config.yaml\n  model: {layers: 2}\n",
+        "? extends\n: config.yaml\n? model\n: {layers: 2}\n",
+    ],
+    ids=["in braces", "JSON", "indented", "with question marks"],
+)
+def test_a_file_extends_another_wherever_in_it_the_key_stands(config, tmp_path, text):
+    extending = tmp_path / "extending.json"
+    extending.write_text(text)
+    found = parse_run_config([str(extending)])
+    assert (found.model.layers, found.model.width) == (2, 32)
+
+
+def test_what_looks_like_the_key_and_is_text_extends_nothing(tmp_path):
+    prompt = tmp_path / "prompt.yaml"
+    prompt.write_text('sample:\n  prompt: "a\n\nextends: of text"\n')
+    assert parse_run_config([str(prompt)]).sample.prompt == "a\nextends: of text"
+
+
+def test_a_file_that_is_no_text_is_named(config, capsys):
+    config.write_bytes(b"model: \xff\xfe\n")
+    assert main(["train", str(config)]) == 1
+    assert f"{config}: expected YAML, got what cannot be read: 'utf-8' codec" in capsys.readouterr().err
+
+
 def test_a_section_of_something_else_is_refused_wherever_its_file_is_named(config, tmp_path, capsys):
     config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": "words"}))
     assert run_to_its_exit_code("train", "--train.steps=1", f"--config={config}", "--model.layers=1") == 2

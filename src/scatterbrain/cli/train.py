@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import re
@@ -24,7 +23,7 @@ folder; other tasks by the key task.
   scatterbrain train configs/lm/stdlib.yaml --train.minutes 10             stop after ten minutes
   scatterbrain train configs/lm/stdlib.yaml --resume true                  go on where a run stopped
 
-CONFIG is a YAML file with the keys below, nested at the dots; without it their defaults hold. A file that begins with
+CONFIG is a YAML file with the keys below, nested at the dots; without it their defaults hold. A file with the key
 "extends: other.yaml" has the keys of the other one too, but for those of its own.
 Ctrl-C finishes the step, saves a checkpoint and says how to continue.
 If other programs use the same cores, set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait stall a run."""
@@ -103,12 +102,14 @@ def _with_extended(config: str) -> str:
     from scatterbrain.training.config_files import read_config
     from scatterbrain.yaml_text import read_yaml
 
-    path = Path(config)
-    text = path.read_text("utf-8-sig") if path.is_file() else config
-    with contextlib.suppress(yaml.YAMLError):  # of which the parser tells
-        read_yaml(text, config if path.is_file() else "--config")
-    # Quoted too, and behind a byte order mark: what YAML takes for the key.
-    if not path.is_file() or not re.search(r"""^["']?extends["']? *:""", text, re.MULTILINE):
+    path, is_file = Path(config), Path(config).is_file()
+    try:
+        content = read_yaml(path.read_text("utf-8-sig") if is_file else config, config if is_file else "--config")
+    except yaml.YAMLError:  # of which the parser tells
+        return config
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config}: expected YAML, got what cannot be read: {error}") from error
+    if not is_file or not isinstance(content, dict) or "extends" not in content:
         return config
     return yaml.safe_dump(read_config(path), sort_keys=False)
 
