@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -382,6 +384,53 @@ def test_resume_takes_causal_rows_without_the_mark_where_their_methods_tell_them
         assert "do not say whether they are causal; leave --resume out to measure them anew" in errors
     assert main(command[:-2]) == 0
     assert main([*command, "--resume"]) == 1, "rows that are not causal"
+
+
+def test_resume_goes_on_with_rows_of_the_same_content_alone(
+    captured: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A file of that name in another folder may hold other tensors."""
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other" / captured.name
+    other.parent.mkdir()
+    save_file({name: -t for name, t in load_file(captured).items()}, other)
+    command = ["analyze", "--temperatures", "1", "--entries", "m.N200.layer0", "--heads", "1", "--keys", "16"]
+    command += ["--size", "8", "--oracle", "false", *files(tmp_path)]
+    assert main([*command, "--inputs", str(captured)]) == 0
+    measured = (tmp_path / "out.csv").read_text()
+    digest = hashlib.sha256(captured.read_bytes()).hexdigest()[:12]
+    assert measured.count(f"{captured.name}, 200 tokens, natural order, sha256 {digest}") == 3
+    capsys.readouterr()
+    assert main([*command, "--inputs", str(other), "--resume"]) == 1
+    errors, now = capsys.readouterr().err, hashlib.sha256(other.read_bytes()).hexdigest()[:12]
+    assert f"expected rows of {other}, whose content has sha256 {now}, got some of sha256 {digest}" in errors
+    assert "leave --resume out to measure them anew" in errors and errors.count("\n") == 1
+    assert (tmp_path / "out.csv").read_text() == measured
+    same = tmp_path / "same" / captured.name
+    same.parent.mkdir()
+    same.write_bytes(captured.read_bytes())
+    assert main([*command, "--inputs", str(same), "--resume"]) == 0
+    assert (tmp_path / "out.csv").read_text() == measured
+
+
+@pytest.mark.parametrize("causal", [[], ["--causal", "true", "--support", "window", "--low_rank", "favor"]])
+def test_resume_refuses_rows_that_do_not_say_of_which_content_they_are(
+    captured: Path, tmp_path: Path, capsys: pytest.CaptureFixture, causal: list[str]
+) -> None:
+    command = ["analyze", "--inputs", str(captured), "--temperatures", "1", "--entries", "m.N200.layer0", "--heads"]
+    command += ["1", "--keys", "16", "--size", "8", "--oracle", "false", *causal, *files(tmp_path)]
+    assert main(command) == 0
+    measured = (tmp_path / "out.csv").read_text()
+    for more in (", causal", ""):  # neither did the first versions write this
+        older = re.sub(", sha256 [0-9a-f]{12}(, causal)?", more if causal else "", measured)
+        assert older != measured
+        (tmp_path / "out.csv").write_text(older)
+        capsys.readouterr()
+        assert main([*command, "--resume"]) == 1
+        errors = capsys.readouterr().err
+        assert "got some of an earlier version, which do not say of which content they are" in errors
+        assert "leave --resume out to measure them anew, or give another --csv" in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("option", [["--head_dim", "32"], ["--draws", "2"], ["--seed", "1"], ["--scale", "2"]])

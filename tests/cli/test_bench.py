@@ -363,6 +363,31 @@ def test_inputs_come_from_a_file(
     assert rows(path)["window-8", 32, "F", False, "float32"] == row
 
 
+def test_resume_goes_on_with_rows_of_the_same_content_alone(
+    qkv_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "out.json"
+    command = ["bench", "--inputs", str(qkv_file), "--entry", "b", "--lengths", "32", "--methods", "sdpa", "--rank"]
+    command += ["3", "--directions", "F", "--repeats", "1", "--memory", "false", "--json", str(path)]
+    assert main(command) == 0
+    measured = path.read_text()
+    assert main([*command, "--resume"]) == 0 and path.read_text() == measured
+    older = json.loads(measured)
+    del older["options"]["inputs_sha256"]
+    path.write_text(json.dumps(older))
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 1
+    assert "an earlier version, which does not say what that file held; leave --resume out" in capsys.readouterr().err
+    path.write_text(measured)
+    save_file({name: -t for name, t in load_file(qkv_file).items()}, qkv_file)
+    assert main([*command, "--resume"]) == 1
+    errors = capsys.readouterr().err
+    assert f"{qkv_file} had other content then, sha256 " in errors and "leave --resume out" in errors
+    assert path.read_text() == measured
+
+
 BAD_FILES = {
     "no such entry": (["--entry", "c"], "--entry c is not in"),
     "too few tokens": (["--entry", "a.N60.layer0", "--lengths", "61"], "has 60 tokens, too few for a length of 61"),

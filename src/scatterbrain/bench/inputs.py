@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -155,6 +157,22 @@ def entries(path: Path) -> list[str]:
     if not found:
         raise ValueError(f"{path}: expected tensors <entry>.q, <entry>.k and <entry>.v, found none")
     return found
+
+
+def digest_of(path: Path) -> str:
+    """What tells a file's content from any other: the beginning of its sha256. A name does not."""
+    facts = path.stat()
+    return _digest(path.resolve(), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+
+@functools.lru_cache(maxsize=4)
+def _digest(path: Path, *_: int) -> str:
+    """Kept while the file's facts stay: captured models are large, and every file of results says the digest again."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()[:12]
 
 
 def tokens_in(path: Path, entry: str) -> int:

@@ -14,6 +14,7 @@ import torch
 import scatterbrain
 from scatterbrain.bench.clock import clock_of
 from scatterbrain.bench.config import BenchConfig
+from scatterbrain.bench.inputs import digest_of
 from scatterbrain.bench.measure import Row
 from scatterbrain.json_text import json_text
 
@@ -121,7 +122,9 @@ def write_json(path: Path, rows: list[Row], config: BenchConfig, is_complete: bo
 def options(config: BenchConfig) -> dict[str, object]:
     """The options that the rows depend on."""
     chosen = {k: v for k, v in asdict(config).items() if k not in ("json", "png", "resume")}
-    return chosen | {"inputs": None if config.inputs is None else str(config.inputs)}
+    if config.inputs is None:
+        return chosen | {"inputs": None, "inputs_sha256": None}
+    return chosen | {"inputs": str(config.inputs), "inputs_sha256": digest_of(config.inputs)}
 
 
 def read_rows(path: Path, config: BenchConfig) -> list[Row]:
@@ -142,12 +145,22 @@ def read_rows(path: Path, config: BenchConfig) -> list[Row]:
     if config.inputs is not None:
         theirs["head_dim"] = mine["head_dim"]  # the file's own, whatever earlier versions wrote of it
     different = [name for name in mine if mine[name] != theirs.get(name)]
+    if different == ["inputs_sha256"]:
+        raise ValueError(_of_other_content(path, config, theirs.get("inputs_sha256"), mine["inputs_sha256"]))
     if different:
         raise ValueError(
             f"--resume: {path} was measured with other options, first {different[0]}: {theirs.get(different[0])!r}, "
             f"now {mine[different[0]]!r}; use the same, or another file"
         )
     return rows
+
+
+def _of_other_content(path: Path, config: BenchConfig, theirs: str | None, mine: str) -> str:
+    if theirs is None:
+        why = f"{path} was measured on {config.inputs} by an earlier version, which does not say what that file held"
+    else:
+        why = f"{path}: {config.inputs} had other content then, sha256 {theirs}, now {mine}"
+    return f"--resume: {why}; leave --resume out to measure anew, or give another --json"
 
 
 # -------------------- picture

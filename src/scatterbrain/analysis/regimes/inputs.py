@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scatterbrain.bench.inputs import calibration_of, entries, read_tokens
+from scatterbrain.bench.inputs import calibration_of, digest_of, entries, read_tokens
 from scatterbrain.hilbert import hilbert_order
+
+SHA256 = ", sha256 "  # before what tells a file's content from that of others of its name
 
 
 @dataclass
@@ -82,6 +84,7 @@ def captured_heads(
     Raises:
         ValueError: no such file or entry, other shapes, or a token order that does not fit.
     """
+    content = f"{SHA256}{digest_of(path)}"
     for name in names or entries(path):
         query, key, value, fitted_on = _read(path, name)
         if not query.shape[2] == key.shape[2] == value.shape[2]:
@@ -103,7 +106,7 @@ def captured_heads(
         for head in range(query.shape[1] if heads is None else min(heads, query.shape[1])):
             own, shared = slice(head, head + 1), slice(head // group, head // group + 1)
             statistics = (fitted_on[0][:, own], fitted_on[1][:, shared])
-            source = f"{path.name}, {query.shape[2]} tokens, {token_order} order"
+            source = f"{path.name}, {query.shape[2]} tokens, {token_order} order{content}"
             yield Head(source, f"{name} head {head}", query[:, own], key[:, shared], value[:, shared], statistics)
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from scatterbrain.analysis.regimes.config import CAUSAL, AnalyzeConfig
 from scatterbrain.analysis.regimes.figure import draw
-from scatterbrain.analysis.regimes.inputs import Head
+from scatterbrain.analysis.regimes.inputs import SHA256, Head
 from scatterbrain.analysis.regimes.measure import Row, measure, shape_of
 from scatterbrain.analysis.regimes.table import read_csv, summary, write_csv
 
@@ -83,13 +83,43 @@ def _marked(rows: list[Row], config: AnalyzeConfig, heads: list[Head]) -> list[R
     return found
 
 
+def _check_content(rows: list[Row], config: AnalyzeConfig, heads: list[Head]) -> None:
+    """
+    Raises:
+        ValueError: rows are of a file of the same name with other content, or do not say of which.
+    """
+    known = {}
+    for head in heads:
+        name, digest = _name_and_digest(head.source)
+        known[name] = digest
+    for row in rows:
+        name, digest = _name_and_digest(row.inputs)
+        if name not in known or digest == known[name]:
+            continue  # rows of anything else are refused with the other options
+        theirs = f"sha256 {digest}" if digest else "an earlier version, which do not say of which content they are"
+        raise ValueError(
+            f"--resume: {config.csv}: expected rows of {config.inputs}, whose content has sha256 {known[name]}, got "
+            f"some of {theirs}; leave --resume out to measure them anew, or give another --csv"
+        )
+
+
+def _name_and_digest(source: str) -> tuple[str, str]:
+    """Of the source of captured heads, whether or not it says that they are causal."""
+    name, _, digest = source.removesuffix(CAUSAL).partition(SHA256)
+    return name, digest
+
+
 def _rows_so_far(config: AnalyzeConfig, heads: list[Head]) -> list[Row]:
     """Those of an interrupted run with the same heads and methods; a point that lacks a method is measured again.
 
     Raises:
         ValueError: not such a file, or one of other inputs or methods.
     """
-    rows = _marked(read_csv(config.csv), config, heads) if config.causal else read_csv(config.csv)
+    rows = read_csv(config.csv)
+    if config.inputs is not None:
+        _check_content(rows, config, heads)
+    if config.causal:
+        rows = _marked(rows, config, heads)
     wanted = {
         (head.source, head.name): {(m.name, m.settings, m.multiply_adds) for m in config.methods(shape_of(head))}
         for head in heads
