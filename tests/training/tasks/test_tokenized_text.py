@@ -70,6 +70,28 @@ def test_files_of_wikitext_are_the_two_parts(tmp_path):
     assert read_text_parts(DataConfig(path=str(tmp_path))) == ("the train text\n", "the valid text\n")
 
 
+@pytest.mark.parametrize("beside", ["wiki.train.tokens.bak", "wiki.train.raw", "._wiki.train.tokens", "b.valid.txt"])
+def test_other_files_beside_those_of_wikitext_are_left_out(tmp_path, beside):
+    for name in ("wiki.train.tokens", "wiki.valid.tokens", beside):
+        (tmp_path / name).write_text(f"the {name}\n", encoding="utf-8")
+    assert read_text_parts(DataConfig(path=str(tmp_path))) == ("the wiki.train.tokens\n", "the wiki.valid.tokens\n")
+
+
+def test_several_files_of_a_part_are_refused_until_the_glob_chooses(tmp_path):
+    for name in ("a.train.txt", "a.valid.txt", "b.train.txt", "a.train.raw", "a.valid.raw"):
+        (tmp_path / name).write_text(f"the {name}\n", encoding="utf-8")
+    for glob in ("*.py", "*.txt", "*"):
+        with pytest.raises(
+            ValueError,
+            match=r"data.path: expected one file \*.train.\* and one \*.valid.\* in .*, got a.train.raw, a.train.txt, "
+            r"b.train.txt and a.valid.raw, a.valid.txt; choose one of each with data.glob",
+        ):
+            read_text_parts(DataConfig(path=str(tmp_path), glob=glob))
+    for glob, ending in (("a.*.txt", "txt"), ("*.raw", "raw")):
+        found = read_text_parts(DataConfig(path=str(tmp_path), glob=glob))
+        assert found == (f"the a.train.{ending}\n", f"the a.valid.{ending}\n")
+
+
 def test_any_text_is_split_behind_a_line_end(tmp_path):
     path = tmp_path / "text.txt"
     lines = [f"zeile {number} ü\n" for number in range(100)]

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from scatterbrain.training.config import DataConfig
-from scatterbrain.training.data import corpus_root, read_corpus
+from scatterbrain.training.data import corpus_root, files_below, read_corpus
 
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 KINDS = ("words", "bpe")
+WIKITEXT = ("wiki.train.tokens", "wiki.valid.tokens")
 _CHUNK = 1 << 20  # characters encoded at once, so that a large corpus is never held as a list of words
 
 
@@ -40,18 +41,18 @@ def read_text_parts(config: DataConfig) -> tuple[str, str]:
     """The training text and the validation text.
 
     A folder with one file named ``*.train.*`` and one named ``*.valid.*``, as WikiText comes (wiki.train.tokens,
-    wiki.valid.tokens), gives these two, whatever ``data.glob`` says. Any other text is split as bytes are
+    wiki.valid.tokens), gives these two, whatever ``data.glob`` says. Of several it gives the two that the glob matches,
+    or else those of WikiText. Any other text is split as bytes are
     (:func:`scatterbrain.training.data.read_corpus`), at the line end behind the boundary.
 
     Raises:
-        ValueError: if the path does not exist, or what is there is no UTF-8 text or too short for two parts.
+        ValueError: if the path does not exist, or what is there is no UTF-8 text or too short for two parts, or several
+            files may be one of the parts.
     """
     root = corpus_root(config)
-    if root.is_dir():
-        named = [sorted(path for path in root.glob(f"*.{part}.*") if path.is_file()) for part in ("train", "valid")]
-        if all(len(paths) == 1 for paths in named):
-            training, validation = (_decode(paths[0].read_bytes(), paths[0]) for paths in named)
-            return _both(training, validation, config)
+    if root.is_dir() and (files := _files_of_parts(root, config)) is not None:
+        training, validation = (_decode(path.read_bytes(), path) for path in files)
+        return _both(training, validation, config)
     whole = b"".join(part.numpy().tobytes() for part in read_corpus(config))
     boundary = len(whole) - round(len(whole) * config.validation_fraction)
     boundary = whole.find(b"\n", boundary - 1) + 1 or len(whole)
@@ -141,6 +142,32 @@ def _most_frequent_words(text: str, vocabulary: int) -> dict[str, int]:
         count.pop(word, None)
     kept = sorted(count, key=lambda word: (-count[word], word))[: vocabulary - 2]
     return {word: number for number, word in enumerate((UNKNOWN, END_OF_LINE, *kept))}
+
+
+def _files_of_parts(root: Path, config: DataConfig) -> tuple[Path, Path] | None:
+    """The files of a folder that are its two parts by their names; None where there are none for both.
+
+    Raises:
+        ValueError: there are several. Any choice, and the whole folder too, may train on a copy of the validation part.
+    """
+    named = [sorted(files_below(root, f"*.{part}.*")) for part in ("train", "valid")]
+    named = [[name for name in names if name.parent == Path()] for names in named]
+    if not all(named):
+        return None
+    if any(len(names) > 1 for names in named):
+        matching = set(files_below(root, config.glob))
+        for wanted in (matching, set(map(Path, WIKITEXT))):
+            chosen = [[name for name in names if name in wanted] for names in named]
+            if all(len(names) == 1 for names in chosen):
+                named = chosen
+                break
+        else:
+            found = " and ".join(", ".join(map(str, names)) for names in named)
+            raise ValueError(
+                f"data.path: expected one file *.train.* and one *.valid.* in {root}, got {found}; choose one of each "
+                "with data.glob, such as '*.tokens', or remove the others"
+            )
+    return root / named[0][0], root / named[1][0]
 
 
 def _both(training: str, validation: str, config: DataConfig) -> tuple[str, str]:
