@@ -53,9 +53,10 @@ def test_training_is_deterministic_and_a_stored_tokenizer_is_the_same(kind, tmp_
     assert torch.equal(encode(read_tokenizer(str(path)), TEXT).tokens, encode(tokenizer, TEXT).tokens)
 
 
+@pytest.mark.parametrize("end", ["\n", " ", "    ", "\r"])
 @pytest.mark.parametrize("kind", ["words", "bpe"])
-def test_chunks_of_lines_change_nothing(kind, monkeypatch):
-    text = "".join(f"line {number} of text\n" for number in range(300))
+def test_chunks_of_lines_change_nothing(kind, end, monkeypatch):
+    text = "".join(f"line {number} of text{end}" for number in range(300))
     tokenizer = train_tokenizer(text, kind, 290)
     whole = encode(tokenizer, text)
     monkeypatch.setattr(tokenized_text, "_CHUNK", 50)
@@ -102,6 +103,17 @@ def test_any_text_is_split_behind_a_line_end(tmp_path):
     assert abs(len(validation.encode()) - 0.25 * path.stat().st_size) < 16
 
 
+@pytest.mark.parametrize("between", [" ", "\r", " \t ", "\u3000 "], ids=["spaces", "CR", "tabs", "wide spaces"])
+@pytest.mark.parametrize("end", ["", "\n", " \n\n"], ids=["no end", "line end", "blank lines"])
+def test_a_text_of_a_single_line_is_split_at_white_space(tmp_path, between, end):
+    path = tmp_path / "text8"
+    words = [f"word{number}ü" for number in range(100)]
+    path.write_bytes((between.join(words) + end).encode())
+    training, validation = read_text_parts(DataConfig(path=str(path), validation_fraction=0.25))
+    assert training + validation == between.join(words) + end
+    assert training.split() + validation.split() == words and 20 <= len(validation.split()) <= 30
+
+
 def test_data_and_tokenizers_that_cannot_be_used_are_refused_by_key(tmp_path):
     with pytest.raises(ValueError, match="data.path: .*'nowhere', which does not exist"):
         read_text_parts(DataConfig(path="nowhere"))
@@ -109,7 +121,7 @@ def test_data_and_tokenizers_that_cannot_be_used_are_refused_by_key(tmp_path):
     path.write_bytes(b"line\n" * 9 + b"\xff\n" * 9)
     with pytest.raises(ValueError, match="data.path: expected text in UTF-8"):
         read_text_parts(DataConfig(path=str(path), validation_fraction=0.5))
-    path.write_text("a single line")
+    path.write_text("a-single-word")
     with pytest.raises(ValueError, match="data.path: .*the validation part is empty"):
         read_text_parts(DataConfig(path=str(path), validation_fraction=0.5))
     with pytest.raises(ValueError, match="task.tokenizer: .*path of a tokenizer.json, got 'word'"):
@@ -154,3 +166,10 @@ def test_a_tokenizer_that_cuts_or_pads_what_a_model_reads_keeps_a_whole_text(tmp
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_str(), encoding="utf-8")
     assert torch.equal(encode(read_tokenizer(str(path)), TEXT).tokens, whole)
+
+
+@pytest.mark.parametrize("text", ["many words " * 400, "\n" + "many words " * 400 + "\n", "of\nlines\n" * 300])
+def test_no_chunk_is_much_longer_than_it_has_to_be(text, monkeypatch):
+    monkeypatch.setattr(tokenized_text, "_CHUNK", 50)
+    chunks = list(tokenized_text._chunks(text))
+    assert "".join(chunks) == text and max(map(len, chunks)) <= 100

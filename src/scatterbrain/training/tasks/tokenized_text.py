@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,8 @@ def read_text_parts(config: DataConfig) -> tuple[str, str]:
     A folder with one file named ``*.train.*`` and one named ``*.valid.*``, as WikiText comes (wiki.train.tokens,
     wiki.valid.tokens), gives these two, whatever ``data.glob`` says. Of several it gives the two that the glob matches,
     or else those of WikiText. Any other text is split as bytes are
-    (:func:`scatterbrain.training.data.read_corpus`), at the line end behind the boundary.
+    (:func:`scatterbrain.training.data.read_corpus`), at the line end behind the boundary, or at white space where none
+    follows.
 
     Raises:
         ValueError: if the path does not exist, or what is there is no UTF-8 text or too short for two parts, or several
@@ -55,8 +57,19 @@ def read_text_parts(config: DataConfig) -> tuple[str, str]:
         return _both(training, validation, config)
     whole = b"".join(part.numpy().tobytes() for part in read_corpus(config))
     boundary = len(whole) - round(len(whole) * config.validation_fraction)
-    boundary = whole.find(b"\n", boundary - 1) + 1 or len(whole)
+    boundary = _cut_behind(whole, boundary)
     return _both(_decode(whole[:boundary], root), _decode(whole[boundary:], root), config)
+
+
+def _cut_behind(text: bytes, boundary: int) -> int:
+    """Where the text is cut: behind the first line end from ``boundary`` on that leaves a validation part, or else
+    behind white space: some corpora, such as text8, are a single line."""
+    start = max(boundary - 1, 0)
+    line_end = text.find(b"\n", start) + 1
+    if line_end and text[line_end:].strip():
+        return line_end
+    space = re.compile(rb"\s+").search(text, start)
+    return len(text) if space is None else space.end()
 
 
 def train_tokenizer(text: str, kind: str, vocabulary: int) -> Tokenizer:
@@ -119,7 +132,7 @@ def read_tokenizer(path: str) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Tokens:
-    """The tokens of ``text``, encoded by chunks of whole lines."""
+    """The tokens of ``text``, encoded by chunks of whole lines or words."""
     parts, words = [], 0
     for chunk in _chunks(text):
         words += len(chunk.split()) + chunk.count("\n")
@@ -191,9 +204,13 @@ def _decode(text: bytes, source: Path) -> str:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """The text in pieces that end at line ends, where it has any."""
-    start = 0
+    """The text in pieces that end at line ends or, where none is near, in front of white space."""
+    start, space = 0, re.compile(r"(?<=\S)\s")
     while start < len(text):
-        end = text.find("\n", start + _CHUNK) + 1 or len(text)
+        end = text.find("\n", start + _CHUNK, start + 2 * _CHUNK) + 1
+        if not end:
+            # In front of all of it, as byte pairs have a space with the word behind it.
+            found = space.search(text, start + _CHUNK)
+            end = len(text) if found is None else found.start()
         yield text[start:end]
         start = end
