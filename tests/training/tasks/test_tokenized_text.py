@@ -136,6 +136,15 @@ def test_data_and_tokenizers_that_cannot_be_used_are_refused_by_key(tmp_path):
             train_tokenizer(TEXT, kind, 2)
 
 
+def test_the_file_that_is_no_text_is_named_with_the_place_in_it(tmp_path):
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("line\n" * 20)
+    (tmp_path / "broken.txt").write_bytes(b"four" * 2 + b"\xff\n")
+    for fraction in (0.1, 0.9):
+        with pytest.raises(ValueError, match="data.path: expected text in UTF-8 .*broken.txt: .* 0xff in position 8:"):
+            read_text_parts(DataConfig(path=str(tmp_path), glob="*.txt", validation_fraction=fraction))
+
+
 def test_training_does_not_write_over_the_terminal(capfd):
     train_tokenizer(TEXT, "bpe", 280)
     out, err = capfd.readouterr()

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from scatterbrain.training.config import DataConfig
-from scatterbrain.training.data import corpus_root, files_below, read_corpus
+from scatterbrain.training.data import corpus_root, files_below, find_files, read_corpus
 
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 KINDS = ("words", "bpe")
@@ -55,6 +55,8 @@ def read_text_parts(config: DataConfig) -> tuple[str, str]:
     if root.is_dir() and (files := _files_of_parts(root, config)) is not None:
         training, validation = (_decode(path.read_bytes(), path) for path in files)
         return _both(training, validation, config)
+    for path in find_files(config):  # by themselves, so that an error can name the file
+        _decode(path.read_bytes(), path)
     whole = b"".join(part.numpy().tobytes() for part in read_corpus(config))
     boundary = len(whole) - round(len(whole) * config.validation_fraction)
     boundary = _cut_behind(whole, boundary)
