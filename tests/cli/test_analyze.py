@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ import scatterbrain as sb
 from scatterbrain.analysis.cost import Shape, cost
 from scatterbrain.analysis.regimes import runner
 from scatterbrain.analysis.regimes.config import AnalyzeConfig
-from scatterbrain.analysis.regimes.inputs import Clustered, captured_heads
+from scatterbrain.analysis.regimes.inputs import Clustered, Head, captured_heads
+from scatterbrain.analysis.regimes.measure import Row
 from scatterbrain.cli import main
 from scatterbrain.hilbert import hilbert_order
 
@@ -216,6 +219,82 @@ def test_causal_heads_are_compared_with_causal_attention(captured: Path, tmp_pat
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     row = table(tmp_path)["m.N200.layer0 head 0", 1.0, "combined"]
     assert float(row["output_error"]) == pytest.approx(float((out - exact).norm() / exact.norm()), rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------- errors that are no numbers
+
+
+@pytest.fixture
+def zero_and_plain(tmp_path: Path) -> Path:
+    """A head whose values are all zero, as of one that was pruned, before an ordinary one."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    tensors = {f"a.N200.layer0.{part}": rand(2, 200, 16, seed=ord(part)) for part in "qkv"}
+    tensors["a.N200.layer0.v"][0] = 0
+    save_file(tensors, tmp_path / "zero.safetensors")
+    return tmp_path / "zero.safetensors"
+
+
+def test_outputs_that_are_all_zero_are_met_without_error(
+    zero_and_plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    few = ["--keys", "16", "--size", "8", "--temperatures", "1", "2", "--error", "output", *files(tmp_path)]
+    assert main(["analyze", "--inputs", str(zero_and_plain), *few]) == 0
+    errors = {key: float(row["output_error"]) for key, row in table(tmp_path).items()}
+    for (head, _, _), error in errors.items():
+        assert error == 0 if head.endswith("head 0") else 0 < error < 2
+    mean = sum(error for (_, temperature, method), error in errors.items() if (temperature, method) == (1.0, "sparse"))
+    assert f"{mean / 2:.4f}" in (out := capsys.readouterr().out) and "nan" not in out and "left out" not in out
+
+
+def test_heads_whose_errors_are_no_numbers_are_named_and_left_out_of_the_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    measure = runner.measure
+
+    def failing(head: Head, temperature: float, config: AnalyzeConfig) -> Iterator[Row]:
+        for row in measure(head, temperature, config):
+            is_bad = (head.name, row.method) == ("seed 1", "combined") and temperature in (1.0, 3.0)
+            yield replace(row, matrix_error=math.nan) if is_bad else row
+
+    command = ["analyze", *TINY[:-1], "2", "--temperatures", "0.2", "1", "3", "--oracle", "false", *files(tmp_path)]
+    monkeypatch.setattr(runner, "measure", failing)
+    assert main(command) == 0
+    out, found = capsys.readouterr().out, table(tmp_path)
+    line = "left out of the means, since the error of both together is no finite number: seed 1 of "
+    assert out.count(line) == 1 and "at temperatures 1, 3" in out.split(line)[1].split("\n")[0]
+    assert "nan" not in out and "nowhere err" not in out and "everywhere\n" not in out
+    assert out.endswith(f"written: {tmp_path / 'out.png'}\n")
+    of_rest = float(found["seed 0", 3.0, "sparse"]["matrix_error"])  # of the same heads as the others are
+    (at_3,) = (line for line in out.split("\n") if line.split()[:1] == ["3"])
+    assert at_3.split()[2] == f"{of_rest:.4f}"
+    assert math.isnan(float(found["seed 1", 3.0, "combined"]["matrix_error"]))
+
+    measured = []
+    monkeypatch.setattr(runner, "measure", lambda *a: measured.append((a[0].name, a[1])) or measure(*a))
+    assert main([*command, "--resume"]) == 0
+    assert measured == [("seed 1", 1.0), ("seed 1", 3.0)], "by a version that errs there no more"
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_where_no_error_is_a_number_nothing_is_concluded(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Scores beyond float32's range."""
+    options = [*TINY, "--scale", "1e30", "--temperatures", "1", "3", "--oracle", "false"]
+    assert main(["analyze", *options, *files(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "since the errors of sparse only, both together are no finite numbers: seed 0 of 20 clusters" in printed.out
+    assert "errs by at most" not in printed.out and "nowhere" not in printed.out and "nan" not in printed.out
+    assert (
+        "no head has errors that are finite numbers; choose a smaller --scale or higher --temperatures" in printed.err
+    )
+    assert (tmp_path / "out.csv").exists() and not (tmp_path / "out.png").exists()
+
+
+def test_weights_that_float64_cannot_hold_are_refused_by_head(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["analyze", *TINY, "--scale", "1e30", "--temperatures", "1e-300", *files(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    assert (
+        "seed 0: expected scores that are finite numbers, got others at temperature 1e-300; choose a higher" in errors
+    )
 
 
 # ---------------------------------------------------------------------------------------- options

@@ -388,6 +388,16 @@ def test_resume_goes_on_with_rows_of_the_same_content_alone(
     assert path.read_text() == measured
 
 
+def test_outputs_that_are_all_zero_are_met_without_error(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    tensors = {f"a.{part}": rand(1, 60, 8, seed=i) * (part != "v") for i, part in enumerate("qkv")}
+    safetensors.save_file(tensors, tmp_path / "zero.safetensors")
+    command = ["bench", "--inputs", str(tmp_path / "zero.safetensors"), "--lengths", "32", "--methods", "window-8"]
+    command += ["--rank", "3", "--directions", "F", "--repeats", "1", "--memory", "false"]
+    assert main([*command, "--json", str(tmp_path / "out.json")]) == 0
+    assert rows(tmp_path / "out.json")["window-8", 32, "F", False, "float32"]["error"] == 0
+
+
 BAD_FILES = {
     "no such entry": (["--entry", "c"], "--entry c is not in"),
     "too few tokens": (["--entry", "a.N60.layer0", "--lengths", "61"], "has 60 tokens, too few for a length of 61"),

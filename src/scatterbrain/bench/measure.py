@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Iterator
@@ -43,6 +44,13 @@ class Row:
 
     def setting(self) -> Setting:
         return Setting(self.tokens, self.heads, self.kv_heads, self.head_dim, self.batch, self.dtype, self.is_causal)
+
+
+def relative_error(lost: float, whole: float) -> float:
+    """A norm of a difference over that of what was to be met, which may be zero: zeros that are met are no error."""
+    if lost == 0:
+        return 0.0
+    return lost / whole if whole else math.nan if math.isnan(lost) else math.inf
 
 
 def make_inputs(config: BenchConfig, setting: Setting) -> Inputs:
@@ -133,7 +141,7 @@ class Measurement:
         """Measures, and says before every step what comes next."""
         yield "exact attention"
         exact = exact_attention(self.inputs.query, self.inputs.key, self.inputs.value, self.setting.is_causal)
-        norm = exact.double().norm()
+        norm = float(exact.double().norm())
         ready: dict[tuple[str, str], tuple[list[Callable[[], object]], int]] = {}
         for name in dict.fromkeys(method for method, _ in self.rows):
             yield f"{name}: error, first call"
@@ -148,7 +156,7 @@ class Measurement:
                 self.samples.setdefault(key, []).append(self.clock.seconds(in_turn) / calls)
                 self._fill(key)
 
-    def _prepare(self, name: str, exact: Tensor, norm: Tensor) -> dict[tuple[str, str], tuple[list[Callable], int]]:
+    def _prepare(self, name: str, exact: Tensor, norm: float) -> dict[tuple[str, str], tuple[list[Callable], int]]:
         """Error and first calls of one method; none of its steps, which are on one set of inputs each, in a direction
         in which it cannot run: what has no backward pass still has a forward pass."""
         method, config, inputs = parse_method(name), self.config, self.inputs
@@ -157,7 +165,8 @@ class Measurement:
             try:
                 attention = method.build(inputs.statistics, config.rank, self.setting.is_causal)
                 runs = [steps(attention, some) for some in self.sets]
-                error = float((runs[0]["F"]().double() - exact.double()).norm() / norm)
+                lost = float((runs[0]["F"]().double() - exact.double()).norm())
+                error = relative_error(lost, norm)
             except FAILURES as failure:
                 reason = describe_failure(failure)
         found = {}

@@ -46,7 +46,7 @@ def analyze(arguments: Sequence[str]) -> int:
     """Runs the command.
 
     Returns:
-        The exit code: 0 when measured to the end, 130 after Ctrl-C.
+        The exit code: 0 when measured to the end, 1 where no head has errors that are finite numbers, 130 after Ctrl-C.
 
     Raises:
         CommandError: with exit code 1, for bad input or a file that cannot be written.

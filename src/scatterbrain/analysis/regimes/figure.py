@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scatterbrain.analysis.regimes.measure import Row
-from scatterbrain.analysis.regimes.table import NAMES, Point, points, points_by_entropy, settings_of
+from scatterbrain.analysis.regimes.table import (
+    NAMES,
+    Point,
+    points,
+    points_by_entropy,
+    settings_of,
+    with_finite_errors,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +40,8 @@ HIGHEST = 1.12  # an error of 1 is that of a matrix of zeros
 
 
 def draw(path: Path, rows: Sequence[Row], kind: str, enough: float) -> None:
-    """Means over heads, left by temperature and right by entropy; there every head at every temperature is a dot."""
+    """Means over heads, left by temperature and right by entropy; there every head at every temperature is a dot.
+    Heads whose errors are no finite numbers are left out; there must be others."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -58,7 +66,7 @@ def draw(path: Path, rows: Sequence[Row], kind: str, enough: float) -> None:
         axis.axhline(enough, color="#555555", linewidth=0.9, linestyle=":", zorder=1)
         axis.grid(alpha=0.25)
     for name in ("sparse", "low-rank", "combined"):
-        dots = [(row.entropy, row.error(kind)) for row in rows if row.method == name]
+        dots = [(row.entropy, row.error(kind)) for row in with_finite_errors(rows, kind) if row.method == name]
         right.plot(*zip(*dots), ".", color=STYLES[name]["color"], markersize=3, alpha=0.3, zorder=2)
     left.set(xscale="log", ylim=(-0.02, HIGHEST), xlabel="softmax temperature, which scores are divided by")
     left.set_ylabel("error of the " + ("attention matrix" if kind == "matrix" else "output"))

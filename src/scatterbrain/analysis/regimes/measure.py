@@ -14,6 +14,7 @@ from scatterbrain.analysis.cost import Shape
 from scatterbrain.analysis.regimes.config import AnalyzeConfig, Method
 from scatterbrain.analysis.regimes.inputs import Head
 from scatterbrain.analysis.regimes.robust_pca import robust_pca
+from scatterbrain.bench.measure import relative_error
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Row:
         multiply_adds: per query; None for the oracle, which no method computes.
         matrix_error: Frobenius norm of the difference to the exact matrix of weights, over that of the matrix.
         output_error: the same of the outputs.
+
+    An error is no finite number where a method's result is not, such as with scores beyond float32's range.
     """
 
     inputs: str
@@ -43,15 +46,27 @@ class Row:
     def error(self, kind: str) -> float:
         return self.matrix_error if kind == "matrix" else self.output_error
 
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, (self.entropy, self.matrix_error, self.output_error)))
+
 
 def shape_of(head: Head) -> Shape:
     return Shape(head.query.shape[2], head.key.shape[2], head.query.shape[3], head.value.shape[3])
 
 
 def measure(head: Head, temperature: float, config: AnalyzeConfig) -> Iterator[Row]:
-    """A row for each method."""
+    """A row for each method.
+
+    Raises:
+        ValueError: scores of exact attention that are no finite numbers.
+    """
     scale = 1 / (temperature * math.sqrt(head.query.shape[3]))
     exact = exact_weights(head, scale, config.causal)
+    if not bool(torch.isfinite(exact).all()):
+        raise ValueError(
+            f"{head.source}, {head.name}: expected scores that are finite numbers, got others at temperature "
+            f"{temperature:g}; choose a higher one with --temperatures"
+        )
     entropy = float(torch.special.entr(exact).sum(-1).mean())
     value = head.value[0, 0].double()
     want = exact @ value
@@ -72,9 +87,13 @@ def measure(head: Head, temperature: float, config: AnalyzeConfig) -> Iterator[R
             method=method.name,
             settings=method.settings,
             multiply_adds=method.multiply_adds,
-            matrix_error=float((weights - exact).norm() / exact.norm()),
-            output_error=float((out - want).norm() / want.norm()),
+            matrix_error=_relative(weights - exact, exact),
+            output_error=_relative(out - want, want),
         )
+
+
+def _relative(lost: Tensor, exact: Tensor) -> float:
+    return relative_error(float(lost.norm()), float(exact.norm()))
 
 
 def exact_weights(head: Head, scale: float, is_causal: bool) -> Tensor:

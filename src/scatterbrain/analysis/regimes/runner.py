@@ -11,7 +11,7 @@ from scatterbrain.analysis.regimes.config import CAUSAL, AnalyzeConfig
 from scatterbrain.analysis.regimes.figure import draw
 from scatterbrain.analysis.regimes.inputs import SHA256, Head
 from scatterbrain.analysis.regimes.measure import Row, measure, shape_of
-from scatterbrain.analysis.regimes.table import read_csv, summary, write_csv
+from scatterbrain.analysis.regimes.table import points, read_csv, summary, write_csv
 
 INTERRUPTED = 130  # 128 and the number of SIGINT
 
@@ -20,7 +20,8 @@ def run(config: AnalyzeConfig) -> int:
     """Measures, prints the table and writes the files.
 
     Returns:
-        0; 130 after Ctrl-C, with what was measured until then printed and written.
+        0; 1 where no head has errors that are finite numbers; 130 after Ctrl-C, with what was measured until then
+        printed and written.
 
     Raises:
         ValueError, OSError: ``--resume`` with a file of other options; a file that cannot be read or written.
@@ -36,12 +37,21 @@ def run(config: AnalyzeConfig) -> int:
     print(summary(rows, config.error, config.enough))
     if config.csv is not None:
         print(f"written: {config.csv}")
-    if config.png is not None and rows:
+    has_points = bool(points(rows, config.error))
+    if config.png is not None and has_points:
         draw(config.png, rows, config.error, config.enough)
         print(f"written: {config.png}")
     if not is_complete:
         print("stopped before the end: these are the results so far", file=sys.stderr)
         return INTERRUPTED
+    if not has_points:
+        print(
+            "no head has errors that are finite numbers; choose "
+            + ("a smaller --scale or " if config.inputs is None else "")
+            + "higher --temperatures",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -110,7 +120,8 @@ def _name_and_digest(source: str) -> tuple[str, str]:
 
 
 def _rows_so_far(config: AnalyzeConfig, heads: list[Head]) -> list[Row]:
-    """Those of an interrupted run with the same heads and methods; a point that lacks a method is measured again.
+    """Those of an interrupted run with the same heads and methods; a point that lacks a method is measured again, and
+    so is one with an error that is no finite number: it may be of an earlier version.
 
     Raises:
         ValueError: not such a file, or one of other inputs or methods.
@@ -132,5 +143,7 @@ def _rows_so_far(config: AnalyzeConfig, heads: list[Head]) -> list[Row]:
                 f"--resume: {config.csv} was measured with other options: it has {row.method} ({row.settings}) on "
                 f"{row.inputs}, {row.head}, at temperature {row.temperature:g}; use the same options, or another file"
             )
-        found.setdefault((row.inputs, row.head, row.temperature), set()).add(method)
+        point = found.setdefault((row.inputs, row.head, row.temperature), set())
+        if row.is_finite():
+            point.add(method)
     return [row for row in rows if found[row.inputs, row.head, row.temperature] == wanted[row.inputs, row.head]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -62,9 +63,34 @@ def _row(line: dict[str, str]) -> Row:
 # -------------------- summary
 
 
+def with_finite_errors(rows: Sequence[Row], kind: str) -> list[Row]:
+    """Without heads at temperatures at which a method's error is no finite number: of all methods, so that means are
+    over the same heads."""
+    without = {(row.inputs, row.head, row.temperature) for row in rows if not math.isfinite(row.error(kind))}
+    return [row for row in rows if (row.inputs, row.head, row.temperature) not in without]
+
+
+def left_out(rows: Sequence[Row], kind: str) -> list[str]:
+    """A line for each head that :func:`with_finite_errors` lacks at some temperature."""
+    found: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if not math.isfinite(row.error(kind)):
+            found[row.inputs, row.head].append(row)
+    lines = []
+    for (inputs, head), some in found.items():
+        methods = [label for name, label in NAMES.items() if any(row.method == name for row in some)]
+        one, *more = (f"{temperature:g}" for temperature in sorted({row.temperature for row in some}))
+        what = "error of {} is no finite number" if len(methods) == 1 else "errors of {} are no finite numbers"
+        lines.append(
+            f"left out of the means, since the {what.format(', '.join(methods))}: {head} of {inputs}, at "
+            f"{'temperatures' if more else 'temperature'} {', '.join([one, *more])}"
+        )
+    return lines
+
+
 @dataclass(frozen=True)
 class Point:
-    """Means over some heads, the errors by method."""
+    """Means over some heads, the errors by method, all of them finite."""
 
     temperature: float
     entropy: float
@@ -73,13 +99,14 @@ class Point:
 
 def points(rows: Sequence[Row], kind: str) -> list[Point]:
     """One for each temperature, in ascending order."""
-    return _means(rows, kind, lambda row: row.temperature)
+    return _means(with_finite_errors(rows, kind), kind, lambda row: row.temperature)
 
 
 def points_by_entropy(rows: Sequence[Row], kind: str, bins: int = 14) -> list[Point]:
     """One for each of ``bins`` equal steps of entropy that has a head, in ascending order."""
-    least = min(row.entropy for row in rows)
-    step = (max(row.entropy for row in rows) - least) / bins or 1.0
+    rows = with_finite_errors(rows, kind)
+    least = min((row.entropy for row in rows), default=0.0)
+    step = (max((row.entropy for row in rows), default=0.0) - least) / bins or 1.0
     return _means(rows, kind, lambda row: min(int((row.entropy - least) / step), bins - 1))
 
 
@@ -99,11 +126,13 @@ def _means(rows: Sequence[Row], kind: str, group: Callable[[Row], float]) -> lis
 
 def summary(rows: Sequence[Row], kind: str, enough: float) -> str:
     """A table of the temperatures, and the regimes in words."""
-    some = points(rows, kind)
-    if not some:
+    if not rows:
         return "nothing was measured"
+    some, without = points(rows, kind), left_out(rows, kind)
+    if not some:
+        return "\n".join([*without, "", *settings_of(rows)])
     methods = [name for name in NAMES if any(name in point.errors for point in some)]
-    heads = len({(row.inputs, row.head) for row in rows})
+    heads = len({(row.inputs, row.head) for row in with_finite_errors(rows, kind)})
     lines = [
         f"{', '.join(sorted({row.inputs for row in rows}))}; mean over {heads} {'heads' if heads > 1 else 'head'}",
         f"error of the {kind}, relative Frobenius norm",
@@ -115,7 +144,9 @@ def summary(rows: Sequence[Row], kind: str, enough: float) -> str:
         table.append([f"{p.temperature:g}", f"{p.entropy:.2f}", *errors])
     widths = [max(map(len, column)) for column in zip(*table)]
     lines += ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in table]
-    return "\n".join([*lines, "", *settings_of(rows), "", *regimes(some, enough)])
+    if without:
+        lines += ["", *without]
+    return "\n".join([*lines, "", *settings_of(rows), "", *regimes(some, enough, of_all=not without)])
 
 
 def settings_of(rows: Sequence[Row]) -> list[str]:
@@ -132,15 +163,19 @@ def band(some: Sequence[Point], name: str, enough: float) -> list[float]:
     return [p.temperature for p in some if p.errors.get(name, float("inf")) <= enough]
 
 
-def regimes(some: Sequence[Point], enough: float) -> list[str]:
-    lines = []
+def regimes(some: Sequence[Point], enough: float, of_all: bool) -> list[str]:
+    """In words. What is not ``of_all`` says so: of heads that were left out nothing is known."""
+    lines, rest = [], "" if of_all else ", of what was not left out"
     for name in ("sparse", "low-rank", "combined"):
         temperatures = band(some, name, enough)
         where = f"at temperatures of {temperatures[0]:g} to {temperatures[-1]:g}" if temperatures else "nowhere"
         if len(temperatures) == len(some):
             where = "everywhere"
-        lines.append(f"{NAMES[name]} errs by at most {enough:g} {where}")
+        lines.append(f"{NAMES[name]} errs by at most {enough:g} {where}{rest}")
     worse = [p for p in some if p.errors["combined"] > min(p.errors["sparse"], p.errors["low-rank"]) + WORSE]
+    if not worse and not of_all:
+        better = f"at most {WORSE:g} more than the better part alone"
+        return [*lines, f"both together err by {better}{rest}"]
     if not worse:
         return [*lines, f"both together nowhere err by more than {WORSE:g} more than the better part alone"]
     most = max(worse, key=lambda p: p.errors["combined"] - min(p.errors["sparse"], p.errors["low-rank"]))
@@ -148,5 +183,5 @@ def regimes(some: Sequence[Point], enough: float) -> list[str]:
     return [
         *lines,
         f"both together err more than the better part alone at {len(worse)} of {len(some)} temperatures, most at "
-        f"{most.temperature:g}: {most.errors['combined']:.4f} in place of {best:.4f}",
+        f"{most.temperature:g}: {most.errors['combined']:.4f} in place of {best:.4f}{rest}",
     ]
