@@ -51,6 +51,66 @@ def test_paths_are_found_inside_of_other_models() -> None:
     assert settings.pair_of("attn") is None  # of both
 
 
+def found(own: str, target: str) -> list[str | None]:
+    """Which of the settings of ``own`` the paths of ``target`` get."""
+    keys = {path: (sb.Window(8 + i), None) for i, path in enumerate(own.split())}
+    names = {pair: path for path, pair in keys.items()}
+    return [names.get(pair) for pair in LayerSettings(keys).in_model(target.split()).values()]
+
+
+@pytest.mark.parametrize(
+    ("own", "target", "want"),
+    [
+        ("a.0 a.1", "a.0 a.1 other.a.0", ["a.0", "a.1", None]),
+        ("a.0 a.1", "m.a.0 m.a.1", ["a.0", "a.1"]),
+        ("a.0 a.1 a.2", "x.a.0 x.a.1 x.a.2 y.a.0", ["a.0", "a.1", "a.2", None]),
+        ("m.a.0 m.a.1", "a.0 a.1", ["m.a.0", "m.a.1"]),
+        ("x.a.0 x.a.1 y.a.0", "a.0 a.1", ["x.a.0", "x.a.1"]),
+        ("a.0 b.0", "x.a.0 y.b.0", ["a.0", "b.0"]),
+        ("a.0 m.a.0", "x.m.a.0", ["m.a.0"]),
+        ("a.0 b.0", "_orig_mod.a.0 b._orig_mod.0 c", ["a.0", "b.0", None]),
+        ("a.0", "b.0", [None]),
+    ],
+)
+def test_all_layers_are_found_behind_one_beginning(own: str, target: str, want: list[str | None]) -> None:
+    assert found(own, target) == want
+
+
+@pytest.mark.parametrize(
+    ("own", "target", "message"),
+    [
+        ("a.0", "x.a.0 y.a.0", r"a.0 ends 2: x.a.0 and y.a.0; .* part that was tuned \(x or y\), .*where="),
+        ("a.0 b", "x.a.0 x.b y.a.0 y.b z.a.0 z.b w.b", "a.0 ends 3: x.a.0, y.a.0 and z.a.0"),
+        ("x.a.0 y.a.0", "a.0", "a.0 could be any of x.a.0 and y.a.0; .* in the whole model"),
+    ],
+)
+def test_paths_that_may_mean_several_layers_are_refused(own: str, target: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        found(own, target)
+
+
+def test_settings_of_a_part_do_not_reach_the_part_beside_it() -> None:
+    """CLIP's two encoders have the same layers."""
+    both = nn.ModuleDict({"text": encoder(), "vision": encoder()})
+    with pytest.raises(ValueError, match=r"expected paths that end one layer of ModuleDict each, .*\(text or vision\)"):
+        sb.replace_attention(both, layers=PAIRS)
+    assert not cores(both)
+    report = sb.replace_attention(both, layers=PAIRS, where=lambda path: path.startswith("vision"))
+    assert [entry.path for entry in report.replaced] == ["vision.layers.0.self_attn"]
+    report.restore()
+    assert len(sb.replace_attention(both["text"], layers=PAIRS).replaced) == 1
+    tied = encoder()
+    sb.replace_attention(nn.ModuleDict({"a": tied, "b": tied}), layers=PAIRS)
+    assert len(cores(tied)) == 1
+
+
+def test_a_compiled_model_takes_the_settings_of_the_model() -> None:
+    model = nn.Sequential(encoder())
+    model[0].layers[0] = torch.compile(model[0].layers[0], backend="eager")
+    report = sb.replace_attention(model, layers=PAIRS)
+    assert [entry.path for entry in report.replaced] == ["0.layers.0._orig_mod.self_attn"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -154,6 +214,36 @@ def test_transformers_take_them_by_name_and_save_them_with_the_model(tmp_path: P
     assert inside.bert.encoder.layer[0].attention.self.scatterbrain.support == sb.Window(16)
     with pytest.raises(ValueError, match="give no others"):
         register("scatterbrain:both", sb.Window(8), layers=pairs)
+
+
+def clip() -> nn.Module:
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    words = dict(vocab_size=60, bos_token_id=1, eos_token_id=2)
+    parts = dict(text_config=sizes | words, vision_config=sizes | dict(image_size=32, patch_size=8))
+    return hf.CLIPModel(hf.CLIPConfig(**parts)).eval()
+
+
+def test_a_name_gives_a_part_its_settings_and_not_the_part_beside_it(tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    from scatterbrain.integrations.transformers import register
+
+    of_vision, layer = (sb.Window(8), None), "encoder.layers.0.self_attn"
+    name, model = register("scatterbrain:of-vision", layers={layer: of_vision}), clip()
+    with pytest.raises(ValueError, match="one layer of CLIPModel each, .*text_model or vision_model"):
+        model.set_attn_implementation(name)
+    assert not cores(model) and model.config._attn_implementation == "sdpa"
+    assert {c._attn_implementation for c in (model.config.text_config, model.config.vision_config)} == {"sdpa"}
+    model.set_attn_implementation({"vision_config": name})
+    assert [core.support for core in cores(model).values()] == [sb.Window(8)]
+    both = {f"vision_model.{layer}": of_vision, f"text_model.{layer}": (sb.Window(16), None)}
+    model = clip()
+    model.set_attn_implementation(register("scatterbrain:of-both", layers=both))
+    model.save_pretrained(tmp_path / "clip")
+    loaded = hf.AutoModel.from_pretrained(tmp_path / "clip", attn_implementation="scatterbrain")
+    of_layers = {path: core.support for path, core in cores(loaded).items()}
+    assert of_layers == {f"{path}.scatterbrain": support for path, (support, _) in both.items()}
 
 
 @pytest.mark.parametrize(

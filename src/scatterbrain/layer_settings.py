@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,50 @@ class LayerSettings(Mapping[str, Pair]):
     def pair_of(self, path: str) -> Pair | None:
         """The pair of a layer, also inside of a larger or a smaller model than that of the paths: the one whose path
         ends as this one does. None where there is none, or more than one."""
-        if path in self._pairs:
-            return self._pairs[path]
-        found = [own for own in self._pairs if path.endswith(f".{own}") or own.endswith(f".{path}")]
-        return self._pairs[found[0]] if len(found) == 1 else None
+        return self.in_model([path], is_whole=False)[path]
+
+    def in_model(self, paths: Sequence[str], what: str = "the model", is_whole: bool = True) -> dict[str, Pair | None]:
+        """The pair of every layer of a model, None for those that are not named. The model may hold the one of the
+        settings, or be a part of it: one and the same beginning is then before all paths of one of them. Where several
+        beginnings would do, as of an encoder's settings in a model with two encoders, nothing says which is meant.
+
+        Args:
+            paths: of all of the model's attention layers.
+            what: names the model in the error.
+            is_whole: False leaves layers out that several paths could mean, for parts of a model that is still made.
+
+        Raises:
+            ValueError: a path of the settings that ends several of ``paths``, or the other way about.
+        """
+        targets, own = ({without_wrappers(path): path for path in some} for some in (paths, self._pairs))
+        hits = {name: [path for path in targets if _is_inside(name, path)] for name in own}
+        hits = {name: found for name, found in hits.items() if found}
+        if hits:
+            places = _placed(hits)
+            if places is None:
+                name, found = next((name, found) for name, found in hits.items() if len(found) > 1)
+                parts = [path[: -len(name)].strip(".") or "the model itself" for path in found]
+                raise ValueError(
+                    f"layers: expected paths that end one layer of {what} each, but {name} ends {len(found)}: "
+                    f"{_listed(found)}; replace attention in the part that was tuned ({_listed(parts, 'or')}), leave "
+                    "the other layers out (where=), or write whole paths"
+                )
+            # Of two names that end one path the longer says more.
+            named = {places[name]: name for name in sorted(places, key=len)}
+        else:
+            reached = {path: [name for name in own if _is_inside(path, name)] for path in targets}
+            reached = {path: found for path, found in reached.items() if found}
+            named = _placed(reached)
+            if named is None and is_whole:
+                path, found = next((path, found) for path, found in reached.items() if len(found) > 1)
+                raise ValueError(
+                    f"layers: expected settings of {what} or of a model that holds it once, but {path or what} could "
+                    f"be any of {_listed(found)}; replace attention in the whole model, or give pairs by the paths of "
+                    "this one"
+                )
+            named = named or {}
+        found_pairs = {targets[path]: self._pairs[own[name]] for path, name in named.items()}
+        return {path: found_pairs.get(path) for path in paths}
 
     # -------------------- as data
 
@@ -145,6 +186,38 @@ class LayerSettings(Mapping[str, Pair]):
             "layers must be LayerSettings, a mapping from paths to pairs (support, low-rank kernel), or the YAML file "
             f"of scatterbrain tune, got {type(given).__name__}"
         )
+
+
+# Modules that only hold another one: their names in a path say nothing of the model.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def without_wrappers(path: str) -> str:
+    """The path of a layer in the model that was not compiled, sharded or checkpointed."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def _is_inside(name: str, path: str) -> bool:
+    """Whether a layer of this name in a part of a model may be the one at ``path``."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _placed(hits: Mapping[str, Sequence[str]]) -> dict[str, str] | None:
+    """Of the paths that every name ends, the one that is meant: behind one beginning that is before all of them, the
+    empty one first, or else the only one of each. None where that does not tell."""
+    beginnings = Counter(path[: len(path) - len(name)] for name, found in hits.items() for path in found)
+    whole = [begin for begin, count in beginnings.items() if count == len(hits)]
+    if "" in whole or len(whole) == 1:
+        begin = "" if "" in whole else whole[0]
+        return {name: begin + name for name in hits}
+    if any(len(found) > 1 and name not in found for name, found in hits.items()):
+        return None
+    return {name: name if name in found else found[0] for name, found in hits.items()}
+
+
+def _listed(names: Sequence[str], last: str = "and") -> str:
+    shown_names = list(names[:3]) + [f"{len(names) - 3} more"] * (len(names) > 3)
+    return f"{', '.join(shown_names[:-1])} {last} {shown_names[-1]}"
 
 
 BUDGETS = ("keys", "clusters", "rank", "features")

@@ -21,7 +21,7 @@ from scatterbrain.integrations.vision import (
     check_token_order,
     exact_class_tokens,
 )
-from scatterbrain.layer_settings import LayerSettings
+from scatterbrain.layer_settings import LayerSettings, Pair
 from scatterbrain.low_rank import check_low_rank
 from scatterbrain.nn.attention import ScatterbrainAttention, check_count, join_layers
 from scatterbrain.nn.host_module import HostModule
@@ -88,7 +88,8 @@ def replace_attention(
             :class:`ScatterbrainAttention` says; default 0, never.
         layers: a pair of a support and a kernel for every layer, in place of one for all: what
             :func:`scatterbrain.tune` returns as ``settings``, the YAML file of it, or a mapping from paths to pairs.
-            Layers that it does not name, or names with ``Full()``, stay as they are.
+            Layers that it does not name, or names with ``Full()``, stay as they are. Settings of a model serve the
+            same model inside of another, and a part of it.
 
     Returns:
         :class:`Report`: a table of every module that looks like attention, with what it is now or why it was left, and
@@ -99,6 +100,7 @@ def replace_attention(
             ``where`` itself raises passes through. The model is then as it was.
         ValueError: two different kernels with state; an exact_below that is no count; "learned" for a model that is in
             DistributedDataParallel or FSDP already.
+        ValueError: layers of a part of which ``model`` has several that would fit.
         ValueError: token_order="hilbert" for a model without a vision transformer that can be ordered.
     """
     if layers is not None:
@@ -112,6 +114,7 @@ def replace_attention(
     prepare_replacers(model)
     modules = list(attention_modules(model))
     left_out = {path for path, _ in modules if where is not None and not where(path)}
+    by_path = {} if layers is None else layers.in_model(_names(modules, left_out), type(model).__name__)
     report = Report(_settings(pairs) if layers is None else f"layer by layer, {len(layers)} of them")
     cross_attention = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
     if token_order == "hilbert":
@@ -127,7 +130,7 @@ def replace_attention(
         if path in left_out:
             entry.note = "left out by where="
             continue
-        of_layer = pairs if layers is None else _pairs_of_layer(layers, path, entry)
+        of_layer = pairs if layers is None else _pairs_of_layer(by_path[path], entry)
         if of_layer is None:
             continue
         undo = _replace(module, entry, of_layer, module in cross_attention)
@@ -147,9 +150,16 @@ def replace_attention(
     return report
 
 
-def _pairs_of_layer(layers: LayerSettings, path: str, entry: Entry) -> Pairs | None:
+def _names(modules: list[tuple[str, nn.Module]], left_out: set[str]) -> list[str]:
+    """The path of every module that is looked at, the first one of a module under several."""
+    first: dict[nn.Module, str] = {}
+    for path, module in modules:
+        first.setdefault(module, path)
+    return [path for path in first.values() if path not in left_out]
+
+
+def _pairs_of_layer(pair: Pair | None, entry: Entry) -> Pairs | None:
     """What a layer runs with; None, with a note, where it stays as it is."""
-    pair = layers.pair_of(path)
     if pair is None or pair[0].is_full:
         entry.note = "layers= does not name it" if pair is None else "layers= keeps it exact"
         return None

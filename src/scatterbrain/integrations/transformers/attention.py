@@ -12,7 +12,7 @@ from scatterbrain.functional import cast_for_autocast
 from scatterbrain.integrations.restrictions import NotExpressible
 from scatterbrain.integrations.transformers import layers
 from scatterbrain.integrations.transformers.masks import Visible, compacted, dense_mask, is_compact, read_mask
-from scatterbrain.integrations.transformers.registry import PER_LAYER, SETTINGS, settings_of_layer
+from scatterbrain.integrations.transformers.registry import PER_LAYER, SETTINGS, settings_of_layers
 from scatterbrain.low_rank import Heads
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.nn.warn import warn
@@ -97,7 +97,7 @@ def _attach(module: nn.Module, name: str, query: Tensor, key: Tensor) -> Scatter
             f"with model.set_attn_implementation({name!r}) before torch.compile"
         )
     heads = Heads(query.shape[1], query.shape[3], key.shape[1])
-    settings = settings_of_layer(name, module.config, "")
+    (settings,) = settings_of_layers([(name, module.config, "")], is_whole=False)
     is_causal = layers.causality(module)
     layers.note_causality(module, is_causal)
     core = layers.attach(module, settings, heads=heads, is_causal=is_causal)

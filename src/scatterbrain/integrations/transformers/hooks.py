@@ -36,7 +36,7 @@ from scatterbrain.integrations.transformers.registry import (
     SETTINGS,
     check_registered,
     is_ours,
-    settings_of_layer,
+    settings_of_layers,
 )
 from scatterbrain.integrations.transformers.token_order import declare, follow_configuration
 from scatterbrain.integrations.vision import exact_class_tokens
@@ -44,13 +44,20 @@ from scatterbrain.nn.attention import join_layers
 from scatterbrain.nn.warn import warn
 
 
-def adopt(model: nn.Module) -> None:
+def adopt(model: nn.Module, is_whole: bool = True) -> None:
     """Gives a ScatterbrainAttention to every attention layer of ``model`` whose configuration names one of our
-    implementations, takes it from every other layer, and orders image tokens accordingly."""
-    for seed, (path, module) in enumerate(attention_layers(model)):
-        name = implementation(module)
+    implementations, takes it from every other layer, and orders image tokens accordingly.
+
+    Raises:
+        ValueError: settings of a part of which the model has several that would fit, or where ``is_whole`` is True, the
+            other way about; before anything is changed.
+    """
+    found = [(path, module, implementation(module)) for path, module in attention_layers(model)]
+    asked = [(name, module.config, path) for path, module, name in found if name in SETTINGS]
+    settings_of = iter(settings_of_layers(asked, type(model).__name__, is_whole))
+    for seed, (path, module, name) in enumerate(found):
         if name in SETTINGS:
-            settings, is_causal = settings_of_layer(name, module.config, path), causality(module, model, path)
+            settings, is_causal = next(settings_of), causality(module, model, path)
             note_causality(module, is_causal, path)
             core = attach(module, settings, path, seed=seed, is_causal=is_causal)
             core.registered = name, SETTINGS[name]
@@ -127,7 +134,7 @@ def _post_init(original: Callable[[PreTrainedModel], None]) -> Callable[[PreTrai
         name = getattr(self.config, "_attn_implementation", None)
         if is_ours(name) and ignores_choice(self) and _is_outermost():
             refuse_family(self, self.config, name, is_built=True)
-        adopt(self)
+        adopt(self, is_whole=False)  # the model around it, if there is one, has the longer paths
 
     return post_init
 
@@ -154,10 +161,16 @@ def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., Non
                     refuse_family(self, self.config, attn_implementation, is_built=True)
                 elif isinstance(inner, PreTrainedModel) and not computes_itself(inner.config):
                     refuse_family(inner, inner.config, attn_implementation)
-        before = {id(inner): inner._attn_implementation for _, inner in inner_configs(self.config)}
+        configs = self.config, *(inner for _, inner in inner_configs(self.config))
+        before = {id(config): config._attn_implementation for config in configs}
         original(self, attn_implementation, *args, **kwargs)
         leave_exact(self, self.config, before)
-        adopt(self)
+        try:
+            adopt(self)
+        except ValueError:
+            for config in configs:
+                config._attn_implementation_internal = before[id(config)]
+            raise
 
     return set_attn_implementation
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from scatterbrain.layer_settings import LayerSettings
@@ -29,18 +29,40 @@ def add(name: str, settings: Settings | LayerSettings) -> None:
         publish(name)
 
 
-def settings_of_layer(name: str, config: Any, path: str) -> Settings:
-    """What the layer at ``path`` runs with under a name. Settings layer by layer go into the configuration, and under
-    the plain name come from it. Layers that they do not name are exact."""
-    settings = SETTINGS[name]
-    if isinstance(settings, LayerSettings):
-        setattr(config, LAYERS, settings.as_dict())
-    elif name == PREFIX and getattr(config, LAYERS, None) is not None:
-        settings = LayerSettings.from_dict(getattr(config, LAYERS), LAYERS)
-    if not isinstance(settings, LayerSettings):
-        return settings
-    pair = settings.pair_of(path)
-    return Pairs(Full(), None) if pair is None else Pairs(*pair)
+def settings_of_layers(
+    asked: Sequence[tuple[str, Any, str]], what: str = "the model", is_whole: bool = True
+) -> list[Settings]:
+    """What layers run with, each asked for by its name of ours, its configuration and its path. Settings layer by layer
+    go into the configuration, and under the plain name come from it. Layers that they do not name are exact.
+
+    Args:
+        asked: of all layers of a model, whose paths are found in settings together.
+        what, is_whole: as :meth:`LayerSettings.in_model` says.
+
+    Raises:
+        ValueError: settings of a part of which the model has several that would fit.
+    """
+    settings: list[Settings | LayerSettings] = []
+    alike: list[tuple[LayerSettings, list[str]]] = []  # settings, and the layers that ask for them
+    for name, config, path in asked:
+        found = SETTINGS[name]
+        if name == PREFIX and getattr(config, LAYERS, None) is not None:
+            found = LayerSettings.from_dict(getattr(config, LAYERS), LAYERS)
+        if isinstance(found, LayerSettings):
+            known = next((entry for entry in alike if entry[0] == found), None)
+            if known is None:
+                alike.append(known := (found, []))
+            found = known[0]
+            known[1].append(path)
+        settings.append(found)
+    pairs = {id(of_layers): of_layers.in_model(paths, what, is_whole) for of_layers, paths in alike}
+    made = []
+    for (_, config, path), found in zip(asked, settings, strict=True):
+        if isinstance(found, LayerSettings):
+            setattr(config, LAYERS, found.as_dict())
+            found = Pairs(*(pairs[id(found)][path] or (Full(), None)))
+        made.append(found)
+    return made
 
 
 def is_ours(name: str | None) -> bool:
