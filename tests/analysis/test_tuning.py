@@ -282,3 +282,38 @@ def test_the_front_and_the_hull_keep_what_nothing_beats() -> None:
     errors = dict(zip(names, (0.0, 0.29, 0.3, 0.5, 0.4)))
     assert trade.front(seconds, errors) == [names[0], names[1], names[2], names[3]]
     assert trade.hull(seconds, errors) == [names[0], names[2], names[3]]
+
+
+@pytest.mark.parametrize("how", ["whole", "a layer", "in place"])
+def test_what_was_compiled_runs_as_it_did(how: str, tmp_path: Path) -> None:
+    """Layers' forwards change with every run, which would soon reach the compiler's limit."""
+    compiled: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: object) -> Callable[..., object]:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    plain, model, x = encoder(), encoder(), batches()[0]
+    if how == "whole":
+        model = torch.compile(model, backend=backend)
+    elif how == "a layer":
+        model.layers[0] = torch.compile(model.layers[0], backend=backend)
+    else:
+        model.compile(backend=backend)
+    with torch.no_grad():
+        want = model(x)
+        before = len(compiled)
+        compared = sb.compare(model, x, {"window": (sb.Window(16), None)}, repeats=1)
+        found = sb.tune(model, batches(), max_error=0.3, candidates=CANDIDATES, times=tmp_path / "times.json")
+        assert len(compiled) == before > 0
+        assert torch.equal(model(x), want) and len(compiled) == before
+    assert compared.model == found.model == "TransformerEncoder" and found.left == compared.left == {}
+    assert (
+        list(found.chosen.pairs)
+        == [layer.path for layer in compared.layers]
+        == [f"layers.{i}.self_attn" for i in (0, 1)]
+    )
+    assert len(sb.replace_attention(plain, layers=found.settings).replaced) == len(
+        sb.replace_attention(model, layers=found.settings).replaced
+    )

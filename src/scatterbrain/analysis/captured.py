@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scatterbrain.analysis.layer_call import LayerCall
-from scatterbrain.analysis.stand_in import stand_in
+from scatterbrain.analysis.stand_in import stand_in, uncompiled
 from scatterbrain.integrations.restrictions import NotExpressible
 from scatterbrain.supports import Full
 
@@ -55,6 +55,7 @@ class Recorded:
 def recorded(model: nn.Module, batch: Batch, token_order: str | None = "auto") -> Recorded:
     """:func:`calls_of`, and what is not among them."""
     calls: list[LayerCall] = []
+    model = uncompiled(model)
 
     def attend(call: LayerCall, return_lse: bool) -> Any:
         calls.append(call)

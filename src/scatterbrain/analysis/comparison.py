@@ -18,6 +18,7 @@ from scatterbrain.analysis.captured import Batch, counterparts, recorded
 from scatterbrain.analysis.configured import Pair, Run, attention_of, fitting
 from scatterbrain.analysis.exact import Exact, by_torch, exact
 from scatterbrain.analysis.layer_call import LayerCall
+from scatterbrain.analysis.stand_in import uncompiled
 from scatterbrain.checks import check_pair
 from scatterbrain.integrations.restrictions import NotReplaceable
 from scatterbrain.json_text import json_text
@@ -187,7 +188,8 @@ def compare(
     is high needs a good low-rank part.
 
     Args:
-        model: any model that :func:`scatterbrain.replace_attention` takes, or has replaced. It is left as it was.
+        model: any model that :func:`scatterbrain.replace_attention` takes, or has replaced. It is left as it was;
+            what torch.compile made of it does not run.
         batch: a tensor (``model(batch)``), a mapping (``model(**batch)``), a tuple or list (``model(*batch)``), or a
             function of the model that runs it. Attention is measured on its tokens, so give real ones.
         configurations: pairs (support, low-rank kernel) by name, or names of methods of ``scatterbrain bench``, such
@@ -221,6 +223,7 @@ def comparing(
     chosen = None if configurations is None else checked_configurations(configurations)
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"compare: repeats must be an int of at least 1, got {repeats!r}")
+    model = uncompiled(model)
     seen = recorded(model, batch)
     calls = seen.calls
     others = calls if calibration is None else recorded(model, calibration).calls

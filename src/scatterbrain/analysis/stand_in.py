@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from scatterbrain import functional
@@ -16,6 +18,7 @@ from scatterbrain.analysis.layer_call import LayerCall
 from scatterbrain.integrations.replace import attention_modules, replace_attention
 from scatterbrain.integrations.report import Report
 from scatterbrain.integrations.token_order import natural_order
+from scatterbrain.layer_settings import without_wrappers
 from scatterbrain.nn.attention import ScatterbrainAttention
 from scatterbrain.supports import Window
 
@@ -25,13 +28,15 @@ def stand_in(
     model: nn.Module, attend: Callable[[LayerCall, bool], Any], token_order: str | None = "auto"
 ) -> Iterator[Stage]:
     """Inside, ``attend(call, return_lse)`` computes the model's attention: what :func:`scatterbrain.attention` would
-    return. In a model that was swapped before, layers that were left as they were stay so."""
+    return. In a model that was swapped before, layers that were left as they were stay so. What torch.compile made of it
+    does not run, so it is still there afterwards; paths are those of the model that was not compiled."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     report = None
     if not any(isinstance(module, ScatterbrainAttention) for module in model.modules()):
         report = _replaced(model, token_order)
-    cores = {path: m for path, m in model.named_modules() if isinstance(m, ScatterbrainAttention)}
+    named = model.named_modules()
+    cores = {without_wrappers(path): m for path, m in named if isinstance(m, ScatterbrainAttention)}
     layers = layer_paths(model, cores)
     # What others may have set too, such as hooks of accelerate.
     before = {core: {name: vars(core)[name] for name in _REPLACED if name in vars(core)} for core in cores.values()}
@@ -40,7 +45,8 @@ def stand_in(
             core.forward = _StandIn(layers[path], core, attend)
             core.lacks_statistics = lambda is_causal: False  # nothing is computed with those of the module
             core.bypassed = None
-        with natural_order(model) if token_order in ("natural", None) else nullcontext():
+        order = natural_order(model) if token_order in ("natural", None) else nullcontext()
+        with order, _no_compiled_code():
             yield Stage(model, report, {layers[path]: core for path, core in cores.items()})
     finally:
         for core, own in before.items():
@@ -58,12 +64,30 @@ def layer_paths(model: nn.Module, cores: Iterable[str]) -> dict[str, str]:
     """Of every ScatterbrainAttention, by its path, the path of its layer: the attention module that
     :func:`scatterbrain.replace_attention` names, in modules of a user's own the one that holds it. Where one module
     holds several they are layers themselves."""
-    modules = sorted({path for path, _ in attention_modules(model)}, key=len, reverse=True)
+    modules = sorted({path for path, _ in _attention_modules(model)}, key=len, reverse=True)
     found = {}
     for core in cores:
         found[core] = next((path for path in modules if _is_in(core, path)), core.rpartition(".")[0] or core)
     shared = Counter(found.values())
     return {core: path if shared[path] == 1 else core for core, path in found.items()}
+
+
+def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((without_wrappers(path), module) for path, module in attention_modules(model))
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What torch.compile was given; any other module as it is."""
+    dynamo = sys.modules.get("torch._dynamo")  # whose import takes seconds; without it nothing is compiled
+    while dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def _no_compiled_code() -> AbstractContextManager[Any]:
+    """Code compiled for forwards that change with every run would soon reach the compiler's limit, and what a user
+    compiled would never run again."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _is_in(path: str, outer: str) -> bool:
@@ -87,9 +111,11 @@ class Stage:
 
     def left(self, measured: Collection[str]) -> dict[str, str]:
         """Why modules that look like attention, or calls of them, were not stood in for, by path."""
-        notes = {} if self.report is None else {entry.path: entry.note for entry in self.report.skipped}
+        notes = (
+            {} if self.report is None else {without_wrappers(entry.path): entry.note for entry in self.report.skipped}
+        )
         found, seen = {}, set()
-        for path, module in attention_modules(self.model):
+        for path, module in _attention_modules(self.model):
             if module not in seen and not any(_is_in(other, path) for other in measured):
                 found[path] = notes.get(path) or self._why_left(path)
             seen.add(module)

@@ -18,7 +18,7 @@ from scatterbrain.analysis.comparison import medians, norms_of
 from scatterbrain.analysis.configured import Pair, attention_of, fitting, pair_that_runs
 from scatterbrain.analysis.exact import Exact, exact
 from scatterbrain.analysis.layer_call import LayerCall
-from scatterbrain.analysis.stand_in import stand_in
+from scatterbrain.analysis.stand_in import stand_in, uncompiled
 from scatterbrain.analysis.times import Times
 from scatterbrain.analysis.trade import EXACT, Combination, best_of_every_step, by_head, front, hull
 from scatterbrain.checks import check_pair
@@ -148,7 +148,8 @@ def tune(
     too. The list is the same for every bound, so a looser one never costs more.
 
     Args:
-        model: any model that :func:`scatterbrain.replace_attention` takes. It is left as it was.
+        model: any model that :func:`scatterbrain.replace_attention` takes. It is left as it was; what
+            torch.compile made of it does not run.
         batches: two or more, as for :func:`scatterbrain.compare`. The second half is held out for judging. Statistics
             of ``Quadratic`` are fitted on the first.
         max_error: largest ||y - y*|| / ||y*|| of the model's output against that with exact attention, the mean over
@@ -185,6 +186,7 @@ def tune(
         )
     if candidates is not None:
         checked_pairs(candidates)
+    model = uncompiled(model)
     half = (len(batches) + 1) // 2
     search = _Search(
         model, batches[:half], batches[half:], output or output_of, candidates, Times(times, medians), progress
