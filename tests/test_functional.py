@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import testkit
 import torch
-from testkit import leaves, padding
+from testkit import leaves, padding, rand
+from torch import Tensor
 
 import scatterbrain as sb
 from scatterbrain import prepared
@@ -72,6 +73,33 @@ def test_the_definition_has_the_same_default(is_causal: bool) -> None:
         sb.reference.mask(routed, *inputs[:2], *kernels, is_causal=is_causal, **given) for kernels in ((), (kernel,))
     )
     assert torch.equal(of_default, named)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_random_features_without_a_kernel_are_those_of_favor(is_causal: bool) -> None:
+    inputs = qkv()
+    given = {"statistics": sb.RandomFeatures(rand(24, inputs[0].shape[-1])), "is_causal": is_causal}
+    out = sb.attention(*inputs, WINDOW, **given)
+    assert torch.equal(out, sb.attention(*inputs, WINDOW, sb.Favor(24), **given))
+    without = sb.reference.attention(*inputs, WINDOW, **given)
+    assert torch.equal(without, sb.reference.attention(*inputs, WINDOW, sb.Favor(24), **given))
+
+
+@pytest.mark.parametrize("support", [sb.Routed(32, block_q=16), sb.LSH(32), sb.Window(16)], ids=lambda s: s.kind)
+def test_lists_and_clusters_that_inference_mode_made_are_trained_with(support: sb.supports.Support) -> None:
+    inputs = qkv()
+
+    def gradients() -> list[Tensor]:
+        lists = sb.route(*inputs[:2], support, None) if support.depends_on_content else support
+        clusters = sb.cluster(*inputs[:2])
+        with torch.inference_mode(False), torch.enable_grad():
+            given = [t.clone().requires_grad_() for t in inputs]
+            return list(torch.autograd.grad(sb.attention(*given, lists, statistics=clusters).square().sum(), given))
+
+    want = gradients()
+    with torch.inference_mode():
+        got = gradients()
+    assert all(map(torch.equal, got, want))
 
 
 def test_a_mask_given_as_is_causal_is_refused_as_such() -> None:

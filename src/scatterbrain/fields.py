@@ -13,7 +13,7 @@ from torch import Tensor
 from scatterbrain.operators.tracing import is_readable
 
 INT32_MAX = 2**31 - 1  # the kernels count keys, queries and features in 32 bits
-INT64_MAX = 2**63 - 1  # seeds of torch's generators
+SEED_MAX = 2**32 - 1  # torch's generator on the CPU takes no more bits: a larger seed would draw what another one draws
 
 
 def repr_of(owner: Any, if_set: tuple[str, ...]) -> str:

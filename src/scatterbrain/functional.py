@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from scatterbrain.low_rank import (
     Centroid,
     Clusters,
     Coefficients,
+    Favor,
     LowRank,
     Quadratic,
     Statistics,
@@ -25,10 +27,11 @@ from scatterbrain.low_rank.centroid import find_clusters
 from scatterbrain.low_rank.moments import checked_moments
 from scatterbrain.low_rank.quadratic_coefficients import statistics_from_moments
 from scatterbrain.operators.devices import check_device
-from scatterbrain.operators.tracing import refuse_jit_trace
+from scatterbrain.operators.tracing import is_untraced, refuse_jit_trace
 from scatterbrain.operators.unused import with_zero_gradients
 from scatterbrain.padding import padding_info
 from scatterbrain.supports import Blocks, Empty, Support, Window
+from scatterbrain.supports.base import BlockLists
 
 DEFAULT_LOW_RANK = Centroid(64)  # of bidirectional calls
 CAUSAL_LOW_RANK = Quadratic(rank=9)  # of causal ones
@@ -205,7 +208,8 @@ def route(
     check_coefficients(low_rank, statistics, call)
     with torch.no_grad():
         call, _, maps = execution.kernel_inputs(call)
-        return Blocks.from_lists(support.lists(call, *maps))
+        lists = support.lists(call, *maps)
+        return Blocks.from_lists(BlockLists(*map(_ordinary, lists)))
 
 
 def cluster(
@@ -249,7 +253,16 @@ def cluster(
     padding = padding_info(query, key, key_padding_mask, query_padding_mask, 0)
     call = Call(query, key, None, Empty(), low_rank, None, default_scale(query, scale), padding, is_causal=False)
     found = find_clusters(call, clusters)
-    return Clusters(*vars(found).values())
+    return Clusters(*map(_ordinary, vars(found).values()))
+
+
+def _ordinary(made: Any) -> Any:
+    """A tensor made in inference mode as one that calls outside of it can keep for their gradients; all else as it
+    is."""
+    if not is_untraced() or not isinstance(made, Tensor) or not made.is_inference():
+        return made
+    with torch.inference_mode(False):
+        return made.clone()
 
 
 # -------------------- defaults and autocast
@@ -259,9 +272,10 @@ def default_low_rank(statistics: Coefficients | None, is_causal: bool) -> LowRan
     """The kernel of a call that names none: of the size of its statistics, where it has some."""
     if statistics is None:
         return CAUSAL_LOW_RANK if is_causal is True else DEFAULT_LOW_RANK
-    if isinstance(statistics, DEFAULT_LOW_RANK.takes):
-        return DEFAULT_LOW_RANK.fitting(statistics)
-    return CAUSAL_LOW_RANK.fitting(statistics) if isinstance(statistics, CAUSAL_LOW_RANK.takes) else CAUSAL_LOW_RANK
+    for low_rank in (DEFAULT_LOW_RANK, CAUSAL_LOW_RANK, Favor()):
+        if isinstance(statistics, low_rank.takes):
+            return low_rank.fitting(statistics)
+    return CAUSAL_LOW_RANK
 
 
 def default_scale(query: Tensor, scale: float | None) -> float:

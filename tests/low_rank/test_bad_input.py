@@ -48,7 +48,7 @@ CALLS = {
     "half a cluster": (lambda: sb.Centroid(2.5), TypeError, "Centroid: clusters must be an int, got 2.5"),
     # sizes that the kernels cannot count to
     "features past 32 bits": (lambda: sb.Favor(2**31), ValueError, "Favor: features must be at most 2147483647"),
-    "Favor seed past its draws": (lambda: sb.Favor(seed=2**50), ValueError, "Favor: seed must be at most"),
+    "Favor seed past 32 bits": (lambda: sb.Favor(seed=2**32), ValueError, "Favor: seed must be at most"),
     "redraw past 32 bits": (lambda: sb.Favor(redraw=2**31), ValueError, "Favor: redraw must be at most"),
     "rank past 32 bits": (lambda: sb.Quadratic(2**31), ValueError, "Quadratic: rank must be at most 2147483647"),
     # clusters

@@ -170,6 +170,23 @@ def test_gradients_reach_what_the_functions_read() -> None:
     assert_all_close(got[:1], got[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["operator", "definition"])
+def test_padding_gives_the_functions_no_token_without_a_gradient(dtype: torch.dtype) -> None:
+    """A map that divides by a norm has none where its token is zero."""
+    attention = sb.attention if dtype == torch.float32 else sb.reference.attention
+    mask = MASK.clone()
+    mask[0] = True  # a row without a token
+    results = []
+    for fill in (0.0, torch.nan):
+        weight = rand(5, D, seed=7).to(dtype).requires_grad_()
+        low_rank = sb.Features(lambda t, weight=weight: F.normalize(t @ weight.T, dim=-1, eps=0).exp())
+        padded = [t.to(dtype).masked_fill(mask[:, None, :, None], fill) for t in tokens]
+        out = attention(*padded, sb.Window(16), low_rank, mask)
+        results += [out.detach(), *torch.autograd.grad(out.square().sum(), weight)]
+    assert results[1].isfinite().all() and float(results[1].norm()) > 1e-3
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+
+
 def test_a_module_trains_with_functions_that_are_modules() -> None:
     torch.manual_seed(0)
     features = torch.nn.Sequential(torch.nn.Linear(D, 8), torch.nn.Softplus())

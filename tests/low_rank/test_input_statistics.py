@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from testkit import padding, qkv
 from torch import Tensor
 
@@ -166,6 +167,19 @@ def test_samples_are_counted_over_valid_tokens(side: str, valid: int):
     wide = [torch.full((1, 2, 2 * valid, D), math.nan).index_copy(2, (~mask[0]).nonzero()[:, 0], t) for t in (q, k)]
     for got, want in zip(sampled_moments(*wide, SCALE, mask, mask), sampled_moments(q, k, SCALE, None, None)):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 63, 200, 256, 700])
+@pytest.mark.parametrize("batch, heads", [(1, 1), (2, 2)])
+def test_padding_around_the_tokens_changes_no_bit(length: int, batch: int, heads: int):
+    q, k = tokens(length, length, batch, heads, heads)
+    want = sampled_moments(q, k, SCALE, None, None)
+    for left, right in ((0, 0), (0, 1), (3, 0), (0, 64), (130, 77), (0, 600)):
+        mask = torch.ones(batch, left + length + right, dtype=torch.bool)
+        mask[:, left : left + length] = False
+        wide = [F.pad(t, (0, 0, left, right), value=math.nan) for t in (q, k)]
+        for got, alone in zip(sampled_moments(*wide, SCALE, mask, mask), want):
+            assert torch.equal(got, alone), (left, right)
 
 
 def test_the_means_of_the_operator_are_of_all_tokens_and_its_directions_of_samples():

@@ -11,7 +11,7 @@ import pytest
 import testkit
 import torch
 import torch.nn.functional as F
-from testkit import counting_backend, leaves, padding
+from testkit import counting_backend, leaves, padding, rand
 from torch import nn
 
 import scatterbrain as sb
@@ -155,6 +155,16 @@ def test_evaluation_gathers_nothing() -> None:
     core(*qkv())
     sb.update_statistics(core)
     assert not core.is_calibrated
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_redraw_changes_no_gradient_of_a_call_before_it(centred: bool) -> None:
+    core = sb.ScatterbrainAttention(2, 8, support=sb.Window(8), low_rank=sb.Favor(8, redraw=1, centred=centred))
+    tokens = [rand(1, 2, 30, 8, seed=seed).requires_grad_() for seed in range(3)]
+    want = torch.autograd.grad(core(*tokens).square().sum(), tokens)
+    out = core(*tokens)
+    sb.update_statistics(core)
+    assert all(map(torch.equal, torch.autograd.grad(out.square().sum(), tokens), want))
 
 
 def test_random_features_are_redrawn_on_schedule_only() -> None:

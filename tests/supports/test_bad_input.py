@@ -115,7 +115,7 @@ CALLS = {
         "Routed: keys must be at most 2147483647",
     ),
     "LSH keys past 32 bits": (lambda: sb.LSH(2**31, 1), ValueError, "LSH: keys must be at most 2147483647"),
-    "LSH seed past 64 bits": (lambda: sb.LSH(64, seed=2**64), ValueError, "LSH: seed must be at most"),
+    "LSH seed past 32 bits": (lambda: sb.LSH(64, seed=2**32), ValueError, "LSH: seed must be at most"),
     # lists
     "lists of another batch": (
         lambda: attend(*(t[:1] for t in qkv()), support=blocks([[0], [1]])),

@@ -119,6 +119,41 @@ def test_one_list_serves_padded_rows_up_to_their_last_keys(is_causal: bool, rows
         torch.testing.assert_close(got[0][row, :, valid], alone[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("low_rank", [None, sb.Favor(8)], ids=["sparse", "favor"])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("blocks", [(1, 1), (None, None), (2, 2)], ids=str)
+def test_keys_that_only_padded_queries_see_are_left_out_of_causal_lists(blocks: tuple, per_row: bool, low_rank) -> None:
+    """Also where keys are not padded, and in a part of a longer sequence."""
+    n, offset, padded = 22, 6, ((0, 7), (3, 0), (2, 15))
+    i, j = torch.arange(n)[:, None] + offset, torch.arange(n + offset)
+    mask = (i // 4 - j // 4).abs() <= 1
+    if per_row:
+        mask = mask.expand(3, 1, -1, -1)
+    support = sb.Blocks.from_mask(mask, *blocks, is_causal=True, query_offset=offset)
+    padding = testkit.padding(n, [right for _, right in padded], [left for left, _ in padded])
+    tokens = qkv(n, n + offset, batch=3, heads=4, kv_heads=2)
+    call = dict(query_padding_mask=padding, is_causal=True, query_offset=offset)
+    got = out_and_gradients(
+        lambda *t: sb.attention(*t, support, low_rank, **call), tokens, d_out=rand(3, 4, n, 8, seed=9)
+    )
+    want = out_and_gradients(
+        lambda *t: sb.reference.attention(*t, support, low_rank, **call),
+        [t.double() for t in tokens],
+        d_out=rand(3, 4, n, 8, seed=9, dtype=torch.float64),
+    )
+    assert_all_close([t.double() for t in got], want)
+    compiled = torch.compile(lambda *t: sb.attention(*t, support, low_rank, **call), backend="aot_eager")
+    torch.testing.assert_close(compiled(*tokens), got[0])
+
+
+def test_a_key_behind_a_blocks_last_query_is_refused_beside_padding_too() -> None:
+    index, count = torch.full((1, 1, 3, 2), -1, dtype=torch.int32), torch.zeros(1, 1, 3, dtype=torch.int32)
+    index[0, 0, 0, 0], count[0, 0, 0] = 4, 1  # of a block of queries 0 to 3
+    padding = testkit.padding(12, [10, 0], [0, 0])
+    with pytest.raises(ValueError, match="breaks causality"):
+        sb.attention(*qkv(12), sb.Blocks(index, count, 4, 1), None, is_causal=True, query_padding_mask=padding)
+
+
 def test_an_order_for_every_row_and_head_is_one_for_each() -> None:
     tokens = qkv(32)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).to(torch.int32)[None, None]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from scatterbrain.call import Call
-from scatterbrain.fields import INT64_MAX, check_floats, check_int, repr_of
+from scatterbrain.fields import SEED_MAX, check_floats, check_int, repr_of
 from scatterbrain.low_rank.base import Coefficients, Heads, LowRankKernel, State, StateOwner
 from scatterbrain.low_rank.input_statistics import balanced_statistics, sampled_moments
 from scatterbrain.low_rank.moments import check_finite_moments
@@ -21,7 +21,6 @@ from scatterbrain.operators.tracing import is_untraced
 from scatterbrain.operators.transformed import project
 
 SEED_STRIDE = 1_000_003  # between the generators of a kernel's seeds: a module's redraws use those in between
-SEED_MAX = INT64_MAX // SEED_STRIDE - 1
 _LARGEST_NORM = 1e30  # beyond, exponents would be infinite, and their differences NaN
 
 
@@ -64,6 +63,7 @@ class Favor(LowRankKernel):
     """
 
     kind: ClassVar[str] = "favor"
+    takes: ClassVar[tuple[type[Coefficients], ...]] = (RandomFeatures,)
 
     features: int = 64
     orthogonal: bool = True
@@ -117,6 +117,12 @@ class Favor(LowRankKernel):
                 "what follows it"
             )
 
+    def fitting(self, coefficients: Coefficients) -> Favor:
+        if not isinstance(coefficients, RandomFeatures):
+            return self
+        rows = coefficients.projection.shape[0]
+        return replace(self, features=2 * rows if self.hyperbolic else rows)
+
     def check_coefficients(self, coefficients: Coefficients | None, call: Call) -> None:
         if coefficients is None:
             return
@@ -143,7 +149,8 @@ class Favor(LowRankKernel):
         dtype = accumulation_dtype(call.query.dtype)
         projection = projection.detach().to(device=device, dtype=dtype)[None, None]
         if self.centred:
-            return self._centred_coordinates(call, projection)
+            # Of its own: a redraw writes into the module's, which the backward pass may still need.
+            return self._centred_coordinates(call, projection.clone())
         query_size, key_size = favor_sizes(call.scale)
         return (
             self._map(call.query, call.padding.query_mask, query_size, projection),

@@ -28,10 +28,11 @@ class Features(LowRankKernel):
 
     A function is given the tokens of one side, (batch, heads, tokens, head_dim), in float32 (float64 for float64
     inputs) and multiplied by the square root of ``scale``, so that phi(q).psi(k) stands for exp(q.k) of what the
-    functions see; a negative scale gives its sign to the queries. Padded tokens hold zeros. It returns the non-negative
-    features (batch, heads, tokens, m) or, where they may be too large or too small for a float, a pair of the features
-    and the log scale (batch, heads, tokens) that multiplies them as exp(log scale). Queries have the heads of query,
-    keys those of key; heads may differ in their features, and both sides have the same m.
+    functions see; a negative scale gives its sign to the queries. Padded tokens hold copies of the first valid token of
+    their row, or ones in a row without any. It returns the non-negative features (batch, heads, tokens, m) or, where
+    they may be too large or too small for a float, a pair of the features and the log scale (batch, heads, tokens) that
+    multiplies them as exp(log scale). Queries have the heads of query, keys those of key; heads may differ in their
+    features, and both sides have the same m.
 
     A token's features may depend on this token alone: a function that looks at its neighbours would let padding and, in
     causal attention, later tokens in, which nothing here can see. Gradients reach the tokens and whatever the functions
@@ -92,7 +93,7 @@ def _map(
 ) -> Tensor:
     """(B, H, N, m + 1): features of at most 1, and the log scale that is left."""
     ignored = None if mask is None else mask[:, None, :, None]
-    tokens = tokens if ignored is None else tokens.masked_fill(ignored, 0)
+    tokens = tokens if ignored is None else _without_padding(tokens, mask)
     tokens = tokens.to(accumulation_dtype(tokens.dtype)) * size
     features, log_scale = _checked(name, function(tokens), tokens)
     if ignored is not None:
@@ -111,6 +112,17 @@ def _map(
         # has no gradient: a differentiable feature that is never negative has none where it is zero.
         log_scale = torch.where(largest == 0, log_scale.clamp(max=_LOWEST_LOG_SCALE), log_scale)
     return torch.cat([features / peak, log_scale], -1)
+
+
+def _without_padding(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The tokens, a copy of the row's first valid one in place of those that are ignored, or ones where there is none.
+    Zeros would not do: a function that divides by a norm has no gradient there, and no mask after it takes a NaN out of
+    the gradients of its parameters."""
+    if tokens.shape[2] == 0:
+        return tokens
+    first = (~mask).to(torch.int8).argmax(1)[:, None, None, None].expand(-1, tokens.shape[1], 1, tokens.shape[3])
+    valid = torch.where(mask.all(1)[:, None, None, None], 1, tokens.detach().gather(2, first))
+    return torch.where(mask[:, None, :, None], valid, tokens)
 
 
 def _checked(name: str, made: object, tokens: Tensor) -> tuple[Tensor, Tensor]:

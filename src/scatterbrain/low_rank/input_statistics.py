@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scatterbrain.low_rank.moments import check_finite_moments
@@ -22,6 +23,7 @@ from scatterbrain.operators.untraced import Projection
 from scatterbrain.padding import PaddingInfo
 
 SAMPLES = 256  # tokens of a head that covariances are taken from
+SUMMED = 64  # tokens whose sum is one term of the sum over all
 STEPS = 3  # of subspace iteration
 
 
@@ -67,20 +69,22 @@ def sampled_moments(
     query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None, query_mask: Tensor | None
 ) -> SampledMoments:
     """query (B, Hq, N, d), key (B, Hkv, M, d), masks bool (B, tokens), True = ignore."""
-    query, key = _valid_tokens(query, query_mask), _valid_tokens(key, key_mask)
+    query, query_mask = _valid_tokens(query, query_mask)
+    key, key_mask = _valid_tokens(key, key_mask)
     (batch, q_heads, queries, d), (_, heads, keys, _) = query.shape, key.shape
     group = q_heads // heads
     # Sums over tokens go element by element, not by matrix products: their bits are the same for any number of threads.
-    total = query.sum(2) if group == 1 else query.sum(2).unflatten(1, (heads, group)).sum(2)
-    if query_mask is None:
-        a = total * (scale / (group * max(queries, 1)))
-    else:
-        a = total * (scale / group) / (~query_mask).sum(1).clamp(min=1)[:, None, None]
-    weight = _softmax((key * a[:, :, None]).sum(-1), None if key_mask is None else ~key_mask[:, None])
-    b = (weight[..., None] * key).sum(2)
+    total = _sum(query) if group == 1 else _sum(query).unflatten(1, (heads, group)).sum(2)
+    valid = max(queries, 1) if query_mask is None else (~query_mask).sum(1).clamp(min=1)[:, None, None]
+    a = total * (scale / group) / valid
     if queries == 0 or keys == 0:
-        return SampledMoments(a, b, torch.zeros(2, batch, heads, d, d, dtype=torch.float64, device=a.device))
-
+        covariances = torch.zeros(2, batch, heads, d, d, dtype=torch.float64, device=a.device)
+        return SampledMoments(a, torch.zeros_like(a), covariances)
+    logits = (key * a[:, :, None]).sum(-1)
+    logits = logits if key_mask is None else logits.masked_fill(key_mask[:, None], -math.inf)
+    weight = torch.exp(logits - logits.amax(-1, keepdim=True))
+    weight = weight if key_mask is None else weight.masked_fill(key_mask[:, None], 0)
+    b = _sum(weight[..., None] * key) / _sum(weight[..., None]).clamp(min=1)  # the largest weight is 1
     sampled_queries, is_query = _samples(query, query_mask)
     sampled_keys, is_key = _samples(key, key_mask)
     with on_one_thread(query.device):
@@ -97,12 +101,25 @@ def sampled_moments(
     return SampledMoments(a, b, torch.stack(covariances))
 
 
-def _valid_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """In the dtype that sums are formed in, zeros for those that are ignored; contiguous, since sums over memory of
-    another layout would round in another order."""
-    if mask is not None:
-        tokens = torch.where(mask[:, None, :, None], 0, tokens)
-    return tokens.to(accumulation_dtype(tokens.dtype)).contiguous()
+def _valid_tokens(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The tokens from each row's first valid one on, zeros for those that are ignored, and their mask. In the dtype
+    that sums are formed in; contiguous, since sums over memory of another layout would round in another order."""
+    length = tokens.shape[2]
+    if mask is not None and length > 0:
+        place = (~mask).to(torch.int8).argmax(1, keepdim=True) + torch.arange(length, device=mask.device)
+        is_past, place = place >= length, place.clamp(max=length - 1)
+        mask = mask.gather(1, place) | is_past
+        tokens = tokens.gather(2, place[:, None, :, None].expand_as(tokens)).masked_fill(mask[:, None, :, None], 0)
+    return tokens.to(accumulation_dtype(tokens.dtype)).contiguous(), mask
+
+
+def _sum(tokens: Tensor) -> Tensor:
+    """Over the tokens (B, heads, tokens, width), block after block: zeros behind the last token change no bit, however
+    many they are."""
+    if tokens.shape[2] == 0:
+        return tokens.sum(2)
+    tokens = F.pad(tokens, (0, 0, 0, -tokens.shape[2] % SUMMED))
+    return tokens.unflatten(2, (-1, SUMMED)).sum(3).cumsum(2)[:, :, -1]
 
 
 def _softmax(logits: Tensor, takes_part: Tensor | None) -> Tensor:
@@ -116,10 +133,10 @@ def _samples(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None
     """(B, heads, samples, d) float64, up to SAMPLES of the valid tokens of each row, spread evenly from the first to
     the last, and bool (B, samples): which of them the row has; None for all."""
     length, device = tokens.shape[2], tokens.device
-    if mask is None and is_untraced():
+    if mask is None and is_untraced() and length >= SAMPLES:
         return tokens.index_select(2, kept(_spread, device, length)).double(), None
     # A graph serves any length, so its number of samples does not depend on it.
-    slot = torch.arange(min(SAMPLES, length) if is_untraced() else SAMPLES, device=device)
+    slot = torch.arange(SAMPLES, device=device)
     valid = torch.ones_like(tokens[:, 0, :, 0], dtype=torch.bool) if mask is None else ~mask
     tokens_of_row = valid.sum(1, keepdim=True)
     samples_of_row = tokens_of_row.clamp(max=SAMPLES)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from scatterbrain.low_rank import Centroid, Clusters, Quadratic
+from scatterbrain.low_rank import Centroid, Clusters, Favor, Quadratic
 from scatterbrain.reference.inputs import Inputs
 from scatterbrain.reference.low_rank import log_kernel
 from scatterbrain.reference.supports import computed_queries, support_mask
@@ -40,6 +40,9 @@ def default_low_rank(statistics: object, is_causal: bool) -> object:
         return Centroid(statistics.representatives.shape[2])
     if statistics is None:
         return Quadratic(9) if is_causal else Centroid(64)
+    rows = getattr(statistics, "projection", None)
+    if rows is not None:
+        return Favor(rows.shape[0])
     projection = getattr(statistics, "query_projection", None)
     return Quadratic(9 if projection is None else projection.shape[-2])
 

@@ -379,7 +379,12 @@ def _(low_rank: Features, inputs: Inputs) -> Coordinates:
     sign: features, or features and log scales. A token's largest feature goes into its log scale, so that the features
     lie in [0, 1]; it is a constant of the backward pass."""
 
-    def made(function: Callable, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def made(function: Callable, tokens: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        for row, padded in enumerate(padding.tolist()):  # its functions see valid tokens only
+            if any(padded):
+                valid = tokens[row, :, padded.index(False)].detach() if not all(padded) else tokens.new_ones(())
+                filled = torch.where(padding[row][:, None], valid[..., None, :] if valid.dim() else valid, tokens[row])
+                tokens = torch.cat([tokens[:row], filled[None], tokens[row + 1 :]])
         features = function(tokens)
         features, log_scale = features if isinstance(features, tuple) else (features, None)
         if bool((features < 0).any()):
@@ -390,7 +395,11 @@ def _(low_rank: Features, inputs: Inputs) -> Coordinates:
 
     of_keys = low_rank.query_features if low_rank.key_features is None else low_rank.key_features
     query, key = _halves(inputs)
-    return Coordinates(*made(low_rank.query_features, query), *made(of_keys, key), is_quadratic=False)
+    return Coordinates(
+        *made(low_rank.query_features, query, inputs.query_padding),
+        *made(of_keys, key, inputs.key_padding),
+        is_quadratic=False,
+    )
 
 
 @log_kernel.register(Callable)

@@ -167,14 +167,40 @@ class Blocks(Support):
         return BlockLists(index, count, None, order, self.block_q, self.block_k)
 
     def _count_in(self, call: Call) -> Tensor:
+        """``count`` without the entries that padding takes from a list: those of :meth:`_count_within_keys`, and in
+        causal calls those that only queries which are padding could see."""
+        padding, count = call.padding, self._count_within_keys(call)
+        if not call.is_causal or padding.query_range is None:
+            return count
+        seen = self._last_seen(call, unpadded=False)
+        if padding.key_range is not None:
+            seen = seen - padding.key_range[:, :1].long()
+        return self._before(seen.div(self.block_k, rounding_mode="floor")[:, None, :, None] + 1).minimum(count)
+
+    def _count_within_keys(self, call: Call) -> Tensor:
         """``count``, with a batch of its own where one list stands for every row and rows have different keys: entries
         past a row's last valid key are left out."""
         key_range = call.padding.key_range
         if key_range is None or self.index.shape[0] != 1:
             return self.count
         blocks = (key_range[:, 1] - key_range[:, 0] + self.block_k - 1).div(self.block_k, rounding_mode="floor")
-        in_row = (self.index >= 0) & (self.index < blocks[:, None, None, None])
-        return in_row.sum(-1, dtype=torch.int32).minimum(self.count)
+        return self._before(blocks[:, None, None, None]).minimum(self.count)
+
+    def _before(self, blocks: Tensor) -> Tensor:
+        """How many entries of every list are below ``blocks``."""
+        return ((self.index >= 0) & (self.index < blocks)).sum(-1, dtype=torch.int32)
+
+    def _last_seen(self, call: Call, unpadded: bool) -> Tensor:
+        """(batch or 1, lists): the last key that causality lets a list name, for its last query that is no padding or,
+        ``unpadded``, for its last query if all of them were none."""
+        queries, padding = call.query.shape[2], call.padding
+        lists = torch.arange(1, self.index.shape[2] + 1, device=self.index.device)
+        last = (lists * self.block_q).clamp(max=queries)[None] - 1
+        if padding.query_range is not None:
+            first, end = padding.query_range.long().unbind(1)
+            last = first[:, None] + last
+            last = last if unpadded else last.minimum(end[:, None] - 1)
+        return last if padding.query_offset is None else last + padding.query_offset[:, None].long()
 
     def check_fit(self, call: Call) -> None:
         """Raises where the lists do not have the shapes of the call or, on the CPU and with SCATTERBRAIN_CHECK=1, name
@@ -221,7 +247,7 @@ class Blocks(Support):
         first = 0
         if padding.key_range is not None:
             first, end = (edge[:, None, None, None].long() for edge in padding.key_range.unbind(1))
-            used = slots < self._count_in(call)[..., None]
+            used = slots < self._count_within_keys(call)[..., None]
             past = used & (first + entry * self.block_k >= end)
             if bool(past.any()):
                 row = int(past.flatten(1).any(1).nonzero()[0])
@@ -232,16 +258,7 @@ class Blocks(Support):
                     "keys"
                 )
         start = first + entry * self.block_k
-        if not is_causal or self.index.shape[2] == 0:
-            return
-        slot = (torch.arange(self.index.shape[2], device=device) + 1) * self.block_q
-        last = (
-            slot
-            if padding.query_range is None
-            else torch.minimum(padding.query_range[:, 0, None].long() + slot, padding.query_range[:, 1, None].long())
-        ).clamp(max=q_tokens) - 1
-        edge = last if padding.query_offset is None else last + padding.query_offset[:, None].long()
-        if bool((used & (start > edge.reshape(-1, 1, self.index.shape[2], 1))).any()):
+        if is_causal and bool((used & (start > self._last_seen(call, unpadded=True)[:, None, :, None])).any()):
             raise ValueError(
                 "Blocks: a list names keys after its block's last query, which breaks causality; leave them "
                 "out or use is_causal=False"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scatterbrain.call import Call
-from scatterbrain.fields import INT64_MAX, check_int, check_str
+from scatterbrain.fields import SEED_MAX, check_int, check_str
 from scatterbrain.numerics import squared_norm
 from scatterbrain.operators.device_constants import kept
 from scatterbrain.operators.tracing import is_known, is_untraced
@@ -51,7 +51,7 @@ class LSH(Support):
     def __post_init__(self) -> None:
         check_int("LSH", "keys", self.keys, 1)
         check_int("LSH", "rounds", self.rounds, 1)
-        check_int("LSH", "seed", self.seed, 0, INT64_MAX)
+        check_int("LSH", "seed", self.seed, 0, SEED_MAX)
         check_str("LSH", "hash", self.hash)
         if self.hash not in ("e2lsh", "angular"):
             raise ValueError(f"LSH: expected hash='e2lsh' or 'angular', got {self.hash!r}")
