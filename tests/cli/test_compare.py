@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import scatterbrain as sb
 from scatterbrain.cli import main, on_model
-from scatterbrain.cli.command import CommandError
+from scatterbrain.cli.command import CommandError, check_outputs
 
 MODULE = """
 import torch
@@ -101,7 +103,7 @@ def test_what_is_read_is_not_written_to(
         ([f"{module}:encoder", *inputs, names[0], new, names[1], new], f"other than that of {names[0]}"),
         (
             [str(folder), names[0], str(folder / "config.json")],
-            f"not there yet, since {folder} is the folder that MODEL",
+            f"since {folder} is the folder that MODEL",
         ),
         (
             [f"{module}:encoder", "--inputs", str(folder), "--png", str(folder / "inner" / "1.png")],
@@ -113,6 +115,20 @@ def test_what_is_read_is_not_written_to(
         assert main([command[0], arguments[0], *command[1:], *arguments[1:]]) == 1
         assert message in (errors := capsys.readouterr().err), errors
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_outputs_beside_a_model_are_written_again_but_nothing_else_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    earlier = {"json": tmp_path / "report.json", "yaml": tmp_path / "tuned.yaml"}
+    earlier["json"].write_text('{"facts": {}, "layers": []}')
+    sb.LayerSettings({"a": (sb.Window(16), None)}).save(earlier["yaml"])
+    reads = [("MODEL", tmp_path)]
+    for name, file in earlier.items():
+        check_outputs(Namespace(**{name: file}), name, reads=reads)
+    for name, other in (("json", "config.json"), ("yaml", "mine.yaml"), ("png", "mine.png")):
+        (tmp_path / other).touch()
+        with pytest.raises(CommandError, match="since .* is the folder that MODEL reads"):
+            check_outputs(Namespace(**{name: tmp_path / other}), name, reads=reads)
 
 
 def test_arguments_by_name(module: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

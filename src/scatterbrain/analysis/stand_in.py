@@ -28,8 +28,8 @@ def stand_in(
     model: nn.Module, attend: Callable[[LayerCall, bool], Any], token_order: str | None = "auto"
 ) -> Iterator[Stage]:
     """Inside, ``attend(call, return_lse)`` computes the model's attention: what :func:`scatterbrain.attention` would
-    return. In a model that was swapped before, layers that were left as they were stay so. What torch.compile made of it
-    does not run, so it is still there afterwards; paths are those of the model that was not compiled."""
+    return. In a model that was swapped before, layers that were left as they were stay so. What torch.compile made of
+    it does not run, so it is still there afterwards; paths are those of the model that was not compiled."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     report = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,11 +89,30 @@ def _check_not_read(name: str, file: Path, what: str, path: Path) -> None:
             "name"
         )
     # Times are added to those that a file has, and a file of anything else is refused.
-    if name != "times" and file.exists() and path.is_dir() and _real(path) in _real(file).parents:
+    if name == "times" or not file.exists() or not path.is_dir() or _real(path) not in _real(file).parents:
+        return
+    if not _is_earlier_output(file):
         raise CommandError(
-            f"--{name}: expected a file that is not there yet, since {path} is the folder that {what} reads, got "
-            f"{file}; remove it, or write elsewhere"
+            f"--{name}: expected a file that is not there yet or an earlier one of such a command, since {path} is the "
+            f"folder that {what} reads, got {file}; remove it, or write elsewhere"
         )
+
+
+def _is_earlier_output(file: Path) -> bool:
+    """Whether a JSON file of compare or a YAML file of tune is there, by what is in it: beside a model they are written
+    again. Pictures and captured tensors may be the user's own."""
+    try:
+        if file.suffix == ".json":
+            content = json.loads(file.read_text(encoding="utf-8"))
+            return isinstance(content, dict) and {"facts", "layers"} <= content.keys()
+        if file.suffix in (".yaml", ".yml"):
+            from scatterbrain.layer_settings import LayerSettings
+
+            LayerSettings.load(file)
+            return True
+    except (ValueError, TypeError, OSError):
+        pass
+    return False
 
 
 def _are_one(file: Path, other: Path) -> bool:
