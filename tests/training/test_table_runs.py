@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 import yaml
 from table_logs import step, validation, write_log
 from testkit import environment
@@ -231,6 +232,24 @@ def test_a_run_that_another_process_does_is_no_failure(make_run, capsys):
     lock.release()
     finish(run)
     assert is_complete(run)
+
+
+def test_every_run_has_its_own_number_of_threads_and_leaves_none_behind(make_run, monkeypatch):
+    torch.set_num_threads(2)  # stands for torch's own choice
+    runs = [make_run("full", seed, threads=threads) for seed, threads in enumerate((3, None, 1, None))]
+    missing = dataclasses.replace(runs[2].config, data=DataConfig(path="nowhere"), task={"kind": "language"})
+    runs[2] = dataclasses.replace(runs[2], config=missing)
+    found, original = [], TrainState.step
+    monkeypatch.setattr(
+        TrainState, "step", lambda self, *rest: found.append(torch.get_num_threads()) or original(self, *rest)
+    )
+    with StopRequest() as stop:
+        for run in runs:  # the third fails before it starts
+            run.folder.path.parent.mkdir(exist_ok=True)
+            table_runs.do(run, stop)
+    assert runs[2].failure.exists() and found == [3] * 4 + [2] * 8
+    assert torch.get_num_threads() == 2
+    assert [run.machine.read_text().split(", ")[1] for run in (runs[0], runs[1])] == ["3 threads", "2 threads"]
 
 
 def without_line(run: TableRun, number: int) -> None:

@@ -165,7 +165,7 @@ class TrainConfig:
             the package tensorboard.
         seed: Of the initial weights and the order of the data.
         device: "cpu", "cuda" or any torch device.
-        threads: CPU threads; null for torch's own choice.
+        threads: CPU threads of this run; null for torch's own choice.
         validate_every: Steps between validations.
         validation_batches: Batches per validation, always the same ones.
         checkpoint_every: Steps between checkpoints; there is one at the end as well.

@@ -58,10 +58,12 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.folder = RunFolder(output_folder(config.output))
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
+        # The count is the process's: the next run of it, as of a table, is not to have this one's.
+        self._threads_before = torch.get_num_threads()
+        self._threads = config.train.threads or self._threads_before
         self.processes = join(config.train)
         try:
+            torch.set_num_threads(self._threads)
             self.task = build_task(config.task)
             self.data = open_data(self.task, config.data, config.train)
             self._description = as_plain_data(dataclasses.replace(config, task=described_task(config.task)))
@@ -81,6 +83,7 @@ class Trainer:
             self._open()
         except BaseException as error:
             is_lost = lost_a_process(error)
+            torch.set_num_threads(self._threads_before)
             self.processes.leave()
             if is_lost:
                 raise ConnectionError(f"another process of the run has ended, see what it said: {error}") from error
@@ -94,9 +97,11 @@ class Trainer:
                 written; for a loss that is not finite; and for data or settings that a later step finds unusable, once
                 the steps before are saved. The last checkpoint is whole in all cases.
         """
+        torch.set_num_threads(self._threads)  # another run may have been made since
         try:
             self._run()
         finally:
+            torch.set_num_threads(self._threads_before)
             if self._board is not None:
                 self._board.close()
             if self._lock is not None:
