@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from testkit import environment
 
 from scatterbrain.cli import main
 from scatterbrain.training.train_step import TrainState
@@ -146,6 +151,37 @@ def test_a_stop_says_the_command_that_goes_on(folder, monkeypatch, capsys):
     assert main(["table", str(folder), "--seeds", "0", "--methods", "full", "window"]) == 143
     errors = capsys.readouterr().err
     assert f"go on with: scatterbrain table {folder} --seeds 0 --methods full window" in errors
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_table_whose_output_nobody_reads_any_more_stops_and_goes_on(folder, tmp_path, jobs):
+    arguments = ["table", str(folder), "--seeds", "0", "1", "--train.steps", "100", "--jobs", str(jobs)]
+    command = [sys.executable, "-m", "scatterbrain", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment(), cwd=tmp_path, **pipes)
+    assert "runs to do" in process.stdout.readline()
+    process.stdout.close()
+    process.wait(timeout=120)
+    errors = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGPIPE, errors
+    assert "stopped by SIGPIPE: nobody reads what it prints any more; " in errors
+    assert f"go on with: scatterbrain {' '.join(arguments)}" in errors and "Broken pipe" not in errors
+    assert not list((tmp_path / "runs" / "tiny").glob("*.failure.txt"))
+
+
+def test_a_table_is_written_also_where_nobody_reads_it(folder, tmp_path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text: str = "") -> int:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+        flush = write
+
+    command = ["table", str(folder), "--seeds", "0", "--methods", "full"]
+    assert main(command) == 0
+    table = tmp_path / "runs" / "tiny" / "table.md"
+    table.unlink()
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main([*command, "--only-collect"]) == 0 and table.exists()
 
 
 def test_a_run_that_cannot_start_fails_alone_and_the_exit_code_says_so(folder, tmp_path, capsys):

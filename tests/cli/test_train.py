@@ -67,6 +67,33 @@ def test_an_interrupted_run_says_where_its_checkpoint_is_and_how_to_continue(con
     assert read_progress(checkpoint).step > 0
 
 
+@pytest.mark.parametrize("resume", ["false", "true"])
+def test_a_run_whose_output_nobody_reads_any_more_keeps_its_steps_and_says_how_to_go_on(config, tmp_path, resume):
+    if resume == "true":
+        assert main(["train", str(config), "--train.steps", "2"]) == 0
+    process = start(config, "--train.validate_every", "5", "--resume", resume)
+    assert process.stdout.readline() != ""
+    process.stdout.close()  # as head does
+    process.wait(timeout=60)
+    errors = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGPIPE, errors
+    last = errors.splitlines()[-1]
+    assert "stopped by SIGPIPE: nobody reads what it prints any more. The checkpoint of step" in last
+    assert last.endswith("--resume true") and "Broken pipe" not in errors and "Exception ignored" not in errors
+    done = read_progress(tmp_path / "run" / "checkpoint.safetensors").step
+    assert done == (tmp_path / "run" / "metrics.jsonl").read_text().count('"kind": "train"') > 2 * (resume == "true")
+
+
+def test_a_run_whose_progress_nobody_reads_either_keeps_its_steps(config, tmp_path):
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-m", "scatterbrain", "train", str(config), "--train.validate_every", "5"]
+    process = subprocess.Popen(command, env=environment(), **both)
+    assert process.stdout.readline() != ""
+    process.stdout.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
 def test_a_file_system_that_takes_no_more_keeps_the_last_checkpoint(config, tmp_path):
     assert main(["train", str(config), "--train.steps", "2"]) == 0
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"

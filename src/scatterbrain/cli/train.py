@@ -38,7 +38,7 @@ def train(arguments: Sequence[str]) -> int:
     Raises:
         CommandError: with exit code 1 for a value out of range or a file that cannot be written, 2 for a value of the
             wrong type and for a folder or a checkpoint that cannot be used, and 128 plus the signal's number for a run
-            that was interrupted.
+            that was interrupted, that of SIGPIPE for one whose output nobody reads any more.
     """
     with readable_errors():
         if asks_for_help(arguments):

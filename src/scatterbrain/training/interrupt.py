@@ -15,6 +15,11 @@ GRACE = (
 )
 
 
+def stopped_by(number: signal.Signals) -> str:
+    """Why something has stopped, for people."""
+    return f"stopped by {number.name}" + (": nobody reads what it prints any more" if number == signal.SIGPIPE else "")
+
+
 class StopRequest:
     """While active, takes the first SIGINT or SIGTERM for a request; a second one acts as usual, with several processes
     after five seconds. Outside the main thread, where Python allows no signal handlers, every signal acts as usual. One
@@ -47,6 +52,13 @@ class StopRequest:
         if StopRequest._innermost is self:
             StopRequest._innermost = self._outer
         self._restore()
+
+    def ask_as_unread(self) -> None:
+        """Requests a stop as nobody reads what is printed any more, which ends most programs by this signal."""
+        request: StopRequest | None = self
+        while request is not None:
+            request._received = request._received or signal.SIGPIPE
+            request = request._outer
 
     @classmethod
     def is_asked(cls) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,12 @@ def progress_in(folder: RunFolder, config: RunConfig, description: dict[str, Any
 
 
 def write_first_files(
-    folder: RunFolder, config: RunConfig, description: dict[str, Any], data: TaskData, progress: Progress | None
+    folder: RunFolder,
+    config: RunConfig,
+    description: dict[str, Any],
+    data: TaskData,
+    progress: Progress | None,
+    say: Callable[[str], None],
 ) -> list[Record]:
     """Writes what the run is. Of a run that continues, its records are returned; what is left of another one is
     removed.
@@ -73,6 +79,7 @@ def write_first_files(
         description: of the run, as it is stored.
         data: of its task.
         progress: of the run that is continued; None for a new one.
+        say: prints a line.
 
     Raises:
         UnusableRun: the records cannot be read, or the data are not those that the run began with.
@@ -83,7 +90,7 @@ def write_first_files(
         records = read_records(folder.metrics, progress.step)
         known = sum(record["kind"] == "train" for record in records)
         if known < progress.step:
-            print(f"{folder.metrics} has records of {known} of {progress.step} steps; the others are not drawn")
+            say(f"{folder.metrics} has records of {known} of {progress.step} steps; the others are not drawn")
         check_same_data(folder, data)
     else:
         source, fingerprint = config.train.initialize_from, ""

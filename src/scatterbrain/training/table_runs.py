@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from scatterbrain.training.closed_output import say
 from scatterbrain.training.files import FolderInUse, FolderLock, UnusableRun, write_atomically
-from scatterbrain.training.interrupt import StopRequest
+from scatterbrain.training.interrupt import StopRequest, stopped_by
 from scatterbrain.training.table_run import OpenedData, TableRun, difference, is_complete, missing_records
 from scatterbrain.training.table_workers import Worker
 from scatterbrain.training.trainer import RunStopped, Trainer
@@ -40,7 +41,8 @@ def carry_out(runs: list[TableRun], folder: Path, jobs: int, overwrite: bool, ag
 
     Raises:
         UnusableRun: a folder has a run of other settings, or another table is being made in ``folder``.
-        TableStopped: after SIGINT or SIGTERM, once every run has finished its step and saved it.
+        TableStopped: after SIGINT or SIGTERM, or when nobody reads what it prints any more, once every run has finished
+            its step and saved it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
@@ -54,23 +56,24 @@ def carry_out(runs: list[TableRun], folder: Path, jobs: int, overwrite: bool, ag
                 "them with --overwrite, or choose another folder with --output"
             )
         gaps = {run.name for run in runs if run.name not in others and missing_records(run)}
-        for name in sorted(gaps):
-            print(f"{name} is done anew: its log lacks steps that its checkpoint has")
         replaced = others.keys() | gaps
         missing = [
             _to_start(run, run.name in replaced, jobs) for run in runs if run.name in replaced or not is_complete(run)
         ]
-        print(f"{len(missing)} of {len(runs)} runs to do, {jobs} at a time, {cores()} cores")
         with StopRequest() as stop:
-            stopped_by = _one_by_one(runs, missing, stop) if jobs == 1 else _side_by_side(runs, missing, jobs, stop)
+            for name in sorted(gaps):
+                say(f"{name} is done anew: its log lacks steps that its checkpoint has", stop.ask_as_unread)
+            count = f"{len(missing)} of {len(runs)} runs to do"
+            say(f"{count}, {jobs} at a time, {cores()} cores", stop.ask_as_unread)
+            number = _one_by_one(runs, missing, stop) if jobs == 1 else _side_by_side(runs, missing, jobs, stop)
     finally:
         lock.release()
-    if stopped_by is not None:
+    if number is not None:
         complete = sum(map(is_complete, runs))
         raise TableStopped(
-            f"stopped by {stopped_by.name}; {complete} of {len(runs)} runs are complete, and what was running has "
+            f"{stopped_by(number)}; {complete} of {len(runs)} runs are complete, and what was running has "
             f"saved its last step; go on with: {again}",
-            128 + stopped_by,
+            128 + number,
         )
 
 
@@ -85,10 +88,11 @@ def _to_start(run: TableRun, replaced: bool, jobs: int) -> TableRun:
 def _one_by_one(runs: list[TableRun], missing: list[TableRun], stop: StopRequest) -> signal.Signals | None:
     for run in missing:
         if not stop.check():
-            print(f"\n{run.name}, run {1 + sum(map(_has_ended, runs))} of {len(runs)}{_left(runs, 1)}")
-            stopped_by = do(run, stop)
-            if stopped_by is not None:
-                return stopped_by
+            place = 1 + sum(map(_has_ended, runs))
+            say(f"\n{run.name}, run {place} of {len(runs)}{_left(runs, 1)}", stop.ask_as_unread)
+            number = do(run, stop)
+            if number is not None:
+                return number
     return stop.signal
 
 
@@ -100,7 +104,7 @@ def do(run: TableRun, stop: StopRequest) -> signal.Signals | None:
         try:
             trainer = Trainer(run.config)
         except FolderInUse:
-            print(f"{run.name} is still running in another process, which is left to do it")
+            say(f"{run.name} is still running in another process, which is left to do it", stop.ask_as_unread)
             return None
         run.ended.unlink(missing_ok=True)
         _note_machine(run, continues=trainer.steps_done > 0)
@@ -111,11 +115,11 @@ def do(run: TableRun, stop: StopRequest) -> signal.Signals | None:
     except RunStopped as stopped:
         if stopped.exit_code > 128:
             return signal.Signals(stopped.exit_code - 128)
-        _fail(run, str(stopped))
+        _fail(run, str(stopped), stop)
     except Exception as error:  # whatever it is, the other runs can be done
         if not isinstance(error, ValueError):
             traceback.print_exc()
-        _fail(run, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+        _fail(run, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}", stop)
     return None
 
 
@@ -126,10 +130,10 @@ def _note_machine(run: TableRun, continues: bool) -> None:
     write_atomically(run.machine, "".join(f"{line}\n" for line in lines).encode())
 
 
-def _fail(run: TableRun, reason: str) -> None:
+def _fail(run: TableRun, reason: str, stop: StopRequest) -> None:
     reason = " ".join(reason.split())
     write_atomically(run.failure, (reason + "\n").encode())
-    print(f"{run.name} failed: {reason}")
+    say(f"{run.name} failed: {reason}", stop.ask_as_unread)
 
 
 def _side_by_side(runs: list[TableRun], missing: list[TableRun], jobs: int, stop: StopRequest) -> signal.Signals | None:
@@ -143,7 +147,7 @@ def _side_by_side(runs: list[TableRun], missing: list[TableRun], jobs: int, stop
                 if not worker.process.is_alive():
                     workers[index] = worker = Worker(do)
                 worker.start(waiting.pop(0))
-                print(f"{worker.run.name} starts, its output is in {worker.run.output}")
+                say(f"{worker.run.name} starts, its output is in {worker.run.output}", stop.ask_as_unread)
             if stop.check():
                 for worker in workers:
                     worker.stop()
@@ -152,15 +156,15 @@ def _side_by_side(runs: list[TableRun], missing: list[TableRun], jobs: int, stop
                 if ended is None:
                     continue
                 if is_complete(ended):
-                    print(f"{ended.name} is complete, {sum(map(_has_ended, runs))} of {len(runs)}{_left(runs, jobs)}")
+                    place = f"{sum(map(_has_ended, runs))} of {len(runs)}"
+                    say(f"{ended.name} is complete, {place}{_left(runs, jobs)}", stop.ask_as_unread)
                 elif ended.failure.exists():
-                    print(f"{ended.name} failed: {ended.failed_for()}")
+                    say(f"{ended.name} failed: {ended.failed_for()}", stop.ask_as_unread)
                 elif worker.has_crashed and not stop.check():
-                    _fail(
-                        ended, f"its process ended with exit code {worker.process.exitcode} (is there enough memory?)"
-                    )
+                    code = worker.process.exitcode
+                    _fail(ended, f"its process ended with exit code {code} (is there enough memory?)", stop)
                 elif not stop.check():
-                    print(f"{ended.name} is not complete, the end of {ended.output} says why")
+                    say(f"{ended.name} is not complete, the end of {ended.output} says why", stop.ask_as_unread)
             time.sleep(_POLL_SECONDS)
     finally:
         for worker in workers:

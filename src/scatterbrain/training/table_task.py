@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from scatterbrain.training.closed_output import say
 from scatterbrain.training.config import RunConfig
 from scatterbrain.training.files import UnusableRun, write_atomically
 from scatterbrain.training.table import (
@@ -190,7 +191,7 @@ def _collect(options: TableOptions, runs: Sequence[TableRun], known: _Known) -> 
         else:
             notes.append(f"{run.name} is not complete{_reason(run)}")
     if not complete:
-        print("\n".join([f"{options.output}: no run is complete", *notes]))
+        say("\n".join([f"{options.output}: no run is complete", *notes]))
         return False
     machines = {line for group in complete.values() for run in group for line in _machines(run)}
     metric = known.task.metric
@@ -209,12 +210,11 @@ def _collect(options: TableOptions, runs: Sequence[TableRun], known: _Known) -> 
         ),
     )
     text = markdown(table)
-    print(f"\n{text}", end="")
     for name, content in (("table.md", text), ("table.csv", as_csv(table))):
         write_atomically(options.output / name, content.encode())
     logs = {name: [run.records() for run in group] for name, group in complete.items()}
     draw_table(options.output / "table.png", table, logs)
-    print(f"in {options.output}: table.md, table.csv, table.png")
+    say(f"\n{text}in {options.output}: table.md, table.csv, table.png")
     return True
 
 

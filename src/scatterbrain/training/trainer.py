@@ -8,6 +8,7 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,12 +18,13 @@ from scatterbrain.training import board
 from scatterbrain.training.attention import attention_of_layers, describe_attention, is_exact
 from scatterbrain.training.batch import Batch
 from scatterbrain.training.checkpoint import Progress, load_checkpoint, read_worth, save_checkpoint, save_weights
+from scatterbrain.training.closed_output import Result, shown
 from scatterbrain.training.compare import compare_with_exact, comparison_table
 from scatterbrain.training.config import AttentionConfig, RunConfig, SampleConfig
 from scatterbrain.training.curves import draw_curves
 from scatterbrain.training.files import FolderLock, RunFolder, UnusableRun, output_folder, write_atomically
 from scatterbrain.training.initial_weights import initialize_from
-from scatterbrain.training.interrupt import StopRequest
+from scatterbrain.training.interrupt import StopRequest, stopped_by
 from scatterbrain.training.low_rank_share import low_rank_shares
 from scatterbrain.training.metrics import Evaluation
 from scatterbrain.training.models.blocks import AttentionFactory
@@ -58,6 +60,7 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.folder = RunFolder(output_folder(config.output))
+        self._is_unread, self._stop = False, None  # whether nobody reads what is printed; what asks for a stop then
         # The count is the process's: the next run of it, as of a table, is not to have this one's.
         self._threads_before = torch.get_num_threads()
         self._threads = config.train.threads or self._threads_before
@@ -93,9 +96,10 @@ class Trainer:
         """Trains to the end of the schedule, then writes the sample.
 
         Raises:
-            RunStopped: after SIGINT or SIGTERM, once the current step is finished and saved; if a file cannot be
-                written; for a loss that is not finite; and for data or settings that a later step finds unusable, once
-                the steps before are saved. The last checkpoint is whole in all cases.
+            RunStopped: after SIGINT or SIGTERM, or when nobody reads what it prints any more, once the current step is
+                finished and saved; if a file cannot be written; for a loss that is not finite; and for data or settings
+                that a later step finds unusable, once the steps before are saved. The last checkpoint is whole in all
+                cases.
         """
         torch.set_num_threads(self._threads)  # another run may have been made since
         try:
@@ -109,9 +113,12 @@ class Trainer:
             self.processes.leave()
 
     def _run(self) -> None:
-        self._introduce()
-        with StopRequest(self.processes) as stop:
+        with StopRequest(self.processes) as self._stop:
+            stop = self._stop
+            if self._is_unread:
+                stop.ask_as_unread()
             try:
+                self._introduce()
                 self._do_everything(stop)
             except RunStopped:
                 raise
@@ -124,7 +131,7 @@ class Trainer:
                     raise
                 raise self._stopped(f"another process of the run has ended, see what it said: {error}", 1) from error
         if stop.signal is not None:
-            raise self._stopped(f"stopped by {stop.signal.name}", 128 + stop.signal)
+            raise self._stopped(stopped_by(stop.signal), 128 + stop.signal)
 
     def _do_everything(self, stop: StopRequest) -> None:
         try:
@@ -190,7 +197,7 @@ class Trainer:
             # Of a run that was killed the best weights may be those of a validation that its log has no more.
             self._kept_value = kept[1] if kept is not None and kept[0] > progress.step else None
         records = self.processes.first(
-            lambda: write_first_files(self.folder, self.config, self._description, self.data, progress)
+            lambda: write_first_files(self.folder, self.config, self._description, self.data, progress, self._say)
         )
         self._board = None
         if self.config.train.tensorboard and self.processes.is_first:
@@ -204,7 +211,16 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.processes.is_first:
-            tqdm.write(text)
+            self._shown(lambda: (tqdm.write(text), sys.stdout.flush()))
+
+    def _shown(self, show: Callable[[], Result]) -> Result:
+        """As :func:`shown`; a run whose output is not read any more stops after its step, as other programs end."""
+        return shown(show, self._note_unread)
+
+    def _note_unread(self) -> None:
+        self._is_unread = True
+        if self._stop is not None:
+            self._stop.ask_as_unread()
 
     def _introduce(self) -> None:
         parameters = sum(parameter.numel() for parameter in self.train_state.model.parameters())
@@ -217,7 +233,8 @@ class Trainer:
     def _fit(self, stop: StopRequest) -> None:
         train = self.config.train
         self._started = time.perf_counter()
-        with _progress_bar(self._fraction(), self.processes.is_first) as bar:
+        bar = self._shown(lambda: _progress_bar(self._fraction(), self.processes.is_first))
+        try:
             while (fraction := self._agreed_fraction()) < 1 and not stop.check():
                 rate = scheduled_learning_rate(train, self.steps_done, fraction)
                 result = self.train_state.step(self.training_batches(self.steps_done, fraction), rate)
@@ -230,6 +247,8 @@ class Trainer:
                 self._show(bar, result)
             if stop.signal is None and not self._validated():
                 self._validate()
+        finally:
+            self._shown(bar.close)
         if self._checkpointed_step != self.steps_done:
             self._save()
         self._draw({})
@@ -366,7 +385,7 @@ class Trainer:
             f"step {self.steps_done}, loss {result.loss:.3f}, {found}, {result.tokens / result.seconds:,.0f} tokens/s"
         )
         bar.set_postfix_str(text, refresh=False)
-        bar.update(self._fraction() - bar.n)
+        self._shown(lambda: bar.update(self._fraction() - bar.n))
 
 
 def _progress_bar(fraction: float, is_shown: bool) -> tqdm:
