@@ -1,30 +1,18 @@
 // Backward pass of listed blocks' keys on tensor cores, for bfloat16, float16 and float32. A warp takes a tile of 16
-// query slots and writes, for every key of the list that they share, what the tile adds to its gradients: a share. Then
-// a warp per key adds up its shares in the order of heads and tiles, found by the transposed lists. Where slots have
-// lists of their own the list is the union of these (union_lists.cuh); there, and with a causal edge, tiles are ragged:
-// every key has a pattern of the slots that list it.
+// query slots and writes, for every key of the list that they share, what the tile adds to its gradients: a share,
+// which sum_shares.cuh adds up. Where slots have lists of their own the list is the union of these (union_lists.cuh);
+// there, and with a causal edge, tiles are ragged: every key has a pattern of the slots that list it.
 //
-// Keys are the rows of all products, so that gradients of scores are left operands as they come. A share's dk and dv
-// are whole numbers of 16 bits times a factor of their own: half of the bytes of float32, and rounded far below what
-// results of 16 bits are. Gradients of maps, few numbers, are float32, and so is all of a share of float32 tokens.
+// Keys are the rows of all products, so that gradients of scores are left operands as they come.
 #pragma once
 #include "attention_backward.cuh"
 #include "attention_backward_tile_products.cuh"
 #include "attention_tile_rows.cuh"
-#include "naming_blocks.cuh"
+#include "share_words.cuh"
 
 namespace sb::cuda {
 
 inline constexpr int kSharesThreads = 128;
-
-// A pair of whole numbers of 16 bits, which are `low` and `high` times a factor that brings them below 2^15.
-SB_DEVICE uint32_t fixed_pair(float low, float high, float factor) {
-  constexpr float kUnit = 0x1.8p23f;  // a float there ends at the units
-  return (same_bits<uint32_t>(low * factor + kUnit) & 0xffff) | same_bits<uint32_t>(high * factor + kUnit) << 16;
-}
-SB_DEVICE float from_fixed(uint32_t number) {  // of the lower 16 bits, others are 0
-  return same_bits<float>(number ^ 0x4b008000u) - 0x1.01p23f;
-}
 
 // Shared memory of a warp, in bytes: q and dO of its slots, then two stages of K and V with the coordinates of keys.
 // Behind them the coordinates of queries, or the exponents of clusters by slot.
@@ -604,165 +592,6 @@ SB_KERNEL SB_THREADS_AND_BLOCKS(kSharesThreads, (kSharesBlocks<E, D, kKind, kIsR
   for_each_task(ceil_div(all, warps), [&](int64_t task) {
     const int64_t at = task * warps + warp_index(), tile = p.first_tile + at, row = tile / p.tiles();
     if (at < all) TileShares<E, D, kKind, kIsRagged>(p, base, row / p.q_heads, row % p.q_heads, tile % p.tiles()).run();
-  });
-}
-
-// The columns of a word of a share, of dk or of dv: two, or of float32 one.
-template <bool kIsWide>
-struct ShareColumn {
-  bool is_there, is_value;
-  int32_t first;
-  SB_DEVICE ShareColumn(const BackwardSharesParams& p, int word) {
-    const auto of_keys = int(p.words_of_keys());
-    is_value = word >= of_keys;
-    word -= is_value ? of_keys : 0;
-    first = kIsWide ? word : (word / 16 * 4 + word % 4) * 8 + word % 16 / 4 * 2;
-    is_there = first < (is_value ? p.value_pad : p.head_dim);
-  }
-};
-
-// Adds up the shares of a key, by a warp: lanes are words of a share, kWords each.
-template <int kWords, bool kIsWide>
-class KeyShares {
-  static constexpr int kNumbers = kIsWide ? 1 : 2;  // of a word
-  typedef ShareColumn<kIsWide> Column;
-
- public:
-  SB_DEVICE KeyShares(const BackwardSharesParams& p, int64_t head, int64_t j)
-      : p(p),
-        b(uint32_t(head) / uint32_t(p.kv_heads)),
-        kv(head - b * p.kv_heads),
-        head(head),
-        j(j),
-        lane(lane_index()) {}
-
-  SB_DEVICE void run() {
-    range = load(p.rows + b);
-    if (j < range.k_first || j >= range.k_end || (p.k_mask && load(p.k_mask + b * p.k_tokens + j))) return;
-    key = j - range.k_first;
-    const int64_t group = p.q_heads / p.kv_heads, tiles = p.tiles(), first = head * group * tiles;
-    has_sums = p.has_sums || p.first_tile > first;
-    read_sums();
-    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) add_head(h);
-    write_sums();
-  }
-
- private:
-  SB_DEVICE float* sum_at(const Column& column) const {
-    const int64_t width = column.is_value ? p.value_pad : p.head_dim;
-    return static_cast<float*>(column.is_value ? p.dv_sum : p.dk_sum) + (head * p.k_tokens + j) * width + column.first;
-  }
-  // Lanes behind the factors have the numbers of maps or of the log mass.
-  SB_DEVICE bool has_number() const { return lane >= p.factors && lane < p.numbers; }
-  SB_DEVICE float* number_at() const {
-    return static_cast<float*>(p.dy_sum) + (head * p.k_tokens + j) * (p.numbers - p.factors) + lane - p.factors;
-  }
-  SB_DEVICE void read_sums() {
-    SB_UNROLL
-    for (int w = 0; w < kWords; ++w) {
-      const Column column(p, lane + w * kWarp);
-      SB_UNROLL
-      for (int i = 0; i < kNumbers; ++i) sum[w][i] = has_sums && column.is_there ? load(sum_at(column) + i) : 0.0f;
-    }
-    of_map = has_sums && has_number() ? load(number_at()) : 0.0f;
-  }
-
-  // The shares of the tiles that are in this round.
-  SB_DEVICE void add_head(int64_t h) {
-    const int64_t before = (b * p.q_heads + h) * p.tiles(), used = ceil_div(slots_of_row(p, range), kTile);
-    int64_t first = p.first_tile - before, end = p.end_tile - before;
-    first = first < 0 ? 0 : first, end = end < used ? end : used;
-    if (first >= end) return;
-    const NamingBlocks naming(p, p.of_index, b, h, key, 0);
-    const int64_t of_block = p.block_q / kTile,
-                  first_block = first > 0 ? lower_bound(naming.blocks, naming.count, first / of_block) : 0;
-    // Tiles of a head, and keys of a row, are fewer than 2^31.
-    const auto at_once = uint32_t(of_block < used ? of_block : used);
-    const uint32_t pairs = uint32_t(naming.count - first_block) * at_once;
-    const uint32_t length = uint32_t(range.k_end - range.k_first),
-                   keys = p.block_k < length ? uint32_t(p.block_k) : length,
-                   in_block = p.block_k < length ? uint32_t(key) % keys : uint32_t(key);
-    for (uint32_t begin = 0; begin < pairs; begin += kWarp) {
-      const uint32_t i = begin + uint32_t(lane), block = at_once == 1 ? i : i / at_once;
-      int64_t row = -1;
-      bool is_behind = false;
-      if (i < pairs) {
-        const int64_t tile = load(naming.blocks + first_block + block) * of_block + (i - block * at_once);
-        const int32_t position = load(naming.positions + first_block + block);
-        is_behind = tile >= end;
-        if (tile >= first && tile < end && position >= 0 && position < p.capacity)
-          row = (before + tile - p.first_tile) * p.keys_of_list + int64_t(position) * keys + in_block;
-      }
-      const int count = pairs - begin < uint32_t(kWarp) ? int(pairs - begin) : kWarp;
-      SB_NO_UNROLL
-      for (int k = 0; k < count; k += kAtOnce) add_rows(row, k);
-      if (ballot(is_behind) != 0) return;  // tiles ascend
-    }
-  }
-
-  // The shares of kAtOnce lanes, whose loads are under way together.
-  SB_DEVICE void add_rows(int64_t row, int k) {
-    uint32_t words[kAtOnce][kWords];
-    float number[kAtOnce];
-    int64_t rows[kAtOnce];
-    SB_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) {
-      rows[i] = shuffle_from(row, k + i);
-      number[i] = rows[i] >= 0 && lane < p.numbers ? load(p.share_numbers + rows[i] * p.numbers + lane) : 0.0f;
-      SB_UNROLL
-      for (int w = 0; w < kWords; ++w)
-        words[i][w] = rows[i] >= 0 && lane + w * kWarp < p.share_words
-                          ? load(p.shares + rows[i] * p.share_words + lane + w * kWarp)
-                          : 0;
-    }
-    SB_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (rows[i] < 0) continue;
-      has_any = true;
-      of_map += number[i];
-      if constexpr (kIsWide) {
-        SB_UNROLL
-        for (int w = 0; w < kWords; ++w) sum[w][0] += same_bits<float>(words[i][w]);
-      } else {
-        const float of_key = shuffle_from(number[i], 0), of_value = shuffle_from(number[i], 1);
-        SB_UNROLL
-        for (int w = 0; w < kWords; ++w) {
-          const float factor = lane + w * kWarp < p.words_of_keys() ? of_key : of_value;
-          sum[w][0] += factor * from_fixed(words[i][w] & 0xffff), sum[w][1] += factor * from_fixed(words[i][w] >> 16);
-        }
-      }
-    }
-  }
-
-  SB_DEVICE void write_sums() {
-    if (has_sums && !has_any) return;
-    SB_UNROLL
-    for (int w = 0; w < kWords; ++w) {
-      const Column column(p, lane + w * kWarp);
-      SB_UNROLL
-      for (int i = 0; i < kNumbers; ++i)
-        if (column.is_there) store(sum_at(column) + i, sum[w][i]);
-    }
-    if (has_number()) store(number_at(), of_map);
-  }
-
-  static constexpr int kAtOnce = 4;
-  const BackwardSharesParams& p;
-  const int64_t b, kv, head, j;
-  const int lane;
-  RowRange range;
-  int64_t key = 0;
-  bool has_sums = false, has_any = false;
-  float sum[kWords][kNumbers], of_map = 0;
-};
-
-template <int kWords, bool kIsWide>
-SB_KERNEL sum_shares(BackwardSharesParams p) {
-  const int64_t of_head = p.q_heads / p.kv_heads * p.tiles(), first = p.first_tile / of_head,
-                keys = (ceil_div(p.end_tile, of_head) - first) * p.k_tokens, warps = block_threads() / kWarp;
-  for_each_task(ceil_div(keys, warps), [&](int64_t task) {
-    const int64_t at = task * warps + warp_index();
-    if (at < keys) KeyShares<kWords, kIsWide>(p, first + at / p.k_tokens, at % p.k_tokens).run();
   });
 }
 

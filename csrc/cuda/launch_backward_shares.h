@@ -1,6 +1,7 @@
 // Starts attention_backward_shares and sum_shares. Included by .cu files alone.
 #pragma once
 #include "attention_backward_shares.cuh"
+#include "sum_shares.cuh"
 #include "launch.h"
 
 namespace sb::cuda {
