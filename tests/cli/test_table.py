@@ -127,6 +127,20 @@ def test_a_log_that_cannot_be_read_is_a_note_where_runs_are_collected(folder, tm
     assert "window-0 is not complete: its log lacks 1 of the steps of its checkpoint" in capsys.readouterr().out
 
 
+def test_a_run_that_has_taken_no_step_is_said_to_be_so(folder, tmp_path, capsys):
+    assert main(["table", str(folder), "--seeds", "0", "--methods", "full"]) == 0
+    assert main(["table", str(folder), "--seeds", "0", "1", "--methods", "full", "--only-collect"]) == 0
+    assert "full-1 is not complete: it has taken no step yet" in capsys.readouterr().out
+    assert main(["table", str(folder), "--seeds", "1", "--methods", "full", "--train.steps", "2"]) == 0
+    capsys.readouterr()
+    log = tmp_path / "runs" / "tiny" / "full-1"
+    for name in ("checkpoint.safetensors", "best.safetensors"):
+        (log / name).unlink()
+    options = ["--methods", "full", "--only-collect", "--train.steps", "2"]
+    assert main(["table", str(folder), "--seeds", "1", *options]) == 1
+    assert capsys.readouterr().out.endswith("full-1 is not complete\n")
+
+
 def test_the_title_is_the_folder_s_name_also_from_inside(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert main(["table", ".", "--seeds", "0", "--methods", "full", "--output", str(tmp_path / "out")]) == 0

@@ -222,8 +222,8 @@ def _reason(run: TableRun) -> str:
     """Why a run that has not failed is not complete, where that is more than missing steps."""
     if (lost := missing_records(run)) > 0:
         return f": its log lacks {lost} of the steps of its checkpoint; the table does it anew without --only-collect"
-    unusable = _unless_usable(lambda: run.records() and None)
-    return "" if unusable is None else f": {unusable}"
+    found = _unless_usable(lambda: "" if run.records() else "it has taken no step yet")
+    return f": {found}" if found else ""
 
 
 def _machines(run: TableRun) -> list[str]:
@@ -232,6 +232,7 @@ def _machines(run: TableRun) -> list[str]:
 
 
 def _unless_usable(check: Callable[[], str | None]) -> str | None:
+    """What a check finds, or why it cannot be made."""
     try:
         return check()
     except UnusableRun as error:
