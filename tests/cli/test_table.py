@@ -12,6 +12,7 @@ import pytest
 from testkit import environment
 
 from scatterbrain.cli import main
+from scatterbrain.training.table_task import method_files
 from scatterbrain.training.train_step import TrainState
 
 TASK = """\
@@ -240,6 +241,27 @@ def test_a_wrong_command_line_leaves_with_code_two(folder, capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         main(["table", *[str(folder) if argument == "FOLDER" else argument for argument in arguments]])
     assert stopped.value.code == 2 and "scatterbrain table: " in capsys.readouterr().err
+
+
+def test_methods_are_all_files_that_lead_to_the_task_and_the_others_are_named(folder, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(folder)
+    files = {
+        "dotted": "extends: ./task.yaml",
+        "listed": f"extends: [other.yaml, {folder / 'task.yaml'}]",
+        "wider": "extends: window.yaml\nattention: {support: {kind: window, keys: 16}}",
+        "widest": "extends: ../link/wider.yaml",
+        "lost": "extends: nowhere.yaml",
+        "circle": "extends: circle.yaml",
+        "list": "[1, 2]",
+    }
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text + "\n")
+    (folder / "._full.yaml").write_bytes(b"\x00\x05\x16\x07")  # as macOS writes them
+    for path in (folder, tmp_path / "link"):
+        assert set(method_files(path)) == {*METHODS, "dotted", "listed", "wider", "widest"}
+    assert main(["table", str(folder), "--methods", "widest", "--seeds", "0"]) == 0
+    text = (tmp_path / "runs" / "tiny" / "table.md").read_text()
+    assert "left out, as they do not extend task.yaml: circle.yaml, list.yaml, lost.yaml, other.yaml" in text
 
 
 def test_a_folder_without_methods_is_named_with_what_it_lacks(folder, tmp_path, capsys):

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from scatterbrain.macos_files import without_macos_files
 from scatterbrain.training.closed_output import say
 from scatterbrain.training.config import RunConfig
 from scatterbrain.training.files import UnusableRun, write_atomically
@@ -39,7 +40,8 @@ SHARED = "task.yaml"
 
 
 def method_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder that extend its task.yaml, by the name of their method, in the order of a table.
+    """The files of a folder that extend its task.yaml, by themselves or through others, by the name of their method, in
+    the order of a table.
 
     Raises:
         ValueError: there are none.
@@ -48,10 +50,30 @@ def method_files(folder: Path) -> dict[str, Path]:
         raise ValueError(
             f"expected a folder of configurations with a {SHARED}, such as configs/copy, got {folder}, which has none"
         )
-    files = {path.stem: path for path in folder.glob("*.yaml") if SHARED in _extended(path)}
+    shared = (folder / SHARED).resolve()
+    files = {path.stem: path for path in _yaml_files(folder) if shared in _all_extended(path)}
     if not files:
         raise ValueError(f"{folder}: expected files of methods with the line 'extends: {SHARED}', found none")
     return dict(sorted(files.items(), key=lambda item: method_order(item[0])))
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    return sorted(without_macos_files(folder.glob("*.yaml")))
+
+
+def _all_extended(path: Path) -> set[Path]:
+    """The files that a file extends, those that these extend, and so on. What is not there or no mapping extends
+    nothing: only of a method it is an error, of which its settings tell."""
+    found: set[Path] = set()
+    waiting = [path]
+    while waiting:
+        one = waiting.pop()
+        for name in _extended(one):
+            other = (one.parent / str(name)).resolve()
+            if other not in found and other.is_file():
+                found.add(other)
+                waiting.append(other)
+    return found
 
 
 def _extended(path: Path) -> list[str]:
@@ -180,7 +202,8 @@ class _Known:
 def _collect(options: TableOptions, runs: Sequence[TableRun], known: _Known) -> bool:
     """Prints and writes the table of the complete runs; whether there is any."""
     complete: dict[str, list[TableRun]] = {}
-    notes: list[str] = []
+    others = [path.name for path in _yaml_files(options.folder) if path.stem not in known.costs and path.name != SHARED]
+    notes = [f"left out, as they do not extend {SHARED}: {', '.join(others)}"] if others else []
     for run in runs:
         if (other := _unless_usable(lambda: known.difference(run))) is not None:
             notes.append(f"{run.name} is left out, it has other settings: {other}")
