@@ -317,3 +317,77 @@ def test_what_was_compiled_runs_as_it_did(how: str, tmp_path: Path) -> None:
     assert len(sb.replace_attention(plain, layers=found.settings).replaced) == len(
         sb.replace_attention(model, layers=found.settings).replaced
     )
+
+
+class Dropping(nn.Module):
+    """An encoder that sees a random half of the tokens, also in evaluation mode, as ViTMAE does."""
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.encoder, self.generator = encoder(), generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x[:, torch.randperm(x.shape[1], generator=self.generator)[: L // 2]])
+
+
+WIDE = [(sb.Window(4 * L), None)]  # exact, and faster by the times above
+
+
+def test_what_a_model_draws_is_the_same_in_every_run(tmp_path: Path) -> None:
+    arguments = dict(max_error=1e-4, candidates=WIDE, times=tmp_path / "times.json")
+    model, state = Dropping().eval(), torch.get_rng_state()
+    found = sb.tune(model, batches(), **arguments)
+    assert set(found.chosen.pairs.values()) == set(WIDE) and found.chosen.error < 1e-5
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match=r"returns the same when it runs on a batch again, .* differ by \d.*generator"):
+        sb.tune(Dropping(torch.Generator()).eval(), batches(), **arguments)
+
+
+def llama() -> nn.Module:
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+
+
+def test_every_run_gets_its_own_copy_of_a_cache(tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    model = llama()
+    some = [
+        {"input_ids": torch.randint(1, 60, (1, 50)), "past_key_values": hf.DynamicCache(config=model.config)}
+        for _ in range(2)
+    ]
+    with torch.no_grad():
+        for batch in some:
+            model(**batch)
+    found = sb.tune(model, some, max_error=1e-4, candidates=WIDE, times=tmp_path / "times.json")
+    assert set(found.chosen.pairs.values()) == set(WIDE) and found.chosen.error < 1e-5
+    compared = sb.compare(model, some[0], {"wide": WIDE[0]}, calibration=some[1], repeats=1)
+    assert [layer.keys for layer in compared.layers] == [100, 100]
+    assert [batch["past_key_values"].get_seq_length() for batch in some] == [50, 50]
+    model(**some[0])
+    with pytest.raises(ValueError, match="past_key_values, a DynamicCache, cannot be copied: .*make a cache under"):
+        sb.compare(model, some[0], {"wide": WIDE[0]})
+
+
+def test_outputs_are_kept_in_the_models_type_and_compared_in_float64(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = times.Times(tmp_path / "times.json", tuning.medians)
+    some = [torch.randint(1, 60, (1, 50)) for _ in range(2)]
+    search = tuning._Search(llama().bfloat16(), some[:1], some[1:], tuning.output_of, WIDE, known, print)
+    assert {out.dtype for out in search.exact.values()} == {torch.bfloat16}
+    out, target = (testkit.rand(2, 7, 12, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+    padded = torch.arange(7)[None, :, None] >= torch.tensor([7, 3])[:, None, None]
+    want = []
+    for row, count in ((0, 7), (1, 3)):
+        a, b = (t[row, :count].double() for t in (out, target))
+        want.append(float((a - b).norm() / b.norm()))
+    for part in (1, 30, 1000):
+        monkeypatch.setattr(tuning, "PART", part)
+        assert tuning._row_errors(out, target, padded) == pytest.approx(want, rel=1e-12)
+    assert tuning._row_errors(out[0, 0], target[0, 0])[3] == pytest.approx(
+        float((out[0, 0, 3].double() - target[0, 0, 3].double()).abs() / target[0, 0, 3].double().abs())
+    )
+    with pytest.raises(ValueError, match=r"outputs of one shape .* got \(1, 7, 12\) and \(2, 7, 12\); give output="):
+        tuning._row_errors(out[:1], target)

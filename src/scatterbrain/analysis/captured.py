@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +54,8 @@ class Recorded:
     left: dict[str, str]
 
 
-def recorded(model: nn.Module, batch: Batch, token_order: str | None = "auto") -> Recorded:
-    """:func:`calls_of`, and what is not among them."""
+def recorded(model: nn.Module, batch: Batch, token_order: str | None = "auto", seed: int | None = None) -> Recorded:
+    """:func:`calls_of`, and what is not among them. ``seed``: as :func:`run`."""
     calls: list[LayerCall] = []
     model = uncompiled(model)
 
@@ -63,7 +65,7 @@ def recorded(model: nn.Module, batch: Batch, token_order: str | None = "auto") -
 
     with stand_in(model, attend, token_order) as stage:
         try:
-            run(model, batch)
+            run(model, batch, seed)
         except NotExpressible as error:
             raise ValueError(
                 f"expected attention that sparse + low-rank attention can stand in for, of which there is something to "
@@ -101,22 +103,27 @@ def counterparts(calls: Sequence[LayerCall], others: Sequence[LayerCall]) -> lis
     return [by_place.get(place) for place in places(calls)]
 
 
-def run(model: nn.Module, batch: Batch) -> Any:
-    """``model`` on a batch, in evaluation mode and without gradients; its mode stays.
+def run(model: nn.Module, batch: Batch, seed: int | None = None) -> Any:
+    """``model`` on a batch, in evaluation mode and without gradients; its mode stays, and so do torch's random numbers
+    and the caches of the batch, of which every run gets a copy.
+
+    Args:
+        seed: of what the model draws; None: it goes on from torch's state.
 
     Raises:
         TypeError: a batch of another kind.
+        ValueError: a cache that cannot be copied.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _draws(model, seed):
             if isinstance(batch, Tensor):
                 return model(batch)
             if isinstance(batch, Mapping):
-                return model(**batch)
+                return model(**{name: _own(value, name) for name, value in batch.items()})
             if isinstance(batch, (tuple, list)):
-                return model(*batch)
+                return model(*(_own(value, f"argument {i}") for i, value in enumerate(batch, 1)))
             if callable(batch):
                 return batch(model)
     finally:
@@ -126,3 +133,37 @@ def run(model: nn.Module, batch: Batch) -> Any:
         "batch must be a tensor, a mapping of arguments, a tuple or list of arguments, or a function of the model, got "
         f"{type(batch).__name__}"
     )
+
+
+@contextmanager
+def _draws(model: nn.Module, seed: int | None) -> Iterator[None]:
+    """Inside, torch's random numbers begin at ``seed``; afterwards they go on where they were."""
+    tensors = (*model.parameters(), *model.buffers())
+    devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+        yield
+
+
+def _own(value: Any, name: str) -> Any:
+    """An argument for one run: what may keep something of a run, as caches do, is copied."""
+    if type(value) in (dict, tuple, list):
+        if type(value) is dict:
+            return {key: _own(inner, name) for key, inner in value.items()}
+        return type(value)(_own(inner, name) for inner in value)
+    if isinstance(value, (Tensor, Mapping, tuple, list, nn.Module)) or callable(value):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except RuntimeError as error:  # of tensors with a history of gradients
+        raise ValueError(
+            f"expected a batch of which every run gets the same, but {name}, a {type(value).__name__}, cannot be "
+            f"copied: {' '.join(str(error).split())[:200]}; make a cache under torch.no_grad(), or give a function of "
+            "the model that makes it anew"
+        ) from error
+    except TypeError:  # of what holds locks, files and the like
+        return value

@@ -191,7 +191,8 @@ def compare(
         model: any model that :func:`scatterbrain.replace_attention` takes, or has replaced. It is left as it was;
             what torch.compile made of it does not run.
         batch: a tensor (``model(batch)``), a mapping (``model(**batch)``), a tuple or list (``model(*batch)``), or a
-            function of the model that runs it. Attention is measured on its tokens, so give real ones.
+            function of the model that runs it. Attention is measured on its tokens, so give real ones. Caches in it
+            are copied, and torch's random numbers go on afterwards where they were.
         configurations: pairs (support, low-rank kernel) by name, or names of methods of ``scatterbrain bench``, such
             as "routed-64+centroid". Default the presets, a window alone and the low-rank part alone.
         calibration: another batch, to fit statistics of ``Quadratic`` on; without one they are fitted on ``batch``

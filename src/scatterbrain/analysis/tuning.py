@@ -32,6 +32,9 @@ FEW = 4  # batches that single layers are measured on
 SLACK = 1.5  # combinations are tried from this many times the bound on, as the layers' own errors predict it
 NEAR = 1.2  # times the bound on a few batches, and all batches are asked
 APART = 0.004  # of exact attention's time: a step of the time of combinations
+PART = 1 << 20  # numbers of an output that are compared at a time
+# Errors up to these are those of rounding, in sums whose order may differ from run to run.
+ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-4}
 KEYS, CLUSTERS = (48, 64, 96, 128, 192), (32, 64, 96, 128)
 
 
@@ -151,7 +154,8 @@ def tune(
         model: any model that :func:`scatterbrain.replace_attention` takes. It is left as it was; what
             torch.compile made of it does not run.
         batches: two or more, as for :func:`scatterbrain.compare`. The second half is held out for judging. Statistics
-            of ``Quadratic`` are fitted on the first.
+            of ``Quadratic`` are fitted on the first. What the model draws with torch's random numbers is the same in
+            every run of a batch, and every run gets its own copy of caches.
         max_error: largest ||y - y*|| / ||y*|| of the model's output against that with exact attention, the mean over
             batch rows, on the batches of either half. Of outputs by token, (rows, tokens, ...), those of padding do not
             count.
@@ -171,7 +175,8 @@ def tune(
         :class:`Tuning`, with the settings, the path and the best single pair for comparison.
 
     Raises:
-        TypeError, ValueError: naming the argument; no attention that is known.
+        TypeError, ValueError: naming the argument; no attention that is known; a model that does not return the same
+            for the same batch.
     """
     for name, value in (("max_error", max_error), ("budget", budget)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
@@ -236,15 +241,21 @@ class _Search:
         self.model, self.output, self.times, self.progress = model, output, times, progress
         self.batches, self.held_out = list(batches), list(held_out)
         progress("exact attention")
-        seen = [recorded(model, batch) for batch in self.batches[:FEW]]
+        everything = *self.batches, *self.held_out
+        # What a model draws is part of the batch: the same in every run of it.
+        self.seeds = {id(batch): seed for seed, batch in enumerate(everything)}
+        seen = [recorded(model, batch, seed=self.seeds[id(batch)]) for batch in self.batches[:FEW]]
         self.left = seen[0].left
         self.calls = [_by_path(of_batch.calls) for of_batch in seen]
         self.fit_on = self.calls[0]
         self.layers = list(self.fit_on)
-        everything = *self.batches, *self.held_out
-        masks: dict[int, list[Tensor]] = {id(batch): [] for batch in everything}
-        self.exact = {id(batch): self._run({}, batch, masks[id(batch)]) for batch in everything}
-        self.padded = {key: _padded(out, masks[key]) for key, out in self.exact.items()}
+        self.exact: dict[int, Tensor] = {}  # outputs in the model's own type: float64 ones of a vocabulary are large
+        self.padded: dict[int, Tensor | None] = {}
+        for batch in everything:
+            masks: list[Tensor] = []
+            out = self.exact[id(batch)] = self._run({}, batch, masks).clone()  # not a part of something larger
+            self.padded[id(batch)] = _padded(out, masks)
+        self._check_repeats()
         self.seconds: dict[str, dict[Pair, float]] = {}
         self.fronts: dict[str, list[Pair]] = {}
         self.attention_error: dict[str, dict[Pair, float]] = {}
@@ -307,23 +318,37 @@ class _Search:
 
     def _run(self, pairs: Mapping[str, Pair], batch: Batch, masks: list[Tensor] | None = None) -> Tensor:
         with assigned(self.model, pairs, self.fit_on, masks):
-            out = self.output(run(self.model, batch))
+            out = self.output(run(self.model, batch, self.seeds[id(batch)]))
         if not isinstance(out, Tensor) or out.dim() == 0:
             got = "a single number, such as a loss" if isinstance(out, Tensor) else type(out).__name__
             raise TypeError(f"tune: output must return a tensor (rows, ...), got {got}; give output=, which takes one")
-        return out.double()
+        return out
+
+    def _check_repeats(self) -> None:
+        """Raises ValueError for a model that is no function of its batch: what approximations change cannot be told
+        from what changes by itself."""
+        key, again = id(self.batches[0]), self._run({}, self.batches[0])
+        first = self.exact[key]
+        differ = "of another shape"
+        if first.shape == again.shape:
+            error = max(_row_errors(again, first, self.padded[key]))
+            if not error > ROUNDING.get(first.dtype, 0.01):
+                return
+            differ = f"that differ by {error:.3g} of their norm"
+        raise ValueError(
+            f"tune: expected a model that returns the same when it runs on a batch again, got outputs {differ}, with "
+            "exact attention both times; something is kept from run to run, or drawn by another generator than "
+            "torch's: give it as an argument (noise, a mask), or let the batch be a function of the model that resets "
+            "it"
+        )
 
     def _error(self, pairs: Mapping[str, Pair], batches: Sequence[Batch]) -> float:
-        """Mean over the rows of all batches."""
+        """Mean over the rows of all batches; infinite where an output is no number."""
         errors = []
         for batch in batches:
-            target, padded = self.exact[id(batch)], self.padded[id(batch)]
-            parts = self._run(pairs, batch) - target, target
-            if padded is not None:  # what a model computes there is nothing that anybody reads
-                parts = (t.masked_fill(padded.to(t.device), 0) for t in parts)
-            lost, whole = (t.reshape(len(t), -1).norm(dim=1) for t in parts)
-            errors.append(lost / whole.clamp(min=1e-300))
-        return float(torch.cat(errors).mean())
+            errors += _row_errors(self._run(pairs, batch), self.exact[id(batch)], self.padded[id(batch)])
+        mean = sum(errors) / len(errors)
+        return float("inf") if mean != mean else mean
 
     # -------------------- combinations
 
@@ -424,6 +449,36 @@ def _by_path(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:
     for call in calls:
         found.setdefault(call.path, []).append(call)
     return found
+
+
+def _row_errors(out: Tensor, target: Tensor, padded: Tensor | None = None) -> list[float]:
+    """||y - y*|| / ||y*|| of every row, of tokens that are no padding: what a model computes there is nothing that
+    anybody reads. In float64, a part of a row at a time: outputs over a vocabulary are large."""
+    if out.shape != target.shape:
+        raise ValueError(
+            f"tune: expected outputs of one shape whatever the model's attention is, got {tuple(out.shape)} and "
+            f"{tuple(target.shape)}; give output=, which takes a tensor whose shape the inputs decide"
+        )
+    errors = []
+    for row in range(len(target)):
+        lost, whole = (torch.zeros((), dtype=torch.float64, device=target.device) for _ in range(2))
+        for y, want, ignored in _parts(out[row], target[row], None if padded is None else padded[row]):
+            difference = y - want
+            if ignored is not None:
+                difference, want = (t.masked_fill(ignored, 0) for t in (difference, want))
+            lost, whole = lost + difference.square().sum(), whole + want.square().sum()
+        errors.append(float(lost.sqrt() / whole.sqrt().clamp(min=1e-300)))
+    return errors
+
+
+def _parts(out: Tensor, target: Tensor, padded: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """A row, PART numbers at a time in float64, with what of it does not count."""
+    out, target = (t.reshape(1) if t.dim() == 0 else t for t in (out, target))
+    count = max(1, PART * len(target) // max(target.numel(), 1))
+    parts = zip(*(t.to(target.device).split(count) for t in (out, target)))
+    hidden = [None] * len(target) if padded is None else padded.to(target.device).split(count)
+    for (y, want), ignored in zip(parts, hidden):
+        yield y.double(), want.double(), ignored
 
 
 def _padded(out: Tensor, masks: Sequence[Tensor]) -> Tensor | None:
