@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import scatterbrain as sb
+from scatterbrain.analysis import models
 from scatterbrain.cli import main, on_model
 from scatterbrain.cli.command import CommandError, check_outputs
 
@@ -166,6 +167,27 @@ def test_a_text_model_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture)
     text.write_text("none of these is known " * 40)
     assert main(arguments) == 1
     assert "expected the model's tokenizer in the folder" in capsys.readouterr().err
+
+
+def test_every_row_of_a_text_has_the_models_special_tokens(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    hf, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    sizes = dict(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40)
+    hf.BertModel(hf.BertConfig(**sizes, max_position_embeddings=64)).save_pretrained(tmp_path / "bert")
+    words = {word: i for i, word in enumerate(["[UNK]", "[CLS]", "[SEP]", *"abcdefgh"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    hf.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path / "bert")
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h " * 40)
+    loaded = models.Source(str(tmp_path / "bert"), text, tokens=20, batches=50).load()
+    rows = torch.cat([batch["input_ids"] for batch in loaded.batches])
+    assert rows.shape == (320 // 18, 20) and (rows[:, 0] == 1).all() and (rows[:, -1] == 2).all()
+    assert rows[:, 1:-1].flatten().tolist() == [3 + i % 8 for i in range(rows[:, 1:-1].numel())]
+    assert main(["compare", str(tmp_path / "bert"), "--inputs", str(text), "--tokens", "2"]) == 1
+    assert "--tokens: expected more than the 2 special tokens of a row, got 2; raise it" in capsys.readouterr().err
 
 
 def test_positions_that_no_token_has_are_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -263,13 +263,23 @@ class Source:
         text = "\n".join(path.read_text(errors="replace") for path in files(self.inputs, None))
         logging.set_verbosity_error()  # that the text is longer than one input is meant
         tokenizer = AutoTokenizer.from_pretrained(self.model, local_files_only=True)
-        ids = tokenizer(text[: 40 * tokens * count], add_special_tokens=False, truncation=False)["input_ids"]
+        text = text[: 40 * tokens * count]
+        ids = tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
         if ids and len(set(ids)) == 1:
             raise ValueError(
                 f"{self.model}: expected the model's tokenizer in the folder, got one that makes all of {self.inputs} "
                 "the same token; save it there (tokenizer.save_pretrained)"
             )
-        return _rows(torch.tensor(ids), tokens, count), f"rows of {tokens} tokens of {self.inputs}"
+        before, behind = _special_tokens(tokenizer, text[:200])
+        of_text = tokens - len(before) - len(behind)
+        if of_text < 1:
+            raise ValueError(
+                f"--tokens: expected more than the {tokens - of_text} special tokens of a row, got {tokens}; raise it"
+            )
+        rows = _rows(torch.tensor(ids, dtype=torch.long), of_text, count)
+        # As the model was trained: attention often goes to these.
+        around = [torch.tensor(some, dtype=torch.long).expand(len(rows), -1) for some in (before, behind)]
+        return torch.cat((around[0], rows, around[1]), 1), f"rows of {tokens} tokens of {self.inputs}"
 
     def _of_run(self) -> Loaded:
         from scatterbrain.training.trained import load_trained
@@ -340,6 +350,15 @@ def _reserved_positions(model: nn.Module, longest: int) -> int:
     as RoBERTa does, say so by the padding index of the table."""
     tables = (m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name)
     return max((t.padding_idx + 1 for t in tables if t.padding_idx is not None and len(t.weight) == longest), default=0)
+
+
+def _special_tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and behind a text, such as [CLS] and [SEP]."""
+    plain, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+    for first in range(len(whole) - len(plain) + 1):
+        if whole[first : first + len(plain)] == plain:
+            return whole[:first], whole[first + len(plain) :]
+    return [], []
 
 
 def _joined(inputs: list[Tensor], masks: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
