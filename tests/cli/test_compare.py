@@ -190,6 +190,23 @@ def test_every_row_of_a_text_has_the_models_special_tokens(tmp_path: Path, capsy
     assert "--tokens: expected more than the 2 special tokens of a row, got 2; raise it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kind", "takes"), [("Wav2Vec2", "input_values"), ("Speech2Text", "input_features"), ("Vilt", "input_ids")]
+)
+def test_a_folder_that_takes_neither_text_nor_images_says_what_it_takes(
+    kind: str, takes: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Their configurations have a vocabulary, or a size of images, as those of text and images do."""
+    hf = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, d_model=32)
+    layers = dict(encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    getattr(hf, f"{kind}Model")(getattr(hf, f"{kind}Config")(**sizes, **layers)).save_pretrained(tmp_path / "model")
+    assert main(["compare", str(tmp_path / "model"), *FEW]) == 1
+    said = capsys.readouterr().err
+    assert f"{kind}Model takes {takes}, not text or images alone; give its arguments by name" in said
+    assert f"save_file({{'{takes}': ...}}, FILE)" in said
+
+
 def test_positions_that_no_token_has_are_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """RoBERTa numbers its tokens from behind the padding's position on."""
     hf = pytest.importorskip("transformers")

@@ -159,19 +159,23 @@ class Source:
 
         config = AutoConfig.from_pretrained(self.model, local_files_only=True)
         of_arguments = self.inputs is not None and self.inputs.suffix == ".safetensors"
-        is_vision = getattr(config, "image_size", None) is not None
-        if not of_arguments and (is_vision or hasattr(config, "vocab_size")):
+        takes = _main_input(config)
+        size = getattr(config, "image_size", None)
+        is_vision = size is not None and takes in ("pixel_values", None)
+        is_text = size is None and hasattr(config, "vocab_size") and takes in ("input_ids", None)
+        if not of_arguments and (is_vision or is_text):
             kind, own = ("a model of images", "size") if is_vision else ("a model of text", "tokens")
             self._takes_only(f"{self.model}, {kind},", "rows", "seed", own)
         model = AutoModel.from_pretrained(self.model, local_files_only=True)
         if of_arguments:
             return self._with_own_arguments(model, "")
-        size = getattr(config, "image_size", None)
-        if size is not None:
+        if is_vision:
             size = self.size or (size if isinstance(size, int) else size[0])
             return self._with_images(model, size, *_normalisation(Path(self.model)))
-        if not hasattr(config, "vocab_size") or hasattr(config, "num_mel_bins"):
-            return self._with_own_arguments(model, f"{type(model).__name__} takes neither text nor images")
+        if not is_text:
+            takes = takes or next(iter(inspect.signature(model.forward).parameters))
+            name = type(model).__name__
+            return self._with_own_arguments(model, f"{name} takes {takes}, not text or images alone", takes)
         return self._with_text(model, config)
 
     def _of_timm(self) -> Loaded:
@@ -207,11 +211,11 @@ class Source:
 
     # -------------------- inputs
 
-    def _with_own_arguments(self, model: nn.Module, why: str) -> Loaded:
+    def _with_own_arguments(self, model: nn.Module, why: str, takes: str = "input_ids") -> Loaded:
         if self.inputs is None or self.inputs.suffix != ".safetensors":
             raise ValueError(
                 f"{why}; give its arguments by name as tensors of a file: --inputs FILE.safetensors "
-                "(safetensors.torch.save_file({'input_ids': ...}, FILE)), or a function that returns (model, batch)"
+                f"(safetensors.torch.save_file({{'{takes}': ...}}, FILE)), or a function that returns (model, batch)"
             )
         self._takes_only(f"a file of arguments, {self.inputs},", "rows")
         from safetensors.torch import load_file
@@ -343,6 +347,20 @@ class Source:
         parts = [pixels[i : i + self._row_count] for i in self._starts(len(pixels), "images")]
         interpolates = {"interpolate_pos_encoding": True} if takes and _takes(model, "interpolate_pos_encoding") else {}
         return Loaded(model, [{takes: part} | interpolates if takes else part for part in parts], about)
+
+
+def _main_input(config: Any) -> str | None:
+    """The argument that a model of transformers takes first of all: by its class, or its forward where the class names
+    one that it does not take. None for a model whose class is not known before it is made."""
+    from transformers import MODEL_MAPPING
+
+    classes = MODEL_MAPPING.get(type(config), None)
+    model = classes[0] if isinstance(classes, (tuple, list)) else classes
+    if model is None:
+        return None
+    arguments = [name for name in inspect.signature(model.forward).parameters if name != "self"]
+    named = getattr(model, "main_input_name", None)
+    return named if named in arguments or not arguments else arguments[0]
 
 
 def _reserved_positions(model: nn.Module, longest: int) -> int:
