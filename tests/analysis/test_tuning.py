@@ -91,6 +91,23 @@ def test_a_looser_bound_never_costs_more(tuned: Callable[..., Tuning]) -> None:
     assert all(t.chosen.seconds <= share * t.exact_seconds for t, share in zip(kept, (0.5, 0.7, 0.9)))
 
 
+def test_a_single_pair_is_chosen_where_it_is_faster(
+    tuned: Callable[..., Tuning], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Predictions of combinations err: here they promise nothing."""
+    best = tuned(max_error=0.3).uniform
+    slow = {f"layers.{i}.self_attn": CANDIDATES[0] for i in (0, 1)}
+    monkeypatch.setattr(tuning._Search, "combinations", lambda self: [(slow, 0.0)])
+    found = tuned(max_error=0.3)
+    assert found.chosen == found.uniform == best and best.seconds < 1.6 and best in found.steps
+    assert found.settings.about["error"] == float(f"{best.error:.3g}") and "it was chosen" in str(found)
+    assert [step.seconds for step in found.steps] == sorted((step.seconds for step in found.steps), reverse=True)
+    chosen = [tuned(max_error=bound).chosen for bound in BOUNDS]
+    assert all(a.seconds >= b.seconds and b.error <= bound for a, b, bound in zip(chosen, chosen[1:], BOUNDS[1:]))
+    found = tuned(budget=0.8)
+    assert found.chosen.seconds <= 1.6 and found.chosen.error <= tuned(max_error=10).steps[1].error
+
+
 def test_the_same_inputs_give_the_same_file(tuned: Callable[..., Tuning], tmp_path: Path) -> None:
     files = [tmp_path / f"{i}.yaml" for i in range(2)]
     for file in files:

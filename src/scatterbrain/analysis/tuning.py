@@ -148,7 +148,8 @@ def tune(
     of squared error over time then run in the model, one layer at a time. Layers' squared errors of the output are
     taken to add up, which gives a list of combinations, a few that are predicted to err least for every step of time.
     From its fast end on they run in the model, and the first that keeps the bound is chosen, on the batches held out
-    too. The list is the same for every bound, so a looser one never costs more.
+    too, unless a single pair for all layers keeps it and is faster. The list is the same for every bound, so a looser
+    one never costs more.
 
     Args:
         model: any model that :func:`scatterbrain.replace_attention` takes. It is left as it was; what
@@ -197,11 +198,14 @@ def tune(
         model, batches[:half], batches[half:], output or output_of, candidates, Times(times, medians), progress
     )
     chosen = search.within(budget) if max_error is None else search.keeping(max_error)
+    uniform = search.best_uniform(max_error if budget is None else chosen.error)
+    # Predictions err, and so a single pair may be better. The fastest that keeps a looser bound is no slower either.
+    if uniform is not None and uniform.seconds < chosen.seconds:
+        search.measured.append(chosen := uniform)
     steps = sorted([search.first, *search.measured], key=lambda step: -step.seconds)
     bound = f"error at most {max_error:g}" if budget is None else f"at most {budget:g} of exact attention's time"
     if budget is not None and chosen.seconds > budget * search.exact_seconds:
         bound += f"; nothing is, the fastest takes {chosen.seconds / search.exact_seconds:.3g} of it"
-    uniform = search.best_uniform(max_error if budget is None else chosen.error)
     about = {
         "scatterbrain": __version__,
         "model": type(model).__name__,
