@@ -408,3 +408,39 @@ def test_outputs_are_kept_in_the_models_type_and_compared_in_float64(
     )
     with pytest.raises(ValueError, match=r"outputs of one shape .* got \(1, 7, 12\) and \(2, 7, 12\); give output="):
         tuning._row_errors(out[:1], target)
+
+
+class Filling(nn.Module):
+    """An encoder whose output has a filled-in part, as logits of words that cannot be."""
+
+    def __init__(self, fill: float, dtype: torch.dtype = torch.float32, begin: int = 3 * E // 4) -> None:
+        super().__init__()
+        self.encoder, self.fill, self.dtype, self.begin = encoder(), fill, dtype, begin
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.encoder(x).to(self.dtype)
+        out[..., self.begin :] = self.fill
+        return out
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, *(torch.finfo(t).min for t in (torch.float32, torch.float16))])
+def test_filled_in_values_do_not_count(fill: float, tmp_path: Path) -> None:
+    def tuned(model: nn.Module, some: list[object]) -> Tuning:
+        candidates = [(sb.Window(16), None)]
+        return sb.tune(model.eval(), some, budget=0.95, candidates=candidates, times=tmp_path / "times.json")
+
+    want = tuned(Filling(0.0), batches()).chosen
+    assert want.error > 0.01
+    for dtype in (torch.float32, torch.float64):
+        got = tuned(Filling(fill, dtype), batches()).chosen
+        assert got.pairs == want.pairs and got.error == pytest.approx(want.error, rel=1e-5)
+    with pytest.raises(ValueError, match="numbers that count, got padding and filled-in values alone .*give output="):
+        tuned(Filling(fill, begin=0), batches())
+
+
+@pytest.mark.parametrize("fill", [torch.nan, torch.inf])
+def test_an_output_that_is_no_number_is_refused(fill: float, tuned: Callable[..., Tuning]) -> None:
+    with pytest.raises(
+        ValueError, match="outputs that are numbers with exact attention, got NaN or infinity; .*output="
+    ):
+        tuned(max_error=0.1, output=lambda out: out.index_fill(2, torch.tensor([3]), fill))

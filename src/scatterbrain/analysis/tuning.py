@@ -35,6 +35,8 @@ APART = 0.004  # of exact attention's time: a step of the time of combinations
 PART = 1 << 20  # numbers of an output that are compared at a time
 # Errors up to these are those of rounding, in sums whose order may differ from run to run.
 ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-4}
+# What models fill in where something cannot be, negated: the smallest first.
+FILLS = *(-torch.finfo(t).min for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)), torch.inf
 KEYS, CLUSTERS = (48, 64, 96, 128, 192), (32, 64, 96, 128)
 
 
@@ -159,7 +161,7 @@ def tune(
             every run of a batch, and every run gets its own copy of caches.
         max_error: largest ||y - y*|| / ||y*|| of the model's output against that with exact attention, the mean over
             batch rows, on the batches of either half. Of outputs by token, (rows, tokens, ...), those of padding do not
-            count.
+            count, nor do values that the model fills in: -inf, or the least number of a type.
         budget: largest time of all attention, as a share of exact attention's. Where nothing is as fast, the fastest
             combination is returned, and its ``bound`` says so.
         output: of what the model returns, the tensor (rows, ...) that errors are of; default ``last_hidden_state``,
@@ -259,6 +261,7 @@ class _Search:
             masks: list[Tensor] = []
             out = self.exact[id(batch)] = self._run({}, batch, masks).clone()  # not a part of something larger
             self.padded[id(batch)] = _padded(out, masks)
+            _check_numbers(out, self.padded[id(batch)])
         self._check_repeats()
         self.seconds: dict[str, dict[Pair, float]] = {}
         self.fronts: dict[str, list[Pair]] = {}
@@ -456,8 +459,9 @@ def _by_path(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:
 
 
 def _row_errors(out: Tensor, target: Tensor, padded: Tensor | None = None) -> list[float]:
-    """||y - y*|| / ||y*|| of every row, of tokens that are no padding: what a model computes there is nothing that
-    anybody reads. In float64, a part of a row at a time: outputs over a vocabulary are large."""
+    """||y - y*|| / ||y*|| of every row, of what counts: what a model computes where its inputs are padding is nothing
+    that anybody reads, and what it fills in, such as -inf for words that cannot be, would outweigh all the rest. In
+    float64, a part of a row at a time: outputs over a vocabulary are large."""
     if out.shape != target.shape:
         raise ValueError(
             f"tune: expected outputs of one shape whatever the model's attention is, got {tuple(out.shape)} and "
@@ -482,7 +486,30 @@ def _parts(out: Tensor, target: Tensor, padded: Tensor | None) -> Iterator[tuple
     parts = zip(*(t.to(target.device).split(count) for t in (out, target)))
     hidden = [None] * len(target) if padded is None else padded.to(target.device).split(count)
     for (y, want), ignored in zip(parts, hidden):
-        yield y.double(), want.double(), ignored
+        want = want.double()
+        if want.numel() > 0 and want.min() <= -FILLS[0]:
+            filled = sum((want == -fill for fill in FILLS), torch.zeros_like(want, dtype=torch.bool))
+            ignored = filled if ignored is None else filled | ignored
+        yield y.double(), want, ignored
+
+
+def _check_numbers(out: Tensor, padded: Tensor | None) -> None:
+    """Raises ValueError for an exact output of which nothing counts, or something is no number."""
+    counts = False
+    for row in range(len(out)):
+        for _, values, ignored in _parts(out[row], out[row], None if padded is None else padded[row]):
+            values = values if ignored is None else values[~ignored.expand(values.shape)]
+            counts = counts or values.numel() > 0
+            if not values.isfinite().all():
+                raise ValueError(
+                    "tune: expected outputs that are numbers with exact attention, got NaN or infinity; mend the "
+                    "inputs, or give output=, which takes a tensor without them"
+                )
+    if not counts:
+        raise ValueError(
+            "tune: expected outputs with numbers that count, got padding and filled-in values alone (-inf, or the "
+            "least number of a type); give output=, which takes a tensor that has some"
+        )
 
 
 def _padded(out: Tensor, masks: Sequence[Tensor]) -> Tensor | None:
