@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -444,3 +445,49 @@ def test_an_output_that_is_no_number_is_refused(fill: float, tuned: Callable[...
         ValueError, match="outputs that are numbers with exact attention, got NaN or infinity; .*output="
     ):
         tuned(max_error=0.1, output=lambda out: out.index_fill(2, torch.tensor([3]), fill))
+
+
+def test_two_that_measure_at_once_keep_each_others_times(tmp_path: Path) -> None:
+    file, (call, *_) = tmp_path / "times.json", calls_of(encoder(), batches(1)[0])
+    (other, *_) = calls_of(encoder(), batches(1)[0][:, :50])
+    a, b, c = ((sb.Window(16 + i), None) for i in range(3))
+
+    def opened(speed: float) -> times.Times:
+        seconds = {str(EXACT): 2.0, str(a): 1.0, str(b): 0.5, str(c): 0.25}
+        return times.Times(file, lambda timed, repeats: {name: speed * seconds[name] for name in timed})
+
+    one, two, three = opened(1.0), opened(1.0), opened(3.0)
+    one.of(call, {a: None})
+    two.of(other, {a: None})
+    assert len(json.loads(file.read_text())) == 4
+    # A machine that was slower for a while is slower for exact attention too.
+    assert three.of(call, {b: None}) == {EXACT: 2.0, b: 0.5} and three.of(call, {a: None, c: None})[c] == 0.25
+    assert opened(1.0).of(call, dict.fromkeys((a, b, c))) == {EXACT: 2.0, a: 1.0, b: 0.5, c: 0.25}
+    assert [path.name for path in tmp_path.iterdir()] == ["times.json"]
+
+
+def test_threads_that_measure_at_once_keep_each_others_times(tmp_path: Path) -> None:
+    (call, *_) = calls_of(encoder(), batches(1)[0])
+    pairs = [(sb.Window(16 + i), None) for i in range(24)]
+    some = [times.Times(tmp_path / "t.json", lambda timed, repeats: dict.fromkeys(timed, 1.0)) for _ in pairs]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda known, pair: known.of(call, {pair: None}), some, pairs))
+    assert len(json.loads((tmp_path / "t.json").read_text())) == 25
+
+
+def test_times_that_cannot_be_written_are_refused_before_the_model_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"got .*t.json: .*file is no folder; give another one .*--times\)"):
+        sb.tune(nn.Identity(), batches(), max_error=0.1, times=tmp_path / "file" / "t.json")
+
+
+def test_times_that_turn_out_not_to_be_written_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (call, *_) = calls_of(encoder(), batches(1)[0])
+    known = times.Times(tmp_path / "t.json", lambda timed, repeats: dict.fromkeys(timed, 1.0))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(times.os, "replace", full)
+    with pytest.raises(ValueError, match=r"got .*t.json: No space left on device; give another one"):
+        known.of(call, {(sb.Window(16), None): None})

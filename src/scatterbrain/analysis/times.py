@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from scatterbrain.analysis.exact import by_torch
 from scatterbrain.analysis.layer_call import LayerCall
+from scatterbrain.analysis.output_files import IS_FOLDER, why_not_written
 from scatterbrain.analysis.trade import EXACT
 from scatterbrain.layer_settings import Pair
 from scatterbrain.registry import shown
@@ -33,19 +36,32 @@ class Times:
         self.measure = measure
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = folder / "scatterbrain" / "times.json" if file is None else Path(file)
-        self.known: dict[str, float] = {}
-        if self.path.is_dir():
+        why = why_not_written(self.path)
+        if why == IS_FOLDER:
             raise ValueError(f"tune: times must be a JSON file, got the folder {self.path}")
-        if self.path.is_file():
-            try:
-                self.known = json.loads(self.path.read_text())
-            except ValueError as error:
-                raise ValueError(f"tune: times: {self.path} is not a file of times: {error}; remove it") from None
-            if not isinstance(self.known, dict) or not all(isinstance(s, (int, float)) for s in self.known.values()):
-                raise ValueError(
-                    f"tune: times: {self.path} is not a file of times: expected seconds by name, got "
-                    f"{shown(self.known)}; remove it"
-                )
+        if why is not None:  # better now than after minutes of measuring
+            raise ValueError(self._not_written(why))
+        self.known = self._read()
+
+    def _read(self) -> dict[str, float]:
+        if not self.path.is_file():
+            return {}
+        try:
+            found = json.loads(self.path.read_text())
+        except ValueError as error:
+            raise ValueError(f"tune: times: {self.path} is not a file of times: {error}; remove it") from None
+        if not isinstance(found, dict) or not all(isinstance(seconds, (int, float)) for seconds in found.values()):
+            raise ValueError(
+                f"tune: times: {self.path} is not a file of times: expected seconds by name, got {shown(found)}; "
+                "remove it"
+            )
+        return found
+
+    def _not_written(self, why: object) -> str:
+        return (
+            f"tune: times: expected a file that can be written, got {self.path}: {why}; give another one (times=, on a "
+            "command line --times)"
+        )
 
     def of(self, call: LayerCall, timed: Mapping[Pair, Callable[[], object]], repeats: int = 5) -> dict[Pair, float]:
         """Of exact attention and every pair on tensors of this shape; what the file lacks is measured and added, in
@@ -62,14 +78,27 @@ class Times:
             self.known |= {
                 keys[pair]: found[str(pair)] * of_exact / found[str(EXACT)] for pair in missing[first : first + GROUP]
             }
-            self._write()
+            self._write(keys[EXACT], [keys[pair] for pair in missing[first : first + GROUP]])
         return {pair: self.known[key] for pair, key in keys.items()}
 
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(self.known, indent=0, sort_keys=True))
-        os.replace(aside, self.path)
+    def _write(self, of_exact: str, measured: Sequence[str]) -> None:
+        """Adds to the file what was measured beside exact attention. What others added meanwhile stays, and where they
+        measured the same it counts: of one call all times are in proportion to one time of exact attention."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(self.path.parent):
+                there = self._read()
+                factor = there.get(of_exact, self.known[of_exact]) / self.known[of_exact]
+                self.known |= {key: self.known[key] * factor for key in (of_exact, *measured)}
+                self.known |= there
+                aside = self.path.with_name(f"{self.path.name}.{os.getpid()}.{threading.get_ident()}")
+                try:
+                    aside.write_text(json.dumps(self.known, indent=0, sort_keys=True))
+                    os.replace(aside, self.path)
+                finally:
+                    aside.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(self._not_written(error.strerror or error)) from error
 
     def key(self, call: LayerCall, pair: Pair) -> str:
         """What a time depends on."""
@@ -87,3 +116,21 @@ class Times:
             repr(pair),
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:24] + " " + repr(pair)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process or thread that asks for this folder is in here; systems without such locks go on."""
+    try:
+        import fcntl
+
+        lock = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

@@ -1,0 +1,23 @@
+"""Files that are written after minutes of measuring."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+IS_FOLDER = "it is a folder"
+
+
+def why_not_written(file: Path) -> str | None:
+    """Why a file cannot be written, as far as that can be told before; None where nothing is known."""
+    try:
+        if file.is_dir():
+            return IS_FOLDER
+        if file.exists():
+            return None if os.access(file, os.W_OK) else "it may not be written to"
+        folder = next((parent for parent in file.absolute().parents if parent.exists()), None)
+    except OSError as error:  # of names that are too long
+        return error.strerror
+    if folder is None or (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        return None
+    return f"the folder {folder} may not be written to" if folder.is_dir() else f"{folder} is no folder"
