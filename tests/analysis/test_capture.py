@@ -403,3 +403,12 @@ def test_padding_holds_anything() -> None:
     valid = ~mask
     for a, b in zip(got, want):
         assert torch.equal(a.transpose(1, 2)[valid], b.transpose(1, 2)[valid])
+
+
+def test_a_file_that_cannot_be_written_is_named_before_the_model_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"got .*x.safetensors: .*file is no folder; write elsewhere, or make room"):
+        sb.capture(encoder(), lambda model: pytest.fail("it ran"), tmp_path / "file" / "x.safetensors")
+    name = "n" * 300
+    with pytest.raises(ValueError, match=f"can be written, got .*{name}: File name too long; write elsewhere"):
+        sb.capture(encoder(), torch.randn(1, L, E), tmp_path / name)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from scatterbrain.analysis.captured import Batch, calls_of, counterparts
 from scatterbrain.analysis.layer_call import LayerCall
+from scatterbrain.analysis.output_files import IS_FOLDER, why_not_written
 
 
 def capture(
@@ -43,17 +44,21 @@ def capture(
         The names of the layers: what stands before ``.q``, ``.k`` and ``.v``.
 
     Raises:
-        ValueError: a name of other characters; a folder for a file; no attention that is known; no self-attention among
-            it.
+        ValueError: a name of other characters; a folder for a file, or one that cannot be written; no attention that is
+            known; no self-attention among it.
         ModuleNotFoundError: safetensors is not installed.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if not re.fullmatch(r"\w+", name):
         raise ValueError(f"capture: name must be letters, digits and underscores, got {name!r}")
     file = Path(file)
-    if file.is_dir():
+    why = why_not_written(file)
+    if why == IS_FOLDER:
         raise ValueError(f"capture: file: expected a file to write, got {file}, which is a folder")
+    if why is not None:  # better now than after the model ran
+        raise ValueError(_not_written(file, why))
     calls = [call for call in calls_of(model, batch, "natural") if _is_self_attention(call)]
     if not calls:
         raise ValueError(
@@ -76,9 +81,16 @@ def capture(
             tensors |= {f"{entries[-1]}.{part}": t for part, t in zip("qkv", parts)}
     if not entries:
         raise ValueError("capture: expected a batch with tokens that are not padding, got none")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: t.contiguous() for key, t in tensors.items()}, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: t.contiguous() for key, t in tensors.items()}, file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(_not_written(file, " ".join(str(error).split()))) from error
     return entries
+
+
+def _not_written(file: Path, why: str) -> str:
+    return f"capture: file: expected one that can be written, got {file}: {why}; write elsewhere, or make room"
 
 
 def _is_self_attention(call: LayerCall) -> bool:
