@@ -1,4 +1,4 @@
-"""Comparisons as pictures. Needs matplotlib."""
+"""Comparisons as pictures. Needs matplotlib, whose windows and backend stay as the user has them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,12 @@ LEAST = 1e-4  # errors below are those of rounding
 def draw_comparison(comparison: Comparison, path: Path) -> None:
     """Three panels over the layers, those of one kind beside each other: error of every configuration, how much of the
     softmax weights lies in its lists, and entropy. Bands reach from the lowest to the highest head group."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     kinds = kinds_of(comparison.layers)
     labels = [label for kind in kinds.values() for label in short_labels([layer.path for layer in kind])]
-    figure, axes = plt.subplots(
-        3,
-        1,
-        figsize=(max(7.0, 2.5 + 0.45 * len(labels)), 9),
-        sharex=True,
-        layout="constrained",
-        height_ratios=(3, 2, 1.5),
-    )
+    figure = Figure(figsize=(max(7.0, 2.5 + 0.45 * len(labels)), 9), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1.5))
     error, weight, entropy = axes
     begin = 0
     for number, (name, layers) in enumerate(kinds.items()):
@@ -62,17 +53,14 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     entropy.legend(*_once(entropy), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
 
 
 def draw_tuning(tuning: Tuning, path: Path) -> None:
     """Error of the model's output over the time of its attention, of what was measured on all batches."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
     steps = tuning.steps[1:]
     share = [step.seconds / tuning.exact_seconds for step in steps]
     axis.plot(share, [step.error for step in steps], ".", color="C0", label="layer by layer, all that was measured")
@@ -90,7 +78,6 @@ def draw_tuning(tuning: Tuning, path: Path) -> None:
     axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
 
 
 def kinds_of(layers: Sequence[LayerComparison]) -> dict[str, list[LayerComparison]]:

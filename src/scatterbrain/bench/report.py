@@ -168,16 +168,14 @@ def _of_other_content(path: Path, config: BenchConfig, theirs: str | None, mine:
 
 def draw(path: Path, rows: list[Row]) -> None:
     """For every table two panels: time against tokens on logarithmic axes; error against time at the most tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     groups = [(title, [row for row in some if row.seconds]) for title, some in _groups(rows)]
     groups = [(title, some) for title, some in groups if some]
     if not groups:
         return
-    figure, axes = plt.subplots(len(groups), 2, figsize=(11, 4 * len(groups)), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(11, 4 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), 2, squeeze=False)
     methods = list(dict.fromkeys(row.method for row in rows))
     colours = {method: f"C{i % 10}" for i, method in enumerate(methods)}
     for (title, some), (left, right) in zip(groups, axes):
@@ -194,7 +192,6 @@ def draw(path: Path, rows: list[Row]) -> None:
         right.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
 
 
 def _draw_times(axis: object, rows: list[Row], colours: dict[str, str]) -> None:

@@ -42,12 +42,10 @@ HIGHEST = 1.12  # an error of 1 is that of a matrix of zeros
 def draw(path: Path, rows: Sequence[Row], kind: str, enough: float) -> None:
     """Means over heads, left by temperature and right by entropy; there every head at every temperature is a dot.
     Heads whose errors are no finite numbers are left out; there must be others."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5.8), sharey=True)
+    figure = Figure(figsize=(12.5, 5.8))
+    left, right = figure.subplots(1, 2, sharey=True)
     captions = settings_of(rows)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.92, bottom=0.12 + 0.034 * len(captions), wspace=0.04)
     by_temperature, by_entropy = (
@@ -81,7 +79,6 @@ def draw(path: Path, rows: Sequence[Row], kind: str, enough: float) -> None:
     figure.text(0.065, 0.015, "\n".join(captions), fontsize=9, va="bottom", linespacing=1.45)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, format="png")
-    plt.close(figure)
 
 
 def regime(point: Point, enough: float) -> str:
