@@ -17,7 +17,7 @@ import scatterbrain as sb
 from scatterbrain.analysis import LayerCall, comparison
 from scatterbrain.analysis.comparison import attention_of, compare_call
 from scatterbrain.analysis.exact import exact
-from scatterbrain.analysis.tables import short_labels, spread
+from scatterbrain.analysis.tables import short_labels, spread, tokens_of
 
 E, H, L = 64, 4, 90
 PAIRS = {
@@ -67,6 +67,9 @@ def test_every_figure_is_that_of_the_definition(is_causal: bool, padded: bool) -
     p, rows = weights(of)
     want = by_group(-torch.special.xlogy(p, p).sum(-1), rows)
     assert found.entropy == pytest.approx(want, rel=1e-5)
+    seen = (p > 0).sum(-1).clamp(min=1).double().log()
+    assert found.uniform_entropy == pytest.approx(sum(by_group(seen, rows)) / 2, rel=1e-5)
+    assert found.counted_keys == found.counted_queries == ((79, 90) if padded else (90, 90))
     for name, (support, low_rank) in pairs.items():
         figures = found.figures[name]
         assert figures.note == "" and figures.seconds > 0
@@ -95,6 +98,7 @@ def test_calls_behind_a_prefix_and_first_exact_queries_count_as_they_run() -> No
     p, rows = weights(of)
     found = compare_call(of, {"full": (sb.Full(), None)}, of, 1)
     assert found.entropy == pytest.approx(by_group(-torch.special.xlogy(p, p).sum(-1), rows), rel=1e-5)
+    assert found.uniform_entropy == pytest.approx(sum(math.log(n) for n in range(61, 91)) / 30)
     assert max(found.figures["full"].error) < 1e-5 and found.figures["full"].in_lists == pytest.approx([1, 1])
     torch.testing.assert_close(
         exact(of).out.double(), p @ of.value.double().repeat_interleave(2, 1), rtol=1e-3, atol=1e-5
@@ -132,6 +136,17 @@ def test_batch_rows_without_tokens_count_for_nothing() -> None:
     for figures in ("error", "in_lists", "low_rank"):
         of = getattr(want.figures["sparse"], figures)
         assert getattr(got.figures["sparse"], figures) == pytest.approx(of, rel=1e-5, abs=1e-6)
+
+
+def test_tokens_that_are_padding_are_not_counted() -> None:
+    def shown(lengths: tuple[int, ...], **change: object) -> str:
+        mask = torch.arange(90) >= torch.tensor(lengths)[:, None]
+        of = replace(call(False, False), key_padding_mask=mask, **change)
+        return tokens_of(compare_call(of, {"sparse": PAIRS["sparse"]}, of, 1))
+
+    assert shown((90, 90)) == "90" and shown((30, 30), is_causal=True) == "30 causal"
+    assert shown((30, 70)) == "30-70" and shown((0, 70)) == "70"
+    assert shown((30, 70), query=torch.randn(2, 4, 20, 16)) == "20 to 30-70"
 
 
 def test_what_is_no_number_is_shown_as_none(tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ class LayerComparison:
         figures: by configuration.
         is_fitted_on_itself: whether statistics were fitted on the measured tokens: without a calibration batch, or
             where this layer did not run on it.
+        uniform_entropy: of weights that are all alike, mean over the same queries: the most that ``entropy`` can be.
+        counted_queries, counted_keys: fewest and most of a batch row that are no padding, of the rows that have any.
     """
 
     path: str
@@ -95,6 +97,9 @@ class LayerComparison:
     exact_seconds: float
     figures: dict[str, Figures]
     is_fitted_on_itself: bool = False
+    uniform_entropy: float = 0.0
+    counted_queries: tuple[int, int] = (0, 0)
+    counted_keys: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -288,6 +293,8 @@ def compare_call(call: LayerCall, configurations: dict[str, Pair], fit_on: Layer
             figures[name] = Figures(note=" ".join(str(refusal).split()))
     seconds = medians(timed, repeats)
     batch, heads, queries, head_dim = call.query.shape
+    uniform = call.seen_keys().clamp(min=1).double().log()[:, None]
+    counted = [some[valid.any(1)].sum(1).tolist() or [0] for some in (call.valid_queries(), call.valid_keys())]
     return LayerComparison(
         call.path,
         call.is_causal,
@@ -300,6 +307,9 @@ def compare_call(call: LayerCall, configurations: dict[str, Pair], fit_on: Layer
         by_group(call, mean_over_queries(target.entropy, valid)),
         seconds.pop(""),
         {name: replace(f, seconds=seconds.get(name)) for name, f in figures.items()},
+        False,
+        float(mean_over_queries(uniform, valid).mean()),
+        *((min(counts), max(counts)) for counts in counted),
     )
 
 

@@ -57,6 +57,23 @@ class LayerCall:
         batch, _, queries, _ = self.query.shape
         return torch.ones(batch, queries, dtype=torch.bool, device=self.query.device) if mask is None else ~mask
 
+    def valid_keys(self) -> Tensor:
+        """bool (B, M), True where a key counts."""
+        batch, _, keys, _ = self.key.shape
+        mask = self.key_padding_mask
+        return torch.ones(batch, keys, dtype=torch.bool, device=self.key.device) if mask is None else ~mask
+
+    def seen_keys(self) -> Tensor:
+        """int64 (B, N), how many keys each query sees."""
+        seen = self.valid_keys().cumsum(1)
+        batch, _, queries, _ = self.query.shape
+        if not self.is_causal:
+            return seen[:, -1:].expand(batch, queries)
+        offset = torch.as_tensor(self.query_offset, device=seen.device).reshape(-1, 1)
+        before = torch.arange(1, queries + 1, device=seen.device) + offset  # keys up to each query's own position
+        before = before.clamp(0, seen.shape[1]).expand(batch, queries)
+        return torch.cat((seen.new_zeros(batch, 1), seen), 1).gather(1, before)
+
     def first_queries(self, count: int) -> LayerCall:
         """The call of its first queries alone."""
         is_padded = self.key_padding_mask is not None or self.query_padding_mask is not None

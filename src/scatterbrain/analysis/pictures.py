@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from math import lgamma, log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     for number, (name, layers) in enumerate(kinds.items()):
         xs = range(begin, begin + len(layers))
         _draw_kind(axes, comparison, layers, xs)
-        uniform = [uniform_entropy(layer.keys, layer.is_causal) for layer in layers]
+        uniform = [layer.uniform_entropy for layer in layers]
         entropy.plot(xs, uniform, ":", color="grey", marker="_", label="all keys alike" if number == 0 else None)
         if len(kinds) > 1:
             where = begin + (len(layers) - 1) / 2, 0.02
@@ -87,11 +86,6 @@ def kinds_of(layers: Sequence[LayerComparison]) -> dict[str, list[LayerCompariso
         pattern = re.sub(r"\d+", "*", layer.path)
         kinds.setdefault(f"{pattern}{', causal' if layer.is_causal else ''}", []).append(layer)
     return kinds
-
-
-def uniform_entropy(keys: int, is_causal: bool) -> float:
-    """Of weights that are all alike: of ``keys`` keys, or the mean over causal queries that see 1 to ``keys``."""
-    return lgamma(keys + 1) / keys if is_causal else log(keys)
 
 
 def _draw_kind(axes: Any, comparison: Comparison, layers: list[LayerComparison], xs: range) -> None:

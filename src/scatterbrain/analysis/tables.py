@@ -82,8 +82,11 @@ def left_out(left: Mapping[str, str]) -> list[str]:
 
 
 def tokens_of(layer: LayerComparison) -> str:
+    """Without padding, fewest and most of a batch row where rows differ."""
     kind = "causal" if layer.is_causal else ""
-    count = str(layer.queries) if layer.queries == layer.keys else f"{layer.queries} to {layer.keys}"
+    counts = layer.counted_queries, layer.counted_keys
+    queries, keys = (str(low) if low == high else f"{low}-{high}" for low, high in counts)
+    count = queries if layer.queries == layer.keys and queries == keys else f"{queries} to {keys}"
     return f"{count} {kind}".strip()
 
 
