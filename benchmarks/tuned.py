@@ -29,16 +29,19 @@ TOKENS = 512
 
 
 def passages(file: Path, count: int) -> Tensor:
-    """(count, 512) tokens of MiniLM."""
+    """(count, 512) tokens of MiniLM, each passage between the [CLS] and [SEP] that it was trained with."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(pretrained_models.minilm_folder() / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    ids = tokenizer.encode(file.read_text(errors="replace")[: 40 * TOKENS * count]).ids
-    if len(ids) < TOKENS * count:
-        raise SystemExit(f"{file}: expected at least {TOKENS * count} tokens of text, got {len(ids)}")
-    return torch.tensor(ids[: TOKENS * count]).view(count, TOKENS)
+    text = file.read_text(errors="replace")[: 40 * TOKENS * count]
+    words = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
+    if len(words) < (TOKENS - 2) * count:
+        raise SystemExit(f"{file}: expected at least {(TOKENS - 2) * count} tokens of text, got {len(words)}")
+    words = words[: (TOKENS - 2) * count].view(count, TOKENS - 2)
+    first, last = (torch.full((count, 1), tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]"))
+    return torch.cat([first, words, last], 1)
 
 
 def embedding(returned: object) -> Tensor:

@@ -237,7 +237,13 @@ def test_the_loop_over_keys_has_no_bank_conflicts(emulator: Emulator, kind: str,
 FILE = "attention_backward_shares.cuh"
 # Where they are, and the kind of calls that show them.
 FAULTS = {
-    "lost share": ("sum_shares.cuh", "none", "if (rows[i] < 0) continue;", "if (rows[i] < 0 || i == 2) continue;", "d[kv] r"),
+    "lost share": (
+        "sum_shares.cuh",
+        "none",
+        "if (rows[i] < 0) continue;",
+        "if (rows[i] < 0 || i == 2) continue;",
+        "d[kv] r",
+    ),
     "swapped position": (
         "transposed_lists.cuh",
         "none",
