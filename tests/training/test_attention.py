@@ -106,3 +106,16 @@ def test_every_layer_has_draws_of_its_own_which_the_seed_repeats():
     first, again, other = drawn(3), drawn(3), drawn(4)
     assert all(map(torch.equal, first, again)) and not torch.equal(*first)
     assert not any(torch.equal(mine, theirs) for mine in first for theirs in other)
+
+
+@pytest.mark.parametrize("seed", [2**32 - 1, 2**32 + 5, 2**63 - 1])
+def test_a_seed_of_more_bits_than_the_generator_has_draws_what_its_low_bits_do(seed):
+    for config, is_causal in (
+        (AttentionConfig(support="empty", low_rank={"kind": "favor", "features": 16}), True),
+        (AttentionConfig(support="lsh", low_rank="none"), False),
+    ):
+        build, low_bits = (attention_of_layers(config, is_causal, number) for number in (seed, seed % 2**32))
+        for _ in range(2):
+            mine, theirs = build(2, 2, 8), low_bits(2, 2, 8)
+            assert (mine.support, mine.low_rank) == (theirs.support, theirs.low_rank)
+            assert all(map(torch.equal, mine.state_dict().values(), theirs.state_dict().values()))

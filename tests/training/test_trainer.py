@@ -373,3 +373,12 @@ def test_the_comparison_of_a_run_by_the_clock_repeats_its_batches(tiny, monkeypa
     drawn = drawn_in(trainer, monkeypatch)
     assert [fraction for _, fraction in drawn[:3]] == pytest.approx([0, 0.2, 0.4])
     assert drawn[-3:] == drawn[:3]
+
+
+def test_a_run_with_a_seed_of_63_bits_starts_and_goes_on(tiny):
+    attention = AttentionConfig(support="window", keys=32, low_rank={"kind": "favor", "features": 8})
+    config = tiny(attention, seed=2**63 - 1)
+    Trainer(config).run()
+    again = dataclasses.replace(config, resume=True, train=dataclasses.replace(config.train, steps=9))
+    Trainer(again).run()
+    assert [record[1] for record in losses(again) if record[0] == "train"] == list(range(1, 10))

@@ -11,6 +11,7 @@ from torch import nn
 
 import scatterbrain as sb
 from scatterbrain.checks import check_pair
+from scatterbrain.fields import SEED_MAX
 from scatterbrain.low_rank import LOW_RANK_KERNELS
 from scatterbrain.registry import Registry
 from scatterbrain.supports import SUPPORTS
@@ -26,12 +27,14 @@ def build_support_and_low_rank(config: AttentionConfig, is_causal: bool = True, 
     Args:
         config: The section ``attention``.
         is_causal: Whether the task is, which rules some out.
-        seed: Of the draws of a support or a kernel (hashes, random features) that the configuration gives no seed.
+        seed: Of the draws of a support or a kernel (hashes, random features) that the configuration gives no seed. Its
+            low 32 bits count: torch's generator on the CPU takes no more.
 
     Raises:
         ValueError: naming the key, for a name or a field that does not exist, a value the support or low-rank part
             refuses, or a pair that such a model cannot be trained with from scratch.
     """
+    seed %= SEED_MAX + 1
     preset = getattr(sb.presets, config.preset)
     if config.support is None:
         with _naming("attention.keys"):
