@@ -184,19 +184,41 @@ def test_a_table_whose_output_nobody_reads_any_more_stops_and_goes_on(folder, tm
     assert not list((tmp_path / "runs" / "tiny").glob("*.failure.txt"))
 
 
-def test_a_table_is_written_also_where_nobody_reads_it(folder, tmp_path, monkeypatch):
-    class Closed(io.StringIO):
-        def write(self, text: str = "") -> int:
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+class Closed(io.StringIO):
+    """A stream behind which nobody reads any more: a pipe, or the terminal of a window that was closed."""
 
-        flush = write
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
+    def write(self, text: str = "") -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+    flush = write
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])
+def test_a_table_is_written_also_where_nobody_reads_it(folder, tmp_path, monkeypatch, number):
     command = ["table", str(folder), "--seeds", "0", "--methods", "full"]
     assert main(command) == 0
     table = tmp_path / "runs" / "tiny" / "table.md"
     table.unlink()
-    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(sys, "stdout", Closed(number))
     assert main([*command, "--only-collect"]) == 0 and table.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])
+def test_a_failure_that_nobody_reads_is_noted_and_stops_the_table(folder, tmp_path, monkeypatch, number):
+    def step(self, *arguments):
+        monkeypatch.setattr(sys, "stdout", Closed(number))
+        monkeypatch.setattr(sys, "stderr", Closed(number))
+        raise RuntimeError("a fault of the model")
+
+    monkeypatch.setattr(TrainState, "step", step)
+    assert main(["table", str(folder), "--seeds", "0", "--methods", "full", "window"]) == 128 + signal.SIGPIPE
+    runs = tmp_path / "runs" / "tiny"
+    assert (runs / "full-0.failure.txt").read_text() == "RuntimeError: a fault of the model\n"
+    assert (runs / "table.md").exists() is False and not (runs / "window-0.failure.txt").exists()
 
 
 def test_a_run_that_cannot_start_fails_alone_and_the_exit_code_says_so(folder, tmp_path, capsys):

@@ -94,6 +94,28 @@ def test_a_run_whose_progress_nobody_reads_either_keeps_its_steps(config, tmp_pa
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("streams", ["stdout", "both"])
+def test_a_run_that_outlives_its_terminal_keeps_its_steps(config, tmp_path, streams):
+    reader, terminal = os.openpty()
+    stderr = subprocess.PIPE if streams == "stdout" else terminal
+    command = [sys.executable, "-m", "scatterbrain", "train", str(config), "--train.validate_every", "5"]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=terminal, stderr=stderr, text=True, start_new_session=True
+    )
+    os.close(terminal)
+    assert os.read(reader, 1) != b""
+    wait_for(tmp_path / "run" / "metrics.jsonl", 500)
+    os.close(reader)  # the window is closed; what is printed from now on is an I/O error
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    done = read_progress(tmp_path / "run" / "checkpoint.safetensors").step
+    assert done == (tmp_path / "run" / "metrics.jsonl").read_text().count('"kind": "train"') > 0
+    if streams == "stdout":
+        errors = process.stderr.read()
+        assert "stopped by SIGPIPE: nobody reads what it prints any more. The checkpoint of step" in errors
+        assert "cannot write" not in errors and "Exception ignored" not in errors
+
+
 def test_a_file_system_that_takes_no_more_keeps_the_last_checkpoint(config, tmp_path):
     assert main(["train", str(config), "--train.steps", "2"]) == 0
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"

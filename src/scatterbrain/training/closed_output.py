@@ -1,7 +1,8 @@
-"""What a run prints when nobody reads it any more, as behind ``| head -3``."""
+"""What a run prints when nobody reads it any more, as behind ``| head -3`` or after its terminal was closed."""
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import sys
@@ -12,8 +13,8 @@ Result = TypeVar("Result")
 
 
 def shown(show: Callable[[], Result], unread: Callable[[], object] = lambda: None) -> Result:
-    """What ``show`` returns, which prints. Into a pipe that nobody reads any more it prints nothing from then on: the
-    error would be one like that of a file, and end a run wherever it is.
+    """What ``show`` returns, which prints. Into a pipe that nobody reads any more, or a terminal that was closed, it
+    prints nothing from then on: the error would be one like that of a file, and end a run wherever it is.
 
     Args:
         show: is called a second time where it could not print.
@@ -21,7 +22,9 @@ def shown(show: Callable[[], Result], unread: Callable[[], object] = lambda: Non
     """
     try:
         return show()
-    except BrokenPipeError:
+    except OSError as error:
+        if not _is_unread(error):
+            raise
         _silence()
         unread()
         return show()
@@ -30,6 +33,11 @@ def shown(show: Callable[[], Result], unread: Callable[[], object] = lambda: Non
 def say(text: str, unread: Callable[[], object] = lambda: None) -> None:
     """Prints a line at once, as :func:`shown` does."""
     shown(lambda: print(text, flush=True), unread)
+
+
+def _is_unread(error: OSError) -> bool:
+    """A pipe without a reader is EPIPE, a terminal that was closed EIO."""
+    return error.errno in (errno.EPIPE, errno.EIO)
 
 
 def _silence() -> None:
@@ -57,6 +65,6 @@ def _is_closed(stream: TextIO) -> bool:
 def _cannot_flush(stream: TextIO) -> bool:
     try:
         stream.flush()
-    except BrokenPipeError:
-        return True
+    except OSError as error:
+        return _is_unread(error)
     return False

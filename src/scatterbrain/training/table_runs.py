@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from scatterbrain.training.closed_output import say
+from scatterbrain.training.closed_output import say, shown
 from scatterbrain.training.files import FolderInUse, FolderLock, UnusableRun, write_atomically
 from scatterbrain.training.interrupt import StopRequest, stopped_by
 from scatterbrain.training.table_run import OpenedData, TableRun, difference, is_complete, missing_records
@@ -118,7 +118,7 @@ def do(run: TableRun, stop: StopRequest) -> signal.Signals | None:
         _fail(run, str(stopped), stop)
     except Exception as error:  # whatever it is, the other runs can be done
         if not isinstance(error, ValueError):
-            traceback.print_exc()
+            shown(traceback.print_exc, stop.ask_as_unread)
         _fail(run, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}", stop)
     return None
 
