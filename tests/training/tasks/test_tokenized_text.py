@@ -93,6 +93,38 @@ def test_several_files_of_a_part_are_refused_until_the_glob_chooses(tmp_path):
         assert found == (f"the a.train.{ending}\n", f"the a.valid.{ending}\n")
 
 
+PARTS_OF_WIKITEXT = ("wiki.train.tokens", "wiki.valid.tokens", "wiki.train.raw", "wiki.valid.raw")
+SEVERAL = ("a.train.txt", "b.train.txt", "a.valid.txt")
+
+
+@pytest.mark.parametrize("parts", [PARTS_OF_WIKITEXT, SEVERAL], ids=["wikitext", "several"])
+@pytest.mark.parametrize(("glob", "read"), [("mine.txt", ["mine"]), ("*ne.t*", ["mine", "nine"]), ("*.md", ["deep"])])
+def test_a_glob_that_matches_files_but_none_of_the_parts_reads_these_files(tmp_path, parts, glob, read):
+    (tmp_path / "below").mkdir()
+    for name in (*parts, "mine.txt", "nine.txt", "below/deep.md"):
+        (tmp_path / name).write_text(f"{Path(name).stem}\n" * 8, encoding="utf-8")
+    training, validation = read_text_parts(DataConfig(path=str(tmp_path), glob=glob, validation_fraction=0.25))
+    assert sorted((training + validation).split()) == sorted(read * 8)
+
+
+@pytest.mark.parametrize("glob", ["*.txt", "*", "a.train.txt", "*.raw"])
+def test_a_glob_that_does_not_choose_one_of_each_part_is_refused_also_beside_wikitext(tmp_path, glob):
+    for name in (*PARTS_OF_WIKITEXT[:3], *SEVERAL):
+        (tmp_path / name).write_text(f"the {name}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="data.path: expected one file .*; choose one of each with data.glob"):
+        read_text_parts(DataConfig(path=str(tmp_path), glob=glob))
+
+
+def test_wikitext_is_read_where_the_glob_matches_nothing_or_is_the_default(tmp_path):
+    for name in (*PARTS_OF_WIKITEXT, "prepare.py", "test/mine.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"the {name}\n" * 8, encoding="utf-8")
+    wikitext = ("the wiki.train.tokens\n" * 8, "the wiki.valid.tokens\n" * 8)
+    assert read_text_parts(DataConfig(path=str(tmp_path))) == wikitext
+    assert read_text_parts(DataConfig(path=str(tmp_path), glob="*.md")) == wikitext
+    assert read_text_parts(DataConfig(path=str(tmp_path), glob="mine.txt")) == wikitext  # below data.exclude
+
+
 def test_any_text_is_split_behind_a_line_end(tmp_path):
     path = tmp_path / "text.txt"
     lines = [f"zeile {number} ü\n" for number in range(100)]

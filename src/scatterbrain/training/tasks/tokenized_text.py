@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from scatterbrain.training.config import DataConfig
-from scatterbrain.training.data import corpus_root, files_below, find_files, read_corpus
+from scatterbrain.training.data import corpus_root, files_below, find_files, outside_excluded, read_corpus
 
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 KINDS = ("words", "bpe")
@@ -42,8 +42,9 @@ def read_text_parts(config: DataConfig) -> tuple[str, str]:
     """The training text and the validation text.
 
     A folder with one file named ``*.train.*`` and one named ``*.valid.*``, as WikiText comes (wiki.train.tokens,
-    wiki.valid.tokens), gives these two, whatever ``data.glob`` says. Of several it gives the two that the glob matches,
-    or else those of WikiText. Any other text is split as bytes are
+    wiki.valid.tokens), gives these two, whatever ``data.glob`` says. Of several it gives the two that the glob matches.
+    Where the glob is the default and matches none of them, or matches nothing, it gives those of WikiText. Any other text, such as that of
+    a glob that matches none of the parts but other files, is split as bytes are
     (:func:`scatterbrain.training.data.read_corpus`), at the line end behind the boundary, or at white space where none
     follows.
 
@@ -160,28 +161,31 @@ def _most_frequent_words(text: str, vocabulary: int) -> dict[str, int]:
 
 
 def _files_of_parts(root: Path, config: DataConfig) -> tuple[Path, Path] | None:
-    """The files of a folder that are its two parts by their names; None where there are none for both.
+    """The files of a folder that are its two parts by their names; None where there are none for both, or several and
+    the glob matches other files alone.
 
     Raises:
-        ValueError: there are several. Any choice, and the whole folder too, may train on a copy of the validation part.
+        ValueError: there are several, and the glob does not choose one of each. Any choice here, and the whole
+            folder too, may train on a copy of the validation part.
     """
     named = [sorted(files_below(root, f"*.{part}.*")) for part in ("train", "valid")]
     named = [[name for name in names if name.parent == Path()] for names in named]
     if not all(named):
         return None
     if any(len(names) > 1 for names in named):
-        matching = set(files_below(root, config.glob))
-        for wanted in (matching, set(map(Path, WIKITEXT))):
-            chosen = [[name for name in names if name in wanted] for names in named]
-            if all(len(names) == 1 for names in chosen):
-                named = chosen
-                break
-        else:
+        matching = set(outside_excluded(files_below(root, config.glob), config.exclude))
+        chosen = [[name for name in names if name in matching] for names in named]
+        if not any(chosen):
+            if matching and config.glob != DataConfig.glob:  # the default is nobody's choice of other files
+                return None
+            chosen = [[name for name in names if str(name) in WIKITEXT] for names in named]
+        if any(len(names) != 1 for names in chosen):
             found = " and ".join(", ".join(map(str, names)) for names in named)
             raise ValueError(
                 f"data.path: expected one file *.train.* and one *.valid.* in {root}, got {found}; choose one of each "
                 "with data.glob, such as '*.tokens', or remove the others"
             )
+        named = chosen
     return root / named[0][0], root / named[1][0]
 
 
