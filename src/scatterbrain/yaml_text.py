@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     import yaml
 
 
+_MERGE = "tag:yaml.org,2002:merge"  # of the key <<: every one merges another mapping, and PyYAML drops none
+
+
 def read_yaml(text: str, origin: str) -> Any:
     """What a text says. PyYAML by itself drops all but the last of the values that a key is given.
 
@@ -41,7 +44,7 @@ def _check_keys(node: yaml.Node, path: tuple[str, ...], origin: str, seen: set[i
     for key, value in node.value:
         line = key.start_mark.line + 1
         name = (*path, str(key.value))
-        if key.id == "scalar":
+        if key.id == "scalar" and key.tag != _MERGE:
             same = (key.tag, key.value)
             if same in lines:
                 raise ValueError(

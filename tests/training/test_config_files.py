@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scatterbrain.cli.train import parse_run_config
 from scatterbrain.training.config_files import read_config
@@ -73,3 +74,12 @@ def test_a_key_may_stand_in_several_mappings_and_be_merged(tmp_path):
         1: {},
         "1": {},
     }
+
+
+def test_a_mapping_may_be_merged_with_several_by_a_key_each(tmp_path):
+    text = "a: &a {x: 1, y: 2}\nb: &b {y: 3, z: 4}\nc:\n  <<: *a\n  <<: *b\n  x: 5\n"
+    assert read_config(write(tmp_path, run=text))["c"] == yaml.safe_load(text)["c"]
+    with pytest.raises(ValueError, match="expected every key once, got c.x twice, in lines 6 and 7"):
+        read_config(write(tmp_path, run=text + "  x: 6\n"))
+    with pytest.raises(ValueError, match="expected every key once, got c.<< twice"):
+        read_config(write(tmp_path, run="c: {'<<': 1, '<<': 2}\n"))
