@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import yaml
 
-
 _MERGE = "tag:yaml.org,2002:merge"  # of the key <<: every one merges another mapping, and PyYAML drops none
 
 

@@ -43,8 +43,8 @@ def read_text_parts(config: DataConfig) -> tuple[str, str]:
 
     A folder with one file named ``*.train.*`` and one named ``*.valid.*``, as WikiText comes (wiki.train.tokens,
     wiki.valid.tokens), gives these two, whatever ``data.glob`` says. Of several it gives the two that the glob matches.
-    Where the glob is the default and matches none of them, or matches nothing, it gives those of WikiText. Any other text, such as that of
-    a glob that matches none of the parts but other files, is split as bytes are
+    Where the glob is the default and matches none of them, or matches nothing, it gives those of WikiText. Any other
+    text, such as that of a glob that matches none of the parts but other files, is split as bytes are
     (:func:`scatterbrain.training.data.read_corpus`), at the line end behind the boundary, or at white space where none
     follows.
 
