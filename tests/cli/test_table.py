@@ -12,6 +12,7 @@ import pytest
 from testkit import environment
 
 from scatterbrain.cli import main
+from scatterbrain.training.config_files import read_config
 from scatterbrain.training.table_task import method_files
 from scatterbrain.training.train_step import TrainState
 
@@ -284,6 +285,18 @@ def test_methods_are_all_files_that_lead_to_the_task_and_the_others_are_named(fo
     assert main(["table", str(folder), "--methods", "widest", "--seeds", "0"]) == 0
     text = (tmp_path / "runs" / "tiny" / "table.md").read_text()
     assert "left out, as they do not extend task.yaml: circle.yaml, list.yaml, lost.yaml, other.yaml" in text
+
+
+def test_a_file_behind_a_link_is_extended_from_where_the_link_is(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "linked.yaml").write_text(f"extends: task.yaml\nattention: {METHODS['window']}\n")
+    (folder / "middle.yaml").symlink_to(elsewhere / "linked.yaml")
+    (folder / "method.yaml").write_text("extends: middle.yaml\n")
+    read_config(folder / "method.yaml")  # as a run reads it
+    assert set(method_files(folder)) == {*METHODS, "middle", "method"}
+    (elsewhere / "task.yaml").write_text("train: {steps: 1}\n")
+    assert set(method_files(folder)) == {*METHODS, "middle", "method"}
 
 
 def test_a_folder_without_methods_is_named_with_what_it_lacks(folder, tmp_path, capsys):

@@ -62,18 +62,24 @@ def _yaml_files(folder: Path) -> list[Path]:
 
 
 def _all_extended(path: Path) -> set[Path]:
-    """The files that a file extends, those that these extend, and so on. What is not there or no mapping extends
-    nothing: only of a method it is an error, of which its settings tell."""
+    """The files that a file extends, those that these extend, and so on, without links. What is not there or no mapping
+    extends nothing: only of a method it is an error, of which its settings tell."""
     found: set[Path] = set()
-    waiting = [path]
+    waiting = [_place(path)]
     while waiting:
         one = waiting.pop()
         for name in _extended(one):
-            other = (one.parent / str(name)).resolve()
+            other = _place(one.parent / str(name))
             if other not in found and other.is_file():
                 found.add(other)
                 waiting.append(other)
-    return found
+    return {place.resolve() for place in found}
+
+
+def _place(path: Path) -> Path:
+    """Where a path stands. A file that is a link itself is not followed: a run takes what it extends from the folder of
+    the link."""
+    return path.parent.resolve() / path.name
 
 
 def _extended(path: Path) -> list[str]:
