@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,13 @@ def _all_extended(path: Path) -> set[Path]:
     return {place.resolve() for place in found}
 
 
+def _left_out(folder: Path, methods: Iterable[str]) -> list[str]:
+    """The files of a folder that are no methods and that none of these extends."""
+    files = [folder / f"{name}.yaml" for name in methods]
+    used = {path.resolve() for path in files}.union(*map(_all_extended, files))
+    return [path.name for path in _yaml_files(folder) if path.resolve() not in used]
+
+
 def _place(path: Path) -> Path:
     """Where a path stands. A file that is a link itself is not followed: a run takes what it extends from the folder of
     the link."""
@@ -136,13 +143,14 @@ def make_table(options: TableOptions, runs: Sequence[TableRun], configs: dict[st
         TableStopped: after SIGINT or SIGTERM. The table of the runs that are complete is written before.
     """
     known = _Known(configs, runs, options.only_collect)
+    left_out = _left_out(options.folder, configs)
     try:
         if not options.only_collect:
             carry_out(list(runs), options.output, options.jobs, options.overwrite, again)
     except TableStopped:
-        _collect(options, runs, known)
+        _collect(options, runs, known, left_out)
         raise
-    found = _collect(options, runs, known)
+    found = _collect(options, runs, known, left_out)
     failed = any(run.failed_for() for run in runs) or not (options.only_collect or all(map(is_complete, runs)))
     return 1 if failed or not found else 0
 
@@ -205,11 +213,10 @@ class _Known:
             raise ValueError(f"{name}: {error}") from error
 
 
-def _collect(options: TableOptions, runs: Sequence[TableRun], known: _Known) -> bool:
+def _collect(options: TableOptions, runs: Sequence[TableRun], known: _Known, left_out: list[str]) -> bool:
     """Prints and writes the table of the complete runs; whether there is any."""
     complete: dict[str, list[TableRun]] = {}
-    others = [path.name for path in _yaml_files(options.folder) if path.stem not in known.costs and path.name != SHARED]
-    notes = [f"left out, as they do not extend {SHARED}: {', '.join(others)}"] if others else []
+    notes = [f"left out, as they do not extend {SHARED}: {', '.join(left_out)}"] if left_out else []
     for run in runs:
         if (other := _unless_usable(lambda: known.difference(run))) is not None:
             notes.append(f"{run.name} is left out, it has other settings: {other}")
