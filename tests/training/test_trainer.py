@@ -382,3 +382,19 @@ def test_a_run_with_a_seed_of_63_bits_starts_and_goes_on(tiny):
     again = dataclasses.replace(config, resume=True, train=dataclasses.replace(config.train, steps=9))
     Trainer(again).run()
     assert [record[1] for record in losses(again) if record[0] == "train"] == list(range(1, 10))
+
+
+def test_trainers_that_are_made_before_either_runs_have_their_own_number_of_threads(tiny, monkeypatch):
+    torch.set_num_threads(2)  # stands for torch's own choice
+    found, original = [], TrainState.step
+    monkeypatch.setattr(
+        TrainState, "step", lambda self, *rest: found.append(torch.get_num_threads()) or original(self, *rest)
+    )
+    trainers = []
+    for number, threads in enumerate((3, None)):
+        trainers.append(Trainer(tiny(output=str(number), steps=1, threads=threads)))
+        assert torch.get_num_threads() == 2
+    for trainer in trainers:
+        trainer.run()
+        assert torch.get_num_threads() == 2
+    assert found == [3, 2]

@@ -107,7 +107,8 @@ def do(run: TableRun, stop: StopRequest) -> signal.Signals | None:
             say(f"{run.name} is still running in another process, which is left to do it", stop.ask_as_unread)
             return None
         run.ended.unlink(missing_ok=True)
-        _note_machine(run, continues=trainer.steps_done > 0)
+        with trainer.own_threads():
+            _note_machine(run, continues=trainer.steps_done > 0)
         if stop.check():
             return stop.signal
         trainer.run()

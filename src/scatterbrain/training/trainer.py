@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -61,9 +61,8 @@ class Trainer:
         self.config = config
         self.folder = RunFolder(output_folder(config.output))
         self._is_unread, self._stop = False, None  # whether nobody reads what is printed; what asks for a stop then
-        # The count is the process's: the next run of it, as of a table, is not to have this one's.
-        self._threads_before = torch.get_num_threads()
-        self._threads = config.train.threads or self._threads_before
+        threads_before = torch.get_num_threads()
+        self._threads = config.train.threads or threads_before
         self.processes = join(config.train)
         try:
             torch.set_num_threads(self._threads)
@@ -86,11 +85,12 @@ class Trainer:
             self._open()
         except BaseException as error:
             is_lost = lost_a_process(error)
-            torch.set_num_threads(self._threads_before)
             self.processes.leave()
             if is_lost:
                 raise ConnectionError(f"another process of the run has ended, see what it said: {error}") from error
             raise
+        finally:
+            torch.set_num_threads(threads_before)
 
     def run(self) -> None:
         """Trains to the end of the schedule, then writes the sample.
@@ -101,16 +101,26 @@ class Trainer:
                 that a later step finds unusable, once the steps before are saved. The last checkpoint is whole in all
                 cases.
         """
-        torch.set_num_threads(self._threads)  # another run may have been made since
         try:
-            self._run()
+            with self.own_threads():
+                self._run()
         finally:
-            torch.set_num_threads(self._threads_before)
             if self._board is not None:
                 self._board.close()
             if self._lock is not None:
                 self._lock.release()
             self.processes.leave()
+
+    @contextlib.contextmanager
+    def own_threads(self) -> Iterator[None]:
+        """Inside, torch has the threads of this run. Their number is the process's: another run that is made or done in
+        it, as of a table, is not to have this one's."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def _run(self) -> None:
         with StopRequest(self.processes) as self._stop:
