@@ -246,6 +246,32 @@ def test_a_name_gives_a_part_its_settings_and_not_the_part_beside_it(tmp_path: P
     assert of_layers == {f"{path}.scatterbrain": support for path, (support, _) in both.items()}
 
 
+def test_settings_of_a_configuration_are_for_its_own_layers(tmp_path: Path) -> None:
+    """Also where another part of the model has equal ones."""
+    hf = pytest.importorskip("transformers")
+    from scatterbrain.integrations.transformers import register
+
+    name = register("scatterbrain:of-either", layers={"encoder.layers.0.self_attn": (sb.Window(8), None)})
+    model = clip()
+    for part in (model.vision_model, model.text_model):
+        part.set_attn_implementation(name)
+    model.save_pretrained(tmp_path / "clip")
+    loaded = hf.AutoModel.from_pretrained(tmp_path / "clip", attn_implementation="scatterbrain")
+    assert [core.support for core in cores(loaded).values()] == [sb.Window(8)] * 2
+    one = bert()
+    pairs = {f"encoder.layer.{i}.attention.self": (sb.Window(8 + 8 * i), None) for i in range(2)}
+    one.set_attn_implementation(register("scatterbrain:of-both-towers", layers=pairs))
+    one.save_pretrained(tmp_path / "bert")
+    two = hf.EncoderDecoderModel.from_encoder_decoder_pretrained(
+        *[tmp_path / "bert"] * 2,
+        encoder_attn_implementation="scatterbrain",
+        decoder_attn_implementation="scatterbrain",
+    )
+    found = {path.removesuffix(".scatterbrain"): core.support for path, core in cores(two).items()}
+    for begin in ("encoder.", "decoder.bert."):
+        assert {path: (found[begin + path], None) for path in pairs} == pairs
+
+
 @pytest.mark.parametrize(
     "pair",
     [

@@ -33,7 +33,8 @@ def settings_of_layers(
     asked: Sequence[tuple[str, Any, str]], what: str = "the model", is_whole: bool = True
 ) -> list[Settings]:
     """What layers run with, each asked for by its name of ours, its configuration and its path. Settings layer by layer
-    go into the configuration, and under the plain name come from it. Layers that they do not name are exact.
+    go into the configuration, and under the plain name come from it, then for the layers of that configuration alone:
+    other parts of the model may have settings of their own. Layers that they do not name are exact.
 
     Args:
         asked: of all layers of a model, whose paths are found in settings together.
@@ -42,25 +43,25 @@ def settings_of_layers(
     Raises:
         ValueError: settings of a part of which the model has several that would fit.
     """
-    settings: list[Settings | LayerSettings] = []
-    alike: list[tuple[LayerSettings, list[str]]] = []  # settings, and the layers that ask for them
+    groups: dict[tuple[str, int | None], tuple[Settings | LayerSettings, list[str]]] = {}  # and their layers
+    keys = []
     for name, config, path in asked:
-        found = SETTINGS[name]
-        if name == PREFIX and getattr(config, LAYERS, None) is not None:
-            found = LayerSettings.from_dict(getattr(config, LAYERS), LAYERS)
-        if isinstance(found, LayerSettings):
-            known = next((entry for entry in alike if entry[0] == found), None)
-            if known is None:
-                alike.append(known := (found, []))
-            found = known[0]
-            known[1].append(path)
-        settings.append(found)
-    pairs = {id(of_layers): of_layers.in_model(paths, what, is_whole) for of_layers, paths in alike}
+        own = getattr(config, LAYERS, None) if name == PREFIX else None
+        keys.append((name, None if own is None else id(config)))
+        if keys[-1] not in groups:
+            groups[keys[-1]] = SETTINGS[name] if own is None else LayerSettings.from_dict(own, LAYERS), []
+        groups[keys[-1]][1].append(path)
+    pairs = {
+        key: found.in_model(paths, what, is_whole)
+        for key, (found, paths) in groups.items()
+        if isinstance(found, LayerSettings)
+    }
     made = []
-    for (_, config, path), found in zip(asked, settings, strict=True):
+    for key, (_, config, path) in zip(keys, asked, strict=True):
+        found, _ = groups[key]
         if isinstance(found, LayerSettings):
             setattr(config, LAYERS, found.as_dict())
-            found = Pairs(*(pairs[id(found)][path] or (Full(), None)))
+            found = Pairs(*(pairs[key][path] or (Full(), None)))
         made.append(found)
     return made
 
