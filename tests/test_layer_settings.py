@@ -272,6 +272,23 @@ def test_settings_of_a_configuration_are_for_its_own_layers(tmp_path: Path) -> N
         assert {path: (found[begin + path], None) for path in pairs} == pairs
 
 
+def test_a_model_that_is_loaded_refuses_settings_that_fit_several_ways(tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    from scatterbrain.integrations.transformers import register
+
+    layer = "encoder.layer.0.attention.self"
+    pairs = {f"{part}.{layer}": (sb.Window(8), None) for part in ("query", "document")}
+    name = register("scatterbrain:of-two-towers", layers=pairs)
+    bert().save_pretrained(tmp_path / "bert")
+    model = bert()
+    for choose in (
+        lambda: model.set_attn_implementation(name),
+        lambda: hf.BertModel.from_pretrained(tmp_path / "bert", attn_implementation=name),
+    ):
+        with pytest.raises(ValueError, match=f"of BertModel .*could be any of query.{layer} and document"):
+            choose()
+
+
 @pytest.mark.parametrize(
     "pair",
     [

@@ -134,14 +134,14 @@ def _post_init(original: Callable[[PreTrainedModel], None]) -> Callable[[PreTrai
         name = getattr(self.config, "_attn_implementation", None)
         if is_ours(name) and ignores_choice(self) and _is_outermost():
             refuse_family(self, self.config, name, is_built=True)
-        adopt(self, is_whole=False)  # the model around it, if there is one, has the longer paths
+        adopt(self, is_whole=_is_outermost())  # a model around it has the longer paths
 
     return post_init
 
 
 def _is_outermost() -> bool:
     """Whether no more than one __init__ of a model runs at the moment: that of a model around this one, or of a class
-    that extends its class, may go on with parts that ask for attention functions."""
+    that extends its class, may go on with parts that ask for attention functions, and its paths are longer."""
     frame, running = inspect.currentframe(), 0
     while frame is not None:
         code = frame.f_code
