@@ -263,3 +263,33 @@ def test_labels_are_what_tells_layers_apart() -> None:
     assert short_labels(["model.encoder.layers.0.attn", "model.decoder.layers.0.attn"]) == ["encoder", "decoder"]
     assert short_labels(["attn"]) == ["attn"] and short_labels(["a.b", "a.b"]) == ["a.b call 1", "a.b call 2"]
     assert spread([0.5, 0.5], ".1f") == "0.5" and spread([0.0, 1.0], ".1f") == "0.5 [0.0 1.0]"
+
+
+def test_objects_that_hold_what_is_not_copied_reach_the_model() -> None:
+    """The model's modules, tensors with a history of gradients, and what nothing can copy."""
+
+    class Held:
+        def __init__(self, **parts: object) -> None:
+            self.__dict__ |= parts
+
+    class Uncopied(Held):
+        def __deepcopy__(self, memo: dict) -> None:
+            raise AssertionError("no copies")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.first = encoder(), nn.Linear(E, E)
+
+        def forward(self, held: Held, uncopied: Uncopied) -> Tensor:
+            assert uncopied is self.uncopied and not held.of_module[self.first].requires_grad
+            assert held.weight is self.first.weight and held.of_module is not self.held.of_module
+            assert held.view.untyped_storage().data_ptr() == held.of_module[self.first].untyped_storage().data_ptr()
+            return self.encoder(held.of_module[self.first])
+
+    model = Model().eval()
+    x = model.first(torch.randn(1, L, E))
+    model.held = Held(of_module={model.first: x}, weight=model.first.weight, view=x[:, 0])
+    model.uncopied = Uncopied()
+    compared = sb.compare(model, (model.held, model.uncopied), {"window": (sb.Window(16), None)}, repeats=1)
+    assert compared.layers[0].keys == L and x.requires_grad

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import testkit
@@ -383,9 +385,38 @@ def test_every_run_gets_its_own_copy_of_a_cache(tmp_path: Path) -> None:
     compared = sb.compare(model, some[0], {"wide": WIDE[0]}, calibration=some[1], repeats=1)
     assert [layer.keys for layer in compared.layers] == [100, 100]
     assert [batch["past_key_values"].get_seq_length() for batch in some] == [50, 50]
-    model(**some[0])
-    with pytest.raises(ValueError, match="past_key_values, a DynamicCache, cannot be copied: .*make a cache under"):
-        sb.compare(model, some[0], {"wide": WIDE[0]})
+    model(**some[0])  # with gradients: what is copied has a history then
+    compared = sb.compare(model, some[0], {"wide": WIDE[0]}, repeats=1)
+    assert [layer.keys for layer in compared.layers] == [150, 150] and some[0][
+        "past_key_values"
+    ].get_seq_length() == 100
+
+
+class Counting(dict):
+    pass
+
+
+class Listing(list):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make", [OrderedDict, lambda: defaultdict(list), Counting, UserDict, Listing], ids=lambda make: make.__name__
+)
+def test_containers_of_every_kind_are_as_before_in_every_run(make: Callable[[], Any], tmp_path: Path) -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder()
+
+        def forward(self, x: Tensor, kept: Any, inner: Any) -> Tensor:
+            assert type(kept) is type(inner[0]) and kept is inner[0] and len(kept) == 0
+            kept.append(x) if isinstance(kept, list) else kept.update(x=x)
+            return self.encoder(x)
+
+    some = [(x, kept, [kept]) for x, kept in ((x, make()) for x in batches())]
+    sb.tune(Keeping().eval(), some, max_error=1.0, candidates=CANDIDATES, times=tmp_path / "times.json")
+    assert not any(kept for _, kept, _ in some)
 
 
 def test_outputs_are_kept_in_the_models_type_and_compared_in_float64(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, UserDict, UserList
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from scatterbrain.analysis.layer_call import LayerCall
 from scatterbrain.analysis.stand_in import stand_in, uncompiled
@@ -112,18 +113,18 @@ def run(model: nn.Module, batch: Batch, seed: int | None = None) -> Any:
 
     Raises:
         TypeError: a batch of another kind.
-        ValueError: a cache that cannot be copied.
     """
     modes = {module: module.training for module in model.modules()}
+    memo = {id(part): part for part in (*modes, *model.parameters())}  # objects that hold these hold the model's own
     model.eval()
     try:
         with torch.no_grad(), _draws(model, seed):
             if isinstance(batch, Tensor):
                 return model(batch)
             if isinstance(batch, Mapping):
-                return model(**{name: _own(value, name) for name, value in batch.items()})
+                return model(**{name: _own(value, memo) for name, value in batch.items()})
             if isinstance(batch, (tuple, list)):
-                return model(*(_own(value, f"argument {i}") for i, value in enumerate(batch, 1)))
+                return model(*(_own(value, memo) for value in batch))
             if callable(batch):
                 return batch(model)
     finally:
@@ -149,21 +150,58 @@ def _draws(model: nn.Module, seed: int | None) -> Iterator[None]:
         yield
 
 
-def _own(value: Any, name: str) -> Any:
-    """An argument for one run: what may keep something of a run, as caches do, is copied."""
-    if type(value) in (dict, tuple, list):
-        if type(value) is dict:
-            return {key: _own(inner, name) for key, inner in value.items()}
-        return type(value)(_own(inner, name) for inner in value)
-    if isinstance(value, (Tensor, Mapping, tuple, list, nn.Module)) or callable(value):
+def _own(value: Any, memo: dict[int, Any]) -> Any:
+    """An argument for one run: what may keep something of a run, as caches do, is copied, and what cannot be copied
+    stays as it is. ``memo``: as that of :func:`copy.deepcopy`, for all arguments of a run: what they share, copies of
+    them share."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if value is None or isinstance(value, (Tensor, nn.Module, str, int, float)):
         return value
     try:
-        return copy.deepcopy(value)
-    except RuntimeError as error:  # of tensors with a history of gradients
-        raise ValueError(
-            f"expected a batch of which every run gets the same, but {name}, a {type(value).__name__}, cannot be "
-            f"copied: {' '.join(str(error).split())[:200]}; make a cache under torch.no_grad(), or give a function of "
-            "the model that makes it anew"
-        ) from error
-    except TypeError:  # of what holds locks, files and the like
+        if isinstance(value, (dict, list, UserDict, UserList)):
+            return _own_container(value, memo)
+        if isinstance(value, tuple):
+            inner = [_own(part, memo) for part in value]
+            if all(new is old for new, old in zip(inner, value)):
+                return value
+            return type(value)._make(inner) if hasattr(value, "_make") else type(value)(inner)
+        if callable(value):
+            return value
+        known = dict(memo)  # a copy that fails leaves halves behind
+        with _DetachedCopies():
+            made = copy.deepcopy(value, known)
+    except Exception:  # of what holds locks and files, or says no itself: it runs as it did without copies
+        memo[id(value)] = value
+        memo.setdefault(id(memo), []).append(value)
         return value
+    kept = known.pop(id(known), None)  # objects whose ids are in there
+    memo |= known
+    memo.setdefault(id(memo), []).append(kept)
+    return made
+
+
+def _own_container(value: Any, memo: dict[int, Any]) -> Any:
+    memo[id(value)] = own = copy.copy(value)
+    memo.setdefault(id(memo), []).append(value)  # as deepcopy does: the id of what lives is not given again
+    for place in range(len(own)) if isinstance(own, (list, UserList)) else list(own):
+        old = own[place]
+        new = _own(old, memo)
+        if new is not old:
+            own[place] = new
+    return own
+
+
+class _DetachedCopies(TorchFunctionMode):
+    """Inside, copy.deepcopy takes tensors with a history of gradients too, and copies them without it."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return copy.deepcopy(args[0].detach(), args[1])
+        return function(*args, **(kwargs or {}))
