@@ -15,6 +15,7 @@ import testkit
 import torch
 from testkit import randomized
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import scatterbrain as sb
 from scatterbrain import prepared
@@ -440,6 +441,25 @@ def test_outputs_are_kept_in_the_models_type_and_compared_in_float64(
     )
     with pytest.raises(ValueError, match=r"outputs of one shape .* got \(1, 7, 12\) and \(2, 7, 12\); give output="):
         tuning._row_errors(out[:1], target)
+
+
+def test_many_short_rows_are_compared_at_once() -> None:
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal count
+            count += 1
+            return operator(*args, **(kwargs or {}))
+
+    counts = []
+    for rows in (2, 5000):
+        count, out, target = 0, testkit.rand(rows, 6), testkit.rand(rows, 6, seed=1)
+        with Counted():
+            errors = tuning._row_errors(out, target)
+            tuning._check_numbers(out, None)
+        counts.append(count)
+        want = (out.double() - target.double()).norm(dim=1) / target.double().norm(dim=1)
+        torch.testing.assert_close(torch.tensor(errors, dtype=torch.float64), want)
+    assert counts[0] == counts[1]
 
 
 class Filling(nn.Module):

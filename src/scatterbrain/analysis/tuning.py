@@ -461,50 +461,50 @@ def _by_path(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:
 def _row_errors(out: Tensor, target: Tensor, padded: Tensor | None = None) -> list[float]:
     """||y - y*|| / ||y*|| of every row, of what counts: what a model computes where its inputs are padding is nothing
     that anybody reads, and what it fills in, such as -inf for words that cannot be, would outweigh all the rest. In
-    float64, a part of a row at a time: outputs over a vocabulary are large."""
+    float64, a part at a time: outputs over a vocabulary are large."""
     if out.shape != target.shape:
         raise ValueError(
             f"tune: expected outputs of one shape whatever the model's attention is, got {tuple(out.shape)} and "
             f"{tuple(target.shape)}; give output=, which takes a tensor whose shape the inputs decide"
         )
-    errors = []
-    for row in range(len(target)):
-        lost, whole = (torch.zeros((), dtype=torch.float64, device=target.device) for _ in range(2))
-        for y, want, ignored in _parts(out[row], target[row], None if padded is None else padded[row]):
-            difference = y - want
-            if ignored is not None:
-                difference, want = (t.masked_fill(ignored, 0) for t in (difference, want))
-            lost, whole = lost + difference.square().sum(), whole + want.square().sum()
-        errors.append(float(lost.sqrt() / whole.sqrt().clamp(min=1e-300)))
-    return errors
+    lost, whole = (torch.zeros(len(target), dtype=torch.float64, device=target.device) for _ in range(2))
+    for rows, y, want, ignored in _parts(out, target, padded):
+        difference = y - want
+        if ignored is not None:
+            difference, want = (t.masked_fill(ignored, 0) for t in (difference, want))
+        for sums, t in ((lost, difference), (whole, want)):
+            sums[rows] += t.square().reshape(len(t), -1).sum(1)
+    return (lost.sqrt() / whole.sqrt().clamp(min=1e-300)).tolist()
 
 
-def _parts(out: Tensor, target: Tensor, padded: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """A row, PART numbers at a time in float64, with what of it does not count."""
-    out, target = (t.reshape(1) if t.dim() == 0 else t for t in (out, target))
-    count = max(1, PART * len(target) // max(target.numel(), 1))
-    parts = zip(*(t.to(target.device).split(count) for t in (out, target)))
-    hidden = [None] * len(target) if padded is None else padded.to(target.device).split(count)
-    for (y, want), ignored in zip(parts, hidden):
-        want = want.double()
-        if want.numel() > 0 and want.min() <= -FILLS[0]:
-            filled = sum((want == -fill for fill in FILLS), torch.zeros_like(want, dtype=torch.bool))
-            ignored = filled if ignored is None else filled | ignored
-        yield y.double(), want, ignored
+def _parts(out: Tensor, target: Tensor, padded: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    """Rows together or a part of one, at most PART numbers at a time where one token has no more: which rows, both in
+    float64, and what of them does not count."""
+    length = target.shape[1] if target.dim() > 1 else 1
+    of_row = max(target.numel() // max(len(target), 1), 1)
+    count, tokens = max(1, PART // of_row), max(1, PART * length // of_row)
+    for rows in (slice(i, i + count) for i in range(0, len(target), count)):
+        for i in range(0, length, tokens):
+            place = (rows, slice(i, i + tokens)) if target.dim() > 1 else rows
+            y, want = (t[place].to(target.device).double() for t in (out, target))
+            ignored = None if padded is None else padded[place].to(target.device)
+            if want.numel() > 0 and want.min() <= -FILLS[0]:
+                filled = sum((want == -fill for fill in FILLS), torch.zeros_like(want, dtype=torch.bool))
+                ignored = filled if ignored is None else filled | ignored
+            yield rows, y, want, ignored
 
 
 def _check_numbers(out: Tensor, padded: Tensor | None) -> None:
     """Raises ValueError for an exact output of which nothing counts, or something is no number."""
     counts = False
-    for row in range(len(out)):
-        for _, values, ignored in _parts(out[row], out[row], None if padded is None else padded[row]):
-            values = values if ignored is None else values[~ignored.expand(values.shape)]
-            counts = counts or values.numel() > 0
-            if not values.isfinite().all():
-                raise ValueError(
-                    "tune: expected outputs that are numbers with exact attention, got NaN or infinity; mend the "
-                    "inputs, or give output=, which takes a tensor without them"
-                )
+    for _, _, values, ignored in _parts(out, out, padded):
+        values = values if ignored is None else values[~ignored.expand(values.shape)]
+        counts = counts or values.numel() > 0
+        if not values.isfinite().all():
+            raise ValueError(
+                "tune: expected outputs that are numbers with exact attention, got NaN or infinity; mend the "
+                "inputs, or give output=, which takes a tensor without them"
+            )
     if not counts:
         raise ValueError(
             "tune: expected outputs with numbers that count, got padding and filled-in values alone (-inf, or the "
