@@ -490,6 +490,17 @@ def test_filled_in_values_do_not_count(fill: float, tmp_path: Path) -> None:
         tuned(Filling(fill, begin=0), batches())
 
 
+def test_filled_in_values_are_seen_beside_padding_that_is_no_number() -> None:
+    out, target = (testkit.rand(2, 7, 12, seed=seed) for seed in (0, 1))
+    padded = torch.arange(7)[None, :, None] >= torch.tensor([7, 3])[:, None, None]
+    want = tuning._row_errors(out[..., 1:], target[..., 1:], padded)
+    for t in (out, target):
+        t[..., 0] = -torch.inf
+        t.masked_fill_(padded, torch.nan)
+    assert tuning._row_errors(out, target, padded) == pytest.approx(want, rel=1e-12)
+    tuning._check_numbers(target, padded)
+
+
 @pytest.mark.parametrize("fill", [torch.nan, torch.inf])
 def test_an_output_that_is_no_number_is_refused(fill: float, tuned: Callable[..., Tuning]) -> None:
     with pytest.raises(

@@ -488,7 +488,7 @@ def _parts(out: Tensor, target: Tensor, padded: Tensor | None) -> Iterator[tuple
             place = (rows, slice(i, i + tokens)) if target.dim() > 1 else rows
             y, want = (t[place].to(target.device).double() for t in (out, target))
             ignored = None if padded is None else padded[place].to(target.device)
-            if want.numel() > 0 and want.min() <= -FILLS[0]:
+            if (want <= -FILLS[0]).any():  # also beside NaN, which padding may be
                 filled = sum((want == -fill for fill in FILLS), torch.zeros_like(want, dtype=torch.bool))
                 ignored = filled if ignored is None else filled | ignored
             yield rows, y, want, ignored
