@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import scatterbrain as sb
 from scatterbrain import prepared
-from scatterbrain.analysis import calls_of, times, trade, tuning
+from scatterbrain.analysis import calls_of, output_files, times, trade, tuning
 from scatterbrain.analysis.tuning import Tuning
 
 E, H, L = 64, 4, 120
@@ -541,6 +543,8 @@ def test_times_that_cannot_be_written_are_refused_before_the_model_runs(tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"got .*t.json: .*file is no folder; give another one .*--times\)"):
         sb.tune(nn.Identity(), batches(), max_error=0.1, times=tmp_path / "file" / "t.json")
+    with pytest.raises(ValueError, match=r"File name too long; give another one .*--times\)"):
+        sb.tune(nn.Identity(), batches(), max_error=0.1, times=tmp_path / ("t" * 300))
 
 
 def test_times_that_turn_out_not_to_be_written_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,3 +557,27 @@ def test_times_that_turn_out_not_to_be_written_name_the_file(tmp_path: Path, mon
     monkeypatch.setattr(times.os, "replace", full)
     with pytest.raises(ValueError, match=r"got .*t.json: No space left on device; give another one"):
         known.of(call, {(sb.Window(16), None): None})
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_times_that_may_not_be_written_serve_where_they_know_all(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are refused before anything is measured where they do not: the file is replaced, from its folder."""
+    file, (call, *_) = tmp_path / "t.json", calls_of(encoder(), batches(1)[0])
+    a, b = ((sb.Window(16 + i), None) for i in range(2))
+    times.Times(file, lambda timed, repeats: dict.fromkeys(timed, 1.0)).of(call, {a: None})
+    before = file.read_text()
+    locked = file if what == "file" else tmp_path
+    monkeypatch.setattr(output_files.os, "access", lambda path, mode: Path(path) != locked or not mode & os.W_OK)
+    known = times.Times(file, lambda timed, repeats: pytest.fail("measured"))
+    assert known.of(call, {a: None}) == {EXACT: 1.0, a: 1.0}
+    with pytest.raises(ValueError, match=r"can be written, got .*t.json: .*may not be written to; give another one"):
+        known.of(call, {a: None, b: None})
+    assert file.read_text() == before
+    with (
+        pytest.raises(ValueError, match=r"folder .* may not be written to; give another")
+        if what == "folder"
+        else (nullcontext())
+    ):
+        times.Times(tmp_path / "new.json", known.measure)

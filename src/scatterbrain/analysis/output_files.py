@@ -8,13 +8,16 @@ from pathlib import Path
 IS_FOLDER = "it is a folder"
 
 
-def why_not_written(file: Path) -> str | None:
-    """Why a file cannot be written, as far as that can be told before; None where nothing is known."""
+def why_not_written(file: Path, is_replaced: bool = False) -> str | None:
+    """Why a file cannot be written, as far as that can be told before; None where nothing is known. ``is_replaced``:
+    whether another file takes the place of one that is there, which its folder has to let happen."""
     try:
         if file.is_dir():
             return IS_FOLDER
-        if file.exists():
-            return None if os.access(file, os.W_OK) else "it may not be written to"
+        if file.exists() and not os.access(file, os.W_OK):
+            return "it may not be written to"
+        if file.exists() and not is_replaced:
+            return None
         folder = next((parent for parent in file.absolute().parents if parent.exists()), None)
     except OSError as error:  # of names that are too long
         return error.strerror

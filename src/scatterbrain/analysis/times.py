@@ -36,12 +36,17 @@ class Times:
         self.measure = measure
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = folder / "scatterbrain" / "times.json" if file is None else Path(file)
-        why = why_not_written(self.path)
-        if why == IS_FOLDER:
+        self.why_not = why_not_written(self.path, is_replaced=True)
+        if self.why_not == IS_FOLDER:
             raise ValueError(f"tune: times must be a JSON file, got the folder {self.path}")
-        if why is not None:  # better now than after minutes of measuring
-            raise ValueError(self._not_written(why))
+        if not os.path.isfile(self.path):
+            self._check_written()
         self.known = self._read()
+
+    def _check_written(self) -> None:
+        """Better before minutes of measuring than after."""
+        if self.why_not is not None:
+            raise ValueError(self._not_written(self.why_not))
 
     def _read(self) -> dict[str, float]:
         if not self.path.is_file():
@@ -71,6 +76,7 @@ class Times:
         missing = [pair for pair in timed if keys[pair] not in self.known and pair != EXACT]
         if not missing and keys[EXACT] in self.known:
             return {pair: self.known[key] for pair, key in keys.items()}
+        self._check_written()
         for first in range(0, max(len(missing), 1), GROUP):
             group = {str(pair): timed[pair] for pair in missing[first : first + GROUP]}
             found = self.measure({str(EXACT): by_torch(call)} | group, repeats)
