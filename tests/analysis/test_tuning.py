@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -581,3 +582,22 @@ def test_times_that_may_not_be_written_serve_where_they_know_all(
         else (nullcontext())
     ):
         times.Times(tmp_path / "new.json", known.measure)
+
+
+def test_times_are_written_whatever_others_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ``flock FOLDER scatterbrain tune``, or where a process that holds the lock has stopped."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(times, "PATIENCE", 0.2)
+    file, (call, *_) = tmp_path / "t.json", calls_of(encoder(), batches(1)[0])
+    for i, path in enumerate((tmp_path, tmp_path / "t.json.lock")):
+        (tmp_path / "t.json.lock").touch()  # left by a process that was killed
+        lock = os.open(path, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = times.Times(file, lambda timed, repeats: dict.fromkeys(timed, 1.0))
+        writing = Thread(target=known.of, args=(call, {(sb.Window(16 + i), None): None}), daemon=True)
+        writing.start()
+        writing.join(10)
+        is_written = not writing.is_alive()
+        os.close(lock)
+        assert is_written and len(json.loads(file.read_text())) == 2 + i
+        assert (tmp_path / "t.json.lock").exists() == (path != tmp_path)

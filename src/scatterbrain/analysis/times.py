@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from scatterbrain.registry import shown
 from scatterbrain.version import __version__
 
 GROUP = 32  # pairs timed in turn: fewer than calls that are kept prepared, so that every timed call is one of these
+PATIENCE = 5.0  # seconds of waiting for others that write times
 
 
 class Times:
@@ -92,7 +94,7 @@ class Times:
         measured the same it counts: of one call all times are in proportion to one time of exact attention."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(self.path.parent):
+            with _alone(self.path):
                 there = self._read()
                 factor = there.get(of_exact, self.known[of_exact]) / self.known[of_exact]
                 self.known |= {key: self.known[key] * factor for key in (of_exact, *measured)}
@@ -125,18 +127,42 @@ class Times:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Inside, no other process or thread that asks for this folder is in here; systems without such locks go on."""
+def _alone(file: Path) -> Iterator[None]:
+    """Inside, no other process or thread that asks for this file is in here. After PATIENCE seconds of waiting, and on
+    systems without such locks, it goes on all the same: others may be stopped, and what is lost is measured again."""
+    path = file.with_name(f"{file.name}.lock")  # its own, since whoever calls may hold the file or its folder
+    lock = _locked(path)
     try:
-        import fcntl
-
-        lock = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
+        if lock is not None:
+            with suppress(OSError):
+                path.unlink()  # while it is held: who waits for it sees that it is gone
+            os.close(lock)
+
+
+def _locked(path: Path) -> int | None:
+    """A lock on a file that is there, made for it; None where it cannot be had."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                return lock
+        except FileNotFoundError:  # removed by who held it before
+            pass
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:
+            os.close(lock)
+            return None
         os.close(lock)
+    return None
