@@ -175,6 +175,7 @@ def test_every_row_of_a_text_has_the_models_special_tokens(tmp_path: Path, capsy
     hf.BertModel(hf.BertConfig(**sizes, max_position_embeddings=64)).save_pretrained(tmp_path / "bert")
     words = {word: i for i, word in enumerate(["[UNK]", "[CLS]", "[SEP]", *"abcdefgh"])}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    made.normalizer = tokenizers.normalizers.Replace("\u200b", "")
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.post_processor = tokenizers.processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
@@ -188,6 +189,10 @@ def test_every_row_of_a_text_has_the_models_special_tokens(tmp_path: Path, capsy
     assert rows[:, 1:-1].flatten().tolist() == [3 + i % 8 for i in range(rows[:, 1:-1].numel())]
     assert main(["compare", str(tmp_path / "bert"), "--inputs", str(text), "--tokens", "2"]) == 1
     assert "--tokens: expected more than the 2 special tokens of a row, got 2; raise it" in capsys.readouterr().err
+    for blank in (" \n" * 250, "\u200b" * 250):  # the tokenizer makes nothing of either
+        text.write_text(blank + "a b c d e f g h " * 40, encoding="utf-8")
+        again = models.Source(str(tmp_path / "bert"), text, tokens=20, batches=50).load()
+        assert torch.equal(torch.cat([batch["input_ids"] for batch in again.batches]), rows)
 
 
 @pytest.mark.parametrize(

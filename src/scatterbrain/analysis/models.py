@@ -274,7 +274,7 @@ class Source:
                 f"{self.model}: expected the model's tokenizer in the folder, got one that makes all of {self.inputs} "
                 "the same token; save it there (tokenizer.save_pretrained)"
             )
-        before, behind = _special_tokens(tokenizer, text[:200])
+        before, behind = _special_tokens(tokenizer, text)
         of_text = tokens - len(before) - len(behind)
         if of_text < 1:
             raise ValueError(
@@ -371,11 +371,13 @@ def _reserved_positions(model: nn.Module, longest: int) -> int:
 
 
 def _special_tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts before and behind a text, such as [CLS] and [SEP]."""
-    plain, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
-    for first in range(len(whole) - len(plain) + 1):
-        if whole[first : first + len(plain)] == plain:
-            return whole[:first], whole[first + len(plain) :]
+    """What a tokenizer puts before and behind a text, such as [CLS] and [SEP]. Seen around a short piece, and where the
+    tokenizer makes nothing of that, around the text."""
+    for piece in (text.lstrip()[:200], text):
+        plain, whole = (tokenizer(piece, add_special_tokens=special)["input_ids"] for special in (False, True))
+        for first in range(len(whole) - len(plain) + 1) if plain else ():
+            if whole[first : first + len(plain)] == plain:
+                return whole[:first], whole[first + len(plain) :]
     return [], []
 
 
