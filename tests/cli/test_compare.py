@@ -132,6 +132,30 @@ def test_outputs_beside_a_model_are_written_again_but_nothing_else_there(tmp_pat
             check_outputs(Namespace(**{name: tmp_path / other}), name, reads=reads)
 
 
+@pytest.mark.parametrize("command", ["compare", "tune"])
+def test_pictures_and_captures_beside_a_model_are_written_again(command: str, module: Path, tmp_path: Path) -> None:
+    """And the user's own are not, whatever they are called."""
+    figure = pytest.importorskip("matplotlib.figure")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "mine.py").write_text(MODULE)
+    files = {"png": folder / "c.png", **({"capture": folder / "model.safetensors"} if command == "compare" else {})}
+    options = [x for name, file in files.items() for x in (f"--{name}", str(file))]
+    how = FEW if command == "compare" else ("--max-error", "9", "--times", str(tmp_path / "times.json"))
+    assert main([command, f"{folder / 'mine.py'}:with_batches", *how, *options]) == 0
+    reads = [("MODEL", folder)]
+    for name, file in files.items():
+        check_outputs(Namespace(**{name: file}), name, reads=reads)
+    figure.Figure().savefig(files["png"])
+    if command == "compare":
+        save_file({"layer0.q": torch.ones(2)}, files["capture"])
+    for name, file in files.items():
+        for content in (file.read_bytes(), b"", file.read_bytes()[:20]):
+            file.write_bytes(content)
+            with pytest.raises(CommandError, match="since .* is the folder that MODEL reads"):
+                check_outputs(Namespace(**{name: file}), name, reads=reads)
+
+
 def test_arguments_by_name(module: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "batch.safetensors"
     save_file({"src": torch.randn(4, 90, 32)}, file)

@@ -89,6 +89,25 @@ def capture(
     return entries
 
 
+def is_capture(file: Path) -> bool:
+    """Whether a file is of :func:`capture`, by the names of its tensors, which no model has.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ModuleNotFoundError: safetensors is not installed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+    except SafetensorError:
+        return False
+    return bool(names) and all(
+        re.fullmatch(r"\w+\.(N\d+\.layer\d+\.[qkv]|cal\.layer\d+\.[qk])", name) for name in names
+    )
+
+
 def _not_written(file: Path, why: str) -> str:
     return f"capture: file: expected one that can be written, got {file}: {why}; write elsewhere, or make room"
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scatterbrain.analysis.output_files import PICTURE
 from scatterbrain.analysis.tables import short_labels
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     figure.legend(*_once(error), fontsize=8, ncols=2, loc="outside lower center")
     entropy.legend(*_once(entropy), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, format="png")
+    figure.savefig(path, dpi=120, format="png", metadata=PICTURE)
 
 
 def draw_tuning(tuning: Tuning, path: Path) -> None:
@@ -76,7 +77,7 @@ def draw_tuning(tuning: Tuning, path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, format="png")
+    figure.savefig(path, dpi=120, format="png", metadata=PICTURE)
 
 
 def kinds_of(layers: Sequence[LayerComparison]) -> dict[str, list[LayerComparison]]:

@@ -99,8 +99,8 @@ def _check_not_read(name: str, file: Path, what: str, path: Path) -> None:
 
 
 def _is_earlier_output(file: Path) -> bool:
-    """Whether a JSON file of compare or a YAML file of tune is there, by what is in it: beside a model they are written
-    again. Pictures and captured tensors may be the user's own."""
+    """Whether what compare or tune wrote is there, by what is in it: beside a model it is written again, and the user's
+    own files are not."""
     try:
         if file.suffix == ".json":
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -110,6 +110,14 @@ def _is_earlier_output(file: Path) -> bool:
 
             LayerSettings.load(file)
             return True
+        if file.suffix == ".png":
+            from scatterbrain.analysis.output_files import is_own_picture
+
+            return is_own_picture(file)
+        if file.suffix == ".safetensors":
+            from scatterbrain.analysis.captured_file import is_capture
+
+            return is_capture(file)
     except (ValueError, TypeError, OSError):
         pass
     return False
