@@ -73,6 +73,7 @@ def test_a_run_whose_output_nobody_reads_any_more_keeps_its_steps_and_says_how_t
         assert main(["train", str(config), "--train.steps", "2"]) == 0
     process = start(config, "--train.validate_every", "5", "--resume", resume)
     assert process.stdout.readline() != ""
+    wait_for(tmp_path / "run" / "metrics.jsonl", 1000)  # several steps
     process.stdout.close()  # as head does
     process.wait(timeout=60)
     errors = process.stderr.read()
@@ -89,6 +90,7 @@ def test_a_run_whose_progress_nobody_reads_either_keeps_its_steps(config, tmp_pa
     command = [sys.executable, "-m", "scatterbrain", "train", str(config), "--train.validate_every", "5"]
     process = subprocess.Popen(command, env=environment(), **both)
     assert process.stdout.readline() != ""
+    wait_for(tmp_path / "run" / "metrics.jsonl", 500)
     process.stdout.close()
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
