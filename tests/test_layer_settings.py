@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -270,6 +271,30 @@ def test_settings_of_a_configuration_are_for_its_own_layers(tmp_path: Path) -> N
     found = {path.removesuffix(".scatterbrain"): core.support for path, core in cores(two).items()}
     for begin in ("encoder.", "decoder.bert."):
         assert {path: (found[begin + path], None) for path in pairs} == pairs
+
+
+def test_a_part_of_a_saved_model_is_loaded_though_its_settings_do_not_say_which_are_for_it(tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    from scatterbrain.integrations.transformers import register
+    from scatterbrain.integrations.transformers.layers import attention_layers
+
+    size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    text = dict(size, vocab_size=50, eos_token_id=2, bos_token_id=1, pad_token_id=0)
+    model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=dict(size, image_size=32, patch_size=8))).eval()
+    pairs = {path: (sb.Window(2), None) for path, _ in attention_layers(model)}
+    model.set_attn_implementation(register("scatterbrain:of-both-towers", layers=pairs))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="CLIPVisionModel: the settings in its configuration .* exact attention"):
+        part = hf.CLIPVisionModel.from_pretrained(tmp_path, attn_implementation="scatterbrain").eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    exact = hf.CLIPVisionModel.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    torch.testing.assert_close(part(pixels).last_hidden_state, exact(pixels).last_hidden_state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = hf.CLIPModel.from_pretrained(tmp_path, attn_implementation="scatterbrain").eval()
+    ours = model.vision_model(pixels).last_hidden_state
+    assert torch.equal(whole.vision_model(pixels).last_hidden_state, ours)
+    assert not torch.allclose(ours, exact(pixels).last_hidden_state, atol=1e-4)
 
 
 def test_a_model_that_is_loaded_refuses_settings_that_fit_several_ways(tmp_path: Path) -> None:

@@ -265,6 +265,47 @@ def test_labels_are_what_tells_layers_apart() -> None:
     assert spread([0.5, 0.5], ".1f") == "0.5" and spread([0.0, 1.0], ".1f") == "0.5 [0.0 1.0]"
 
 
+def test_containers_with_attributes_of_their_own_are_passed_as_they_are() -> None:
+    class Named(dict):
+        def __init__(self, **items: object) -> None:
+            super().__init__(**items)
+            self.__dict__ = self
+
+    class Box(tuple):
+        pass
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder()
+
+        def forward(self, named: Named, box: Box) -> Tensor:
+            named.hidden = named.x * box.factor
+            return self.encoder(named["hidden"])
+
+    box = Box(([1], torch.ones(1)))
+    box.factor = 2
+    batch = {"named": Named(x=torch.randn(1, L, E)), "box": box}
+    assert sb.compare(Model().eval(), batch, {"window": (sb.Window(16), None)}, repeats=1).layers[0].keys == L
+
+
+def test_a_cache_for_whose_copy_there_is_no_memory_is_not_shared() -> None:
+    class Cache:
+        def __deepcopy__(self, memo: dict) -> None:
+            raise torch.OutOfMemoryError("no memory")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder()
+
+        def forward(self, x: Tensor, cache: Cache) -> Tensor:
+            return self.encoder(x)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        sb.compare(Model().eval(), (torch.randn(1, L, E), Cache()), {"window": (sb.Window(16), None)}, repeats=1)
+
+
 def test_objects_that_hold_what_is_not_copied_reach_the_model() -> None:
     """The model's modules, tensors with a history of gradients, and what nothing can copy."""
 

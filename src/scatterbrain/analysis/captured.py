@@ -158,27 +158,33 @@ def _own(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     if value is None or isinstance(value, (Tensor, nn.Module, str, int, float)):
         return value
+    known = len(memo)
     try:
-        if isinstance(value, (dict, list, UserDict, UserList)):
+        if isinstance(value, (UserDict, UserList)):
+            return _own_container(value, memo)
+        if isinstance(value, (dict, list, tuple)) and getattr(value, "__dict__", None):
+            return value  # attributes may stand for its items, which a copy would part
+        if isinstance(value, (dict, list)):
             return _own_container(value, memo)
         if isinstance(value, tuple):
+            if type(value) is not tuple and not hasattr(value, "_make"):
+                return value
             inner = [_own(part, memo) for part in value]
             if all(new is old for new, old in zip(inner, value)):
                 return value
             return type(value)._make(inner) if hasattr(value, "_make") else type(value)(inner)
         if callable(value):
             return value
-        known = dict(memo)  # a copy that fails leaves halves behind
         with _DetachedCopies():
-            made = copy.deepcopy(value, known)
+            return copy.deepcopy(value, memo)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:  # of what holds locks and files, or says no itself: it runs as it did without copies
+        while len(memo) > known:  # halves of the copy that failed
+            memo.popitem()
         memo[id(value)] = value
         memo.setdefault(id(memo), []).append(value)
         return value
-    kept = known.pop(id(known), None)  # objects whose ids are in there
-    memo |= known
-    memo.setdefault(id(memo), []).append(kept)
-    return made
 
 
 def _own_container(value: Any, memo: dict[int, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from scatterbrain.layer_settings import LayerSettings
 from scatterbrain.nn.pairs import Pairs
+from scatterbrain.nn.warn import warn
 from scatterbrain.supports import Full
 
 PREFIX = "scatterbrain"  # of every name
@@ -51,11 +52,20 @@ def settings_of_layers(
         if keys[-1] not in groups:
             groups[keys[-1]] = SETTINGS[name] if own is None else LayerSettings.from_dict(own, LAYERS), []
         groups[keys[-1]][1].append(path)
+    # A part of a model that was saved has the settings of the whole in its configuration. Where these fit it several
+    # ways, it can be loaded all the same.
     pairs = {
-        key: found.in_model(paths, what, is_whole)
+        key: found.in_model(paths, what, is_whole and key[1] is None)
         for key, (found, paths) in groups.items()
         if isinstance(found, LayerSettings)
     }
+    is_saved = any(config is not None for _, config in pairs)
+    if is_whole and is_saved and not any(pair for found in pairs.values() for pair in found.values()):
+        warn(
+            f"{what}: the settings in its configuration (scatterbrain_layers) do not say which of them are for its "
+            "layers, so these run with exact attention; give layers= with settings by the paths of this model",
+            4,
+        )
     made = []
     for key, (_, config, path) in zip(keys, asked, strict=True):
         found, _ = groups[key]
