@@ -46,14 +46,24 @@ def test_no_method_of_the_table_costs_more_than_the_pair(quality: ModuleType) ->
                 assert spent <= budget and (spent > 0.9 * budget or kernel == sb.Centroid(256)), name
 
 
+def lines_of_the_default(
+    quality: ModuleType,
+    models: dict[str, list[object]],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[str]:
+    """The table of equal cost whose pair is the default."""
+    monkeypatch.setattr(quality, "together", lambda: [sb.presets.drop_in()])
+    with torch.inference_mode():
+        quality.print_equal_cost(models, rank=5)
+    return capsys.readouterr().out.strip().splitlines()
+
+
 def test_the_table_has_the_error_of_every_method_and_how_many_times_the_pairs_it_is(
     quality: ModuleType, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality, "together", lambda: [sb.presets.drop_in()])
     models = layers(quality)
-    with torch.inference_mode():
-        quality.print_equal_cost(models, rank=5)
-    head, _, both, *others = capsys.readouterr().out.strip().splitlines()
+    head, _, both, *others = lines_of_the_default(quality, models, capsys, monkeypatch)
     (layer,) = models["model"]
     error = layer.error(sb.attention(layer.q, layer.k, layer.v, *sb.presets.drop_in()))
     assert f"{cost(*sb.presets.drop_in(), Shape(TOKENS, TOKENS, D, D)).total:,.0f} multiply-adds" in head
@@ -67,11 +77,10 @@ def test_the_table_has_the_error_of_every_method_and_how_many_times_the_pairs_it
 def test_lists_alone_have_the_form_that_errs_least(
     quality: ModuleType, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality, "together", lambda: [sb.presets.drop_in()])
     models = layers(quality)
+    rows = lines_of_the_default(quality, models, capsys, monkeypatch)
+    (line,) = (row for row in rows if row.startswith("| sparse only: routed"))
     with torch.inference_mode():
-        quality.print_equal_cost(models, rank=5)
-        (line,) = (row for row in capsys.readouterr().out.splitlines() if row.startswith("| sparse only: routed"))
         shape = Shape(TOKENS, TOKENS, D, D)
         budget = cost(*sb.presets.drop_in(), shape).total
         alone = [with_keys_for(budget, sb.Routed(32, **form), None, shape) for form in quality.FORMS]
